@@ -1,0 +1,1 @@
+"""FG-CLIP: image, long text and regions."""

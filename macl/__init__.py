@@ -1,0 +1,1 @@
+"""The paired visible + infrared detector."""

@@ -1,0 +1,1 @@
+"""Paired data sets: one sample type for training, validation and inference."""

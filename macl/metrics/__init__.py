@@ -1,0 +1,1 @@
+"""Average precision, log-average miss rate, cross-modal alignment."""
