@@ -1,0 +1,182 @@
+"""Plain-PyTorch twins of the operators: the definition that tests hold every kernel to.
+
+They are written for reading, differentiable by autograd, and exact in float64; nothing here is fast.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+NO_NEGATIVE = -1e30  # stands in for the logsumexp of no candidate: finite, so that its gradients are 0 and not NaN
+
+
+def coordinate_dtype(features):
+    """float64 when the features are, float32 otherwise: RoI coordinates and sums never run in half precision."""
+    return torch.float64 if features[0].dtype == torch.float64 else torch.float32
+
+
+def assign_levels(rois, scales):
+    """Pyramid level of each RoI, torchvision's `LevelMapper` (Lin et al., FPN, eq. 1): 4 + log2(sqrt(area) / 224).
+
+    rois: (R, 5) floats; scales: one float a level, each about half of the one before. Returns (R,) int64 indices into
+    `scales`, or -1 where the area is not a number (torchvision leaves those rows at zero).
+    """
+    if len(scales) == 1:
+        return torch.zeros(len(rois), dtype=torch.int64, device=rois.device)
+    finest, coarsest = (round(-math.log2(scale)) for scale in (scales[0], scales[-1]))
+    rois = rois.float() if rois.dtype in (torch.float16, torch.bfloat16) else rois
+    area = (rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])
+    level = torch.floor(4 + torch.log2(torch.sqrt(area) / 224) + 1e-6)
+    level = level.clamp(finest, coarsest) - finest
+    return torch.where(level.isnan(), -1, level).long()
+
+
+def sample_axis(low, high, bins, extent, sampling_ratio, aligned):
+    """The bilinear taps of one axis: where each RoI samples and with which weights.
+
+    low, high: (R,) edges of the RoIs in feature pixels (already shifted when `aligned`); extent: (R,) pixels of the
+    axis. Returns index (R, bins, S, 2) int64, weight (R, bins, S, 2) and count (R,), the samples a bin by which the sum
+    is divided. Samples outside [-1, extent] weigh nothing; with an adaptive grid only the samples that can lie inside
+    are listed, so that a huge box costs no more than the map.
+    """
+    size = high - low
+    if not aligned:
+        size = size.clamp(min=1)
+    extent = extent.to(low.dtype)
+    bin_size = size / bins
+    bin_index = torch.arange(bins, device=low.device, dtype=low.dtype)
+    bin_start = low[:, None] + bin_index * bin_size[:, None]  # (R, bins)
+    if sampling_ratio > 0:
+        count = torch.full_like(low, sampling_ratio)
+        sample = torch.arange(sampling_ratio, device=low.device, dtype=low.dtype).expand(len(low), bins, -1)
+    else:
+        count = torch.ceil(bin_size)
+        most = _most_samples(count, extent)
+        step = bin_size / count.clamp(min=1)
+        first = torch.ceil((-1 - bin_start) / step[:, None].clamp(min=1e-6) - 0.5).clamp(min=0) - 1
+        sample = first.clamp(min=0)[..., None] + torch.arange(most, device=low.device, dtype=low.dtype)
+    divisor = count.clamp(min=1)[:, None, None]
+    position = bin_start[..., None] + (sample + 0.5) * bin_size[:, None, None] / divisor  # (R, bins, S)
+    edge = extent[:, None, None]
+    inside = (sample < count[:, None, None]) & (position >= -1) & (position <= edge)
+    position = torch.where(inside, position, 0).clamp(min=0)
+    lower = torch.minimum(position.floor(), edge - 1)
+    upper = torch.minimum(lower + 1, edge - 1)
+    fraction = torch.where(lower == edge - 1, 0, position - lower)
+    weight = torch.stack([1 - fraction, fraction], -1) * inside[..., None]
+    return torch.stack([lower, upper], -1).long(), weight, count
+
+
+def _most_samples(count, extent):
+    """How many samples of an adaptive grid can lie on the map: its steps are longer than half a pixel."""
+    if len(count) == 0:
+        return 1
+    count = torch.nan_to_num(count, nan=0, posinf=0, neginf=0)
+    return max(1, int(torch.minimum(count, 2 * extent + 6).max()))
+
+
+def finite_rois(rois):
+    """Whether all four coordinates are finite, (R,): a box that is not pools to zero."""
+    return rois[:, 1:].isfinite().all(dim=1)
+
+
+def _roi_align_level(feature, rois, scale, output_size, sampling_ratio, aligned):
+    """RoIAlign (He et al., Mask R-CNN, section 3) on one map: (B, C, H, W), (R, 5) -> (R, C, ph, pw)."""
+    height, width = feature.shape[-2:]
+    image = rois[:, 0].long()
+    x1, y1, x2, y2 = (torch.where(finite_rois(rois)[:, None], rois[:, 1:], 0) * scale - 0.5 * aligned).unbind(1)
+    extent = torch.ones_like(x1)
+    y, weight_y, count_y = sample_axis(y1, y2, output_size[0], extent * height, sampling_ratio, aligned)
+    x, weight_x, count_x = sample_axis(x1, x2, output_size[1], extent * width, sampling_ratio, aligned)
+    count = (count_y * count_x).clamp(min=1) if sampling_ratio <= 0 else count_y * count_x
+    y, x, weight_y, weight_x = (taps.flatten(2) for taps in (y, x, weight_y, weight_x))  # (R, bins, 2 S)
+    tap = feature.permute(0, 2, 3, 1)[image[:, None, None, None, None], y[:, :, :, None, None], x[:, None, None]]
+    pooled = torch.einsum("rpi,rqj,rpiqjc->rcpq", weight_y, weight_x, tap.to(weight_x.dtype))
+    return pooled * (finite_rois(rois) / count)[:, None, None, None]
+
+
+def multiscale_roi_align(features, rois, *, scales, output_size, sampling_ratio=2, aligned=False):
+    """Twin of `kernels.multiscale_roi_align`; the argument meanings are given there."""
+    dtype = coordinate_dtype(features)
+    level = assign_levels(rois, scales)
+    rois = rois.to(dtype)
+    pooled = torch.zeros(len(rois), features[0].shape[1], *output_size, dtype=dtype, device=rois.device)
+    for index, (feature, scale) in enumerate(zip(features, scales, strict=True)):
+        row = torch.nonzero(level == index).squeeze(1)
+        part = _roi_align_level(feature, rois[row], scale, output_size, sampling_ratio, aligned)
+        pooled = pooled.index_add(0, row, part)
+    return pooled.to(features[0].dtype)  # (R, C, ph, pw)
+
+
+def roi_align_project(features, rois, weight, bias=None, **pooling):
+    """Twin of `kernels.roi_align_project`: RoIAlign, flatten in the order (C, ph, pw), linear layer."""
+    return F.linear(multiscale_roi_align(features, rois, **pooling).flatten(1), weight, bias)  # (R, D)
+
+
+def candidate_mask(target, keys, bank, bank_valid, query_ids, key_ids, bank_ids):
+    """Which of the M + K columns are negatives of each query, (N, M + K) bool: all but the target, the unused rows of
+    the bank, and the columns that carry the query's id (unless it is -1)."""
+    rows = len(target)
+    column = torch.arange(keys + bank, device=target.device)
+    negative = column != target[:, None]
+    if bank_valid is not None:
+        negative = negative & (column < keys + bank_valid)
+    if query_ids is not None:
+        same_key = _same_id(query_ids, key_ids, rows, keys)
+        same_bank = _same_id(query_ids, bank_ids, rows, bank)
+        negative = negative & ~torch.cat([same_key, same_bank], 1)
+    return negative
+
+
+def _same_id(query_ids, ids, rows, columns):
+    if ids is None:
+        return torch.zeros(rows, columns, dtype=torch.bool, device=query_ids.device)
+    return (query_ids[:, None] == ids) & (query_ids[:, None] != -1)
+
+
+def contrastive_rows(query, key, logit_scale, *, target, bank, bank_valid, query_ids, key_ids, bank_ids):
+    """Per-row loss (N,) and (logsumexp, positive, largest negative, candidates), each (N,).
+
+    Cross-entropy (van den Oord et al., CPC, eq. 4), the positive split off: softplus(lse_negatives - positive) keeps
+    its gradient where the loss is below the rounding of the logits.
+    """
+    dtype = torch.float64 if torch.float64 in (query.dtype, key.dtype) else torch.float32
+    candidates = key if bank is None else torch.cat([key.to(dtype), bank.detach().to(dtype)])
+    logits = logit_scale.to(dtype) * (query.to(dtype) @ candidates.to(dtype).T)  # (N, M + K)
+    negative = candidate_mask(target, len(key), len(candidates) - len(key), bank_valid, query_ids, key_ids, bank_ids)
+    positive = logits.gather(1, target[:, None]).squeeze(1)
+    others = torch.where(negative, logits, NO_NEGATIVE)
+    lse = torch.logsumexp(others, 1)
+    loss = F.softplus(lse - positive, threshold=50)
+    with torch.no_grad():
+        largest = torch.where(negative, logits, -math.inf).amax(1)
+        total = torch.logaddexp(torch.where(negative.any(1), lse, -math.inf), positive)
+    return loss, (total, positive.detach(), largest, negative.sum(1) + 1)
+
+
+def contrastive_loss(
+    query,
+    key,
+    logit_scale,
+    *,
+    target=None,
+    bank=None,
+    bank_valid=None,
+    query_ids=None,
+    key_ids=None,
+    bank_ids=None,
+    reduction="mean",
+):
+    """Twin of `kernels.contrastive_loss`; the argument meanings are given there."""
+    target = torch.arange(len(query), device=query.device) if target is None else target
+    masks = dict(bank=bank, bank_valid=bank_valid, query_ids=query_ids, key_ids=key_ids, bank_ids=bank_ids)
+    loss, _ = contrastive_rows(query, key, logit_scale, target=target, **masks)
+    return reduce_rows(loss, reduction)
+
+
+def reduce_rows(loss, reduction):
+    """(N,) per-row losses to "none", "sum" or "mean"; the mean of no rows is 0."""
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / max(len(loss), 1)
