@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from macl.backbone import Backbone
 from macl.boxes import AnchorGenerator
 from macl.contrast import MACLHead

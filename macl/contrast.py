@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from macl.precision import at_least_float32
 from training import distributed
 
 PROJECTOR_NORMS = ("none", "layer", "group", "batch")
@@ -79,7 +80,7 @@ class MACLHead(nn.Module):
 
     def embed(self, features: Tensor) -> Tensor:
         """(N, in_dim) -> (N, out_dim), rows of length 1 (a zero row stays zero)."""
-        return F.normalize(self.projector(features).to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+        return F.normalize(at_least_float32(self.projector(features)), dim=1)
 
     def forward(self, visible: Tensor, infrared: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """visible, infrared: (N, in_dim) features, N may differ between processes and be 0.

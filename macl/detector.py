@@ -55,8 +55,9 @@ class PairedFasterRCNN(nn.Module):
         self.modality_dropout = modality_dropout
         self.min_size, self.max_size = min_size, max_size
         for modality, (mean, std) in statistics.items():
-            self.register_buffer(f"{modality}_mean", torch.tensor(mean).view(3, 1, 1))
-            self.register_buffer(f"{modality}_std", torch.tensor(std).view(3, 1, 1))
+            # Not in the state dict: they are among the kwargs that rebuild the model.
+            self.register_buffer(f"{modality}_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+            self.register_buffer(f"{modality}_std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.kwargs = kwargs or {}
         self.monitor: dict[str, Tensor] = {}
 

@@ -7,6 +7,7 @@ from torchvision import ops
 
 import kernels
 from macl.boxes import BoxCoder, box_regression_loss, match, sample
+from macl.precision import at_least_float32
 from training.distributed import global_mean
 
 SMALLEST_SIDE = 1e-2  # pixels; detections below it are dropped
@@ -79,7 +80,7 @@ class RoIHead(nn.Module):
             output_size=self.output_size,
         )
         hidden = F.relu(self.fc7(F.relu(hidden)))
-        return self.cls_score(hidden).float(), self.bbox_pred(hidden).float().unflatten(1, (-1, 4))
+        return at_least_float32(self.cls_score(hidden)), at_least_float32(self.bbox_pred(hidden)).unflatten(1, (-1, 4))
 
     @torch.no_grad()
     def choose(self, proposals: list[Tensor], targets: list[dict]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

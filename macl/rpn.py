@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torchvision import ops
 
 from macl.boxes import AnchorGenerator, BoxCoder, box_regression_loss, match, sample
+from macl.precision import at_least_float32
 from training.distributed import global_mean
 
 SMALLEST_SIDE = 1e-3  # pixels; proposals below it are dropped
@@ -28,8 +29,8 @@ class RPNHead(nn.Module):
         objectness, offsets = [], []
         for feature in features:
             hidden = F.relu(self.conv(feature))
-            objectness.append(self.cls_logits(hidden).permute(0, 2, 3, 1).flatten(1).float())
-            offsets.append(self.bbox_pred(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1, 4).float())
+            objectness.append(at_least_float32(self.cls_logits(hidden).permute(0, 2, 3, 1).flatten(1)))
+            offsets.append(at_least_float32(self.bbox_pred(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1, 4)))
         return objectness, offsets
 
 

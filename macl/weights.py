@@ -134,7 +134,7 @@ def class_rows(key: str, tensor: Tensor, classes: list[str]) -> Tensor | None:
     """The background's and the given classes' rows of a predictor over COCO's 91 classes; others pass unchanged."""
     coco = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     per_class = 4 if "bbox_pred" in key else 1
-    if tensor.shape[0] != len(coco) * per_class:
+    if tensor.shape[0] != len(coco) * per_class or len(classes) + 1 == len(coco):
         return tensor
     if any(name not in coco for name in classes):
         return None
