@@ -36,7 +36,12 @@ def flatten_values(frames: list[dict], key: str, frame: np.ndarray) -> np.ndarra
     return flat
 
 
+def to_array(values) -> np.ndarray:
+    """A tensor on any device, an array or a list as a float64 array."""
+    return torch.as_tensor(values).detach().to("cpu", torch.float64).numpy()
+
+
 def _array(frame: dict, index: int, key: str) -> np.ndarray:
     if key not in frame:
         raise ValueError(f"frame {index} has no {key!r}, only {', '.join(sorted(frame))}")
-    return torch.as_tensor(frame[key]).detach().to("cpu", torch.float64).numpy()
+    return to_array(frame[key])
