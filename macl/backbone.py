@@ -35,7 +35,9 @@ class ModalityBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._layout is None:
-            raise ValueError("call set_layout first: a modality norm must know which rows are visible and which infrared")
+            raise ValueError(
+                "call set_layout first: a modality norm must know which rows are visible and which infrared"
+            )
         parts = x.split([rows for _, rows in self._layout])
         return torch.cat([getattr(self, name)(part) for (name, _), part in zip(self._layout, parts, strict=True)])
 

@@ -39,7 +39,9 @@ class AnchorGenerator(nn.Module):
         return (torch.stack([-w, -h, w, h], dim=1) / 2).round()  # (A, 4)
 
     def forward(self, features: list[Tensor], image_size: tuple[int, int]) -> list[Tensor]:
-        """features: (B, C, H_l, W_l) a level; image_size: height and width of the padded batch. -> (H_l * W_l * A, 4) a level."""
+        """features: (B, C, H_l, W_l) a level; image_size: height and width of the padded batch. -> (H_l * W_l * A, 4)
+        a level.
+        """
         if len(features) != len(self.sizes):
             raise ValueError(f"{len(features)} feature levels but anchor sizes for {len(self.sizes)}")
         levels = []
@@ -79,7 +81,13 @@ class BoxCoder:
 
 
 def match(
-    boxes: Tensor, targets: Tensor, *, foreground: float, background: float, keep_best: bool, ignore: Tensor | None = None
+    boxes: Tensor,
+    targets: Tensor,
+    *,
+    foreground: float,
+    background: float,
+    keep_best: bool,
+    ignore: Tensor | None = None,
 ) -> Tensor:
     """Which target each box stands for.
 
@@ -111,7 +119,9 @@ def _intersection(boxes: Tensor, others: Tensor) -> Tensor:
     return (bottom_right - top_left).clamp(min=0).prod(dim=-1)
 
 
-def sample(matched: Tensor, *, count: int, positive_fraction: float, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def sample(
+    matched: Tensor, *, count: int, positive_fraction: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """At most `count` boxes, at most `positive_fraction` of them positive, the rest negative. -> indices of both.
 
     Draws permutations in torchvision's order, so that the same generator state gives its samples.
@@ -127,7 +137,9 @@ def sample(matched: Tensor, *, count: int, positive_fraction: float, generator: 
     return draw(positive, positives), draw(negative, negatives)
 
 
-def box_regression_loss(kind: str, offsets: Tensor, targets: Tensor, references: Tensor, coder: BoxCoder, beta: float) -> Tensor:
+def box_regression_loss(
+    kind: str, offsets: Tensor, targets: Tensor, references: Tensor, coder: BoxCoder, beta: float
+) -> Tensor:
     """Summed loss of predicted offsets (P, 4) against target boxes (P, 4) of reference boxes (P, 4).
 
     kind: "smooth_l1" (`beta` as torch's, on the offsets), "l1", or "giou" (on the decoded boxes; Rezatofighi 2019).

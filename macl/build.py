@@ -69,7 +69,8 @@ def build_detector(
 
     fpn_levels: pyramid maps from P2 on; up to 4 come from the backbone (with 3 its last stage is left out), the rest
     are subsampled. anchor_sizes: one side length in pixels a level. macl_level "none" leaves the contrastive head
-    out. The other values are described where they are used: `Backbone`, `RPN`, `RoIHead`, `MACLHead`, `PairedFasterRCNN`.
+    out. The other values are described where they are used: `Backbone`, `RPN`, `RoIHead`, `MACLHead`,
+    `PairedFasterRCNN`.
     """
     kwargs = {name: list(value) if isinstance(value, tuple) else value for name, value in locals().items()}
     if not 3 <= fpn_levels <= 6:
@@ -142,8 +143,8 @@ def build_detector(
 def load_detector(path: str | Path, *, weights: str = "best") -> PairedFasterRCNN:
     """Rebuild a detector, architecture and weights, from a training checkpoint alone.
 
-    weights: "best" takes the averaged (EMA) weights where the checkpoint has them, "raw" the trained ones, "ema" insists
-    on the averaged ones. Raises InputError for a file that is no checkpoint of a detector.
+    weights: "best" takes the averaged (EMA) weights where the checkpoint has them, "raw" the trained ones, "ema"
+    insists on the averaged ones. Raises InputError for a file that is no checkpoint of a detector.
     """
     checkpoint = read_state(path)
     if "model_kwargs" not in checkpoint or "model" not in checkpoint:

@@ -23,7 +23,9 @@ class ProjectorBatchNorm(nn.BatchNorm1d):
         return super().forward(x)
 
 
-def projector(in_dim: int, hidden_dims: tuple[int, ...], out_dim: int, *, norm: str, norm_groups: int, dropout: float) -> nn.Sequential:
+def projector(
+    in_dim: int, hidden_dims: tuple[int, ...], out_dim: int, *, norm: str, norm_groups: int, dropout: float
+) -> nn.Sequential:
     """Linear, norm, ReLU and dropout for every hidden width, then a Linear to `out_dim`."""
     norms = {
         "none": lambda width: None,
@@ -45,7 +47,8 @@ class MACLHead(nn.Module):
 
     Row i of both inputs shows the same thing; the other rows (of all processes) are the negatives.
 
-    in_dim, hidden_dims, out_dim: of the projector. norm: "none", "layer", "group" (`norm_groups` groups; with one or two values a group it
+    in_dim, hidden_dims, out_dim: of the projector. norm: "none", "layer", "group" (`norm_groups` groups; with one or
+    two values a group it
     forgets its input) or "batch". direction: "both" averages visible -> infrared and infrared -> visible, as CLIP
     does; "visible_to_infrared" is one half of it. temperature: the initial one; it is learned through its logarithm and
     held in [0.01, 1].
@@ -71,7 +74,9 @@ class MACLHead(nn.Module):
         if not low <= temperature <= high:
             raise ValueError(f"temperature {temperature} is outside [{low}, {high}]")
         self.direction = direction
-        self.projector = projector(in_dim, tuple(hidden_dims), out_dim, norm=norm, norm_groups=norm_groups, dropout=dropout)
+        self.projector = projector(
+            in_dim, tuple(hidden_dims), out_dim, norm=norm, norm_groups=norm_groups, dropout=dropout
+        )
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
 
     @property
@@ -86,7 +91,8 @@ class MACLHead(nn.Module):
         """visible, infrared: (N, in_dim) features, N may differ between processes and be 0.
 
         -> the loss, a mean over the queries of all processes (exactly 0 but still connected where there are none, or
-        a single one), and for the log: macl_candidates, the number of keys a query chooses from, macl_relative, the loss divided by
+        a single one), and for the log: macl_candidates, the number of keys a query chooses from, macl_relative, the
+        loss divided by
         ln(candidates) (1 is chance), macl_recall, the share of queries whose positive scores highest, and temperature.
         """
         with torch.no_grad():  # in place, so that a temperature at a bound can come back from it

@@ -1,6 +1,7 @@
 """The paired detector: Faster R-CNN over the fused pyramids of a visible and an infrared image."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,16 @@ from macl.roi_head import RoIHead, with_image_index
 from macl.rpn import RPN
 
 MULTIPLE = 32  # padded image sides are multiples of it
+MODALITIES = ("visible", "infrared")
+
+
+class Extracted(NamedTuple):
+    """What backbone and neck made of a batch: all that detection, embedding and losses start from."""
+
+    pyramids: dict[str, list[Tensor]]  # (B, C, H_l, W_l) a level, for each modality given
+    original_sizes: list[tuple[int, int]]  # (height, width) of the images as given
+    sizes: list[tuple[int, int]]  # as resized
+    batch_size: tuple[int, int]  # of the padded batch
 
 
 class PairedFasterRCNN(nn.Module):
@@ -22,8 +33,8 @@ class PairedFasterRCNN(nn.Module):
 
     modality_dropout: probabilities that the visible, or the infrared, features of a training image are masked before
     the fusion (never both). min_size, max_size: resize so that the short side is min_size unless the long one would
-    exceed max_size; None leaves the size alone. macl_level: what the contrastive head embeds, "roi", every ground-truth box (pooled to
-    macl_roi_size x macl_roi_size), or "image", the mean over all positions and levels.
+    exceed max_size; None leaves the size alone. macl_level: what the contrastive head embeds, "roi", every
+    ground-truth box (pooled to macl_roi_size x macl_roi_size), or "image", the mean over all positions and levels.
 
     `kwargs` holds the plain values `build_detector` was called with. `monitor` holds what the last training forward
     has to say besides its losses.
@@ -70,38 +81,59 @@ class PairedFasterRCNN(nn.Module):
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Losses in training, detections in evaluation.
 
-        visible, infrared: lists of (3, H, W) float images in 0..1, the two of a pair of equal size; either list may be None.
+        visible, infrared: lists of (3, H, W) float images in 0..1, the two of a pair of equal size; either list may
+        be None.
         targets, one dict an image: boxes (N, 4) float32 xyxy in pixels, labels (N,) int64 from 1, and optionally
-        ignore (N,) bool (neither positive nor negative) and visible_in (N, 2) bool (in which modality a box can be seen).
+        ignore (N,) bool (neither positive nor negative) and visible_in (N, 2) bool (in which modality a box can be
+        seen).
 
         -> training: dict of unweighted scalar losses loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg,
         and loss_macl where that head exists. Evaluation: per image dict(boxes (n, 4), labels (n,), scores (n,)) in
         pixels of the given image. Raises ValueError for images or targets of the wrong form.
         """
-        images = {name: given for name, given in (("visible", visible), ("infrared", infrared)) if given is not None}
+        images = {name: given for name, given in zip(MODALITIES, (visible, infrared), strict=True) if given is not None}
         check_inputs(images, targets, self.training)
-        pyramids, original_sizes, sizes, batch_size = self.extract(images)
-        fused = self.fusion(pyramids, self.draw_present(pyramids) if self.training else None)
-        if not self.training:
-            proposals, _ = self.rpn(fused, sizes, batch_size, None)
-            detections, _ = self.roi_head(fused, proposals, sizes, None)
-            return [
-                found | {"boxes": rescale(found["boxes"], size, original)}
-                for found, size, original in zip(detections, sizes, original_sizes, strict=True)
-            ]
-        resized = [prepare_target(t, old, new) for t, old, new in zip(targets, original_sizes, sizes, strict=True)]
-        proposals, rpn_losses = self.rpn(fused, sizes, batch_size, resized)
-        _, head_losses = self.roi_head(fused, proposals, sizes, resized)
+        extracted = self.extract(images)
+        return self.losses(extracted, targets) if self.training else self.detect(extracted)
+
+    def losses(self, extracted: Extracted, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The unweighted losses; also refreshes `monitor`."""
+        pyramids, original_sizes, sizes, batch_size = extracted
+        targets = [prepare_target(t, old, new) for t, old, new in zip(targets, original_sizes, sizes, strict=True)]
+        fused = self.fusion(pyramids, self.draw_present(pyramids))
+        proposals, rpn_losses = self.rpn(fused, sizes, batch_size, targets)
+        _, head_losses = self.roi_head(fused, proposals, sizes, targets)
         losses = rpn_losses | head_losses
         if self.macl is not None:
-            losses["loss_macl"], self.monitor = self.macl(*self.contrast_features(pyramids, resized))
+            losses["loss_macl"], self.monitor = self.macl(*self.contrast_features(pyramids, targets))
         return losses
 
-    def extract(self, images: dict[str, list[Tensor]]) -> tuple[dict[str, list[Tensor]], list, list, tuple[int, int]]:
-        """Resize, normalise and pad the images of each modality, and run all of them through backbone and neck as one batch.
+    def detect(self, extracted: Extracted, modalities: tuple[str, ...] = MODALITIES) -> list[dict[str, Tensor]]:
+        """Detections from the pyramids of `modalities` alone: one extraction serves both cameras and each by itself."""
+        pyramids, original_sizes, sizes, batch_size = extracted
+        fused = self.fusion({name: pyramids[name] for name in modalities if name in pyramids})
+        proposals, _ = self.rpn(fused, sizes, batch_size, None)
+        detections, _ = self.roi_head(fused, proposals, sizes, None)
+        return [
+            found | {"boxes": rescale(found["boxes"], size, original)}
+            for found, size, original in zip(detections, sizes, original_sizes, strict=True)
+        ]
 
-        -> each modality's pyramid, (B, C, H_l, W_l) a level; the (height, width) of the images as given, and as resized; that of
-        the padded batch.
+    def embed(self, extracted: Extracted, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The contrastive embeddings (sum n_i, out_dim) of given boxes (n_i, 4), in the visible and in the infrared
+        image.
+        """
+        if self.macl is None or self.macl_level != "roi":
+            raise ValueError("boxes are embedded by a detector built with macl_level='roi'")
+        scaled = [
+            rescale(box, old, new)
+            for box, old, new in zip(boxes, extracted.original_sizes, extracted.sizes, strict=True)
+        ]
+        return tuple(self.macl.embed(self.roi_features(extracted.pyramids[name], scaled)) for name in MODALITIES)
+
+    def extract(self, images: dict[str, list[Tensor]]) -> Extracted:
+        """Resize, normalise and pad the images of each modality, and run all of them through backbone and neck as one
+        batch.
         """
         original_sizes = [tuple(image.shape[-2:]) for image in next(iter(images.values()))]
         resized = {name: [self.resize(image) for image in given] for name, given in images.items()}
@@ -111,7 +143,7 @@ class PairedFasterRCNN(nn.Module):
         maps = self.neck(self.backbone(batch.contiguous(memory_format=torch.channels_last), layout))
         split = [level.split(len(sizes)) for level in maps]
         pyramids = {name: [level[i] for level in split] for i, name in enumerate(images)}
-        return pyramids, original_sizes, sizes, tuple(batch.shape[-2:])
+        return Extracted(pyramids, original_sizes, sizes, tuple(batch.shape[-2:]))
 
     def resize(self, image: Tensor) -> Tensor:
         if self.min_size is None:
@@ -150,17 +182,18 @@ class PairedFasterRCNN(nn.Module):
         Roi level: one row for each box that is not ignored and, where that is known, can be seen in both modalities.
         """
         if len(pyramids) < 2:
-            raise ValueError("the contrastive head needs both modalities in training; build the detector with macl_level='none'")
+            raise ValueError(
+                "the contrastive head needs both modalities in training; build the detector with macl_level='none'"
+            )
         if self.macl_level == "image":
             return tuple(
-                torch.stack([level.mean(dim=(2, 3)) for level in pyramids[name]]).mean(dim=0)
-                for name in ("visible", "infrared")
+                torch.stack([level.mean(dim=(2, 3)) for level in pyramids[name]]).mean(dim=0) for name in MODALITIES
             )
         boxes = []
         for target in targets:
             seen = target.get("visible_in")
             boxes.append(target["boxes"] if seen is None else target["boxes"][seen.all(dim=1)])
-        return tuple(self.roi_features(pyramids[name], boxes) for name in ("visible", "infrared"))
+        return tuple(self.roi_features(pyramids[name], boxes) for name in MODALITIES)
 
     def roi_features(self, pyramid: list[Tensor], boxes: list[Tensor]) -> Tensor:
         """boxes: (n_i, 4) an image, in pixels of the batch. -> (sum n_i, C * macl_roi_size ** 2)."""
@@ -168,15 +201,6 @@ class PairedFasterRCNN(nn.Module):
         return kernels.multiscale_roi_align(
             pyramid[: len(scales)], with_image_index(boxes), scales=scales, output_size=self.macl_roi_size
         ).flatten(1)
-
-    @torch.no_grad()
-    def embed_boxes(self, *, visible: list[Tensor], infrared: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The contrastive embeddings (sum n_i, out_dim) of given boxes (n_i, 4) in both images, for the alignment metrics."""
-        images = {"visible": visible, "infrared": infrared}
-        check_inputs(images, None, False)
-        pyramids, originals, sizes, _ = self.extract(images)
-        scaled = [rescale(box, old, new) for box, old, new in zip(boxes, originals, sizes, strict=True)]
-        return tuple(self.macl.embed(self.roi_features(pyramids[name], scaled)) for name in ("visible", "infrared"))
 
 
 def check_inputs(images: dict[str, list[Tensor]], targets: list[dict] | None, training: bool) -> None:
@@ -186,7 +210,9 @@ def check_inputs(images: dict[str, list[Tensor]], targets: list[dict] | None, tr
     for name, given in images.items():
         for image in given:
             if image.dim() != 3 or image.shape[0] != 3 or not image.is_floating_point():
-                raise ValueError(f"{name} images must be (3, H, W) floats in 0..1, got {tuple(image.shape)} {image.dtype}")
+                raise ValueError(
+                    f"{name} images must be (3, H, W) floats in 0..1, got {tuple(image.shape)} {image.dtype}"
+                )
     if len(images) == 2:
         pairs = [[tuple(image.shape) for image in given] for given in images.values()]
         if pairs[0] != pairs[1]:

@@ -23,7 +23,9 @@ class Fusion(nn.Module):
             nn.init.zeros_(self.gate.bias)
 
     def forward(self, pyramids: dict[str, list[Tensor]], present: Tensor | None = None) -> list[Tensor]:
-        """pyramids: maps (B, C, H_l, W_l) of "visible" and / or "infrared"; present (B, 2) bool, None = all given ones."""
+        """pyramids: maps (B, C, H_l, W_l) of "visible" and / or "infrared"; present (B, 2) bool, None = all given
+        ones.
+        """
         if self.kind in ("visible", "infrared"):
             if self.kind not in pyramids:
                 raise ValueError(f"this model detects in {self.kind} images alone, and none was given")

@@ -23,8 +23,8 @@ class RoIHead(nn.Module):
     """Pools every proposal, classifies it and refines its box.
 
     classes: number of classes without the background (class 0). scales: feature pixels an image pixel, for the levels
-    that are pooled from. width: of the two hidden layers. box_loss, box_beta: see `boxes.box_regression_loss`. score_threshold, nms_iou,
-    max_detections: of the detections.
+    that are pooled from. width: of the two hidden layers. box_loss, box_beta: see `boxes.box_regression_loss`.
+    score_threshold, nms_iou, max_detections: of the detections.
     """
 
     def __init__(
@@ -59,7 +59,11 @@ class RoIHead(nn.Module):
         self.score_threshold, self.nms_iou, self.max_detections = score_threshold, nms_iou, max_detections
 
     def forward(
-        self, features: list[Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]], targets: list[dict] | None
+        self,
+        features: list[Tensor],
+        proposals: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+        targets: list[dict] | None,
     ) -> tuple[list[dict], dict[str, Tensor]]:
         """features: (B, C, H_l, W_l); proposals: (n_i, 4) an image. -> detections (evaluation) or losses (training)."""
         if targets is not None:
@@ -109,7 +113,9 @@ class RoIHead(nn.Module):
             boxes.append(box)
         return chosen, labels, boxes
 
-    def losses(self, logits: Tensor, offsets: Tensor, proposals: Tensor, labels: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, logits: Tensor, offsets: Tensor, proposals: Tensor, labels: Tensor, boxes: Tensor
+    ) -> dict[str, Tensor]:
         positive = torch.where(labels > 0)[0]
         own = offsets[positive, labels[positive]]
         classification = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")

@@ -25,7 +25,9 @@ class RPNHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """features: (B, C, H_l, W_l). -> objectness (B, H_l * W_l * A) and offsets (B, H_l * W_l * A, 4) a level, float32."""
+        """features: (B, C, H_l, W_l). -> objectness (B, H_l * W_l * A) and offsets (B, H_l * W_l * A, 4) a level,
+        float32.
+        """
         objectness, offsets = [], []
         for feature in features:
             hidden = F.relu(self.conv(feature))
@@ -64,7 +66,11 @@ class RPN(nn.Module):
         self.samples, self.positive_fraction, self.beta = samples, positive_fraction, beta
 
     def forward(
-        self, features: list[Tensor], image_sizes: list[tuple[int, int]], batch_size: tuple[int, int], targets: list[dict] | None
+        self,
+        features: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+        batch_size: tuple[int, int],
+        targets: list[dict] | None,
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """features: (B, C, H_l, W_l); image_sizes: (height, width) of each image without padding; batch_size: with it.
 
@@ -118,7 +124,12 @@ class RPN(nn.Module):
                 logits[chosen], labels, reduction="sum"
             )
             sums["loss_rpn_box_reg"] = sums["loss_rpn_box_reg"] + box_regression_loss(
-                "smooth_l1", deltas[positive], target["boxes"][matched[positive]], anchors[positive], self.coder, self.beta
+                "smooth_l1",
+                deltas[positive],
+                target["boxes"][matched[positive]],
+                anchors[positive],
+                self.coder,
+                self.beta,
             )
             sampled += chosen.numel()
         return {name: global_mean(total, sampled) for name, total in sums.items()}

@@ -1,4 +1,6 @@
-"""Published weights: torchvision's Faster R-CNN (COCO) and ResNet (ImageNet) state dicts, with a report of what went where."""
+"""Published weights: torchvision's Faster R-CNN (COCO) and ResNet (ImageNet) state dicts, with a report of what went
+where.
+"""
 
 import pickle
 import re
@@ -27,8 +29,8 @@ IMAGENET_KEY = re.compile(r"^(conv1|bn1|layer[1-4]|fc)\.")
 
 @dataclass
 class LoadReport:
-    """Names of the detector's tensors that were `loaded`; of the source's that were `skipped`, with the reason; and of the
-    detector's that are `missing` from the source and keep their initial values."""
+    """Names of the detector's tensors that were `loaded`; of the source's that were `skipped`, with the reason; and
+    of the detector's that are `missing` from the source and keep their initial values."""
 
     loaded: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -36,7 +38,9 @@ class LoadReport:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"loaded {len(self.loaded)} tensors, skipped {len(self.skipped)}, left {len(self.missing)} as initialised"]
+        lines = [
+            f"loaded {len(self.loaded)} tensors, skipped {len(self.skipped)}, left {len(self.missing)} as initialised"
+        ]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(name)
@@ -52,7 +56,9 @@ def summarise(names: list[str], shown: int = 6) -> str:
 
 
 def read_state(path: str | Path) -> dict:
-    """A file of tensors and plain values as a dict. Raises InputError where it is missing, damaged or something else."""
+    """A file of tensors and plain values as a dict. Raises InputError where it is missing, damaged or something
+    else.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
@@ -71,10 +77,12 @@ def has_old_names(state: dict[str, Tensor]) -> bool:
 
 
 def load_torchvision_weights(detector: torch.nn.Module, source: str | Path | dict[str, Tensor]) -> LoadReport:
-    """Load a `fasterrcnn_resnet50_fpn` (COCO) or ResNet (ImageNet) state dict, from a path or a dict, into a PairedFasterRCNN.
+    """Load a `fasterrcnn_resnet50_fpn` (COCO) or ResNet (ImageNet) state dict, from a path or a dict, into a
+    PairedFasterRCNN.
 
     With COCO's 91 classes the rows of the detector's own classes are kept, by name (background, then "person", ...).
-    Both the frozen (295 keys) and the BatchNorm (348 keys) form fit any batch norm of the detector. Raises InputError where nothing fits.
+    Both the frozen (295 keys) and the BatchNorm (348 keys) form fit any batch norm of the detector. Raises InputError
+    where nothing fits.
     """
     state = dict(read_state(source) if isinstance(source, str | Path) else source)
     name = str(source) if isinstance(source, str | Path) else "the state dict"
@@ -82,7 +90,9 @@ def load_torchvision_weights(detector: torch.nn.Module, source: str | Path | dic
         raise InputError(f"{name} is not a state dict: it must hold tensors only")
     report = LoadReport()
     if has_old_names(state):
-        report.notes.append("published before FrozenBatchNorm had an eps: build the detector with norm_eps=0.0 for its exact values")
+        report.notes.append(
+            "published before FrozenBatchNorm had an eps: build the detector with norm_eps=0.0 for its exact values"
+        )
     own = detector.state_dict()
     groups = source_tensors(state, detector.kwargs.get("classes", ["person"]), report)
     filled = {}

@@ -53,7 +53,9 @@ MACL = {
 }
 
 
-@pytest.mark.parametrize(("golden", "norm", "options"), [(name, *rest) for name, rest in MACL.items()], indirect=["golden"])
+@pytest.mark.parametrize(
+    ("golden", "norm", "options"), [(name, *rest) for name, rest in MACL.items()], indirect=["golden"]
+)
 def test_macl(golden, norm, options):
     weights = golden.under("w.proj.")
     widths = [w.shape[0] for name, w in weights.items() if name.endswith("weight") and w.dim() == 2]

@@ -1,4 +1,6 @@
-"""The detector is held to torchvision's `fasterrcnn_resnet50_fpn`: same weights and image, same proposals, detections, losses."""
+"""The detector is held to torchvision's `fasterrcnn_resnet50_fpn`: same weights and image, same proposals,
+detections, losses.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ import macl
 
 @pytest.fixture(scope="module")
 def theirs():
-    """A torchvision detector with random weights that find something: wide objectness and class logits, small offsets."""
+    """A torchvision detector with random weights that find something: wide objectness and class logits, small
+    offsets.
+    """
     torch.manual_seed(0)
     model = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91, min_size=96, max_size=160)
     generator = torch.Generator().manual_seed(1)
@@ -40,7 +44,9 @@ def ours(theirs):
 
 @pytest.fixture
 def in_float64(ours, theirs):
-    """Both models in float64 for a while: in float32 the rounding of two convolution layouts swaps near-equal scores."""
+    """Both models in float64 for a while: in float32 the rounding of two convolution layouts swaps near-equal
+    scores.
+    """
     ours.double(), theirs.double()
     yield
     ours.float(), theirs.float()
@@ -83,7 +89,10 @@ def test_losses_and_gradients_are_torchvisions(ours, theirs, image, in_float64, 
     if boxes == "none":
         target = [{"boxes": torch.zeros(0, 4, dtype=torch.float64), "labels": torch.zeros(0, dtype=torch.int64)}]
     results = {}
-    for name, model, call in [("theirs", theirs, lambda m: m([image], target)), ("ours", ours, lambda m: m(visible=[image], targets=target))]:
+    for name, model, call in [
+        ("theirs", theirs, lambda m: m([image], target)),
+        ("ours", ours, lambda m: m(visible=[image], targets=target)),
+    ]:
         model.train()
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
