@@ -2,5 +2,7 @@
 
 from macl.data.llvip import LLVIP, hold_out
 from macl.data.sample import find_pairs, read_image, read_pair
+from macl.data.scenes import NIGHT, Domain
+from macl.data.synthetic import SyntheticPairs
 
-__all__ = ["LLVIP", "find_pairs", "hold_out", "read_image", "read_pair"]
+__all__ = ["LLVIP", "NIGHT", "Domain", "SyntheticPairs", "find_pairs", "hold_out", "read_image", "read_pair"]
