@@ -140,17 +140,15 @@ def build_detector(
     return detector.to(memory_format=torch.channels_last)
 
 
-def load_detector(path: str | Path, *, weights: str = "best") -> PairedFasterRCNN:
+def load_detector(path: str | Path, *, weights: str = "ema") -> PairedFasterRCNN:
     """Rebuild a detector, architecture and weights, from a training checkpoint alone.
 
-    weights: "best" takes the averaged (EMA) weights where the checkpoint has them, "raw" the trained ones, "ema"
-    insists on the averaged ones. Raises InputError for a file that is no checkpoint of a detector.
+    weights: "ema" takes the averaged weights where the checkpoint has them, "raw" the trained ones. Raises InputError
+    for a file that is no checkpoint of a detector.
     """
     checkpoint = read_state(path)
     if "model_kwargs" not in checkpoint or "model" not in checkpoint:
         raise InputError(f"{path} is not a checkpoint of this project's detector: it has no model_kwargs")
-    if weights == "ema" and checkpoint.get("ema") is None:
-        raise InputError(f"{path} has no averaged (EMA) weights; use the raw ones")
     try:
         detector = build_detector(**checkpoint["model_kwargs"])
     except TypeError as error:

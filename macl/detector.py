@@ -102,34 +102,44 @@ class PairedFasterRCNN(nn.Module):
         targets = [prepare_target(t, old, new) for t, old, new in zip(targets, original_sizes, sizes, strict=True)]
         fused = self.fusion(pyramids, self.draw_present(pyramids))
         proposals, rpn_losses = self.rpn(fused, sizes, batch_size, targets)
-        _, head_losses = self.roi_head(fused, proposals, sizes, targets)
-        losses = rpn_losses | head_losses
+        losses = rpn_losses | self.roi_head.losses(fused, proposals, targets)
         if self.macl is not None:
             losses["loss_macl"], self.monitor = self.macl(*self.contrast_features(pyramids, targets))
         return losses
 
-    def detect(self, extracted: Extracted, modalities: tuple[str, ...] = MODALITIES) -> list[dict[str, Tensor]]:
-        """Detections from the pyramids of `modalities` alone: one extraction serves both cameras and each by itself."""
+    def detect(
+        self, extracted: Extracted, modalities: tuple[str, ...] = MODALITIES, *, score_threshold: float | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Detections from the pyramids of `modalities` alone: one extraction serves both cameras and each by itself.
+
+        score_threshold: None takes the detector's own.
+        """
         pyramids, original_sizes, sizes, batch_size = extracted
         fused = self.fusion({name: pyramids[name] for name in modalities if name in pyramids})
         proposals, _ = self.rpn(fused, sizes, batch_size, None)
-        detections, _ = self.roi_head(fused, proposals, sizes, None)
+        detections = self.roi_head.detect(fused, proposals, sizes, score_threshold=score_threshold)
         return [
             found | {"boxes": rescale(found["boxes"], size, original)}
             for found, size, original in zip(detections, sizes, original_sizes, strict=True)
         ]
 
+    @property
+    def modes(self) -> dict[str, tuple[str, ...]]:
+        """What this detector can see with, by name: "both" cameras and each alone, or the one that its fusion takes."""
+        if self.fusion.kind in MODALITIES:
+            return {self.fusion.kind: (self.fusion.kind,)}
+        return {"both": MODALITIES, **{name: (name,) for name in MODALITIES}}
+
     def embed(self, extracted: Extracted, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The contrastive embeddings (sum n_i, out_dim) of given boxes (n_i, 4), in the visible and in the infrared
-        image.
+        """The contrastive embeddings in the visible and in the infrared image, (N, out_dim) each.
+
+        One row a given box (n_i, 4 an image); of a detector with macl_level "image" one row an image.
         """
-        if self.macl is None or self.macl_level != "roi":
-            raise ValueError("boxes are embedded by a detector built with macl_level='roi'")
-        scaled = [
-            rescale(box, old, new)
+        targets = [
+            {"boxes": rescale(box, old, new)}
             for box, old, new in zip(boxes, extracted.original_sizes, extracted.sizes, strict=True)
         ]
-        return tuple(self.macl.embed(self.roi_features(extracted.pyramids[name], scaled)) for name in MODALITIES)
+        return tuple(self.macl.embed(features) for features in self.contrast_features(extracted.pyramids, targets))
 
     def extract(self, images: dict[str, list[Tensor]]) -> Extracted:
         """Resize, normalise and pad the images of each modality, and run all of them through backbone and neck as one

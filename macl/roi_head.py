@@ -58,20 +58,46 @@ class RoIHead(nn.Module):
         self.box_loss, self.box_beta, self.label_smoothing = box_loss, box_beta, label_smoothing
         self.score_threshold, self.nms_iou, self.max_detections = score_threshold, nms_iou, max_detections
 
-    def forward(
+    def losses(self, features: list[Tensor], proposals: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
+        """features: (B, C, H_l, W_l); proposals: (n_i, 4) an image. -> loss_classifier and loss_box_reg."""
+        proposals, labels, boxes = self.choose(proposals, targets)
+        logits, offsets = self.predict(features, proposals)
+        proposals, labels, boxes = torch.cat(proposals), torch.cat(labels), torch.cat(boxes)
+        positive = torch.where(labels > 0)[0]
+        own = offsets[positive, labels[positive]]
+        classification = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
+        regression = box_regression_loss(
+            self.box_loss, own, boxes[positive], proposals[positive], self.coder, self.box_beta
+        )
+        count = labels.numel()
+        return {
+            "loss_classifier": global_mean(classification, count),
+            "loss_box_reg": global_mean(regression + offsets.sum() * 0, count),
+        }
+
+    def detect(
         self,
         features: list[Tensor],
         proposals: list[Tensor],
         image_sizes: list[tuple[int, int]],
-        targets: list[dict] | None,
-    ) -> tuple[list[dict], dict[str, Tensor]]:
-        """features: (B, C, H_l, W_l); proposals: (n_i, 4) an image. -> detections (evaluation) or losses (training)."""
-        if targets is not None:
-            proposals, labels, boxes = self.choose(proposals, targets)
-            logits, offsets = self.predict(features, proposals)
-            return [], self.losses(logits, offsets, torch.cat(proposals), torch.cat(labels), torch.cat(boxes))
+        *,
+        score_threshold: float | None = None,
+    ) -> list[dict]:
+        """-> dict(boxes (n, 4), labels (n,), scores (n,)) an image, best score first."""
+        threshold = self.score_threshold if score_threshold is None else score_threshold
         logits, offsets = self.predict(features, proposals)
-        return self.detect(logits, offsets, proposals, image_sizes), {}
+        rows = [len(boxes) for boxes in proposals]
+        scores = logits.softmax(dim=1)[:, 1:].split(rows)  # (n_i, classes)
+        boxes = self.coder.decode(offsets, torch.cat(proposals))[:, 1:].split(rows)  # (n_i, classes, 4)
+        detections = []
+        for image_scores, image_boxes, size in zip(scores, boxes, image_sizes, strict=True):
+            image_boxes = ops.clip_boxes_to_image(image_boxes, size)
+            row, column = torch.where(image_scores > threshold)
+            box, score, label = image_boxes[row, column], image_scores[row, column], column + 1
+            large = ops.remove_small_boxes(box, SMALLEST_SIDE)
+            keep = large[ops.batched_nms(box[large], score[large], label[large], self.nms_iou)[: self.max_detections]]
+            detections.append({"boxes": box[keep], "labels": label[keep], "scores": score[keep]})
+        return detections
 
     def predict(self, features: list[Tensor], proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
         """-> class logits (R, 1 + classes), background first, and offsets (R, 1 + classes, 4), float32."""
@@ -112,35 +138,3 @@ class RoIHead(nn.Module):
             labels.append(label)
             boxes.append(box)
         return chosen, labels, boxes
-
-    def losses(
-        self, logits: Tensor, offsets: Tensor, proposals: Tensor, labels: Tensor, boxes: Tensor
-    ) -> dict[str, Tensor]:
-        positive = torch.where(labels > 0)[0]
-        own = offsets[positive, labels[positive]]
-        classification = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
-        regression = box_regression_loss(
-            self.box_loss, own, boxes[positive], proposals[positive], self.coder, self.box_beta
-        )
-        count = labels.numel()
-        return {
-            "loss_classifier": global_mean(classification, count),
-            "loss_box_reg": global_mean(regression + offsets.sum() * 0, count),
-        }
-
-    def detect(
-        self, logits: Tensor, offsets: Tensor, proposals: list[Tensor], image_sizes: list[tuple[int, int]]
-    ) -> list[dict]:
-        """-> dict(boxes (n, 4), labels (n,), scores (n,)) an image, best score first."""
-        rows = [len(boxes) for boxes in proposals]
-        scores = logits.softmax(dim=1)[:, 1:].split(rows)  # (n_i, classes)
-        boxes = self.coder.decode(offsets, torch.cat(proposals))[:, 1:].split(rows)  # (n_i, classes, 4)
-        detections = []
-        for image_scores, image_boxes, size in zip(scores, boxes, image_sizes, strict=True):
-            image_boxes = ops.clip_boxes_to_image(image_boxes, size)
-            row, column = torch.where(image_scores > self.score_threshold)
-            box, score, label = image_boxes[row, column], image_scores[row, column], column + 1
-            large = ops.remove_small_boxes(box, SMALLEST_SIDE)
-            keep = large[ops.batched_nms(box[large], score[large], label[large], self.nms_iou)[: self.max_detections]]
-            detections.append({"boxes": box[keep], "labels": label[keep], "scores": score[keep]})
-        return detections
