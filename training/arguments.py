@@ -26,12 +26,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults, where there are some, and leaves the description's lines as they are."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        nothing = action.default is None or action.default is False
+        return action.help if nothing else super()._get_help_string(action)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser for a script whose docstring is `description`; flags cannot be shortened."""
-    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    """A parser for a script whose docstring is `description`. Flags cannot be shortened."""
+    usage = "%(prog)s [flags], --help lists them"
+    return argparse.ArgumentParser(
+        usage=usage, description=description, formatter_class=HelpFormatter, allow_abbrev=False
+    )
 
 
 def _number(kind: type, fits, expected: str):
@@ -76,7 +80,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def _group(parser: argparse.ArgumentParser, title: str, defaults: dict):
-    """A function that adds flags to the group `title`, with the default that `defaults` has for them, taken out of it."""
+    """A function that adds flags to the group `title`, with a default taken out of `defaults` where it is there."""
     group = parser.add_argument_group(title)
 
     def add(flag: str, **options) -> None:
@@ -129,7 +133,7 @@ def add_optimisation_flags(parser: argparse.ArgumentParser, **defaults) -> None:
     add("--weight-decay", type=non_negative_float, default=1e-4, metavar="X", help="none on norm layers and biases")
     kinds = ("multistep", "cosine", "one-cycle", "constant")
     add("--schedule", choices=kinds, default="cosine", help="course of the learning rate after warm-up")
-    add("--milestones", type=int_list, default=[8, 11], metavar="EPOCHS", help="multistep: when --gamma multiplies")
+    add("--milestones", type=int_list, default="8,11", metavar="EPOCHS", help="multistep: when --gamma multiplies")
     add("--gamma", type=fraction, default=0.1, metavar="X", help="multistep: factor at each of --milestones")
     add("--final-factor", type=fraction, default=0.0, metavar="X", help="cosine, one-cycle: last rate over --lr")
     add("--warmup-steps", type=non_negative_int, default=0, metavar="N", help="optimizer steps with a rising rate")
@@ -147,8 +151,8 @@ def prepare_run(
 
     Without --output the folder is that of the resumed checkpoint, else `runs_root/script-TIME`. `args.resume` becomes
     the path of the checkpoint file to read or None, `args.output` the folder. Raises InputError where the folder is in
-    use by another run, and where a flag differs from the resumed run's that is neither one of the usual (paths, lengths,
-    devices) nor in `may_change`.
+    use by another run, and where a flag differs from the resumed run's that is neither a path, a length or a device nor
+    in `may_change`.
     """
     resumed = checkpoint.find_resume(args.resume, args.output, script, runs_root)
     folder = distributed.decided_by_main(lambda: _open_folder(args.output, script, resumed, Path(runs_root)))

@@ -19,8 +19,8 @@ class RunLog:
     """Writes a run's numbers, on rank 0; on the others every method does nothing.
 
     folder/metrics.jsonl gets a json object a line, {"step": 3, "epoch": 1, "kind": "train" or "validation", **values},
-    with null for what is not finite. The console gets every `every`-th step and each validation as a line, and, where it
-    is a terminal, a progress bar with the time left. Where tensorboard is installed its files lie in the folder too.
+    with null for what is not finite. The console gets every `every`-th step and each validation as a line, and, where
+    it is a terminal, a progress bar with the time left. TensorBoard's files, where it is installed, lie in the folder.
 
     resume_step: the step of the checkpoint that is resumed; later lines of metrics.jsonl are removed, as they will come
     again. Raises InputError where that file is not what this class writes.
