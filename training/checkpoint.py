@@ -16,7 +16,8 @@ _PLAIN = (bool, int, float, str, type(None))
 # Every file that torch.save wrote starts with one of these: a zip archive, or the pickled number of the older layout.
 _FIRST_BYTES = (b"PK\x03\x04", b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19")
 # What reading a damaged file raises: its bytes are taken for a directory, names, numbers and indices.
-_DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError)
+_DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, AssertionError)
+_DAMAGE += (ValueError, LookupError, AttributeError, TypeError)
 
 
 def save(path: str | Path, state: dict) -> None:
@@ -173,5 +174,5 @@ class Signals:
 
     @property
     def exit_status(self) -> int:
-        """130 after Ctrl-C and 143 after SIGTERM, as shells have it; 143 as well on a rank that got no signal itself."""
+        """130 after Ctrl-C and 143 after SIGTERM, as shells have it; 143 too on a rank that got no signal itself."""
         return 128 + (self.received or signal.SIGTERM)

@@ -143,9 +143,9 @@ def gather_with_gradient(x: torch.Tensor) -> torch.Tensor:
     """`gather` through which the gradient flows back: (n_r, ...) -> (sum of n_r, ...).
 
     Backward sums the gradient over the ranks and hands each rank its own rows. With losses as `global_mean` makes them,
-    DistributedDataParallel's average is then the single process's gradient. Where any rank's rows want a gradient, every
-    rank takes part in backward, also one whose rows have no graph (an empty rank's zeros): the result must enter the
-    loss on every rank, if only with a zero.
+    DistributedDataParallel's average is then the single process's gradient. Where any rank's rows want a gradient,
+    every rank takes part in backward, also one whose rows have no graph (an empty rank's zeros): the result must enter
+    the loss on every rank, if only with a zero.
     """
     if not _together():
         return x

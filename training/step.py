@@ -109,7 +109,7 @@ class Stepper:
                 losses = self.losses_of(batch)
             self._check_names(losses)
             enabled = {name: losses[name] for name, weight in self.weights.items() if weight}
-            total = sum(self.weights[name] * loss.float() for name, loss in enabled.items())
+            total = sum(self.weights[name] * _wide(loss) for name, loss in enabled.items())
             if total.requires_grad:
                 self.scaler.scale(total / count).backward()
             elif distributed.world_size() > 1:
@@ -221,6 +221,11 @@ class Stepper:
         self.scaler.load_state_dict(state["scaler"])
         self.steps, self.skipped = state["steps"], state["skipped"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
+
+
+def _wide(loss: torch.Tensor) -> torch.Tensor:
+    """Losses are added in float32 at least."""
+    return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
 
 def module_gradient_norms(model: nn.Module, depth: int = 2) -> dict[str, float | None]:
