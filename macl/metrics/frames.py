@@ -38,7 +38,9 @@ def flatten_values(frames: list[dict], key: str, frame: np.ndarray) -> np.ndarra
 
 def to_array(values) -> np.ndarray:
     """A tensor on any device, an array or a list as a float64 array."""
-    return torch.as_tensor(values).detach().to("cpu", torch.float64).numpy()
+    if isinstance(values, torch.Tensor):
+        return values.detach().to("cpu", torch.float64).numpy()
+    return np.asarray(values, dtype=np.float64)
 
 
 def _array(frame: dict, index: int, key: str) -> np.ndarray:
