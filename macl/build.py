@@ -62,7 +62,7 @@ def build_detector(
     visible_std: tuple[float, ...] = IMAGENET_STD,
     infrared_mean: tuple[float, ...] = IMAGENET_MEAN,
     infrared_std: tuple[float, ...] = IMAGENET_STD,
-    min_size: int | None = None,
+    min_size: int | tuple[int, ...] | None = None,
     max_size: int | None = None,
 ) -> PairedFasterRCNN:
     """The detector out of plain values, which every checkpoint stores and `load_detector` reads back.

@@ -32,9 +32,10 @@ class PairedFasterRCNN(nn.Module):
     """Faster R-CNN with one backbone and neck for both modalities, and the contrastive heads that train them.
 
     modality_dropout: probabilities that the visible, or the infrared, features of a training image are masked before
-    the fusion (never both). min_size, max_size: resize so that the short side is min_size unless the long one would
-    exceed max_size; None leaves the size alone. macl_level: what the contrastive head embeds, "roi", every
-    ground-truth box (pooled to macl_roi_size x macl_roi_size), or "image", the mean over all positions and levels.
+    the fusion (never both). min_size, max_size: resize so that the short side is min_size (of several, a random one in
+    training and the last in evaluation) unless the long one would exceed max_size; None leaves the size alone.
+    macl_level: what the contrastive head embeds, "roi", every ground-truth box (pooled to macl_roi_size x
+    macl_roi_size), or "image", the mean over all positions and levels.
 
     `kwargs` holds the plain values `build_detector` was called with. `monitor` holds what the last training forward
     has to say besides its losses.
@@ -53,7 +54,7 @@ class PairedFasterRCNN(nn.Module):
         macl_roi_size: int = 4,
         modality_dropout: tuple[float, float] = (0.0, 0.0),
         statistics: dict[str, tuple[tuple[float, ...], tuple[float, ...]]],
-        min_size: int | None = None,
+        min_size: int | tuple[int, ...] | None = None,
         max_size: int | None = None,
         kwargs: dict | None = None,
     ):
@@ -64,7 +65,8 @@ class PairedFasterRCNN(nn.Module):
         self.rpn, self.roi_head = rpn, roi_head
         self.macl, self.macl_level, self.macl_roi_size = macl, macl_level, macl_roi_size
         self.modality_dropout = modality_dropout
-        self.min_size, self.max_size = min_size, max_size
+        self.min_sizes = (min_size,) if isinstance(min_size, int) else tuple(min_size or ())
+        self.max_size = max_size
         for modality, (mean, std) in statistics.items():
             # Not in the state dict: they are among the kwargs that rebuild the model.
             self.register_buffer(f"{modality}_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -146,7 +148,8 @@ class PairedFasterRCNN(nn.Module):
         batch.
         """
         original_sizes = [tuple(image.shape[-2:]) for image in next(iter(images.values()))]
-        resized = {name: [self.resize(image) for image in given] for name, given in images.items()}
+        drawn = [self.draw_min_size() for _ in original_sizes]  # the same for both images of a pair
+        resized = {name: [self.resize(*pair) for pair in zip(given, drawn, strict=True)] for name, given in images.items()}
         sizes = [tuple(image.shape[-2:]) for image in next(iter(resized.values()))]
         layout = [(name, len(sizes)) for name in images]
         batch = torch.cat([self.batch(given, name) for name, given in resized.items()])
@@ -155,11 +158,18 @@ class PairedFasterRCNN(nn.Module):
         pyramids = {name: [level[i] for level in split] for i, name in enumerate(images)}
         return Extracted(pyramids, original_sizes, sizes, tuple(batch.shape[-2:]))
 
-    def resize(self, image: Tensor) -> Tensor:
-        if self.min_size is None:
+    def draw_min_size(self) -> int | None:
+        """The short side to resize to: a random one of several in training, the last in evaluation."""
+        if not self.min_sizes:
+            return None
+        which = int(torch.randint(len(self.min_sizes), ())) if self.training and len(self.min_sizes) > 1 else -1
+        return self.min_sizes[which]
+
+    def resize(self, image: Tensor, min_size: int | None) -> Tensor:
+        if min_size is None:
             return image
         height, width = image.shape[-2:]
-        factor = self.min_size / min(height, width)
+        factor = min_size / min(height, width)
         if self.max_size is not None:
             factor = min(factor, self.max_size / max(height, width))
         return F.interpolate(

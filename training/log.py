@@ -70,12 +70,12 @@ class RunLog:
             left = (time.perf_counter() - self._began) / max(1, step - self._first) * (self._total - step)
             self.say(f"step {step}/{self._total}  left {_clock(left)}  {_line(values)}")
 
-    def validation(self, step: int, values: dict) -> None:
-        """Log what validation after `step` steps gave; `values` as for `train`."""
+    def validation(self, step: int, values: dict, text: str | None = None) -> None:
+        """Log what validation after `step` steps gave, `values` as for `train`; the console gets `text` in their place."""
         if self._file is None:
             return
         self._write("validation", step, values)
-        self.say(f"validation after step {step}  {_line(values)}")
+        self.say(f"validation after step {step}  {_line(values) if text is None else text}")
 
     def say(self, text: str) -> None:
         """Print a line on standard output, above the progress bar where there is one."""
