@@ -15,7 +15,6 @@ COLOURS = {"detection": (255, 158, 44), "ground truth": (70, 200, 255), "ignored
 BACKGROUND, TEXT, DIVIDER_COLOUR = (24, 26, 30), (232, 232, 232), (110, 112, 118)
 MIN_SIDE = 384  # smaller images are enlarged by a whole factor until their shorter side reaches it
 DIVIDER = 4  # pixels between the two images
-VISIBLE_COLOUR, INFRARED_COLOUR = "#2a78b8", "#d9552b"
 
 
 def draw_detections(visible, infrared, detections, ground_truth=None, *, min_score=0.3, classes=None) -> Image.Image:
@@ -89,17 +88,8 @@ def tsne_picture(path, visible_embeddings, infrared_embeddings, *, title="", see
     figure = Figure(figsize=(7, 7), layout="constrained")
     axes = figure.add_subplot()
     axes.add_collection(LineCollection(np.stack([visible, infrared], 1), colors="#888888", linewidths=0.6, alpha=0.5))
-    axes.scatter(*visible.T, s=22, color=VISIBLE_COLOUR, edgecolors="white", linewidths=0.4, label="visible", zorder=2)
-    axes.scatter(
-        *infrared.T,
-        s=22,
-        color=INFRARED_COLOUR,
-        edgecolors="white",
-        linewidths=0.4,
-        marker="s",
-        label="infrared",
-        zorder=2,
-    )
+    for name, points, colour, marker in (("visible", visible, "#2a78b8", "o"), ("infrared", infrared, "#d9552b", "s")):
+        axes.scatter(*points.T, s=22, c=colour, marker=marker, edgecolors="white", linewidths=0.4, label=name, zorder=2)
     axes.set(title=title or f"t-SNE of {len(chosen)} pairs", xticks=[], yticks=[])
     axes.legend(loc="best", framealpha=0.9)
     figure.savefig(path, dpi=120)
