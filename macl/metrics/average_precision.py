@@ -4,6 +4,7 @@ import contextlib
 import io
 
 import numpy as np
+import torch
 
 from macl.metrics.frames import check_same_frames, flatten_boxes, flatten_values, to_array
 
@@ -61,7 +62,7 @@ def ignore_all_but(ground_truth: list[dict], keep: list) -> list[dict]:
         ignore = to_array(frame.get("ignore", np.zeros(len(outside)))).reshape(-1) != 0
         if not len(outside) == len(ignore) == len(frame["boxes"]):
             raise ValueError(f"frame {index} has {len(frame['boxes'])} boxes but a mask of {len(outside)}")
-        result.append({**frame, "ignore": ignore | outside})
+        result.append({**frame, "ignore": torch.from_numpy(ignore | outside)})
     return result
 
 

@@ -45,6 +45,9 @@ def test_a_loose_box_counts_up_to_its_overlap():
     result = average_precision([found(loose)], [truth(A)])
     assert result["ap50"] == result["ap75"] == pytest.approx(1)
     assert result["ap"] == result["recall"] == pytest.approx(0.7)
+    looser = [10, 10, 50, 149]  # IoU 0.72: five of them
+    result = average_precision([found(looser)], [truth(A)])
+    assert (result["ap"], result["ap50"], result["ap75"]) == pytest.approx((0.5, 1, 0))
 
 
 def test_ignored_boxes_are_neither_hits_nor_alarms():
