@@ -208,8 +208,8 @@ def _record(args: argparse.Namespace, script: str, folder: Path, resumed: Path |
 
 
 def _versions() -> dict[str, str]:
-    versions = {}
-    for name in ("macl-fgclip", "torch", "torchvision", "triton", "numpy", "pillow"):
+    versions = {"torch": str(torch.__version__)}  # names the CUDA it is built for, as the package does not
+    for name in ("macl-fgclip", "torchvision", "triton", "numpy", "pillow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # triton is not everywhere
             versions[name] = importlib.metadata.version(name)
     return versions
