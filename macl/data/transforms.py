@@ -203,9 +203,11 @@ def _cropped(pair: dict, top: int, left: int, height: int, width: int) -> dict:
 
 
 def _without_vanished(sample: dict) -> dict:
-    """Removes boxes of less than a pixel either way, and all that belongs to them."""
-    boxes = sample["boxes"]
+    """Removes boxes of less than a pixel either way, and all that belongs to them; keeps the others in the image."""
+    height, width = sample["visible"].shape[-2:]
+    boxes = sample["boxes"].clamp(max=torch.tensor([width, height] * 2))  # resizing rounds edges out of the image
     keep = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(dim=1)
+    sample = sample | {"boxes": boxes}
     return sample | {key: sample[key][keep] for key in PER_BOX if key in sample}
 
 
