@@ -54,7 +54,7 @@ LLVIP_RECIPE = dict(
     schedule="multistep", milestones=[8, 11], warmup_steps=500, clip_norm=10.0, ema_decay=0.999,
 )  # fmt: skip
 SYNTHETIC_RECIPE = dict(
-    epochs=8, workers=2, optimizer="adamw", lr=1e-3, lr_base_batch=None, weight_decay=1e-4, schedule="cosine",
+    epochs=6, workers=2, optimizer="adamw", lr=1e-3, lr_base_batch=None, weight_decay=1e-4, schedule="cosine",
     warmup_steps=50, ema_decay=0.99, backbone="resnet18", norm="group", frozen_stages=0, fpn_channels=64, fpn_levels=3,
     anchor_sizes=[16, 32, 64], aspect_ratios=[1.5, 2.5], head_width=256, rpn_pre_nms=[300, 150],
     rpn_post_nms=[150, 75], roi_samples=64, modality_dropout=[0.2, 0.2], macl_weight=0.2, macl_dim=64,
@@ -93,7 +93,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--val-split", choices=("held-out", "test"), default="held-out", help="LLVIP: cameras held out of train, or test"
     )
-    data.add_argument("--synthetic-train", type=positive_int, default=800, metavar="N", help="drawn training pairs")
+    data.add_argument("--synthetic-train", type=positive_int, default=600, metavar="N", help="drawn training pairs")
     data.add_argument("--synthetic-val", type=positive_int, default=250, metavar="N", help="drawn validation pairs")
     data.add_argument(
         "--statistics",

@@ -1,5 +1,6 @@
 """Batches of paired samples: lists, since images of a batch may differ in size until the model pads them."""
 
+import signal
 from collections.abc import Iterable
 
 import torch
@@ -35,5 +36,12 @@ def make_loader(
         collate_fn=collate,
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=workers > 0,
+        worker_init_fn=leave_stopping_to_the_main_process if workers else None,
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def leave_stopping_to_the_main_process(_worker: int) -> None:
+    """Ctrl-C, `timeout` and batch systems signal every process of a run; the loader ends its workers by itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
