@@ -66,7 +66,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The flags, with the defaults of the data set and of the checkpoint that they name."""
     parser = make_parser(__doc__)
     add_shared_flags(parser, SCRIPT, **{k: LLVIP_RECIPE[k] for k in ("epochs", "batch_size", "workers")})
-    add_optimisation_flags(parser, **{k: v for k, v in LLVIP_RECIPE.items() if k not in ("epochs", "batch_size", "workers")})
+    add_optimisation_flags(
+        parser, **{k: v for k, v in LLVIP_RECIPE.items() if k not in ("epochs", "batch_size", "workers")}
+    )
     add_data_flags(parser)
     add_model_flags(parser)
     add_loss_flags(parser)
@@ -91,7 +93,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("which pairs")
     data.add_argument(
-        "--val-split", choices=("held-out", "test"), default="held-out", help="LLVIP: cameras held out of train, or test"
+        "--val-split",
+        choices=("held-out", "test"),
+        default="held-out",
+        help="LLVIP: cameras held out of train, or test",
     )
     data.add_argument("--synthetic-train", type=positive_int, default=600, metavar="N", help="drawn training pairs")
     data.add_argument("--synthetic-val", type=positive_int, default=250, metavar="N", help="drawn validation pairs")
@@ -104,16 +109,24 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     augment = parser.add_argument_group("augmentation: geometry is the same for both images")
     augment.add_argument("--flip", type=fraction, default=0.5, metavar="P", help="probability of a horizontal flip")
     augment.add_argument("--crop", type=fraction, default=0.0, metavar="P", help="probability of a crop")
-    augment.add_argument("--crop-scale", type=fraction, nargs=2, default=[0.6, 1.0], metavar=("LOW", "HIGH"), help="its sides")
+    augment.add_argument(
+        "--crop-scale", type=fraction, nargs=2, default=[0.6, 1.0], metavar=("LOW", "HIGH"), help="its sides"
+    )
     augment.add_argument("--mosaic", type=fraction, default=0.0, metavar="P", help="probability of four pairs in one")
     for name in ("brightness", "contrast", "saturation", "hue"):
         default = 0.0 if name == "hue" else 0.2
         augment.add_argument(f"--{name}", type=fraction, default=default, metavar="X", help=f"{name} jitter of visible")
     augment.add_argument("--gain", type=fraction, default=0.2, metavar="X", help="infrared times 1 +- X")
     augment.add_argument("--offset", type=fraction, default=0.05, metavar="X", help="infrared plus +- X, of 0..1")
-    augment.add_argument("--noise", type=fraction, default=0.02, metavar="X", help="largest noise std on infrared, of 0..1")
-    augment.add_argument("--erase-visible", type=fraction, default=0.0, metavar="P", help="probability of a black patch")
-    augment.add_argument("--erase-infrared", type=fraction, default=0.0, metavar="P", help="probability of a black patch")
+    augment.add_argument(
+        "--noise", type=fraction, default=0.02, metavar="X", help="largest noise std on infrared, of 0..1"
+    )
+    augment.add_argument(
+        "--erase-visible", type=fraction, default=0.0, metavar="P", help="probability of a black patch"
+    )
+    augment.add_argument(
+        "--erase-infrared", type=fraction, default=0.0, metavar="P", help="probability of a black patch"
+    )
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -123,48 +136,95 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--backbone", choices=tuple(BACKBONES), default="resnet50", help="depth of the ResNet")
     norm = "norm layers (group without published weights, frozen_batch with them)"
     model.add_argument("--norm", choices=NORMS, default="group", help=norm)
-    model.add_argument("--norm-eps", type=positive_or_zero, default=1e-5, metavar="X", help="0 for COCO_V1's file of 2019")
-    model.add_argument("--frozen-stages", type=int, choices=range(5), default=0, help="stages never trained, the stem with the first")
+    model.add_argument(
+        "--norm-eps", type=positive_or_zero, default=1e-5, metavar="X", help="0 for COCO_V1's file of 2019"
+    )
+    model.add_argument(
+        "--frozen-stages", type=int, choices=range(5), default=0, help="stages never trained, the stem with the first"
+    )
     model.add_argument("--fpn-channels", type=positive_int, default=256, metavar="N", help="width of neck and RPN")
     model.add_argument("--fpn-levels", type=int, choices=(3, 4, 5, 6), default=5, help="pyramid maps, P2 on")
     model.add_argument("--msp", action=argparse.BooleanOptionalAction, default=True, help="reweight the pyramid")
     model.add_argument("--msp-hidden", type=positive_int, metavar="N", help="hidden width of its attention")
     model.add_argument("--fusion", choices=FUSIONS, default="mean", help="how the two pyramids become one")
-    model.add_argument("--modality-dropout", type=fraction, nargs=2, default=[0.1, 0.1], metavar=("VISIBLE", "INFRARED"), help="probability that training masks that modality of an image")
-    model.add_argument("--min-size", type=int_list, default="480,544,512", metavar="PIXELS", help="short side; of several a random one in training, the last in evaluation")
-    model.add_argument("--max-size", type=positive_int, default=704, metavar="PIXELS", help="longest side after resizing")
-    model.add_argument("--anchor-sizes", type=int_list, default="32,64,128,256,512", metavar="PIXELS", help="one a pyramid map")
-    model.add_argument("--aspect-ratios", type=float_list, default="0.5,1,2", metavar="X", help="height / width of the anchors")
+    model.add_argument(
+        "--modality-dropout",
+        type=fraction,
+        nargs=2,
+        default=[0.1, 0.1],
+        metavar=("VISIBLE", "INFRARED"),
+        help="probability that training masks that modality of an image",
+    )
+    model.add_argument(
+        "--min-size",
+        type=int_list,
+        default="480,544,512",
+        metavar="PIXELS",
+        help="short side; of several a random one in training, the last in evaluation",
+    )
+    model.add_argument(
+        "--max-size", type=positive_int, default=704, metavar="PIXELS", help="longest side after resizing"
+    )
+    model.add_argument(
+        "--anchor-sizes", type=int_list, default="32,64,128,256,512", metavar="PIXELS", help="one a pyramid map"
+    )
+    model.add_argument(
+        "--aspect-ratios", type=float_list, default="0.5,1,2", metavar="X", help="height / width of the anchors"
+    )
     rpn = parser.add_argument_group("region proposals: pairs are (training, evaluation)")
-    rpn.add_argument("--rpn-pre-nms", type=positive_int, nargs=2, default=[2000, 1000], metavar="N", help="kept a map before NMS")
-    rpn.add_argument("--rpn-post-nms", type=positive_int, nargs=2, default=[2000, 1000], metavar="N", help="kept an image after NMS")
+    rpn.add_argument(
+        "--rpn-pre-nms", type=positive_int, nargs=2, default=[2000, 1000], metavar="N", help="kept a map before NMS"
+    )
+    rpn.add_argument(
+        "--rpn-post-nms", type=positive_int, nargs=2, default=[2000, 1000], metavar="N", help="kept an image after NMS"
+    )
     rpn.add_argument("--rpn-samples", type=positive_int, default=256, metavar="N", help="anchors an image in the loss")
-    rpn.add_argument("--rpn-positive-fraction", type=fraction, default=0.5, metavar="X", help="at most so many positive")
+    rpn.add_argument(
+        "--rpn-positive-fraction", type=fraction, default=0.5, metavar="X", help="at most so many positive"
+    )
     head = parser.add_argument_group("detection head")
     head.add_argument("--head-width", type=positive_int, default=1024, metavar="N", help="of its two hidden layers")
-    head.add_argument("--roi-samples", type=positive_int, default=512, metavar="N", help="proposals an image in the loss")
-    head.add_argument("--roi-positive-fraction", type=fraction, default=0.25, metavar="X", help="at most so many positive")
-    head.add_argument("--box-loss", choices=("smooth_l1", "l1", "giou"), default="smooth_l1", help="of the refined boxes")
+    head.add_argument(
+        "--roi-samples", type=positive_int, default=512, metavar="N", help="proposals an image in the loss"
+    )
+    head.add_argument(
+        "--roi-positive-fraction", type=fraction, default=0.25, metavar="X", help="at most so many positive"
+    )
+    head.add_argument(
+        "--box-loss", choices=("smooth_l1", "l1", "giou"), default="smooth_l1", help="of the refined boxes"
+    )
     head.add_argument("--box-beta", type=positive_float, default=1 / 9, metavar="X", help="of smooth_l1")
     head.add_argument("--label-smoothing", type=fraction, default=0.0, metavar="X", help="of the classifier")
     contrast = parser.add_argument_group("contrast between the modalities (MACL)")
-    contrast.add_argument("--macl-level", choices=MACL_LEVELS, default="roi", help="embed each box, each image, or nothing")
-    contrast.add_argument("--macl-hidden", type=int_list, default="256", metavar="N,N", help="hidden widths of the projector")
+    contrast.add_argument(
+        "--macl-level", choices=MACL_LEVELS, default="roi", help="embed each box, each image, or nothing"
+    )
+    contrast.add_argument(
+        "--macl-hidden", type=int_list, default="256", metavar="N,N", help="hidden widths of the projector"
+    )
     contrast.add_argument("--macl-dim", type=positive_int, default=128, metavar="N", help="size of the embedding")
     contrast.add_argument("--macl-norm", choices=PROJECTOR_NORMS, default="layer", help="norm of the projector")
     contrast.add_argument("--macl-norm-groups", type=positive_int, default=32, metavar="N", help="groups of norm group")
     contrast.add_argument("--macl-dropout", type=fraction, default=0.0, metavar="P", help="dropout of the projector")
     contrast.add_argument("--macl-direction", choices=DIRECTIONS, default="both", help="which modality asks")
-    contrast.add_argument("--macl-temperature", type=positive_float, default=0.07, metavar="X", help="initial, 0.01 to 1; learned")
-    contrast.add_argument("--macl-roi-size", type=positive_int, default=4, metavar="N", help="boxes are pooled to N x N")
+    contrast.add_argument(
+        "--macl-temperature", type=positive_float, default=0.07, metavar="X", help="initial, 0.01 to 1; learned"
+    )
+    contrast.add_argument(
+        "--macl-roi-size", type=positive_int, default=4, metavar="N", help="boxes are pooled to N x N"
+    )
 
 
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     losses = parser.add_argument_group("loss weights")
-    losses.add_argument("--rpn-weight", type=non_negative_float, default=1.0, metavar="X", help="both losses of the RPN")
+    losses.add_argument(
+        "--rpn-weight", type=non_negative_float, default=1.0, metavar="X", help="both losses of the RPN"
+    )
     losses.add_argument("--class-weight", type=non_negative_float, default=1.0, metavar="X", help="classification")
     losses.add_argument("--box-weight", type=non_negative_float, default=1.0, metavar="X", help="box regression")
-    losses.add_argument("--macl-weight", type=non_negative_float, default=0.1, metavar="X", help="contrast; 0 builds none")
+    losses.add_argument(
+        "--macl-weight", type=non_negative_float, default=0.1, metavar="X", help="contrast; 0 builds none"
+    )
     run = parser.add_argument_group("validation and speed")
     run.add_argument("--best-by", choices=("ap50", "ap", "r1"), default="ap50", help="which figure chooses best.pt")
     run.add_argument("--validate-every", type=positive_int, default=1, metavar="EPOCHS", help="and after the last")
@@ -184,7 +244,11 @@ def open_data(args: argparse.Namespace):
     if args.data_root is None:
         train = SyntheticPairs(args.synthetic_train, args.seed)
         validation = SyntheticPairs(args.synthetic_val, VALIDATION_SEED + args.seed)
-        return train, validation, [f"training on {train.source} (no --data-root was given)", f"validating on {validation.source}"]
+        return (
+            train,
+            validation,
+            [f"training on {train.source} (no --data-root was given)", f"validating on {validation.source}"],
+        )
     train = LLVIP(args.data_root, "train", classes=args.classes)
     if args.val_split == "test":
         validation = LLVIP(args.data_root, "test", classes=args.classes)
@@ -212,13 +276,17 @@ def build_model(args: argparse.Namespace, train_data) -> tuple[macl.PairedFaster
     if args.statistics == "measured":
         kwargs |= measure_statistics(train_data)
     elif args.statistics == "imagenet":
-        kwargs |= {f"{m}_{k}": v for m in ("visible", "infrared") for k, v in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))}
+        kwargs |= {
+            f"{m}_{k}": v for m in ("visible", "infrared") for k, v in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))
+        }
     try:
         detector = macl.build_detector(**kwargs)
     except ValueError as error:
         raise InputError(f"the detector's flags do not fit together: {error}") from error
     count = sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
-    said = [f"{args.backbone}, {args.norm} norm, {args.fpn_levels} levels of {args.fpn_channels} channels, fusion {args.fusion}: {count / 1e6:.1f} M trainable parameters"]
+    said = [
+        f"{args.backbone}, {args.norm} norm, {args.fpn_levels} levels of {args.fpn_channels} channels, fusion {args.fusion}: {count / 1e6:.1f} M trainable parameters"
+    ]
     if args.init_from is not None and args.resume is None:
         said.append(f"weights of {args.init_from}: {load_initial(detector, args.init_from)}")
     elif args.data_root is not None and args.resume is None:
@@ -235,7 +303,9 @@ def load_initial(detector: macl.PairedFasterRCNN, path: str) -> str:
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"--init-from {path} is a checkpoint of another detector: {first_difference(error)}") from error
+        raise InputError(
+            f"--init-from {path} is a checkpoint of another detector: {first_difference(error)}"
+        ) from error
     return f"all {len(state)} tensors loaded" + ("" if source.get("ema") is None else ", the averaged ones")
 
 
@@ -260,7 +330,9 @@ def loss_weights(args: argparse.Namespace, detector: macl.PairedFasterRCNN) -> d
 def refuse_what_cannot_train(args: argparse.Namespace) -> None:
     world = distributed.world_size()
     if args.macl_weight and args.macl_level == "image" and args.batch_size * world == 1:
-        raise InputError("--macl-level image with one image a step never has a negative: raise --batch-size, or use --macl-level roi")
+        raise InputError(
+            "--macl-level image with one image a step never has a negative: raise --batch-size, or use --macl-level roi"
+        )
     if args.norm == "sync_batch" and world > 1 and args.device == "cpu":
         raise InputError("--norm sync_batch over several processes needs --device cuda")
     if args.best_by == "r1" and (args.macl_weight == 0 or args.macl_level == "none"):
@@ -293,7 +365,11 @@ def validation_text(figures: dict, untrained: float | None) -> str:
     if agreement is None or agreement["r1"] is None:
         return text
     before = "" if untrained is None else f" (untrained {untrained:.3f})"
-    alone = "" if agreement["r1_seen_in_one"] is None else f"; of {agreement['gallery_seen_in_one']} seen in one only, {agreement['r1_seen_in_one']:.3f}"
+    alone = (
+        ""
+        if agreement["r1_seen_in_one"] is None
+        else f"; of {agreement['gallery_seen_in_one']} seen in one only, {agreement['r1_seen_in_one']:.3f}"
+    )
     return (
         f"{text}\ncross-modal retrieval R@1 {agreement['r1']:.3f}{before} among {agreement['gallery']} boxes seen in both{alone}"
         f"\nalignment {agreement['alignment']:.3f}, uniformity {agreement['uniformity']:.3f}, modality gap "
@@ -309,10 +385,14 @@ def draw_validation(folder: Path, epoch: int, data, results: list[dict], classes
         sample, result = data[index], results[index]
         found = next(iter(result["found"].values()))
         images = {name: to_float(sample[name]) for name in ("visible", "infrared")}
-        draw_detections(**images, detections=found, ground_truth=result["truth"], classes=classes).save(pictures / f"validation-{index}.png")
+        draw_detections(**images, detections=found, ground_truth=result["truth"], classes=classes).save(
+            pictures / f"validation-{index}.png"
+        )
     if "embeddings" in results[0]:
         visible, infrared = (torch.cat([result["embeddings"][i] for result in results]) for i in (0, 1))
-        tsne_picture(pictures / f"tsne-{epoch:03d}.png", visible, infrared, title=f"validation boxes after epoch {epoch}")
+        tsne_picture(
+            pictures / f"tsne-{epoch:03d}.png", visible, infrared, title=f"validation boxes after epoch {epoch}"
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -341,7 +421,9 @@ def main(arguments: list[str] | None = None) -> None:
         gain=args.gain, offset=args.offset, noise=args.noise,
         erase_visible=args.erase_visible, erase_infrared=args.erase_infrared,
     )  # fmt: skip
-    loader = make_loader(Augmented(train_data, augmentation, seed=args.seed), sampler, workers=args.workers, device=device)
+    loader = make_loader(
+        Augmented(train_data, augmentation, seed=args.seed), sampler, workers=args.workers, device=device
+    )
 
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     total_steps = args.epochs * steps_per_epoch
@@ -357,7 +439,9 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
 
     def losses_of(batch: dict) -> dict[str, torch.Tensor]:
-        move = {name: [image.to(device, non_blocking=True) for image in batch[name]] for name in ("visible", "infrared")}
+        move = {
+            name: [image.to(device, non_blocking=True) for image in batch[name]] for name in ("visible", "infrared")
+        }
         targets = [{name: value.to(device) for name, value in target.items()} for target in batch["targets"]]
         return model(**move, targets=targets)
 
@@ -382,7 +466,9 @@ def main(arguments: list[str] | None = None) -> None:
     elif detector.macl is not None:
         before, _ = validate(detector, val_data, args, device, modes={})
         untrained = before["alignment"]["r1"]
-        log.validation(0, {"epoch": 0, **before}, "" if untrained is None else f"cross-modal retrieval R@1 {untrained:.3f}")
+        log.validation(
+            0, {"epoch": 0, **before}, "" if untrained is None else f"cross-modal retrieval R@1 {untrained:.3f}"
+        )
 
     def save(name: str) -> None:
         checkpoint.save(folder / name, {
@@ -454,7 +540,9 @@ def check(said: list[str], train_data, val_data, stepper: Stepper, loader, detec
 def restore(state: dict, detector, average, optimizer, schedule, stepper: Stepper, sampler: ResumableSampler) -> None:
     """Put a run back exactly where its checkpoint left it."""
     if state.get("script") != SCRIPT:
-        raise InputError(f"--resume: the checkpoint was written by {state.get('script')}, not by {SCRIPT}; use --init-from")
+        raise InputError(
+            f"--resume: the checkpoint was written by {state.get('script')}, not by {SCRIPT}; use --init-from"
+        )
     if (state["ema"] is None) != (average is None):
         raise InputError("--ema-decay: the checkpoint was trained otherwise; resume with the same")
     try:

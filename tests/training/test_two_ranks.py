@@ -174,31 +174,9 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory) -> list[dict]:
+def seen(tmp_path_factory, two_ranks) -> list[dict]:
     """What both ranks saw."""
-    folder = tmp_path_factory.mktemp("two-ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    root = str(Path(__file__).resolve().parents[2])
-    shared = {**os.environ, "PYTHONPATH": root, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", __file__, str(folder)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(outputs)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return two_ranks(__file__, tmp_path_factory.mktemp("two-ranks"))
 
 
 def single_gradient() -> torch.Tensor:
