@@ -146,6 +146,17 @@ def test_resume_with_another_recipe_is_refused_unless_the_script_allows_it(tmp_p
     assert again == folder
 
 
+def test_resume_auto_starts_again_where_a_run_ended_before_its_first_checkpoint(tmp_path):
+    flags = ("--output", str(tmp_path / "mine"), "--resume", "auto")
+    _, folder = prepare(tmp_path, *flags)
+    args, again = prepare(tmp_path, *flags, "--lr", "0.5")
+    assert again == folder and args.resume is None
+    assert json.loads((folder / "args.json").read_text())["arguments"]["lr"] == 0.5
+    (folder / "args.json").rename(folder / "thesis.txt")
+    with pytest.raises(InputError, match="already holds files"):
+        prepare(tmp_path, *flags)
+
+
 def test_resume_auto_without_a_run_starts_fresh(tmp_path, capsys):
     args, folder = prepare(tmp_path, "--resume", "auto")
     assert args.resume is None and folder.is_dir()
