@@ -156,6 +156,8 @@ def prepare_run(
     """
     resumed = checkpoint.find_resume(args.resume, args.output, script, runs_root)
     again = args.resume == "auto"
+    if args.init_from and args.resume and not again:
+        raise InputError("--init-from: a resumed run has its weights from --resume; give one of the two.")
     folder = distributed.decided_by_main(lambda: _open_folder(args.output, script, resumed, Path(runs_root), again))
     args.resume, args.output = str(resumed) if resumed else None, str(folder)
     distributed.decided_by_main(lambda: _record(args, script, folder, resumed, _MAY_CHANGE | set(may_change)))

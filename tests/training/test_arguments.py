@@ -124,6 +124,8 @@ def test_resume_continues_in_the_folder_of_the_checkpoint(tmp_path):
         assert again == folder and args.resume == str(folder / "last.pt")
     record = json.loads((folder / "args.json").read_text())
     assert record["arguments"]["epochs"] == 12 and len(record["resumed"]) == 4
+    with pytest.raises(InputError, match="--init-from: a resumed run"):
+        prepare(tmp_path, "--resume", str(folder), "--init-from", "other.pt")
     args, elsewhere = prepare(tmp_path, "--resume", str(folder), "--output", str(tmp_path / "copy"))
     assert elsewhere == tmp_path / "copy" and args.resume == str(folder / "last.pt")
     assert len(json.loads((elsewhere / "args.json").read_text())["resumed"]) == 5
