@@ -149,7 +149,8 @@ class Signals:
                     checkpoint.save(...)
                     raise SystemExit(signals.exit_status)
 
-    A second signal stops at once. DataLoader workers forked inside the block inherit the patience.
+    A second signal stops at once. Terminals and schedulers send the signal to DataLoader workers as well, and a worker
+    that dies of it takes the loop with it: give the loader `worker_init_fn=ignore_signals`.
     """
 
     def __init__(self):
@@ -176,3 +177,9 @@ class Signals:
     def exit_status(self) -> int:
         """130 after Ctrl-C and 143 after SIGTERM, as shells have it; 143 too on a rank that got no signal itself."""
         return 128 + (self.received or signal.SIGTERM)
+
+
+def ignore_signals(worker: int) -> None:
+    """For DataLoader's `worker_init_fn`: workers live until their training process lets them go, or is gone itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

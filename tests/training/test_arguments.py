@@ -124,6 +124,8 @@ def test_resume_continues_in_the_folder_of_the_checkpoint(tmp_path):
         assert again == folder and args.resume == str(folder / "last.pt")
     record = json.loads((folder / "args.json").read_text())
     assert record["arguments"]["epochs"] == 12 and len(record["resumed"]) == 4
+    with pytest.raises(InputError, match="--init-from: a resumed run"):
+        prepare(tmp_path, "--resume", str(folder), "--init-from", "other.pt")
     args, elsewhere = prepare(tmp_path, "--resume", str(folder), "--output", str(tmp_path / "copy"))
     assert elsewhere == tmp_path / "copy" and args.resume == str(folder / "last.pt")
     assert len(json.loads((elsewhere / "args.json").read_text())["resumed"]) == 5
@@ -144,6 +146,17 @@ def test_resume_with_another_recipe_is_refused_unless_the_script_allows_it(tmp_p
         prepare(tmp_path, "--lr", "0.1", "--resume", "auto")
     _, again = prepare(tmp_path, "--lr", "0.1", "--resume", "auto", may_change=("lr",))
     assert again == folder
+
+
+def test_resume_auto_starts_again_where_a_run_ended_before_its_first_checkpoint(tmp_path):
+    flags = ("--output", str(tmp_path / "mine"), "--resume", "auto")
+    _, folder = prepare(tmp_path, *flags)
+    args, again = prepare(tmp_path, *flags, "--lr", "0.5")
+    assert again == folder and args.resume is None
+    assert json.loads((folder / "args.json").read_text())["arguments"]["lr"] == 0.5
+    (folder / "args.json").rename(folder / "thesis.txt")
+    with pytest.raises(InputError, match="already holds files"):
+        prepare(tmp_path, *flags)
 
 
 def test_resume_auto_without_a_run_starts_fresh(tmp_path, capsys):

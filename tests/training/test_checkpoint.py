@@ -246,6 +246,23 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not(number, sec
     assert signal.getsignal(number) is before
 
 
+class Killed(Dataset):
+    """Sends its own process the signals that a terminal sends to the whole group."""
+
+    def __getitem__(self, key: tuple[int, int]) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return key[1]
+
+
+def test_loader_workers_outlive_the_signal_so_that_the_step_can_end():
+    sampler = ResumableSampler(3, 1, seed=0, shuffle=False)
+    loader = DataLoader(Killed(), batch_sampler=sampler, num_workers=1, worker_init_fn=checkpoint.ignore_signals)
+    with Signals() as signals:
+        assert [batch.tolist() for batch in loader] == [[0], [1], [2]]
+    assert not signals.stop_requested()
+
+
 def test_ranks_other_than_the_first_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     checkpoint.save(tmp_path / "last.pt", {"step": math.pi})

@@ -47,6 +47,14 @@ def test_resume_cuts_the_log_to_the_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_run_that_starts_again_begins_its_log_anew(tmp_path):
+    for loss in (1.0, 2.0):
+        log = RunLog(tmp_path, total_steps=9, tensorboard=False)
+        log.train(1, {"loss": loss})
+        log.close()
+    assert [line["loss"] for line in lines(tmp_path)] == [2.0]
+
+
 def test_a_log_of_something_else_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhello\n{"step": 2}\n')
     with pytest.raises(InputError, match="metrics.jsonl: line 2 is not a json object"):

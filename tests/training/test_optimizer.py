@@ -75,6 +75,8 @@ def test_optimizers_take_the_groups():
     assert build_optimizer("adamw", groups, beta2=0.98).param_groups[0]["betas"] == (0.9, 0.98)
     with pytest.raises(InputError, match="--optimizer lion"):
         build_optimizer("lion", groups)
+    with pytest.raises(InputError, match="--momentum 1.0"):
+        build_optimizer("adamw", groups, momentum=1.0)
 
 
 def rates(steps: int, kind: str, **options) -> list[float]:

@@ -162,7 +162,7 @@ def test_a_loss_without_a_path_to_the_parameters_may_only_be_0(value):
 
     _, step = make(losses_of, {"square": 1.0, "macl": 1.0})
     if value:
-        with pytest.raises(InputError, match="no path to the parameters"):
+        with pytest.raises(InputError, match="step 1: macl is not 0 but has no path to the parameters"):
             step([batch()])
     else:
         assert step([batch()]).losses["macl"] == 0.0
@@ -214,3 +214,8 @@ def test_counts_and_scaler_resume():
 def test_an_unknown_amp_is_refused():
     with pytest.raises(InputError, match="--amp fp8"):
         make(amp="fp8")
+
+
+def test_weights_of_which_none_counts_are_refused():
+    with pytest.raises(InputError, match="nothing would be learnt"):
+        make(weights={"square": 0.0})
