@@ -12,19 +12,17 @@ Without --data-root the defaults are those of the drawn scenes: small images and
 
 import argparse
 import math
-from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import macl
 from macl.backbone import BACKBONES, NORMS
-from macl.build import IMAGENET_MEAN, IMAGENET_STD, MACL_LEVELS
+from macl.build import IMAGENET_MEAN, IMAGENET_STD, MACL_LEVELS, first_difference, load_initial_weights
 from macl.contrast import DIRECTIONS, PROJECTOR_NORMS
 from macl.data import LLVIP, Augmented, PairedAugmentation, SyntheticPairs, hold_out, make_loader, to_float
-from macl.evaluate import alignment_figures, detection_figures, predict, table
 from macl.fusion import FUSIONS
-from macl.plots import draw_detections, tsne_picture
+from macl.validation import alignment_figures, detection_figures, draw_validation, predict, validation_text
 from macl.weights import has_old_names, read_state
 from training import checkpoint, distributed
 from training.arguments import (
@@ -34,7 +32,6 @@ from training.arguments import (
     int_list,
     make_parser,
     non_negative_float,
-    non_negative_int,
     positive_float,
     positive_int,
     prepare_run,
@@ -90,153 +87,90 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+# fmt: off
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    data = parser.add_argument_group("which pairs")
-    data.add_argument(
-        "--val-split",
-        choices=("held-out", "test"),
-        default="held-out",
-        help="LLVIP: cameras held out of train, or test",
-    )
-    data.add_argument("--synthetic-train", type=positive_int, default=600, metavar="N", help="drawn training pairs")
-    data.add_argument("--synthetic-val", type=positive_int, default=250, metavar="N", help="drawn validation pairs")
-    data.add_argument(
-        "--statistics",
-        choices=("imagenet", "measured", "given"),
-        default="imagenet",
-        help="mean and std of each modality: ImageNet's, measured on 64 training pairs, or the checkpoint's",
-    )
-    augment = parser.add_argument_group("augmentation: geometry is the same for both images")
-    augment.add_argument("--flip", type=fraction, default=0.5, metavar="P", help="probability of a horizontal flip")
-    augment.add_argument("--crop", type=fraction, default=0.0, metavar="P", help="probability of a crop")
-    augment.add_argument(
-        "--crop-scale", type=fraction, nargs=2, default=[0.6, 1.0], metavar=("LOW", "HIGH"), help="its sides"
-    )
-    augment.add_argument("--mosaic", type=fraction, default=0.0, metavar="P", help="probability of four pairs in one")
-    for name in ("brightness", "contrast", "saturation", "hue"):
-        default = 0.0 if name == "hue" else 0.2
-        augment.add_argument(f"--{name}", type=fraction, default=default, metavar="X", help=f"{name} jitter of visible")
-    augment.add_argument("--gain", type=fraction, default=0.2, metavar="X", help="infrared times 1 +- X")
-    augment.add_argument("--offset", type=fraction, default=0.05, metavar="X", help="infrared plus +- X, of 0..1")
-    augment.add_argument(
-        "--noise", type=fraction, default=0.02, metavar="X", help="largest noise std on infrared, of 0..1"
-    )
-    augment.add_argument(
-        "--erase-visible", type=fraction, default=0.0, metavar="P", help="probability of a black patch"
-    )
-    augment.add_argument(
-        "--erase-infrared", type=fraction, default=0.0, metavar="P", help="probability of a black patch"
-    )
+    add = parser.add_argument_group("which pairs").add_argument
+    add("--val-split", choices=("held-out", "test"), default="held-out", help="LLVIP: cameras of train, or test")
+    add("--synthetic-train", type=positive_int, default=600, metavar="N", help="drawn training pairs")
+    add("--synthetic-val", type=positive_int, default=250, metavar="N", help="drawn validation pairs")
+    add("--statistics", choices=("imagenet", "measured", "given"), default="imagenet",
+        help="mean and std of each modality: ImageNet's, measured on 64 training pairs, or the checkpoint's")
+    add = parser.add_argument_group("augmentation: geometry is the same for both images").add_argument
+    add("--flip", type=fraction, default=0.5, metavar="P", help="probability of a horizontal flip")
+    add("--crop", type=fraction, default=0.0, metavar="P", help="probability of a crop")
+    add("--crop-scale", type=fraction, nargs=2, default=[0.6, 1.0], metavar=("LOW", "HIGH"), help="sides of a crop")
+    add("--mosaic", type=fraction, default=0.0, metavar="P", help="probability of four pairs in one")
+    add("--brightness", type=fraction, default=0.2, metavar="X", help="jitter of visible")
+    add("--contrast", type=fraction, default=0.2, metavar="X", help="jitter of visible")
+    add("--saturation", type=fraction, default=0.2, metavar="X", help="jitter of visible")
+    add("--hue", type=fraction, default=0.0, metavar="X", help="jitter of visible, at most 0.5")
+    add("--gain", type=fraction, default=0.2, metavar="X", help="infrared times 1 +- X")
+    add("--offset", type=fraction, default=0.05, metavar="X", help="infrared plus +- X, of 0..1")
+    add("--noise", type=fraction, default=0.02, metavar="X", help="largest standard deviation of noise on infrared")
+    add("--erase-visible", type=fraction, default=0.0, metavar="P", help="probability of a black patch on visible")
+    add("--erase-infrared", type=fraction, default=0.0, metavar="P", help="probability of a black patch on infrared")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Every flag here is the keyword of `macl.build_detector` of the same name."""
-    model = parser.add_argument_group("detector")
-    model.add_argument("--classes", nargs="+", default=["person"], metavar="NAME", help="what to detect")
-    model.add_argument("--backbone", choices=tuple(BACKBONES), default="resnet50", help="depth of the ResNet")
-    norm = "norm layers (group without published weights, frozen_batch with them)"
-    model.add_argument("--norm", choices=NORMS, default="group", help=norm)
-    model.add_argument(
-        "--norm-eps", type=positive_or_zero, default=1e-5, metavar="X", help="0 for COCO_V1's file of 2019"
-    )
-    model.add_argument(
-        "--frozen-stages", type=int, choices=range(5), default=0, help="stages never trained, the stem with the first"
-    )
-    model.add_argument("--fpn-channels", type=positive_int, default=256, metavar="N", help="width of neck and RPN")
-    model.add_argument("--fpn-levels", type=int, choices=(3, 4, 5, 6), default=5, help="pyramid maps, P2 on")
-    model.add_argument("--msp", action=argparse.BooleanOptionalAction, default=True, help="reweight the pyramid")
-    model.add_argument("--msp-hidden", type=positive_int, metavar="N", help="hidden width of its attention")
-    model.add_argument("--fusion", choices=FUSIONS, default="mean", help="how the two pyramids become one")
-    model.add_argument(
-        "--modality-dropout",
-        type=fraction,
-        nargs=2,
-        default=[0.1, 0.1],
-        metavar=("VISIBLE", "INFRARED"),
-        help="probability that training masks that modality of an image",
-    )
-    model.add_argument(
-        "--min-size",
-        type=int_list,
-        default="480,544,512",
-        metavar="PIXELS",
-        help="short side; of several a random one in training, the last in evaluation",
-    )
-    model.add_argument(
-        "--max-size", type=positive_int, default=704, metavar="PIXELS", help="longest side after resizing"
-    )
-    model.add_argument(
-        "--anchor-sizes", type=int_list, default="32,64,128,256,512", metavar="PIXELS", help="one a pyramid map"
-    )
-    model.add_argument(
-        "--aspect-ratios", type=float_list, default="0.5,1,2", metavar="X", help="height / width of the anchors"
-    )
-    rpn = parser.add_argument_group("region proposals: pairs are (training, evaluation)")
-    rpn.add_argument(
-        "--rpn-pre-nms", type=positive_int, nargs=2, default=[2000, 1000], metavar="N", help="kept a map before NMS"
-    )
-    rpn.add_argument(
-        "--rpn-post-nms", type=positive_int, nargs=2, default=[2000, 1000], metavar="N", help="kept an image after NMS"
-    )
-    rpn.add_argument("--rpn-samples", type=positive_int, default=256, metavar="N", help="anchors an image in the loss")
-    rpn.add_argument(
-        "--rpn-positive-fraction", type=fraction, default=0.5, metavar="X", help="at most so many positive"
-    )
-    head = parser.add_argument_group("detection head")
-    head.add_argument("--head-width", type=positive_int, default=1024, metavar="N", help="of its two hidden layers")
-    head.add_argument(
-        "--roi-samples", type=positive_int, default=512, metavar="N", help="proposals an image in the loss"
-    )
-    head.add_argument(
-        "--roi-positive-fraction", type=fraction, default=0.25, metavar="X", help="at most so many positive"
-    )
-    head.add_argument(
-        "--box-loss", choices=("smooth_l1", "l1", "giou"), default="smooth_l1", help="of the refined boxes"
-    )
-    head.add_argument("--box-beta", type=positive_float, default=1 / 9, metavar="X", help="of smooth_l1")
-    head.add_argument("--label-smoothing", type=fraction, default=0.0, metavar="X", help="of the classifier")
-    contrast = parser.add_argument_group("contrast between the modalities (MACL)")
-    contrast.add_argument(
-        "--macl-level", choices=MACL_LEVELS, default="roi", help="embed each box, each image, or nothing"
-    )
-    contrast.add_argument(
-        "--macl-hidden", type=int_list, default="256", metavar="N,N", help="hidden widths of the projector"
-    )
-    contrast.add_argument("--macl-dim", type=positive_int, default=128, metavar="N", help="size of the embedding")
-    contrast.add_argument("--macl-norm", choices=PROJECTOR_NORMS, default="layer", help="norm of the projector")
-    contrast.add_argument("--macl-norm-groups", type=positive_int, default=32, metavar="N", help="groups of norm group")
-    contrast.add_argument("--macl-dropout", type=fraction, default=0.0, metavar="P", help="dropout of the projector")
-    contrast.add_argument("--macl-direction", choices=DIRECTIONS, default="both", help="which modality asks")
-    contrast.add_argument(
-        "--macl-temperature", type=positive_float, default=0.07, metavar="X", help="initial, 0.01 to 1; learned"
-    )
-    contrast.add_argument(
-        "--macl-roi-size", type=positive_int, default=4, metavar="N", help="boxes are pooled to N x N"
-    )
+    add = parser.add_argument_group("detector").add_argument
+    add("--classes", nargs="+", default=["person"], metavar="NAME", help="what to detect")
+    add("--backbone", choices=tuple(BACKBONES), default="resnet50", help="depth of the ResNet")
+    add("--norm", choices=NORMS, default="group", help="norm layers; frozen_batch with published weights")
+    add("--norm-eps", type=non_negative_float, default=1e-5, metavar="X", help="0 with torchvision's COCO file of 2019")
+    add("--frozen-stages", type=int, choices=range(5), default=0, help="stages never trained, the stem with the first")
+    add("--fpn-channels", type=positive_int, default=256, metavar="N", help="width of neck and RPN")
+    add("--fpn-levels", type=int, choices=(3, 4, 5, 6), default=5, help="pyramid maps, from P2 on")
+    add("--msp", action=argparse.BooleanOptionalAction, default=True, help="multi-scale pyramid reweighting")
+    add("--msp-hidden", type=positive_int, metavar="N", help="hidden width of its attention")
+    add("--fusion", choices=FUSIONS, default="mean", help="how two pyramids become one")
+    add("--modality-dropout", type=fraction, nargs=2, default=[0.1, 0.1], metavar=("VISIBLE", "INFRARED"),
+        help="probability that a modality of a training image is masked")
+    add("--min-size", type=int_list, default="480,544,512", metavar="PIXELS",
+        help="short side; of several a random one in training and the last in evaluation")
+    add("--max-size", type=positive_int, default=704, metavar="PIXELS", help="longest side after resizing")
+    add("--anchor-sizes", type=int_list, default="32,64,128,256,512", metavar="PIXELS", help="one a pyramid map")
+    add("--aspect-ratios", type=float_list, default="0.5,1,2", metavar="X,X", help="height / width of the anchors")
+    add = parser.add_argument_group("region proposals: two numbers are for training and evaluation").add_argument
+    add("--rpn-pre-nms", type=positive_int, nargs=2, default=[2000, 1000], metavar="N", help="kept a map before NMS")
+    add("--rpn-post-nms", type=positive_int, nargs=2, default=[2000, 1000], metavar="N", help="kept an image after it")
+    add("--rpn-samples", type=positive_int, default=256, metavar="N", help="anchors an image in the loss")
+    add("--rpn-positive-fraction", type=fraction, default=0.5, metavar="X", help="at most so many positive")
+    add = parser.add_argument_group("detection head").add_argument
+    add("--head-width", type=positive_int, default=1024, metavar="N", help="of its two hidden layers")
+    add("--roi-samples", type=positive_int, default=512, metavar="N", help="proposals an image in the loss")
+    add("--roi-positive-fraction", type=fraction, default=0.25, metavar="X", help="at most so many positive")
+    add("--box-loss", choices=("smooth_l1", "l1", "giou"), default="smooth_l1", help="of the refined boxes")
+    add("--box-beta", type=positive_float, default=1 / 9, metavar="X", help="of smooth_l1")
+    add("--label-smoothing", type=fraction, default=0.0, metavar="X", help="of the classifier")
+    add = parser.add_argument_group("contrast between the modalities (MACL)").add_argument
+    add("--macl-level", choices=MACL_LEVELS, default="roi", help="embed each box, each image, or nothing")
+    add("--macl-hidden", type=int_list, default="256", metavar="N,N", help="hidden widths of the projector")
+    add("--macl-dim", type=positive_int, default=128, metavar="N", help="size of the embedding")
+    add("--macl-norm", choices=PROJECTOR_NORMS, default="layer", help="norm of the projector")
+    add("--macl-norm-groups", type=positive_int, default=32, metavar="N", help="groups of norm group")
+    add("--macl-dropout", type=fraction, default=0.0, metavar="P", help="dropout of the projector")
+    add("--macl-direction", choices=DIRECTIONS, default="both", help="which modality asks")
+    add("--macl-temperature", type=positive_float, default=0.07, metavar="X", help="initial, 0.01 to 1; learned")
+    add("--macl-roi-size", type=positive_int, default=4, metavar="N", help="boxes are pooled to N x N")
 
 
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
-    losses = parser.add_argument_group("loss weights")
-    losses.add_argument(
-        "--rpn-weight", type=non_negative_float, default=1.0, metavar="X", help="both losses of the RPN"
-    )
-    losses.add_argument("--class-weight", type=non_negative_float, default=1.0, metavar="X", help="classification")
-    losses.add_argument("--box-weight", type=non_negative_float, default=1.0, metavar="X", help="box regression")
-    losses.add_argument(
-        "--macl-weight", type=non_negative_float, default=0.1, metavar="X", help="contrast; 0 builds none"
-    )
-    run = parser.add_argument_group("validation and speed")
-    run.add_argument("--best-by", choices=("ap50", "ap", "r1"), default="ap50", help="which figure chooses best.pt")
-    run.add_argument("--validate-every", type=positive_int, default=1, metavar="EPOCHS", help="and after the last")
-    run.add_argument("--log-every", type=positive_int, default=20, metavar="STEPS", help="steps between printed lines")
-    run.add_argument("--compile", action="store_true", help="torch.compile the backbone and the neck")
+    add = parser.add_argument_group("loss weights").add_argument
+    add("--rpn-weight", type=non_negative_float, default=1.0, metavar="X", help="both losses of the RPN")
+    add("--class-weight", type=non_negative_float, default=1.0, metavar="X", help="classification")
+    add("--box-weight", type=non_negative_float, default=1.0, metavar="X", help="box regression")
+    add("--macl-weight", type=non_negative_float, default=0.1, metavar="X", help="contrast; 0 builds no head for it")
+    add = parser.add_argument_group("validation and speed").add_argument
+    add("--best-by", choices=("ap50", "ap", "r1"), default="ap50", help="which figure chooses best.pt")
+    add("--validate-every", type=positive_int, default=1, metavar="EPOCHS", help="and after the last")
+    add("--log-every", type=positive_int, default=20, metavar="STEPS", help="steps between printed lines")
+    add("--compile", action="store_true", help="torch.compile the backbone and the neck")
+# fmt: on
 
 
 def float_list(text: str) -> list[float]:
     return [positive_float(part) for part in text.split(",")]
-
-
-positive_or_zero = non_negative_float
 
 
 def open_data(args: argparse.Namespace):
@@ -285,33 +219,14 @@ def build_model(args: argparse.Namespace, train_data) -> tuple[macl.PairedFaster
         raise InputError(f"the detector's flags do not fit together: {error}") from error
     count = sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
     said = [
-        f"{args.backbone}, {args.norm} norm, {args.fpn_levels} levels of {args.fpn_channels} channels, fusion {args.fusion}: {count / 1e6:.1f} M trainable parameters"
+        f"{args.backbone}, {args.norm} norm, {args.fpn_levels} levels of {args.fpn_channels} channels, "
+        f"fusion {args.fusion}: {count / 1e6:.1f} M trainable parameters"
     ]
-    if args.init_from is not None and args.resume is None:
-        said.append(f"weights of {args.init_from}: {load_initial(detector, args.init_from)}")
-    elif args.data_root is not None and args.resume is None:
+    if args.init_from is not None:
+        said.append(f"weights of {args.init_from}: {load_initial_weights(detector, args.init_from)}")
+    elif args.data_root is not None:
         said.append("training from random weights; --init-from takes torchvision's COCO or ImageNet files")
     return detector, said
-
-
-def load_initial(detector: macl.PairedFasterRCNN, path: str) -> str:
-    """A run's checkpoint (its averaged weights where it has them) must fit whole; published weights where they fit."""
-    source = read_state(path)
-    if "model_kwargs" not in source:
-        return str(macl.load_torchvision_weights(detector, source))
-    state = source["model"] if source.get("ema") is None else source["ema"]
-    try:
-        detector.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(
-            f"--init-from {path} is a checkpoint of another detector: {first_difference(error)}"
-        ) from error
-    return f"all {len(state)} tensors loaded" + ("" if source.get("ema") is None else ", the averaged ones")
-
-
-def first_difference(error: RuntimeError) -> str:
-    lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-    return lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")
 
 
 def loss_weights(args: argparse.Namespace, detector: macl.PairedFasterRCNN) -> dict[str, float]:
@@ -359,54 +274,17 @@ def best_figure(figures: dict, by: str) -> float:
     return -1.0 if value is None else value
 
 
-def validation_text(figures: dict, untrained: float | None) -> str:
-    text = "\n" + table({mode: values for mode, values in figures.items() if mode != "alignment"})
-    agreement = figures["alignment"]
-    if agreement is None or agreement["r1"] is None:
-        return text
-    before = "" if untrained is None else f" (untrained {untrained:.3f})"
-    alone = (
-        ""
-        if agreement["r1_seen_in_one"] is None
-        else f"; of {agreement['gallery_seen_in_one']} seen in one only, {agreement['r1_seen_in_one']:.3f}"
-    )
-    return (
-        f"{text}\ncross-modal retrieval R@1 {agreement['r1']:.3f}{before} among {agreement['gallery']} boxes seen in both{alone}"
-        f"\nalignment {agreement['alignment']:.3f}, uniformity {agreement['uniformity']:.3f}, modality gap "
-        f"{agreement['modality_gap']:.3f}, distance ratio {agreement['distance_ratio']:.3f}"
-    )
-
-
-def draw_validation(folder: Path, epoch: int, data, results: list[dict], classes: list[str], count: int = 6) -> None:
-    """A few validation pairs with what was found, and, with the viz extra, the embeddings under t-SNE."""
-    pictures = folder / "pictures"
-    pictures.mkdir(exist_ok=True)
-    for index in range(0, len(results), max(1, math.ceil(len(results) / count))):
-        sample, result = data[index], results[index]
-        found = next(iter(result["found"].values()))
-        images = {name: to_float(sample[name]) for name in ("visible", "infrared")}
-        draw_detections(**images, detections=found, ground_truth=result["truth"], classes=classes).save(
-            pictures / f"validation-{index}.png"
-        )
-    if "embeddings" in results[0]:
-        visible, infrared = (torch.cat([result["embeddings"][i] for result in results]) for i in (0, 1))
-        tsne_picture(
-            pictures / f"tsne-{epoch:03d}.png", visible, infrared, title=f"validation boxes after epoch {epoch}"
-        )
-
-
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     device = distributed.start(args.device)
     refuse_what_cannot_train(args)
     train_data, val_data, said = open_data(args)
-    resumed = None
-    if not args.check:
-        folder = prepare_run(args, SCRIPT)
-        resumed = checkpoint.load(args.resume) if args.resume else None
-
     torch.manual_seed(args.seed)
     detector, about_model = build_model(args, train_data)
+    resumed = None
+    if not args.check:  # the folder comes last, so that bad input leaves none behind
+        folder = prepare_run(args, SCRIPT, may_change=("log_every", "validate_every", "best_by"))
+        resumed = checkpoint.load(args.resume) if args.resume else None
     detector = detector.to(device)
     if args.compile:
         detector.backbone.compile()
@@ -422,8 +300,9 @@ def main(arguments: list[str] | None = None) -> None:
         erase_visible=args.erase_visible, erase_infrared=args.erase_infrared,
     )  # fmt: skip
     loader = make_loader(
-        Augmented(train_data, augmentation, seed=args.seed), sampler, workers=args.workers, device=device
-    )
+        Augmented(train_data, augmentation, seed=args.seed), sampler,
+        workers=args.workers, device=device, worker_init_fn=checkpoint.ignore_signals,
+    )  # fmt: skip
 
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     total_steps = args.epochs * steps_per_epoch
@@ -446,8 +325,9 @@ def main(arguments: list[str] | None = None) -> None:
         return model(**move, targets=targets)
 
     stepper = Stepper(
-        model, optimizer, losses_of=losses_of, weights=loss_weights(args, detector), describe=lambda batch: batch["path"],
-        device=device, schedule=schedule, average=average, amp=args.amp, clip_norm=args.clip_norm,
+        model, optimizer, losses_of=losses_of, weights=loss_weights(args, detector),
+        describe=lambda batch: batch["path"], device=device, schedule=schedule, average=average, amp=args.amp,
+        clip_norm=args.clip_norm,
     )  # fmt: skip
     torch.manual_seed(args.seed * 1000 + distributed.rank())  # each process samples its own RoIs
     best, untrained = -math.inf, None
@@ -471,6 +351,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
     def save(name: str) -> None:
+        rng = distributed.gather_objects(checkpoint.rng_state())
         checkpoint.save(folder / name, {
             "script": SCRIPT, "model_kwargs": detector.kwargs, "model": detector.state_dict(),
             "ema": None if average is None else average.module.state_dict(),
@@ -483,19 +364,21 @@ def main(arguments: list[str] | None = None) -> None:
     with checkpoint.Signals() as signals:
         for epoch in range(sampler.epoch, args.epochs):
             sampler.set_epoch(epoch)
+            done = False
             for batches in micro_batches(loader, args.accumulate) if len(sampler) else ():
                 result = stepper(batches)
                 sampler.advance(len(batches))
                 images = sum(len(batch["path"]) for batch in batches) * distributed.world_size()
-                log.train(stepper.steps, {
-                    "epoch": epoch + 1, "loss": result.total, **result.losses, "lr": result.lr,
-                    "grad_norm": result.grad_norm, **{name: value.item() for name, value in detector.monitor.items()},
-                    "images_per_second": throughput.update(images), "memory_gib": peak_memory(device),
-                })  # fmt: skip
+                if not result.skipped:
+                    log.train(stepper.steps, {
+                        "epoch": epoch + 1, "loss": result.total, **result.losses, "lr": result.lr,
+                        "grad_norm": result.grad_norm,
+                        **{name: value.item() for name, value in detector.monitor.items()},
+                        "images_per_second": throughput.update(images), "memory_gib": peak_memory(device),
+                    })  # fmt: skip
                 stop = signals.stop_requested()
                 done = args.max_steps is not None and stepper.steps >= args.max_steps
-                if stop or done or stepper.steps % args.save_every == 0:
-                    rng = distributed.gather_objects(checkpoint.rng_state())
+                if stop or stepper.steps % args.save_every == 0:
                     save("last.pt")
                 if stop:
                     log.say(f"stopped at step {stepper.steps}; go on with --resume {folder}")
@@ -503,23 +386,23 @@ def main(arguments: list[str] | None = None) -> None:
                     raise SystemExit(signals.exit_status)
                 if done:
                     break
-            finished = stepper.steps >= (args.max_steps or math.inf) or epoch + 1 == args.epochs
-            if (epoch + 1) % args.validate_every == 0 or finished:
+            last = done or epoch + 1 == args.epochs
+            if last or (epoch + 1) % args.validate_every == 0:
                 figures, results = validate(detector if average is None else average.module, val_data, args, device)
                 log.validation(stepper.steps, {"epoch": epoch + 1, **figures}, validation_text(figures, untrained))
-                if distributed.is_main() and results:
+                if distributed.is_main():
                     draw_validation(folder, epoch + 1, val_data, results, args.classes)
-                rng = distributed.gather_objects(checkpoint.rng_state())
                 if best_figure(figures, args.best_by) > best:
                     best = best_figure(figures, args.best_by)
                     save("best.pt")
                     log.say(f"best {args.best_by} so far: {best:.4f}, kept in {folder / 'best.pt'}")
                 throughput.restart()
-            rng = distributed.gather_objects(checkpoint.rng_state())
+            if len(sampler) == 0:
+                sampler.set_epoch(epoch + 1)  # a run resumed here goes straight on
             save("last.pt")
             if args.keep_every and (epoch + 1) % args.keep_every == 0:
                 save(f"epoch-{epoch + 1}.pt")
-            if finished:
+            if last:
                 break
     log.close()
     distributed.stop()

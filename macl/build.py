@@ -14,7 +14,7 @@ from macl.fusion import Fusion
 from macl.msp import MSPReweight
 from macl.roi_head import RoIHead
 from macl.rpn import RPN, RPNHead
-from macl.weights import read_state
+from macl.weights import load_torchvision_weights, read_state
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MACL_LEVELS = ("roi", "image", "none")
@@ -157,5 +157,29 @@ def load_detector(path: str | Path, *, weights: str = "ema") -> PairedFasterRCNN
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"the weights in {path} do not fit its own model_kwargs: {error}") from error
+        raise InputError(f"the weights in {path} do not fit its own model_kwargs: {first_difference(error)}") from error
     return detector.eval()
+
+
+def load_initial_weights(detector: PairedFasterRCNN, path: str | Path) -> str:
+    """Start a detector from a training checkpoint, which must fit whole, or from published weights, where they fit.
+
+    They are told apart by their keys; a checkpoint's averaged weights are taken where it has them. -> what was loaded,
+    for people. Raises InputError for a checkpoint of another architecture.
+    """
+    source = read_state(path)
+    if "model_kwargs" not in source:
+        return str(load_torchvision_weights(detector, source))
+    averaged = source.get("ema") is not None
+    state = source["ema"] if averaged else source["model"]
+    try:
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{path} is a checkpoint of another detector: {first_difference(error)}") from error
+    return f"all {len(state)} tensors loaded" + (", the averaged ones" if averaged else "")
+
+
+def first_difference(error: Exception) -> str:
+    """The first of the differences that `load_state_dict` lists over many lines."""
+    lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+    return lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")

@@ -149,7 +149,9 @@ class PairedFasterRCNN(nn.Module):
         """
         original_sizes = [tuple(image.shape[-2:]) for image in next(iter(images.values()))]
         drawn = [self.draw_min_size() for _ in original_sizes]  # the same for both images of a pair
-        resized = {name: [self.resize(*pair) for pair in zip(given, drawn, strict=True)] for name, given in images.items()}
+        resized = {
+            name: [self.resize(*pair) for pair in zip(given, drawn, strict=True)] for name, given in images.items()
+        }
         sizes = [tuple(image.shape[-2:]) for image in next(iter(resized.values()))]
         layout = [(name, len(sizes)) for name in images]
         batch = torch.cat([self.batch(given, name) for name, given in resized.items()])

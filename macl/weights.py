@@ -122,10 +122,9 @@ def modality_copy(key: str, modality: str) -> str:
 def source_tensors(state: dict[str, Tensor], classes: list[str], report: LoadReport) -> dict[str, Tensor]:
     """The source's tensors under our names, class rows chosen; what has no place goes into the report."""
     tensors = {}
-    if all(IMAGENET_KEY.match(key) for key in state):
-        state = {f"backbone.body.{key}": value for key, value in state.items()}
+    imagenet = all(IMAGENET_KEY.match(key) for key in state)
     for original, tensor in state.items():
-        key = original
+        key = f"backbone.body.{original}" if imagenet else original
         for pattern, replacement in RENAMES:
             key = re.sub(pattern, replacement, key)
         if key.startswith("backbone.fc."):

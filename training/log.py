@@ -71,7 +71,7 @@ class RunLog:
             self.say(f"step {step}/{self._total}  left {_clock(left)}  {_line(values)}")
 
     def validation(self, step: int, values: dict, text: str | None = None) -> None:
-        """Log what validation after `step` steps gave, `values` as for `train`; the console gets `text` in their place."""
+        """Log what validation after `step` steps gave, `values` as for `train`; the console gets `text` instead."""
         if self._file is None:
             return
         self._write("validation", step, values)

@@ -1,7 +1,6 @@
 """Batches of paired samples: lists, since images of a batch may differ in size until the model pads them."""
 
-import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -22,7 +21,12 @@ def collate(samples: list[dict]) -> dict:
 
 
 def make_loader(
-    dataset: Dataset, batches: Iterable[list], *, workers: int = 0, device: torch.device | str = "cpu"
+    dataset: Dataset,
+    batches: Iterable[list],
+    *,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    worker_init_fn: Callable[[int], None] | None = None,
 ) -> DataLoader:
     """Loads `batches`, lists of the data set's keys, in `workers` processes that live as long as the loader.
 
@@ -36,12 +40,6 @@ def make_loader(
         collate_fn=collate,
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=leave_stopping_to_the_main_process if workers else None,
+        worker_init_fn=worker_init_fn,
         generator=torch.Generator().manual_seed(0),
     )
-
-
-def leave_stopping_to_the_main_process(_worker: int) -> None:
-    """Ctrl-C, `timeout` and batch systems signal every process of a run; the loader ends its workers by itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

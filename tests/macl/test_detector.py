@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import macl
-from macl.boxes import BETWEEN, BELOW, match
+from macl.boxes import BELOW, BETWEEN, match
 from macl.fusion import FUSIONS, Fusion
 
 DETECTION_LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}

@@ -1,4 +1,4 @@
-"""Two processes train as one does on their images together: the same losses and gradients, however the boxes are shared."""
+"""Two processes train as one does on their images together, however the boxes are shared among them."""
 
 import sys
 from pathlib import Path

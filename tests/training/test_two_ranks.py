@@ -1,9 +1,6 @@
 """Two gloo processes against one: this file starts itself twice, each process writes what it saw, the tests compare."""
 
-import os
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
