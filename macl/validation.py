@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -145,22 +146,19 @@ def table(figures: dict[str, dict]) -> str:
 
 
 def validation_text(figures: dict, untrained: float | None) -> str:
-    text = "\n" + table({mode: values for mode, values in figures.items() if mode != "alignment"})
+    """The figures of `detection_figures` and, under "alignment", of `alignment_figures`, for people."""
+    lines = ["", table({mode: values for mode, values in figures.items() if mode != "alignment"})]
     agreement = figures["alignment"]
-    if agreement is None or agreement["r1"] is None:
-        return text
-    before = "" if untrained is None else f" (untrained {untrained:.3f})"
-    alone = (
-        ""
-        if agreement["r1_seen_in_one"] is None
-        else f"; of {agreement['gallery_seen_in_one']} seen in one only, {agreement['r1_seen_in_one']:.3f}"
-    )
-    return (
-        f"{text}\ncross-modal retrieval R@1 {agreement['r1']:.3f}{before} among {agreement['gallery']} boxes "
-        f"seen in both{alone}"
-        f"\nalignment {agreement['alignment']:.3f}, uniformity {agreement['uniformity']:.3f}, modality gap "
-        f"{agreement['modality_gap']:.3f}, distance ratio {agreement['distance_ratio']:.3f}"
-    )
+    if agreement is not None and agreement["r1"] is not None:
+        recall = f"cross-modal retrieval R@1 {agreement['r1']:.3f}"
+        recall += "" if untrained is None else f" (untrained {untrained:.3f})"
+        recall += f" among {agreement['gallery']} boxes seen in both"
+        if agreement["r1_seen_in_one"] is not None:
+            recall += f"; of {agreement['gallery_seen_in_one']} seen in one only {agreement['r1_seen_in_one']:.3f}"
+        names = ("alignment", "uniformity", "modality_gap", "distance_ratio")
+        known = [(name.replace("_", " "), agreement[name]) for name in names if agreement[name] is not None]
+        lines += [recall, ", ".join(f"{name} {value:.3f}" for name, value in known)]
+    return "\n".join(lines)
 
 
 def draw_validation(folder: Path, epoch: int, data, results: list[dict], classes: list[str], count: int = 6) -> None:
@@ -174,7 +172,7 @@ def draw_validation(folder: Path, epoch: int, data, results: list[dict], classes
         draw_detections(**images, detections=found, ground_truth=result["truth"], classes=classes).save(
             pictures / f"validation-{index}.png"
         )
-    if "embeddings" in results[0]:
+    if "embeddings" in results[0] and find_spec("matplotlib") and find_spec("sklearn"):
         visible, infrared = (torch.cat([result["embeddings"][i] for result in results]) for i in (0, 1))
         tsne_picture(
             pictures / f"tsne-{epoch:03d}.png", visible, infrared, title=f"validation boxes after epoch {epoch}"
