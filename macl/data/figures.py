@@ -4,6 +4,7 @@ Coordinates of a shape are in units of its height: x from its centre line, y up 
 arithmetic is used (no sin, exp or sums whose order may change), so that the same draws give the same pixels everywhere.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +16,16 @@ MATERIALS = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """capsules: (K, 6) float64; materials: (K,) intp; square: the capsules' ends and sides are square, not round."""
+    """What rasterise needs of K capsules, in float32."""
 
-    capsules: np.ndarray
-    materials: np.ndarray
-    square: bool
+    start: np.ndarray  # (2, K, 1, 1), x and y of one end
+    along: np.ndarray  # (2, K, 1, 1), from there to the other end
+    towards: np.ndarray  # (2, K, 1, 1), along divided by its squared length
+    radius: np.ndarray  # (K, 1, 1), at the start
+    widening: np.ndarray  # (K, 1, 1), how much larger the radius is at the other end
+    materials: np.ndarray  # (K,) intp
+    square: bool  # ends and sides are square instead of round
+    extent: tuple[float, float, float, float]  # left, right, bottom, top
 
 
 @dataclass(frozen=True)
@@ -146,26 +152,20 @@ def rasterise(shape: Shape, *, foot: tuple[float, float], height: float, canvas:
     Coverage falls from 1 to 0 over the pixel that the outline crosses. The patch may be empty when the shape stands
     outside the canvas.
     """
-    capsules = (shape.capsules * height).astype(np.float32)
-    x0, y0 = foot[0] + capsules[:, 0], foot[1] - capsules[:, 1]
-    x1, y1 = foot[0] + capsules[:, 2], foot[1] - capsules[:, 3]
-    r0, r1 = capsules[:, 4], capsules[:, 5]
-    columns = _span(np.minimum(x0 - r0, x1 - r1), np.maximum(x0 + r0, x1 + r1), canvas[1])
-    rows = _span(np.minimum(y0 - r0, y1 - r1), np.maximum(y0 + r0, y1 + r1), canvas[0])
-    x = np.arange(columns.start, columns.stop, dtype=np.float32)[None, None, :] + np.float32(0.5)
-    y = np.arange(rows.start, rows.stop, dtype=np.float32)[None, :, None] + np.float32(0.5)
-
-    def each(values: np.ndarray) -> np.ndarray:
-        return values.astype(np.float32)[:, None, None]  # (K, 1, 1)
+    left, right, bottom, top = shape.extent
+    columns = _span(foot[0] + left * height, foot[0] + right * height, canvas[1])
+    rows = _span(foot[1] - top * height, foot[1] - bottom * height, canvas[0])
+    x = (np.arange(columns.start, columns.stop) + (0.5 - foot[0])) / height
+    y = (np.arange(rows.start, rows.stop) + (0.5 - foot[1])) / -height
+    from_x = x.astype(np.float32) - shape.start[0]  # (K, 1, w)
+    from_y = y.astype(np.float32)[:, None] - shape.start[1]  # (K, h, 1)
 
     # Distance to the nearest point of each capsule's axis, against the radius there; in place, as this is most of the
     # time of drawing a scene.
-    from_x, from_y, along_x, along_y = x - each(x0), y - each(y0), each(x1 - x0), each(y1 - y0)
-    inverse = 1 / np.maximum(along_x * along_x + along_y * along_y, np.float32(1e-6))
-    position = from_x * (along_x * inverse) + from_y * (along_y * inverse)  # (K, h, w)
+    position = from_x * shape.towards[0] + from_y * shape.towards[1]  # (K, h, w), 0 at the start, 1 at the other end
     np.maximum(position, 0, out=position)
     np.minimum(position, 1, out=position)
-    across, down = position * along_x, position * along_y
+    across, down = position * shape.along[0], position * shape.along[1]
     np.subtract(from_x, across, out=across)
     np.subtract(from_y, down, out=down)
     if shape.square:
@@ -175,18 +175,33 @@ def rasterise(shape: Shape, *, foot: tuple[float, float], height: float, canvas:
         down *= down
         across += down
         distance = np.sqrt(across, out=across)
-    position *= each(r1 - r0)
-    position += each(r0)
-    position -= distance  # (K, h, w), depth below the outline
-    coverage = np.clip(position.max(axis=0) + np.float32(0.5), 0, 1)  # (h, w)
+    position *= shape.widening
+    position += shape.radius
+    position -= distance  # (K, h, w), depth below the outline in units of height
+    coverage = position.max(axis=0)  # (h, w)
+    coverage *= np.float32(height)
+    coverage += np.float32(0.5)
+    coverage = np.minimum(np.maximum(coverage, 0), 1)
     return Raster(rows, columns, coverage, coverage > 0.5, shape.materials[position.argmax(axis=0)])
 
 
 def _shape(parts: list[tuple], square: bool) -> Shape:
-    table = np.array(parts, dtype=np.float64)  # (K, 7)
-    return Shape(table[:, :6], table[:, 6].astype(np.intp), square)
+    table = np.array(parts).T[:, :, None, None]  # (7, K, 1, 1)
+    start, along = table[:2], table[2:4] - table[:2]
+    towards = along / np.maximum(along[0] * along[0] + along[1] * along[1], 1e-6)
+    start, along, towards, radius, widening = (
+        values.astype(np.float32) for values in (start, along, towards, table[4], table[5] - table[4])
+    )
+    extent = (
+        min(min(x0 - r0, x1 - r1) for x0, _, x1, _, r0, r1, _ in parts),
+        max(max(x0 + r0, x1 + r1) for x0, _, x1, _, r0, r1, _ in parts),
+        min(min(y0 - r0, y1 - r1) for _, y0, _, y1, r0, r1, _ in parts),
+        max(max(y0 + r0, y1 + r1) for _, y0, _, y1, r0, r1, _ in parts),
+    )
+    return Shape(start, along, towards, radius, widening, table[6, :, 0, 0].astype(np.intp), square, extent)
 
 
-def _span(low: np.ndarray, high: np.ndarray, size: int) -> slice:
-    start = min(max(int(np.floor(low.min())) - 1, 0), size)
-    return slice(start, max(start, min(int(np.ceil(high.max())) + 1, size)))
+def _span(low: float, high: float, size: int) -> slice:
+    """The pixels from low to high and one more on either side, within 0..size."""
+    start = min(max(math.floor(low) - 1, 0), size)
+    return slice(start, max(start, min(math.ceil(high) + 1, size)))

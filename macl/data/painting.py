@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from macl.data.figures import MATERIALS, uniform
-from macl.data.scenes import INFRARED, VISIBLE, Domain, Scene, count
+from macl.data.scenes import INFRARED, VISIBLE, Domain, Figure, Scene, count
 
 
 def paint(rng: np.random.Generator, domain: Domain, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
@@ -27,8 +27,19 @@ def paint(rng: np.random.Generator, domain: Domain, scene: Scene) -> tuple[np.nd
     return _to_bytes(visible), _to_bytes(infrared).repeat(3, axis=0)
 
 
-def _paint_figure(rng, canvas, behind, figure, modality, contrast) -> None:
-    """Blends a figure over the canvas; one that is not seen shows what is behind everything, and still hides."""
+def _paint_figure(
+    rng: np.random.Generator,
+    canvas: np.ndarray,
+    behind: np.ndarray,
+    figure: Figure,
+    modality: int,
+    contrast: tuple[float, float],
+) -> None:
+    """Blends a figure over the canvas (C, H, W); one that is not seen looks like the background, and still hides.
+
+    In visible light people may be brighter or darker than what is behind them and each part has a tone of its own; in
+    infrared they are warmer, most of all the head.
+    """
     raster = figure.raster
     patch = canvas[:, raster.rows, raster.columns]  # (C, h, w)
     if not figure.seen[modality]:
@@ -125,11 +136,16 @@ def _add_noise(rng: np.random.Generator, canvas: np.ndarray, deviation: float) -
 
 
 def _blur(image: np.ndarray) -> np.ndarray:
-    """Softens (C, H, W) with weights 1 2 1 down and across, as a thermal camera's optics do."""
+    """Softens (C, H, W) with weights 1 2 1 down and across, as a thermal camera's optics do; the border repeats."""
     for axis in (1, 2):
-        last = image.shape[axis] - 1
-        before, after = (np.clip(np.arange(last + 1) + step, 0, last) for step in (-1, 1))
-        image = (image.take(before, axis) + 2 * image + image.take(after, axis)) * np.float32(0.25)
+        image = image.swapaxes(1, axis)
+        softened = image + image
+        softened[:, 1:] += image[:, :-1]
+        softened[:, :-1] += image[:, 1:]
+        softened[:, 0] += image[:, 0]
+        softened[:, -1] += image[:, -1]
+        softened *= np.float32(0.25)
+        image = softened.swapaxes(1, axis)
     return image
 
 

@@ -16,29 +16,26 @@ class Domain:
     """What the scenes of one kind have in common. Pairs of numbers are ranges; tones are grey levels of 0..255."""
 
     daytime: bool = False
-    heights: tuple[float, float] = (0.11, 0.7)  # of people, as a share of the image's height
-    people: tuple[int, int] = (1, 6)
+    heights: tuple[float, float] = (0.11, 0.66)  # of people, as a share of the image's height
+    people: tuple[int, int] = (1, 5)
     empty: float = 0.03  # share of scenes without people
     visible_only: float = 0.2  # shares of the people
     infrared_only: float = 0.2
-    companions: float = 0.3  # share of the people who stand beside another
-    distractors: tuple[int, int] = (
-        4,
-        6,
-    )  # two of them seen in visible light, two others in infrared, the rest in either
-    occluders: tuple[int, int] = (0, 2)
+    companions: float = 0.2  # share of the people who stand beside another
+    distractors: tuple[int, int] = (4, 5)  # two seen in visible light, two others in infrared, the rest in either
+    occluders: tuple[int, int] = (0, 1)
     horizon: tuple[float, float] = (0.16, 0.32)
     ambient: tuple[float, float] = (22, 45)  # tone of the unlit ground in visible light
     lamps: tuple[int, int] = (1, 3)
     lamp: tuple[float, float] = (30, 90)
     headlights: float = 0.4  # share of scenes with a pair of them
     vignette: float = 0.35
-    visible_contrast: tuple[float, float] = (20, 65)
-    visible_noise: tuple[float, float] = (4, 9)  # standard deviations
+    visible_contrast: tuple[float, float] = (40, 90)
+    visible_noise: tuple[float, float] = (3, 6)  # standard deviations
     ground: tuple[float, float] = (60, 95)  # tone of the ground in infrared
     warm_clutter: tuple[int, int] = (2, 6)
-    infrared_contrast: tuple[float, float] = (20, 75)
-    infrared_noise: tuple[float, float] = (3, 7)
+    infrared_contrast: tuple[float, float] = (40, 95)
+    infrared_noise: tuple[float, float] = (2, 4)
     misregistration: int = 1  # pixels
 
 
@@ -90,27 +87,39 @@ class Scene:
 
 
 def lay_out(rng: np.random.Generator, domain: Domain, size: tuple[int, int]) -> Scene:
-    """Draws who and what stands where, and works out what hides what."""
-    ground = Ground(size, uniform(rng, *domain.horizon) * size[0], uniform(rng, 1.05, 1.2))
-    buildings = tuple(_building(rng, ground) for _ in range(count(rng, (1, 3))))
-    people = _people(rng, domain, ground)
-    figures = people + _occluders(rng, domain, ground, people)
-    figures += _distractors(rng, domain, ground, figures)
+    """Draws who and what stands where, and works out what hides what.
+
+    Scenes in which a modality does not show two of its distractors at least by half are drawn anew. Raises ValueError
+    when the domain is so crowded that none is found.
+    """
+    for _ in range(100):
+        ground = Ground(size, uniform(rng, *domain.horizon) * size[0], uniform(rng, 1.05, 1.2))
+        people = _people(rng, domain, ground)
+        figures = people + _occluders(rng, domain, ground, people)
+        figures = _with_hidden_shares(figures + _distractors(rng, domain, ground, figures), size)
+        distractors = [figure for figure in figures if figure.is_distractor]
+        for modality in (VISIBLE, INFRARED):
+            hidden = [figure.hidden > 0.5 for figure in distractors if figure.seen[modality]]
+            if hidden.count(False) < min(2, len(hidden)):
+                break
+        else:
+            buildings = tuple(_building(rng, ground) for _ in range(count(rng, (1, 3))))
+            return Scene(ground, buildings, tuple(figures))
+    raise ValueError(f"no scene shows its distractors in {domain}; expected fewer people and occluders")
+
+
+def _with_hidden_shares(figures: list[Figure], size: tuple[int, int]) -> list[Figure]:
+    """Sorts the figures that reach into the image from far to near, and measures what nearer ones hide of each."""
     figures = [figure for figure in figures if figure.raster.inside.any()]
     figures.sort(key=lambda figure: figure.foot[1])
-
     owner = np.full(size, -1, dtype=np.int16)  # the nearest figure at each pixel
     for number, figure in enumerate(figures):
         owner[figure.raster.rows, figure.raster.columns][figure.raster.inside] = number
-    shown = np.bincount(owner[owner >= 0], minlength=len(figures))
-    return Scene(
-        ground,
-        buildings,
-        tuple(
-            replace(figure, hidden=1 - int(shown[number]) / int(np.count_nonzero(figure.raster.inside)))
-            for number, figure in enumerate(figures)
-        ),
-    )
+    shown = np.bincount(owner[owner >= 0], minlength=len(figures)).tolist()
+    return [
+        replace(figure, hidden=1 - pixels / int(np.count_nonzero(figure.raster.inside)))
+        for figure, pixels in zip(figures, shown, strict=True)
+    ]
 
 
 def _building(rng: np.random.Generator, ground: Ground) -> tuple[slice, slice]:
@@ -124,7 +133,7 @@ def _people(rng: np.random.Generator, domain: Domain, ground: Ground) -> list[Fi
     left, right = 0.04 * ground.size[1], 0.96 * ground.size[1]
     people = []
     for _ in range(0 if rng.random() < domain.empty else count(rng, domain.people)):
-        height = _size(rng, low, high)
+        height = uniform(rng, low, high)
         x = _free_place(rng, people, height, left, right)
         if people and rng.random() < domain.companions:
             other = people[int(uniform(rng, 0, len(people)))]
@@ -157,7 +166,7 @@ def _distractors(rng: np.random.Generator, domain: Domain, ground: Ground, other
     distractors = []
     for number in range(count(rng, domain.distractors)):
         draw = DISTRACTORS[int(uniform(rng, 0, len(DISTRACTORS)))]
-        height, chance = _size(rng, 1.2 * low, 0.85 * high), rng.random()
+        height, chance = uniform(rng, 1.2 * low, 0.9 * high), rng.random()
         if number < 4:
             seen = (number < 2 or chance < 0.25, number >= 2 or chance < 0.25)
         else:
@@ -170,7 +179,7 @@ def _distractors(rng: np.random.Generator, domain: Domain, ground: Ground, other
 def _free_place(rng: np.random.Generator, others: list[Figure], height: float, left: float, right: float) -> float:
     """Of a few columns the one where a figure covers the others least."""
     best, least = left, math.inf
-    for x in (left + (right - left) * rng.random(4)).tolist():
+    for x in (left + (right - left) * rng.random(6)).tolist():
         overlap = sum(max(0.0, 0.25 * (other.height + height) - abs(other.foot[0] - x)) for other in others)
         if overlap < least:
             best, least = x, overlap
@@ -180,8 +189,3 @@ def _free_place(rng: np.random.Generator, others: list[Figure], height: float, l
 def count(rng: np.random.Generator, limits: tuple[int, int]) -> int:
     """A whole number between both limits, each included."""
     return limits[0] + int(uniform(rng, 0, limits[1] - limits[0] + 1))
-
-
-def _size(rng: np.random.Generator, low: float, high: float) -> float:
-    """A number in [low, high), uniform in its square root: small ones are more frequent than large ones."""
-    return uniform(rng, math.sqrt(low), math.sqrt(high)) ** 2

@@ -12,7 +12,11 @@ from macl.data.painting import paint
 from macl.data.scenes import INFRARED, NIGHT, VISIBLE, Domain, Scene, lay_out
 from macl.errors import InputError
 
-HEAVY, IGNORED = 0.5, 0.7  # hidden shares from which occlusion is heavy, and from which a person is ignored
+PARTIAL, HEAVY, IGNORED = (
+    0.05,
+    0.5,
+    0.7,
+)  # hidden shares above which occlusion is partial, heavy, too much to learn from
 
 
 class SyntheticPairs(torch.utils.data.Dataset):
@@ -52,7 +56,7 @@ class SyntheticPairs(torch.utils.data.Dataset):
             "path": f"synthetic/{self.seed}/{index:06d}",
             "scene": index,
             "visible_in": torch.tensor([figure.seen for figure in people], dtype=torch.bool).reshape(-1, 2),
-            "occlusion": (hidden > 0.05).long() + (hidden > HEAVY).long(),
+            "occlusion": (hidden > PARTIAL).long() + (hidden > HEAVY).long(),
             "daytime": self.domain.daytime,
         }
 
@@ -61,13 +65,13 @@ class SyntheticPairs(torch.utils.data.Dataset):
         return lay_out(np.random.default_rng((self.seed, range(self.count)[index])), self.domain, self.size)
 
     def statistics(self) -> dict:
-        """The counts of LLVIP.statistics, and people seen in both modalities and in only one, and the least number of
-        distractors in an image of each modality. No image is painted."""
+        """The counts of LLVIP.statistics, people seen in both modalities and in only one, and the least number of
+        distractors that an image of each modality shows at least by half. No image is painted."""
         scenes = [self.layout(index).figures for index in range(self.count)]
         people = [figure for scene in scenes for figure in scene if figure.kind == "person"]
         heights = sorted(figure.box[3] - figure.box[1] for figure in people)
         distractors = [
-            [sum(figure.seen[modality] for figure in scene if figure.is_distractor) for scene in scenes]
+            [sum(f.seen[modality] for f in scene if f.is_distractor and f.hidden <= HEAVY) for scene in scenes]
             for modality in (VISIBLE, INFRARED)
         ]
         return {

@@ -37,7 +37,7 @@ def test_pixels_are_the_same_on_every_machine():
         for key in ("visible", "infrared"):
             digest.update(np.ascontiguousarray(sample[key].numpy()).tobytes())
         digest.update(sample["boxes"].numpy().astype("<f4").tobytes())
-    assert digest.hexdigest()[:16] == "e0e777a151f92089"
+    assert digest.hexdigest()[:16] == "720c7c8d058dae2e"
 
 
 def test_a_pair_depends_on_seed_and_index_alone():
@@ -55,7 +55,7 @@ def test_a_pair_depends_on_seed_and_index_alone():
 
 def test_a_fifth_is_seen_in_visible_light_only_and_a_fifth_in_infrared_only(counts):
     people = counts["seen_in_both"] + counts["visible_only"] + counts["infrared_only"]
-    assert people == counts["boxes"] > 900
+    assert people == counts["boxes"] > 800
     assert 0.15 <= counts["visible_only"] / people <= 0.25
     assert 0.15 <= counts["infrared_only"] / people <= 0.25
     assert counts["ignored"] / people < 0.15 and counts["empty_images"] >= 1
@@ -143,13 +143,13 @@ def test_an_unseen_person_leaves_the_image_as_it_was_and_still_hides():
 
 
 def test_hidden_people_are_marked():
-    data = SyntheticPairs(200, seed=11)
+    data, levels = SyntheticPairs(60, seed=11), set()
     for index in range(60):
-        people = [figure for figure in data.layout(index).figures if figure.kind == "person"]
-        for figure, level, ignore in zip(
-            people, *(data[index][k].tolist() for k in ("occlusion", "ignore")), strict=True
-        ):
+        sample, people = data[index], [figure for figure in data.layout(index).figures if figure.kind == "person"]
+        for figure, level, ignore in zip(people, sample["occlusion"].tolist(), sample["ignore"].tolist(), strict=True):
             assert level == (figure.hidden > 0.05) + (figure.hidden > 0.5) and ignore == (figure.hidden > 0.7)
+            levels.add((level, ignore))
+    assert levels == {(0, False), (1, False), (2, False), (2, True)}
 
 
 def test_what_is_nearer_hides_what_is_farther():

@@ -23,10 +23,19 @@ EVERYTHING = GEOMETRY | {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Images this small are slower with several threads, and much slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Painted(torch.utils.data.Dataset):
     """Black pairs with their boxes painted, in the same grey in both modalities, each box in a grey of its own."""
 
-    def __init__(self, count=12):
+    def __init__(self, count=8):
         self.count = count
 
     def __len__(self):
@@ -68,7 +77,7 @@ def assert_same(left, right):
 def test_geometry_is_the_same_in_both_modalities_and_boxes_follow(mosaic):
     data = Augmented(Painted(), PairedAugmentation(**GEOMETRY, mosaic=mosaic), seed=0)
     shapes, seen = set(), 0
-    for epoch in range(8):
+    for epoch in range(5):
         for index in range(len(data)):
             sample = data[epoch, index]
             visible = sample["visible"]
@@ -88,14 +97,14 @@ def test_geometry_is_the_same_in_both_modalities_and_boxes_follow(mosaic):
                     if not mosaic and 0 <= x < visible.shape[2] and 0 <= y < visible.shape[1]:
                         assert (visible[0, int(y), int(x)] * 255 - (50 + 50 * label)).abs() > 20
                 seen += 1
-    assert seen > 100 and len(shapes) > 10
+    assert seen > 60 and len(shapes) > 10
 
 
 def test_what_belongs_to_a_box_vanishes_with_it():
     data = Augmented(Painted(), PairedAugmentation(crop=1.0, crop_scale=(0.2, 0.4)), seed=1)
     fewer = ignored = 0
     for index in range(len(data)):
-        for epoch in range(5):
+        for epoch in range(3):
             sample, before = data[epoch, index], data.dataset[index]
             kept = sample["labels"] - 1
             assert len(sample["boxes"]) >= 1  # a crop never loses all boxes
@@ -104,7 +113,7 @@ def test_what_belongs_to_a_box_vanishes_with_it():
             assert len(sample["boxes"]) == len(sample["ignore"])
             fewer += len(kept) < 3
             ignored += int(sample["ignore"].sum())
-    assert fewer > 10 and ignored > 3
+    assert fewer > 10 and ignored >= 2
 
 
 def test_a_sliver_is_ignored_and_a_crop_keeps_a_whole_box_that_fits():
