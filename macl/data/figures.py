@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# A capsule is x0, y0, x1, y1, r0, r1 (a segment, and a radius at either end) and a material: the part that shares a tone.
+# A capsule is x0, y0, x1, y1, r0, r1 (a segment, a radius at either end) and a material: the part that shares a tone.
 HEAD, TORSO, ARMS, LEGS = range(4)
 MATERIALS = 4
 
