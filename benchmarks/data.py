@@ -10,6 +10,7 @@ brightness and contrast of visible, gain and offset of infrared, float32 in 0..1
 
 import argparse
 import datetime
+import os
 import platform
 import random
 import re
@@ -156,7 +157,8 @@ def main() -> None:
         lines = measure(args.root, args)
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {pillow_version}"
     files = "files written for the purpose" if args.root is None else "LLVIP's own files"
-    heading = ["# Loading pairs", "", f"{cpu_name()}, {versions}, {datetime.date.today()}; {files}.", ""]
+    load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"  # of all that runs on the machine
+    heading = ["# Loading pairs", "", f"{cpu_name()}, {versions}, {datetime.date.today()}, {load}; {files}.", ""]
     report = "\n".join(heading + lines)
     print(report)
     if args.save:

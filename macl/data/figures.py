@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# A capsule is x0, y0, x1, y1, r0, r1 and a material, the part of the shape that shares one tone.
+# A capsule is x0, y0, x1, y1, r0, r1 (a segment, a radius at either end) and a material: the part that shares a tone.
 HEAD, TORSO, ARMS, LEGS = range(4)
 MATERIALS = 4
 
@@ -132,7 +132,7 @@ def trestle(rng: np.random.Generator) -> Shape:
 
 
 def wall(rng: np.random.Generator) -> Shape:
-    """A low wall or parked crate; its height is that of what it hides, so it is given wider than high."""
+    """A low wall or crate, wider than high."""
     half = uniform(rng, 0.3, 0.5)
     return _shape([(-uniform(rng, 0.2, 0.8), half, uniform(rng, 0.2, 0.8), half, half, half, TORSO)], square=True)
 

@@ -92,7 +92,7 @@ class PairedAugmentation:
         if not (self.gain or self.offset or self.noise):
             return infrared
         gain, offset = 1 + _uniform(-self.gain, self.gain), _uniform(-self.offset, self.offset)
-        infrared = infrared * gain + offset
+        infrared.mul_(gain).add_(offset)  # in place: to_float has just made it
         if self.noise:  # the same in the three equal channels
             infrared += _uniform(0, self.noise) * torch.randn(infrared.shape[-2:])
         return infrared.clamp_(0, 1)

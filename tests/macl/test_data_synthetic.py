@@ -10,7 +10,8 @@ import torch
 
 from macl.data import NIGHT, SyntheticPairs
 from macl.data.figures import DISTRACTORS, person, rasterise
-from macl.data.scenes import INFRARED, VISIBLE
+from macl.data.painting import paint
+from macl.data.scenes import INFRARED, VISIBLE, Ground, Scene
 from macl.errors import InputError
 
 
@@ -132,7 +133,7 @@ def test_people_show_in_the_modalities_that_see_them(modality):
     assert np.median(shown) > 3 * np.median(hidden) and np.quantile(shown, 0.05) > np.median(hidden)
 
 
-def test_an_unseen_person_leaves_the_image_as_it_was_and_still_hides():
+def test_an_unseen_person_leaves_the_image_as_it_was():
     domain = quiet(people=(1, 1), distractors=(0, 0), visible_only=1.0, infrared_only=0.0)
     data = SyntheticPairs(1, seed=0, domain=domain)
     (figure,) = data.layout(0).figures
@@ -140,6 +141,20 @@ def test_an_unseen_person_leaves_the_image_as_it_was_and_still_hides():
     # Without an outline in infrared, no neighbouring pixels differ by more than the background's smooth texture does.
     patch = data[0]["infrared"][0].numpy().astype(int)[figure.raster.rows, figure.raster.columns]
     assert np.abs(np.diff(patch, axis=1)).max() <= 6
+
+
+def test_an_unseen_person_still_hides_who_is_behind():
+    ground, shape = Ground(size=(128, 160), horizon=30.0, slope=1.1), person(np.random.default_rng(0))
+    far = ground.stand("person", shape, 80.0, 60.0)
+    near = ground.stand("person", shape, 80.0, 60.0, seen=(True, False))
+
+    def infrared(*figures):
+        scene = Scene(ground, buildings=(), figures=figures)
+        return paint(np.random.default_rng(1), quiet(), scene)[1][0].astype(float)[far.raster.rows, far.raster.columns]
+
+    inside = far.raster.coverage == 1
+    assert np.abs(infrared(far) - infrared())[inside].mean() > 15
+    assert np.abs(infrared(far, near) - infrared())[inside].mean() < 2
 
 
 def test_hidden_people_are_marked():
