@@ -124,10 +124,12 @@ class _Tiny(torch.autograd.Function):
         if same is not None:
             logits.masked_fill_(same, NO_NEGATIVE)
         logits.scatter_(1, column, NO_NEGATIVE)
-        margin = torch.logsumexp(logits, 1, keepdim=True).sub_(positive)
+        maximum = logits.amax(1, keepdim=True)
+        total = logits.sub_(maximum).exp_().sum(1, keepdim=True)
+        margin = total.log().add_(maximum).sub_(positive)
         share = 1 / max(1, query.shape[0]) if reduction == "mean" else 1
         pull = torch.sigmoid(margin).mul_(share)
-        coefficient = torch.softmax(logits, 1).mul_(pull).scatter_(1, column, -pull)
+        coefficient = logits.mul_(pull / total).scatter_(1, column, -pull)
         for_query, for_key = torch.mm(coefficient, candidates), torch.mm(coefficient[:, : key.shape[0]].T, query)
         ctx.save_for_backward(for_query, for_key, torch.dot(query.reshape(-1), for_query.view(-1)), logit_scale)
         return F.softplus(margin, threshold=50).sum().mul_(share)
