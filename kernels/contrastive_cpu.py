@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from kernels.reference import NO_NEGATIVE
 
-TINY = 2**14  # logits up to which the dispatcher costs more than they do
+TINY = 2**16  # logits up to which dispatching an operator costs more than they do
+COARSE = 0.01  # mean loss above which the rounding of softmax - 1 is far below the gradient
 SMALL = 2**20  # logits below which a separate pass over the bank costs more than it saves
 CHUNK = 2**21  # logits held at a time
 
@@ -103,7 +104,7 @@ def is_tiny(problem):
         return False
     rows = [problem.query, problem.key] + ([] if problem.bank is None else [problem.bank])
     columns = sum(part.shape[0] for part in rows[1:])
-    return problem.query.shape[0] * columns <= TINY and all(part.dtype == torch.float32 for part in rows)
+    return 0 < problem.query.shape[0] * columns <= TINY and all(part.dtype == torch.float32 for part in rows)
 
 
 def tiny_loss(problem, reduction):
@@ -119,18 +120,21 @@ class _Tiny(torch.autograd.Function):
     def forward(ctx, query, key, logit_scale, target, bank, same, reduction):
         candidates = key if bank is None else torch.cat([key, bank])
         logits = torch.mm(query, candidates.T).mul_(logit_scale)  # (N, M + K)
-        column = target.unsqueeze(1)
-        positive = logits.gather(1, column)
+        column, count = target.unsqueeze(1), query.shape[0]
         if same is not None:
-            logits.masked_fill_(same, NO_NEGATIVE)
-        logits.scatter_(1, column, NO_NEGATIVE)
-        margin = torch.logsumexp(logits, 1, keepdim=True).sub_(positive)
-        share = 1 / max(1, query.shape[0]) if reduction == "mean" else 1
-        pull = torch.sigmoid(margin).mul_(share)
-        coefficient = torch.softmax(logits, 1).mul_(pull).scatter_(1, column, -pull)
+            logits.masked_fill_(same.scatter_(1, column, False), NO_NEGATIVE)
+        logarithm = torch.log_softmax(logits, 1)
+        loss = F.nll_loss(logarithm, target, reduction="sum")
+        if loss > COARSE * count:
+            coefficient = logarithm.exp_()
+            coefficient.scatter_add_(1, column, coefficient.new_full((count, 1), -1))
+        else:
+            loss, coefficient = _split_positive(logits, column)
+        if reduction == "mean":
+            loss, coefficient = loss.div_(count), coefficient.div_(count)
         for_query, for_key = torch.mm(coefficient, candidates), torch.mm(coefficient[:, : key.shape[0]].T, query)
         ctx.save_for_backward(for_query, for_key, torch.dot(query.reshape(-1), for_query.view(-1)), logit_scale)
-        return F.softplus(margin, threshold=50).sum().mul_(share)
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -138,6 +142,17 @@ class _Tiny(torch.autograd.Function):
         for_query, for_key, for_scale, logit_scale = ctx.saved_tensors
         factor = grad * logit_scale
         return for_query * factor, for_key * factor, for_scale * grad, None, None, None, None
+
+
+def _split_positive(logits, column):
+    """Sum of the losses, and the columns' coefficients in its gradient, exact where softmax - 1 would round to 0."""
+    positive = logits.gather(1, column)
+    logits.scatter_(1, column, NO_NEGATIVE)
+    maximum = logits.amax(1, keepdim=True)
+    total = logits.sub_(maximum).exp_().sum(1, keepdim=True)
+    margin = total.log().add_(maximum).sub_(positive)
+    pull = torch.sigmoid(margin)
+    return F.softplus(margin, threshold=50).sum(), logits.mul_(pull / total).scatter_(1, column, -pull)
 
 
 def _same_ids(problem):
