@@ -75,9 +75,10 @@ def contrastive_loss(
     wanted = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, logit_scale))
     keep = wanted and not recompute and reduction != "none"
     problem = Problem(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
-    if keep and not with_stats and implementation == "torch" and contrastive_cpu.is_tiny(problem):
-        return contrastive_cpu.tiny_loss(problem, reduction)
-    loss, *stats = _contrast(*problem, reduction, keep, implementation)[:5]
+    with torch.autocast(query.device.type, enabled=False):  # logits are float32
+        if keep and not with_stats and implementation == "torch" and contrastive_cpu.is_tiny(problem):
+            return contrastive_cpu.tiny_loss(problem, reduction)
+        loss, *stats = _contrast(*problem, reduction, keep, implementation)[:5]
     return (loss, ContrastiveStats(*stats)) if with_stats else loss
 
 

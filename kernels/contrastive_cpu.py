@@ -90,8 +90,10 @@ def contrast(problem, weight=None):
             coefficient, rest = coefficient
             for_query[rows] = torch.mm(coefficient, key) if running is None else rest.addmm_(coefficient, key)
             for_key.addmm_(coefficient[:, :own].T, query[rows])
-    none = query.new_zeros(0)
-    result = Rows(*map(torch.cat, zip(*chunks, strict=True))) if chunks else Rows(none, none, none, none, none.long())
+    if chunks:
+        result = Rows(*map(torch.cat, zip(*chunks, strict=True)))
+    else:  # five tensors: outputs of an operator may not alias
+        result = Rows(*(query.new_zeros(0) for _ in range(4)), torch.zeros(0, dtype=torch.int64))
     if weight is None:
         return result, None
     for_scale = torch.dot(query.reshape(-1), for_query.view(-1))

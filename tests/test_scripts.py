@@ -219,7 +219,7 @@ def test_an_image_that_breaks_off_in_the_middle_of_training_is_named(tmp_path, c
     root = llvip(tmp_path / "LLVIP")
     broken = root / "infrared" / "train" / "010001.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
-    flags = [*SMALL_LLVIP, "--data-root", root, "--output", tmp_path / "run"]
+    flags = [*SMALL_LLVIP, "--batch-size", "1", "--data-root", root, "--output", tmp_path / "run"]
     said = refused(capsys, train_stage1.main, *flags)
     assert "010001.jpg cannot be decoded" in said and "Traceback" not in said
 
