@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,19 @@ class Signals:
 
 
 def ignore_signals(worker: int) -> None:
-    """For DataLoader's `worker_init_fn`: workers live until their training process lets them go, or is gone itself."""
+    """For DataLoader's `worker_init_fn`: workers live until their training process lets them go, or is gone itself.
+
+    Ctrl-C, `timeout` and batch systems signal every process of a run. A worker leaves that to its training process, and
+    ends by SIGTERM only where that process sent it, as it does when it leaves without having emptied the loader.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: there a worker told to end takes the step with it
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def end_when_the_parent_says_so() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=end_when_the_parent_says_so, daemon=True).start()
