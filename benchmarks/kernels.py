@@ -5,8 +5,8 @@
     python benchmarks/kernels.py --tune              on a GPU: block sizes of the kernels, best first
 
 Providers of a case take turns, round after round, so that what else runs on the machine hits all of them; a case whose
-baseline spreads by more than 20 % is run again, at most twice. On a GPU the L2 cache is overwritten before every run and
-times are CUDA events. Gradients state their error against float64 beside their time.
+baseline spreads by more than 20 % is run again, at most twice. On a GPU the L2 cache is overwritten before every run,
+and times are CUDA events. Gradients state their error against float64 beside their time.
 """
 
 import argparse
@@ -318,9 +318,9 @@ def main():
             for row in run_case(*case, device):
                 rows.append(row)
                 print(line(row), flush=True)
+            write(arguments.output / f"kernels-{device}", head, arguments.note, rows)  # what stands survives a Ctrl-C
     if not rows:
         parser.error(f"--cases: no case contains {arguments.cases!r}")
-    write(arguments.output / f"kernels-{device}", head, arguments.note, rows)
 
 
 def line(row):
@@ -337,8 +337,8 @@ def write(path, head, note, rows):
     )
     explanation = (
         "Ratio: the baseline's time over the provider's. Spread: the baseline's 80th percentile over its minimum. "
-        "Error: the largest relative Frobenius error of a gradient against float64. Extra MB: growth of the peak memory of a "
-        "fresh process in one forward and backward."
+        "Error: the largest relative Frobenius error of a gradient against float64. Extra MB: growth of the peak "
+        "memory of a fresh process in one forward and backward."
     )
     text = [
         "# Kernels",
