@@ -46,7 +46,7 @@ def box_head(device, dtype, images, rois, channels_last, size=(512, 640), channe
     half = torch.exp(torch.rand(rois, 2, generator=generator) * 3.5 + 2.5) / 2
     limit = torch.tensor([size[1], size[0]])
     boxes = torch.cat([(center - half).clamp(min=0), torch.minimum(center + half, limit)], 1)
-    image = torch.arange(rois) % images
+    image = torch.arange(rois) * images // rois  # in order, as torchvision returns them
     return features, torch.cat([image[:, None], boxes], 1).to(device)
 
 
