@@ -128,10 +128,10 @@ def _same_ids(problem):
 
 def _in_use(problem):
     """The problem with the rows of the bank that are in use; no bank where that is none."""
-    if problem.bank is None:
+    if problem.bank is None or (problem.bank_valid is None and problem.bank.shape[0]):
         return problem
-    used = len(problem.bank) if problem.bank_valid is None else int(problem.bank_valid)
-    if used <= 0 or len(problem.bank) == 0:
+    used = 0 if problem.bank_valid is None else int(problem.bank_valid)
+    if used <= 0 or problem.bank.shape[0] == 0:
         return problem._replace(bank=None, bank_ids=None)
     ids = None if problem.bank_ids is None else problem.bank_ids[:used]
     return problem._replace(bank=problem.bank[:used], bank_ids=ids)
