@@ -1,7 +1,7 @@
 """How fast and how exact the operators of kernels/ are, against what one would use instead.
 
     python benchmarks/kernels.py                     every case of this machine; table and csv in benchmarks/results/
-    python benchmarks/kernels.py --cases box_head    only the cases whose name contains the word
+    python benchmarks/kernels.py --cases box_head    only cases whose name contains one of the words
     python benchmarks/kernels.py --tune              on a GPU: block sizes of the kernels, best first
 
 Providers of a case take turns, round after round, so that what else runs on the machine hits all of them; a case whose
@@ -294,7 +294,7 @@ def tune(device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--cases", nargs="+", default=[""], help="only cases whose name contains one of these")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the tables")
     parser.add_argument(
@@ -314,7 +314,7 @@ def main():
     head, rows = machine(device), []
     print(head)
     for case in cases(device):
-        if arguments.cases in case[0]:
+        if any(word in case[0] for word in arguments.cases):
             for row in run_case(*case, device):
                 rows.append(row)
                 print(line(row), flush=True)
