@@ -101,8 +101,9 @@ def contrast(problem, weight=None):
 
 
 def is_tiny(problem):
-    """Whether dispatching an operator would cost more than the arithmetic: then autograd calls `_Tiny` at once."""
-    if torch.compiler.is_compiling() or problem.query.device.type != "cpu":
+    """Whether dispatching an operator would cost more than the arithmetic."""
+    device = problem.query.device.type
+    if device != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
         return False
     rows = [problem.query, problem.key] + ([] if problem.bank is None else [problem.bank])
     columns = sum(part.shape[0] for part in rows[1:])
@@ -110,51 +111,15 @@ def is_tiny(problem):
 
 
 def tiny_loss(problem, reduction):
-    """The mean or the sum of the rows' losses of a tiny problem, with gradients."""
-    problem = _in_use(problem)
-    return _Tiny.apply(*problem[:3], problem.target, problem.bank, _same_ids(problem), reduction)
-
-
-class _Tiny(torch.autograd.Function):
-    """The loss from all logits at once, with as few calls as it takes."""
-
-    @staticmethod
-    def forward(ctx, query, key, logit_scale, target, bank, same, reduction):
-        candidates = key if bank is None else torch.cat([key, bank])
-        logits = torch.mm(query, candidates.T).mul_(logit_scale)  # (N, M + K)
-        column, count = target.unsqueeze(1), query.shape[0]
-        if same is not None:
-            logits.masked_fill_(same.scatter_(1, column, False), NO_NEGATIVE)
-        logarithm = torch.log_softmax(logits, 1)
-        loss = F.nll_loss(logarithm, target, reduction="sum")
-        if loss > COARSE * count:
-            coefficient = logarithm.exp_()
-            coefficient.scatter_add_(1, column, coefficient.new_full((count, 1), -1))
-        else:
-            loss, coefficient = _split_positive(logits, column)
-        if reduction == "mean":
-            loss, coefficient = loss.div_(count), coefficient.div_(count)
-        for_query, for_key = torch.mm(coefficient, candidates), torch.mm(coefficient[:, : key.shape[0]].T, query)
-        ctx.save_for_backward(for_query, for_key, torch.dot(query.reshape(-1), for_query.view(-1)), logit_scale)
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        for_query, for_key, for_scale, logit_scale = ctx.saved_tensors
-        factor = grad * logit_scale
-        return for_query * factor, for_key * factor, for_scale * grad, None, None, None, None
-
-
-def _split_positive(logits, column):
-    """Sum of the losses, and the columns' coefficients in its gradient, exact where softmax - 1 would round to 0."""
-    positive = logits.gather(1, column)
-    logits.scatter_(1, column, NO_NEGATIVE)
-    maximum = logits.amax(1, keepdim=True)
-    total = logits.sub_(maximum).exp_().sum(1, keepdim=True)
-    margin = total.log().add_(maximum).sub_(positive)
-    pull = torch.sigmoid(margin)
-    return F.softplus(margin, threshold=50).sum(), logits.mul_(pull / total).scatter_(1, column, -pull)
+    """The loss by autograd from all logits at once; None where softmax - 1 would round its gradient away."""
+    query, key, logit_scale, target, bank, *_ = problem = _in_use(problem)
+    candidates = key if bank is None else torch.cat([key, bank])
+    logits = logit_scale * (query @ candidates.T)  # (N, M + K)
+    same = _same_ids(problem)
+    if same is not None:
+        logits = logits.masked_fill(same.scatter_(1, target[:, None], False), -torch.inf)
+    loss = F.cross_entropy(logits, target, reduction=reduction)
+    return loss if loss.item() > COARSE * (1 if reduction == "mean" else query.shape[0]) else None
 
 
 def _same_ids(problem):
@@ -165,10 +130,10 @@ def _same_ids(problem):
 
 def _in_use(problem):
     """The problem with the rows of the bank that are in use; no bank where that is none."""
-    if problem.bank is None:
+    if problem.bank is None or (problem.bank_valid is None and problem.bank.shape[0]):
         return problem
-    used = len(problem.bank) if problem.bank_valid is None else int(problem.bank_valid)
-    if used <= 0 or len(problem.bank) == 0:
+    used = 0 if problem.bank_valid is None else int(problem.bank_valid)
+    if used <= 0 or problem.bank.shape[0] == 0:
         return problem._replace(bank=None, bank_ids=None)
     ids = None if problem.bank_ids is None else problem.bank_ids[:used]
     return problem._replace(bank=problem.bank[:used], bank_ids=ids)

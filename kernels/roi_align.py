@@ -239,7 +239,8 @@ def _in_one_launch(implementation, weight, output_size):
 def _linear(rows, weight, bias):
     """F.linear, on the CPU in at least float32: most have no fast half-precision product."""
     if rows.device.type == "cpu" and rows.dtype in (torch.float16, torch.bfloat16):
-        return F.linear(rows.float(), weight.float(), None if bias is None else bias.float()).to(rows.dtype)
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(rows.float(), weight.float(), None if bias is None else bias.float()).to(rows.dtype)
     return F.linear(rows, weight, bias)
 
 
