@@ -3,12 +3,10 @@
     python benchmarks/training_step.py                      # single modality, 512x640, 512 RoIs an image
     python benchmarks/training_step.py --device cuda --amp bf16 --batch-size 8
 
-Both detectors are ResNet-50 FPN with the same weights, see the same images and boxes, keep the same numbers of
-proposals
-and sample the same number of RoIs. Their steps (forward, backward; no optimizer) are interleaved in one process, so
-that
-whatever else the machine does meets both; what counts is the ratio. Peak memory is measured in a process of its own
-each.
+Both detectors are ResNet-50 FPN with frozen batch norms and the same weights, see the same images and boxes, keep the
+same numbers of proposals and sample the same number of RoIs. Their steps (forward, backward; no optimizer) take turns
+in one process, so that whatever else the machine does meets both: what counts is the ratio. Peak memory is measured in a
+process of its own each.
 """
 
 import argparse
@@ -21,11 +19,14 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from torchvision.models.detection import fasterrcnn_resnet50_fpn
-from torchvision.ops import misc
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import training.threads  # noqa: E402, F401  before torch
+
+import torch  # noqa: E402, I001
+from torchvision.models.detection import FasterRCNN  # noqa: E402
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone  # noqa: E402
+from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
+
 import macl  # noqa: E402
 
 AMP = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -35,11 +36,13 @@ PROPOSALS = 1000
 def models(args: argparse.Namespace) -> dict:
     """Both detectors with the same weights, as callables images, targets -> losses."""
     torch.manual_seed(0)
-    keep = dict(rpn_pre_nms_top_n_train=PROPOSALS, rpn_post_nms_top_n_train=PROPOSALS)
-    theirs = fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=2, trainable_backbone_layers=5,
-        min_size=args.height, max_size=args.width, norm_layer=misc.FrozenBatchNorm2d,
-        box_batch_size_per_image=args.rois, **keep,
+    # fasterrcnn_resnet50_fpn's own parts; its builder freezes the norms only where it downloads weights.
+    theirs = FasterRCNN(
+        resnet_fpn_backbone(
+            backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5
+        ),
+        num_classes=2, min_size=args.height, max_size=args.width, box_batch_size_per_image=args.rois,
+        rpn_pre_nms_top_n_train=PROPOSALS, rpn_post_nms_top_n_train=PROPOSALS,
     )  # fmt: skip
     ours = macl.build_detector(
         norm="frozen_batch", macl_level="none", roi_samples=args.rois, rpn_pre_nms=(PROPOSALS,) * 2,
@@ -127,8 +130,9 @@ def main() -> None:
     machine = (
         torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads, {platform.machine()}"
     )
+    size = f"{args.height}x{args.width}, batch {args.batch_size}, {args.rois} RoIs an image"
     lines = [
-        f"# Training step, {args.height}x{args.width}, batch {args.batch_size}, {args.rois} RoIs an image, amp {args.amp}",
+        f"# Training step, {size}, amp {args.amp}",
         "",
         f"{machine}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; {args.rounds} interleaved rounds",
         "",
@@ -140,8 +144,8 @@ def main() -> None:
         lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
     lines += [
         "",
-        f"speed: {statistics.median(ratios):.2f}x torchvision (median of the rounds; {ratios[0]:.2f} to {ratios[-1]:.2f}), "
-        f"peak memory {memory['macl'] / memory['torchvision']:.2f}x",
+        f"speed: {statistics.median(ratios):.2f}x torchvision (median of the rounds, "
+        f"{ratios[0]:.2f} to {ratios[-1]:.2f}), peak memory {memory['macl'] / memory['torchvision']:.2f}x",
     ]
     print("\n".join(lines))
     if args.write:

@@ -173,7 +173,7 @@ def draw_validation(folder: Path, epoch: int, data, results: list[dict], classes
             pictures / f"validation-{index}.png"
         )
     if "embeddings" in results[0] and find_spec("matplotlib") and find_spec("sklearn"):
-        visible, infrared = (torch.cat([result["embeddings"][i] for result in results]) for i in (0, 1))
-        tsne_picture(
-            pictures / f"tsne-{epoch:03d}.png", visible, infrared, title=f"validation boxes after epoch {epoch}"
-        )
+        both = torch.cat([seen_in_both(result) for result in results])
+        visible, infrared = (torch.cat([result["embeddings"][i] for result in results])[both] for i in (0, 1))
+        title = f"validation boxes seen in both modalities, after epoch {epoch}"
+        tsne_picture(pictures / f"tsne-{epoch:03d}.png", visible, infrared, title=title)

@@ -1,0 +1,47 @@
+"""Which room may import which: held by reading the imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("kernels", "training", "macl", "fgclip")
+ALLOWED = {
+    "kernels": (),
+    "training": (),
+    "macl": ("kernels", "training.distributed"),
+    "fgclip": ("kernels", "training.distributed"),
+}
+COMMANDS = {"evaluate.py", "predict.py", "score.py", "report.py"}  # `python -m` modules may import like scripts
+
+
+def imported(path: Path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} is a relative import"
+            yield node.module, node.lineno
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_run_one_way(room):
+    files = [path for path in sorted((ROOT / room).rglob("*.py")) if path.name not in COMMANDS]
+    assert files
+    for path in files:
+        for name, line in imported(path):
+            other = name.split(".")[0]
+            if other not in ROOMS or other == room or name == "training":
+                continue
+            fits = any(name == one or name.startswith(one + ".") for one in ALLOWED[room])
+            assert fits, f"{path.relative_to(ROOT)}:{line} imports {name}"
+
+
+def test_only_one_module_reads_the_environment():
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            reads = "os.environ" in path.read_text(encoding="utf-8")
+            known = path.relative_to(ROOT).as_posix() in ("training/distributed.py", "training/threads.py")
+            assert not reads or known, f"{path.relative_to(ROOT)} reads the process environment"
