@@ -5,8 +5,8 @@
 
 Both detectors are ResNet-50 FPN with frozen batch norms and the same weights, see the same images and boxes, keep the
 same numbers of proposals and sample the same number of RoIs. Their steps (forward, backward; no optimizer) take turns
-in one process, so that whatever else the machine does meets both: what counts is the ratio. Peak memory is measured in a
-process of its own each.
+in one process, so that whatever else the machine does meets both: what counts is the ratio. Peak memory is measured in
+a process of its own each.
 """
 
 import argparse
@@ -20,14 +20,14 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import training.threads  # noqa: E402, F401  before torch
+import training.threads  # noqa: F401  before torch
 
-import torch  # noqa: E402, I001
-from torchvision.models.detection import FasterRCNN  # noqa: E402
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone  # noqa: E402
-from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
+import torch
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
 
-import macl  # noqa: E402
+import macl
 
 AMP = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROPOSALS = 1000

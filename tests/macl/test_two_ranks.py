@@ -8,6 +8,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import macl
+from macl.data import SyntheticPairs
+from macl.validation import predict
 from training import distributed
 
 # Every anchor and every RoI is in the loss, so that nothing is drawn.
@@ -46,6 +48,11 @@ def gradients(detector):
     return {name: parameter.grad.clone() for name, parameter in detector.named_parameters()}
 
 
+def evaluated(detector):
+    """What is found in three images: an odd one out for two ranks."""
+    return predict(detector, SyntheticPairs(3, seed=5), modes={"both": ("visible", "infrared")}, device="cpu")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.start("cpu")
@@ -55,6 +62,8 @@ if __name__ == "__main__":
         own = pairs(counts)[2 * distributed.rank() : 2 * distributed.rank() + 2]
         losses = run(DistributedDataParallel(detector), own)
         seen[name] = {"losses": losses, "gradients": gradients(detector)}
+    results = evaluated(model().float())
+    seen["evaluated"] = [(r["image_id"], r["found"]["both"], r["truth"]["boxes"], r["embeddings"]) for r in results]
     torch.save(seen, Path(sys.argv[1]) / f"rank{distributed.rank()}.pt")
     distributed.stop()
 
@@ -73,3 +82,13 @@ def test_losses_and_gradients_are_the_single_process(seen, name):
     for parameter, gradient in gradients(detector).items():
         for rank in seen:
             torch.testing.assert_close(rank[name]["gradients"][parameter], gradient, rtol=1e-7, atol=1e-11)
+
+
+def test_every_rank_hears_of_every_image_once(seen):
+    alone = evaluated(model().float())
+    for rank in seen:
+        assert [image for image, *_ in rank["evaluated"]] == [0, 1, 2]
+        for (_, found, boxes, embeddings), expected in zip(rank["evaluated"], alone, strict=True):
+            torch.testing.assert_close(found, expected["found"]["both"], rtol=1e-4, atol=1e-4)
+            assert torch.equal(boxes, expected["truth"]["boxes"])
+            torch.testing.assert_close(embeddings, expected["embeddings"], rtol=1e-4, atol=1e-5)
