@@ -75,8 +75,9 @@ def contrastive_loss(
     wanted = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, logit_scale))
     keep = wanted and not recompute and reduction != "none"
     problem = Problem(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
+    plain = implementation == "torch" and (keep or not wanted) and reduction != "none" and not with_stats
     with torch.autocast(query.device.type, enabled=False):  # logits are float32
-        if keep and not with_stats and implementation == "torch" and contrastive_cpu.is_tiny(problem):
+        if plain and contrastive_cpu.is_tiny(problem, with_gradient=keep):
             loss = contrastive_cpu.tiny_loss(problem, reduction)
             if loss is not None:
                 return loss
@@ -116,8 +117,7 @@ def _contrast(
     weight = None
     if keep:
         weight = torch.full_like(query[:, 0], 1 / max(1, rows) if reduction == "mean" else 1, dtype=problem.dtype)
-    with torch.autocast(query.device.type, enabled=False):  # logits stay in float32
-        result, gradients = _engine(implementation).contrast(problem, weight)
+    result, gradients = _engine(implementation).contrast(problem, weight)
     loss = result.loss if reduction == "none" else result.loss.sum()
     loss = loss / max(1, rows) if reduction == "mean" else loss
     kept = tuple(gradients) if keep else tuple(loss.new_empty(0) for _ in range(3))

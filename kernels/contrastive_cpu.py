@@ -93,21 +93,22 @@ def contrast(problem, weight=None):
     if chunks:
         result = Rows(*map(torch.cat, zip(*chunks, strict=True)))
     else:  # five tensors: outputs of an operator may not alias
-        result = Rows(*(query.new_zeros(0) for _ in range(4)), torch.zeros(0, dtype=torch.int64))
+        result = Rows(*(query.new_zeros(0) for _ in range(4)), query.new_zeros(0, dtype=torch.int64))
     if weight is None:
         return result, None
     for_scale = torch.dot(query.reshape(-1), for_query.view(-1))
     return result, Gradients(for_query.mul_(scale), for_key.mul_(scale), for_scale)
 
 
-def is_tiny(problem):
+def is_tiny(problem, with_gradient):
     """Whether dispatching an operator would cost more than the arithmetic."""
     device = problem.query.device.type
-    if device != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
+    if device != "cpu" or torch.compiler.is_compiling():
         return False
     rows = [problem.query, problem.key] + ([] if problem.bank is None else [problem.bank])
     columns = sum(part.shape[0] for part in rows[1:])
-    return 0 < problem.query.shape[0] * columns <= TINY and all(part.dtype == torch.float32 for part in rows)
+    limit = TINY if with_gradient else SMALL
+    return 0 < problem.query.shape[0] * columns <= limit and all(part.dtype == torch.float32 for part in rows)
 
 
 def tiny_loss(problem, reduction):

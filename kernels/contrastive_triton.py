@@ -394,10 +394,11 @@ def contrast(problem, weight=None, engine_name=None):
     problem = problem._replace(query=query, key=key, bank=bank[0] if bank else None)
     weight = None if weight is None else weight.float().contiguous()
     if len(query) == 0:
-        none = query.new_zeros(0, dtype=torch.float32)
-        rows = Rows(none, none, none, none, none.long())
-        zero = none.new_zeros(())
-        return rows, None if weight is None else Gradients(query.float(), torch.zeros_like(key, dtype=zero.dtype), zero)
+        rows = _empty_rows(query)
+        if weight is None:
+            return rows, None
+        for_query, for_key = (torch.zeros_like(part, dtype=torch.float32) for part in (query, key))
+        return rows, Gradients(for_query, for_key, for_query.sum())
     name = engine_name or engine(*query.shape, common)
     return (_stream if name == "stream" else _chunked)(problem, weight)
 
