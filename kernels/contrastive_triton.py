@@ -11,7 +11,6 @@ inputs' precision only after the row's own factor, tiny where the loss is tiny, 
 lose them. As elsewhere, `UPCAST` is for the interpreter.
 """
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ import triton.language as tl
 
 from kernels.contrastive_cpu import Gradients, Rows
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = triton.knobs.runtime.interpret
 NO_NEGATIVE = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -38,7 +37,7 @@ class Launch(NamedTuple):
 
 
 # Expected, not measured: what compiles without spills (tests/kernels/test_ahead_of_time.py), by the padded width of a
-# row; `python benchmarks/kernels.py --tune` fills it from measurements. Wider rows go to the chunked engine.
+# row. Wider rows go to the chunked engine.
 STREAM = {
     "default": {
         64: Launch(rows=64, columns=32, warps=4, stages=2),

@@ -12,14 +12,13 @@ precision run in float32 there (`UPCAST`), because the interpreter multiplies bf
 """
 
 import functools
-import os
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = triton.knobs.runtime.interpret
 TILE = 8  # pixels a side of a backward tile
 SCAN = 128  # RoIs looked at together in the backward
 
