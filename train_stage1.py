@@ -51,11 +51,11 @@ LLVIP_RECIPE = dict(
     schedule="multistep", milestones=[8, 11], warmup_steps=500, clip_norm=10.0, ema_decay=0.999,
 )  # fmt: skip
 SYNTHETIC_RECIPE = dict(
-    epochs=6, workers=2, optimizer="adamw", lr=1e-3, lr_base_batch=None, weight_decay=1e-4, schedule="cosine",
-    warmup_steps=50, ema_decay=0.99, backbone="resnet18", norm="group", frozen_stages=0, fpn_channels=64, fpn_levels=3,
-    anchor_sizes=[16, 32, 64], aspect_ratios=[1.5, 2.5], head_width=256, rpn_pre_nms=[300, 150],
-    rpn_post_nms=[150, 75], roi_samples=64, modality_dropout=[0.2, 0.2], macl_weight=0.2, macl_dim=64,
-    macl_hidden=[128], min_size=None, max_size=None, statistics="measured",
+    epochs=3, workers=1, optimizer="adamw", lr=1e-3, lr_base_batch=None, weight_decay=1e-4, schedule="cosine",
+    warmup_steps=50, ema_decay=0.99, statistics="measured", backbone="resnet18", norm="group", fpn_channels=64,
+    fpn_levels=3, anchor_sizes=[12, 24, 48], aspect_ratios=[2.0, 3.0], min_size=None, max_size=None,
+    rpn_pre_nms=[300, 150], rpn_post_nms=[150, 75], head_width=256, roi_samples=64, modality_dropout=[0.2, 0.2],
+    macl_weight=1.0, macl_roi_size=7, macl_temperature=0.2,
 )  # fmt: skip
 
 
@@ -91,8 +91,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("which pairs").add_argument
     add("--val-split", choices=("held-out", "test"), default="held-out", help="LLVIP: cameras of train, or test")
-    add("--synthetic-train", type=positive_int, default=600, metavar="N", help="drawn training pairs")
-    add("--synthetic-val", type=positive_int, default=250, metavar="N", help="drawn validation pairs")
+    add("--synthetic-train", type=positive_int, default=1000, metavar="N", help="drawn training pairs")
+    add("--synthetic-val", type=positive_int, default=200, metavar="N", help="drawn validation pairs")
     add("--statistics", choices=("imagenet", "measured", "given"), default="imagenet",
         help="mean and std of each modality: ImageNet's, measured on 64 training pairs, or the checkpoint's")
     add = parser.add_argument_group("augmentation: geometry is the same for both images").add_argument

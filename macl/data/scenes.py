@@ -17,7 +17,7 @@ class Domain:
 
     daytime: bool = False
     heights: tuple[float, float] = (0.11, 0.66)  # of people, as a share of the image's height
-    people: tuple[int, int] = (1, 5)
+    people: tuple[int, int] = (2, 7)
     empty: float = 0.03  # share of scenes without people
     visible_only: float = 0.2  # shares of the people
     infrared_only: float = 0.2
