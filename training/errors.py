@@ -12,7 +12,7 @@ class InputError(ValueError):
 def one_sentence(*kinds: type[Exception]):
     """Print an `InputError`, an `OSError` or one of `kinds` as one sentence on standard error and exit with status 2.
 
-    An exception from a DataLoader worker carries the worker's traceback in its message; only its last sentence is shown.
+    An exception from a DataLoader worker carries the worker's traceback in its message; only its last sentence shows.
     """
     try:
         yield

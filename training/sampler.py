@@ -1,0 +1,112 @@
+"""Which samples come when: the same order on every rank and after every resume."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from training import distributed
+from training.errors import InputError
+
+
+class ResumableSampler:
+    """Batches of `(epoch, index)` keys for `DataLoader(batch_sampler=...)`, from any place in an epoch.
+
+    The order of an epoch is a permutation drawn from (seed, epoch). Each step takes the next batch_size * world_size
+    entries of it, and each rank its slice of them. The key carries the epoch to the data set, whose augmentation is to
+    draw from (seed, epoch, index).
+
+        for epoch in range(sampler.epoch, epochs):
+            sampler.set_epoch(epoch)
+            for batch in loader:
+                ...
+                sampler.advance()
+
+    Only `advance` moves the position that `state_dict` tells: what workers fetched ahead was not trained on yet.
+    After the last batch of an epoch the position stays at its end, so that a run resumed there validates first.
+
+    drop_last=False shares the remainder of an epoch out evenly, at least one entry a rank. With drop_last a set smaller
+    than one global batch is repeated to fill one rather than giving none.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        rank: int | None = None,
+        world_size: int | None = None,
+        drop_last: bool = True,
+    ):
+        if length < 1:
+            raise InputError("the training set is empty; expected at least one sample.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.shuffle, self.drop_last = shuffle, drop_last
+        self.rank = distributed.rank() if rank is None else rank
+        self.world_size = distributed.world_size() if world_size is None else world_size
+        self.epoch = self.position = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of a whole epoch, the same on every rank."""
+        whole, rest = divmod(self.length, self.batch_size * self.world_size)
+        return max(1, whole) if self.drop_last else whole + bool(rest)
+
+    def __len__(self) -> int:
+        """Batches left in this epoch, which is what the next iteration gives."""
+        return self.steps_per_epoch - self.position
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of another epoch; the current one keeps its position."""
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+
+    def advance(self, batches: int = 1) -> None:
+        """Count batches that were trained on."""
+        if self.position + batches > self.steps_per_epoch:
+            raise ValueError(f"an epoch has {self.steps_per_epoch} batches, {self.position + batches} were counted.")
+        self.position += batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = self.epoch, self._order()
+        for step in range(self.position, self.steps_per_epoch):
+            size = self.batch_size * self.world_size
+            entries = order[step * size : (step + 1) * size]
+            first, last = (r * len(entries) // self.world_size for r in (self.rank, self.rank + 1))
+            yield [(epoch, int(index)) for index in entries[first:last]]
+
+    def _order(self) -> np.ndarray:
+        """Dataset indices of this epoch, wrapped round where the last step would lack some."""
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        size = self.batch_size * self.world_size
+        if self.drop_last:
+            return np.resize(order, max(self.length, size))
+        rest = self.length % size
+        return np.resize(order, self.length + max(0, self.world_size - rest)) if rest else order
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.epoch, "position": self.position, **self._recipe()}
+
+    def _recipe(self) -> dict:
+        names = ("length", "seed", "batch_size", "world_size", "shuffle", "drop_last")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go to the place that `state` tells. Raises InputError where it belongs to another order of the data."""
+        for name, value in self._recipe().items():
+            if state[name] != value:
+                raise InputError(
+                    f"the checkpoint's place in the data cannot be found again: its {name.replace('_', ' ')} was "
+                    f"{state[name]}, now it is {value}; resume with the same, or begin a new run with --init-from."
+                )
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+def evaluation_indices(length: int) -> list[int]:
+    """This rank's share of 0 .. length - 1; over all ranks each index exactly once, unpadded."""
+    return list(range(distributed.rank(), length, distributed.world_size()))
