@@ -51,5 +51,10 @@ def preprocess(image: Image.Image, size: int, crop: bool = False) -> Tensor:
     else:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (3, S, S)
+    return normalise(pixels)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Colours (..., 3, H, W) in 0..1 to what the model reads."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
     return (pixels - mean) / std

@@ -112,7 +112,7 @@ def symmetric_loss(
         negatives = {}
         if queued is not None:
             negatives = dict(bank=getattr(queued, side), bank_valid=queued.valid, bank_ids=queued.ids)
-        part, stats = contrastive_loss(
+        part = contrastive_loss(
             query,
             gather_with_gradient(key),
             logit_scale,
@@ -120,11 +120,13 @@ def symmetric_loss(
             query_ids=ids,
             key_ids=all_ids,
             reduction="sum",
-            with_stats=True,
+            with_stats=with_stats,
             **negatives,
         )
+        if with_stats:
+            part, stats = part
+            rows.append(stats)
         total = total + part / 2
-        rows.append(stats)
     loss = _reduce(total, len(image), reduction)
     return (loss, _statistics(*map(torch.cat, zip(*rows, strict=True)))) if with_stats else loss
 

@@ -7,9 +7,11 @@ import re
 import sys
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -99,18 +101,43 @@ def read_merges(path: str | Path) -> list[tuple[str, str]]:
     return pairs
 
 
+def learn_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
+    """Merges that make one token of every word of the texts, the most frequent pair first (Sennrich et al. 2016).
+
+    Meant for a small vocabulary: a pass over the distinct words for every merge.
+    """
+    counts = Counter(word for text in texts for word in word_pattern().findall(clean(text)))
+    words = {word: word_symbols(word) for word in counts}
+    merges = []
+    while True:
+        pairs = Counter()
+        for word, symbols in words.items():
+            for pair in pairwise(symbols):
+                pairs[pair] += counts[word]
+        if not pairs:
+            return merges
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        words = {word: merge_pair(symbols, merges[-1]) for word, symbols in words.items()}
+
+
 class Tokenizer:
     """Text to token ids.
 
-    vocab: the path of a merges file (`read_merges`), "bytes" for none, or None to take the merges of an installed CLIP
-    package (clip or open_clip) and fall back to bytes. Without merges every byte is a token of its own: 514 ids.
+    vocab: the path of a merges file (`read_merges`), the merges themselves, "bytes" for none, or None to take those of
+    an installed CLIP package (clip or open_clip) and fall back to bytes. Without merges every byte is a token: 514 ids.
 
-    `description` says in one sentence what is in use, `truncated` counts the texts cut so far.
+    `description` says in one sentence what is in use, `merges` is the list, `truncated` counts the texts cut so far.
     """
 
-    def __init__(self, vocab: str | Path | None = None):
-        path = installed_merges() if vocab is None else None if vocab == "bytes" else vocab
-        merges = read_merges(path) if path else []
+    def __init__(self, vocab: str | Path | Sequence[tuple[str, str]] | None = None):
+        if vocab is None:
+            vocab = installed_merges() or "bytes"
+        if isinstance(vocab, str | Path):
+            merges = [] if vocab == "bytes" else read_merges(vocab)
+            origin = f"of {vocab}"
+        else:
+            merges, origin = [tuple(pair) for pair in vocab], "learned from the data"
+        self.merges = merges
         symbols = list(byte_symbols().values())
         symbols = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
         self.encoder = {symbol: i for i, symbol in enumerate([*symbols, START, END])}
@@ -119,7 +146,7 @@ class Tokenizer:
         self.bos_id, self.eos_id = self.encoder[START], self.encoder[END]
         self.vocab_size = self.eos_id + 1
         self.truncated = 0
-        self.description = f"CLIP BPE with {len(merges)} merges of {path}" if merges else "CLIP BPE on bytes, no merges"
+        self.description = f"CLIP BPE with {len(merges)} merges {origin}" if merges else "CLIP BPE on bytes, no merges"
         if ftfy is None:
             self.description += "; ftfy is not installed (extra: text), so damaged Unicode is not repaired"
 
@@ -145,10 +172,9 @@ class Tokenizer:
         """Ids of one word: its bytes, the last one marked, then the pair of lowest rank merged until none is left."""
         if word in self.words:
             return self.words[word]
-        symbols = [byte_symbols()[b] for b in word.encode("utf-8", errors="surrogatepass")]
-        symbols[-1] += "</w>"
+        symbols = word_symbols(word)
         while len(symbols) > 1:
-            pair = min(zip(symbols, symbols[1:], strict=False), key=lambda p: self.ranks.get(p, sys.maxsize))
+            pair = min(pairwise(symbols), key=lambda p: self.ranks.get(p, sys.maxsize))
             if pair not in self.ranks:
                 break
             symbols = merge_pair(symbols, pair)
@@ -156,6 +182,12 @@ class Tokenizer:
             self.words = {w: self.words[w] for w in (START, END)}
         self.words[word] = [self.encoder[s] for s in symbols]
         return self.words[word]
+
+
+def word_symbols(word: str) -> list[str]:
+    """One symbol a byte, the last one marked as the end of its word."""
+    symbols = [byte_symbols()[b] for b in word.encode("utf-8", errors="surrogatepass")]
+    return [*symbols[:-1], symbols[-1] + "</w>"]
 
 
 def merge_pair(symbols: list[str], pair: tuple[str, str]) -> list[str]:

@@ -131,6 +131,17 @@ def test_missing_ftfy_is_said(monkeypatch):
     assert Tokenizer("bytes").encode("plain text")
 
 
+def test_learned_merges_make_words_of_texts():
+    texts = ["a red striped circle", "a green ring", "Red circles, red!"]
+    merges = tokenizer.learn_merges(texts)
+    assert merges == tokenizer.learn_merges(texts)
+    own = Tokenizer(merges)
+    assert [len(own.encode(text)) for text in texts] == [4, 3, 5]
+    assert "learned" in own.description and own.merges == merges
+    assert len(own.encode("greed")) > 1
+    assert Tokenizer([list(pair) for pair in merges]).encoder == own.encoder
+
+
 def test_long_texts_keep_their_end_and_are_counted():
     own = Tokenizer("bytes")
     tokens = own(["abcdef", "abcd", "abcdefgh"], 6)
