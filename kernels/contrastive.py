@@ -1,10 +1,14 @@
-"""Contrastive loss over in-batch keys and memory-bank negatives."""
+"""Contrastive loss over in-batch keys and memory-bank negatives.
+
+The public function checks and picks the implementation; the operators behind it are registered with `torch.library`.
+"""
 
 from typing import NamedTuple
 
 import torch
 
-from kernels import reference
+from kernels import contrastive_cpu
+from kernels.contrastive_cpu import Problem
 from kernels.implementation import choose
 
 
@@ -49,8 +53,9 @@ def contrastive_loss(
     query_ids (N,), key_ids (M,), bank_ids (K,): int64. Where both sides are given, every column other than the target
         that carries the query's id is left out (a false negative); -1 stands for none and masks nothing.
     reduction: "mean", "sum" or "none". A row without negatives has loss 0; so has the mean of no rows.
-    recompute: save one number a row instead of the gradients and compute the logits again in the backward; needs less
-        memory between the two passes, more time, and a bank that did not change meanwhile (RuntimeError otherwise).
+    recompute: compute the gradients in the backward from new logits instead of keeping them from the forward; needs
+        less memory between the passes, more time, and a bank that did not change meanwhile (RuntimeError otherwise).
+        reduction="none" always does, since the keys' gradient depends on every row's upstream gradient.
     with_stats: return (loss, ContrastiveStats).
     implementation: "auto" (Triton on a GPU, PyTorch elsewhere), "triton" or "torch".
 
@@ -58,18 +63,131 @@ def contrastive_loss(
     [0, M); on a GPU such a row's loss is NaN, since looking would stall it.
     """
     _check(query, key, target, bank, query_ids, key_ids, bank_ids, reduction)
-    choose(implementation, query.device)
+    implementation = choose(implementation, query.device)
     if target is None:
-        target = torch.arange(len(query), device=query.device)
-    elif target.device.type == "cpu" and not ((target >= 0) & (target < len(key))).all():
-        raise ValueError(f"every target must be a row of key, in [0, {len(key)})")
-    logit_scale = torch.as_tensor(logit_scale, device=query.device)
-    bank = None if bank is None else bank.detach().clone()
-    masks = dict(bank=bank, bank_valid=bank_valid, query_ids=query_ids, key_ids=key_ids, bank_ids=bank_ids)
-    with torch.autocast(query.device.type, enabled=False):
-        loss, stats = reference.contrastive_rows(query, key, logit_scale, target=target, **masks)
-        loss = reference.reduce_rows(loss, reduction)
+        target = torch.arange(query.shape[0], device=query.device)
+    elif not torch.compiler.is_compiling():  # there the operator's own gather refuses it
+        _check_target(target, key.shape[0])
+    if not isinstance(logit_scale, torch.Tensor):
+        logit_scale = torch.full((), logit_scale, device=query.device)
+    if bank is not None:
+        bank, bank_ids, bank_valid = _bank_in_use(bank.detach(), bank_ids, bank_valid)
+    wanted = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, logit_scale))
+    keep = wanted and not recompute and reduction != "none"
+    problem = Problem(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
+    if keep and not with_stats and contrastive_cpu.is_tiny(problem):
+        return contrastive_cpu.tiny_loss(problem, reduction)
+    loss, *stats = _contrast(*problem, reduction, keep, implementation)[:5]
     return (loss, ContrastiveStats(*stats)) if with_stats else loss
+
+
+def _bank_in_use(bank, ids, valid):
+    """Bank, ids and the valid count that a kernel must still look at: a number only cuts the view."""
+    if valid is None or isinstance(valid, torch.Tensor):
+        return bank, ids, valid
+    if valid < 0:
+        raise ValueError(f"bank_valid must not be negative, got {valid}")
+    return bank[:valid], None if ids is None else ids[:valid], None
+
+
+@torch.library.custom_op("macl_fgclip::contrastive_loss", mutates_args=())
+def _contrast(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    logit_scale: torch.Tensor,
+    target: torch.Tensor,
+    bank: torch.Tensor | None,
+    bank_valid: torch.Tensor | None,
+    query_ids: torch.Tensor | None,
+    key_ids: torch.Tensor | None,
+    bank_ids: torch.Tensor | None,
+    reduction: str,
+    keep: bool,
+    implementation: str,
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]:
+    """Loss, four statistics, and the gradients of query, key and logit_scale where `keep` (empty tensors otherwise)."""
+    problem = Problem(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
+    rows = query.shape[0]
+    weight = None
+    if keep:
+        weight = torch.full_like(query[:, 0], 1 / max(1, rows) if reduction == "mean" else 1, dtype=problem.dtype)
+    result, gradients = contrastive_cpu.contrast(problem, weight)
+    loss = result.loss if reduction == "none" else result.loss.sum()
+    loss = loss / max(1, rows) if reduction == "mean" else loss
+    kept = tuple(gradients) if keep else tuple(loss.new_empty(0) for _ in range(3))
+    return loss, *result[1:], *kept
+
+
+@_contrast.register_fake
+def _(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids, reduction, keep, implementation):
+    dtype = Problem(query, key, *[None] * 7).dtype
+    row = query.new_empty(query.shape[0], dtype=dtype)
+    loss = row if reduction == "none" else row.new_empty(())
+    stats = (
+        torch.empty_like(row),
+        torch.empty_like(row),
+        torch.empty_like(row),
+        torch.empty_like(row, dtype=torch.int64),
+    )
+    if not keep:
+        return loss, *stats, row.new_empty(0), row.new_empty(0), row.new_empty(0)
+    return loss, *stats, row.new_empty(query.shape), row.new_empty(key.shape), row.new_empty(())
+
+
+@torch.library.custom_op("macl_fgclip::contrastive_loss_backward", mutates_args=())
+def _contrast_backward(
+    weight: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    logit_scale: torch.Tensor,
+    target: torch.Tensor,
+    bank: torch.Tensor | None,
+    bank_valid: torch.Tensor | None,
+    query_ids: torch.Tensor | None,
+    key_ids: torch.Tensor | None,
+    bank_ids: torch.Tensor | None,
+    implementation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of the sum of the rows' losses times `weight` (N,)."""
+    problem = Problem(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
+    return tuple(contrastive_cpu.contrast(problem, weight)[1])
+
+
+@_contrast_backward.register_fake
+def _(weight, query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids, implementation):
+    return weight.new_empty(query.shape), weight.new_empty(key.shape), weight.new_empty(())
+
+
+def _remember(ctx, inputs, output):
+    *problem, reduction, keep, implementation = inputs
+    loss, *rest = output
+    ctx.mark_non_differentiable(*rest)
+    ctx.set_materialize_grads(False)
+    ctx.keep, ctx.implementation, ctx.reduction = keep, implementation, reduction
+    ctx.dtypes = [part.dtype for part in problem[:3]]
+    ctx.save_for_backward(*(rest[-3:] if keep else problem))
+
+
+def _gradients(ctx, grad, *_):
+    if ctx.keep:
+        gradients = [grad * part for part in ctx.saved_tensors]
+    else:
+        problem = Problem(*ctx.saved_tensors)
+        rows = problem.query.shape[0]
+        weight = grad / max(1, rows) if ctx.reduction == "mean" else grad
+        gradients = _contrast_backward(weight.expand(rows).contiguous(), *problem, ctx.implementation)
+    gradients = [part.to(dtype) for part, dtype in zip(gradients, ctx.dtypes, strict=True)]
+    return *gradients, *[None] * 9
+
+
+_contrast.register_autograd(_gradients, setup_context=_remember)
+
+
+def _check_target(target, keys):
+    if target.device.type == "cpu" and not ((target >= 0) & (target < keys)).all():
+        raise ValueError(f"every target must be a row of key, in [0, {keys})")
 
 
 def _check(query, key, target, bank, query_ids, key_ids, bank_ids, reduction):

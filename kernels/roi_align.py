@@ -1,11 +1,26 @@
-"""Multi-level RoIAlign, and RoIAlign followed by a linear projection."""
+"""Multi-level RoIAlign, and RoIAlign followed by a linear projection.
+
+The public functions check, apply autocast and pick the implementation; the operators behind them are registered with
+`torch.library`, so that torch.compile sees one node each.
+"""
 
 import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from kernels import reference
+from kernels import roi_align_cpu
 from kernels.implementation import choose
+
+
+class Pooling(NamedTuple):
+    """The constants of a pooling, as the operators take them."""
+
+    scales: list[float]
+    output_size: tuple[int, int]
+    sampling_ratio: int
+    aligned: bool
 
 
 def multiscale_roi_align(
@@ -28,10 +43,10 @@ def multiscale_roi_align(
     when an image index is outside [0, B); on a GPU such a row comes out as NaN, since looking would stall it.
     """
     features, output_size = _checked(features, rois, scales, output_size)
-    choose(implementation, features[0].device)
-    _check_image_index(features, rois)
-    pooling = dict(output_size=output_size, sampling_ratio=sampling_ratio, aligned=aligned)
-    return reference.multiscale_roi_align(features, rois.detach(), scales=scales, **pooling)
+    implementation = choose(implementation, features[0].device)
+    return _pool(
+        features, rois.detach(), [float(s) for s in scales], output_size, sampling_ratio, aligned, implementation
+    )
 
 
 def roi_align_project(
@@ -63,10 +78,9 @@ def roi_align_project(
         if part is not None and (part.dtype != features[0].dtype or part.device != features[0].device):
             expected = f"{features[0].dtype} on {features[0].device}"
             raise TypeError(f"{name} must be {expected} like the features, got {part.dtype} on {part.device}")
-    choose(implementation, features[0].device)
-    _check_image_index(features, rois)
-    pooling = dict(output_size=output_size, sampling_ratio=sampling_ratio, aligned=aligned)
-    return reference.roi_align_project(features, rois.detach(), weight, bias, scales=scales, **pooling)
+    implementation = choose(implementation, features[0].device)
+    pooling = [float(scale) for scale in scales], output_size, sampling_ratio, aligned, implementation
+    return _pool_project(features, rois.detach(), weight, bias, *pooling)[0]
 
 
 def _autocast(tensor):
@@ -107,7 +121,140 @@ def _checked(features, rois, scales, output_size):
     return [_autocast(feature) for feature in features], output_size
 
 
-def _check_image_index(features, rois):
-    images = features[0].shape[0]
+@torch.library.custom_op("macl_fgclip::multiscale_roi_align", mutates_args=())
+def _pool(
+    features: list[torch.Tensor],
+    rois: torch.Tensor,
+    scales: list[float],
+    output_size: list[int],
+    sampling_ratio: int,
+    aligned: bool,
+    implementation: str,
+) -> torch.Tensor:
+    pooling = Pooling(scales, tuple(output_size), sampling_ratio, aligned)
+    _check_image_index(rois, features[0].shape[0])
+    return roi_align_cpu.gather(features, rois, pooling)
+
+
+@_pool.register_fake
+def _(features, rois, scales, output_size, sampling_ratio, aligned, implementation):
+    return features[0].new_empty(rois.shape[0], *output_size, features[0].shape[1]).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("macl_fgclip::multiscale_roi_align_backward", mutates_args=())
+def _pool_backward(
+    grad: torch.Tensor,
+    rois: torch.Tensor,
+    shapes: list[int],
+    channels_last: list[bool],
+    scales: list[float],
+    sampling_ratio: int,
+    aligned: bool,
+    implementation: str,
+) -> list[torch.Tensor]:
+    """The gradients of the features. shapes: (B, C, H, W) of all levels in one list."""
+    pooling = Pooling(scales, tuple(grad.shape[2:]), sampling_ratio, aligned)
+    shapes = [tuple(shapes[start : start + 4]) for start in range(0, len(shapes), 4)]
+    pixels = roi_align_cpu.scatter(grad, rois, shapes, pooling)
+    return [_as_map(part.to(grad.dtype), last) for part, last in zip(pixels, channels_last, strict=True)]
+
+
+@_pool_backward.register_fake
+def _(grad, rois, shapes, channels_last, scales, sampling_ratio, aligned, implementation):
+    levels = zip(shapes[0::4], shapes[1::4], shapes[2::4], shapes[3::4], channels_last, strict=True)
+    return [_as_map(grad.new_empty(b, height, width, c), last) for b, c, height, width, last in levels]
+
+
+def _as_map(pixels, channels_last):
+    """(B, H, W, C) as (B, C, H, W), in channels-last or in contiguous memory."""
+    if channels_last:
+        return pixels.permute(0, 3, 1, 2)
+    batch, height, width, channels = pixels.shape
+    maps = pixels.new_empty(batch, channels, height, width)
+    for image in range(batch):  # two-dimensional transposes have a fast path of their own
+        maps[image].flatten(1).copy_(pixels[image].flatten(0, 1).T)
+    return maps
+
+
+def _remember(ctx, inputs, output):
+    features, rois, scales, _, sampling_ratio, aligned, implementation = inputs
+    ctx.save_for_backward(rois)
+    ctx.maps = _maps(features)
+    ctx.pooling = scales, sampling_ratio, aligned, implementation
+
+
+def _maps(features):
+    """What the backward knows of the features: their shapes in one list, and which lie channels-last in memory."""
+    return [size for feature in features for size in feature.shape], [feature.stride(1) == 1 for feature in features]
+
+
+def _pool_gradients(ctx, grad):
+    (rois,) = ctx.saved_tensors
+    return _pool_backward(grad, rois, *ctx.maps, *ctx.pooling), None, None, None, None, None, None
+
+
+_pool.register_autograd(_pool_gradients, setup_context=_remember)
+
+
+@torch.library.custom_op("macl_fgclip::roi_align_project", mutates_args=())
+def _pool_project(
+    features: list[torch.Tensor],
+    rois: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scales: list[float],
+    output_size: list[int],
+    sampling_ratio: int,
+    aligned: bool,
+    implementation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The projection (R, D), and the pooled rows (R, C * ph * pw) that the gradient of the weight needs."""
+    pooling = Pooling(scales, tuple(output_size), sampling_ratio, aligned)
+    _check_image_index(rois, features[0].shape[0])
+    pooled = roi_align_cpu.gather(features, rois, pooling).flatten(1).contiguous()
+    return _linear(pooled, weight, bias), pooled
+
+
+@_pool_project.register_fake
+def _(features, rois, weight, bias, scales, output_size, sampling_ratio, aligned, implementation):
+    rows = rois.shape[0]
+    return weight.new_empty(rows, weight.shape[0]), weight.new_empty(rows, weight.shape[1])
+
+
+def _linear(rows, weight, bias):
+    """F.linear, on the CPU in at least float32: most have no fast half-precision product."""
+    if rows.device.type == "cpu" and rows.dtype in (torch.float16, torch.bfloat16):
+        return F.linear(rows.float(), weight.float(), None if bias is None else bias.float()).to(rows.dtype)
+    return F.linear(rows, weight, bias)
+
+
+def _remember_projection(ctx, inputs, output):
+    features, rois, weight, bias, scales, output_size, sampling_ratio, aligned, implementation = inputs
+    ctx.save_for_backward(rois, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.maps = _maps(features)
+    ctx.pooling = scales, sampling_ratio, aligned, implementation
+    ctx.bins = features[0].shape[1], *output_size
+
+
+def _projection_gradients(ctx, grad, _):
+    rois, weight, pooled = ctx.saved_tensors
+    need_features, _, need_weight, need_bias, *_ = ctx.needs_input_grad
+    for_features, for_weight, for_bias = [None] * len(need_features), None, None
+    if any(need_features):
+        for_bins = _linear(grad, weight.T, None).view(-1, *ctx.bins)  # (R, C, ph, pw)
+        for_features = _pool_backward(for_bins, rois, *ctx.maps, *ctx.pooling)
+    if need_weight:
+        for_weight = _linear(grad.T, pooled.T, None)
+    if need_bias:
+        for_bias = grad.sum(0)
+    return for_features, None, for_weight, for_bias, None, None, None, None, None
+
+
+_pool_project.register_autograd(_projection_gradients, setup_context=_remember_projection)
+
+
+def _check_image_index(rois, images):
     if rois.device.type == "cpu" and not ((rois[:, 0] >= 0) & (rois[:, 0] < images)).all():
         raise ValueError(f"the image index of every roi must be in [0, {images})")

@@ -116,3 +116,38 @@ def test_what_does_not_fit_is_refused(change, message):
     arguments = dict(query=rows(3), key=rows(4, seed=1), logit_scale=10.0) | change
     with pytest.raises(ValueError, match=message):
         contrastive_loss(**arguments)
+
+
+@pytest.mark.parametrize("n, m, k", [(40, 50, 3000), (700, 700, 0), (600, 650, 1500)])
+@pytest.mark.parametrize("recompute, reduction", [(False, "mean"), (True, "mean"), (False, "none")])
+def test_streaming_in_chunks_equals_cross_entropy(n, m, k, recompute, reduction):
+    query, key = rows(n).requires_grad_(), rows(m, seed=1).requires_grad_()
+    bank = rows(k, seed=2) if k else None
+    scale = torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
+    upstream = torch.rand(n, dtype=torch.float64) if reduction == "none" else torch.tensor(1.7, dtype=torch.float64)
+    target = torch.randperm(m, generator=torch.Generator().manual_seed(5))[:n]
+    ours = contrastive_loss(query, key, scale, target=target, bank=bank, reduction=reduction, recompute=recompute)
+    expected = cross_entropy(query, key, scale, target=target, bank=bank, reduction=reduction)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
+    inputs = [query, key, scale]
+    ours, expected = (torch.autograd.grad(loss, inputs, upstream) for loss in (ours, expected))
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
+
+
+def test_recomputing_refuses_a_changed_bank():
+    query, bank = rows(40).requires_grad_(), rows(3000, seed=2)
+    loss = contrastive_loss(query, rows(40, seed=1), 10.0, bank=bank, recompute=True)
+    bank[0] += 1
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("rows_of_bank", [10, 40000])
+def test_finite_at_scale_1000(rows_of_bank):
+    query, key, bank = (rows(count, 32, seed, torch.float32) for seed, count in enumerate((30, 30, rows_of_bank)))
+    query.requires_grad_()
+    loss = contrastive_loss(query, key, 1000.0, bank=bank)
+    expected = cross_entropy(query.double(), key.double(), 1000.0, bank=bank.double())
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert torch.autograd.grad(loss, query)[0].isfinite().all()

@@ -1,0 +1,230 @@
+"""The contrastive loss on the CPU in plain PyTorch, without the N x (M + K) logits.
+
+Rows go in chunks. A chunk streams over the bank in blocks of columns with the running maximum, sum and weighted mean of
+an online softmax (Milakov and Gimelshein, 2018), so that one pass gives both the loss and the query's gradient; then it
+sees all in-batch keys at once, which settles its normaliser and gives the keys' gradient.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from kernels.reference import NO_NEGATIVE
+
+TINY = 2**14  # logits up to which the dispatcher costs more than they do
+SMALL = 2**20  # logits below which a separate pass over the bank costs more than it saves
+CHUNK = 2**21  # logits held at a time
+
+
+class Problem(NamedTuple):
+    """The arguments of the loss; None where there is no bank, no valid count, no id."""
+
+    query: torch.Tensor  # (N, D)
+    key: torch.Tensor  # (M, D)
+    logit_scale: torch.Tensor  # ()
+    target: torch.Tensor  # (N,)
+    bank: torch.Tensor | None  # (K, D)
+    bank_valid: torch.Tensor | None  # ()
+    query_ids: torch.Tensor | None  # (N,)
+    key_ids: torch.Tensor | None  # (M,)
+    bank_ids: torch.Tensor | None  # (K,)
+
+    @property
+    def dtype(self):
+        """Of logits and sums."""
+        return torch.float64 if torch.float64 in (self.query.dtype, self.key.dtype) else torch.float32
+
+
+class Running(NamedTuple):
+    """An online softmax over the negatives so far: maximum, sum of exponentials, weighted sum of columns or None."""
+
+    maximum: torch.Tensor  # (n,)
+    total: torch.Tensor  # (n,)
+    mean: torch.Tensor | None  # (n, D), not yet divided by the total
+    count: torch.Tensor  # (n,)
+
+
+class Rows(NamedTuple):
+    """What the loss says of each row, (N,) each."""
+
+    loss: torch.Tensor
+    logsumexp: torch.Tensor
+    positive: torch.Tensor
+    largest_negative: torch.Tensor
+    candidates: torch.Tensor
+
+
+class Gradients(NamedTuple):
+    """Of the weighted sum of the rows' losses, in float32 or float64."""
+
+    query: torch.Tensor  # (N, D)
+    key: torch.Tensor  # (M, D)
+    logit_scale: torch.Tensor  # ()
+
+
+def contrast(problem, weight=None):
+    """Rows, and with weight, a (N,) tensor of row weights, the Gradients of their weighted sum (None without)."""
+    dtype, (count, dim) = problem.dtype, problem.query.shape
+    problem = _in_use(problem)
+    query, key, scale = problem.query.to(dtype), problem.key.to(dtype), problem.logit_scale.to(dtype)
+    own, bank_rows = len(key), 0 if problem.bank is None else len(problem.bank)
+    if bank_rows and count * (own + bank_rows) <= SMALL:
+        key = torch.cat([key, problem.bank.to(dtype)])
+        problem = problem._replace(key_ids=_joined_ids(problem), bank=None, bank_ids=None)
+    for_query = for_key = None
+    if weight is not None:
+        weight, for_query = weight.to(dtype), torch.empty_like(query)
+        for_key = query.new_zeros(own, dim)
+    size = max(16, min(512, CHUNK // max(1, len(key))))
+    chunks = []
+    for start in range(0, count, size):
+        rows = slice(start, start + size)
+        ids = None if problem.query_ids is None else problem.query_ids[rows]
+        scaled = query[rows] * scale
+        running = None if problem.bank is None else _stream(scaled, ids, problem, weight is not None)
+        part, coefficient = _settle(scaled, key, problem.target[rows], ids, problem.key_ids, running, weight, rows)
+        chunks.append(part)
+        if weight is not None:
+            coefficient, rest = coefficient
+            for_query[rows] = torch.mm(coefficient, key) if running is None else rest.addmm_(coefficient, key)
+            for_key.addmm_(coefficient[:, :own].T, query[rows])
+    none = query.new_zeros(0)
+    result = Rows(*map(torch.cat, zip(*chunks, strict=True))) if chunks else Rows(none, none, none, none, none.long())
+    if weight is None:
+        return result, None
+    for_scale = torch.dot(query.reshape(-1), for_query.view(-1))
+    return result, Gradients(for_query.mul_(scale), for_key.mul_(scale), for_scale)
+
+
+def is_tiny(problem):
+    """Whether dispatching an operator would cost more than the arithmetic: then autograd calls `_Tiny` at once."""
+    if torch.compiler.is_compiling() or problem.query.device.type != "cpu":
+        return False
+    rows = [problem.query, problem.key] + ([] if problem.bank is None else [problem.bank])
+    columns = sum(part.shape[0] for part in rows[1:])
+    return problem.query.shape[0] * columns <= TINY and all(part.dtype == torch.float32 for part in rows)
+
+
+def tiny_loss(problem, reduction):
+    """The mean or the sum of the rows' losses of a tiny problem, with gradients."""
+    problem = _in_use(problem)
+    return _Tiny.apply(*problem[:3], problem.target, problem.bank, _same_ids(problem), reduction)
+
+
+class _Tiny(torch.autograd.Function):
+    """The loss from all logits at once, with as few calls as it takes."""
+
+    @staticmethod
+    def forward(ctx, query, key, logit_scale, target, bank, same, reduction):
+        candidates = key if bank is None else torch.cat([key, bank])
+        logits = torch.mm(query, candidates.T).mul_(logit_scale)  # (N, M + K)
+        column = target.unsqueeze(1)
+        positive = logits.gather(1, column)
+        if same is not None:
+            logits.masked_fill_(same, NO_NEGATIVE)
+        logits.scatter_(1, column, NO_NEGATIVE)
+        margin = torch.logsumexp(logits, 1, keepdim=True).sub_(positive)
+        share = 1 / max(1, query.shape[0]) if reduction == "mean" else 1
+        pull = torch.sigmoid(margin).mul_(share)
+        coefficient = torch.softmax(logits, 1).mul_(pull).scatter_(1, column, -pull)
+        for_query, for_key = torch.mm(coefficient, candidates), torch.mm(coefficient[:, : key.shape[0]].T, query)
+        ctx.save_for_backward(for_query, for_key, torch.dot(query.reshape(-1), for_query.view(-1)), logit_scale)
+        return F.softplus(margin, threshold=50).sum().mul_(share)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        for_query, for_key, for_scale, logit_scale = ctx.saved_tensors
+        factor = grad * logit_scale
+        return for_query * factor, for_key * factor, for_scale * grad, None, None, None, None
+
+
+def _same_ids(problem):
+    """Which columns carry the row's id, (N, M + K) bool, or None where no ids are given."""
+    ids, rows = _joined_ids(problem), problem.query_ids
+    return None if ids is None else (rows[:, None] == ids) & (rows[:, None] != -1)
+
+
+def _in_use(problem):
+    """The problem with the rows of the bank that are in use; no bank where that is none."""
+    if problem.bank is None:
+        return problem
+    used = len(problem.bank) if problem.bank_valid is None else int(problem.bank_valid)
+    if used <= 0 or len(problem.bank) == 0:
+        return problem._replace(bank=None, bank_ids=None)
+    ids = None if problem.bank_ids is None else problem.bank_ids[:used]
+    return problem._replace(bank=problem.bank[:used], bank_ids=ids)
+
+
+def _joined_ids(problem):
+    """One list of ids for keys and bank, -1 where a side has none."""
+    if problem.query_ids is None or (problem.key_ids is None and problem.bank_ids is None):
+        return None
+    sides = [(problem.key_ids, problem.key), (problem.bank_ids, problem.bank)]
+    return torch.cat([torch.full((len(rows),), -1) if ids is None else ids for ids, rows in sides if rows is not None])
+
+
+def _mask(logits, row_ids, column_ids):
+    """Drop the columns that carry the row's id, in place; returns how many columns stay, (n,)."""
+    left = torch.full((len(logits),), logits.shape[1])
+    if row_ids is None or column_ids is None:
+        return left
+    same = (row_ids[:, None] == column_ids) & (row_ids[:, None] != -1)
+    logits.masked_fill_(same, NO_NEGATIVE)
+    return left - same.sum(1)
+
+
+def _stream(scaled, ids, problem, with_mean):
+    """One pass of a chunk of queries, already multiplied by the scale, over the bank."""
+    rows, dim = scaled.shape
+    maximum, total = scaled.new_full((rows,), NO_NEGATIVE), scaled.new_zeros(rows)
+    mean, count = (scaled.new_zeros(rows, dim) if with_mean else None), torch.zeros(rows, dtype=torch.int64)
+    width = max(512, min(2048, CHUNK // 4 // rows))
+    buffer = scaled.new_empty(rows, min(width, len(problem.bank)))
+    for start in range(0, len(problem.bank), width):
+        block = problem.bank[start : start + width].to(scaled.dtype)
+        logits = buffer[:, : len(block)] if len(block) == buffer.shape[1] else scaled.new_empty(rows, len(block))
+        torch.mm(scaled, block.T, out=logits)
+        block_ids = None if problem.bank_ids is None else problem.bank_ids[start : start + width]
+        count += _mask(logits, ids, block_ids)
+        higher = torch.maximum(maximum, logits.amax(1))
+        shrink = torch.exp(maximum - higher)
+        logits.sub_(higher[:, None]).exp_()
+        total.mul_(shrink).add_(logits.sum(1))
+        if with_mean:
+            mean.mul_(shrink[:, None]).addmm_(logits, block)
+        maximum = higher
+    return Running(maximum, total, mean, count)
+
+
+def _settle(scaled, key, target, ids, key_ids, running, weight, rows):
+    """The rows' results from the in-batch keys and what the bank gave, and their coefficients.
+
+    The coefficients are those of the keys in the gradient, (n, columns), and the bank's share of it, (n, D) or None.
+    """
+    logits = scaled @ key.T  # (n, columns)
+    column = target[:, None]
+    positive = logits.gather(1, column).squeeze(1)
+    count = _mask(logits, ids, key_ids)
+    masked_target = logits.gather(1, column).squeeze(1) == NO_NEGATIVE
+    count = count + masked_target  # the target is a candidate whatever its id
+    logits.scatter_(1, column, NO_NEGATIVE)
+    maximum = logits.amax(1)
+    if running is not None:
+        maximum, count = torch.maximum(maximum, running.maximum), count + running.count
+    logits.sub_(maximum[:, None]).exp_()
+    total, shrink = logits.sum(1), None
+    if running is not None:
+        shrink = torch.exp(running.maximum - maximum)
+        total = total + running.total * shrink
+    lse = maximum + total.log()
+    margin = lse - positive
+    largest = torch.where(maximum <= NO_NEGATIVE / 2, -torch.inf, maximum)
+    result = Rows(F.softplus(margin, threshold=50), torch.logaddexp(lse, positive), positive, largest, count)
+    if weight is None:
+        return result, None
+    pull = weight[rows] * torch.sigmoid(margin)  # what the negatives push together, and the positive pulls
+    logits.mul_((pull / total)[:, None]).scatter_(1, column, -pull[:, None])
+    rest = None if running is None else running.mean.mul_((pull * shrink / total)[:, None])
+    return result, (logits, rest)

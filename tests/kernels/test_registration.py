@@ -1,0 +1,69 @@
+"""The operators as torch.library sees them: schemas, fake implementations, autograd, one graph under torch.compile."""
+
+import pytest
+import torch
+
+from kernels import multiscale_roi_align, roi_align_project
+
+SCALES = [0.25, 0.125]
+ROIS = torch.tensor([[0, 3.0, 4.0, 50.0, 60.0], [1, -9.0, 0.0, 500.0, 400.0], [0, 8.0, 8.0, 9.0, 9.0]])
+
+
+def maps(memory_format=torch.contiguous_format, requires_grad=True):
+    shapes = [(2, 4, 24, 20), (2, 4, 12, 10)]
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(shape, generator=generator).contiguous(memory_format=memory_format) for shape in shapes]
+    return [part.requires_grad_(requires_grad) for part in made]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("sampling_ratio, output_size", [(2, [3, 2]), (0, [2, 2])])
+def test_opcheck_pooling(memory_format, sampling_ratio, output_size):
+    operator = torch.ops.macl_fgclip.multiscale_roi_align.default
+    arguments = (maps(memory_format), ROIS, SCALES, output_size, sampling_ratio, False, "torch")
+    torch.library.opcheck(operator, arguments)
+
+
+def test_opcheck_dense_pooling():
+    operator = torch.ops.macl_fgclip.multiscale_roi_align.default
+    torch.library.opcheck(operator, (maps()[:1], ROIS, [0.25], [1, 1], -1, True, "torch"))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_opcheck_projection(biased):
+    weight, bias = torch.randn(5, 16, requires_grad=True), torch.randn(5, requires_grad=True) if biased else None
+    operator = torch.ops.macl_fgclip.roi_align_project.default
+    torch.library.opcheck(operator, (maps(), ROIS, weight, bias, SCALES, [2, 2], 2, False, "torch"))
+
+
+def test_pooling_and_projection_compile_without_a_break():
+    weight = torch.randn(5, 4 * 49, requires_grad=True)
+
+    def model(features, rois, weight):
+        pooled = multiscale_roi_align(features, rois, scales=SCALES, output_size=7)
+        projected = roi_align_project(features, rois, weight, scales=SCALES, output_size=7)
+        return pooled.sum() + projected.square().sum()
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rois in (ROIS, ROIS[:1]):
+        features = maps()
+        inputs = [*features, weight]
+        ours = torch.autograd.grad(compiled(features, rois, weight), inputs)
+        expected = torch.autograd.grad(model(features, rois, weight), inputs)
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_only_the_gradients_that_are_asked_for():
+    weight = torch.randn(5, 4 * 49, requires_grad=True)
+    features = maps(requires_grad=False)
+    roi_align_project(features, ROIS, weight, scales=SCALES, output_size=7).sum().backward()
+    assert weight.grad is not None and all(feature.grad is None for feature in features)
+
+
+def test_a_second_derivative_is_refused():
+    features = maps()
+    pooled = multiscale_roi_align(features, ROIS, scales=SCALES, output_size=7)
+    first = torch.autograd.grad(pooled.square().sum(), features, create_graph=True)
+    with pytest.raises(RuntimeError, match="backward"):
+        torch.autograd.grad(first[0].square().sum(), features)
