@@ -1,16 +1,15 @@
 """Image files to pixels, as CLIP wants them."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from fgclip.errors import InputError
 from fgclip.model import PIXEL_MEAN, PIXEL_STD
-
-MOST_PIXELS = 100_000_000  # larger files are refused before they are decoded
 
 
 def inside(root: Path, name: str, source: str) -> Path:
@@ -24,15 +23,17 @@ def read_image(path: str | Path, source: str = "") -> Image.Image:
     """An RGB image. Raises InputError on a file that is missing, damaged or oversized; `source` says what named it."""
     named = f"{path} (named by {source})" if source else str(path)
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MOST_PIXELS:
-                size = f"{image.width} x {image.height}"
-                raise InputError(f"{named} is {size} pixels; expected at most {MOST_PIXELS} in all")
+        with (
+            warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+            Image.open(path) as image,
+        ):
             # A palette with transparency cannot become RGB directly.
             return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
     except FileNotFoundError as error:
         raise InputError(f"{named} does not exist; is the image root right?") from error
-    except (OSError, UnidentifiedImageError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise InputError(f"{named} is too large; expected at most {Image.MAX_IMAGE_PIXELS} pixels") from error
+    except (OSError, SyntaxError, EOFError) as error:
         raise InputError(f"{named} is not a readable image ({type(error).__name__})") from error
 
 
