@@ -153,13 +153,14 @@ class SyntheticRegions(Dataset):
         """The scene (3, S, S) in 0..1."""
         rng = np.random.default_rng((self.seed, index, 1))
         size = self.image_size
-        image = rng.uniform(0.3, 0.6) + 0.03 * rng.standard_normal((size, size, 3))  # (S, S, 3)
+        image = rng.uniform(0.3, 0.6) + 0.03 * rng.standard_normal((size, size, 3), dtype=np.float32)  # (S, S, 3)
         centres = (np.arange(size) + 0.5) / size
         for box, (colour, texture, shape) in zip(boxes, kinds, strict=True):
-            u = 2 * (centres - box[0]) / (box[2] - box[0]) - 1
-            v = 2 * (centres - box[1]) / (box[3] - box[1]) - 1
-            u, v = np.meshgrid(u, v)  # (S, S)
-            inside = shape_mask(shape, u, v) & (abs(u) <= 1) & (abs(v) <= 1)
+            columns, rows = (slice(*np.searchsorted(centres, (box[i], box[i + 2]))) for i in range(2))
+            u = 2 * (centres[columns] - box[0]) / (box[2] - box[0]) - 1
+            v = 2 * (centres[rows] - box[1]) / (box[3] - box[1]) - 1
+            u, v = np.meshgrid(u, v)  # (h, w)
             shade = np.where(texture_mask(texture, u, v), 0.3, 1.0)[..., None]
-            image[inside] = (shade * np.array(COLOURS[colour]))[inside]
+            inside = shape_mask(shape, u, v)
+            image[rows, columns][inside] = (shade * np.array(COLOURS[colour]))[inside]
         return torch.from_numpy(image.clip(0, 1)).permute(2, 0, 1).float()
