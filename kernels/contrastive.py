@@ -63,7 +63,7 @@ def contrastive_loss(
     [0, M); on a GPU such a row's loss is NaN, since looking would stall it.
     """
     _check(query, key, target, bank, query_ids, key_ids, bank_ids, reduction)
-    implementation = choose(implementation, query.device)
+    implementation = choose(implementation, [query, key])
     if target is None:
         target = torch.arange(query.shape[0], device=query.device)
     elif not torch.compiler.is_compiling():  # there the operator's own gather refuses it
@@ -75,7 +75,7 @@ def contrastive_loss(
     wanted = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, logit_scale))
     keep = wanted and not recompute and reduction != "none"
     problem = Problem(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
-    if keep and not with_stats and contrastive_cpu.is_tiny(problem):
+    if keep and not with_stats and implementation == "torch" and contrastive_cpu.is_tiny(problem):
         return contrastive_cpu.tiny_loss(problem, reduction)
     loss, *stats = _contrast(*problem, reduction, keep, implementation)[:5]
     return (loss, ContrastiveStats(*stats)) if with_stats else loss
@@ -113,7 +113,7 @@ def _contrast(
     weight = None
     if keep:
         weight = torch.full_like(query[:, 0], 1 / max(1, rows) if reduction == "mean" else 1, dtype=problem.dtype)
-    result, gradients = contrastive_cpu.contrast(problem, weight)
+    result, gradients = _engine(implementation).contrast(problem, weight)
     loss = result.loss if reduction == "none" else result.loss.sum()
     loss = loss / max(1, rows) if reduction == "mean" else loss
     kept = tuple(gradients) if keep else tuple(loss.new_empty(0) for _ in range(3))
@@ -152,7 +152,7 @@ def _contrast_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of the sum of the rows' losses times `weight` (N,)."""
     problem = Problem(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
-    return tuple(contrastive_cpu.contrast(problem, weight)[1])
+    return tuple(_engine(implementation).contrast(problem, weight)[1])
 
 
 @_contrast_backward.register_fake
@@ -183,6 +183,15 @@ def _gradients(ctx, grad, *_):
 
 
 _contrast.register_autograd(_gradients, setup_context=_remember)
+
+
+def _engine(implementation):
+    """The module with `contrast`; triton is imported only where it is used."""
+    if implementation == "torch":
+        return contrastive_cpu
+    from kernels import contrastive_triton
+
+    return contrastive_triton
 
 
 def _check_target(target, keys):

@@ -1,4 +1,4 @@
-"""The contrastive loss on the CPU in plain PyTorch, without the N x (M + K) logits.
+"""The contrastive loss in plain PyTorch, fast on the CPU, without the N x (M + K) logits.
 
 Rows go in chunks. A chunk streams over the bank in blocks of columns with the running maximum, sum and weighted mean of
 an online softmax (Milakov and Gimelshein, 2018), so that one pass gives both the loss and the query's gradient; then it
@@ -162,12 +162,18 @@ def _joined_ids(problem):
     if problem.query_ids is None or (problem.key_ids is None and problem.bank_ids is None):
         return None
     sides = [(problem.key_ids, problem.key), (problem.bank_ids, problem.bank)]
-    return torch.cat([torch.full((len(rows),), -1) if ids is None else ids for ids, rows in sides if rows is not None])
+    return torch.cat(
+        [
+            rows.new_full((len(rows),), -1, dtype=torch.int64) if ids is None else ids
+            for ids, rows in sides
+            if rows is not None
+        ]
+    )
 
 
 def _mask(logits, row_ids, column_ids):
     """Drop the columns that carry the row's id, in place; returns how many columns stay, (n,)."""
-    left = torch.full((len(logits),), logits.shape[1])
+    left = torch.full((len(logits),), logits.shape[1], device=logits.device)
     if row_ids is None or column_ids is None:
         return left
     same = (row_ids[:, None] == column_ids) & (row_ids[:, None] != -1)
@@ -179,7 +185,10 @@ def _stream(scaled, ids, problem, with_mean):
     """One pass of a chunk of queries, already multiplied by the scale, over the bank."""
     rows, dim = scaled.shape
     maximum, total = scaled.new_full((rows,), NO_NEGATIVE), scaled.new_zeros(rows)
-    mean, count = (scaled.new_zeros(rows, dim) if with_mean else None), torch.zeros(rows, dtype=torch.int64)
+    mean, count = (
+        (scaled.new_zeros(rows, dim) if with_mean else None),
+        torch.zeros(rows, dtype=torch.int64, device=scaled.device),
+    )
     width = max(512, min(2048, CHUNK // 4 // rows))
     buffer = scaled.new_empty(rows, min(width, len(problem.bank)))
     for start in range(0, len(problem.bank), width):

@@ -2,15 +2,34 @@
 
 from importlib.util import find_spec
 
+import torch
+
 HAS_TRITON = find_spec("triton") is not None
 
 
-def choose(implementation, device):
-    """ "triton" or "torch" for the `implementation` argument of an operator on `device`; raises where it cannot run."""
+def choose(implementation, tensors):
+    """ "triton" or "torch" for the `implementation` argument of an operator on `tensors`; raises where it cannot run.
+
+    Triton's kernels sum in float32, so float64 always takes PyTorch.
+    """
     if implementation not in ("auto", "triton", "torch"):
         raise ValueError(f'implementation must be "auto", "triton" or "torch", got {implementation!r}')
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    device = tensors[0].device.type
     if implementation == "auto":
-        return "triton" if device.type == "cuda" and HAS_TRITON else "torch"
-    if implementation == "triton" and not HAS_TRITON:
-        raise ValueError('implementation="triton" needs the triton package, which is not installed here')
+        return "triton" if device == "cuda" and HAS_TRITON and not double else "torch"
+    if implementation == "triton":
+        if not HAS_TRITON:
+            raise ValueError('implementation="triton" needs the triton package, which is not installed here')
+        if double:
+            raise TypeError('implementation="triton" sums in float32 and takes no float64 tensors')
+        if device != "cuda" and not _interpreted():
+            raise ValueError(f'implementation="triton" needs tensors on a GPU, got {device}')
     return implementation
+
+
+def _interpreted():
+    """Whether Triton runs its kernels in its interpreter, which takes tensors of the CPU."""
+    import triton
+
+    return triton.knobs.runtime.interpret

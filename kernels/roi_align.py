@@ -43,7 +43,7 @@ def multiscale_roi_align(
     when an image index is outside [0, B); on a GPU such a row comes out as NaN, since looking would stall it.
     """
     features, output_size = _checked(features, rois, scales, output_size)
-    implementation = choose(implementation, features[0].device)
+    implementation = choose(implementation, features)
     return _pool(
         features, rois.detach(), [float(s) for s in scales], output_size, sampling_ratio, aligned, implementation
     )
@@ -78,7 +78,7 @@ def roi_align_project(
         if part is not None and (part.dtype != features[0].dtype or part.device != features[0].device):
             expected = f"{features[0].dtype} on {features[0].device}"
             raise TypeError(f"{name} must be {expected} like the features, got {part.dtype} on {part.device}")
-    implementation = choose(implementation, features[0].device)
+    implementation = choose(implementation, features)
     pooling = [float(scale) for scale in scales], output_size, sampling_ratio, aligned, implementation
     return _pool_project(features, rois.detach(), weight, bias, *pooling)[0]
 
@@ -133,7 +133,7 @@ def _pool(
 ) -> torch.Tensor:
     pooling = Pooling(scales, tuple(output_size), sampling_ratio, aligned)
     _check_image_index(rois, features[0].shape[0])
-    return roi_align_cpu.gather(features, rois, pooling)
+    return _engine(implementation).gather(features, rois, pooling)
 
 
 @_pool.register_fake
@@ -155,7 +155,7 @@ def _pool_backward(
     """The gradients of the features. shapes: (B, C, H, W) of all levels in one list."""
     pooling = Pooling(scales, tuple(grad.shape[2:]), sampling_ratio, aligned)
     shapes = [tuple(shapes[start : start + 4]) for start in range(0, len(shapes), 4)]
-    pixels = roi_align_cpu.scatter(grad, rois, shapes, pooling)
+    pixels = _engine(implementation).scatter(grad, rois, shapes, pooling)
     return [_as_map(part.to(grad.dtype), last) for part, last in zip(pixels, channels_last, strict=True)]
 
 
@@ -208,17 +208,31 @@ def _pool_project(
     aligned: bool,
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The projection (R, D), and the pooled rows (R, C * ph * pw) that the gradient of the weight needs."""
+    """The projection (R, D), and the pooled rows (R, C * ph * pw) that the gradient of the weight needs.
+
+    No rows where gather and projection are one launch: then the backward pools again.
+    """
     pooling = Pooling(scales, tuple(output_size), sampling_ratio, aligned)
     _check_image_index(rois, features[0].shape[0])
-    pooled = roi_align_cpu.gather(features, rois, pooling).flatten(1).contiguous()
+    if _in_one_launch(implementation, weight, output_size):
+        projected = _engine(implementation).project(features, rois, weight, bias, pooling)
+        return projected, projected.new_empty(0, weight.shape[1])
+    pooled = _engine(implementation).gather(features, rois, pooling).flatten(1).contiguous()
     return _linear(pooled, weight, bias), pooled
 
 
 @_pool_project.register_fake
 def _(features, rois, weight, bias, scales, output_size, sampling_ratio, aligned, implementation):
-    rows = rois.shape[0]
-    return weight.new_empty(rows, weight.shape[0]), weight.new_empty(rows, weight.shape[1])
+    kept = 0 if _in_one_launch(implementation, weight, output_size) else rois.shape[0]
+    return weight.new_empty(rois.shape[0], weight.shape[0]), weight.new_empty(kept, weight.shape[1])
+
+
+def _in_one_launch(implementation, weight, output_size):
+    """Whether the single-launch kernel serves a projection: where it need not gather again for many outputs.
+
+    Expected of one bin and few outputs, not measured; `python benchmarks/kernels.py` compares both on a GPU.
+    """
+    return implementation == "triton" and output_size[0] * output_size[1] == 1 and weight.shape[0] <= 256
 
 
 def _linear(rows, weight, bias):
@@ -230,7 +244,8 @@ def _linear(rows, weight, bias):
 
 def _remember_projection(ctx, inputs, output):
     features, rois, weight, bias, scales, output_size, sampling_ratio, aligned, implementation = inputs
-    ctx.save_for_backward(rois, weight, output[1])
+    again = features if _in_one_launch(implementation, weight, output_size) else []
+    ctx.save_for_backward(rois, weight, output[1], *again)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.maps = _maps(features)
@@ -239,13 +254,16 @@ def _remember_projection(ctx, inputs, output):
 
 
 def _projection_gradients(ctx, grad, _):
-    rois, weight, pooled = ctx.saved_tensors
+    rois, weight, pooled, *features = ctx.saved_tensors
     need_features, _, need_weight, need_bias, *_ = ctx.needs_input_grad
     for_features, for_weight, for_bias = [None] * len(need_features), None, None
     if any(need_features):
         for_bins = _linear(grad, weight.T, None).view(-1, *ctx.bins)  # (R, C, ph, pw)
         for_features = _pool_backward(for_bins, rois, *ctx.maps, *ctx.pooling)
     if need_weight:
+        if features:
+            scales, *rest = ctx.pooling
+            pooled = _pool(features, rois, scales, ctx.bins[1:], *rest).flatten(1)
         for_weight = _linear(grad.T, pooled.T, None)
     if need_bias:
         for_bias = grad.sum(0)
@@ -253,6 +271,15 @@ def _projection_gradients(ctx, grad, _):
 
 
 _pool_project.register_autograd(_projection_gradients, setup_context=_remember_projection)
+
+
+def _engine(implementation):
+    """The module with `gather` and `scatter`; triton is imported only where it is used."""
+    if implementation == "torch":
+        return roi_align_cpu
+    from kernels import roi_align_triton
+
+    return roi_align_triton
 
 
 def _check_image_index(rois, images):

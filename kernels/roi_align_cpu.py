@@ -1,4 +1,4 @@
-"""RoIAlign on the CPU in plain PyTorch: a plan of taps, then one weighted gather.
+"""RoIAlign in plain PyTorch, fast on the CPU: a plan of taps, then one weighted gather.
 
 All levels lie in one channels-last table of pixels (P, C). A RoI's bin is a bag of (pixel, weight) taps, so the forward
 is one `embedding_bag` over the table. The backward is the transposed product: the same taps sorted by pixel make every
@@ -46,7 +46,7 @@ def scatter(grad, rois, shapes, pooling):
     """
     dtype, channels = coordinate_dtype([grad]), grad.shape[1]
     if len(rois) == 0:
-        return [torch.zeros(batch, height, width, channels, dtype=dtype) for batch, _, height, width in shapes]
+        return [grad.new_zeros(batch, height, width, channels, dtype=dtype) for batch, _, height, width in shapes]
     if _is_dense(shapes, pooling):
         return [_scatter_dense(grad, rois, shapes[0], pooling)]
     taps = _plan(shapes, rois.to(dtype), pooling)
@@ -55,7 +55,7 @@ def scatter(grad, rois, shapes, pooling):
     weight = taps.weight[order]
     owner = taps.owner[order] if isinstance(taps.owner, torch.Tensor) else order // taps.owner
     sizes = [batch * height * width for batch, _, height, width in shapes]
-    offset = torch.searchsorted(pixel, torch.arange(sum(sizes) + 1, dtype=pixel.dtype))
+    offset = torch.searchsorted(pixel, torch.arange(sum(sizes) + 1, dtype=pixel.dtype, device=pixel.device))
     gradients, base = [], 0
     for (batch, _, height, width), size in zip(shapes, sizes, strict=True):
         level = offset[base : base + size + 1]
@@ -77,7 +77,7 @@ def _table(features, dtype):
     if len(features) == 1 and features[0].stride(1) == 1:
         return last[0].reshape(-1, channels).to(dtype)
     sizes = [pixels.shape[:3].numel() for pixels in last]
-    table = torch.empty(sum(sizes), channels, dtype=dtype)
+    table = last[0].new_empty(sum(sizes), channels, dtype=dtype)
     for pixels, rows in zip(last, table.split(sizes), strict=True):
         rows = rows.view(pixels.shape)
         # From NCHW memory eight channels at a time: whole rows would touch a cache line per element and evict it again.
@@ -90,12 +90,12 @@ def _table(features, dtype):
 def _plan(shapes, rois, pooling):
     """The taps of every bin over the table of all levels. shapes: the levels' (B, C, H, W)."""
     level = assign_levels(rois, pooling.scales)
-    sizes = torch.tensor([(shape[2], shape[3], shape[0] * shape[2] * shape[3]) for shape in shapes])
+    sizes = torch.tensor([(shape[2], shape[3], shape[0] * shape[2] * shape[3]) for shape in shapes], device=rois.device)
     starts = sizes[:, 2].cumsum(0) - sizes[:, 2]
     known = (level >= 0) & finite_rois(rois)
     level = level.clamp(min=0)
     height, width, _ = sizes[level].unbind(1)
-    y, weight_y, x, weight_x = _both_axes(rois, torch.tensor(pooling.scales)[level], height, width, pooling)
+    y, weight_y, x, weight_x = _both_axes(rois, rois.new_tensor(pooling.scales)[level], height, width, pooling)
     weight_y = weight_y * known[:, None, None]
     total = int(sizes[:, 2].sum())
     most_taps = len(rois) * y[0].numel() * x[0].numel()
@@ -107,12 +107,14 @@ def _plan(shapes, rois, pooling):
     bins, taps = pixel.shape[0] * pixel.shape[1] * pixel.shape[2], pixel.shape[3] * pixel.shape[4]
     pixel, weight = pixel.view(bins, taps), weight.view(bins, taps)
     if pooling.sampling_ratio > 0:
-        offset = torch.arange(0, bins * taps + 1, taps, dtype=integer)
+        offset = torch.arange(0, bins * taps + 1, taps, dtype=integer, device=rois.device)
         return Taps(pixel.view(-1), weight.view(-1), offset, taps)
     used = weight != 0  # adaptive grids differ from RoI to RoI: keep what counts
     count = used.sum(1)
     offset = torch.cat([count.new_zeros(1), count.cumsum(0)]).to(integer)
-    return Taps(pixel[used], weight[used], offset, torch.repeat_interleave(torch.arange(bins), count))
+    return Taps(
+        pixel[used], weight[used], offset, torch.repeat_interleave(torch.arange(bins, device=rois.device), count)
+    )
 
 
 def _both_axes(rois, scale, height, width, pooling):
@@ -133,7 +135,7 @@ def _merge(index, weight):
     """Add up the taps of an axis that fall on one pixel: (R, bins, S) -> (R, bins, pixels of the widest bin)."""
     low = torch.where(weight != 0, index, index.new_tensor(2**62)).amin(2, keepdim=True)
     shift = torch.where(weight != 0, index - low, 0)
-    window = torch.arange(int(shift.max()) + 1)
+    window = torch.arange(int(shift.max()) + 1, device=index.device)
     merged = weight.new_zeros(*index.shape[:2], len(window)).scatter_add_(2, shift, weight)
     return torch.where(merged != 0, low + window, 0), merged
 
@@ -146,7 +148,7 @@ def _is_dense(shapes, pooling):
 def _dense_weights(rois, height, width, pooling):
     """(R, H * W) weights of a single bin, the outer product of both axes."""
     scale = rois.new_full((len(rois),), pooling.scales[0])
-    extent = torch.ones(len(rois), dtype=torch.int64)
+    extent = torch.ones(len(rois), dtype=torch.int64, device=rois.device)
     y, weight_y, x, weight_x = _both_axes(rois, scale, extent * height, extent * width, pooling)
     weight_y = weight_y * finite_rois(rois)[:, None, None]
     along_y = rois.new_zeros(len(rois), height).scatter_add_(1, y.squeeze(1), weight_y.squeeze(1))
@@ -174,7 +176,7 @@ def _scatter_dense(grad, rois, shape, pooling):
     dtype, (batch, channels, height, width) = coordinate_dtype([grad]), shape
     weight = _dense_weights(rois.to(dtype), height, width, pooling)
     grad = grad.flatten(1).to(dtype)  # (R, C)
-    gradient = torch.zeros(batch, height * width, channels, dtype=dtype)
+    gradient = grad.new_zeros(batch, height * width, channels, dtype=dtype)
     for image, rows in enumerate(_rows_of_images(rois, batch)):
         if len(rows):
             torch.mm(weight[rows].T, grad[rows], out=gradient[image])  # (H W, r) @ (r, C)

@@ -1,0 +1,560 @@
+"""RoIAlign in Triton: all levels in one launch each way, no atomics, no host synchronisation, bitwise reproducible.
+
+forward   a program takes one bin row of one RoI and a block of channels, and sums its taps in float32.
+backward  RoIAlign is separable, so the gradient of an 8 x 8 tile of pixels is a sum over RoIs of small matrix products,
+          dF[64, C] += (A x B)[64, bins] dY[bins, C]. A program owns a tile, scans the RoIs of its image for those that
+          touch it, always in the same order, and writes every pixel once.
+project   gather and projection in one launch: a program takes a block of RoIs and a block of outputs, gathers one bin
+          and one block of channels at a time, and multiplies it by that slice of the weight at once.
+
+The kernels keep to what triton 3.6 and 3.9 share and to what its interpreter computes rightly: matrix products of half
+precision run in float32 there (`UPCAST`), because the interpreter multiplies bfloat16 bit patterns.
+"""
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+TILE = 8  # pixels a side of a backward tile
+SCAN = 128  # RoIs looked at together in the backward
+
+
+class Launch(NamedTuple):
+    """Block sizes of a kernel; what one does not use is 0."""
+
+    rows: int
+    columns: int
+    channels: int
+    warps: int
+    stages: int
+
+
+# Expected, not measured: chosen by what compiles without spills (tests/kernels/test_ahead_of_time.py); to be filled by
+# `python benchmarks/kernels.py --tune` on the GPU in question.
+FORWARD = Launch(rows=0, columns=0, channels=256, warps=4, stages=2)
+BACKWARD = {
+    "default": Launch(rows=0, columns=0, channels=32, warps=4, stages=1),
+    "sm_90": Launch(rows=0, columns=0, channels=128, warps=4, stages=1),
+    "sm_100": Launch(rows=0, columns=0, channels=64, warps=4, stages=1),
+}
+PROJECT = {
+    "default": Launch(rows=32, columns=64, channels=32, warps=8, stages=2),
+    "sm_90": Launch(rows=64, columns=64, channels=32, warps=8, stages=2),
+    "sm_100": Launch(rows=64, columns=64, channels=32, warps=8, stages=2),
+}
+
+
+@triton.jit
+def _select(values, level, LEVELS: tl.constexpr):
+    """values[level] where the level is known at run time only."""
+    chosen = values[0]
+    for index in tl.static_range(1, LEVELS):
+        chosen = tl.where(level == index, values[index], chosen)
+    return chosen
+
+
+@triton.jit
+def _box(rois, row, known, thresholds, batch, LEVELS: tl.constexpr):
+    """Image, level, corners in image pixels, whether it pools to something, and whether its image exists."""
+    number = tl.load(rois + row * 5, mask=known, other=0.0)
+    x1 = tl.load(rois + row * 5 + 1, mask=known, other=0.0)
+    y1 = tl.load(rois + row * 5 + 2, mask=known, other=0.0)
+    x2 = tl.load(rois + row * 5 + 3, mask=known, other=0.0)
+    y2 = tl.load(rois + row * 5 + 4, mask=known, other=0.0)
+    exists = (number >= 0) & (number < batch)
+    image = tl.where(exists, number, 0.0).to(tl.int64)
+    # x - x is 0 for finite numbers only; an area that is not a number has no level, as in torchvision.
+    finite = (x1 - x1 == 0) & (y1 - y1 == 0) & (x2 - x2 == 0) & (y2 - y2 == 0)
+    area = (x2 - x1) * (y2 - y1)
+    level = tl.zeros_like(image).to(tl.int32)
+    if LEVELS > 1:
+        finite = finite & (area >= 0)
+        for index in tl.static_range(1, LEVELS):
+            level += (area >= thresholds[index]).to(tl.int32)
+    x1 = tl.where(finite, x1, 0.0)
+    y1 = tl.where(finite, y1, 0.0)
+    x2 = tl.where(finite, x2, 0.0)
+    y2 = tl.where(finite, y2, 0.0)
+    return image, level, x1, y1, x2, y2, finite, exists
+
+
+@triton.jit
+def _axis(low, high, extent, BINS: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED: tl.constexpr):
+    """Length of a bin, samples in it, and how many of those can lie on the map (as `reference.sample_axis`)."""
+    size = high - low
+    if not ALIGNED:
+        size = tl.maximum(size, 1.0)
+    length = size / BINS
+    if SAMPLES > 0:
+        count = tl.zeros_like(length) + SAMPLES
+        steps = tl.zeros_like(length) + SAMPLES
+    else:
+        count = tl.ceil(length)
+        steps = tl.minimum(count, 2.0 * extent + 6.0)
+    return length, tl.maximum(count, 1.0), tl.maximum(steps, 0.0).to(tl.int32), count
+
+
+@triton.jit
+def _first(start, length, count, SAMPLES: tl.constexpr):
+    """The first sample of a bin that can lie on the map."""
+    if SAMPLES > 0:
+        first = tl.zeros_like(start)
+    else:
+        step = tl.maximum(length / count, 1e-6)
+        first = tl.maximum(tl.ceil((-1.0 - start) / step - 0.5) - 1.0, 0.0)
+    return first
+
+
+@triton.jit
+def _position(start, length, count, total, sample, extent):
+    """Where a sample lies on an axis, clamped to the map, and whether it counts."""
+    position = start + (sample + 0.5) * length / count
+    inside = (sample < total) & (position >= -1.0) & (position <= extent)
+    return tl.minimum(tl.maximum(tl.where(inside, position, 0.0), 0.0), extent - 1.0), inside
+
+
+@triton.jit
+def pool_forward(
+    features,
+    heights,
+    widths,
+    strides_b,
+    strides_c,
+    strides_h,
+    strides_w,
+    scales,
+    thresholds,
+    rois,
+    out,
+    batch,
+    channels,
+    LEVELS: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    PW_PAD: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out (R, PH, PW, C): one bin row of one RoI, BLOCK_C channels."""
+    row = (tl.program_id(0) // PH).to(tl.int64)
+    p = tl.program_id(0) % PH
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    image, level, x1, y1, x2, y2, finite, exists = _box(rois, row, True, thresholds, batch, LEVELS)
+    scale = _select(scales, level, LEVELS)
+    height = _select(heights, level, LEVELS).to(tl.float32)
+    width = _select(widths, level, LEVELS).to(tl.float32)
+    stride_h = _select(strides_h, level, LEVELS).to(tl.int64)
+    stride_w = _select(strides_w, level, LEVELS).to(tl.int64)
+    base = _select(features, level, LEVELS) + image * _select(strides_b, level, LEVELS).to(tl.int64)
+    offset_c = c.to(tl.int64)
+    if not CHANNELS_LAST:
+        offset_c *= _select(strides_c, level, LEVELS).to(tl.int64)
+    shift = 0.5 if ALIGNED else 0.0
+    x1 = x1 * scale - shift
+    y1 = y1 * scale - shift
+    length_y, count_y, steps_y, total_y = _axis(y1, y2 * scale - shift, height, PH, SAMPLES, ALIGNED)
+    length_x, count_x, steps_x, total_x = _axis(x1, x2 * scale - shift, width, PW, SAMPLES, ALIGNED)
+    start_x = x1 + tl.arange(0, PW_PAD) * length_x  # (PW_PAD,)
+    start_y = tl.zeros_like(start_x) + (y1 + p * length_y)
+    steps_y = tl.where(finite, steps_y, 0)
+    first_y = _first(start_y, length_y, count_y, SAMPLES)
+    first_x = _first(start_x, length_x, count_x, SAMPLES)
+    live = (c < channels)[None, :] & (tl.arange(0, PW_PAD) < PW)[:, None]
+    total = tl.zeros((PW_PAD, BLOCK_C), dtype=tl.float32)
+    for i in range(0, steps_y):
+        y, inside_y = _position(start_y, length_y, count_y, total_y, first_y + i, height)
+        y_low = tl.floor(y)
+        y_part = y - y_low
+        upper = tl.minimum(y_low + 1.0, height - 1.0).to(tl.int64) * stride_h
+        lower = y_low.to(tl.int64) * stride_h
+        for j in range(0, steps_x):
+            x, inside_x = _position(start_x, length_x, count_x, total_x, first_x + j, width)
+            x_low = tl.floor(x)
+            x_part = x - x_low
+            left = x_low.to(tl.int64) * stride_w
+            right = tl.minimum(x_low + 1.0, width - 1.0).to(tl.int64) * stride_w
+            mask = live & (inside_x & inside_y)[:, None]
+            tap = base + offset_c[None, :] + (lower + left)[:, None]
+            total += tl.load(tap, mask=mask, other=0.0).to(tl.float32) * ((1 - y_part) * (1 - x_part))[:, None]
+            tap = base + offset_c[None, :] + (lower + right)[:, None]
+            total += tl.load(tap, mask=mask, other=0.0).to(tl.float32) * ((1 - y_part) * x_part)[:, None]
+            tap = base + offset_c[None, :] + (upper + left)[:, None]
+            total += tl.load(tap, mask=mask, other=0.0).to(tl.float32) * (y_part * (1 - x_part))[:, None]
+            tap = base + offset_c[None, :] + (upper + right)[:, None]
+            total += tl.load(tap, mask=mask, other=0.0).to(tl.float32) * (y_part * x_part)[:, None]
+    total = total / (count_y * count_x) + tl.where(exists, 0.0, float("nan"))
+    place = out + ((row * PH + p) * PW + tl.arange(0, PW_PAD))[:, None] * channels + c[None, :]
+    tl.store(place, total.to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _axis_weights(pixel, low, length, count, total, steps, bins, extent, SAMPLES: tl.constexpr):
+    """(8, bins) sums of the bilinear weights of a bin's samples at each pixel of an axis."""
+    start = low + bins * length
+    first = _first(start, length, count, SAMPLES)
+    weight = tl.zeros((pixel.shape[0], bins.shape[0]), dtype=tl.float32)
+    for i in range(0, steps):
+        position, inside = _position(start, length, count, total, first + i, extent)
+        hat = tl.maximum(1.0 - tl.abs(pixel[:, None] - position[None, :]), 0.0)
+        weight += tl.where(inside[None, :], hat, 0.0)
+    return weight
+
+
+@triton.jit
+def pool_backward(
+    gradients,
+    heights,
+    widths,
+    first_tiles,
+    scales,
+    thresholds,
+    rois,
+    grad,
+    count_rois,
+    batch,
+    channels,
+    LEVELS: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    PW_PAD: tl.constexpr,
+    BIN_ROWS: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    SCAN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """gradients[l] (B, H, W, C) from grad (R, PH, PW, C): one tile of one image and level, BLOCK_C channels."""
+    tile = tl.program_id(0)
+    my_level = 0
+    for index in tl.static_range(1, LEVELS):
+        my_level += (tile >= first_tiles[index]).to(tl.int32)
+    tile -= _select(first_tiles, my_level, LEVELS)
+    height = _select(heights, my_level, LEVELS)
+    width = _select(widths, my_level, LEVELS)
+    scale = _select(scales, my_level, LEVELS)
+    across = (width + TILE - 1) // TILE
+    down = (height + TILE - 1) // TILE
+    my_image = tile // (across * down)
+    top = (tile % (across * down)) // across * TILE
+    left = tile % across * TILE
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    shift = 0.5 if ALIGNED else 0.0
+    extent_y = height.to(tl.float32)
+    extent_x = width.to(tl.float32)
+    pixel_y = (top + tl.arange(0, TILE)).to(tl.float32)
+    pixel_x = (left + tl.arange(0, TILE)).to(tl.float32)
+    q = tl.arange(0, PW_PAD)
+    total = tl.zeros((TILE * TILE, BLOCK_C), dtype=tl.float32)
+    for start in range(0, count_rois, SCAN):
+        lane = tl.arange(0, SCAN)
+        rows = (start + lane).to(tl.int64)
+        image, level, x1, y1, x2, y2, finite, exists = _box(rois, rows, rows < count_rois, thresholds, batch, LEVELS)
+        x1 = x1 * scale - shift
+        y1 = y1 * scale - shift
+        x2 = x2 * scale - shift
+        y2 = y2 * scale - shift
+        if not ALIGNED:
+            x2 = tl.maximum(x2, x1 + 1.0)
+            y2 = tl.maximum(y2, y1 + 1.0)
+        hit = (rows < count_rois) & finite & exists & (image == my_image) & (level == my_level)
+        # A pixel of slack on either side; what is let in wrongly weighs nothing.
+        hit &= (tl.minimum(y1, y2) < top + TILE + 1.0) & (tl.maximum(y1, y2) > top - 2.0)
+        hit &= (tl.minimum(x1, x2) < left + TILE + 1.0) & (tl.maximum(x1, x2) > left - 2.0)
+        hits = tl.sum(hit.to(tl.int32), axis=0)
+        for _ in range(0, hits):
+            chosen = tl.min(tl.where(hit, lane, SCAN), axis=0)
+            hit &= lane != chosen
+            row = (start + chosen).to(tl.int64)
+            _, _, left_x, low_y, right_x, high_y, _, _ = _box(rois, row, True, thresholds, batch, LEVELS)
+            left_x = left_x * scale - shift
+            low_y = low_y * scale - shift
+            length_y, count_y, steps_y, total_y = _axis(low_y, high_y * scale - shift, extent_y, PH, SAMPLES, ALIGNED)
+            length_x, count_x, steps_x, total_x = _axis(left_x, right_x * scale - shift, extent_x, PW, SAMPLES, ALIGNED)
+            along_x = _axis_weights(pixel_x, left_x, length_x, count_x, total_x, steps_x, q, extent_x, SAMPLES)
+            along_x = along_x / (count_y * count_x)
+            for p_start in range(0, PH, BIN_ROWS):
+                p = p_start + tl.arange(0, BIN_ROWS)
+                along_y = _axis_weights(pixel_y, low_y, length_y, count_y, total_y, steps_y, p, extent_y, SAMPLES)
+                weight = along_y[:, None, :, None] * along_x[None, :, None, :]
+                weight = tl.reshape(weight, (TILE * TILE, BIN_ROWS * PW_PAD))
+                lanes = tl.arange(0, BIN_ROWS * PW_PAD)
+                bin_y = p_start + lanes // PW_PAD
+                bin_x = lanes % PW_PAD
+                mask = ((bin_y < PH) & (bin_x < PW))[:, None] & (c < channels)[None, :]
+                place = grad + ((row * PH + bin_y) * PW + bin_x)[:, None] * channels + c[None, :]
+                upstream = tl.load(place, mask=mask, other=0.0)  # (bins, BLOCK_C)
+                if UPCAST:
+                    total = tl.dot(weight, upstream.to(tl.float32), total, input_precision="ieee")
+                elif upstream.dtype == tl.float32:
+                    total = tl.dot(weight, upstream, total, input_precision=PRECISION)
+                else:  # the weight as the sum of two half-precision numbers keeps its error below 2^-16
+                    high = weight.to(upstream.dtype)
+                    low = (weight - high.to(tl.float32)).to(upstream.dtype)
+                    total = tl.dot(high, upstream, total)
+                    total = tl.dot(low, upstream, total)
+    lanes = tl.arange(0, TILE * TILE)
+    y = top + lanes // TILE
+    x = left + lanes % TILE
+    mask = ((y < height) & (x < width))[:, None] & (c < channels)[None, :]
+    out = _select(gradients, my_level, LEVELS)
+    place = out + ((my_image.to(tl.int64) * height + y) * width + x)[:, None] * channels + c[None, :]
+    tl.store(place, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pool_project(
+    features,
+    heights,
+    widths,
+    strides_b,
+    strides_c,
+    strides_h,
+    strides_w,
+    scales,
+    thresholds,
+    rois,
+    weight,
+    bias,
+    out,
+    count_rois,
+    batch,
+    channels,
+    dim,
+    LEVELS: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BIASED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out (R, D) from weight (PH * PW, C, D): BLOCK_R RoIs and BLOCK_D outputs."""
+    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    image, level, x1, y1, x2, y2, finite, exists = _box(rois, row, row < count_rois, thresholds, batch, LEVELS)
+    scale = _select(scales, level, LEVELS)
+    height = _select(heights, level, LEVELS).to(tl.float32)
+    width = _select(widths, level, LEVELS).to(tl.float32)
+    stride_h = _select(strides_h, level, LEVELS).to(tl.int64)
+    stride_w = _select(strides_w, level, LEVELS).to(tl.int64)
+    base = _select(features, level, LEVELS) + image * _select(strides_b, level, LEVELS).to(tl.int64)
+    shift = 0.5 if ALIGNED else 0.0
+    x1 = x1 * scale - shift
+    y1 = y1 * scale - shift
+    length_y, count_y, steps_y, total_y = _axis(y1, y2 * scale - shift, height, PH, SAMPLES, ALIGNED)
+    length_x, count_x, steps_x, total_x = _axis(x1, x2 * scale - shift, width, PW, SAMPLES, ALIGNED)
+    used = finite & exists & (row < count_rois)
+    most_y = tl.max(tl.where(used, steps_y, 0), axis=0)
+    most_x = tl.max(tl.where(used, steps_x, 0), axis=0)
+    result = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    for index in range(0, PH * PW):
+        start_y = y1 + (index // PW) * length_y  # (BLOCK_R,)
+        start_x = x1 + (index % PW) * length_x
+        first_y = _first(start_y, length_y, count_y, SAMPLES)
+        first_x = _first(start_x, length_x, count_x, SAMPLES)
+        for c_start in range(0, channels, BLOCK_C):
+            c = c_start + tl.arange(0, BLOCK_C)
+            offset = c.to(tl.int64)[None, :] + tl.zeros_like(stride_h)[:, None]
+            if not CHANNELS_LAST:
+                offset *= _select(strides_c, level, LEVELS).to(tl.int64)[:, None]
+            pooled = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+            for i in range(0, most_y):
+                y, inside_y = _position(start_y, length_y, count_y, total_y, first_y + i, height)
+                y_low = tl.floor(y)
+                y_part = y - y_low
+                lower = y_low.to(tl.int64) * stride_h
+                upper = tl.minimum(y_low + 1.0, height - 1.0).to(tl.int64) * stride_h
+                for j in range(0, most_x):
+                    x, inside_x = _position(start_x, length_x, count_x, total_x, first_x + j, width)
+                    x_low = tl.floor(x)
+                    x_part = x - x_low
+                    near = x_low.to(tl.int64) * stride_w
+                    far = tl.minimum(x_low + 1.0, width - 1.0).to(tl.int64) * stride_w
+                    mask = (used & inside_y & inside_x)[:, None] & (c < channels)[None, :]
+                    tap = tl.load((base + lower + near)[:, None] + offset, mask=mask, other=0.0).to(tl.float32)
+                    pooled += tap * ((1 - y_part) * (1 - x_part))[:, None]
+                    tap = tl.load((base + lower + far)[:, None] + offset, mask=mask, other=0.0).to(tl.float32)
+                    pooled += tap * ((1 - y_part) * x_part)[:, None]
+                    tap = tl.load((base + upper + near)[:, None] + offset, mask=mask, other=0.0).to(tl.float32)
+                    pooled += tap * (y_part * (1 - x_part))[:, None]
+                    tap = tl.load((base + upper + far)[:, None] + offset, mask=mask, other=0.0).to(tl.float32)
+                    pooled += tap * (y_part * x_part)[:, None]
+            pooled = pooled / (count_y * count_x)[:, None]
+            mask = (c < channels)[:, None] & (d < dim)[None, :]
+            place = weight + (index * channels + c).to(tl.int64)[:, None] * dim + d[None, :]
+            part = tl.load(place, mask=mask, other=0.0)  # (BLOCK_C, BLOCK_D)
+            if UPCAST:
+                result = tl.dot(pooled, part.to(tl.float32), result, input_precision="ieee")
+            else:
+                result = tl.dot(pooled.to(part.dtype), part, result, input_precision=PRECISION)
+    if BIASED:
+        result += tl.load(bias + d, mask=d < dim, other=0.0).to(tl.float32)[None, :]
+    result = tl.where(exists[:, None], result, float("nan"))
+    place = out + row[:, None] * dim + d[None, :]
+    tl.store(place, result.to(out.dtype.element_ty), mask=(row < count_rois)[:, None] & (d < dim)[None, :])
+
+
+@functools.cache
+def level_thresholds(scales):
+    """The smallest float32 area of each level; torchvision's rounding of the logarithm is found by bisection."""
+    from kernels.reference import assign_levels
+
+    thresholds = [0.0]
+    for level in range(1, len(scales)):
+        low, high = 0, 0x7F7FFFFF  # bit patterns of positive float32 numbers are in their order
+        while low < high:
+            middle = (low + high) // 2
+            area = torch.tensor([middle], dtype=torch.int32).view(torch.float32)
+            box = torch.stack([area * 0, area * 0, area * 0, area, area * 0 + 1], 1)
+            low, high = (low, middle) if assign_levels(box, scales)[0] >= level else (middle + 1, high)
+        thresholds.append(float(torch.tensor([low], dtype=torch.int32).view(torch.float32)))
+    return tuple(thresholds)
+
+
+def _padded(size):
+    return triton.next_power_of_2(size)
+
+
+def _precision(tensor):
+    """How float32 products run: three TensorFloat-32 passes keep float32's accuracy; AMD has only exact ones."""
+    return "ieee" if torch.version.hip else "tf32x3"
+
+
+def _launch(table, device):
+    """The block sizes for a device."""
+    if device.type != "cuda" or torch.version.hip:
+        return table["default"]
+    major, minor = torch.cuda.get_device_capability(device)
+    return table.get(f"sm_{major}{minor}", table["default"])
+
+
+def _maps(features, scales):
+    """The kernels' description of the levels: pointers, sizes and strides as tuples."""
+    strides = [tuple(feature.stride(axis) for feature in features) for axis in range(4)]
+    heights, widths = (tuple(feature.shape[axis] for feature in features) for axis in (2, 3))
+    scales = tuple(scales)
+    return tuple(features), heights, widths, *strides, scales, level_thresholds(scales)
+
+
+def gather(features, rois, pooling):
+    """features, rois -> (R, C, ph, pw), channels-last in memory, in the features' dtype."""
+    channels, (height, width) = features[0].shape[1], pooling.output_size
+    out = features[0].new_empty(len(rois), height, width, channels)
+    if len(rois):
+        block = min(FORWARD.channels, _padded(channels))
+        pool_forward[(len(rois) * height, triton.cdiv(channels, block))](
+            *_maps(features, pooling.scales),
+            rois.float().contiguous(),
+            out,
+            features[0].shape[0],
+            channels,
+            LEVELS=len(features),
+            PH=height,
+            PW=width,
+            PW_PAD=_padded(width),
+            SAMPLES=max(0, pooling.sampling_ratio),
+            ALIGNED=pooling.aligned,
+            CHANNELS_LAST=all(feature.stride(1) == 1 for feature in features),
+            BLOCK_C=block,
+            num_warps=FORWARD.warps,
+            num_stages=FORWARD.stages,
+        )
+    return out.permute(0, 3, 1, 2)
+
+
+def scatter(grad, rois, shapes, pooling):
+    """The sums over RoIs at every pixel, one (B, H, W, C) tensor a level, in the gradient's dtype."""
+    batch, channels = shapes[0][:2]
+    gradients = tuple(grad.new_empty(batch, height, width, channels) for _, _, height, width in shapes)
+    tiles = [batch * triton.cdiv(shape[2], TILE) * triton.cdiv(shape[3], TILE) for shape in shapes]
+    first_tiles = tuple(sum(tiles[:index]) for index in range(len(tiles)))
+    launch = _launch(BACKWARD, grad.device)
+    block = max(16, min(launch.channels, _padded(channels)))
+    padded, scales = _padded(pooling.output_size[1]), tuple(pooling.scales)
+    if batch:
+        pool_backward[(sum(tiles), triton.cdiv(channels, block))](
+            gradients,
+            tuple(shape[2] for shape in shapes),
+            tuple(shape[3] for shape in shapes),
+            first_tiles,
+            scales,
+            level_thresholds(scales),
+            rois.float().contiguous(),
+            grad.permute(0, 2, 3, 1).contiguous(),
+            len(rois),
+            batch,
+            channels,
+            LEVELS=len(shapes),
+            PH=pooling.output_size[0],
+            PW=pooling.output_size[1],
+            PW_PAD=padded,
+            BIN_ROWS=bin_rows(pooling.output_size),
+            SAMPLES=max(0, pooling.sampling_ratio),
+            ALIGNED=pooling.aligned,
+            UPCAST=INTERPRETED,
+            PRECISION=_precision(grad),
+            TILE=TILE,
+            SCAN=SCAN,
+            BLOCK_C=block,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+        )
+    return list(gradients)
+
+
+def bin_rows(output_size):
+    """Bin rows of one matrix product in the backward: up to 64 bins, at least the 16 a tensor core wants."""
+    padded = _padded(output_size[1])
+    return max(1, 16 // padded, min(_padded(output_size[0]), 64 // padded))
+
+
+def project(features, rois, weight, bias, pooling):
+    """Gather and projection in one launch: weight (D, C * ph * pw) -> (R, D)."""
+    channels, (height, width) = features[0].shape[1], pooling.output_size
+    out = weight.new_empty(len(rois), len(weight))
+    if len(rois) == 0:
+        return out
+    by_bin = weight.view(len(weight), channels, height * width).permute(2, 1, 0).contiguous()  # (ph * pw, C, D)
+    launch = _launch(PROJECT, weight.device)
+    block = max(16, min(launch.channels, _padded(channels)))
+    pool_project[(triton.cdiv(len(rois), launch.rows), triton.cdiv(len(weight), launch.columns))](
+        *_maps(features, pooling.scales),
+        rois.float().contiguous(),
+        by_bin,
+        by_bin if bias is None else bias,
+        out,
+        len(rois),
+        features[0].shape[0],
+        channels,
+        len(weight),
+        LEVELS=len(features),
+        PH=height,
+        PW=width,
+        SAMPLES=max(0, pooling.sampling_ratio),
+        ALIGNED=pooling.aligned,
+        CHANNELS_LAST=all(feature.stride(1) == 1 for feature in features),
+        BIASED=bias is not None,
+        UPCAST=INTERPRETED,
+        PRECISION=_precision(weight),
+        BLOCK_R=launch.rows,
+        BLOCK_D=launch.columns,
+        BLOCK_C=block,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return out

@@ -1,0 +1,196 @@
+"""Compiles kernels for a GPU that is not there and prints what they need, one JSON line each.
+
+Run by test_ahead_of_time.py in a process of its own, where triton is not interpreted:
+    python tests/kernels/ahead_of_time.py sm_90 [name ...]
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import contrastive_triton as contrastive
+from kernels import roi_align_triton as roi
+
+LEVELS = 4
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def target_of(name):
+    return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
+
+
+def levels(kind):
+    return (kind,) * LEVELS
+
+
+def map_types(dtype):
+    """The types of the levels' description, in the order in which every gathering kernel takes it."""
+    names = [
+        "features",
+        "heights",
+        "widths",
+        "strides_b",
+        "strides_c",
+        "strides_h",
+        "strides_w",
+        "scales",
+        "thresholds",
+    ]
+    kinds = [f"*{dtype}", *["i32"] * 6, "fp32", "fp32"]
+    return dict(zip(names, map(levels, kinds), strict=True))
+
+
+def pooling_constants(output_size):
+    return dict(LEVELS=LEVELS, PH=output_size[0], PW=output_size[1], SAMPLES=2, ALIGNED=False)
+
+
+def pool_forward(dtype, target):
+    types = map_types(dtype) | dict(rois="*fp32", out=f"*{dtype}", batch="i32", channels="i32")
+    constants = pooling_constants((7, 7)) | dict(PW_PAD=8, CHANNELS_LAST=True, BLOCK_C=roi.FORWARD.channels)
+    return roi.pool_forward, types, constants, roi.FORWARD
+
+
+def pool_backward(dtype, target, launch=None):
+    launch = launch or roi.BACKWARD.get(target, roi.BACKWARD["default"])
+    types = dict(
+        gradients=levels(f"*{dtype}"),
+        heights=levels("i32"),
+        widths=levels("i32"),
+        first_tiles=levels("i32"),
+        scales=levels("fp32"),
+        thresholds=levels("fp32"),
+        rois="*fp32",
+        grad=f"*{dtype}",
+        count_rois="i32",
+        batch="i32",
+        channels="i32",
+    )
+    precision = "ieee" if target.startswith("gfx") else "tf32x3"
+    tile = dict(UPCAST=False, PRECISION=precision, TILE=roi.TILE, SCAN=roi.SCAN, BLOCK_C=launch.channels)
+    constants = pooling_constants((7, 7)) | dict(PW_PAD=8, BIN_ROWS=roi.bin_rows((7, 7))) | tile
+    return roi.pool_backward, types, constants, launch
+
+
+def pool_project(dtype, target):
+    pointers = dict(rois="*fp32", weight=f"*{dtype}", bias=f"*{dtype}", out=f"*{dtype}")
+    types = map_types(dtype) | pointers | dict.fromkeys(("count_rois", "batch", "channels", "dim"), "i32")
+    launch = roi.PROJECT.get(target, roi.PROJECT["default"])
+    blocks = dict(BLOCK_R=launch.rows, BLOCK_D=launch.columns, BLOCK_C=launch.channels)
+    precision = "ieee" if target.startswith("gfx") else "tf32x3"
+    flags = dict(CHANNELS_LAST=True, BIASED=True, UPCAST=False, PRECISION=precision)
+    return roi.pool_project, types, pooling_constants((7, 7)) | flags | blocks, launch
+
+
+def loss_constants(target, launch, dim):
+    precision = "ieee" if target.startswith("gfx") else "tf32x3"
+    blocks = dict(BLOCK_N=launch.rows, BLOCK_M=launch.columns, BLOCK_D=dim)
+    return dict(KEY_IDS=True, UPCAST=False, PRECISION=precision) | blocks
+
+
+def loss_types(kernel, dtype):
+    """Types by the name of the argument: rows in `dtype`, indices and ids in int64, figures in float32."""
+    known = dict(query=f"*{dtype}", key=f"*{dtype}", bank=f"*{dtype}", coefficient=f"*{dtype}", unit="fp32")
+    known |= dict.fromkeys(("target", "bank_valid", "query_ids", "key_ids", "bank_ids"), "*i64")
+    sizes = ("rows", "keys", "bank_rows", "dim", "key_splits", "blocks_a_split", "splits", "columns")
+    known |= dict.fromkeys(sizes, "i32") | dict(count_in="*i32")
+    if kernel is not contrastive.stream:
+        known |= dict(count_out="*i64")
+    return {name: known.get(name, "*fp32") for name in kernel.arg_names if not name.isupper()}
+
+
+def streamed(kernel, dim):
+    def build(dtype, target):
+        launch = contrastive.stream_launch(target, dim)
+        constants = loss_constants(target, launch, dim)
+        if kernel is contrastive.stream:
+            constants |= dict(HAS_VALID=True, BANK_IDS=True, WITH_MEAN=True)
+        return kernel, loss_types(kernel, dtype) | dict(count_out="*i32"), constants, launch
+
+    return build
+
+
+def combine(dtype, target):
+    types = loss_types(contrastive.combine, dtype)
+    launch = contrastive.Launch(rows=1, columns=0, warps=4, stages=2)
+    return contrastive.combine, types, dict(WITH_MEAN=True, BLOCK_D=512), launch
+
+
+def settle_rows(dtype, target):
+    flags = dict(HAS_VALID=True, KEY_IDS=True, BANK_IDS=True, WITH_GRADIENT=True, BLOCK=contrastive.ROW_BLOCK)
+    launch = contrastive.Launch(rows=1, columns=0, warps=contrastive.ROW_WARPS, stages=2)
+    return contrastive.settle_rows, loss_types(contrastive.settle_rows, dtype), flags, launch
+
+
+def spilling(dtype, target):
+    """Known to be bad: twice the channels a tile's accumulator has registers for."""
+    return pool_backward(dtype, target, roi.Launch(rows=0, columns=0, channels=512, warps=4, stages=1))
+
+
+KERNELS = dict(pool_forward=pool_forward, pool_backward=pool_backward, pool_project=pool_project)
+for width in contrastive.STREAM["default"]:
+    KERNELS[f"stream_{width}"] = streamed(contrastive.stream, width)
+    KERNELS[f"key_gradient_{width}"] = streamed(contrastive.key_gradient, width)
+KERNELS |= dict(combine=combine, settle_rows=settle_rows, spilling=spilling)
+
+
+def divisible_by_16(kernel, types):
+    """Pointers and strides are multiples of 16, as they are at run time: without that, loads are not 16 bytes wide."""
+    paths = []
+    for index, name in enumerate(kernel.arg_names):
+        kind = types.get(name)
+        wide = name.startswith("strides") or name in ("channels", "dim")
+        if isinstance(kind, tuple):
+            paths += [(index, part) for part, one in enumerate(kind) if wide or one.startswith("*")]
+        elif kind is not None and (wide or kind.startswith("*")):
+            paths.append((index,))
+    return {path: [["tt.divisibility", 16]] for path in paths}
+
+
+def compile_for(target, kernel, types, constants, launch):
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=divisible_by_16(kernel, types))
+    options = dict(num_warps=launch.warps, num_stages=launch.stages)
+    return triton.compile(source, target=target_of(target), options=options)
+
+
+def needs(compiled, target):
+    """Registers, spilled bytes, shared memory and the instructions that matter."""
+    found = dict(shared=compiled.metadata.shared)
+    if target.startswith("gfx"):
+        assembly = compiled.asm["amdgcn"]
+        spills = [int(count) for count in re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly)]
+        return found | dict(stack=max(spills), mma="mfma" if "v_mfma" in assembly else None)
+    cubin = Path("kernel.cubin")
+    cubin.write_bytes(compiled.asm["cubin"])
+    dump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run([dump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    numbers = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    kinds = ["tcgen05.mma", "wgmma.mma_async", "mma.sync"]
+    ptx = compiled.asm["ptx"]
+    return found | dict(
+        registers=int(numbers["REG"]),
+        stack=int(numbers["STACK"]),
+        mma=next((kind for kind in kinds if kind in ptx), None),
+        wide_loads=len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
+    )
+
+
+def main(target, *names):
+    for name in names or KERNELS:
+        streaming = name.startswith(("stream", "key_gradient"))  # float32 goes to the chunked engine
+        for dtype in (torch.bfloat16, torch.float16) if streaming else NAMES:
+            built = KERNELS[name](NAMES[dtype], target)
+            figures = needs(compile_for(target, *built), target)
+            print(json.dumps(dict(kernel=name, dtype=NAMES[dtype], target=target) | figures), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
