@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,11 @@ WEIGHT_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+)
+# What torch.load raises, depending on where a file is damaged.
+DAMAGE = (
+    *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, struct.error),
+    *(ValueError, LookupError, AttributeError, TypeError, AssertionError),
 )
 
 
@@ -41,15 +47,7 @@ def read_weights(path: Path, trust_torchscript: bool = False) -> dict[str, Tenso
         return read_torchscript(path, trust_torchscript)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-    ) as error:
+    except DAMAGE as error:
         raise InputError(f"{path} is not a readable file of weights ({type(error).__name__})") from error
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path} holds other things than named tensors; expected a state dict")
@@ -75,7 +73,7 @@ def is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist())
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise InputError(f"{path} is a damaged archive ({error})") from error
 
 
