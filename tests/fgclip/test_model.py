@@ -240,12 +240,15 @@ def test_forward_equals_the_single_encoders(small_model, tokens):
 
 def test_every_parameter_gets_a_gradient_with_and_without_checkpointing(small_model, tokens):
     batch = make_batch(small_model, tokens)
-    gradients = []
+    gradients, runs = [], []
+    first = small_model.vision_model.encoder.layers[0]
+    first.mlp.register_forward_hook(lambda *_: runs.append(1))
     for enabled in (False, True):
         small_model.set_checkpointing(enabled)
         small_model.zero_grad()
         sum(f.square().sum() for f in small_model(batch).values()).backward()
         gradients.append({k: p.grad for k, p in small_model.named_parameters()})
+    assert len(runs) == 3  # once, then once in the forward and once more in the backward
     for name, gradient in gradients[0].items():
         assert gradient is not None and gradient.abs().max() > 0, name
         assert gradient.equal(gradients[1][name]), name
