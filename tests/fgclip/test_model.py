@@ -242,7 +242,7 @@ def test_every_parameter_gets_a_gradient_with_and_without_checkpointing(small_mo
     batch = make_batch(small_model, tokens)
     gradients, runs = [], []
     first = small_model.vision_model.encoder.layers[0]
-    first.mlp.register_forward_hook(lambda *_: runs.append(1))
+    first.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     for enabled in (False, True):
         small_model.set_checkpointing(enabled)
         small_model.zero_grad()
