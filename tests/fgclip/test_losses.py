@@ -149,6 +149,10 @@ def test_hard_negatives_equal_to_the_phrase_are_left_out():
     found = hard_negative_loss(region, text, SCALE, ids=ids)
     expected = hard_negative_loss(region, text[[0, 1, 3, 4, 5]], SCALE, counts=torch.tensor([2, 3]))
     torch.testing.assert_close(found, expected)
+    without = torch.tensor([-1, -1, 4, 5, -1, 6])  # -1 is nobody's id
+    torch.testing.assert_close(
+        hard_negative_loss(region, text, SCALE, ids=without), hard_negative_loss(region, text, SCALE)
+    )
 
 
 def test_no_hard_negatives_give_zero_with_a_graph():
