@@ -92,10 +92,11 @@ def test_other_files_are_refused(tmp_path, name, content):
         Tokenizer(tmp_path / "absent")
 
 
-def test_cleaning():
-    assert tokenizer.clean("  A\t\nB&amp;amp;lt; ") == "a b<"
+def test_cleaning(monkeypatch):
     if tokenizer.ftfy is not None:
         assert tokenizer.clean("cafÃ©") == "café"
+    monkeypatch.setattr(tokenizer, "ftfy", None)  # it unescapes once itself
+    assert tokenizer.clean("  A\t\nB&amp;lt; ") == "a b<"
 
 
 def test_words():
