@@ -75,9 +75,12 @@ def contrastive_loss(
     wanted = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, logit_scale))
     keep = wanted and not recompute and reduction != "none"
     problem = Problem(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
-    if keep and not with_stats and implementation == "torch" and contrastive_cpu.is_tiny(problem):
-        return contrastive_cpu.tiny_loss(problem, reduction)
-    loss, *stats = _contrast(*problem, reduction, keep, implementation)[:5]
+    with torch.autocast(query.device.type, enabled=False):  # logits are float32
+        if keep and not with_stats and implementation == "torch" and contrastive_cpu.is_tiny(problem):
+            loss = contrastive_cpu.tiny_loss(problem, reduction)
+            if loss is not None:
+                return loss
+        loss, *stats = _contrast(*problem, reduction, keep, implementation)[:5]
     return (loss, ContrastiveStats(*stats)) if with_stats else loss
 
 
@@ -113,7 +116,8 @@ def _contrast(
     weight = None
     if keep:
         weight = torch.full_like(query[:, 0], 1 / max(1, rows) if reduction == "mean" else 1, dtype=problem.dtype)
-    result, gradients = _engine(implementation).contrast(problem, weight)
+    with torch.autocast(query.device.type, enabled=False):  # logits stay in float32
+        result, gradients = _engine(implementation).contrast(problem, weight)
     loss = result.loss if reduction == "none" else result.loss.sum()
     loss = loss / max(1, rows) if reduction == "mean" else loss
     kept = tuple(gradients) if keep else tuple(loss.new_empty(0) for _ in range(3))
@@ -152,7 +156,8 @@ def _contrast_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of the sum of the rows' losses times `weight` (N,)."""
     problem = Problem(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
-    return tuple(_engine(implementation).contrast(problem, weight)[1])
+    with torch.autocast(query.device.type, enabled=False):
+        return tuple(_engine(implementation).contrast(problem, weight)[1])
 
 
 @_contrast_backward.register_fake

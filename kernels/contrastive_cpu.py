@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from kernels.reference import NO_NEGATIVE
 
-TINY = 2**14  # logits up to which the dispatcher costs more than they do
+TINY = 2**16  # logits up to which dispatching an operator costs more than they do
+COARSE = 0.01  # mean loss above which the rounding of softmax - 1 is far below the gradient
 SMALL = 2**20  # logits below which a separate pass over the bank costs more than it saves
 CHUNK = 2**21  # logits held at a time
 
@@ -89,8 +90,10 @@ def contrast(problem, weight=None):
             coefficient, rest = coefficient
             for_query[rows] = torch.mm(coefficient, key) if running is None else rest.addmm_(coefficient, key)
             for_key.addmm_(coefficient[:, :own].T, query[rows])
-    none = query.new_zeros(0)
-    result = Rows(*map(torch.cat, zip(*chunks, strict=True))) if chunks else Rows(none, none, none, none, none.long())
+    if chunks:
+        result = Rows(*map(torch.cat, zip(*chunks, strict=True)))
+    else:  # five tensors: outputs of an operator may not alias
+        result = Rows(*(query.new_zeros(0) for _ in range(4)), torch.zeros(0, dtype=torch.int64))
     if weight is None:
         return result, None
     for_scale = torch.dot(query.reshape(-1), for_query.view(-1))
@@ -98,46 +101,25 @@ def contrast(problem, weight=None):
 
 
 def is_tiny(problem):
-    """Whether dispatching an operator would cost more than the arithmetic: then autograd calls `_Tiny` at once."""
-    if torch.compiler.is_compiling() or problem.query.device.type != "cpu":
+    """Whether dispatching an operator would cost more than the arithmetic."""
+    device = problem.query.device.type
+    if device != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
         return False
     rows = [problem.query, problem.key] + ([] if problem.bank is None else [problem.bank])
     columns = sum(part.shape[0] for part in rows[1:])
-    return problem.query.shape[0] * columns <= TINY and all(part.dtype == torch.float32 for part in rows)
+    return 0 < problem.query.shape[0] * columns <= TINY and all(part.dtype == torch.float32 for part in rows)
 
 
 def tiny_loss(problem, reduction):
-    """The mean or the sum of the rows' losses of a tiny problem, with gradients."""
-    problem = _in_use(problem)
-    return _Tiny.apply(*problem[:3], problem.target, problem.bank, _same_ids(problem), reduction)
-
-
-class _Tiny(torch.autograd.Function):
-    """The loss from all logits at once, with as few calls as it takes."""
-
-    @staticmethod
-    def forward(ctx, query, key, logit_scale, target, bank, same, reduction):
-        candidates = key if bank is None else torch.cat([key, bank])
-        logits = torch.mm(query, candidates.T).mul_(logit_scale)  # (N, M + K)
-        column = target.unsqueeze(1)
-        positive = logits.gather(1, column)
-        if same is not None:
-            logits.masked_fill_(same, NO_NEGATIVE)
-        logits.scatter_(1, column, NO_NEGATIVE)
-        margin = torch.logsumexp(logits, 1, keepdim=True).sub_(positive)
-        share = 1 / max(1, query.shape[0]) if reduction == "mean" else 1
-        pull = torch.sigmoid(margin).mul_(share)
-        coefficient = torch.softmax(logits, 1).mul_(pull).scatter_(1, column, -pull)
-        for_query, for_key = torch.mm(coefficient, candidates), torch.mm(coefficient[:, : key.shape[0]].T, query)
-        ctx.save_for_backward(for_query, for_key, torch.dot(query.reshape(-1), for_query.view(-1)), logit_scale)
-        return F.softplus(margin, threshold=50).sum().mul_(share)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        for_query, for_key, for_scale, logit_scale = ctx.saved_tensors
-        factor = grad * logit_scale
-        return for_query * factor, for_key * factor, for_scale * grad, None, None, None, None
+    """The loss by autograd from all logits at once; None where softmax - 1 would round its gradient away."""
+    query, key, logit_scale, target, bank, *_ = problem = _in_use(problem)
+    candidates = key if bank is None else torch.cat([key, bank])
+    logits = logit_scale * (query @ candidates.T)  # (N, M + K)
+    same = _same_ids(problem)
+    if same is not None:
+        logits = logits.masked_fill(same.scatter_(1, target[:, None], False), -torch.inf)
+    loss = F.cross_entropy(logits, target, reduction=reduction)
+    return loss if loss.item() > COARSE * (1 if reduction == "mean" else query.shape[0]) else None
 
 
 def _same_ids(problem):
@@ -148,10 +130,10 @@ def _same_ids(problem):
 
 def _in_use(problem):
     """The problem with the rows of the bank that are in use; no bank where that is none."""
-    if problem.bank is None:
+    if problem.bank is None or (problem.bank_valid is None and problem.bank.shape[0]):
         return problem
-    used = len(problem.bank) if problem.bank_valid is None else int(problem.bank_valid)
-    if used <= 0 or len(problem.bank) == 0:
+    used = 0 if problem.bank_valid is None else int(problem.bank_valid)
+    if used <= 0 or problem.bank.shape[0] == 0:
         return problem._replace(bank=None, bank_ids=None)
     ids = None if problem.bank_ids is None else problem.bank_ids[:used]
     return problem._replace(bank=problem.bank[:used], bank_ids=ids)

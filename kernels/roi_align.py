@@ -44,9 +44,9 @@ def multiscale_roi_align(
     """
     features, output_size = _checked(features, rois, scales, output_size)
     implementation = choose(implementation, features)
-    return _pool(
-        features, rois.detach(), [float(s) for s in scales], output_size, sampling_ratio, aligned, implementation
-    )
+    pooling = [float(scale) for scale in scales], output_size, sampling_ratio, aligned, implementation
+    with torch.autocast(features[0].device.type, enabled=False):  # its casts are done
+        return _pool(features, rois.detach(), *pooling)
 
 
 def roi_align_project(
@@ -80,7 +80,8 @@ def roi_align_project(
             raise TypeError(f"{name} must be {expected} like the features, got {part.dtype} on {part.device}")
     implementation = choose(implementation, features)
     pooling = [float(scale) for scale in scales], output_size, sampling_ratio, aligned, implementation
-    return _pool_project(features, rois.detach(), weight, bias, *pooling)[0]
+    with torch.autocast(features[0].device.type, enabled=False):
+        return _pool_project(features, rois.detach(), weight, bias, *pooling)[0]
 
 
 def _autocast(tensor):
@@ -238,7 +239,8 @@ def _in_one_launch(implementation, weight, output_size):
 def _linear(rows, weight, bias):
     """F.linear, on the CPU in at least float32: most have no fast half-precision product."""
     if rows.device.type == "cpu" and rows.dtype in (torch.float16, torch.bfloat16):
-        return F.linear(rows.float(), weight.float(), None if bias is None else bias.float()).to(rows.dtype)
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(rows.float(), weight.float(), None if bias is None else bias.float()).to(rows.dtype)
     return F.linear(rows, weight, bias)
 
 

@@ -73,17 +73,14 @@ def _bag(table, index, offset, weight):
 
 def _table(features, dtype):
     """The pixels of all levels as rows, (P, C): no copy where one channels-last level has the dtype already."""
-    channels, last = features[0].shape[1], [feature.permute(0, 2, 3, 1) for feature in features]
+    channels = features[0].shape[1]
     if len(features) == 1 and features[0].stride(1) == 1:
-        return last[0].reshape(-1, channels).to(dtype)
-    sizes = [pixels.shape[:3].numel() for pixels in last]
-    table = last[0].new_empty(sum(sizes), channels, dtype=dtype)
-    for pixels, rows in zip(last, table.split(sizes), strict=True):
-        rows = rows.view(pixels.shape)
-        # From NCHW memory eight channels at a time: whole rows would touch a cache line per element and evict it again.
-        step = channels if pixels.stride(3) == 1 else 8
-        for start in range(0, channels, step):
-            rows[..., start : start + step].copy_(pixels[..., start : start + step])
+        return features[0].permute(0, 2, 3, 1).reshape(-1, channels).to(dtype)
+    sizes = [feature.shape[0] * feature.shape[2] * feature.shape[3] for feature in features]
+    table = features[0].new_empty(sum(sizes), channels, dtype=dtype)
+    for feature, rows in zip(features, table.split(sizes), strict=True):
+        for image, pixels in zip(feature, rows.chunk(len(feature)), strict=True):
+            pixels.copy_(image.flatten(1).T)  # two-dimensional transposes have a fast path of their own
     return table
 
 

@@ -68,18 +68,18 @@ def _box(rois, row, known, thresholds, batch, LEVELS: tl.constexpr):
     y2 = tl.load(rois + row * 5 + 4, mask=known, other=0.0)
     exists = (number >= 0) & (number < batch)
     image = tl.where(exists, number, 0.0).to(tl.int64)
-    # x - x is 0 for finite numbers only; an area that is not a number has no level, as in torchvision.
-    finite = (x1 - x1 == 0) & (y1 - y1 == 0) & (x2 - x2 == 0) & (y2 - y2 == 0)
-    area = (x2 - x1) * (y2 - y1)
-    level = tl.zeros_like(image).to(tl.int32)
-    if LEVELS > 1:
-        finite = finite & (area >= 0)
-        for index in tl.static_range(1, LEVELS):
-            level += (area >= thresholds[index]).to(tl.int32)
+    infinity = float("inf")
+    finite = (tl.abs(x1) < infinity) & (tl.abs(y1) < infinity) & (tl.abs(x2) < infinity) & (tl.abs(y2) < infinity)
     x1 = tl.where(finite, x1, 0.0)
     y1 = tl.where(finite, y1, 0.0)
     x2 = tl.where(finite, x2, 0.0)
     y2 = tl.where(finite, y2, 0.0)
+    area = (x2 - x1) * (y2 - y1)
+    level = tl.zeros_like(image).to(tl.int32)
+    if LEVELS > 1:
+        finite = finite & (area >= 0)  # torchvision leaves rows without a level at zero
+        for index in tl.static_range(1, LEVELS):
+            level += (area >= thresholds[index]).to(tl.int32)
     return image, level, x1, y1, x2, y2, finite, exists
 
 

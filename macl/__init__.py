@@ -1,1 +1,23 @@
-"""The paired visible + infrared detector."""
+"""The paired visible + infrared detector: Faster R-CNN with modal-aware contrastive learning."""
+
+import kernels
+
+if not hasattr(kernels, "roi_align_project"):
+    raise ImportError(
+        f"another package named kernels was found first ({kernels.__file__}); "
+        "run from the project's folder, or put that first on the path"
+    )
+
+from macl.build import build_detector, load_detector  # noqa: E402
+from macl.detector import PairedFasterRCNN  # noqa: E402
+from macl.errors import InputError  # noqa: E402
+from macl.weights import LoadReport, load_torchvision_weights  # noqa: E402
+
+__all__ = [
+    "InputError",
+    "LoadReport",
+    "PairedFasterRCNN",
+    "build_detector",
+    "load_detector",
+    "load_torchvision_weights",
+]

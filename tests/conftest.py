@@ -1,10 +1,16 @@
 """Fixtures that several rooms share."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +19,36 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("no shared/ folder with golden vectors and samples beside the checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """Runs a test file as a script in two gloo processes: `two_ranks(__file__, folder)`.
+
+    The script is given the folder and writes folder/rank0.pt and folder/rank1.pt, whose contents are returned.
+    """
+
+    def run(script: str, folder: Path) -> list[dict]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-W", "error", script, str(folder)],
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            outputs = [process.communicate(timeout=180)[0] for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+        assert [process.returncode for process in ranks] == [0, 0], "\n".join(outputs)
+        return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(2)]
+
+    return run

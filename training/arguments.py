@@ -152,16 +152,19 @@ def prepare_run(
     Without --output the folder is that of the resumed checkpoint, else `runs_root/script-TIME`. `args.resume` becomes
     the path of the checkpoint file to read or None, `args.output` the folder. Raises InputError where the folder is in
     use by another run, and where a flag differs from the resumed run's that is neither a path, a length or a device nor
-    in `may_change`.
+    in `may_change`. With --resume auto a run that ended before its first checkpoint starts again in its --output.
     """
     resumed = checkpoint.find_resume(args.resume, args.output, script, runs_root)
-    folder = distributed.decided_by_main(lambda: _open_folder(args.output, script, resumed, Path(runs_root)))
+    again = args.resume == "auto"
+    if args.init_from and args.resume and not again:
+        raise InputError("--init-from: a resumed run has its weights from --resume; give one of the two.")
+    folder = distributed.decided_by_main(lambda: _open_folder(args.output, script, resumed, Path(runs_root), again))
     args.resume, args.output = str(resumed) if resumed else None, str(folder)
     distributed.decided_by_main(lambda: _record(args, script, folder, resumed, _MAY_CHANGE | set(may_change)))
     return folder
 
 
-def _open_folder(output: str | None, script: str, resumed: Path | None, runs_root: Path) -> Path:
+def _open_folder(output: str | None, script: str, resumed: Path | None, runs_root: Path, again: bool) -> Path:
     if output is None and resumed is None:
         started = time.strftime("%Y%m%d-%H%M%S")
         for suffix in ("", *(f"-{n}" for n in range(2, 100))):
@@ -172,7 +175,7 @@ def _open_folder(output: str | None, script: str, resumed: Path | None, runs_roo
         folder = Path(output) if output is not None else resumed.parent
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder}: expected a folder, found a file.")
-    own = resumed is not None and folder.resolve() == resumed.parent.resolve()
+    own = folder.resolve() == resumed.parent.resolve() if resumed else again and (folder / "args.json").is_file()
     if folder.is_dir() and any(folder.iterdir()) and not own:
         raise InputError(f"--output {folder}: already holds files; choose another folder, or continue with --resume.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,8 +211,8 @@ def _record(args: argparse.Namespace, script: str, folder: Path, resumed: Path |
 
 
 def _versions() -> dict[str, str]:
-    versions = {}
-    for name in ("macl-fgclip", "torch", "torchvision", "triton", "numpy", "pillow"):
+    versions = {"torch": str(torch.__version__)}  # names the CUDA it is built for, as the package does not
+    for name in ("macl-fgclip", "torchvision", "triton", "numpy", "pillow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # triton is not everywhere
             versions[name] = importlib.metadata.version(name)
     return versions

@@ -97,7 +97,7 @@ def gather_objects(obj) -> list:
 
 
 def decided_by_main(decide: Callable):
-    """What `decide()` returns on rank 0, on every rank; its InputError, too, is raised on every rank.
+    """What `decide()` returns on rank 0, on every rank; its InputError or OSError is raised on every rank too.
 
     For questions to the file system, which two processes may see at different moments.
     """
@@ -105,7 +105,7 @@ def decided_by_main(decide: Callable):
     if is_main():
         try:
             answer = decide()
-        except InputError as raised:
+        except (InputError, OSError) as raised:
             error = raised
     answer, error = broadcast_object((answer, error))
     if error is not None:

@@ -23,7 +23,7 @@ class RunLog:
     it is a terminal, a progress bar with the time left. TensorBoard's files, where it is installed, lie in the folder.
 
     resume_step: the step of the checkpoint that is resumed; later lines of metrics.jsonl are removed, as they will come
-    again. Raises InputError where that file is not what this class writes.
+    again. None begins the file anew. Raises InputError where the file to resume is not what this class writes.
     """
 
     def __init__(
@@ -42,22 +42,22 @@ class RunLog:
         if resume_step is not None and path.exists():
             _cut(path, resume_step)
         self._total, self._first, self._every = total_steps, resume_step or 0, every
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("w" if resume_step is None else "a", encoding="utf-8")
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total_steps, initial=self._first, unit="step", dynamic_ncols=True)
         if tensorboard:
-            self._writer = self._open_tensorboard(Path(folder), resume_step)
+            self._writer = self._open_tensorboard(Path(folder))
         self._began = time.perf_counter()
 
-    def _open_tensorboard(self, folder: Path, resume_step: int | None):
+    def _open_tensorboard(self, folder: Path):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             self.say("tensorboard is not installed; metrics.jsonl has the same numbers")
             return None
-        return SummaryWriter(folder, purge_step=None if resume_step is None else resume_step + 1)
+        return SummaryWriter(folder, purge_step=self._first + 1)
 
     def train(self, step: int, values: dict) -> None:
         """Log the `step`-th step, from 1; `values` maps names (one is "epoch") to numbers, or to more such dicts."""
@@ -70,12 +70,12 @@ class RunLog:
             left = (time.perf_counter() - self._began) / max(1, step - self._first) * (self._total - step)
             self.say(f"step {step}/{self._total}  left {_clock(left)}  {_line(values)}")
 
-    def validation(self, step: int, values: dict) -> None:
-        """Log what validation after `step` steps gave; `values` as for `train`."""
+    def validation(self, step: int, values: dict, text: str | None = None) -> None:
+        """Log what validation after `step` steps gave, `values` as for `train`; the console gets `text` instead."""
         if self._file is None:
             return
         self._write("validation", step, values)
-        self.say(f"validation after step {step}  {_line(values)}")
+        self.say(f"validation after step {step}  {_line(values) if text is None else text}")
 
     def say(self, text: str) -> None:
         """Print a line on standard output, above the progress bar where there is one."""

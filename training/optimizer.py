@@ -73,6 +73,8 @@ def build_optimizer(
     kind: str, groups: list[dict], momentum: float = 0.9, beta2: float = 0.999
 ) -> torch.optim.Optimizer:
     """ "sgd" with `momentum`, or "adamw" with (momentum, beta2) as its betas."""
+    if not 0 <= momentum < 1:
+        raise InputError(f"--momentum {momentum}: expected at least 0 and below 1.")
     if kind == "sgd":
         return torch.optim.SGD(groups, momentum=momentum)
     if kind == "adamw":

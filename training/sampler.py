@@ -13,8 +13,10 @@ class ResumableSampler:
 
     The order of an epoch is a permutation drawn from (seed, epoch). Each step takes the next batch_size * world_size
     entries of it, and each rank its slice of them. The key carries the epoch to the data set, whose augmentation is to
-    draw from (seed, epoch, index).
+    draw from (seed, epoch, index). Give the DataLoader a `generator` of its own: each new iterator draws a number from
+    it, and from the global one a run resumed within an epoch would draw one more than a run in one go.
 
+        loader = DataLoader(data, batch_sampler=sampler, generator=torch.Generator())
         for epoch in range(sampler.epoch, epochs):
             sampler.set_epoch(epoch)
             for batch in loader:

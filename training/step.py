@@ -70,6 +70,10 @@ class Stepper:
     ):
         if amp not in _AUTOCAST:
             raise InputError(f"--amp {amp}: expected one of {', '.join(_AUTOCAST)}.")
+        if not any(weights.values()):
+            raise InputError(
+                f"none of the losses {sorted(weights)} has a weight other than 0, nothing would be learnt."
+            )
         self.model, self.optimizer, self.schedule, self.average = model, optimizer, schedule, average
         self.losses_of, self.describe, self.weights = losses_of, describe, dict(weights)
         self.device, self.amp, self.clip_norm = torch.device(device), amp, clip_norm
@@ -84,15 +88,15 @@ class Stepper:
         """
         self.optimizer.zero_grad(set_to_none=True)
         rows = [self._backward(batch, len(batches), last=i == len(batches) - 1) for i, batch in enumerate(batches)]
-        rows = torch.stack(rows)  # (micro-batches, losses + 1)
+        rows = torch.stack(rows)  # (micro-batches, 2 * losses)
         norm = self._measure_and_clip()
         lr = float(self.optimizer.param_groups[0]["lr"])
 
         # One all-reduce and one transfer carry all that the host wants to know; NaN and inf survive a sum.
         report = distributed.sum_across(torch.cat([rows.mean(0), norm.to(rows)[None]])) / distributed.world_size()
-        *means, off_graph, grad_norm = report.tolist()
-        losses = dict(zip(self.weights, means, strict=True))
-        self._check_losses(losses, off_graph, rows, batches)
+        *means, grad_norm = report.tolist()
+        losses = dict(zip(self.weights, means, strict=False))
+        self._check_losses(means, rows, batches)
         self._check_gradient(grad_norm, batches)
         self._update(grad_norm)
         if not keep_gradients:
@@ -102,7 +106,7 @@ class Stepper:
         return StepResult(present, total, grad_norm, lr, skipped=not math.isfinite(grad_norm))
 
     def _backward(self, batch, count: int, *, last: bool) -> torch.Tensor:
-        """Differentiate one micro-batch's share; its losses (NaN where absent) and the value without a graph."""
+        """Differentiate one micro-batch's share; its losses (NaN where absent), then what has no graph of each."""
         wait = isinstance(self.model, DistributedDataParallel) and not last
         with self.model.no_sync() if wait else contextlib.nullcontext():
             with self._autocast():
@@ -114,10 +118,11 @@ class Stepper:
                 self.scaler.scale(total / count).backward()
             elif distributed.world_size() > 1:
                 raise ValueError("no loss of this rank has a graph, the other ranks would wait for its gradients.")
-        absent = torch.full((), math.nan, device=self.device)
-        values = [losses.get(name, absent).detach().double() for name in self.weights]
-        off_graph = [loss.detach().double().abs() for loss in enabled.values() if not loss.requires_grad]
-        return torch.stack([*values, sum(off_graph, torch.zeros((), dtype=torch.float64, device=self.device))])
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        values = [losses[name].detach().double() if name in losses else zero + math.nan for name in self.weights]
+        connected = [name not in enabled or enabled[name].requires_grad for name in self.weights]
+        off_graph = [zero if fine else value.abs() for fine, value in zip(connected, values, strict=True)]
+        return torch.stack([*values, *off_graph])
 
     def _autocast(self):
         dtype = _AUTOCAST[self.amp]
@@ -148,21 +153,22 @@ class Stepper:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         return norm
 
-    def _check_losses(self, losses: dict[str, float], off_graph: float, rows: torch.Tensor, batches: list) -> None:
-        """Raise on every rank alike: `losses` and `off_graph` are means over the ranks, the same on each."""
-        bad = [name for name, value in losses.items() if self.weights[name] and not math.isfinite(value)]
+    def _check_losses(self, means: list[float], rows: torch.Tensor, batches: list) -> None:
+        """Raise on every rank alike: `means` of the rows are over all ranks, and the same on each."""
+        names = list(self.weights)
+        bad = [i for i, name in enumerate(names) if self.weights[name] and not math.isfinite(means[i])]
         if bad:
-            finite = torch.isfinite(rows[:, :-1]).tolist()
-            columns = [list(self.weights).index(name) for name in bad]
-            guilty = [batch for batch, row in zip(batches, finite, strict=True) if not all(row[i] for i in columns)]
+            finite = torch.isfinite(rows[:, bad]).all(1).tolist()
+            guilty = [batch for batch, fine in zip(batches, finite, strict=True) if not fine]
             raise InputError(
-                f"step {self.steps + 1}: {', '.join(f'{name} is {losses[name]}' for name in bad)}, "
+                f"step {self.steps + 1}: {', '.join(f'{names[i]} is {means[i]}' for i in bad)}, "
                 f"not a finite number, for the images {self._images(guilty)}."
             )
+        off_graph = [name for name, value in zip(names, means[len(names) :], strict=True) if value]
         if off_graph:
             raise InputError(
-                f"step {self.steps + 1}: a loss among {[name for name, weight in self.weights.items() if weight]} "
-                f"is not 0 and has no path to the parameters, so its weight has no effect."
+                f"step {self.steps + 1}: {', '.join(off_graph)} is not 0 but has no path to the parameters, "
+                f"so that its weight has no effect."
             )
 
     def _check_gradient(self, grad_norm: float, batches: list) -> None:

@@ -1,1 +1,25 @@
-"""Paired data sets: one sample type for training, validation and inference."""
+"""Paired data sets: one sample type for training, validation and inference (see macl.data.sample)."""
+
+from macl.data.llvip import LLVIP, hold_out
+from macl.data.loader import collate, make_loader
+from macl.data.sample import find_pairs, read_image, read_pair
+from macl.data.scenes import NIGHT, Domain
+from macl.data.synthetic import SyntheticPairs
+from macl.data.transforms import Augmented, PairedAugmentation, Plain, to_float
+
+__all__ = [
+    "LLVIP",
+    "NIGHT",
+    "Augmented",
+    "Domain",
+    "PairedAugmentation",
+    "Plain",
+    "SyntheticPairs",
+    "collate",
+    "find_pairs",
+    "hold_out",
+    "make_loader",
+    "read_image",
+    "read_pair",
+    "to_float",
+]

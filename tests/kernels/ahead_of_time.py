@@ -137,7 +137,7 @@ KERNELS = dict(pool_forward=pool_forward, pool_backward=pool_backward, pool_proj
 for width in contrastive.STREAM["default"]:
     KERNELS[f"stream_{width}"] = streamed(contrastive.stream, width)
     KERNELS[f"key_gradient_{width}"] = streamed(contrastive.key_gradient, width)
-KERNELS |= dict(combine=combine, settle_rows=settle_rows, spilling=spilling)
+KERNELS |= dict(combine=combine, settle_rows=settle_rows)
 
 
 def divisible_by_16(kernel, types):
@@ -185,9 +185,10 @@ def needs(compiled, target):
 
 def main(target, *names):
     for name in names or KERNELS:
+        build = spilling if name == "spilling" else KERNELS[name]
         streaming = name.startswith(("stream", "key_gradient"))  # float32 goes to the chunked engine
         for dtype in (torch.bfloat16, torch.float16) if streaming else NAMES:
-            built = KERNELS[name](NAMES[dtype], target)
+            built = build(NAMES[dtype], target)
             figures = needs(compile_for(target, *built), target)
             print(json.dumps(dict(kernel=name, dtype=NAMES[dtype], target=target) | figures), flush=True)
 

@@ -151,3 +151,13 @@ def test_finite_at_scale_1000(rows_of_bank):
     expected = cross_entropy(query.double(), key.double(), 1000.0, bank=bank.double())
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     assert torch.autograd.grad(loss, query)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("bank_rows", [10, 3000])
+def test_autocast_leaves_the_logits_in_float32(bank_rows):
+    query, key, bank = (rows(count, 32, seed, torch.float32) for seed, count in enumerate((40, 40, bank_rows)))
+    query.requires_grad_()
+    expected = contrastive_loss(query, key, 100.0, bank=bank)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = contrastive_loss(query, key, 100.0, bank=bank)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import multiscale_roi_align, roi_align_project
+from kernels import contrastive_loss, multiscale_roi_align, roi_align_project
 
 SCALES = [0.25, 0.125]
 ROIS = torch.tensor([[0, 3.0, 4.0, 50.0, 60.0], [1, -9.0, 0.0, 500.0, 400.0], [0, 8.0, 8.0, 9.0, 9.0]])
@@ -67,3 +67,30 @@ def test_a_second_derivative_is_refused():
     first = torch.autograd.grad(pooled.square().sum(), features, create_graph=True)
     with pytest.raises(RuntimeError, match="backward"):
         torch.autograd.grad(first[0].square().sum(), features)
+
+
+def loss_arguments(**changes):
+    generator = torch.Generator().manual_seed(0)
+    query, key, bank = (torch.randn(rows, 8, generator=generator) for rows in (5, 6, 20))
+    ids = dict(query_ids=torch.arange(5), key_ids=torch.arange(6), bank_ids=torch.arange(20))
+    scale = torch.tensor(3.0, requires_grad=True)
+    problem = dict(query=query.requires_grad_(), key=key.requires_grad_(), logit_scale=scale, target=torch.arange(5))
+    return problem | dict(bank=bank, bank_valid=torch.tensor(17)) | ids | changes
+
+
+@pytest.mark.parametrize("reduction, keep", [("mean", True), ("sum", False), ("none", False)])
+def test_opcheck_contrastive(reduction, keep):
+    operator = torch.ops.macl_fgclip.contrastive_loss.default
+    torch.library.opcheck(operator, (*loss_arguments().values(), reduction, keep, "torch"))
+    bare = loss_arguments(bank=None, bank_valid=None, query_ids=None, key_ids=None, bank_ids=None)
+    torch.library.opcheck(operator, (*bare.values(), reduction, keep, "torch"))
+
+
+def test_the_loss_compiles_without_a_break():
+    compiled = torch.compile(contrastive_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    arguments = loss_arguments()
+    inputs = [arguments["query"], arguments["key"], arguments["logit_scale"]]
+    for reduction in ("mean", "none"):
+        ours, expected = (function(**arguments, reduction=reduction).sum() for function in (compiled, contrastive_loss))
+        for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(expected, inputs), strict=True):
+            torch.testing.assert_close(a, b)

@@ -1,9 +1,6 @@
 """Two gloo processes against one: this file starts itself twice, each process writes what it saw, the tests compare."""
 
-import os
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -62,10 +59,14 @@ def rows_without_a_graph() -> torch.Tensor:
 
 
 def steps(model, batches: list[list[torch.Tensor]], clip_norm: float | None = None):
-    """An optimizer step for each list of micro-batches; the results, and the weight afterwards."""
+    """An optimizer step for each list of micro-batches: results, weights afterwards, when DDP was to reduce."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
+    synchronised = []
+
     def losses_of(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        if isinstance(model, DistributedDataParallel):
+            synchronised.append(model.require_backward_grad_sync)
         output = model(batch)
         return {"square": output.square().mean(), "mean": output.mean()}
 
@@ -79,7 +80,7 @@ def steps(model, batches: list[list[torch.Tensor]], clip_norm: float | None = No
         clip_norm=clip_norm,
     )
     results = [step(micro) for micro in batches]
-    return [(r.losses, r.total, r.grad_norm) for r in results], model.state_dict()
+    return [(r.losses, r.total, r.grad_norm) for r in results], model.state_dict(), synchronised
 
 
 def non_finite() -> dict:
@@ -174,31 +175,9 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory) -> list[dict]:
+def seen(tmp_path_factory, two_ranks) -> list[dict]:
     """What both ranks saw."""
-    folder = tmp_path_factory.mktemp("two-ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    root = str(Path(__file__).resolve().parents[2])
-    shared = {**os.environ, "PYTHONPATH": root, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", __file__, str(folder)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(outputs)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return two_ranks(__file__, tmp_path_factory.mktemp("two-ranks"))
 
 
 def single_gradient() -> torch.Tensor:
@@ -245,8 +224,9 @@ def test_ranks_share_an_epoch_out_without_overlap(seen):
 
 
 def test_two_ranks_with_two_micro_batches_make_the_step_of_one_big_batch(seen):
-    (results, weights), (again, other) = (rank["steps"] for rank in seen)
-    expected, alone = steps(linear(), [[inputs(8)]] * 3, clip_norm=0.5)
+    (results, weights, synchronised), (again, other, _) = (rank["steps"] for rank in seen)
+    assert synchronised == [False, True] * 3  # once a step, not once a micro-batch
+    expected, alone, _ = steps(linear(), [[inputs(8)]] * 3, clip_norm=0.5)
     assert results == again
     for (losses, total, norm), (losses_alone, total_alone, norm_alone) in zip(results, expected, strict=True):
         assert losses == pytest.approx(losses_alone) and total == pytest.approx(total_alone)

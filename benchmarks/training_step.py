@@ -1,0 +1,154 @@
+"""How fast is a training step of our detector beside torchvision's, and how much memory does it take?
+
+    python benchmarks/training_step.py                      # single modality, 512x640, 512 RoIs an image
+    python benchmarks/training_step.py --device cuda --amp bf16 --batch-size 8
+
+Both detectors are ResNet-50 FPN with the same weights, see the same images and boxes, keep the same numbers of
+proposals
+and sample the same number of RoIs. Their steps (forward, backward; no optimizer) are interleaved in one process, so
+that
+whatever else the machine does meets both; what counts is the ratio. Peak memory is measured in a process of its own
+each.
+"""
+
+import argparse
+import contextlib
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.ops import misc
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import macl  # noqa: E402
+
+AMP = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+PROPOSALS = 1000
+
+
+def models(args: argparse.Namespace) -> dict:
+    """Both detectors with the same weights, as callables images, targets -> losses."""
+    torch.manual_seed(0)
+    keep = dict(rpn_pre_nms_top_n_train=PROPOSALS, rpn_post_nms_top_n_train=PROPOSALS)
+    theirs = fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=2, trainable_backbone_layers=5,
+        min_size=args.height, max_size=args.width, norm_layer=misc.FrozenBatchNorm2d,
+        box_batch_size_per_image=args.rois, **keep,
+    )  # fmt: skip
+    ours = macl.build_detector(
+        norm="frozen_batch", macl_level="none", roi_samples=args.rois, rpn_pre_nms=(PROPOSALS,) * 2,
+        rpn_post_nms=(PROPOSALS,) * 2,
+    )  # fmt: skip
+    macl.load_torchvision_weights(ours, theirs.state_dict())
+    for model in (ours, theirs):
+        model.to(args.device).train()
+    return {
+        "macl": (ours, lambda images, targets: ours(visible=images, targets=targets)),
+        "torchvision": (theirs, lambda images, targets: theirs(images, targets)),
+    }
+
+
+def data(args: argparse.Namespace) -> tuple[list, list]:
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.rand(3, args.height, args.width, generator=generator) for _ in range(args.batch_size)]
+    corner = torch.rand(8, 2, generator=generator) * torch.tensor([args.width - 60.0, args.height - 130.0])
+    size = torch.tensor([20.0, 50.0]) + torch.rand(8, 2, generator=generator) * torch.tensor([40.0, 80.0])
+    target = {"boxes": torch.cat([corner, corner + size], 1), "labels": torch.ones(8, dtype=torch.int64)}
+    move = {name: value.to(args.device) for name, value in target.items()}
+    return [image.to(args.device) for image in images], [move] * args.batch_size
+
+
+def step(model, losses, images, targets, dtype) -> float:
+    """Seconds of one forward and backward."""
+    device = images[0].device.type
+    model.zero_grad(set_to_none=True)
+    began = time.perf_counter()
+    with torch.autocast(device, dtype=dtype) if dtype else contextlib.nullcontext():
+        total = sum(losses(images, targets).values())
+    total.backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def peak_memory(args: argparse.Namespace, name: str) -> float:
+    """GiB at the most, of a process that does nothing but three steps of one detector."""
+    command = [sys.executable, __file__, "--memory-of", name]
+    for flag in ("batch_size", "height", "width", "rois", "device", "amp", "threads"):
+        command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def measure_memory(args: argparse.Namespace) -> None:
+    model, losses = models(args)[args.memory_of]
+    images, targets = data(args)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        step(model, losses, images, targets, AMP[args.amp])
+    if args.device == "cuda":
+        print(torch.cuda.max_memory_allocated() / 2**30)
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=2, help="images a step")
+    parser.add_argument("--height", type=int, default=512)
+    parser.add_argument("--width", type=int, default=640)
+    parser.add_argument("--rois", type=int, default=512, help="RoIs an image in the loss")
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each that count")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--amp", choices=tuple(AMP), default="none")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
+    parser.add_argument("--memory-of", choices=("macl", "torchvision"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.memory_of:
+        return measure_memory(args)
+
+    both, (images, targets) = models(args), data(args)
+    seconds = {name: [] for name in both}
+    for round_ in range(args.rounds + 2):
+        for name, (model, losses) in both.items():
+            taken = step(model, losses, images, targets, AMP[args.amp])
+            if round_ >= 2:  # the first two warm up
+                seconds[name].append(taken)
+    ratios = sorted(t / m for t, m in zip(seconds["torchvision"], seconds["macl"], strict=True))
+    memory = {name: peak_memory(args, name) for name in both}
+    machine = (
+        torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads, {platform.machine()}"
+    )
+    lines = [
+        f"# Training step, {args.height}x{args.width}, batch {args.batch_size}, {args.rois} RoIs an image, amp {args.amp}",
+        "",
+        f"{machine}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; {args.rounds} interleaved rounds",
+        "",
+        "| detector | median s | min s | max s | peak GiB |",
+        "|---|---|---|---|---|",
+    ]
+    for name, values in seconds.items():
+        row = (statistics.median(values), min(values), max(values), memory[name])
+        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
+    lines += [
+        "",
+        f"speed: {statistics.median(ratios):.2f}x torchvision (median of the rounds; {ratios[0]:.2f} to {ratios[-1]:.2f}), "
+        f"peak memory {memory['macl'] / memory['torchvision']:.2f}x",
+    ]
+    print("\n".join(lines))
+    if args.write:
+        name = f"training-step-{args.device}-{args.amp}.md"
+        path = Path(__file__).resolve().parent / "results" / name
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

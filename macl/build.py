@@ -1,0 +1,185 @@
+"""Detectors out of plain values, and out of checkpoints."""
+
+from pathlib import Path
+
+import torch
+
+from macl.backbone import Backbone
+from macl.boxes import AnchorGenerator
+from macl.contrast import MACLHead
+from macl.detector import PairedFasterRCNN
+from macl.errors import InputError
+from macl.fpn import FPN
+from macl.fusion import Fusion
+from macl.msp import MSPReweight
+from macl.roi_head import RoIHead
+from macl.rpn import RPN, RPNHead
+from macl.weights import load_torchvision_weights, read_state
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MACL_LEVELS = ("roi", "image", "none")
+POOLED_LEVELS = 4  # RoIs are pooled from P2 to P5 at most
+
+
+def build_detector(
+    *,
+    backbone: str = "resnet50",
+    classes: tuple[str, ...] = ("person",),
+    fusion: str = "mean",
+    norm: str = "frozen_batch",
+    norm_eps: float = 1e-5,
+    frozen_stages: int = 0,
+    fpn_channels: int = 256,
+    fpn_levels: int = 5,
+    msp: bool = False,
+    msp_hidden: int | None = None,
+    anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512),
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0),
+    rpn_pre_nms: tuple[int, int] = (2000, 1000),
+    rpn_post_nms: tuple[int, int] = (2000, 1000),
+    rpn_samples: int = 256,
+    rpn_positive_fraction: float = 0.5,
+    head_width: int = 1024,
+    roi_samples: int = 512,
+    roi_positive_fraction: float = 0.25,
+    box_loss: str = "smooth_l1",
+    box_beta: float = 1 / 9,
+    label_smoothing: float = 0.0,
+    score_threshold: float = 0.05,
+    nms_iou: float = 0.5,
+    max_detections: int = 100,
+    macl_level: str = "roi",
+    macl_hidden: tuple[int, ...] = (128, 64),
+    macl_dim: int = 128,
+    macl_norm: str = "layer",
+    macl_norm_groups: int = 32,
+    macl_dropout: float = 0.0,
+    macl_direction: str = "both",
+    macl_temperature: float = 0.07,
+    macl_roi_size: int = 4,
+    modality_dropout: tuple[float, float] = (0.0, 0.0),
+    visible_mean: tuple[float, ...] = IMAGENET_MEAN,
+    visible_std: tuple[float, ...] = IMAGENET_STD,
+    infrared_mean: tuple[float, ...] = IMAGENET_MEAN,
+    infrared_std: tuple[float, ...] = IMAGENET_STD,
+    min_size: int | tuple[int, ...] | None = None,
+    max_size: int | None = None,
+) -> PairedFasterRCNN:
+    """The detector out of plain values, which every checkpoint stores and `load_detector` reads back.
+
+    fpn_levels: pyramid maps from P2 on; up to 4 come from the backbone (with 3 its last stage is left out), the rest
+    are subsampled. anchor_sizes: one side length in pixels a level. macl_level "none" leaves the contrastive head
+    out. The other values are described where they are used: `Backbone`, `RPN`, `RoIHead`, `MACLHead`,
+    `PairedFasterRCNN`.
+    """
+    kwargs = {name: list(value) if isinstance(value, tuple) else value for name, value in locals().items()}
+    if not 3 <= fpn_levels <= 6:
+        raise ValueError(f"fpn_levels is {fpn_levels}, must be 3 to 6")
+    if len(anchor_sizes) < fpn_levels:
+        anchor_sizes = (*anchor_sizes, *(anchor_sizes[-1] * 2**i for i in range(1, fpn_levels - len(anchor_sizes) + 1)))
+    if macl_level not in MACL_LEVELS:
+        raise ValueError(f"macl_level {macl_level!r} is none of {', '.join(MACL_LEVELS)}")
+    stages = min(fpn_levels, POOLED_LEVELS)
+    body = Backbone(backbone, norm=norm, norm_eps=norm_eps, stages=stages, frozen_stages=frozen_stages)
+    neck = FPN(
+        in_channels=body.out_channels,
+        out_channels=fpn_channels,
+        out_levels=fpn_levels,
+        msp=MSPReweight(fpn_channels, hidden=msp_hidden) if msp else None,
+    )
+    anchors = AnchorGenerator(
+        sizes=tuple((size,) for size in anchor_sizes[:fpn_levels]), aspect_ratios=tuple(aspect_ratios)
+    )
+    macl = None
+    if macl_level != "none":
+        macl = MACLHead(
+            fpn_channels * (macl_roi_size**2 if macl_level == "roi" else 1),
+            hidden_dims=tuple(macl_hidden),
+            out_dim=macl_dim,
+            norm=macl_norm,
+            norm_groups=macl_norm_groups,
+            dropout=macl_dropout,
+            direction=macl_direction,
+            temperature=macl_temperature,
+        )
+    detector = PairedFasterRCNN(
+        backbone=body,
+        neck=neck,
+        fusion=Fusion(fusion, channels=fpn_channels),
+        rpn=RPN(
+            head=RPNHead(fpn_channels, anchors.per_location),
+            anchors=anchors,
+            pre_nms=tuple(rpn_pre_nms),
+            post_nms=tuple(rpn_post_nms),
+            samples=rpn_samples,
+            positive_fraction=rpn_positive_fraction,
+        ),
+        roi_head=RoIHead(
+            channels=fpn_channels,
+            classes=len(classes),
+            scales=tuple(0.25 / 2**level for level in range(stages)),
+            width=head_width,
+            samples=roi_samples,
+            positive_fraction=roi_positive_fraction,
+            box_loss=box_loss,
+            box_beta=box_beta,
+            label_smoothing=label_smoothing,
+            score_threshold=score_threshold,
+            nms_iou=nms_iou,
+            max_detections=max_detections,
+        ),
+        macl=macl,
+        macl_level=macl_level,
+        macl_roi_size=macl_roi_size,
+        modality_dropout=tuple(modality_dropout),
+        statistics={"visible": (visible_mean, visible_std), "infrared": (infrared_mean, infrared_std)},
+        min_size=min_size,
+        max_size=max_size,
+        kwargs=kwargs,
+    )
+    return detector.to(memory_format=torch.channels_last)
+
+
+def load_detector(path: str | Path, *, weights: str = "ema") -> PairedFasterRCNN:
+    """Rebuild a detector, architecture and weights, from a training checkpoint alone.
+
+    weights: "ema" takes the averaged weights where the checkpoint has them, "raw" the trained ones. Raises InputError
+    for a file that is no checkpoint of a detector.
+    """
+    checkpoint = read_state(path)
+    if "model_kwargs" not in checkpoint or "model" not in checkpoint:
+        raise InputError(f"{path} is not a checkpoint of this project's detector: it has no model_kwargs")
+    try:
+        detector = build_detector(**checkpoint["model_kwargs"])
+    except TypeError as error:
+        raise InputError(f"{path} was written by another version of the detector: {error}") from error
+    state = checkpoint["model"] if weights == "raw" or checkpoint.get("ema") is None else checkpoint["ema"]
+    try:
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"the weights in {path} do not fit its own model_kwargs: {first_difference(error)}") from error
+    return detector.eval()
+
+
+def load_initial_weights(detector: PairedFasterRCNN, path: str | Path) -> str:
+    """Start a detector from a training checkpoint, which must fit whole, or from published weights, where they fit.
+
+    They are told apart by their keys; a checkpoint's averaged weights are taken where it has them. -> what was loaded,
+    for people. Raises InputError for a checkpoint of another architecture.
+    """
+    source = read_state(path)
+    if "model_kwargs" not in source:
+        return str(load_torchvision_weights(detector, source))
+    averaged = source.get("ema") is not None
+    state = source["ema"] if averaged else source["model"]
+    try:
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{path} is a checkpoint of another detector: {first_difference(error)}") from error
+    return f"all {len(state)} tensors loaded" + (", the averaged ones" if averaged else "")
+
+
+def first_difference(error: Exception) -> str:
+    """The first of the differences that `load_state_dict` lists over many lines."""
+    lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+    return lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")

@@ -1,0 +1,213 @@
+"""LLVIP in its own layout (Jia et al., "LLVIP: A Visible-infrared Paired Dataset for Low-light Vision", 2021).
+
+LLVIP/visible/{train,test}/NNNNNN.jpg       the first two digits are the camera
+LLVIP/infrared/{train,test}/NNNNNN.jpg      the same name, registered
+LLVIP/Annotations/NNNNNN.xml                VOC, shared by both images
+LLVIP/ImageSets/Main/{train,test}.txt       optional
+"""
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from macl.data.sample import check_same_size, read_image
+from macl.data.voc import read_voc
+from macl.errors import InputError
+
+SPLITS = ("train", "test")
+
+
+class LLVIP(torch.utils.data.Dataset):
+    """Pairs of LLVIP, or of data kept in its layout, as samples (see macl.data.sample).
+
+    root: the folder that holds visible/ and infrared/, or its parent that holds LLVIP/.
+    split: "train" or "test".
+    lists: a folder with {split}.txt, one name without suffix a line; by default ImageSets/Main or ImageSets where they
+        hold that file, else every image of visible/{split} is read. `source` says which.
+    classes: the names of the objects to read, labelled 1, 2, ...; others are left out (statistics() counts them).
+
+    `names`, `scenes`: for each pair its name and camera (-1 where the name does not start with two digits).
+
+    Raises InputError at construction for a missing folder, list, image, partner or annotation (the first missing path
+    is named), an empty list and a bad name in it; and when a sample is read, for an undecodable image, sizes that
+    differ between the images or from the annotation, and an XML that is not VOC. Boxes are clipped to the image, and
+    left out when nothing remains (statistics() counts both).
+    """
+
+    def __init__(
+        self, root: str | Path, split: str, *, lists: str | Path | None = None, classes: Sequence[str] = ("person",)
+    ):
+        if split not in SPLITS:
+            raise InputError(f"LLVIP has no split {split!r}; expected one of {', '.join(SPLITS)}")
+        self.root = _find_root(Path(root))
+        self.split = split
+        self.classes = tuple(classes)
+        self.names, self.source = self._list_names(lists)
+        self.scenes = [int(name[:2]) if name[:2].isdecimal() and len(name) > 2 else -1 for name in self.names]
+        self._suffixes = self._find_files()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict:
+        visible_path, infrared_path, annotation_path = self.paths(index)
+        visible, infrared = read_image(visible_path), read_image(infrared_path)  # (3, H, W)
+        check_same_size(visible=visible, infrared=infrared, visible_path=visible_path, infrared_path=infrared_path)
+        annotation = read_voc(annotation_path, classes=self.classes)
+        size = (visible.shape[2], visible.shape[1])
+        if annotation.size != size:
+            raise InputError(
+                f"{annotation_path} says {annotation.size[0]} x {annotation.size[1]} pixels but {visible_path} has "
+                f"{size[0]} x {size[1]}"
+            )
+        return {
+            "visible": visible,
+            "infrared": infrared,
+            "boxes": annotation.boxes,
+            "labels": annotation.labels,
+            "ignore": annotation.ignore,
+            "image_id": range(len(self))[index],
+            "path": str(visible_path),
+            "scene": self.scenes[index],
+        }
+
+    def paths(self, index: int) -> tuple[Path, Path, Path]:
+        """The visible image, the infrared image and the annotation of a pair."""
+        name = self.names[index]
+        visible, infrared = (
+            self.root / modality / self.split / (name + suffixes[name]) for modality, suffixes in self._suffixes.items()
+        )
+        return visible, infrared, self.root / "Annotations" / f"{name}.xml"
+
+    def subset(self, indices: Sequence[int], source: str) -> "LLVIP":
+        """The same data set with some of its pairs, renumbered from 0; `source` becomes the new one's."""
+        chosen = copy.copy(self)
+        chosen.names = [self.names[index] for index in indices]
+        chosen.scenes = [self.scenes[index] for index in indices]
+        chosen.source = source
+        return chosen
+
+    def statistics(self) -> dict:
+        """Counts over the annotations alone (no image is decoded): pairs, scenes, boxes, ignored, clipped, dropped,
+        other_classes, empty_images, and min_height, median_height, max_height of the boxes in pixels (None without
+        boxes)."""
+        annotations = [read_voc(self.paths(index)[2], classes=self.classes) for index in range(len(self))]
+        boxes = torch.cat([annotation.boxes for annotation in annotations])
+        heights = (boxes[:, 3] - boxes[:, 1]).sort().values.tolist()
+        return {
+            "pairs": len(self),
+            "scenes": len(set(self.scenes)),
+            "boxes": len(boxes),
+            "ignored": sum(int(annotation.ignore.sum()) for annotation in annotations),
+            "clipped": sum(annotation.clipped for annotation in annotations),
+            "dropped": sum(annotation.dropped for annotation in annotations),
+            "other_classes": sum(annotation.other_classes for annotation in annotations),
+            "empty_images": sum(len(annotation.boxes) == 0 for annotation in annotations),
+            "min_height": heights[0] if heights else None,
+            "median_height": heights[len(heights) // 2] if heights else None,
+            "max_height": heights[-1] if heights else None,
+        }
+
+    def _list_names(self, lists: str | Path | None) -> tuple[list[str], str]:
+        folders = [self.root / "ImageSets" / "Main", self.root / "ImageSets"] if lists is None else [Path(lists)]
+        for file in (folder / f"{self.split}.txt" for folder in folders):
+            if file.is_file():
+                names = _read_list(file)
+                return names, f"LLVIP {self.split}: {len(names)} pairs listed in {file}"
+        if lists is not None:
+            raise InputError(f"{file} does not exist; expected a list of image names")
+        folder = self.root / "visible" / self.split
+        names = sorted(_suffixes_by_stem(folder))
+        if not names:
+            raise InputError(f"{folder} holds no .jpg or .png image")
+        return names, f"LLVIP {self.split}: {len(names)} pairs found in {folder} (no list in ImageSets)"
+
+    def _find_files(self) -> dict[str, dict[str, str]]:
+        """Checks that every listed pair is complete; returns each image's suffix by modality and name."""
+        suffixes = {}
+        for modality in ("visible", "infrared"):
+            folder = self.root / modality / self.split
+            suffixes[modality] = _suffixes_by_stem(folder)
+            for name in self.names:
+                if name not in suffixes[modality]:
+                    raise InputError(f"{folder / name}.jpg does not exist; expected an image there ({self.source})")
+        annotations = set(_list_folder(self.root / "Annotations"))
+        for name in self.names:
+            if f"{name}.xml" not in annotations:
+                raise InputError(f"{self.root / 'Annotations' / name}.xml does not exist; expected the boxes of {name}")
+        return suffixes
+
+
+def hold_out(dataset: LLVIP, *, fraction: float = 0.1) -> tuple[LLVIP, LLVIP, str]:
+    """Splits off pairs for validation: the last cameras, until they hold at least `fraction` of the pairs.
+
+    With one camera only, every k-th pair, k = 1 / fraction. Returns the rest for training, the pairs held out, and a
+    sentence that says what was held out. Raises InputError when there are fewer than two pairs.
+    """
+    total = len(dataset)
+    if total < 2:
+        raise InputError(f"{dataset.root} has {total} pair in {dataset.split}; at least 2 are needed to hold one out")
+    cameras = sorted(set(dataset.scenes))
+    if len(cameras) == 1:
+        step = min(round(1 / fraction), total)
+        held_out = range(step - 1, total, step)
+        sentence = (
+            f"Warning: {dataset.split} shows one camera only, so one in {step} of its {total} pairs is held out for "
+            f"validation ({len(held_out)} pairs), and validation pairs look like their neighbours in training"
+        )
+    else:
+        chosen = {cameras[-1]}
+        for camera in cameras[-2:0:-1]:
+            if sum(scene in chosen for scene in dataset.scenes) >= fraction * total:
+                break
+            chosen.add(camera)
+        held_out = [index for index, scene in enumerate(dataset.scenes) if scene in chosen]
+        named = ", ".join(f"{camera:02d}" for camera in sorted(chosen))
+        sentence = (
+            f"Held out for validation: {len(held_out)} of the {total} pairs of {dataset.split}, "
+            f"all those of {'camera' if len(chosen) == 1 else 'cameras'} {named}"
+        )
+    kept = sorted(set(range(total)) - set(held_out))
+    return (
+        dataset.subset(kept, f"{dataset.source}, {len(kept)} of them kept for training"),
+        dataset.subset(held_out, f"{dataset.source}, {len(held_out)} of them held out for validation"),
+        sentence,
+    )
+
+
+def _find_root(root: Path) -> Path:
+    for candidate in (root, root / "LLVIP"):
+        if (candidate / "visible").is_dir() and (candidate / "infrared").is_dir():
+            return candidate
+    missing = root / ("infrared" if (root / "visible").is_dir() else "visible")
+    raise InputError(f"{missing} does not exist; expected LLVIP's own folders visible/ and infrared/ in {root}")
+
+
+def _list_folder(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist; expected a folder of LLVIP's own layout")
+    return os.listdir(folder)
+
+
+def _suffixes_by_stem(folder: Path) -> dict[str, str]:
+    files = (os.path.splitext(name) for name in sorted(_list_folder(folder)))
+    return {stem: suffix for stem, suffix in files if suffix.lower() in (".jpg", ".jpeg", ".png")}
+
+
+def _read_list(file: Path) -> list[str]:
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise InputError(f"{file} is not UTF-8 text; expected one image name a line") from None
+    if not names:
+        raise InputError(f"{file} is empty; expected one image name a line")
+    for name in names:
+        if "/" in name or "\\" in name or ".." in name:
+            raise InputError(f"{file} lists {name!r}; expected an image name without folders or suffix")
+    if len(set(names)) < len(names):
+        twice = next(name for position, name in enumerate(names) if name in names[:position])
+        raise InputError(f"{file} lists {twice} twice; expected every pair once")
+    return names

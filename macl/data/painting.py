@@ -1,0 +1,161 @@
+"""Paints a laid-out scene twice, as a camera sees it at night and as a thermal camera does."""
+
+import math
+
+import numpy as np
+
+from macl.data.figures import MATERIALS, uniform
+from macl.data.scenes import INFRARED, VISIBLE, Domain, Figure, Scene, count
+
+
+def paint(rng: np.random.Generator, domain: Domain, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (visible, infrared), both (3, H, W) uint8; the three channels of infrared are equal."""
+    tint = np.array([1.0, uniform(rng, 0.8, 0.95), uniform(rng, 0.6, 1.0)], dtype=np.float32)[:, None, None]
+    visible = tint * _visible_background(rng, domain, scene)  # (3, H, W)
+    infrared = _infrared_background(rng, domain, scene)[None]  # (1, H, W)
+    for canvas, modality, contrast in (
+        (visible, VISIBLE, domain.visible_contrast),
+        (infrared, INFRARED, domain.infrared_contrast),
+    ):
+        behind = canvas.copy()
+        for figure in scene.figures:
+            _paint_figure(rng, canvas, behind, figure, modality, contrast)
+
+    _add_noise(rng, visible, uniform(rng, *domain.visible_noise))
+    infrared = _blur(_shifted(rng, infrared, domain.misregistration))
+    _add_noise(rng, infrared, uniform(rng, *domain.infrared_noise))
+    return _to_bytes(visible), _to_bytes(infrared).repeat(3, axis=0)
+
+
+def _paint_figure(
+    rng: np.random.Generator,
+    canvas: np.ndarray,
+    behind: np.ndarray,
+    figure: Figure,
+    modality: int,
+    contrast: tuple[float, float],
+) -> None:
+    """Blends a figure over the canvas (C, H, W); one that is not seen looks like the background, and still hides.
+
+    In visible light people may be brighter or darker than what is behind them and each part has a tone of its own; in
+    infrared they are warmer, most of all the head.
+    """
+    raster = figure.raster
+    patch = canvas[:, raster.rows, raster.columns]  # (C, h, w)
+    if not figure.seen[modality]:
+        patch += raster.coverage * (behind[:, raster.rows, raster.columns] - patch)
+        return
+    h, w = raster.coverage.shape
+    around = behind[:, raster.rows.start + h // 2, raster.columns.start + w // 2]  # (C,)
+    strength = uniform(rng, *contrast)
+    if figure.kind == "occluder":
+        strength *= 0.4
+    if modality == INFRARED:
+        factors = [uniform(rng, 0.8, 1.2) * factor for factor in (1.15, 0.95, 0.9, 0.8)]
+    else:
+        darker = around.min() > 1.3 * strength and rng.random() < 0.5
+        factors = [(-1 if darker else 1) * uniform(rng, 0.5, 1.4) for _ in range(MATERIALS)]
+    tones = np.empty((len(canvas), MATERIALS), dtype=np.float32)
+    for channel in range(len(canvas)):
+        hue = 1.0 if modality == INFRARED else uniform(rng, 0.75, 1.25)
+        tones[channel] = [float(around[channel]) + strength * factor * hue for factor in factors]
+    patch += raster.coverage * (tones[:, raster.material] - patch)
+
+
+def _visible_background(rng: np.random.Generator, domain: Domain, scene: Scene) -> np.ndarray:
+    """Dark sky, buildings with a few lit windows, and ground under lamps and headlights; (H, W) float32."""
+    height, width = scene.ground.size
+    y, x = np.arange(height, dtype=np.float32), np.arange(width, dtype=np.float32)
+    horizon, ambient = int(scene.ground.horizon), uniform(rng, *domain.ambient)
+    canvas = np.float32(ambient) * _texture(rng, (height, width), cells=(9, 11), low=0.75, high=1.25)
+    canvas[:horizon] *= np.float32(0.35)
+    for rows, columns in scene.buildings:
+        canvas[rows, columns] = ambient * uniform(rng, 0.5, 0.9)
+        for row in range(rows.start + 2, rows.stop - 4, 6):
+            for column in range(columns.start + 2, columns.stop - 4, 7):
+                if rng.random() < 0.25:
+                    canvas[row : row + 3, column : column + 4] = uniform(rng, 60, 190)
+    centre, drift = uniform(rng, 0.2, 0.8) * width, uniform(rng, -1.5, 1.5)
+    below = (y[horizon:] - horizon)[:, None]
+    canvas[horizon:][np.abs(x - (centre + drift * below)) < np.float32(0.025) * below] *= np.float32(1.5)  # a lane
+
+    light = np.ones((height, width), dtype=np.float32)
+    for _ in range(count(rng, domain.lamps)):
+        peak = uniform(rng, *domain.lamp) / domain.ambient[1]
+        _add_light(rng, light, x, y, at=uniform(rng, -0.1, 1.1), row=uniform(rng, 0.2, 1), reach=(0.15, 0.4), peak=peak)
+    canvas *= light
+    if rng.random() < domain.headlights:
+        row, at, apart = uniform(rng, 0.3, 0.6), uniform(rng, 0.05, 0.85), uniform(rng, 0.04, 0.1)
+        for shift in (0, apart):
+            _add_light(rng, canvas, x, y, at=at + shift, row=row, reach=(0.012, 0.03), peak=220.0)
+    away_y, away_x = (y / np.float32(height / 2) - 1)[:, None], x / np.float32(width / 2) - 1
+    return canvas * (1 - np.float32(domain.vignette / 2) * (away_x * away_x + away_y * away_y))
+
+
+def _infrared_background(rng: np.random.Generator, domain: Domain, scene: Scene) -> np.ndarray:
+    """Cold sky, warmer buildings and ground, and warm patches without a person's shape; (H, W) float32."""
+    height, width = scene.ground.size
+    y, x = np.arange(height, dtype=np.float32), np.arange(width, dtype=np.float32)
+    ground = uniform(rng, *domain.ground)
+    canvas = np.float32(ground) * _texture(rng, (height, width), cells=(7, 9), low=0.8, high=1.2)
+    canvas[: int(scene.ground.horizon)] *= np.float32(uniform(rng, 0.4, 0.7))
+    for rows, columns in scene.buildings:
+        canvas[rows, columns] = ground * uniform(rng, 0.8, 1.3)
+    for _ in range(count(rng, domain.warm_clutter)):
+        peak = uniform(rng, *domain.infrared_contrast)
+        _add_light(rng, canvas, x, y, at=rng.random(), row=uniform(rng, 0.1, 1), reach=(0.02, 0.1), peak=peak)
+    return canvas
+
+
+def _add_light(rng, canvas, x, y, *, at: float, row: float, reach: tuple[float, float], peak: float) -> None:
+    """Adds a spot at shares of the width and height; its brightness falls with the distance, unevenly by axis."""
+    far_x = (x - np.float32(at * len(x))) / np.float32(uniform(rng, *reach) * len(x))
+    far_y = (y - np.float32(row * len(y))) / np.float32(uniform(rng, *reach) * len(x))
+    near = 1 / ((1 + far_x * far_x) + (far_y * far_y)[:, None])  # (H, W)
+    near *= near
+    near *= np.float32(peak)
+    canvas += near
+
+
+def _texture(rng: np.random.Generator, size: tuple[int, int], *, cells: tuple[int, int], low: float, high: float):
+    """Smooth random texture: a grid of random values, bilinearly enlarged; (H, W) float32."""
+    grid = (low + (high - low) * rng.random(cells)).astype(np.float32)
+    for axis in (0, 1):
+        place = (np.arange(size[axis], dtype=np.float32) + np.float32(0.5)) * np.float32((cells[axis] - 1) / size[axis])
+        first = place.astype(np.intp)
+        share = (place - first).reshape((-1, 1) if axis == 0 else (1, -1))
+        grid = grid.take(first, axis) * (1 - share) + grid.take(first + 1, axis) * share
+    return grid
+
+
+def _add_noise(rng: np.random.Generator, canvas: np.ndarray, deviation: float) -> None:
+    """Adds sensor noise, the sum of two random bytes: bell-shaped, bounded and the same on every machine."""
+    noise = np.frombuffer(rng.bytes(2 * canvas.size), dtype=np.uint8).reshape(2, *canvas.shape)
+    noise = noise[0].astype(np.float32) + noise[1] - np.float32(255)
+    canvas += noise * np.float32(deviation / math.sqrt((256**2 - 1) / 6))
+
+
+def _blur(image: np.ndarray) -> np.ndarray:
+    """Softens (C, H, W) with weights 1 2 1 down and across, as a thermal camera's optics do; the border repeats."""
+    for axis in (1, 2):
+        image = image.swapaxes(1, axis)
+        softened = image + image
+        softened[:, 1:] += image[:, :-1]
+        softened[:, :-1] += image[:, 1:]
+        softened[:, 0] += image[:, 0]
+        softened[:, -1] += image[:, -1]
+        softened *= np.float32(0.25)
+        image = softened.swapaxes(1, axis)
+    return image
+
+
+def _shifted(rng: np.random.Generator, image: np.ndarray, most: int) -> np.ndarray:
+    """Moves (C, H, W) by up to `most` pixels either way down and across; the border repeats."""
+    for axis in (1, 2):
+        step = int(uniform(rng, 0, 2 * most + 1)) - most
+        image = image.take(np.clip(np.arange(image.shape[axis]) + step, 0, image.shape[axis] - 1), axis)
+    return image
+
+
+def _to_bytes(canvas: np.ndarray) -> np.ndarray:
+    return np.clip(canvas + np.float32(0.5), 0, 255).astype(np.uint8)

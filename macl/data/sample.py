@@ -1,0 +1,132 @@
+"""The sample that every data set, the augmentation and inference share, and the readers of its two images.
+
+A sample is a dict:
+
+    visible     (3, H, W) uint8 from a data set, float32 in 0..1 once prepared for the model
+    infrared    (3, H, W) like visible, pixel for pixel registered with it; three equal channels
+    boxes       (N, 4) float32, x1 y1 x2 y2 in pixels, 0 <= x1 < x2 <= W
+    labels      (N,) int64, starting at 1 (0 is the background)
+    ignore      (N,) bool: neither a target in training nor a miss or a false alarm in evaluation
+    image_id    int, the position in the data set
+    path        str, the visible file (a name of its own for drawn images)
+    scene       int, the same for pairs taken by one camera (-1: not known)
+
+and, where the data set knows them,
+
+    visible_in  (N, 2) bool: the object can be seen in visible light, in infrared
+    occlusion   (N,) int64: 0 none, 1 partial, 2 heavy
+    daytime     bool
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from macl.errors import InputError
+
+PER_BOX = ("boxes", "labels", "ignore", "visible_in", "occlusion")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 50_000_000
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Decodes an image file of 8 bits a channel to (3, H, W) uint8 RGB; grey is repeated three times.
+
+    Raises InputError for a missing, undecodable or truncated file, one of more than MAX_PIXELS pixels (told from its
+    header, before anything is decoded) and one of more than 8 bits a channel.
+    """
+    try:
+        with Image.open(path) as image:
+            _check_header(image, path)
+            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; expected an image") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{path} has more than {MAX_PIXELS} pixels, the most that are read") from error
+    except (OSError, SyntaxError) as error:  # what Pillow raises for broken files
+        reason = getattr(error, "strerror", None) or "broken, cut short or of an unknown format"
+        raise InputError(f"{path} cannot be decoded as an image: {reason}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W), channels last in memory, which resizes fastest
+
+
+def _check_header(image: Image.Image, path: str | Path) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{path} has {width} x {height} pixels; at most {MAX_PIXELS} are read")
+    if image.mode.startswith(("I", "F")):
+        raise InputError(f"{path} has more than 8 bits a channel; scale it to 8 bits first")
+
+
+def check_same_size(*, visible: Tensor, infrared: Tensor, visible_path: str | Path, infrared_path: str | Path) -> None:
+    """Raises InputError unless both images have the same height and width."""
+    if visible.shape != infrared.shape:
+        sizes = [f"{image.shape[2]} x {image.shape[1]}" for image in (visible, infrared)]
+        raise InputError(
+            f"{visible_path} is {sizes[0]} but {infrared_path} is {sizes[1]}; expected a registered pair of one size"
+        )
+
+
+def read_pair(visible_path: str | Path | None, infrared_path: str | Path | None, *, image_id: int = 0) -> dict:
+    """Reads one pair, or one image where the other path is None, as a sample without boxes for inference.
+
+    The absent modality is None in the sample. Raises InputError as read_image does, and when the sizes differ.
+    """
+    if visible_path is None and infrared_path is None:
+        raise ValueError("read_pair needs a visible or an infrared path")
+    visible = None if visible_path is None else read_image(visible_path)
+    infrared = None if infrared_path is None else read_image(infrared_path)
+    if visible is not None and infrared is not None:
+        check_same_size(visible=visible, infrared=infrared, visible_path=visible_path, infrared_path=infrared_path)
+    return {
+        "visible": visible,
+        "infrared": infrared,
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "ignore": torch.zeros(0, dtype=torch.bool),
+        "image_id": image_id,
+        "path": str(infrared_path if visible_path is None else visible_path),
+        "scene": -1,
+    }
+
+
+def find_pairs(visible: str | Path | None, infrared: str | Path | None) -> list[tuple[Path | None, Path | None]]:
+    """Lists (visible, infrared) image paths of two folders, matched by file name without suffix, in name order.
+
+    Either argument may be None (a single modality), or both may be one image file each (any names). Raises InputError
+    for a missing path, a folder without images, two images of one stem, and an image whose partner is missing.
+    """
+    if visible is None and infrared is None:
+        raise ValueError("find_pairs needs a visible or an infrared path")
+    given = [Path(path) for path in (visible, infrared) if path is not None]
+    for path in given:
+        if not path.exists():
+            raise InputError(f"{path} does not exist; expected an image or a folder of images")
+    if len({path.is_dir() for path in given}) == 2:
+        raise InputError(f"{given[0]} and {given[1]} are a file and a folder; expected two files or two folders")
+    if not given[0].is_dir():
+        return [(visible and Path(visible), infrared and Path(infrared))]
+
+    found = {folder: _images_by_stem(folder) for folder in given}
+    stems = sorted(found[given[0]])
+    for folder, other in (given, given[::-1]) if len(given) == 2 else ():
+        for stem in sorted(found[folder]):
+            if stem not in found[other]:
+                raise InputError(f"{found[folder][stem]} has no partner named {stem}.* in {other}")
+    return [
+        tuple(None if folder is None else found[Path(folder)][stem] for folder in (visible, infrared)) for stem in stems
+    ]
+
+
+def _images_by_stem(folder: Path) -> dict[str, Path]:
+    images = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            if path.stem in images:
+                raise InputError(f"{folder} holds both {images[path.stem].name} and {path.name}; expected one a name")
+            images[path.stem] = path
+    if not images:
+        raise InputError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    return images

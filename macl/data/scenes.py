@@ -1,0 +1,191 @@
+"""What stands where in a drawn scene: people, things that resemble them, and what hides them."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from macl.data.figures import DISTRACTORS, Raster, Shape, person, post, rasterise, uniform, wall
+
+VISIBLE, INFRARED = 0, 1
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What the scenes of one kind have in common. Pairs of numbers are ranges; tones are grey levels of 0..255."""
+
+    daytime: bool = False
+    heights: tuple[float, float] = (0.11, 0.66)  # of people, as a share of the image's height
+    people: tuple[int, int] = (1, 5)
+    empty: float = 0.03  # share of scenes without people
+    visible_only: float = 0.2  # shares of the people
+    infrared_only: float = 0.2
+    companions: float = 0.2  # share of the people who stand beside another
+    distractors: tuple[int, int] = (4, 5)  # two seen in visible light, two others in infrared, the rest in either
+    occluders: tuple[int, int] = (0, 1)
+    horizon: tuple[float, float] = (0.16, 0.32)
+    ambient: tuple[float, float] = (22, 45)  # tone of the unlit ground in visible light
+    lamps: tuple[int, int] = (1, 3)
+    lamp: tuple[float, float] = (30, 90)
+    headlights: float = 0.4  # share of scenes with a pair of them
+    vignette: float = 0.35
+    visible_contrast: tuple[float, float] = (40, 90)
+    visible_noise: tuple[float, float] = (3, 6)  # standard deviations
+    ground: tuple[float, float] = (60, 95)  # tone of the ground in infrared
+    warm_clutter: tuple[int, int] = (2, 6)
+    infrared_contrast: tuple[float, float] = (40, 95)
+    infrared_noise: tuple[float, float] = (2, 4)
+    misregistration: int = 1  # pixels
+
+
+NIGHT = Domain()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Something that stands in the scene: kind "person", "occluder" or the name of a distractor's shape."""
+
+    kind: str
+    foot: tuple[float, float]  # x, y in pixels
+    height: float  # in pixels
+    raster: Raster
+    seen: tuple[bool, bool]  # in visible light, in infrared
+    hidden: float = 0.0  # share of the silhouette behind nearer figures
+
+    @property
+    def is_distractor(self) -> bool:
+        return self.kind not in ("person", "occluder")
+
+    @cached_property
+    def box(self) -> tuple[int, int, int, int]:
+        """Tight extents x1, y1, x2, y2 of the silhouette within the image, hidden parts included."""
+        rows, columns = (np.flatnonzero(self.raster.inside.any(axis=axis)) for axis in (1, 0))
+        top, left = self.raster.rows.start, self.raster.columns.start
+        return left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1
+
+
+@dataclass(frozen=True)
+class Ground:
+    """Flat ground in perspective: a figure of height h has its foot slope * h pixels below the horizon."""
+
+    size: tuple[int, int]  # H, W
+    horizon: float
+    slope: float
+
+    def stand(self, kind: str, shape: Shape, x: float, height: float, *, seen=(True, True), at=None) -> Figure:
+        """A figure at column x, at the distance of a figure `at` pixels tall (default: its own height)."""
+        foot = (x, self.horizon + self.slope * (height if at is None else at))
+        return Figure(kind, foot, height, rasterise(shape, foot=foot, height=height, canvas=self.size), seen)
+
+
+@dataclass(frozen=True)
+class Scene:
+    ground: Ground
+    buildings: tuple[tuple[slice, slice], ...]  # rows, columns
+    figures: tuple[Figure, ...]  # from far to near
+
+
+def lay_out(rng: np.random.Generator, domain: Domain, size: tuple[int, int]) -> Scene:
+    """Draws who and what stands where, and works out what hides what.
+
+    Scenes in which a modality does not show two of its distractors at least by half are drawn anew. Raises ValueError
+    when the domain is so crowded that none is found.
+    """
+    for _ in range(100):
+        ground = Ground(size, uniform(rng, *domain.horizon) * size[0], uniform(rng, 1.05, 1.2))
+        people = _people(rng, domain, ground)
+        figures = people + _occluders(rng, domain, ground, people)
+        figures = _with_hidden_shares(figures + _distractors(rng, domain, ground, figures), size)
+        distractors = [figure for figure in figures if figure.is_distractor]
+        for modality in (VISIBLE, INFRARED):
+            hidden = [figure.hidden > 0.5 for figure in distractors if figure.seen[modality]]
+            if hidden.count(False) < min(2, len(hidden)):
+                break
+        else:
+            buildings = tuple(_building(rng, ground) for _ in range(count(rng, (1, 3))))
+            return Scene(ground, buildings, tuple(figures))
+    raise ValueError(f"no scene shows its distractors in {domain}; expected fewer people and occluders")
+
+
+def _with_hidden_shares(figures: list[Figure], size: tuple[int, int]) -> list[Figure]:
+    """Sorts the figures that reach into the image from far to near, and measures what nearer ones hide of each."""
+    figures = [figure for figure in figures if figure.raster.inside.any()]
+    figures.sort(key=lambda figure: figure.foot[1])
+    owner = np.full(size, -1, dtype=np.int16)  # the nearest figure at each pixel
+    for number, figure in enumerate(figures):
+        owner[figure.raster.rows, figure.raster.columns][figure.raster.inside] = number
+    shown = np.bincount(owner[owner >= 0], minlength=len(figures)).tolist()
+    return [
+        replace(figure, hidden=1 - pixels / int(np.count_nonzero(figure.raster.inside)))
+        for figure, pixels in zip(figures, shown, strict=True)
+    ]
+
+
+def _building(rng: np.random.Generator, ground: Ground) -> tuple[slice, slice]:
+    left, wide = int(uniform(rng, -0.1, 0.9) * ground.size[1]), int(uniform(rng, 0.15, 0.4) * ground.size[1])
+    top, floor = int(uniform(rng, 0.0, 0.8) * ground.horizon), int(ground.horizon) + 2
+    return slice(top, floor), slice(max(left, 0), min(left + wide, ground.size[1]))
+
+
+def _people(rng: np.random.Generator, domain: Domain, ground: Ground) -> list[Figure]:
+    low, high = (share * ground.size[0] for share in domain.heights)
+    left, right = 0.04 * ground.size[1], 0.96 * ground.size[1]
+    people = []
+    for _ in range(0 if rng.random() < domain.empty else count(rng, domain.people)):
+        height = uniform(rng, low, high)
+        x = _free_place(rng, people, height, left, right)
+        if people and rng.random() < domain.companions:
+            other = people[int(uniform(rng, 0, len(people)))]
+            height = min(max(other.height * uniform(rng, 0.85, 1.15), low), high)
+            x = min(max(other.foot[0] + uniform(rng, -0.35, 0.35) * height, left), right)
+        chance = rng.random()
+        seen = (
+            not domain.visible_only <= chance < domain.visible_only + domain.infrared_only,
+            not chance < domain.visible_only,
+        )
+        people.append(ground.stand("person", person(rng), x, height, seen=seen))
+    return people
+
+
+def _occluders(rng: np.random.Generator, domain: Domain, ground: Ground, people: list[Figure]) -> list[Figure]:
+    occluders = []
+    for _ in range(count(rng, domain.occluders) if people else 0):
+        behind = people[int(uniform(rng, 0, len(people)))]
+        low = rng.random() < 0.5
+        height = behind.height * (uniform(rng, 0.3, 0.6) if low else uniform(rng, 1.0, 1.4))
+        x = behind.foot[0] + uniform(rng, -0.15, 0.15) * behind.height
+        shape = wall(rng) if low else post(rng)
+        occluders.append(ground.stand("occluder", shape, x, height, at=1.02 * behind.height))
+    return occluders
+
+
+def _distractors(rng: np.random.Generator, domain: Domain, ground: Ground, others: list[Figure]) -> list[Figure]:
+    """The first two are seen in visible light, the next two in infrared, so that neither image lacks them."""
+    low, high = (share * ground.size[0] for share in domain.heights)
+    distractors = []
+    for number in range(count(rng, domain.distractors)):
+        draw = DISTRACTORS[int(uniform(rng, 0, len(DISTRACTORS)))]
+        height, chance = uniform(rng, 1.2 * low, 0.9 * high), rng.random()
+        if number < 4:
+            seen = (number < 2 or chance < 0.25, number >= 2 or chance < 0.25)
+        else:
+            seen = (chance < 0.6, chance >= 0.4)
+        x = _free_place(rng, others + distractors, height, 0.04 * ground.size[1], 0.96 * ground.size[1])
+        distractors.append(ground.stand(draw.__name__, draw(rng), x, height, seen=seen))
+    return distractors
+
+
+def _free_place(rng: np.random.Generator, others: list[Figure], height: float, left: float, right: float) -> float:
+    """Of a few columns the one where a figure covers the others least."""
+    best, least = left, math.inf
+    for x in (left + (right - left) * rng.random(6)).tolist():
+        overlap = sum(max(0.0, 0.25 * (other.height + height) - abs(other.foot[0] - x)) for other in others)
+        if overlap < least:
+            best, least = x, overlap
+    return best
+
+
+def count(rng: np.random.Generator, limits: tuple[int, int]) -> int:
+    """A whole number between both limits, each included."""
+    return limits[0] + int(uniform(rng, 0, limits[1] - limits[0] + 1))

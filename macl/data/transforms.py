@@ -1,0 +1,224 @@
+"""Augmentation of a pair: geometry drawn once for both images and the boxes, photometry for each modality alone."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from macl.data.sample import PER_BOX
+
+
+class PairedAugmentation:
+    """Turns a uint8 sample into an augmented float32 sample in 0..1; draws from torch's global generator.
+
+    Geometry, the same for both images, boxes and all that belongs to a box:
+    mosaic: probability of a picture of four pairs (done by Augmented, which has the other three).
+    crop, crop_scale: probability of a crop, and the range of its sides as shares of the image's. A crop holds at least
+        one box that is not ignored, whole if it fits, where there is one.
+    sizes, max_size: the shorter side becomes one of `sizes` at random, the longer one at most `max_size` pixels; None
+        leaves the size alone.
+    flip: probability of a horizontal flip.
+    min_shown: a box of which less than this share of the area remains is ignored; one of less than a pixel is removed.
+
+    Photometry and erasing, drawn for each modality on its own:
+    brightness, contrast, saturation, hue: of visible, as in torchvision's ColorJitter.
+    gain, offset, noise: infrared becomes a * infrared + b + n, where a is within 1 +- gain, b within +- offset, and
+        n is normal with a standard deviation of up to noise (all for intensities in 0..1).
+    erase_visible, erase_infrared, erase_scale: probability of a black rectangle, and its share of the area.
+    """
+
+    def __init__(
+        self,
+        *,
+        flip: float = 0.5,
+        sizes: tuple[int, ...] | None = None,
+        max_size: int | None = None,
+        crop: float = 0.0,
+        crop_scale: tuple[float, float] = (0.6, 1.0),
+        mosaic: float = 0.0,
+        min_shown: float = 0.3,
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+        saturation: float = 0.0,
+        hue: float = 0.0,
+        gain: float = 0.0,
+        offset: float = 0.0,
+        noise: float = 0.0,
+        erase_visible: float = 0.0,
+        erase_infrared: float = 0.0,
+        erase_scale: tuple[float, float] = (0.02, 0.1),
+    ):
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale is {crop_scale}; expected 0 < smallest <= largest <= 1")
+        if sizes is None and max_size is not None:
+            raise ValueError("max_size does nothing without sizes")
+        self.mosaic, self.crop, self.crop_scale, self.min_shown = mosaic, crop, crop_scale, min_shown
+        self.gain, self.offset, self.noise = gain, offset, noise
+        geometry = [v2.RandomHorizontalFlip(flip)]
+        if sizes is not None:  # before the flip, which then has less to move
+            geometry.insert(0, v2.RandomShortestSize(min_size=list(sizes), max_size=max_size, antialias=True))
+        self.resize_and_flip = v2.Compose(geometry)
+        self.jitter = v2.ColorJitter(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+        self.erase_visible = v2.RandomErasing(erase_visible, scale=erase_scale)
+        self.erase_infrared = v2.RandomErasing(erase_infrared, scale=erase_scale)
+
+    def __call__(self, sample: dict) -> dict:
+        pair = {
+            "visible": tv_tensors.Image(sample["visible"]),
+            "infrared": tv_tensors.Image(sample["infrared"]),
+            "boxes": tv_tensors.BoundingBoxes(
+                sample["boxes"], format="XYXY", canvas_size=tuple(sample["visible"].shape[-2:])
+            ),
+        }
+        shown = torch.ones(len(sample["boxes"]))
+        if _happens(self.crop):
+            before = _areas(pair["boxes"])
+            pair = _cropped(pair, *_crop_window(pair["boxes"], sample["ignore"], self.crop_scale))
+            shown = _areas(pair["boxes"]) / before
+        pair = {key: value.as_subclass(Tensor) for key, value in self.resize_and_flip(pair).items()}
+
+        visible = self.erase_visible(self.jitter(to_float(pair["visible"])))
+        infrared = self.erase_infrared(self._infrared_photometry(to_float(pair["infrared"])))
+        augmented = sample | {"visible": visible, "infrared": infrared, "boxes": pair["boxes"]}
+        augmented["ignore"] = sample["ignore"] | (shown < self.min_shown)
+        return _without_vanished(augmented)
+
+    def _infrared_photometry(self, infrared: Tensor) -> Tensor:
+        if not (self.gain or self.offset or self.noise):
+            return infrared
+        gain, offset = 1 + _uniform(-self.gain, self.gain), _uniform(-self.offset, self.offset)
+        infrared.mul_(gain).add_(offset)  # in place: to_float has just made it
+        if self.noise:  # the same in the three equal channels
+            infrared += _uniform(0, self.noise) * torch.randn(infrared.shape[-2:])
+        return infrared.clamp_(0, 1)
+
+
+class Augmented(Dataset):
+    """A data set of uint8 samples seen through a PairedAugmentation; its keys are (epoch, index).
+
+    What is drawn follows from (seed, epoch, index) alone, whichever process asks and in whatever order, and the
+    caller's random state is left as it was.
+    """
+
+    def __init__(self, dataset: Dataset, transform: PairedAugmentation, *, seed: int):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(seed[0]))  # torch.manual_seed would reach the GPUs' generators
+            sample = self.dataset[index]
+            if _happens(self.transform.mosaic):
+                others = torch.randint(len(self.dataset), (3,)).tolist()
+                sample = paired_mosaic([sample, *(self.dataset[other] for other in others)])
+            return self.transform(sample)
+
+
+class Plain(Dataset):
+    """A data set of uint8 samples as float32 samples in 0..1, nothing else changed; its keys are indices."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.dataset[index]
+        return sample | {modality: to_float(sample[modality]) for modality in ("visible", "infrared")}
+
+
+def to_float(image: Tensor | None) -> Tensor | None:
+    """uint8 of 0..255 to float32 of 0..1; an absent image stays None."""
+    return None if image is None else F.to_dtype(image, torch.float32, scale=True)
+
+
+def paired_mosaic(samples: list[dict]) -> dict:
+    """One sample out of four, of the size of the first, whose other keys it keeps.
+
+    Around a random point each pair fills a quarter: enlarged or reduced in proportion until it covers the quarter, then
+    cropped at random, the same for both modalities. Boxes of which less than 30 % remains are ignored.
+    """
+    height, width = samples[0]["visible"].shape[-2:]
+    split_y, split_x = round(_uniform(0.35, 0.65) * height), round(_uniform(0.35, 0.65) * width)
+    canvas = {modality: torch.empty_like(samples[0][modality]) for modality in ("visible", "infrared")}
+    rows, columns = ((0, split_y), (split_y, height)), ((0, split_x), (split_x, width))
+    quarters = []
+    for sample, (top, bottom), (left, right) in zip(
+        samples, (rows[0], rows[0], rows[1], rows[1]), (columns * 2), strict=True
+    ):
+        h, w = sample["visible"].shape[-2:]
+        scale = max((bottom - top) / h, (right - left) / w)
+        size = [math.ceil(h * scale), math.ceil(w * scale)]
+        pair = {modality: F.resize(tv_tensors.Image(sample[modality]), size, antialias=True) for modality in canvas}
+        boxes = sample["boxes"] * torch.tensor([size[1] / w, size[0] / h] * 2)
+        pair["boxes"] = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(size))
+        start_y, start_x = (round(_uniform(0, most)) for most in (size[0] - (bottom - top), size[1] - (right - left)))
+        pair = _cropped(pair, start_y, start_x, bottom - top, right - left)
+        for modality, image in canvas.items():
+            image[:, top:bottom, left:right] = pair[modality]
+        kept = pair["boxes"].as_subclass(Tensor)
+        quarter = sample | {"boxes": kept + torch.tensor([left, top] * 2)}
+        quarter["ignore"] = sample["ignore"] | (_areas(kept) / _areas(boxes) < 0.3)
+        quarters.append(quarter)
+    per_box = {key: torch.cat([quarter[key] for quarter in quarters]) for key in PER_BOX if key in samples[0]}
+    return _without_vanished(samples[0] | canvas | per_box)
+
+
+def _crop_window(boxes: Tensor, ignore: Tensor, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+    """top, left, height, width of a random crop around one of the boxes that are not ignored."""
+    height, width = boxes.canvas_size
+    crop_height, crop_width = (max(1, round(_uniform(*scale) * side)) for side in (height, width))
+    wanted = boxes.as_subclass(Tensor)[~ignore]
+    if len(wanted):
+        x1, y1, x2, y2 = wanted[int(torch.randint(len(wanted), ()))].tolist()
+    else:
+        x1, y1, x2, y2 = 0, 0, width, height
+    return (
+        _crop_start(y1, y2, crop_height, height),
+        _crop_start(x1, x2, crop_width, width),
+        crop_height,
+        crop_width,
+    )
+
+
+def _crop_start(low: float, high: float, length: int, size: int) -> int:
+    """A random start of a window of `length` in `size` that holds low..high, or lies within it when it is longer."""
+    first, last = sorted((high - length, low))
+    first, last = (min(max(start, 0), size - length) for start in (math.ceil(first), math.floor(last)))
+    return first + int(_uniform(0, max(0, last - first) + 1))
+
+
+def _cropped(pair: dict, top: int, left: int, height: int, width: int) -> dict:
+    return {key: F.crop(value, top, left, height, width) for key, value in pair.items()}
+
+
+def _without_vanished(sample: dict) -> dict:
+    """Removes boxes of less than a pixel either way, and all that belongs to them; keeps the others in the image."""
+    height, width = sample["visible"].shape[-2:]
+    boxes = sample["boxes"].clamp(max=torch.tensor([width, height] * 2))  # resizing rounds edges out of the image
+    keep = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(dim=1)
+    sample = sample | {"boxes": boxes}
+    return sample | {key: sample[key][keep] for key in PER_BOX if key in sample}
+
+
+def _areas(boxes: Tensor) -> Tensor:
+    boxes = boxes.as_subclass(Tensor)
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # (N,)
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand(()))
+
+
+def _happens(probability: float) -> bool:
+    return probability > 0 and float(torch.rand(())) < probability

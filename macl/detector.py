@@ -1,0 +1,266 @@
+"""The paired detector: Faster R-CNN over the fused pyramids of a visible and an infrared image."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from macl.backbone import Backbone
+from macl.contrast import MACLHead
+from macl.fpn import FPN
+from macl.fusion import Fusion
+from macl.roi_head import RoIHead, with_image_index
+from macl.rpn import RPN
+
+MULTIPLE = 32  # padded image sides are multiples of it
+MODALITIES = ("visible", "infrared")
+
+
+class Extracted(NamedTuple):
+    """What backbone and neck made of a batch: all that detection, embedding and losses start from."""
+
+    pyramids: dict[str, list[Tensor]]  # (B, C, H_l, W_l) a level, for each modality given
+    original_sizes: list[tuple[int, int]]  # (height, width) of the images as given
+    sizes: list[tuple[int, int]]  # as resized
+    batch_size: tuple[int, int]  # of the padded batch
+
+
+class PairedFasterRCNN(nn.Module):
+    """Faster R-CNN with one backbone and neck for both modalities, and the contrastive heads that train them.
+
+    modality_dropout: probabilities that the visible, or the infrared, features of a training image are masked before
+    the fusion (never both). min_size, max_size: resize so that the short side is min_size (of several, a random one in
+    training and the last in evaluation) unless the long one would exceed max_size; None leaves the size alone.
+    macl_level: what the contrastive head embeds, "roi", every ground-truth box (pooled to macl_roi_size x
+    macl_roi_size), or "image", the mean over all positions and levels.
+
+    `kwargs` holds the plain values `build_detector` was called with. `monitor` holds what the last training forward
+    has to say besides its losses.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        neck: FPN,
+        fusion: Fusion,
+        rpn: RPN,
+        roi_head: RoIHead,
+        macl: MACLHead | None = None,
+        macl_level: str = "roi",
+        macl_roi_size: int = 4,
+        modality_dropout: tuple[float, float] = (0.0, 0.0),
+        statistics: dict[str, tuple[tuple[float, ...], tuple[float, ...]]],
+        min_size: int | tuple[int, ...] | None = None,
+        max_size: int | None = None,
+        kwargs: dict | None = None,
+    ):
+        super().__init__()
+        if sum(modality_dropout) > 1 or min(modality_dropout) < 0:
+            raise ValueError(f"modality_dropout {modality_dropout}: two probabilities whose sum is at most 1")
+        self.backbone, self.neck, self.fusion = backbone, neck, fusion
+        self.rpn, self.roi_head = rpn, roi_head
+        self.macl, self.macl_level, self.macl_roi_size = macl, macl_level, macl_roi_size
+        self.modality_dropout = modality_dropout
+        self.min_sizes = (min_size,) if isinstance(min_size, int) else tuple(min_size or ())
+        self.max_size = max_size
+        for modality, (mean, std) in statistics.items():
+            # Not in the state dict: they are among the kwargs that rebuild the model.
+            self.register_buffer(f"{modality}_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+            self.register_buffer(f"{modality}_std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.kwargs = kwargs or {}
+        self.monitor: dict[str, Tensor] = {}
+
+    def forward(
+        self,
+        *,
+        visible: list[Tensor] | None = None,
+        infrared: list[Tensor] | None = None,
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses in training, detections in evaluation.
+
+        visible, infrared: lists of (3, H, W) float images in 0..1, the two of a pair of equal size; either list may
+        be None.
+        targets, one dict an image: boxes (N, 4) float32 xyxy in pixels, labels (N,) int64 from 1, and optionally
+        ignore (N,) bool (neither positive nor negative) and visible_in (N, 2) bool (in which modality a box can be
+        seen).
+
+        -> training: dict of unweighted scalar losses loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg,
+        and loss_macl where that head exists. Evaluation: per image dict(boxes (n, 4), labels (n,), scores (n,)) in
+        pixels of the given image. Raises ValueError for images or targets of the wrong form.
+        """
+        images = {name: given for name, given in zip(MODALITIES, (visible, infrared), strict=True) if given is not None}
+        check_inputs(images, targets, self.training)
+        extracted = self.extract(images)
+        return self.losses(extracted, targets) if self.training else self.detect(extracted)
+
+    def losses(self, extracted: Extracted, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The unweighted losses; also refreshes `monitor`."""
+        pyramids, original_sizes, sizes, batch_size = extracted
+        targets = [prepare_target(t, old, new) for t, old, new in zip(targets, original_sizes, sizes, strict=True)]
+        fused = self.fusion(pyramids, self.draw_present(pyramids))
+        proposals, rpn_losses = self.rpn(fused, sizes, batch_size, targets)
+        losses = rpn_losses | self.roi_head.losses(fused, proposals, targets)
+        if self.macl is not None:
+            losses["loss_macl"], self.monitor = self.macl(*self.contrast_features(pyramids, targets))
+        return losses
+
+    def detect(
+        self, extracted: Extracted, modalities: tuple[str, ...] = MODALITIES, *, score_threshold: float | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Detections from the pyramids of `modalities` alone: one extraction serves both cameras and each by itself.
+
+        score_threshold: None takes the detector's own.
+        """
+        pyramids, original_sizes, sizes, batch_size = extracted
+        fused = self.fusion({name: pyramids[name] for name in modalities if name in pyramids})
+        proposals, _ = self.rpn(fused, sizes, batch_size, None)
+        detections = self.roi_head.detect(fused, proposals, sizes, score_threshold=score_threshold)
+        return [
+            found | {"boxes": rescale(found["boxes"], size, original)}
+            for found, size, original in zip(detections, sizes, original_sizes, strict=True)
+        ]
+
+    @property
+    def modes(self) -> dict[str, tuple[str, ...]]:
+        """What this detector can see with, by name: "both" cameras and each alone, or the one that its fusion takes."""
+        if self.fusion.kind in MODALITIES:
+            return {self.fusion.kind: (self.fusion.kind,)}
+        return {"both": MODALITIES, **{name: (name,) for name in MODALITIES}}
+
+    def embed(self, extracted: Extracted, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The contrastive embeddings in the visible and in the infrared image, (N, out_dim) each.
+
+        One row a given box (n_i, 4 an image); of a detector with macl_level "image" one row an image.
+        """
+        targets = [
+            {"boxes": rescale(box, old, new)}
+            for box, old, new in zip(boxes, extracted.original_sizes, extracted.sizes, strict=True)
+        ]
+        return tuple(self.macl.embed(features) for features in self.contrast_features(extracted.pyramids, targets))
+
+    def extract(self, images: dict[str, list[Tensor]]) -> Extracted:
+        """Resize, normalise and pad the images of each modality, and run all of them through backbone and neck as one
+        batch.
+        """
+        original_sizes = [tuple(image.shape[-2:]) for image in next(iter(images.values()))]
+        drawn = [self.draw_min_size() for _ in original_sizes]  # the same for both images of a pair
+        resized = {
+            name: [self.resize(*pair) for pair in zip(given, drawn, strict=True)] for name, given in images.items()
+        }
+        sizes = [tuple(image.shape[-2:]) for image in next(iter(resized.values()))]
+        layout = [(name, len(sizes)) for name in images]
+        batch = torch.cat([self.batch(given, name) for name, given in resized.items()])
+        maps = self.neck(self.backbone(batch.contiguous(memory_format=torch.channels_last), layout))
+        split = [level.split(len(sizes)) for level in maps]
+        pyramids = {name: [level[i] for level in split] for i, name in enumerate(images)}
+        return Extracted(pyramids, original_sizes, sizes, tuple(batch.shape[-2:]))
+
+    def draw_min_size(self) -> int | None:
+        """The short side to resize to: a random one of several in training, the last in evaluation."""
+        if not self.min_sizes:
+            return None
+        which = int(torch.randint(len(self.min_sizes), ())) if self.training and len(self.min_sizes) > 1 else -1
+        return self.min_sizes[which]
+
+    def resize(self, image: Tensor, min_size: int | None) -> Tensor:
+        if min_size is None:
+            return image
+        height, width = image.shape[-2:]
+        factor = min_size / min(height, width)
+        if self.max_size is not None:
+            factor = min(factor, self.max_size / max(height, width))
+        return F.interpolate(
+            image[None], scale_factor=factor, mode="bilinear", recompute_scale_factor=True, align_corners=False
+        )[0]
+
+    def batch(self, images: list[Tensor], modality: str) -> Tensor:
+        """Normalise and zero-pad to one size, a multiple of 32. -> (B, 3, H, W)."""
+        mean, std = getattr(self, f"{modality}_mean"), getattr(self, f"{modality}_std")
+        height, width = (
+            math.ceil(max(image.shape[axis] for image in images) / MULTIPLE) * MULTIPLE for axis in (-2, -1)
+        )
+        batch = mean.new_zeros(len(images), 3, height, width)
+        for row, image in zip(batch, images, strict=True):
+            row[:, : image.shape[-2], : image.shape[-1]] = (image - mean) / std
+        return batch
+
+    def draw_present(self, pyramids: dict[str, list[Tensor]]) -> Tensor | None:
+        """(B, 2) bool: which modalities the fusion may see of each training image; None where all of them."""
+        drop_visible, drop_infrared = self.modality_dropout
+        if len(pyramids) < 2 or drop_visible + drop_infrared == 0:
+            return None
+        finest = pyramids["visible"][0]
+        draw = torch.rand(len(finest))
+        return torch.stack([draw >= drop_visible, draw < 1 - drop_infrared], dim=1).to(finest.device)
+
+    def contrast_features(self, pyramids: dict[str, list[Tensor]], targets: list[dict]) -> tuple[Tensor, Tensor]:
+        """What the contrastive head compares: (N, in_dim) of the visible and of the infrared pyramid.
+
+        Roi level: one row for each box that is not ignored and, where that is known, can be seen in both modalities.
+        """
+        if len(pyramids) < 2:
+            raise ValueError(
+                "the contrastive head needs both modalities in training; build the detector with macl_level='none'"
+            )
+        if self.macl_level == "image":
+            return tuple(
+                torch.stack([level.mean(dim=(2, 3)) for level in pyramids[name]]).mean(dim=0) for name in MODALITIES
+            )
+        boxes = []
+        for target in targets:
+            seen = target.get("visible_in")
+            boxes.append(target["boxes"] if seen is None else target["boxes"][seen.all(dim=1)])
+        return tuple(self.roi_features(pyramids[name], boxes) for name in MODALITIES)
+
+    def roi_features(self, pyramid: list[Tensor], boxes: list[Tensor]) -> Tensor:
+        """boxes: (n_i, 4) an image, in pixels of the batch. -> (sum n_i, C * macl_roi_size ** 2)."""
+        scales = self.roi_head.scales
+        return kernels.multiscale_roi_align(
+            pyramid[: len(scales)], with_image_index(boxes), scales=scales, output_size=self.macl_roi_size
+        ).flatten(1)
+
+
+def check_inputs(images: dict[str, list[Tensor]], targets: list[dict] | None, training: bool) -> None:
+    """Raise ValueError, in one sentence, for what the forward cannot work with."""
+    if not images or not all(images.values()):
+        raise ValueError("give visible= or infrared= images, or both, at least one image each")
+    for name, given in images.items():
+        for image in given:
+            if image.dim() != 3 or image.shape[0] != 3 or not image.is_floating_point():
+                raise ValueError(
+                    f"{name} images must be (3, H, W) floats in 0..1, got {tuple(image.shape)} {image.dtype}"
+                )
+    if len(images) == 2:
+        pairs = [[tuple(image.shape) for image in given] for given in images.values()]
+        if pairs[0] != pairs[1]:
+            raise ValueError(f"visible and infrared images differ in number or size: {pairs[0]} and {pairs[1]}")
+    if training and (targets is None or len(targets) != len(next(iter(images.values())))):
+        raise ValueError("training needs targets, one for each image")
+
+
+def rescale(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Boxes of an image of size `old` (height, width) in one of size `new`."""
+    if old == new:
+        return boxes
+    ratio_y, ratio_x = new[0] / old[0], new[1] / old[1]
+    return boxes * boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+
+
+def prepare_target(target: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
+    """The target in pixels of the resized image, its ignored boxes set apart under `ignored` (K, 4)."""
+    boxes = target["boxes"]
+    if boxes.dim() != 2 or boxes.shape[1] != 4 or not (boxes[:, 2:] > boxes[:, :2]).all():
+        raise ValueError(f"target boxes must be (N, 4) with x1 < x2 and y1 < y2, got {boxes.tolist()}")
+    boxes = rescale(boxes, old, new)
+    ignore = target.get("ignore")
+    if ignore is None:
+        ignore = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+    prepared = {"boxes": boxes[~ignore], "labels": target["labels"][~ignore], "ignored": boxes[ignore]}
+    if "visible_in" in target:
+        prepared["visible_in"] = target["visible_in"][~ignore]
+    return prepared

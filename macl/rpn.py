@@ -1,0 +1,135 @@
+"""Region proposal network (Ren et al., 2015), with torchvision's names, sampling and rounding."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import ops
+
+from macl.boxes import AnchorGenerator, BoxCoder, box_regression_loss, match, sample
+from macl.precision import at_least_float32
+from training.distributed import global_mean
+
+SMALLEST_SIDE = 1e-3  # pixels; proposals below it are dropped
+
+
+class RPNHead(nn.Module):
+    """A 3x3 convolution, then objectness logits and box offsets for every anchor."""
+
+    def __init__(self, channels: int, anchors: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.cls_logits = nn.Conv2d(channels, anchors, 1)
+        self.bbox_pred = nn.Conv2d(channels, 4 * anchors, 1)
+        for layer in (self.conv, self.cls_logits, self.bbox_pred):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """features: (B, C, H_l, W_l). -> objectness (B, H_l * W_l * A) and offsets (B, H_l * W_l * A, 4) a level,
+        float32.
+        """
+        objectness, offsets = [], []
+        for feature in features:
+            hidden = F.relu(self.conv(feature))
+            objectness.append(at_least_float32(self.cls_logits(hidden).permute(0, 2, 3, 1).flatten(1)))
+            offsets.append(at_least_float32(self.bbox_pred(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1, 4)))
+        return objectness, offsets
+
+
+class RPN(nn.Module):
+    """Anchors, head, proposals and losses.
+
+    pre_nms, post_nms: proposals kept before (a level) and after NMS (an image), as (training, evaluation).
+    foreground, background: IoU thresholds of a positive and a negative anchor. samples, positive_fraction: anchors an
+    image in the loss. beta: of the smooth L1 loss.
+    """
+
+    def __init__(
+        self,
+        *,
+        head: RPNHead,
+        anchors: AnchorGenerator,
+        pre_nms: tuple[int, int] = (2000, 1000),
+        post_nms: tuple[int, int] = (2000, 1000),
+        nms_iou: float = 0.7,
+        foreground: float = 0.7,
+        background: float = 0.3,
+        samples: int = 256,
+        positive_fraction: float = 0.5,
+        beta: float = 1 / 9,
+    ):
+        super().__init__()
+        self.head, self.anchors = head, anchors
+        self.coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
+        self.pre_nms, self.post_nms, self.nms_iou = pre_nms, post_nms, nms_iou
+        self.foreground, self.background = foreground, background
+        self.samples, self.positive_fraction, self.beta = samples, positive_fraction, beta
+
+    def forward(
+        self,
+        features: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+        batch_size: tuple[int, int],
+        targets: list[dict] | None,
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """features: (B, C, H_l, W_l); image_sizes: (height, width) of each image without padding; batch_size: with it.
+
+        -> proposals (n_i, 4) an image, and the losses loss_objectness and loss_rpn_box_reg when there are targets.
+        """
+        objectness, offsets = self.head(features)
+        anchors = self.anchors(features, batch_size)
+        with torch.no_grad():
+            proposals = self.propose(objectness, offsets, anchors, image_sizes)
+        if targets is None:
+            return proposals, {}
+        return proposals, self.losses(torch.cat(objectness, 1), torch.cat(offsets, 1), torch.cat(anchors), targets)
+
+    def propose(
+        self, objectness: list[Tensor], offsets: list[Tensor], anchors: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> list[Tensor]:
+        pre_nms, post_nms = (pair[0 if self.training else 1] for pair in (self.pre_nms, self.post_nms))
+        scores, boxes, levels = [], [], []
+        for level, (logits, deltas, references) in enumerate(zip(objectness, offsets, anchors, strict=True)):
+            logits, index = logits.topk(min(pre_nms, logits.shape[1]), dim=1)  # (B, n)
+            deltas = deltas.gather(1, index[..., None].expand(-1, -1, 4))
+            boxes.append(self.coder.decode(deltas.flatten(0, 1), references[index].flatten(0, 1)).view_as(deltas))
+            scores.append(logits.sigmoid())
+            levels.append(torch.full_like(index[0], level))
+        scores, boxes, levels = torch.cat(scores, 1), torch.cat(boxes, 1), torch.cat(levels)
+        proposals = []
+        for image_boxes, image_scores, size in zip(boxes, scores, image_sizes, strict=True):
+            image_boxes = ops.clip_boxes_to_image(image_boxes, size)
+            large = ops.remove_small_boxes(image_boxes, SMALLEST_SIDE)
+            keep = ops.batched_nms(image_boxes[large], image_scores[large], levels[large], self.nms_iou)[:post_nms]
+            proposals.append(image_boxes[large][keep])
+        return proposals
+
+    def losses(self, objectness: Tensor, offsets: Tensor, anchors: Tensor, targets: list[dict]) -> dict[str, Tensor]:
+        """objectness (B, N), offsets (B, N, 4), anchors (N, 4)."""
+        sums = {"loss_objectness": objectness.sum() * 0, "loss_rpn_box_reg": offsets.sum() * 0}
+        sampled = 0
+        for logits, deltas, target in zip(objectness, offsets, targets, strict=True):
+            matched = match(
+                anchors,
+                target["boxes"],
+                foreground=self.foreground,
+                background=self.background,
+                keep_best=True,
+                ignore=target.get("ignored"),
+            )
+            positive, negative = sample(matched, count=self.samples, positive_fraction=self.positive_fraction)
+            chosen = torch.cat([positive, negative])
+            labels = torch.cat([torch.ones_like(logits[positive]), torch.zeros_like(logits[negative])])
+            sums["loss_objectness"] = sums["loss_objectness"] + F.binary_cross_entropy_with_logits(
+                logits[chosen], labels, reduction="sum"
+            )
+            sums["loss_rpn_box_reg"] = sums["loss_rpn_box_reg"] + box_regression_loss(
+                "smooth_l1",
+                deltas[positive],
+                target["boxes"][matched[positive]],
+                anchors[positive],
+                self.coder,
+                self.beta,
+            )
+            sampled += chosen.numel()
+        return {name: global_mean(total, sampled) for name, total in sums.items()}

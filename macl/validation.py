@@ -1,0 +1,179 @@
+"""What a detector finds in a data set, with both cameras and with each alone, as figures, text and pictures."""
+
+import contextlib
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from macl.data import Plain, make_loader, to_float
+from macl.detector import Extracted, PairedFasterRCNN
+from macl.metrics import alignment, average_precision, ignore_all_but, seen_in
+from macl.plots import draw_detections, tsne_picture
+from training import distributed
+
+SCORE_THRESHOLD = 0.001  # for figures; below a detector's own, which is for looking at
+AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+SEEN = {"both": (True, True), "visible_only": (True, False), "infrared_only": (False, True)}
+
+
+@torch.inference_mode()
+def predict(
+    detector: PairedFasterRCNN,
+    dataset: Dataset,
+    *,
+    modes: dict[str, tuple[str, ...]],
+    device: torch.device | str,
+    batch_size: int = 4,
+    workers: int = 0,
+    amp: str = "none",
+    score_threshold: float = SCORE_THRESHOLD,
+) -> list[dict]:
+    """What the detector finds in every image of a data set of paired samples, each image on exactly one process.
+
+    modes: name -> modalities to detect with (see `PairedFasterRCNN.modes`); none to embed only. Features are computed
+    once for all. -> on every process, one dict an image, in order: image_id, path, `found` (mode -> detections, on
+    the CPU), `truth` (the
+    boxes with labels, ignore and what else is known), and, of a detector with a contrastive head, `embeddings`:
+    (visible, infrared), each (n, out_dim), of the boxes that are not ignored or of the image.
+    """
+    was_training = detector.training
+    detector.eval()
+    own = [[index] for index in range(distributed.rank(), len(dataset), distributed.world_size())]
+    batches = [sum(own[i : i + batch_size], []) for i in range(0, len(own), batch_size)]
+    dtype = AUTOCAST[amp]
+    results = []
+    for batch in make_loader(Plain(dataset), batches, workers=workers, device=device):
+        images = {name: [image.to(device) for image in batch[name]] for name in ("visible", "infrared")}
+        with torch.autocast(torch.device(device).type, dtype=dtype) if dtype else contextlib.nullcontext():
+            extracted = detector.extract(images)
+            found = {
+                mode: [to_cpu(one) for one in detector.detect(extracted, names, score_threshold=score_threshold)]
+                for mode, names in modes.items()
+            }
+            embeddings = embed(detector, extracted, batch["targets"]) if detector.macl is not None else None
+        for i, truth in enumerate(batch["targets"]):
+            result = {
+                "image_id": batch["image_id"][i],
+                "path": batch["path"][i],
+                "found": {mode: detections[i] for mode, detections in found.items()},
+                "truth": truth,
+            }
+            if embeddings is not None:
+                result["embeddings"] = embeddings[i]
+            results.append(result)
+    detector.train(was_training)
+    everyone = [result for part in distributed.gather_objects(results) for result in part]
+    return sorted(everyone, key=lambda result: result["image_id"])
+
+
+def to_cpu(detections: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in detections.items()}
+
+
+def embed(detector: PairedFasterRCNN, extracted: Extracted, targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
+    """The (visible, infrared) embeddings of each image's boxes that are not ignored, or of the image; on the CPU."""
+    boxes = [target["boxes"][~target["ignore"]].to(extracted.pyramids["visible"][0].device) for target in targets]
+    rows = [len(box) if detector.macl_level == "roi" else 1 for box in boxes]
+    visible, infrared = (part.float().cpu().split(rows) for part in detector.embed(extracted, boxes))
+    return list(zip(visible, infrared, strict=True))
+
+
+def detection_figures(results: list[dict]) -> dict[str, dict]:
+    """Mode -> ap50, ap75, ap, recall (fractions; None without boxes), and where the data set knows in which modality
+    each box can be seen, ap50 of those alone: ap50_seen_in_both, ..._visible_only, ..._infrared_only."""
+    truth = [result["truth"] for result in results]
+    kinds = {}
+    if truth and all("visible_in" in frame for frame in truth):
+        for name, (visible, infrared) in SEEN.items():
+            kinds[name] = ignore_all_but(truth, seen_in(truth, visible=visible, infrared=infrared))
+    figures = {}
+    for mode in results[0]["found"] if results else ():
+        found = [result["found"][mode] for result in results]
+        overall = average_precision(found, truth)
+        figures[mode] = {name: overall[name] for name in ("ap50", "ap75", "ap", "recall")}
+        for name, frames in kinds.items():
+            figures[mode][f"ap50_seen_in_{name}"] = average_precision(found, frames)["ap50"]
+    return figures
+
+
+def alignment_figures(results: list[dict]) -> dict | None:
+    """`metrics.alignment` of the boxes seen in both modalities, and r1, its mean R@1 of both directions.
+
+    To be held against it, r1_seen_in_one: of the boxes seen in only one modality, in a gallery of their own, which
+    tells what the registered context alone gives away. None without a contrastive head.
+    """
+    if not results or "embeddings" not in results[0]:
+        return None
+    visible, infrared = (torch.cat([result["embeddings"][i] for result in results]) for i in (0, 1))
+    both = torch.cat([seen_in_both(result) for result in results])
+    figures = alignment(visible[both], infrared[both])
+    figures["r1"] = mean_recall(figures)
+    figures["r1_seen_in_one"] = mean_recall(alignment(visible[~both], infrared[~both]))
+    figures["gallery_seen_in_one"] = int((~both).sum())
+    return figures
+
+
+def seen_in_both(result: dict) -> Tensor:
+    """(n,) bool, one a row of the result's embeddings; all True where the data set does not know."""
+    rows = len(result["embeddings"][0])
+    truth = result["truth"]
+    known = "visible_in" in truth and rows == int((~truth["ignore"]).sum())
+    return truth["visible_in"][~truth["ignore"]].all(dim=1) if known else torch.ones(rows, dtype=torch.bool)
+
+
+def mean_recall(figures: dict) -> float | None:
+    """Retrieval R@1, the mean of both directions; None where there is nothing to retrieve."""
+    both = [figures["r1_visible_to_infrared"], figures["r1_infrared_to_visible"]]
+    return None if None in both else sum(both) / 2
+
+
+def table(figures: dict[str, dict]) -> str:
+    """The modes' figures as aligned text, in percent, one mode a row."""
+    columns = list(next(iter(figures.values())))
+    titles = [name.replace("ap50_seen_in_", "AP50 seen in ").replace("_", " ").replace("ap", "AP") for name in columns]
+    titles = ["AP50:95" if title == "AP" else title for title in titles]
+    lines = ["  ".join(["detecting with", *titles])]
+    for mode, values in figures.items():
+        cells = ["-" if values[name] is None else f"{100 * values[name]:.1f}" for name in columns]
+        lines.append(
+            "  ".join([f"{mode:<14}", *(f"{cell:>{len(title)}}" for cell, title in zip(cells, titles, strict=True))])
+        )
+    return "\n".join(lines)
+
+
+def validation_text(figures: dict, untrained: float | None) -> str:
+    """The figures of `detection_figures` and, under "alignment", of `alignment_figures`, for people."""
+    lines = ["", table({mode: values for mode, values in figures.items() if mode != "alignment"})]
+    agreement = figures["alignment"]
+    if agreement is not None and agreement["r1"] is not None:
+        recall = f"cross-modal retrieval R@1 {agreement['r1']:.3f}"
+        recall += "" if untrained is None else f" (untrained {untrained:.3f})"
+        recall += f" among {agreement['gallery']} boxes seen in both"
+        if agreement["r1_seen_in_one"] is not None:
+            recall += f"; of {agreement['gallery_seen_in_one']} seen in one only {agreement['r1_seen_in_one']:.3f}"
+        names = ("alignment", "uniformity", "modality_gap", "distance_ratio")
+        known = [(name.replace("_", " "), agreement[name]) for name in names if agreement[name] is not None]
+        lines += [recall, ", ".join(f"{name} {value:.3f}" for name, value in known)]
+    return "\n".join(lines)
+
+
+def draw_validation(folder: Path, epoch: int, data, results: list[dict], classes: list[str], count: int = 6) -> None:
+    """A few validation pairs with what was found, and, with the viz extra, the embeddings under t-SNE."""
+    pictures = folder / "pictures"
+    pictures.mkdir(exist_ok=True)
+    for index in range(0, len(results), max(1, math.ceil(len(results) / count))):
+        sample, result = data[index], results[index]
+        found = next(iter(result["found"].values()))
+        images = {name: to_float(sample[name]) for name in ("visible", "infrared")}
+        draw_detections(**images, detections=found, ground_truth=result["truth"], classes=classes).save(
+            pictures / f"validation-{index}.png"
+        )
+    if "embeddings" in results[0] and find_spec("matplotlib") and find_spec("sklearn"):
+        visible, infrared = (torch.cat([result["embeddings"][i] for result in results]) for i in (0, 1))
+        tsne_picture(
+            pictures / f"tsne-{epoch:03d}.png", visible, infrared, title=f"validation boxes after epoch {epoch}"
+        )

@@ -1,0 +1,190 @@
+"""The Triton kernels in Triton's interpreter, on the CPU, against the plain twins in float64.
+
+Collected by test_interpreter.py in a process with TRITON_INTERPRET=1. Outputs are NaN until written, inputs lie inside
+larger buffers of NaN, and sizes leave a remainder in every block.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import (
+    contrastive_loss,
+    contrastive_triton,
+    multiscale_roi_align,
+    reference,
+    roi_align_project,
+    roi_align_triton,
+)
+from kernels.contrastive_cpu import Problem, contrast
+from kernels.roi_align import Pooling, _pool_project
+
+SCALES = [0.25, 0.125]
+ROIS = torch.tensor(
+    [
+        [0, 3.0, 4, 50, 60],
+        [1, -9, 0, 125, 100],
+        [0, 8, 8, 9, 9],
+        [1, 30, 5, 20, 4],
+        [0, 90, 70, 130, 90],
+        [0, 1, 1, 9, torch.inf],
+    ]
+)
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 2**-6}
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Memory that no kernel has written is NaN."""
+    empty = torch.Tensor.new_empty
+
+    def poisoned(self, *size, **options):
+        made = empty(self, *size, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(-(2**31))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(contrastive_triton, "SPLITS", 3)
+
+
+def inside_nan(tensor):
+    """The tensor as a view into a larger buffer of NaN, so that a read past its edge shows."""
+    buffer = tensor.new_full([size + 2 for size in tensor.shape], float("nan"))
+    view = buffer[tuple(slice(1, size + 1) for size in tensor.shape)]
+    return view.copy_(tensor)
+
+
+def pyramid(dtype, channels=19, last=False):
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(2, channels, *size, generator=generator).to(dtype) for size in ((18, 27), (9, 13))]
+    if last:
+        return [inside_nan(part.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for part in maps]
+    return [inside_nan(part) for part in maps]
+
+
+def error(ours, exact):
+    return ((ours.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize(
+    "dtype, last, output_size, sampling_ratio, aligned",
+    [
+        (torch.float32, False, (7, 7), 2, False),
+        (torch.float32, True, (3, 5), 1, True),
+        (torch.float32, True, (1, 1), 0, True),
+        (torch.float32, False, (2, 3), 0, False),
+        (torch.float16, True, (7, 7), 2, False),
+        (torch.bfloat16, True, (2, 2), 2, False),
+    ],
+)
+def test_pooling_and_its_gradient(dtype, last, output_size, sampling_ratio, aligned):
+    features = [part.requires_grad_() for part in pyramid(dtype, last=last)]
+    exact_features = [part.detach().double().requires_grad_() for part in features]
+    pooling = dict(scales=SCALES, output_size=output_size, sampling_ratio=sampling_ratio, aligned=aligned)
+    pooled = multiscale_roi_align(features, ROIS, **pooling, implementation="triton")
+    exact = reference.multiscale_roi_align(exact_features, ROIS.double(), **pooling)
+    assert error(pooled, exact) <= TOLERANCE[dtype]
+    assert (pooled[-1] == 0).all()
+    upstream = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    gradients = torch.autograd.grad(pooled, features, upstream)
+    expected = torch.autograd.grad(exact, exact_features, upstream.double())
+    for ours, right in zip(gradients, expected, strict=True):
+        assert error(ours, right) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("output_size, sampling_ratio, biased", [((2, 3), 2, True), ((1, 1), 0, False)])
+def test_gather_and_projection_in_one_launch(dtype, output_size, sampling_ratio, biased):
+    features, bins = pyramid(dtype, last=True), output_size[0] * output_size[1]
+    weight = torch.randn(70, 19 * bins, generator=torch.Generator().manual_seed(2)).to(dtype)
+    bias = torch.randn(70, generator=torch.Generator().manual_seed(3)).to(dtype) if biased else None
+    pooling = dict(output_size=output_size, sampling_ratio=sampling_ratio, aligned=False)
+    ours = roi_align_triton.project(features, ROIS, weight, bias, Pooling(SCALES, **pooling))
+    operands = [None if part is None else part.double() for part in (weight, bias)]
+    exact = reference.roi_align_project([part.double() for part in features], ROIS, *operands, scales=SCALES, **pooling)
+    assert error(ours, exact) <= TOLERANCE[dtype]
+
+
+def test_the_one_launch_operator_has_all_gradients():
+    features = [part.requires_grad_() for part in pyramid(torch.float32, last=True)]
+    weight, bias = torch.randn(5, 19, requires_grad=True), torch.randn(5, requires_grad=True)
+    inputs = [*features, weight, bias]
+    arguments = dict(scales=SCALES, output_size=1)
+    assert _pool_project(features, ROIS, weight, bias, SCALES, [1, 1], 2, False, "triton")[1].numel() == 0
+    results = [
+        roi_align_project(features, ROIS, weight, bias, **arguments, implementation=name)
+        for name in ("triton", "torch")
+    ]
+    ours, expected = (torch.autograd.grad(result.square().sum(), inputs) for result in results)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_missing_image_shows_as_nan_and_touches_no_gradient():
+    features = [part.requires_grad_() for part in pyramid(torch.float32)]
+    rois = torch.tensor([[2, 0.0, 0, 9, 9], [-1, 0, 0, 9, 9], [0, 0, 0, 9, 9]])
+    pooling = Pooling(SCALES, (2, 2), 2, False)
+    pooled = roi_align_triton.gather([part.detach() for part in features], rois, pooling)
+    assert pooled[:2].isnan().all() and pooled[2].isfinite().all()
+    shapes = [tuple(part.shape) for part in features]
+    gradients = roi_align_triton.scatter(torch.ones_like(pooled[:2]), rois[:2], shapes, pooling)
+    assert all((part == 0).all() for part in gradients)
+
+
+def loss_problem(n, m, k, dim, dtype, ids, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(count):
+        return F.normalize(torch.randn(count, dim, generator=generator), dim=1).to(dtype)
+
+    def labels(count):
+        return torch.randint(-1, 3, (count,), generator=generator) if ids else None
+
+    target = torch.randperm(m, generator=generator)[:n]
+    valid = torch.tensor(k - 7) if ids and k else None
+    bank = rows(k) if k else None
+    bank_ids = labels(k) if k else None
+    return Problem(rows(n), rows(m), torch.tensor(20.0), target, bank, valid, labels(n), labels(m), bank_ids)
+
+
+@pytest.mark.parametrize("engine", ["stream", "chunked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n, m, k, dim, ids", [(17, 20, 90, 40, True), (5, 5, 130, 16, False), (1, 1, 0, 64, False)])
+def test_loss_statistics_and_gradients(engine, dtype, n, m, k, dim, ids):
+    problem = loss_problem(n, m, k, dim, dtype, ids)
+    weight = torch.rand(n, generator=torch.Generator().manual_seed(7))
+    rows, gradients = contrastive_triton.contrast(problem, weight, engine)
+    exact = problem._replace(query=problem.query.double(), key=problem.key.double())
+    right_rows, right_gradients = contrast(exact, weight)
+    for ours, right in zip(rows, right_rows, strict=True):
+        torch.testing.assert_close(ours.double(), right.double(), rtol=1e-5, atol=5e-6)
+    for ours, right in zip(gradients, right_gradients, strict=True):
+        assert (ours - right).norm() <= TOLERANCE[dtype] * right.norm() + 1e-7
+
+
+@pytest.mark.parametrize("engine", ["stream", "chunked"])
+def test_the_gradient_of_a_tiny_loss_survives_half_precision(engine):
+    problem = loss_problem(6, 6, 60, 64, torch.float16, False)
+    close = F.normalize(problem.query.float() + 0.3 * problem.key.float(), dim=1).half()
+    problem = problem._replace(query=close, key=problem.query, logit_scale=torch.tensor(40.0), target=torch.arange(6))
+    _, gradients = contrastive_triton.contrast(problem, torch.ones(6), engine)
+    rows, right = contrast(problem._replace(query=close.double(), key=problem.key.double()), torch.ones(6))
+    assert rows.loss.max() < 1e-6
+    for ours, exact in zip(gradients, right, strict=True):
+        assert (ours - exact).norm() <= 3e-3 * exact.norm()
+
+
+def test_the_public_loss_takes_the_kernels():
+    problem = loss_problem(9, 12, 33, 24, torch.float16, True)
+    results = []
+    for name in ("triton", "torch"):
+        query, key = problem.query.clone().requires_grad_(), problem.key.clone().requires_grad_()
+        arguments = problem._asdict() | dict(query=query, key=key)
+        loss, stats = contrastive_loss(**arguments, with_stats=True, implementation=name)
+        results.append([loss, *torch.autograd.grad(loss, [query, key]), stats.candidates])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-4)
+
+
+def test_float64_is_refused():
+    with pytest.raises(TypeError, match="float64"):
+        multiscale_roi_align(pyramid(torch.float64), ROIS, scales=SCALES, output_size=2, implementation="triton")

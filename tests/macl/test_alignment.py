@@ -1,0 +1,103 @@
+"""Agreement of the modalities' embeddings."""
+
+import math
+
+import pytest
+import torch
+
+from macl.metrics import alignment
+from macl.metrics.alignment import CHUNK, MEASURES
+
+
+def test_identical_and_distinct_embeddings():
+    x = torch.eye(8)
+    result = alignment(x, 3 * x)  # lengths do not matter
+    assert result["r1_visible_to_infrared"] == result["r1_infrared_to_visible"] == 1
+    assert result["alignment"] == result["modality_gap"] == result["distance_ratio"] == 0
+    assert result["cosine_matched"] == 1 and result["cosine_unmatched"] == 0
+    assert result["uniformity"] == pytest.approx(-4)  # log exp(-2 * 2): all other rows at a squared distance of 2
+    assert result["queries"] == result["gallery"] == 8
+
+
+def test_two_rows_by_hand():
+    visible, infrared = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    result = alignment(visible, infrared)
+    assert result["r1_visible_to_infrared"] == result["r1_infrared_to_visible"] == 1
+    assert result["alignment"] == pytest.approx((0 + 0.4) / 2)
+    assert result["cosine_matched"] == pytest.approx(0.9)
+    assert result["cosine_unmatched"] == pytest.approx((0.6 + 0.0) / 2)
+    assert result["modality_gap"] == pytest.approx(math.hypot(0.3, 0.1))
+    unmatched = (math.sqrt(0.8) + math.sqrt(2)) / 2
+    assert result["distance_ratio"] == pytest.approx(math.sqrt(0.4) / 2 / unmatched)
+    assert result["uniformity"] == pytest.approx((-4 - 2 * 0.8) / 2)
+
+
+def test_the_two_directions_differ():
+    # Infrared row 1 is nearest to visible row 0: one miss from infrared, none from visible light.
+    visible, infrared = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.1], [1.0, 0.9]])
+    result = alignment(visible, infrared)
+    assert (result["r1_visible_to_infrared"], result["r1_infrared_to_visible"]) == (1, 0.5)
+
+
+@pytest.mark.parametrize("noise", [0, 1e-7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_collapsed_embeddings_find_nothing(noise, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(1, 64).expand(300, 64).to(dtype)
+    result = alignment(x + noise * torch.randn(300, 64), x)
+    assert result["r1_visible_to_infrared"] == result["r1_infrared_to_visible"] == 0
+    assert result["distance_ratio"] is None
+    assert result["uniformity"] == pytest.approx(0, abs=1e-9)
+
+
+def test_zero_embeddings_find_nothing():
+    result = alignment(torch.zeros(5, 3), torch.zeros(5, 3))
+    assert result["r1_visible_to_infrared"] == 0 and result["distance_ratio"] is None
+
+
+def test_a_subset_of_queries_keeps_the_gallery():
+    visible, infrared = torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]  # rows 2 and 3 are swapped
+    assert alignment(visible, infrared)["r1_visible_to_infrared"] == 0.5
+    first = alignment(visible, infrared, rows=torch.tensor([True, True, False, False]))
+    assert (first["r1_visible_to_infrared"], first["queries"], first["gallery"]) == (1, 2, 4)
+    last = alignment(visible, infrared, rows=[False, False, True, True])
+    assert last["r1_infrared_to_visible"] == 0  # alone, they would still have lost to each other
+    third = alignment(visible, infrared, rows=[False, False, True, False])
+    assert third["r1_visible_to_infrared"] == 0  # its rival is no query, but in the gallery
+    assert third["alignment"] == first["alignment"] == alignment(visible, infrared)["alignment"]
+    none = alignment(visible, infrared, rows=[False] * 4)
+    assert none["r1_visible_to_infrared"] is None and none["queries"] == 0
+
+
+def test_more_rows_than_a_chunk_equal_the_plain_formulas():
+    torch.manual_seed(1)
+    visible = torch.randn(CHUNK + 76, 16, dtype=torch.float64)
+    infrared = visible + 0.8 * torch.randn_like(visible)
+    result = alignment(visible, infrared)
+    x, y = (rows / rows.norm(dim=1, keepdim=True) for rows in (visible, infrared))
+    cosine = x @ y.T
+    assert result["r1_visible_to_infrared"] == (cosine.argmax(1) == torch.arange(len(x))).double().mean()
+    assert result["r1_infrared_to_visible"] == (cosine.argmax(0) == torch.arange(len(x))).double().mean()
+    assert 0.1 < result["r1_visible_to_infrared"] < 0.9
+    other = ~torch.eye(len(x), dtype=bool)
+    assert result["cosine_unmatched"] == pytest.approx(cosine[other].mean().item())
+    assert result["distance_ratio"] == pytest.approx(
+        ((x - y).norm(dim=1).mean() / torch.cdist(x, y)[other].mean()).item()
+    )
+    uniformity = sum(torch.pdist(rows).square().mul(-2).exp().mean().log() for rows in (x, y)) / 2
+    assert result["uniformity"] == pytest.approx(uniformity.item())
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_rows_say_nothing(count):
+    result = alignment(torch.ones(count, 4), torch.ones(count, 4))
+    assert result == {**dict.fromkeys(MEASURES), "queries": count, "gallery": count}
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match=r"embeddings are \(2, 3\) and \(3, 3\)"):
+        alignment(torch.ones(2, 3), torch.ones(3, 3))
+    with pytest.raises(ValueError, match="not finite"):
+        alignment(torch.full((2, 3), float("nan")), torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"mask of rows is \(3,\), expected \(2,\)"):
+        alignment(torch.ones(2, 3), torch.ones(2, 3), rows=[True] * 3)

@@ -1,0 +1,305 @@
+"""LLVIP's layout: what is read, what is held out, and what each kind of bad input says."""
+
+import pickle
+
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from macl.data import LLVIP, find_pairs, hold_out, read_image, read_pair
+from macl.data import sample as sample_module
+from macl.errors import InputError
+
+OBJECT = (
+    "<object><name>{}</name>{}<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+)
+SIZE = "<size><width>40</width><height>30</height><depth>3</depth></size>"
+
+
+def voc(*objects, size=SIZE):
+    return f"<annotation>{size}{''.join(objects)}</annotation>"
+
+
+def person(x1, y1, x2, y2, difficult=0):
+    return OBJECT.format("person", f"<difficult>{difficult}</difficult>", x1, y1, x2, y2)
+
+
+def write_pair(root, split, name, annotation=None, *, size=(40, 30), infrared_size=None):
+    for modality, tone in (("visible", (200, 100, 50)), ("infrared", (90, 90, 90))):
+        folder = root / modality / split
+        folder.mkdir(parents=True, exist_ok=True)
+        shape = size if modality == "visible" or infrared_size is None else infrared_size
+        Image.new("RGB", shape, tone).save(folder / f"{name}.jpg")
+    (root / "Annotations").mkdir(exist_ok=True)
+    (root / "Annotations" / f"{name}.xml").write_text(annotation or voc(person(1, 1, 10, 20)))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two cameras with two and one training pairs, and one test pair, without lists."""
+    root = tmp_path / "LLVIP"
+    for name in ("010001", "010002", "020001"):
+        write_pair(root, "train", name)
+    write_pair(root, "test", "190001")
+    return root
+
+
+def refused(call, *words):
+    """The one-sentence message of the InputError that call() raises; it must hold the words."""
+    with pytest.raises(InputError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    return message
+
+
+def test_a_sample_follows_the_contract(root):
+    annotation = voc(person(1, 1, 10, 20), person(5, 6, 12, 18, difficult=1), OBJECT.format("car", "", 1, 1, 5, 5))
+    (root / "Annotations" / "010002.xml").write_text(annotation)
+    sample = LLVIP(root.parent, "train")[1]
+    assert sample["visible"].shape == sample["infrared"].shape == (3, 30, 40)
+    assert sample["visible"].dtype == sample["infrared"].dtype == torch.uint8
+    assert sample["visible"][:, 9, 9].tolist() == pytest.approx([200, 100, 50], abs=4)  # RGB, not BGR
+    assert sample["infrared"][:, 9, 9].tolist() == pytest.approx([90, 90, 90], abs=4)
+    assert sample["boxes"].tolist() == [[0, 0, 10, 20], [4, 5, 12, 18]] and sample["boxes"].dtype == torch.float32
+    assert sample["labels"].tolist() == [1, 1] and sample["labels"].dtype == torch.int64
+    assert sample["ignore"].tolist() == [False, True]
+    assert sample["image_id"] == 1 and sample["scene"] == 1
+    assert sample["path"] == str(root / "visible" / "train" / "010002.jpg")
+
+
+def test_an_image_without_boxes(root):
+    (root / "Annotations" / "010001.xml").write_text(voc())
+    sample = LLVIP(root, "train")[0]
+    assert sample["boxes"].shape == (0, 4) and sample["labels"].shape == sample["ignore"].shape == (0,)
+
+
+def test_boxes_are_clipped_and_dropped_and_counted(root):
+    boxes = person(31, 11, 60, 20), person(50, 1, 60, 20), person(10, 10, 9, 20), person(0, 1, 5, 6)
+    (root / "Annotations" / "010001.xml").write_text(voc(*boxes, OBJECT.format("dog", "", 1, 1, 2, 2)))
+    data = LLVIP(root, "train")
+    assert data[0]["boxes"].tolist() == [[30, 10, 40, 20], [0, 0, 5, 6]]
+    counts = data.statistics()
+    assert counts | {"median_height": None} == {
+        "pairs": 3,
+        "scenes": 2,
+        "boxes": 4,
+        "ignored": 0,
+        "clipped": 2,
+        "dropped": 2,
+        "other_classes": 1,
+        "empty_images": 0,
+        "min_height": 6.0,
+        "median_height": None,
+        "max_height": 20.0,
+    }
+
+
+def test_other_classes_take_their_position_as_label(root):
+    (root / "Annotations" / "010001.xml").write_text(voc(OBJECT.format("car", "", 1, 1, 5, 5), person(2, 2, 6, 9)))
+    assert LLVIP(root, "train", classes=("person", "car"))[0]["labels"].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("folder", ["ImageSets/Main", "ImageSets", None])
+def test_which_list_is_read(root, folder):
+    if folder is None:
+        data = LLVIP(root, "train")
+        assert len(data) == 3 and "no list" in data.source
+    else:
+        (root / folder).mkdir(parents=True)
+        (root / folder / "train.txt").write_text("020001\n\n010001\n")
+        data = LLVIP(root, "train")
+        assert data.names == ["020001", "010001"] and str(root / folder / "train.txt") in data.source
+        assert len(LLVIP(root, "test")) == 1  # without a list of its own, from the folder
+
+
+def test_lists_from_elsewhere(root, tmp_path):
+    (tmp_path / "train.txt").write_text("010002\n")
+    assert LLVIP(root, "train", lists=tmp_path).names == ["010002"]
+    refused(lambda: LLVIP(root, "test", lists=tmp_path), str(tmp_path / "test.txt"))
+
+
+def test_last_cameras_are_held_out(tmp_path):
+    for camera in (1, 2, 3):
+        for number in range(4):
+            write_pair(tmp_path, "train", f"{camera:02d}{number:04d}")
+    data = LLVIP(tmp_path, "train")
+    train, validation, sentence = hold_out(data)
+    assert set(train.scenes) == {1, 2} and set(validation.scenes) == {3} and "camera 03" in sentence
+    assert len(train) + len(validation) == len(data) == 12
+    assert [validation[index]["image_id"] for index in range(4)] == [0, 1, 2, 3]
+    assert validation[3]["path"].endswith("030003.jpg") and validation.statistics()["pairs"] == 4
+    assert set(hold_out(data, fraction=0.5)[1].scenes) == {2, 3}
+    assert set(hold_out(data, fraction=1.0)[0].scenes) == {1}  # one camera always stays
+
+
+def test_one_camera_gives_every_kth_pair_and_a_warning(tmp_path):
+    for number in range(12):
+        write_pair(tmp_path, "train", f"01{number:04d}")
+    train, validation, sentence = hold_out(LLVIP(tmp_path, "train"), fraction=0.25)
+    assert validation.names == ["010003", "010007", "010011"] and len(train) == 9
+    assert sentence.startswith("Warning") and "one camera" in sentence
+    refused(lambda: hold_out(train.subset([0], "one")), "1 pair")
+
+
+def test_names_without_a_camera_have_scene_minus_one(tmp_path):
+    write_pair(tmp_path, "train", "street")
+    assert LLVIP(tmp_path, "train")[0]["scene"] == -1
+
+
+def test_it_can_be_pickled(root):
+    again = pickle.loads(pickle.dumps(LLVIP(root, "train")))
+    assert torch.equal(again[2]["visible"], LLVIP(root, "train")[2]["visible"])
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "visible",
+        "infrared",
+        "Annotations",
+        "visible/train/010002.jpg",
+        "infrared/train/010002.jpg",
+        "Annotations/010002.xml",
+    ],
+)
+def test_the_first_missing_path_is_named(root, missing):
+    (root / "ImageSets").mkdir()
+    (root / "ImageSets" / "train.txt").write_text("010001\n010002\n020001\n")
+    (root / missing).rename(root / "elsewhere")
+    refused(lambda: LLVIP(root, "train"), str(root / missing), "does not exist")
+
+
+@pytest.mark.parametrize("line", ["../secret", "/etc/passwd", "a\\b", "..", "visible/train/010001"])
+def test_lists_may_not_leave_the_folder(root, line):
+    (root / "ImageSets").mkdir()
+    (root / "ImageSets" / "train.txt").write_text(f"010001\n{line}\n")
+    refused(lambda: LLVIP(root, "train"), "train.txt", repr(line))
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [(b"", "empty"), (b"\n \n", "empty"), (b"010001\n010001\n", "twice"), (b"\xff\xfe\x01", "UTF-8")],
+)
+def test_bad_lists(root, content, word):
+    (root / "ImageSets").mkdir()
+    (root / "ImageSets" / "train.txt").write_bytes(content)
+    refused(lambda: LLVIP(root, "train"), "train.txt", word)
+
+
+def test_an_unknown_split(root):
+    refused(lambda: LLVIP(root, "val"), "'val'", "train", "test")
+
+
+def test_a_folder_without_images(root):
+    for file in (root / "visible" / "test").iterdir():
+        file.unlink()
+    refused(lambda: LLVIP(root, "test"), str(root / "visible" / "test"))
+
+
+@pytest.mark.parametrize(
+    ("annotation", "word"),
+    [
+        ("not xml", "not XML"),
+        ("<annotation><size>", "not XML"),
+        ('<?xml version="1.0" encoding="nonsense"?><annotation/>', "not XML"),
+        ("<kml/>", "<kml>"),
+        (voc(size=""), "<size><width>"),
+        (voc(size="<size><width>0</width><height>30</height></size>"), "0 x 30"),
+        (voc("<object/>"), "<name>"),
+        (voc("<object><name>person</name></object>"), "<bndbox><xmin>"),
+        (voc(person("nan", 1, 5, 5)), "'nan'"),
+        (voc(person("one", 1, 5, 5)), "'one'"),
+        (voc(size="<size><width>41</width><height>30</height></size>"), "41 x 30"),
+    ],
+)
+def test_bad_annotations(root, annotation, word):
+    (root / "Annotations" / "010001.xml").write_text(annotation)
+    refused(lambda: LLVIP(root, "train")[0], str(root / "Annotations" / "010001.xml"), word)
+
+
+def test_sizes_that_differ_between_the_modalities(root):
+    write_pair(root, "train", "010001", infrared_size=(40, 31))
+    refused(lambda: LLVIP(root, "train")[0], "40 x 30", "40 x 31", "visible", "infrared")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", "half"])
+@pytest.mark.parametrize("modality", ["visible", "infrared"])
+def test_undecodable_images(root, modality, content):
+    file = root / modality / "train" / "010001.jpg"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size - 200] if content == "half" else content)
+    refused(lambda: LLVIP(root, "train")[0], str(file), "decoded")
+
+
+def test_oversized_images_are_refused_before_decoding(root, monkeypatch):
+    monkeypatch.setattr(sample_module, "MAX_PIXELS", 1199)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
+    refused(lambda: LLVIP(root, "train")[0], "40 x 30", "1199")
+
+
+def test_images_pillow_holds_for_decompression_bombs_are_refused(root, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    refused(lambda: LLVIP(root, "train")[0], "010001.jpg")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".webp"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_formats_and_modes_come_out_as_three_channels(tmp_path, suffix, mode):
+    Image.new("RGB", (8, 6), (102, 102, 102)).convert(mode).save(tmp_path / f"a{suffix}", lossless=True)
+    image = read_image(tmp_path / f"a{suffix}")
+    assert image.shape == (3, 6, 8) and image.dtype == torch.uint8 and (image.int() - 102).abs().max() <= 1
+
+
+def test_more_than_eight_bits_are_refused(tmp_path):
+    Image.new("I;16", (8, 6), 40000).save(tmp_path / "deep.png")
+    refused(lambda: read_image(tmp_path / "deep.png"), "deep.png", "8 bits")
+
+
+def test_read_pair_of_one_or_two_images(root):
+    visible, infrared = root / "visible/train/010001.jpg", root / "infrared/train/010001.jpg"
+    sample = read_pair(visible, infrared)
+    assert sample["visible"].shape == sample["infrared"].shape and sample["boxes"].shape == (0, 4)
+    assert read_pair(None, infrared)["visible"] is None and read_pair(None, infrared)["path"] == str(infrared)
+    assert read_pair(visible, None)["infrared"] is None
+    write_pair(root, "train", "010001", infrared_size=(20, 30))
+    refused(lambda: read_pair(visible, infrared), "20 x 30")
+    with pytest.raises(ValueError, match="needs"):
+        read_pair(None, None)
+
+
+def test_find_pairs_matches_by_name(root):
+    visible, infrared = root / "visible/train", root / "infrared/train"
+    (visible / "notes.txt").write_text("no image")
+    pairs = find_pairs(visible, infrared)
+    assert [(v.name, i.name) for v, i in pairs] == [(f"{n}.jpg",) * 2 for n in ("010001", "010002", "020001")]
+    assert all(v.parent == visible and i.parent == infrared for v, i in pairs)
+    assert [v for v, _ in find_pairs(None, infrared)] == [None] * 3
+    assert find_pairs(visible / "010001.jpg", infrared / "010002.jpg") == [
+        (visible / "010001.jpg", infrared / "010002.jpg")
+    ]
+    (infrared / "010002.jpg").unlink()
+    refused(lambda: find_pairs(visible, infrared), str(visible / "010002.jpg"), "no partner")
+    (visible / "010002.jpg").rename(infrared / "010002.jpg")
+    refused(lambda: find_pairs(visible, infrared), str(infrared / "010002.jpg"), "no partner")
+
+
+def test_find_pairs_refuses_what_it_cannot_match(root):
+    visible = root / "visible/train"
+    refused(lambda: find_pairs(visible, root / "nowhere"), "nowhere", "does not exist")
+    refused(lambda: find_pairs(visible, root / "infrared/train/010001.jpg"), "two folders")
+    refused(lambda: find_pairs(root / "Annotations", None), "no image")
+    (visible / "010001.png").write_bytes(b"")
+    refused(lambda: find_pairs(visible, None), "010001.jpg", "010001.png")
+
+
+def test_real_pairs(shared):
+    data = LLVIP(shared / "data/llvip", "test")
+    assert len(data) == 32 and data.statistics()["boxes"] == 100
+    sample = data[0]
+    assert sample["visible"].shape == (3, 1024, 1280) and sample["scene"] == 19
+    # Registered, and the right way round: visible light has colour, infrared has none.
+    spread = [(sample[key].float().amax(0) - sample[key].float().amin(0)).mean() for key in ("visible", "infrared")]
+    assert spread[0] > spread[1]
+    boxes = sample["boxes"].long()
+    inside = torch.cat([sample["infrared"][0, y1:y2, x1:x2].flatten() for x1, y1, x2, y2 in boxes.tolist()])
+    assert inside.float().mean() > sample["infrared"][0].float().mean()  # people are warm

@@ -1,0 +1,190 @@
+"""The drawn scenes: the same everywhere, as hard as they say, and boxes that fit what is drawn."""
+
+import hashlib
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from macl.data import NIGHT, SyntheticPairs
+from macl.data.figures import DISTRACTORS, person, rasterise
+from macl.data.painting import paint
+from macl.data.scenes import INFRARED, VISIBLE, Ground, Scene
+from macl.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def counts():
+    return SyntheticPairs(300, seed=5).statistics()
+
+
+def test_a_sample_follows_the_contract():
+    sample = SyntheticPairs(5, seed=1)[3]
+    count = len(sample["boxes"])
+    assert sample["visible"].shape == sample["infrared"].shape == (3, 128, 160)
+    assert sample["visible"].dtype == sample["infrared"].dtype == torch.uint8
+    assert sample["boxes"].dtype == torch.float32 and sample["labels"].tolist() == [1] * count
+    assert sample["ignore"].shape == sample["occlusion"].shape == (count,) and sample["ignore"].dtype == torch.bool
+    assert sample["visible_in"].shape == (count, 2) and sample["visible_in"].any(dim=1).all()
+    assert sample["image_id"] == 3 and sample["scene"] == 3 and sample["daytime"] is False
+    assert torch.equal(sample["infrared"][0], sample["infrared"][2])
+
+
+def test_pixels_are_the_same_on_every_machine():
+    data, digest = SyntheticPairs(8, seed=2024), hashlib.sha256()
+    for sample in (data[index] for index in range(8)):
+        for key in ("visible", "infrared"):
+            digest.update(np.ascontiguousarray(sample[key].numpy()).tobytes())
+        digest.update(sample["boxes"].numpy().astype("<f4").tobytes())
+    assert digest.hexdigest()[:16] == "720c7c8d058dae2e"
+
+
+def test_a_pair_depends_on_seed_and_index_alone():
+    few, many = SyntheticPairs(3, seed=7), SyntheticPairs(50, seed=7)
+    many[40]
+    torch.manual_seed(0)
+    np.random.seed(0)
+    for key in ("visible", "infrared", "boxes"):
+        assert torch.equal(few[2][key], many[2][key])
+    assert not torch.equal(many[1]["visible"], many[2]["visible"])
+    assert not torch.equal(SyntheticPairs(3, seed=8)[2]["visible"], few[2]["visible"])
+    assert torch.equal(pickle.loads(pickle.dumps(few))[0]["infrared"], few[0]["infrared"])
+    assert [len(s["boxes"]) for s in few] == [len(few[i]["boxes"]) for i in range(3)]  # iteration ends
+
+
+def test_a_fifth_is_seen_in_visible_light_only_and_a_fifth_in_infrared_only(counts):
+    people = counts["seen_in_both"] + counts["visible_only"] + counts["infrared_only"]
+    assert people == counts["boxes"] > 800
+    assert 0.15 <= counts["visible_only"] / people <= 0.25
+    assert 0.15 <= counts["infrared_only"] / people <= 0.25
+    assert counts["ignored"] / people < 0.15 and counts["empty_images"] >= 1
+
+
+def test_two_distractors_at_least_in_every_image_of_either_modality(counts):
+    assert counts["min_visible_distractors"] >= 2 and counts["min_infrared_distractors"] >= 2
+
+
+def test_sizes_range_over_a_factor_of_five(counts):
+    assert counts["max_height"] / counts["min_height"] >= 5
+
+
+def test_distractors_have_the_size_and_aspect_of_people():
+    scenes = [SyntheticPairs(100, seed=3).layout(index) for index in range(100)]
+
+    def shapes(wanted):
+        boxes = np.array([f.box for scene in scenes for f in scene.figures if wanted(f)])
+        return boxes[:, 3] - boxes[:, 1], (boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])
+
+    (height, aspect), (other_height, other_aspect) = (
+        shapes(lambda f: f.kind == "person"),
+        shapes(lambda f: f.is_distractor),
+    )
+    assert 0.7 < np.median(other_height) / np.median(height) < 1.4
+    assert 0.6 < np.median(other_aspect) / np.median(aspect) < 1.6
+
+
+def test_boxes_are_the_tight_extents_of_the_silhouette():
+    rng = np.random.default_rng(0)
+    for draw in (person, *DISTRACTORS):
+        raster = rasterise(draw(rng), foot=(80.3, 110.2), height=60.0, canvas=(128, 160))
+        rows, columns = np.nonzero(raster.inside)
+        assert 56 <= rows.max() + 1 - rows.min() <= 64 and rows.max() + raster.rows.start <= 111
+    scene = SyntheticPairs(20, seed=4).layout(2)
+    for figure in scene.figures:
+        mask = np.zeros((128, 160), dtype=bool)
+        mask[figure.raster.rows, figure.raster.columns] = figure.raster.inside
+        rows, columns = np.nonzero(mask)
+        assert figure.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+
+
+def test_a_shape_may_reach_out_of_the_canvas_or_miss_it():
+    shape = person(np.random.default_rng(0))
+    whole = rasterise(shape, foot=(50, 100), height=60, canvas=(200, 200))
+    part = rasterise(shape, foot=(50, 100), height=60, canvas=(80, 200))
+    assert np.array_equal(part.coverage, whole.coverage[: 80 - whole.rows.start])
+    assert not rasterise(shape, foot=(500, 100), height=60, canvas=(128, 160)).inside.any()
+
+
+def quiet(**changes):
+    """Scenes without noise, misregistration or blur's reach beyond a pixel, to compare pixels in."""
+    return replace(
+        NIGHT, visible_noise=(0, 0), infrared_noise=(0, 0), misregistration=0, occluders=(0, 0), empty=0.0, **changes
+    )
+
+
+def contrast(sample, figure, modality):
+    """Mean absolute difference of tone between a figure's inside and its patch's outside."""
+    raster = figure.raster
+    patch = sample[("visible", "infrared")[modality]].numpy().astype(float).mean(0)[raster.rows, raster.columns]
+    return abs(patch[raster.coverage == 1].mean() - patch[raster.coverage == 0].mean())
+
+
+@pytest.mark.parametrize("modality", [VISIBLE, INFRARED])
+def test_people_show_in_the_modalities_that_see_them(modality):
+    domain = quiet(people=(1, 1), visible_only=0.5, infrared_only=0.5, distractors=(0, 0), warm_clutter=(0, 0))
+    data = SyntheticPairs(60, seed=9, domain=domain)
+    shown, hidden = [], []
+    for index in range(60):
+        (figure,) = data.layout(index).figures
+        (shown if figure.seen[modality] else hidden).append(contrast(data[index], figure, modality))
+    assert min(len(shown), len(hidden)) > 15
+    assert np.median(shown) > 3 * np.median(hidden) and np.quantile(shown, 0.05) > np.median(hidden)
+
+
+def test_an_unseen_person_leaves_the_image_as_it_was():
+    domain = quiet(people=(1, 1), distractors=(0, 0), visible_only=1.0, infrared_only=0.0)
+    data = SyntheticPairs(1, seed=0, domain=domain)
+    (figure,) = data.layout(0).figures
+    assert figure.seen == (True, False) and figure.hidden == 0
+    # Without an outline in infrared, no neighbouring pixels differ by more than the background's smooth texture does.
+    patch = data[0]["infrared"][0].numpy().astype(int)[figure.raster.rows, figure.raster.columns]
+    assert np.abs(np.diff(patch, axis=1)).max() <= 6
+
+
+def test_an_unseen_person_still_hides_who_is_behind():
+    ground, shape = Ground(size=(128, 160), horizon=30.0, slope=1.1), person(np.random.default_rng(0))
+    far = ground.stand("person", shape, 80.0, 60.0)
+    near = ground.stand("person", shape, 80.0, 60.0, seen=(True, False))
+
+    def infrared(*figures):
+        scene = Scene(ground, buildings=(), figures=figures)
+        return paint(np.random.default_rng(1), quiet(), scene)[1][0].astype(float)[far.raster.rows, far.raster.columns]
+
+    inside = far.raster.coverage == 1
+    assert np.abs(infrared(far) - infrared())[inside].mean() > 15
+    assert np.abs(infrared(far, near) - infrared())[inside].mean() < 2
+
+
+def test_hidden_people_are_marked():
+    data, levels = SyntheticPairs(60, seed=11), set()
+    for index in range(60):
+        sample, people = data[index], [figure for figure in data.layout(index).figures if figure.kind == "person"]
+        for figure, level, ignore in zip(people, sample["occlusion"].tolist(), sample["ignore"].tolist(), strict=True):
+            assert level == (figure.hidden > 0.05) + (figure.hidden > 0.5) and ignore == (figure.hidden > 0.7)
+            levels.add((level, ignore))
+    assert levels == {(0, False), (1, False), (2, False), (2, True)}
+
+
+def test_what_is_nearer_hides_what_is_farther():
+    figures = SyntheticPairs(40, seed=12).layout(3).figures
+    assert [f.foot[1] for f in figures] == sorted(f.foot[1] for f in figures)
+    assert figures[-1].hidden == 0
+    owner = np.zeros((128, 160), dtype=int)
+    for number, figure in enumerate(figures, start=1):
+        owner[figure.raster.rows, figure.raster.columns][figure.raster.inside] = number
+    for number, figure in enumerate(figures, start=1):
+        assert figure.hidden == pytest.approx(1 - (owner == number).sum() / figure.raster.inside.sum())
+
+
+def test_the_size_of_the_images_is_a_choice():
+    sample = SyntheticPairs(2, seed=0, size=(96, 200))[0]
+    assert sample["visible"].shape == (3, 96, 200)
+    assert (sample["boxes"][:, 2] <= 200).all() and (sample["boxes"][:, 3] <= 96).all()
+
+
+@pytest.mark.parametrize(("count", "seed"), [(0, 0), (-1, 0), (5, -1)])
+def test_bad_arguments(count, seed):
+    with pytest.raises(InputError, match="expected"):
+        SyntheticPairs(count, seed)

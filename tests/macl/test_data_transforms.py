@@ -1,0 +1,253 @@
+"""Augmentation and loading: one geometry for both images and the boxes, the same draws wherever they are made."""
+
+import pickle
+
+import pytest
+import torch
+
+from macl.data import Augmented, PairedAugmentation, Plain, SyntheticPairs, collate, make_loader
+from macl.data.transforms import paired_mosaic
+
+GEOMETRY = {"flip": 0.5, "sizes": (96, 128, 150), "max_size": 190, "crop": 0.7, "crop_scale": (0.5, 0.9)}
+EVERYTHING = GEOMETRY | {
+    "mosaic": 0.5,
+    "brightness": 0.3,
+    "contrast": 0.3,
+    "saturation": 0.3,
+    "hue": 0.05,
+    "gain": 0.3,
+    "offset": 0.1,
+    "noise": 0.05,
+    "erase_visible": 0.5,
+    "erase_infrared": 0.5,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Images this small are slower with several threads, and much slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Painted(torch.utils.data.Dataset):
+    """Black pairs with their boxes painted, in the same grey in both modalities, each box in a grey of its own."""
+
+    def __init__(self, count=8):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        image = torch.zeros(3, 120, 160, dtype=torch.uint8)
+        boxes = torch.empty(0, 4)
+        for number in range(3):  # one in each third, so that they do not overlap
+            width, height = (
+                int(torch.randint(low, high, (), generator=generator)) for low, high in ((14, 40), (20, 90))
+            )
+            x = 53 * number + int(torch.randint(0, 53 - width, (), generator=generator))
+            y = int(torch.randint(0, 120 - height, (), generator=generator))
+            image[:, y : y + height, x : x + width] = 100 + 50 * number
+            boxes = torch.cat([boxes, torch.tensor([[x, y, x + width, y + height]])])
+        return {
+            "visible": image,
+            "infrared": image.clone(),
+            "boxes": boxes.float(),
+            "labels": torch.tensor([1, 2, 3]),
+            "ignore": torch.zeros(3, dtype=torch.bool),
+            "visible_in": torch.tensor([[True, True], [True, False], [False, True]]),
+            "occlusion": torch.tensor([0, 1, 2]),
+            "image_id": index,
+            "path": f"painted/{index}",
+            "scene": index,
+        }
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        assert torch.equal(value, right[key]) if torch.is_tensor(value) else value == right[key], key
+
+
+@pytest.mark.parametrize("mosaic", [0.0, 1.0])
+def test_geometry_is_the_same_in_both_modalities_and_boxes_follow(mosaic):
+    data = Augmented(Painted(), PairedAugmentation(**GEOMETRY, mosaic=mosaic), seed=0)
+    shapes, seen = set(), 0
+    for epoch in range(5):
+        for index in range(len(data)):
+            sample = data[epoch, index]
+            visible = sample["visible"]
+            assert torch.equal(visible, sample["infrared"])
+            assert visible.dtype == torch.float32 and visible.min() >= 0 and visible.max() <= 1
+            shapes.add(tuple(visible.shape))
+            for box, label in zip(sample["boxes"].tolist(), sample["labels"].tolist(), strict=True):
+                x1, y1, x2, y2 = box
+                assert 0 <= x1 < x2 <= visible.shape[2] and 0 <= y1 < y2 <= visible.shape[1]
+                if min(x2 - x1, y2 - y1) < 8:
+                    continue
+                # Inside its own grey, up to a blurred edge; just outside black or another box's.
+                inside = visible[0, round(y1) + 3 : round(y2) - 3, round(x1) + 3 : round(x2) - 3] * 255
+                assert (inside - (50 + 50 * label)).abs().max() < 3
+                for x, y in ((x1 - 3, (y1 + y2) / 2), (x2 + 3, (y1 + y2) / 2), ((x1 + x2) / 2, y1 - 3)):
+                    # (across a mosaic's seam the same grey may go on)
+                    if not mosaic and 0 <= x < visible.shape[2] and 0 <= y < visible.shape[1]:
+                        assert (visible[0, int(y), int(x)] * 255 - (50 + 50 * label)).abs() > 20
+                seen += 1
+    assert seen > 60 and len(shapes) > 10
+
+
+def test_what_belongs_to_a_box_vanishes_with_it():
+    data = Augmented(Painted(), PairedAugmentation(crop=1.0, crop_scale=(0.2, 0.4)), seed=1)
+    fewer = ignored = 0
+    for index in range(len(data)):
+        for epoch in range(3):
+            sample, before = data[epoch, index], data.dataset[index]
+            kept = sample["labels"] - 1
+            assert len(sample["boxes"]) >= 1  # a crop never loses all boxes
+            assert torch.equal(sample["visible_in"], before["visible_in"][kept])
+            assert torch.equal(sample["occlusion"], before["occlusion"][kept])
+            assert len(sample["boxes"]) == len(sample["ignore"])
+            fewer += len(kept) < 3
+            ignored += int(sample["ignore"].sum())
+    assert fewer > 10 and ignored >= 2
+
+
+def test_a_sliver_is_ignored_and_a_crop_keeps_a_whole_box_that_fits():
+    data = Painted()
+    transform = PairedAugmentation(flip=0.0, crop=1.0, crop_scale=(0.8, 0.8))
+    areas = [((box[2] - box[0]) * (box[3] - box[1])).item() for box in data[0]["boxes"]]
+    torch.manual_seed(0)
+    for _ in range(40):
+        sample = transform(data[0])
+        left = ((sample["boxes"][:, 2:] - sample["boxes"][:, :2]).prod(1)).tolist()
+        shares = [area / areas[label - 1] for area, label in zip(left, sample["labels"].tolist(), strict=True)]
+        assert max(shares) == pytest.approx(1)
+        assert sample["ignore"].tolist() == [share < 0.3 for share in shares]
+
+
+def test_a_crop_works_without_boxes_and_with_ignored_ones_only():
+    sample = Painted()[0]
+    transform = PairedAugmentation(**GEOMETRY | {"crop": 1.0})
+    for chosen in (slice(0), slice(3)):
+        cut = sample | {key: sample[key][chosen] for key in ("boxes", "labels", "visible_in", "occlusion")}
+        cut["ignore"] = torch.ones(len(cut["boxes"]), dtype=torch.bool)
+        for _ in range(10):
+            out = transform(cut)
+            assert out["boxes"].shape == (len(out["ignore"]), 4) and out["ignore"].all()
+
+
+def test_sizes_are_drawn_from_the_list():
+    data = Augmented(Painted(), PairedAugmentation(sizes=(60, 90), max_size=100), seed=0)
+    assert {tuple(data[epoch, 0]["visible"].shape[1:]) for epoch in range(12)} == {(60, 80), (75, 100)}
+
+
+def test_photometry_stays_within_its_modality():
+    plain = Plain(Painted())[0]
+    torch.manual_seed(0)
+    out = PairedAugmentation(flip=0.0, brightness=0.5, contrast=0.5)(Painted()[0])
+    assert torch.equal(out["infrared"], plain["infrared"]) and not torch.equal(out["visible"], plain["visible"])
+    out = PairedAugmentation(flip=0.0, gain=0.5, offset=0.2, noise=0.1)(Painted()[0])
+    assert torch.equal(out["visible"], plain["visible"]) and not torch.equal(out["infrared"], plain["infrared"])
+    assert torch.equal(out["infrared"][0], out["infrared"][2]) and out["infrared"].max() <= 1
+    assert torch.equal(out["boxes"], plain["boxes"])
+
+
+def test_gain_and_offset_are_what_they_say():
+    sample, transform = Painted()[0], PairedAugmentation(flip=0.0, gain=0.2, offset=0.1)
+    torch.manual_seed(0)
+    seen = []
+    for _ in range(40):
+        out = transform(sample)["infrared"]
+        offset = out[0, sample["infrared"][0] == 0].min()  # clipped below 0
+        gain = (out[0, sample["infrared"][0] == 100].max() - offset) / (100 / 255)
+        if offset > 0:
+            seen.append((gain.item(), offset.item()))
+    gains, offsets = zip(*seen, strict=True)
+    assert 0.8 <= min(gains) < 0.9 and 1.1 < max(gains) <= 1.2 and 0.05 < max(offsets) <= 0.1
+
+
+def test_rectangles_are_erased_independently():
+    image = torch.full((3, 60, 80), 255, dtype=torch.uint8)
+    sample = Painted()[0] | {"visible": image, "infrared": image}
+    torch.manual_seed(0)
+    out = PairedAugmentation(erase_visible=1.0, erase_infrared=1.0)(sample)
+    assert (out["visible"] == 0).any() and (out["infrared"] == 0).any()
+    assert not torch.equal(out["visible"], out["infrared"])
+    out = PairedAugmentation(erase_infrared=1.0)(sample)
+    assert (out["visible"] == 1).all() and (out["infrared"] == 0).any()
+
+
+def test_mosaic_takes_all_four():
+    data = Painted()
+    torch.manual_seed(0)
+    sample = paired_mosaic([data[index] for index in range(4)])
+    assert sample["visible"].shape == (3, 120, 160) and sample["image_id"] == 0
+    quarters = {(x > 80, y > 60) for x, y in (sample["boxes"][:, :2] + sample["boxes"][:, 2:]).div(2).tolist()}
+    assert len(quarters) == 4 and len(sample["boxes"]) == len(sample["visible_in"]) == len(sample["occlusion"])
+
+
+def test_draws_follow_from_seed_epoch_and_index_alone():
+    data = Augmented(Painted(), PairedAugmentation(**EVERYTHING), seed=3)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = data[2, 5]
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's draws are untouched
+    torch.rand(7)
+    data[0, 1]
+    assert_same(data[2, 5], first)
+    assert_same(pickle.loads(pickle.dumps(data))[2, 5], first)
+    for other in (data[3, 5], Augmented(Painted(), PairedAugmentation(**EVERYTHING), seed=4)[2, 5]):
+        assert other["visible"].shape != first["visible"].shape or not torch.equal(other["visible"], first["visible"])
+
+
+def test_workers_change_nothing():
+    data = Augmented(SyntheticPairs(8, seed=0), PairedAugmentation(**EVERYTHING), seed=0)
+    batches = [[(0, 3), (0, 1)], [(0, 7)], [(1, 3), (1, 0)]]
+    state = torch.get_rng_state()
+    alone, helped = (list(make_loader(data, batches, workers=workers)) for workers in (0, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    for left, right in zip(alone, helped, strict=True):
+        for key in ("visible", "infrared"):
+            assert all(map(torch.equal, left[key], right[key]))
+        for one, other in zip(left["targets"], right["targets"], strict=True):
+            assert_same(one, other)
+        assert left["image_id"] == right["image_id"]
+
+
+@pytest.mark.slow  # a fresh interpreter imports torch
+def test_a_spawned_worker_gives_the_same():
+    data = Augmented(SyntheticPairs(4, seed=0), PairedAugmentation(**EVERYTHING), seed=0)
+    loader = torch.utils.data.DataLoader(
+        data, batch_sampler=[[(0, 1)]], num_workers=1, collate_fn=collate, multiprocessing_context="spawn"
+    )
+    assert torch.equal(next(iter(loader))["visible"][0], data[0, 1]["visible"])
+
+
+def test_a_batch_is_a_dict_of_lists():
+    batch = collate([Plain(Painted())[index] for index in (2, 4)])
+    assert set(batch) == {"visible", "infrared", "targets", "image_id", "path", "scene"}
+    assert [image.shape for image in batch["visible"]] == [(3, 120, 160)] * 2
+    assert batch["image_id"] == [2, 4] and batch["path"] == ["painted/2", "painted/4"] and batch["scene"] == [2, 4]
+    assert set(batch["targets"][0]) == {"boxes", "labels", "ignore", "visible_in", "occlusion"}
+    without = {key: value for key, value in Painted()[0].items() if key not in ("visible_in", "occlusion")}
+    assert set(collate([without])["targets"][0]) == {"boxes", "labels", "ignore"}
+
+
+def test_plain_keeps_the_pixels(tmp_path):
+    sample, plain = Painted()[1], Plain(Painted())[1]
+    assert torch.equal((plain["visible"] * 255).round().byte(), sample["visible"])
+    assert_same(
+        {key: plain[key] for key in ("boxes", "labels", "ignore")},
+        {k: sample[k] for k in ("boxes", "labels", "ignore")},
+    )
+
+
+def test_arguments_that_cannot_work():
+    with pytest.raises(ValueError, match="crop_scale"):
+        PairedAugmentation(crop_scale=(0.9, 0.5))
+    with pytest.raises(ValueError, match="max_size"):
+        PairedAugmentation(max_size=100)

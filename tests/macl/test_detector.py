@@ -1,0 +1,204 @@
+"""What the paired detector does with two cameras, one camera, no boxes, frozen parts and its own checkpoints."""
+
+import pytest
+import torch
+
+import macl
+from macl.boxes import BELOW, BETWEEN, match
+from macl.fusion import FUSIONS, Fusion
+
+DETECTION_LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
+
+
+def nothing():
+    return {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+
+
+def detect(model, **images):
+    with torch.no_grad():
+        return model.eval()(**images)
+
+
+@pytest.mark.parametrize("norm", ["frozen_batch", "batch", "group", "modality_batch", "sync_batch"])
+@pytest.mark.parametrize("fusion", ["mean", "gated"])
+def test_a_gradient_reaches_every_trainable_parameter(build, batch, norm, fusion):
+    model = build(norm=norm, fusion=fusion)
+    losses = model.train()(**batch)
+    assert losses.keys() == DETECTION_LOSSES | {"loss_macl"}
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        # MSP starts as the identity: at gate 0 only the gate itself is moved.
+        assert (parameter.grad.norm() > 0) != name.startswith("neck.msp.attention"), name
+
+
+@pytest.mark.parametrize("stages", [0, 1, 2, 3])
+def test_frozen_stages_have_no_gradient_and_keep_their_statistics(build, batch, stages):
+    model = build(norm="batch", frozen_stages=stages).train().train()
+    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    sum(model(**batch).values()).backward()
+    frozen = tuple(f"layer{stage}" for stage in range(1, stages + 1)) + (("conv1", "bn1") if stages else ())
+    for name, parameter in model.backbone.named_parameters():
+        assert (parameter.grad is None) == name.startswith(frozen)
+    for name, value in model.backbone.state_dict().items():
+        if "running_mean" in name:
+            assert torch.equal(value, before[name]) == name.startswith(frozen), name
+    model.backbone.freeze(0)
+    assert all(parameter.requires_grad for parameter in model.backbone.parameters())
+    assert model.backbone.bn1.training
+
+
+def test_both_modalities_reach_the_detections(build, batch):
+    model = build(score_threshold=0.0)
+    paired = {name: batch[name] for name in ("visible", "infrared")}
+    reference = detect(model, **paired)[0]["scores"]
+    for name in paired:
+        changed = detect(model, **paired | {name: [1 - image for image in paired[name]]})[0]["scores"]
+        assert changed.shape != reference.shape or not torch.allclose(changed, reference)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_one_camera_alone(build, batch, fusion):
+    model = build(fusion=fusion, score_threshold=0.0)
+    for name in ("visible", "infrared"):
+        if fusion in ("visible", "infrared") and fusion != name:
+            with pytest.raises(ValueError, match=f"{fusion} images alone"):
+                detect(model, **{name: batch[name]})
+        else:
+            assert len(detect(model, **{name: batch[name]})) == 2
+
+
+@pytest.mark.parametrize("kind", ["mean", "gated"])
+def test_a_masked_modality_leaves_no_trace(kind):
+    torch.manual_seed(0)
+    fusion = Fusion(kind, channels=4)
+    if kind == "gated":
+        torch.nn.init.normal_(fusion.gate.weight)
+    visible, infrared = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
+    present = torch.tensor([[True, True], [True, False], [False, True]])
+    pyramids = {"visible": [visible], "infrared": [infrared]}
+    (fused,), (free,) = fusion(pyramids, present), fusion(pyramids)
+    torch.testing.assert_close(fused[0], free[0])
+    assert torch.equal(fused[1], visible[1]) and torch.equal(fused[2], infrared[2])
+    if kind == "mean":
+        torch.testing.assert_close(free, (visible + infrared) / 2)
+
+
+def test_modality_dropout_masks_one_modality_at_its_rate_and_never_both(build):
+    model = build(modality_dropout=(0.3, 0.2))
+    pyramids = dict.fromkeys(("visible", "infrared"), [torch.zeros(20000, 1)])
+    present = model.draw_present(pyramids)
+    assert present.any(dim=1).all()
+    torch.testing.assert_close(present.float().mean(dim=0), torch.tensor([0.7, 0.8]), atol=0.02, rtol=0)
+
+
+def test_images_without_boxes_train_the_background(build, batch):
+    batch["targets"] = [nothing(), nothing()]
+    losses = build().train()(**batch)
+    assert losses["loss_classifier"] > 0 and losses["loss_objectness"] > 0
+    assert losses["loss_macl"] == 0 and losses["loss_box_reg"] == 0 and losses["loss_rpn_box_reg"] == 0
+    sum(losses.values()).backward()  # all of them are connected
+
+
+def test_ignored_boxes_are_neither_positive_nor_negative(build, batch):
+    boxes = torch.tensor([[0.0, 0, 10, 20], [1, 0, 11, 20], [50, 50, 60, 70]])
+    ignored = torch.tensor([[0.0, 0, 12, 22]])
+    found = match(boxes, torch.zeros(0, 4), foreground=0.5, background=0.5, keep_best=False, ignore=ignored)
+    assert found.tolist() == [BETWEEN, BETWEEN, BELOW]
+    found = match(boxes, boxes[:1], foreground=0.9, background=0.3, keep_best=True, ignore=ignored)
+    assert found.tolist() == [0, BETWEEN, BELOW]
+    # As targets they leave no positives behind.
+    batch["targets"] = [t | {"ignore": torch.ones(len(t["boxes"]), dtype=torch.bool)} for t in batch["targets"]]
+    losses = build().train()(**batch)
+    assert losses["loss_box_reg"] == 0 and losses["loss_macl"] == 0
+
+
+def test_contrast_leaves_out_boxes_that_only_one_camera_sees(build, batch):
+    model = build()
+    batch["targets"][0]["visible_in"] = torch.tensor([[True, True], [True, False], [True, True]])
+    batch["targets"][1]["visible_in"] = torch.tensor([[False, True]])
+    model.train()(**batch)
+    assert model.monitor["macl_candidates"] == 2
+
+
+def test_image_level_contrast_compares_images(build, batch):
+    model = build(macl_level="image")
+    model.train()(**batch)["loss_macl"].backward()
+    assert model.monitor["macl_candidates"] == 2
+
+
+def test_resizing_gives_detections_in_pixels_of_the_given_image(build, batch):
+    model = build(min_size=(48, 64), max_size=96, score_threshold=0.0).eval()
+    extracted = model.extract({"visible": batch["visible"]})
+    assert extracted.sizes == [(64, 96), (64, 85)]  # the last of several sizes
+    model.train()
+    torch.manual_seed(0)
+    assert {model.draw_min_size() for _ in range(20)} == {48, 64}
+    large = [torch.nn.functional.interpolate(image[None], scale_factor=4)[0] for image in batch["visible"]]
+    for found, image in zip(detect(model, visible=large), large, strict=True):
+        assert found["boxes"][:, 2].max() > image.shape[-1] * 0.9
+        assert found["boxes"].min() >= 0 and found["boxes"][:, 3].max() <= image.shape[-2]
+
+
+def test_pairs_of_different_size_or_form_are_refused(build, batch):
+    model = build()
+    with pytest.raises(ValueError, match="differ in number or size"):
+        detect(model, visible=batch["visible"], infrared=batch["infrared"][:1])
+    with pytest.raises(ValueError, match="differ in number or size"):
+        detect(model, visible=batch["visible"], infrared=batch["infrared"][::-1])
+    with pytest.raises(ValueError, match="visible= or infrared="):
+        detect(model)
+    with pytest.raises(ValueError, match="floats in 0..1"):
+        detect(model, visible=[torch.zeros(3, 64, 64, dtype=torch.uint8)])
+    with pytest.raises(ValueError, match="x1 < x2"):
+        bad = {"boxes": torch.tensor([[5.0, 5, 5, 9]]), "labels": torch.ones(1, dtype=torch.int64)}
+        model.train()(**batch | {"targets": [bad, bad]})
+
+
+def test_a_checkpoint_rebuilds_the_detector(build, batch, tmp_path):
+    model = build(fusion="gated", modality_dropout=(0.1, 0.2), visible_mean=(0.1, 0.2, 0.3), score_threshold=0.0)
+    torch.save({"model_kwargs": model.kwargs, "model": model.state_dict(), "ema": None}, tmp_path / "last.pt")
+    again = macl.load_detector(tmp_path / "last.pt")
+    assert again.kwargs == model.kwargs
+    for own, other in zip(
+        detect(model, visible=batch["visible"]), detect(again, visible=batch["visible"]), strict=True
+    ):
+        assert all(torch.equal(own[key], other[key]) for key in own)
+
+
+def test_files_that_are_no_checkpoint_are_named(tmp_path):
+    with pytest.raises(macl.InputError, match="missing.pt does not exist"):
+        macl.load_detector(tmp_path / "missing.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    with pytest.raises(macl.InputError, match="text.pt is not a file of PyTorch weights"):
+        macl.load_detector(tmp_path / "text.pt")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(macl.InputError, match="other.pt is not a checkpoint"):
+        macl.load_detector(tmp_path / "other.pt")
+    torch.save({"model_kwargs": {"colour": "red"}, "model": {}}, tmp_path / "new.pt")
+    with pytest.raises(macl.InputError, match="another version"):
+        macl.load_detector(tmp_path / "new.pt")
+
+
+def test_imagenet_weights_fill_the_backbone_and_both_modality_norms(build):
+    from torchvision.models import resnet18
+
+    source = resnet18(weights=None)
+    torch.nn.init.uniform_(source.bn1.weight)
+    model = build(norm="modality_batch", fpn_levels=4, anchor_sizes=(16, 32, 64, 128))
+    report = macl.load_torchvision_weights(model, source.state_dict())
+    assert set(report.skipped) == {"fc.weight", "fc.bias"}
+    assert all(not name.startswith("backbone") for name in report.missing)
+    assert torch.equal(model.backbone.bn1.visible.weight, source.bn1.weight)
+    assert torch.equal(model.backbone.bn1.infrared.weight, source.bn1.weight)
+    assert "the ImageNet classifier: fc.weight, fc.bias" in str(report)
+    with pytest.raises(macl.InputError, match="nothing in"):
+        macl.load_torchvision_weights(model, {"a.weight": torch.zeros(3)})
+
+
+def test_autocast_trains_in_bf16(build, batch):
+    model = build().train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model(**batch)
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()

@@ -1,0 +1,448 @@
+"""Stage 1: train the paired visible + infrared detector, on LLVIP or on scenes that it draws itself.
+
+    python train_stage1.py --batch-size 4                                   # drawn scenes, minutes on two CPU cores
+    python train_stage1.py --data-root LLVIP --init-from fasterrcnn_resnet50_fpn_coco.pth
+    torchrun --nproc-per-node 4 train_stage1.py --data-root LLVIP --init-from WEIGHTS --amp bf16
+    python train_stage1.py --resume auto                                    # go on after Ctrl-C
+    python train_stage1.py --data-root LLVIP --check                        # look before a long run
+
+Without --data-root the defaults are those of the drawn scenes: small images and a small network. With it, or with
+--init-from a checkpoint, they are others; add --help to see the defaults of just that command.
+"""
+
+import argparse
+import math
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import macl
+from macl.backbone import BACKBONES, NORMS
+from macl.build import IMAGENET_MEAN, IMAGENET_STD, MACL_LEVELS, first_difference, load_initial_weights
+from macl.contrast import DIRECTIONS, PROJECTOR_NORMS
+from macl.data import LLVIP, Augmented, PairedAugmentation, SyntheticPairs, hold_out, make_loader, to_float
+from macl.fusion import FUSIONS
+from macl.validation import alignment_figures, detection_figures, draw_validation, predict, validation_text
+from macl.weights import has_old_names, read_state
+from training import checkpoint, distributed
+from training.arguments import (
+    add_optimisation_flags,
+    add_shared_flags,
+    fraction,
+    int_list,
+    make_parser,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    prepare_run,
+)
+from training.errors import InputError, one_sentence
+from training.log import RunLog, Throughput, peak_memory
+from training.optimizer import build_optimizer, build_schedule, ema, parameter_groups, scale_lr
+from training.sampler import ResumableSampler
+from training.step import Stepper, micro_batches, module_gradient_norms
+
+SCRIPT = "stage1"
+VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
+
+# The recipe for LLVIP: the defaults of the flags, and what differs for the drawn scenes.
+LLVIP_RECIPE = dict(
+    epochs=12, batch_size=4, workers=4, optimizer="sgd", lr=0.005, lr_base_batch=4, weight_decay=1e-4,
+    schedule="multistep", milestones=[8, 11], warmup_steps=500, clip_norm=10.0, ema_decay=0.999,
+)  # fmt: skip
+SYNTHETIC_RECIPE = dict(
+    epochs=6, workers=2, optimizer="adamw", lr=1e-3, lr_base_batch=None, weight_decay=1e-4, schedule="cosine",
+    warmup_steps=50, ema_decay=0.99, backbone="resnet18", norm="group", frozen_stages=0, fpn_channels=64, fpn_levels=3,
+    anchor_sizes=[16, 32, 64], aspect_ratios=[1.5, 2.5], head_width=256, rpn_pre_nms=[300, 150],
+    rpn_post_nms=[150, 75], roi_samples=64, modality_dropout=[0.2, 0.2], macl_weight=0.2, macl_dim=64,
+    macl_hidden=[128], min_size=None, max_size=None, statistics="measured",
+)  # fmt: skip
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The flags, with the defaults of the data set and of the checkpoint that they name."""
+    parser = make_parser(__doc__)
+    add_shared_flags(parser, SCRIPT, **{k: LLVIP_RECIPE[k] for k in ("epochs", "batch_size", "workers")})
+    add_optimisation_flags(
+        parser, **{k: v for k, v in LLVIP_RECIPE.items() if k not in ("epochs", "batch_size", "workers")}
+    )
+    add_data_flags(parser)
+    add_model_flags(parser)
+    add_loss_flags(parser)
+
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--data-root")
+    named.add_argument("--init-from")
+    named, _ = named.parse_known_args(arguments)
+    if named.data_root is None:
+        parser.set_defaults(**SYNTHETIC_RECIPE)
+    parser.set_defaults(published=None)
+    if named.init_from is not None:
+        source = read_state(named.init_from)
+        if "model_kwargs" in source:
+            parser.set_defaults(**source["model_kwargs"], statistics="given")
+        else:
+            parser.set_defaults(norm="frozen_batch", frozen_stages=1, statistics="imagenet", published=named.init_from)
+            parser.set_defaults(norm_eps=0.0 if has_old_names(source) else 1e-5)
+    return parser.parse_args(arguments)
+
+
+# fmt: off
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("which pairs").add_argument
+    add("--val-split", choices=("held-out", "test"), default="held-out", help="LLVIP: cameras of train, or test")
+    add("--synthetic-train", type=positive_int, default=600, metavar="N", help="drawn training pairs")
+    add("--synthetic-val", type=positive_int, default=250, metavar="N", help="drawn validation pairs")
+    add("--statistics", choices=("imagenet", "measured", "given"), default="imagenet",
+        help="mean and std of each modality: ImageNet's, measured on 64 training pairs, or the checkpoint's")
+    add = parser.add_argument_group("augmentation: geometry is the same for both images").add_argument
+    add("--flip", type=fraction, default=0.5, metavar="P", help="probability of a horizontal flip")
+    add("--crop", type=fraction, default=0.0, metavar="P", help="probability of a crop")
+    add("--crop-scale", type=fraction, nargs=2, default=[0.6, 1.0], metavar=("LOW", "HIGH"), help="sides of a crop")
+    add("--mosaic", type=fraction, default=0.0, metavar="P", help="probability of four pairs in one")
+    add("--brightness", type=fraction, default=0.2, metavar="X", help="jitter of visible")
+    add("--contrast", type=fraction, default=0.2, metavar="X", help="jitter of visible")
+    add("--saturation", type=fraction, default=0.2, metavar="X", help="jitter of visible")
+    add("--hue", type=fraction, default=0.0, metavar="X", help="jitter of visible, at most 0.5")
+    add("--gain", type=fraction, default=0.2, metavar="X", help="infrared times 1 +- X")
+    add("--offset", type=fraction, default=0.05, metavar="X", help="infrared plus +- X, of 0..1")
+    add("--noise", type=fraction, default=0.02, metavar="X", help="largest standard deviation of noise on infrared")
+    add("--erase-visible", type=fraction, default=0.0, metavar="P", help="probability of a black patch on visible")
+    add("--erase-infrared", type=fraction, default=0.0, metavar="P", help="probability of a black patch on infrared")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Every flag here is the keyword of `macl.build_detector` of the same name."""
+    add = parser.add_argument_group("detector").add_argument
+    add("--classes", nargs="+", default=["person"], metavar="NAME", help="what to detect")
+    add("--backbone", choices=tuple(BACKBONES), default="resnet50", help="depth of the ResNet")
+    add("--norm", choices=NORMS, default="group", help="norm layers; frozen_batch with published weights")
+    add("--norm-eps", type=non_negative_float, default=1e-5, metavar="X", help="0 with torchvision's COCO file of 2019")
+    add("--frozen-stages", type=int, choices=range(5), default=0, help="stages never trained, the stem with the first")
+    add("--fpn-channels", type=positive_int, default=256, metavar="N", help="width of neck and RPN")
+    add("--fpn-levels", type=int, choices=(3, 4, 5, 6), default=5, help="pyramid maps, from P2 on")
+    add("--msp", action=argparse.BooleanOptionalAction, default=True, help="multi-scale pyramid reweighting")
+    add("--msp-hidden", type=positive_int, metavar="N", help="hidden width of its attention")
+    add("--fusion", choices=FUSIONS, default="mean", help="how two pyramids become one")
+    add("--modality-dropout", type=fraction, nargs=2, default=[0.1, 0.1], metavar=("VISIBLE", "INFRARED"),
+        help="probability that a modality of a training image is masked")
+    add("--min-size", type=int_list, default="480,544,512", metavar="PIXELS",
+        help="short side; of several a random one in training and the last in evaluation")
+    add("--max-size", type=positive_int, default=704, metavar="PIXELS", help="longest side after resizing")
+    add("--anchor-sizes", type=int_list, default="32,64,128,256,512", metavar="PIXELS", help="one a pyramid map")
+    add("--aspect-ratios", type=float_list, default="0.5,1,2", metavar="X,X", help="height / width of the anchors")
+    add = parser.add_argument_group("region proposals: two numbers are for training and evaluation").add_argument
+    add("--rpn-pre-nms", type=positive_int, nargs=2, default=[2000, 1000], metavar="N", help="kept a map before NMS")
+    add("--rpn-post-nms", type=positive_int, nargs=2, default=[2000, 1000], metavar="N", help="kept an image after it")
+    add("--rpn-samples", type=positive_int, default=256, metavar="N", help="anchors an image in the loss")
+    add("--rpn-positive-fraction", type=fraction, default=0.5, metavar="X", help="at most so many positive")
+    add = parser.add_argument_group("detection head").add_argument
+    add("--head-width", type=positive_int, default=1024, metavar="N", help="of its two hidden layers")
+    add("--roi-samples", type=positive_int, default=512, metavar="N", help="proposals an image in the loss")
+    add("--roi-positive-fraction", type=fraction, default=0.25, metavar="X", help="at most so many positive")
+    add("--box-loss", choices=("smooth_l1", "l1", "giou"), default="smooth_l1", help="of the refined boxes")
+    add("--box-beta", type=positive_float, default=1 / 9, metavar="X", help="of smooth_l1")
+    add("--label-smoothing", type=fraction, default=0.0, metavar="X", help="of the classifier")
+    add = parser.add_argument_group("contrast between the modalities (MACL)").add_argument
+    add("--macl-level", choices=MACL_LEVELS, default="roi", help="embed each box, each image, or nothing")
+    add("--macl-hidden", type=int_list, default="256", metavar="N,N", help="hidden widths of the projector")
+    add("--macl-dim", type=positive_int, default=128, metavar="N", help="size of the embedding")
+    add("--macl-norm", choices=PROJECTOR_NORMS, default="layer", help="norm of the projector")
+    add("--macl-norm-groups", type=positive_int, default=32, metavar="N", help="groups of norm group")
+    add("--macl-dropout", type=fraction, default=0.0, metavar="P", help="dropout of the projector")
+    add("--macl-direction", choices=DIRECTIONS, default="both", help="which modality asks")
+    add("--macl-temperature", type=positive_float, default=0.07, metavar="X", help="initial, 0.01 to 1; learned")
+    add("--macl-roi-size", type=positive_int, default=4, metavar="N", help="boxes are pooled to N x N")
+
+
+def add_loss_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("loss weights").add_argument
+    add("--rpn-weight", type=non_negative_float, default=1.0, metavar="X", help="both losses of the RPN")
+    add("--class-weight", type=non_negative_float, default=1.0, metavar="X", help="classification")
+    add("--box-weight", type=non_negative_float, default=1.0, metavar="X", help="box regression")
+    add("--macl-weight", type=non_negative_float, default=0.1, metavar="X", help="contrast; 0 builds no head for it")
+    add = parser.add_argument_group("validation and speed").add_argument
+    add("--best-by", choices=("ap50", "ap", "r1"), default="ap50", help="which figure chooses best.pt")
+    add("--validate-every", type=positive_int, default=1, metavar="EPOCHS", help="and after the last")
+    add("--log-every", type=positive_int, default=20, metavar="STEPS", help="steps between printed lines")
+    add("--compile", action="store_true", help="torch.compile the backbone and the neck")
+# fmt: on
+
+
+def float_list(text: str) -> list[float]:
+    return [positive_float(part) for part in text.split(",")]
+
+
+def open_data(args: argparse.Namespace):
+    """Training and validation data, and a sentence about each."""
+    if args.data_root is None:
+        train = SyntheticPairs(args.synthetic_train, args.seed)
+        validation = SyntheticPairs(args.synthetic_val, VALIDATION_SEED + args.seed)
+        return (
+            train,
+            validation,
+            [f"training on {train.source} (no --data-root was given)", f"validating on {validation.source}"],
+        )
+    train = LLVIP(args.data_root, "train", classes=args.classes)
+    if args.val_split == "test":
+        validation = LLVIP(args.data_root, "test", classes=args.classes)
+        return train, validation, [f"training on {train.source}", f"validating on {validation.source}"]
+    train, validation, sentence = hold_out(train)
+    return train, validation, [f"training on {train.source}", sentence]
+
+
+def measure_statistics(dataset, count: int = 64) -> dict[str, list[float]]:
+    """Mean and std of each modality over evenly spaced pairs, as the detector's keywords."""
+    samples = [dataset[index] for index in range(0, len(dataset), max(1, len(dataset) // count))]
+    found = {}
+    for modality in ("visible", "infrared"):
+        pixels = torch.cat([to_float(sample[modality]).flatten(1) for sample in samples], dim=1)
+        found[f"{modality}_mean"], found[f"{modality}_std"] = pixels.mean(1).tolist(), pixels.std(1).tolist()
+    return found
+
+
+def build_model(args: argparse.Namespace, train_data) -> tuple[macl.PairedFasterRCNN, list[str]]:
+    """The detector, with the weights of --init-from, and what there is to say about it."""
+    names = [name for name in macl.build_detector.__kwdefaults__ if hasattr(args, name)]
+    kwargs = {name: getattr(args, name) for name in names}
+    if args.macl_weight == 0:
+        kwargs["macl_level"] = "none"
+    if args.statistics == "measured":
+        kwargs |= measure_statistics(train_data)
+    elif args.statistics == "imagenet":
+        kwargs |= {
+            f"{m}_{k}": v for m in ("visible", "infrared") for k, v in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))
+        }
+    try:
+        detector = macl.build_detector(**kwargs)
+    except ValueError as error:
+        raise InputError(f"the detector's flags do not fit together: {error}") from error
+    count = sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
+    said = [
+        f"{args.backbone}, {args.norm} norm, {args.fpn_levels} levels of {args.fpn_channels} channels, "
+        f"fusion {args.fusion}: {count / 1e6:.1f} M trainable parameters"
+    ]
+    if args.init_from is not None:
+        said.append(f"weights of {args.init_from}: {load_initial_weights(detector, args.init_from)}")
+    elif args.data_root is not None:
+        said.append("training from random weights; --init-from takes torchvision's COCO or ImageNet files")
+    return detector, said
+
+
+def loss_weights(args: argparse.Namespace, detector: macl.PairedFasterRCNN) -> dict[str, float]:
+    """The one place where losses are weighted; `Stepper` applies it once."""
+    weights = {
+        "loss_objectness": args.rpn_weight,
+        "loss_rpn_box_reg": args.rpn_weight,
+        "loss_classifier": args.class_weight,
+        "loss_box_reg": args.box_weight,
+    }
+    if detector.macl is not None:
+        weights["loss_macl"] = args.macl_weight
+    return weights
+
+
+def refuse_what_cannot_train(args: argparse.Namespace) -> None:
+    world = distributed.world_size()
+    if args.macl_weight and args.macl_level == "image" and args.batch_size * world == 1:
+        raise InputError(
+            "--macl-level image with one image a step never has a negative: raise --batch-size, or use --macl-level roi"
+        )
+    if args.norm == "sync_batch" and world > 1 and args.device == "cpu":
+        raise InputError("--norm sync_batch over several processes needs --device cuda")
+    if args.best_by == "r1" and (args.macl_weight == 0 or args.macl_level == "none"):
+        raise InputError("--best-by r1 needs the contrastive head: --macl-weight above 0 and --macl-level roi or image")
+
+
+def validate(detector, data, args, device, *, modes=None) -> tuple[dict, list[dict]]:
+    """Figures by mode and of the embeddings, and the results they come from; the same on every process."""
+    results = predict(
+        detector,
+        data,
+        modes=detector.modes if modes is None else modes,
+        device=device,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        amp=args.amp,
+    )
+    return {**detection_figures(results), "alignment": alignment_figures(results)}, results
+
+
+def best_figure(figures: dict, by: str) -> float:
+    """The figure that chooses best.pt, with both cameras where the detector has both; -1 where there is none."""
+    value = figures["alignment"]["r1"] if by == "r1" else next(iter(figures.values()))[by]
+    return -1.0 if value is None else value
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    device = distributed.start(args.device)
+    refuse_what_cannot_train(args)
+    train_data, val_data, said = open_data(args)
+    torch.manual_seed(args.seed)
+    detector, about_model = build_model(args, train_data)
+    resumed = None
+    if not args.check:  # the folder comes last, so that bad input leaves none behind
+        folder = prepare_run(args, SCRIPT, may_change=("log_every", "validate_every", "best_by"))
+        resumed = checkpoint.load(args.resume) if args.resume else None
+    detector = detector.to(device)
+    if args.compile:
+        detector.backbone.compile()
+        detector.neck.compile()
+    average = ema(detector, args.ema_decay) if args.ema_decay else None
+    model = DistributedDataParallel(detector) if distributed.world_size() > 1 else detector
+
+    sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
+    augmentation = PairedAugmentation(
+        flip=args.flip, crop=args.crop, crop_scale=tuple(args.crop_scale), mosaic=args.mosaic,
+        brightness=args.brightness, contrast=args.contrast, saturation=args.saturation, hue=args.hue,
+        gain=args.gain, offset=args.offset, noise=args.noise,
+        erase_visible=args.erase_visible, erase_infrared=args.erase_infrared,
+    )  # fmt: skip
+    loader = make_loader(
+        Augmented(train_data, augmentation, seed=args.seed), sampler,
+        workers=args.workers, device=device, worker_init_fn=checkpoint.ignore_signals,
+    )  # fmt: skip
+
+    steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
+    total_steps = args.epochs * steps_per_epoch
+    lr = args.lr
+    if args.lr_base_batch:
+        lr = scale_lr(lr, args.batch_size, distributed.world_size(), args.accumulate, args.lr_base_batch)
+    groups = parameter_groups(detector, lr=lr, weight_decay=args.weight_decay)
+    optimizer = build_optimizer(args.optimizer, groups, momentum=args.momentum)
+    schedule = build_schedule(
+        optimizer, args.schedule, total_steps=total_steps, warmup_steps=args.warmup_steps,
+        warmup_factor=args.warmup_factor, milestones=[epoch * steps_per_epoch for epoch in args.milestones],
+        gamma=args.gamma, final_factor=args.final_factor,
+    )  # fmt: skip
+
+    def losses_of(batch: dict) -> dict[str, torch.Tensor]:
+        move = {
+            name: [image.to(device, non_blocking=True) for image in batch[name]] for name in ("visible", "infrared")
+        }
+        targets = [{name: value.to(device) for name, value in target.items()} for target in batch["targets"]]
+        return model(**move, targets=targets)
+
+    stepper = Stepper(
+        model, optimizer, losses_of=losses_of, weights=loss_weights(args, detector),
+        describe=lambda batch: batch["path"], device=device, schedule=schedule, average=average, amp=args.amp,
+        clip_norm=args.clip_norm,
+    )  # fmt: skip
+    torch.manual_seed(args.seed * 1000 + distributed.rank())  # each process samples its own RoIs
+    best, untrained = -math.inf, None
+
+    if args.check:
+        check(said + about_model, train_data, val_data, stepper, loader, detector)
+        return
+    if resumed is not None:
+        restore(resumed, detector, average, optimizer, schedule, stepper, sampler)
+        best, untrained = resumed["best"], resumed["untrained"]
+    log = RunLog(folder, total_steps=total_steps, resume_step=stepper.steps if resumed else None, every=args.log_every)
+    for line in [*said, *about_model, f"writing to {folder}"]:
+        log.say(line)
+    if resumed is not None:
+        log.say(f"resumed from {args.resume} at step {stepper.steps}, epoch {sampler.epoch}")
+    elif detector.macl is not None:
+        before, _ = validate(detector, val_data, args, device, modes={})
+        untrained = before["alignment"]["r1"]
+        log.validation(
+            0, {"epoch": 0, **before}, "" if untrained is None else f"cross-modal retrieval R@1 {untrained:.3f}"
+        )
+
+    def save(name: str) -> None:
+        rng = distributed.gather_objects(checkpoint.rng_state())
+        checkpoint.save(folder / name, {
+            "script": SCRIPT, "model_kwargs": detector.kwargs, "model": detector.state_dict(),
+            "ema": None if average is None else average.module.state_dict(),
+            "ema_updates": 0 if average is None else int(average.n_averaged),
+            "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "stepper": stepper.state_dict(),
+            "sampler": sampler.state_dict(), "rng": rng, "best": best, "untrained": untrained,
+        })  # fmt: skip
+
+    throughput = Throughput()
+    with checkpoint.Signals() as signals:
+        for epoch in range(sampler.epoch, args.epochs):
+            sampler.set_epoch(epoch)
+            done = False
+            for batches in micro_batches(loader, args.accumulate) if len(sampler) else ():
+                result = stepper(batches)
+                sampler.advance(len(batches))
+                images = sum(len(batch["path"]) for batch in batches) * distributed.world_size()
+                if not result.skipped:
+                    log.train(stepper.steps, {
+                        "epoch": epoch + 1, "loss": result.total, **result.losses, "lr": result.lr,
+                        "grad_norm": result.grad_norm,
+                        **{name: value.item() for name, value in detector.monitor.items()},
+                        "images_per_second": throughput.update(images), "memory_gib": peak_memory(device),
+                    })  # fmt: skip
+                stop = signals.stop_requested()
+                done = args.max_steps is not None and stepper.steps >= args.max_steps
+                if stop or stepper.steps % args.save_every == 0:
+                    save("last.pt")
+                if stop:
+                    log.say(f"stopped at step {stepper.steps}; go on with --resume {folder}")
+                    log.close()
+                    raise SystemExit(signals.exit_status)
+                if done:
+                    break
+            last = done or epoch + 1 == args.epochs
+            if last or (epoch + 1) % args.validate_every == 0:
+                figures, results = validate(detector if average is None else average.module, val_data, args, device)
+                log.validation(stepper.steps, {"epoch": epoch + 1, **figures}, validation_text(figures, untrained))
+                if distributed.is_main():
+                    draw_validation(folder, epoch + 1, val_data, results, args.classes)
+                if best_figure(figures, args.best_by) > best:
+                    best = best_figure(figures, args.best_by)
+                    save("best.pt")
+                    log.say(f"best {args.best_by} so far: {best:.4f}, kept in {folder / 'best.pt'}")
+                throughput.restart()
+            if len(sampler) == 0:
+                sampler.set_epoch(epoch + 1)  # a run resumed here goes straight on
+            save("last.pt")
+            if args.keep_every and (epoch + 1) % args.keep_every == 0:
+                save(f"epoch-{epoch + 1}.pt")
+            if last:
+                break
+    log.close()
+    distributed.stop()
+
+
+def check(said: list[str], train_data, val_data, stepper: Stepper, loader, detector) -> None:
+    """--check: what the data holds, one step, and whether a gradient reaches every part."""
+    for line in said:
+        print(line)
+    for name, data in (("training", train_data), ("validation", val_data)):
+        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in data.statistics().items()))
+    result = stepper([next(iter(loader))], keep_gradients=True)
+    print("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items()))
+    for name, norm in module_gradient_norms(detector).items():
+        print(f"gradient norm of {name}: " + ("no gradient" if norm is None else f"{norm:.4g}"))
+
+
+def restore(state: dict, detector, average, optimizer, schedule, stepper: Stepper, sampler: ResumableSampler) -> None:
+    """Put a run back exactly where its checkpoint left it."""
+    if state.get("script") != SCRIPT:
+        raise InputError(
+            f"--resume: the checkpoint was written by {state.get('script')}, not by {SCRIPT}; use --init-from"
+        )
+    if (state["ema"] is None) != (average is None):
+        raise InputError("--ema-decay: the checkpoint was trained otherwise; resume with the same")
+    try:
+        detector.load_state_dict(state["model"])
+        if average is not None:
+            average.module.load_state_dict(state["ema"])
+            average.n_averaged.fill_(state["ema_updates"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--resume: the checkpoint is of another detector: {first_difference(error)}") from error
+    schedule.load_state_dict(state["schedule"])
+    stepper.load_state_dict(state["stepper"])
+    sampler.load_state_dict(state["sampler"])
+    if len(state["rng"]) == distributed.world_size():
+        checkpoint.set_rng_state(state["rng"][distributed.rank()])
+
+
+if __name__ == "__main__":
+    with one_sentence(macl.InputError):
+        main()
