@@ -1,0 +1,145 @@
+"""FG-CLIP (Xie et al. 2025): CLIP with a long text path, features of image regions and one temperature a loss."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fgclip.regions import pool_regions
+from fgclip.text import TextTower
+from fgclip.vision import VisionTower
+
+MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def unit(features: Tensor, eps: float = 1e-8) -> Tensor:
+    """Rows divided by their length, in float32 at least. A row shorter than eps becomes zero, with gradient zero."""
+    features = features if features.dtype == torch.float64 else features.float()
+    length = features.norm(dim=-1, keepdim=True)
+    return torch.where(length > eps, features / length.clamp(min=eps), 0.0)
+
+
+class FGCLIP(nn.Module):
+    """Two towers, their projections, and three learned temperatures. The defaults are the published base size.
+
+    vision, text: the keywords of `VisionTower` and `TextTower` that differ from their defaults.
+    embed_dim: width D of every feature. logit_scale: where the three logarithms of the scales start.
+    roi_projection: give regions a projection of their own, a copy of the image's at first.
+    All of this is kept in `config`, from which FGCLIP(**config) builds the same model again.
+    The state dict has Hugging Face's names. Pixels are (B, 3, H, W), normalised with PIXEL_MEAN and PIXEL_STD.
+    """
+
+    def __init__(
+        self,
+        *,
+        vision: dict | None = None,
+        text: dict | None = None,
+        embed_dim: int = 512,
+        logit_scale: float = MAX_LOGIT_SCALE,
+        roi_projection: bool = False,
+    ):
+        super().__init__()
+        vision, text = dict(vision or {}), dict(text or {})
+        self.config = dict(
+            vision=vision, text=text, embed_dim=embed_dim, logit_scale=logit_scale, roi_projection=roi_projection
+        )
+        self.vision_model = VisionTower(**vision)
+        self.text_model = TextTower(**text)
+        self.visual_projection = nn.Linear(self.vision_model.width, embed_dim, bias=False)
+        self.text_projection = nn.Linear(self.text_model.width, embed_dim, bias=False)
+        for projection in (self.visual_projection, self.text_projection):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        if self.text_model.long_context_length is not None:
+            self.text_filip_projection = nn.Linear(self.text_model.width, embed_dim, bias=False)
+            self.text_filip_projection.load_state_dict(self.text_projection.state_dict())
+        if roi_projection:
+            self.roi_projection = nn.Linear(self.vision_model.width, embed_dim, bias=False)
+            self.roi_projection.load_state_dict(self.visual_projection.state_dict())
+        self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale)))
+        self.logit_scale_finegraind = nn.Parameter(torch.tensor(float(logit_scale)))  # the published spelling
+        self.logit_scale_hardneg = nn.Parameter(torch.tensor(float(logit_scale)))
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Whether the blocks' activations are recomputed in the backward pass: less memory, about a third more time."""
+        self.vision_model.encoder.checkpointing = enabled
+        self.text_model.encoder.checkpointing = enabled
+
+    def log_scales(self) -> dict[str, nn.Parameter]:
+        """The parameters, logarithms of the scales, by the loss they belong to."""
+        return {
+            "global": self.logit_scale,
+            "region": self.logit_scale_finegraind,
+            "hard": self.logit_scale_hardneg,
+        }
+
+    def logit_scales(self) -> dict[str, Tensor]:
+        """The multipliers of the cosines, exp of `log_scales`."""
+        return {name: scale.exp() for name, scale in self.log_scales().items()}
+
+    @torch.no_grad()
+    def clamp_logit_scales(self, maximum: float = MAX_LOGIT_SCALE) -> None:
+        """To be called after every optimizer step, so that no multiplier exceeds exp(maximum), none falls below 1.
+
+        The parameter itself is held: a clamp in the forward pass would leave it without a gradient, above for ever.
+        """
+        for scale in self.log_scales().values():
+            scale.clamp_(0, maximum)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) to image features (B, D), not normalised."""
+        tokens, _ = self.vision_model.penultimate(pixels)
+        return self.visual_projection(self.vision_model.pool(tokens))
+
+    def encode_text(self, tokens: Tensor, long: bool = False, attention_mask: Tensor | None = None) -> Tensor:
+        """Tokens (N, L) int64 to text features (N, D), not normalised.
+
+        long: use the long table and its projection, for L up to 248 with the published 77 short positions.
+        attention_mask (N, L), 1 = read; padding behind the end token needs none. Raises ValueError where L exceeds the
+        table, or there is no long one.
+        """
+        pooled = self.text_model(tokens, long=long, attention_mask=attention_mask)
+        return (self.text_filip_projection if long else self.text_projection)(pooled)
+
+    def dense_features(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) to the projected patch features (B, D, h, w), not normalised."""
+        tokens, size = self.vision_model.penultimate(pixels)
+        dense = self.vision_model.dense(tokens, size)  # (B, C, h, w)
+        return self.visual_projection(dense.movedim(1, -1)).movedim(-1, 1)  # (B, D, h, w)
+
+    def encode_regions(self, pixels: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """Features (R, D) of R boxes, images in order, not normalised.
+
+        boxes: one (n_i, 4) tensor an image, n_i may be 0, xyxy in fractions 0..1. A box outside its image gives zeros.
+        """
+        tokens, size = self.vision_model.penultimate(pixels)
+        return self._pool_regions(tokens, size, boxes)
+
+    def _pool_regions(self, tokens: Tensor, size: tuple[int, int], boxes: Sequence[Tensor]) -> Tensor:
+        projection = getattr(self, "roi_projection", self.visual_projection)
+        return pool_regions(self.vision_model.dense(tokens, size), boxes, projection.weight)
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """Every feature that the losses of one batch need, each distinct image and text encoded once; not normalised.
+
+        batch: pixels (B, 3, H, W), and any of
+            short_texts (U, L) tokens, and into its rows: short (B,), region (R,), hard (H,) int64;
+            long_texts (V, L) tokens, long (B,) into its rows;
+            boxes, a list of B tensors (n_i, 4), R together.
+        Returns image (B, D), short (B, D), long (B, D), regions (R, D), region_texts (R, D), hard_texts (H, D), as far
+        as the batch has what they are made of, and the multipliers scale_global, scale_region and scale_hard.
+        """
+        tokens, size = self.vision_model.penultimate(batch["pixels"])
+        features = {"image": self.visual_projection(self.vision_model.pool(tokens))}
+        if "boxes" in batch:
+            features["regions"] = self._pool_regions(tokens, size, batch["boxes"])
+        if "short_texts" in batch:
+            short = self.encode_text(batch["short_texts"])
+            for name, index in (("short", "short"), ("region_texts", "region"), ("hard_texts", "hard")):
+                if index in batch:
+                    features[name] = short[batch[index]]
+        if "long_texts" in batch:
+            features["long"] = self.encode_text(batch["long_texts"], long=True)[batch["long"]]
+        return features | {f"scale_{name}": scale for name, scale in self.logit_scales().items()}

@@ -1,0 +1,76 @@
+"""Boxes: what a data set calls them, which of them are usable, and where they lie on a feature map."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import roi_align_project
+
+
+def from_xywh(boxes: Tensor, width: float, height: float) -> Tensor:
+    """Boxes (N, 4) of left, top, width, height in pixels to x1, y1, x2, y2 in fractions of the image's sides."""
+    corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+    return corners / corners.new_tensor([width, height, width, height])
+
+
+@dataclass
+class BoxStatistics:
+    """What `usable_boxes` met so far."""
+
+    total: int = 0
+    clipped: int = 0
+    inverted: int = 0
+    empty: int = 0
+    not_finite: int = 0
+
+    @property
+    def invalid(self) -> int:
+        return self.inverted + self.empty + self.not_finite
+
+    def __str__(self) -> str:
+        share = self.invalid / self.total if self.total else 0.0
+        return (
+            f"{self.total} boxes, {self.invalid} ({share:.2%}) dropped: {self.inverted} inverted, "
+            f"{self.empty} without area inside the image, {self.not_finite} not finite; {self.clipped} kept and clipped"
+        )
+
+
+def usable_boxes(boxes: Tensor, statistics: BoxStatistics | None = None) -> tuple[Tensor, Tensor]:
+    """Boxes (N, 4), xyxy in 0..1, clipped to the image, without the inverted, empty and non-finite ones.
+
+    Returns the kept boxes (K, 4) and which were kept (N,) bool; counts into `statistics` where given.
+    """
+    finite = boxes.isfinite().all(dim=1)
+    inverted = finite & (boxes[:, 2:] < boxes[:, :2]).any(dim=1)
+    clipped = boxes.clamp(0, 1)
+    kept = finite & ~inverted & (clipped[:, 2:] > clipped[:, :2]).all(dim=1)
+    if statistics is not None:
+        statistics.total += len(boxes)
+        statistics.not_finite += int((~finite).sum())
+        statistics.inverted += int(inverted.sum())
+        statistics.empty += int((finite & ~inverted & ~kept).sum())
+        statistics.clipped += int((kept & (clipped != boxes).any(dim=1)).sum())
+    return clipped[kept], kept
+
+
+def boxes_to_rois(boxes: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """One tensor of boxes (n_i, 4) an image, xyxy in 0..1, to (R, 5): image index, xyxy in cells of an (h, w) map."""
+    height, width = size
+    scale = boxes[0].new_tensor([width, height, width, height])
+    index = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
+    return torch.cat([index, torch.cat(list(boxes)) * scale], dim=1)
+
+
+def pool_regions(features: Tensor, boxes: Sequence[Tensor], projection: Tensor) -> Tensor:
+    """Projected mean of the map inside each box, images in order: (B, C, h, w), boxes as in `boxes_to_rois` to (R, D).
+
+    RoIAlign (He et al. 2017) to a single cell with as many samples as the box covers cells, times projection (D, C).
+    """
+    if len(boxes) != len(features):
+        raise ValueError(f"{len(boxes)} lists of boxes for {len(features)} images")
+    rois = boxes_to_rois([b.to(features.device, torch.float32) for b in boxes], features.shape[-2:])
+    return roi_align_project(
+        [features], rois, projection, scales=[1.0], output_size=1, sampling_ratio=-1, aligned=True
+    )  # (R, D)

@@ -1,0 +1,203 @@
+"""CLIP's byte-pair encoding (Sennrich et al. 2016; Radford et al. 2021, section 2.4), with or without merges."""
+
+import gzip
+import html
+import json
+import re
+import sys
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fgclip.errors import InputError
+
+try:
+    import ftfy
+except ImportError:
+    ftfy = None
+try:
+    import regex
+except ImportError:
+    regex = None
+
+PUBLISHED_MERGES = 49152 - 256 - 2  # CLIP uses the first 48894 lines of a longer file
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD_CACHE = 65536
+
+
+@cache
+def byte_symbols() -> dict[int, str]:
+    """The printable character that stands for each byte, in the order of the vocabulary.
+
+    Bytes that Latin-1 can print come first and stand for themselves, the others follow as chr(256), chr(257), ...
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+@cache
+def word_pattern():
+    """Splits clean text into words: specials, contractions, runs of letters, single digits, runs of anything else."""
+    if regex is not None:
+        letter, number, other = r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]"
+        compile_pattern = regex.compile
+    else:  # the same classes spelt with the standard library, whose \w is letters, numbers and the underscore
+        characters = map(chr, range(sys.maxunicode + 1))
+        numerals = "".join(c for c in characters if unicodedata.category(c) in ("Nl", "No"))
+        letter, number, other = rf"[^\W\d_{numerals}]", rf"[\d{numerals}]", r"(?:_|[^\s\w])"
+        compile_pattern = re.compile
+    special = f"{re.escape(START)}|{re.escape(END)}"
+    return compile_pattern(rf"{special}|'s|'t|'re|'ve|'m|'ll|'d|{letter}+|{number}|{other}+", re.IGNORECASE)
+
+
+def clean(text: str) -> str:
+    """Repairs mojibake where ftfy is installed, unescapes HTML twice, joins whitespace, lower-cases."""
+    if ftfy is not None:
+        text = ftfy.fix_text(text)
+    text = html.unescape(html.unescape(text))
+    return re.sub(r"\s+", " ", text).strip().lower()
+
+
+def installed_merges() -> Path | None:
+    """The merges file inside an installed CLIP package, found without importing it."""
+    for package in ("clip", "open_clip"):
+        spec = find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            path = Path(folder) / "bpe_simple_vocab_16e6.txt.gz"
+            if path.is_file():
+                return path
+    return None
+
+
+def read_merges(path: str | Path) -> list[tuple[str, str]]:
+    """Reads a bpe_simple_vocab_16e6.txt.gz, a merges.txt or a Hugging Face tokenizer.json.
+
+    Raises InputError when the file is none of these.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; expected bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json")
+    try:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+        if path.suffix == ".json":
+            pairs = [tuple(m.split() if isinstance(m, str) else m) for m in json.loads(text)["model"]["merges"]]
+        else:
+            lines = text.split("\n")[1:]  # the first line names the version
+            pairs = [tuple(line.split()) for line in lines[:PUBLISHED_MERGES] if line.strip()]
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} holds no BPE merges: {type(error).__name__}: {error}") from error
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise InputError(f"{path} holds no BPE merges: expected two symbols a line")
+    return pairs
+
+
+def learn_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
+    """Merges that make one token of every word of the texts, the most frequent pair first (Sennrich et al. 2016).
+
+    Meant for a small vocabulary: a pass over the distinct words for every merge.
+    """
+    counts = Counter(word for text in texts for word in word_pattern().findall(clean(text)))
+    words = {word: word_symbols(word) for word in counts}
+    merges = []
+    while True:
+        pairs = Counter()
+        for word, symbols in words.items():
+            for pair in pairwise(symbols):
+                pairs[pair] += counts[word]
+        if not pairs:
+            return merges
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        words = {word: merge_pair(symbols, merges[-1]) for word, symbols in words.items()}
+
+
+class Tokenizer:
+    """Text to token ids.
+
+    vocab: the path of a merges file (`read_merges`), the merges themselves, "bytes" for none, or None to take those of
+    an installed CLIP package (clip or open_clip) and fall back to bytes. Without merges every byte is a token: 514 ids.
+
+    `description` says in one sentence what is in use, `merges` is the list, `truncated` counts the texts cut so far.
+    """
+
+    def __init__(self, vocab: str | Path | Sequence[tuple[str, str]] | None = None):
+        if vocab is None:
+            vocab = installed_merges() or "bytes"
+        if isinstance(vocab, str | Path):
+            merges = [] if vocab == "bytes" else read_merges(vocab)
+            origin = f"of {vocab}"
+        else:
+            merges, origin = [tuple(pair) for pair in vocab], "learned from the data"
+        self.merges = merges
+        symbols = list(byte_symbols().values())
+        symbols = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
+        self.encoder = {symbol: i for i, symbol in enumerate([*symbols, START, END])}
+        self.ranks = {pair: i for i, pair in enumerate(merges)}
+        self.words = {START: [self.encoder[START]], END: [self.encoder[END]]}
+        self.bos_id, self.eos_id = self.encoder[START], self.encoder[END]
+        self.vocab_size = self.eos_id + 1
+        self.truncated = 0
+        self.description = f"CLIP BPE with {len(merges)} merges {origin}" if merges else "CLIP BPE on bytes, no merges"
+        if ftfy is None:
+            self.description += "; ftfy is not installed (extra: text), so damaged Unicode is not repaired"
+
+    def __call__(self, texts: str | Sequence[str], context_length: int = 77) -> Tensor:
+        """Ids (N, context_length) int64 of N texts: start, words, end, zeros. A text too long is cut before its end."""
+        if context_length < 2:
+            raise ValueError(f"context_length {context_length} has no room for the start and end tokens")
+        texts = [texts] if isinstance(texts, str) else texts
+        tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
+        for row, text in zip(tokens, texts, strict=True):
+            ids = self.encode(text)
+            if len(ids) > context_length - 2:
+                ids = ids[: context_length - 2]
+                self.truncated += 1
+            row[: len(ids) + 2] = torch.tensor([self.bos_id, *ids, self.eos_id])
+        return tokens  # (N, L)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text without start, end and limit."""
+        return [i for word in word_pattern().findall(clean(text)) for i in self.encode_word(word)]
+
+    def encode_word(self, word: str) -> list[int]:
+        """Ids of one word: its bytes, the last one marked, then the pair of lowest rank merged until none is left."""
+        if word in self.words:
+            return self.words[word]
+        symbols = word_symbols(word)
+        while len(symbols) > 1:
+            pair = min(pairwise(symbols), key=lambda p: self.ranks.get(p, sys.maxsize))
+            if pair not in self.ranks:
+                break
+            symbols = merge_pair(symbols, pair)
+        if len(self.words) >= WORD_CACHE:
+            self.words = {w: self.words[w] for w in (START, END)}
+        self.words[word] = [self.encoder[s] for s in symbols]
+        return self.words[word]
+
+
+def word_symbols(word: str) -> list[str]:
+    """One symbol a byte, the last one marked as the end of its word."""
+    symbols = [byte_symbols()[b] for b in word.encode("utf-8", errors="surrogatepass")]
+    return [*symbols[:-1], symbols[-1] + "</w>"]
+
+
+def merge_pair(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    """Joins every occurrence of the pair, from left to right."""
+    merged, i = [], 0
+    while i < len(symbols):
+        if i + 1 < len(symbols) and (symbols[i], symbols[i + 1]) == pair:
+            merged.append(symbols[i] + symbols[i + 1])
+            i += 2
+        else:
+            merged.append(symbols[i])
+            i += 1
+    return merged

@@ -1,0 +1,105 @@
+"""Tensors from files and folders. Nothing but a TorchScript archive that the caller trusts can run code."""
+
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fgclip.errors import InputError
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# What torch.load raises, depending on where a file is damaged.
+DAMAGE = (
+    *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, struct.error),
+    *(ValueError, LookupError, AttributeError, TypeError, AssertionError),
+)
+
+
+def read_weights(path: Path, trust_torchscript: bool = False) -> dict[str, Tensor]:
+    """The tensors of a directory or file. Raises InputError."""
+    if path.is_dir():
+        file = next((path / f for f in WEIGHT_FILES if (path / f).is_file()), None)
+        if file is None:
+            raise InputError(f"{path} holds none of {', '.join(WEIGHT_FILES)}")
+        if file.suffix != ".json":
+            return read_weights(file, trust_torchscript)
+        shards = sorted(set(read_json(file, "weight_map").values()))
+        if any(not isinstance(s, str) or Path(s).name != s for s in shards):
+            raise InputError(f"{file}: expected the names of files in the same folder under weight_map")
+        return {k: v for shard in shards for k, v in read_weights(path / shard, trust_torchscript).items()}
+    if not path.is_file():
+        raise InputError(f"{path} is neither a file nor a folder of weights")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{":  # safetensors: eight bytes of length, then JSON
+        return read_safetensors(path)
+    if is_torchscript(path):
+        return read_torchscript(path, trust_torchscript)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except DAMAGE as error:
+        raise InputError(f"{path} is not a readable file of weights ({type(error).__name__})") from error
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path} holds other things than named tensors; expected a state dict")
+    return dict(state)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise InputError(f'{path} needs the safetensors package: pip install "macl-fgclip[text]"') from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a readable safetensors file ({error})") from error
+
+
+def is_torchscript(path: Path) -> bool:
+    """Told by the names inside the archive; nothing of it is loaded."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise InputError(f"{path} is a damaged archive ({error})") from error
+
+
+def read_torchscript(path: Path, trusted: bool) -> dict[str, Tensor]:
+    if not trusted:
+        raise InputError(
+            f"{path} is a TorchScript archive, which can hold code; use --trust-torchscript if you trust its source"
+        )
+    try:
+        return dict(torch.jit.load(path, map_location="cpu").state_dict())
+    except RuntimeError as error:
+        raise InputError(f"{path} is not a readable TorchScript archive ({type(error).__name__})") from error
+
+
+def read_json(path: Path, *keys: str) -> dict:
+    """The JSON object in the file, or what lies under its one key; InputError where a key is not there."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a readable JSON file ({error})") from error
+    for key in keys:
+        if not isinstance(content, dict) or not isinstance(content.get(key), dict):
+            raise InputError(f"{path}: expected an object under the key {key}")
+    return content[keys[0]] if len(keys) == 1 else content
+
+
+def read_config(path: Path) -> dict | None:
+    """A Hugging Face config.json of a CLIP model, None where there is no such file."""
+    return read_json(path, "text_config", "vision_config") if path.is_file() else None

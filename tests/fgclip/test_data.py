@@ -1,0 +1,360 @@
+"""Annotation formats, what they refuse, images, boxes, and batches."""
+
+import json
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fgclip import Tokenizer
+from fgclip.batches import Collate, RegionDataset, data_statistics, to_device, usable_regions
+from fgclip.data import COCO, FGOVD, FineHARD, JsonItems, Record, Region
+from fgclip.errors import InputError
+from fgclip.images import preprocess, read_image
+from fgclip.regions import BoxStatistics, boxes_to_rois, from_xywh, usable_boxes
+
+
+def item(i, **changes):
+    region = dict(bbox=[0.1, 0.2, 0.5, 0.6, 0.99], short_expr=f"box {i}", long_expr=f"a long box {i}")
+    region |= dict(flag_short_neg=1, short_expr_negs={str(k): f'not "{k}" {{' for k in range(3)})
+    plain = dict(bbox=[0, 0, 1, 1], short_expr="all", flag_short_neg=0, short_expr_negs={"0": "unused"})
+    found = dict(f_path=f"grit-20m/data-12m/{i}.png", caption=f"long {i} ä\\", short_caption=f"short {i}")
+    return found | dict(bbox_info=[region, plain]) | changes
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 255, (20 + i, 30, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def finehard(tmp_path, name="items.json", items=None, **dump):
+    path = tmp_path / name
+    items = [item(i) for i in range(5)] if items is None else items
+    if name.endswith("l"):
+        path.write_text("\n".join(json.dumps(x, **dump) for x in items) + "\n\n")
+    else:
+        path.write_text(json.dumps(items, **dump))
+    return path
+
+
+def test_finehard_record(tmp_path):
+    record = FineHARD(finehard(tmp_path))[3]
+    assert record.image == "3.png" and record.long == "long 3 ä\\" and record.short == ("a photo of short 3",)
+    first, second = record.regions
+    assert first.box == (0.1, 0.2, 0.5, 0.6) and first.phrases == ("box 3", "a long box 3")
+    assert first.negatives == ('not "0" {', 'not "1" {', 'not "2" {')
+    assert second == Region((0.0, 0.0, 1.0, 1.0), ("all",), ())
+    assert "items.json, item 3" in record.source and record.label == 0
+
+
+@pytest.mark.parametrize("dump", [{}, dict(ensure_ascii=False), dict(indent=2), dict(separators=(",", ":"))])
+def test_every_layout_of_files_gives_the_same_records(tmp_path, dump):
+    expected = [item(i) for i in range(5)]
+    whole = finehard(tmp_path, items=expected, **dump)
+    found = FineHARD(whole)
+    assert [found.items[i][0] for i in range(5)] == expected
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    finehard(folder, "b.json", expected[3:], **dump)
+    finehard(folder, "a.jsonl", expected[:3])
+    (folder / "readme.md").write_text("no annotations")
+    (tmp_path / "list.txt").write_text("folder/a.jsonl\n\nfolder/b.json\n")
+    for path in (folder, tmp_path / "list.txt"):
+        again = pickle.loads(pickle.dumps(FineHARD(path)))
+        assert [replace(r, source="") for r in again] == [replace(r, source="") for r in found]
+    with pytest.raises(IndexError):
+        found[5]
+
+
+def test_only_offsets_are_kept_in_memory(tmp_path):
+    path = finehard(tmp_path, items=[item(i, caption="x" * 10000) for i in range(50)])
+    items = JsonItems([path])
+    assert len(pickle.dumps(items)) < 3000 < path.stat().st_size
+    assert items[49][0]["f_path"].endswith("49.png")
+
+
+DAMAGED = {
+    "nothing": "",
+    "number": "3",
+    "empty list": "[]",
+    "list of numbers": "[1, 2]",
+    "cut in an object": '[{"f_path": "a"}, {"f_path": ',
+    "cut in a string": '[{"f_path": "a"}, {"f_path": "b}]',
+    "no end": '[{"f_path": "a"}',
+    "closed twice": '[{"f_path": "a"}}]',
+    "broken object": '[{"f_path": "a" "b"}]',
+    "broken line": '{"f_path": "a"}\n{"f_path"\n',
+    "COCO": '{\n"images": []\n}',
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files_are_named(tmp_path, name):
+    path = tmp_path / "some.json"
+    path.write_text(DAMAGED[name])
+    with pytest.raises(InputError, match="some.json"):
+        list(FineHARD(path))
+
+
+CHANGES = {
+    "f_path": dict(f_path=None),
+    "caption": dict(caption=3),
+    "short_caption": dict(short_caption=["a"]),
+    "bbox_info": dict(bbox_info={"0": {}}),
+    "label": dict(label="normal"),
+}
+REGION_CHANGES = {
+    "bbox": dict(bbox=[0, 1, 2]),
+    "four numbers": dict(bbox=[0, 0, "1", 1]),
+    "short_expr": dict(short_expr=None),
+    "long_expr": dict(long_expr=7),
+    "short_expr_negs": dict(short_expr_negs=["a"]),
+}
+
+
+@pytest.mark.parametrize("key", [*CHANGES, *REGION_CHANGES])
+def test_wrong_schema_names_file_item_and_key(tmp_path, key):
+    wrong = item(1)
+    if key in CHANGES:
+        wrong |= CHANGES[key]
+    else:
+        wrong["bbox_info"][0] |= REGION_CHANGES[key]
+    path = finehard(tmp_path, items=[item(0), wrong])
+    assert FineHARD(path)[0]
+    with pytest.raises(InputError, match=f"items.json, item 1.*{key}"):
+        FineHARD(path)[1]
+
+
+def test_missing_annotations_are_named(tmp_path):
+    (tmp_path / "list.txt").write_text("absent.json\n")
+    (tmp_path / "leaves.txt").write_text("../other.json\n")
+    (tmp_path / "folder").mkdir()
+    for name, message in (
+        ("absent.json", "absent.json"),
+        ("list.txt", "absent.json"),
+        ("leaves.txt", "leaves.txt.*must be relative"),
+        ("folder", "folder names no"),
+    ):
+        with pytest.raises(InputError, match=message):
+            FineHARD(tmp_path / name)
+
+
+def coco(tmp_path):
+    images = [dict(id=7, file_name="0.png", width=30, height=20), dict(id=9, file_name="1.png", width=30, height=21)]
+    texts = [(7, "one"), (9, "two "), (7, "three")]
+    captions = dict(images=images, annotations=[dict(image_id=i, caption=text) for i, text in texts])
+    boxes = [(7, [3, 5, 15, 10], 4, 0), (7, [0, 0, 30, 20], 4, 1), (9, [0, 0, 30, 21], 2, 0)]
+    annotations = [dict(image_id=i, bbox=box, category_id=c, iscrowd=crowd) for i, box, c, crowd in boxes]
+    instances = dict(annotations=annotations, categories=[dict(id=4, name="cat"), dict(id=2, name="dog")])
+    for name, content in (("captions", captions), ("instances", instances)):
+        (tmp_path / f"{name}_val2017.json").write_text(json.dumps(content))
+    return captions, instances, tmp_path / "captions_val2017.json"
+
+
+def test_coco(tmp_path):
+    captions, instances, path = coco(tmp_path)
+    records = COCO(path)
+    assert [r.short for r in records] == [("one", "three"), ("two",)] and records[0].long == "one three"
+    assert records[0].regions == (Region(pytest.approx((0.1, 0.25, 0.6, 0.75)), ("a cat",)),)
+    assert records[1].regions[0].phrases == ("a dog",) and records.categories == ("cat", "dog")
+    assert [r.short for r in COCO(path, most_captions=1)] == [("one",), ("two",)]
+    (tmp_path / "instances_val2017.json").rename(tmp_path / "boxes.json")
+    assert COCO(path)[0].regions == () and len(COCO(path, tmp_path / "boxes.json")[0].regions) == 1
+
+    for change, message in (
+        (dict(annotations=[captions["annotations"][0], dict(image_id=7)]), r"annotations\[1\].*caption"),
+        (dict(images=None), "under the key images"),
+        (dict(images=[3]), "objects in the list under the key images"),
+        (dict(images=[dict(id=7, file_name="0.png")]), r"images\[0\].*width"),
+    ):
+        path.write_text(json.dumps(captions | change))
+        with pytest.raises(InputError, match=f"captions_val2017.json.*{message}"):
+            list(COCO(path))
+    coco(tmp_path)
+    instances["annotations"][2]["category_id"] = 5
+    (tmp_path / "instances_val2017.json").write_text(json.dumps(instances))
+    with pytest.raises(InputError, match=r"instances_val2017.json, annotations\[2\]: category_id 5"):
+        COCO(path)
+
+
+def test_fgovd(tmp_path):
+    line = dict(img_path="val2017/0.png", bbox=[3, 5, 15, 10], width=30, height=20, category_id=0)
+    line |= dict(pos_expression=["a red cat"], neg_expression=["a blue cat", "a red dog"])
+    path = tmp_path / "hard.jsonl"
+    path.write_text(json.dumps(line) + "\n" + json.dumps(line | dict(neg_expression=[])))
+    records = FGOVD(path)
+    assert len(records) == 2 and records[0].image == "val2017/0.png"
+    region = Region(pytest.approx((0.1, 0.25, 0.6, 0.75)), ("a red cat",), ("a blue cat", "a red dog"))
+    assert records[0].regions == (region,)
+    with pytest.raises(InputError, match="hard.jsonl, item 1.*neg_expression"):
+        records[1]
+
+
+def test_boxes_are_clipped_dropped_and_counted():
+    boxes = torch.tensor(
+        [
+            [0.1, 0.1, 0.5, 0.5],
+            [-0.2, 0.5, 0.5, 1.7],  # clipped
+            [0.5, 0.1, 0.4, 0.5],  # inverted
+            [0.3, 0.3, 0.3, 0.9],  # no width
+            [1.1, 0.2, 1.4, 0.5],  # outside
+            [0.0, torch.nan, 1.0, 1.0],
+        ]
+    )
+    statistics = BoxStatistics()
+    kept, which = usable_boxes(boxes, statistics)
+    torch.testing.assert_close(kept, torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.0, 0.5, 0.5, 1.0]]))
+    assert which.tolist() == [True, True, False, False, False, False]
+    assert (statistics.total, statistics.clipped, statistics.inverted) == (6, 1, 1)
+    assert (statistics.empty, statistics.not_finite, statistics.invalid) == (2, 1, 4)
+    assert "4 (66.67%) dropped" in str(statistics)
+    assert usable_boxes(torch.zeros(0, 4))[0].shape == (0, 4) and "0 boxes" in str(BoxStatistics())
+
+
+def test_images(tmp_path):
+    colours = np.zeros((4, 6, 3), dtype=np.uint8)
+    colours[:, 3:] = 200
+    palette = Image.fromarray(colours).quantize(4)
+    palette.save(tmp_path / "palette.png", transparency=0)
+    Image.fromarray(colours[..., 0]).save(tmp_path / "grey.png")
+    assert {read_image(tmp_path / name).mode for name in ("palette.png", "grey.png")} == {"RGB"}
+    whole = (tmp_path / "palette.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.jpg").write_text("not an image")
+    Image.new("1", (Image.MAX_IMAGE_PIXELS // 1000 + 1, 1000)).save(tmp_path / "huge.png")
+    for name in ("cut.png", "text.jpg", "huge.png", "absent.png"):
+        with pytest.raises(InputError, match=f"{name}.*some.json, item 3"):
+            read_image(tmp_path / name, "some.json, item 3")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../0.png", "a/../../0.png", "", "a\0b"])
+def test_image_paths_stay_below_their_root(images, name):
+    dataset = RegionDataset([Record(name, ("a",), "b", source="some.json, item 0")], images, image_size=16)
+    with pytest.raises(InputError, match="some.json, item 0"):
+        dataset[0]
+
+
+def test_samples_depend_on_epoch_and_index_alone(tmp_path, images):
+    records = FineHARD(finehard(tmp_path))
+    dataset = RegionDataset(records, images, image_size=16, seed=3)
+    again = RegionDataset(records, images, image_size=16, seed=3)
+    drawn = {epoch: [dataset[epoch, i].phrases[0] for i in range(5)] for epoch in range(4)}
+    assert drawn == {epoch: [again[epoch, i].phrases[0] for i in range(5)] for epoch in (3, 1, 2, 0)}
+    assert {p for phrases in drawn.values() for p in phrases} == {
+        f"{a}box {i}" for i in range(5) for a in ("", "a long ")
+    }
+    assert dataset[2].pixels.shape == (3, 16, 16) and len(dataset) == 5
+    sample = dataset[0, 2]
+    assert sample.hard[0][0] == "box 2" and len(sample.hard[0]) == 4 and sample.hard[1] == []
+
+
+def test_collate(tmp_path, images):
+    tokenizer = Tokenizer("bytes")
+    records = [item(0), item(1, bbox_info=[]), item(2, caption="c" * 99, label=1)]
+    del records[1]["bbox_info"]
+    dataset = RegionDataset(FineHARD(finehard(tmp_path, items=records)), images, image_size=16)
+    batch = Collate(tokenizer, context_length=24, long_context_length=36)([dataset[i] for i in range(3)])
+    texts = batch["short_texts"]
+
+    def text(rows):
+        symbols = {i: symbol for symbol, i in tokenizer.encoder.items()}
+        return ["".join(symbols[int(t)] for t in texts[r] if 0 <= t < 512).rstrip("!") for r in rows]
+
+    assert texts.shape[1] == int((texts == 513).int().argmax(1).max()) + 1 < 24
+    assert len(set(map(tuple, texts.tolist()))) == len(texts) == len(batch["short_ids"])
+    assert [t.replace("</w>", " ") for t in text(batch["short"])] == [f"a photo of short {i} " for i in range(3)]
+    assert [len(b) for b in batch["boxes"]] == [2, 0, 2] and len(batch["region"]) == 4
+    assert batch["region"][1] == batch["region"][3]  # "all", once
+    assert batch["hard_regions"].tolist() == [0, 2] and batch["hard_counts"].tolist() == [4, 4]
+    assert len(batch["hard"]) == 8 and [t.split("</w>")[0] for t in text(batch["hard"][[0, 4]])] == ["box", "box"]
+    assert batch["hard"][1:4].equal(batch["hard"][5:8])  # the same three negatives
+    assert batch["labels"].tolist() == [0, 0, 1] and batch["region_labels"].tolist() == [0, 0, 1, 1]
+    assert batch["truncated"] == 1 and batch["long_texts"].shape == (3, 36)
+    assert batch["sources"][2].endswith("item 2")
+
+    moved = to_device(batch, "meta")
+    assert moved["pixels"].is_meta and moved["boxes"][0].is_meta and moved["sources"] == batch["sources"]
+    without = Collate(tokenizer, regions=False, long_context_length=None)([dataset[0]])
+    assert not {"boxes", "region", "hard", "long", "long_texts"} & without.keys() and len(without["short_texts"]) == 1
+
+
+def test_a_batch_runs_through_the_model(tmp_path, images, small_model):
+    records = [item(0), item(1, bbox_info=[])]
+    dataset = RegionDataset(FineHARD(finehard(tmp_path, items=records)), images, image_size=32)
+    collate = Collate(Tokenizer("bytes"), context_length=24, long_context_length=36)
+    features = small_model(collate([dataset[0], dataset[1]]))
+    assert {k: len(v) for k, v in features.items() if v.ndim} == dict(
+        image=2, short=2, long=2, regions=2, region_texts=2, hard_texts=4
+    )
+    assert len(small_model(collate([dataset[1]]))["hard_texts"]) == 0
+
+
+def test_fgovd_batches_have_no_captions(images):
+    record = Record("0.png", (), "", (Region((0, 0, 1, 1), ("a",), ("b",)),))
+    batch = Collate(Tokenizer("bytes"))([RegionDataset([record], images, image_size=16)[0]])
+    assert not {"short", "long"} & batch.keys() and batch["hard_counts"].tolist() == [2]
+
+
+def test_most_regions_are_counted_after_the_bad_ones():
+    boxes = [(0, 0, 0, 1), (0, 0, 1, 1), (0.5, 0, 1, 1), (0, 0, 0.5, 1)]
+    record = Record("a", (), "", tuple(Region(b, (str(i),)) for i, b in enumerate(boxes)))
+    kept, regions = usable_regions(record, 2)
+    assert [r.phrases for r in regions] == [("1",), ("2",)] and kept.tolist() == [[0, 0, 1, 1], [0.5, 0, 1, 1]]
+
+
+def test_data_statistics(tmp_path):
+    wrong = item(2, caption="d" * 60, label=1)
+    wrong["bbox_info"][0]["bbox"] = [0.4, 0.4, 0.2, 0.5]
+    records = FineHARD(finehard(tmp_path, items=[item(0), item(1, bbox_info=[]), wrong]))
+    found = data_statistics(records, Tokenizer("bytes"), context_length=12, long_context_length=36)
+    assert (found.images, found.regions, found.images_without_regions, found.abnormal) == (3, 3, 1, 1)
+    assert (found.regions_with_negatives, found.negatives, found.boxes.inverted) == (1, 3, 1)
+    assert found.phrases == {"box 0", "a long box 0", "all"} and len(found.captions) == 3
+    assert (found.truncated_short, found.truncated_long) == (3, 1)
+    assert "1 (25.00%) dropped" in str(found)
+
+
+def test_golden_pixels(golden):
+    g = golden("preprocess")
+    for case in range(int(g["n"])):
+        image, size = Image.fromarray(g[f"{case}/image_u8"].numpy()), int(g[f"{case}/size"])
+        for crop, name in ((False, "pixel_values"), (True, "pixel_values_crop")):
+            torch.testing.assert_close(preprocess(image, size, crop), g[f"{case}/{name}"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "grid"), [("roi_grid14", 14), ("roi_grid24", 24), ("roi_grid14_coco", 14)])
+def test_golden_boxes(golden, name, grid):
+    g = golden("eval_boxes")
+    found = [
+        boxes_to_rois([from_xywh(box[None], *size.tolist())], (grid, grid))
+        for box, size in zip(g["bbox_xywh"], g["image_wh"], strict=True)
+    ]
+    torch.testing.assert_close(torch.cat(found).float(), g[name], rtol=0, atol=1e-5)
+
+
+def test_real_sample(shared):
+    data = shared / "data" / "fgclip"
+    finehard, coco = FineHARD(data / "finehard_format_DERIVED.json"), data / "coco"
+    captions = COCO(coco / "annotations" / "captions_val2017.json")
+    assert len(finehard) == 25 and len(captions) == 65 and len(captions.categories) == 80
+    tokenizer = Tokenizer("bytes")
+    for records in (finehard, captions):
+        statistics = data_statistics(records, tokenizer)
+        assert statistics.images == len(records) and statistics.regions > len(records)
+        assert statistics.boxes.total - statistics.boxes.invalid == statistics.regions
+    for records, root in ((finehard, coco), (captions, coco / "val2017")):
+        dataset = RegionDataset(records, root, image_size=32)
+        batch = Collate(tokenizer)([dataset[0, i] for i in range(3)])
+        assert batch["pixels"].shape == (3, 3, 32, 32) and len(batch["region"]) == sum(map(len, batch["boxes"])) > 0
+    for letter in ("e", "m", "h"):
+        records = FGOVD(data / "fgovd" / f"{letter}_attributes_llava.jsonl")
+        assert all(len(r.regions) == 1 and 2 <= len(r.regions[0].negatives) <= 10 for r in records)
+        assert RegionDataset(records, coco, image_size=32)[0].boxes.shape == (1, 4)

@@ -1,0 +1,155 @@
+"""Losses, their gradients and the memory bank against vectors from the official FG-CLIP and from its fork."""
+
+import pytest
+import torch
+
+from fgclip import load_clip_weights
+from fgclip.losses import PairBank, contrast_pairs, global_loss, hard_negative_loss, region_loss
+from fgclip.model import unit
+
+LOSSES = dict(rtol=1e-5, atol=1e-5)
+GRADIENTS = dict(rtol=1e-3, atol=5e-5)
+
+
+def leaves(g, prefix, *names):
+    return [g[f"{prefix}/{name}"].requires_grad_() for name in names]
+
+
+def assert_gradients(g, prefix, **tensors):
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor.grad, g[f"{prefix}/grad_{name}"], **GRADIENTS, msg=f"{prefix} {name}")
+
+
+@pytest.mark.parametrize("case", range(2))
+def test_global(golden, case):
+    g, prefix = golden("losses"), f"g{case}"
+    image, long, short, scale = leaves(g, prefix, "image", "text_long", "text_short", "logit_scale")
+    losses = [global_loss(image, text, scale.exp()) for text in (long, short)]
+    torch.testing.assert_close(losses[0], g[f"{prefix}/loss_long"], **LOSSES)
+    torch.testing.assert_close(losses[1], g[f"{prefix}/loss_short"], **LOSSES)
+    sum(losses).backward()
+    assert_gradients(g, prefix, image=image, text_long=long, text_short=short, logit_scale=scale)
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_region(golden, case):
+    g, prefix = golden("losses"), f"r{case}"
+    image, text, scale = leaves(g, prefix, "image", "text", "logit_scale")
+    loss = region_loss(image, text, scale.exp())
+    torch.testing.assert_close(loss, g[f"{prefix}/loss"], **LOSSES)
+    loss.backward()
+    assert_gradients(g, prefix, image=image, text=text, logit_scale=scale)
+
+
+@pytest.mark.parametrize("case", range(2))
+def test_hard_negatives(golden, case):
+    g, prefix = golden("losses"), f"h{case}"
+    image, text, scale = leaves(g, prefix, "image", "text", "logit_scale")
+    loss = hard_negative_loss(image, text, scale.exp())
+    torch.testing.assert_close(loss, g[f"{prefix}/loss"], **LOSSES)
+    loss.backward()
+    assert_gradients(g, prefix, image=image, text=text, logit_scale=scale)
+
+
+def total_loss_batch(g, model):
+    """The fork's padded layout as a batch: hard groups point at regions of their own."""
+    box_nums, hard_nums = g["box_nums"].tolist(), g["hard_nums"].tolist()
+    kept = [b * g["box_infos"].shape[1] + a for b, n in enumerate(box_nums) for a in range(n)]
+    region_texts = g["box_texts"][kept]
+    texts = torch.cat([g["text_short"], region_texts, g["hard_texts"]])
+    first = len(g["text_short"]), len(g["text_short"]) + len(region_texts), len(texts)
+    return dict(
+        pixels=g["pixel_values"],
+        short_texts=texts,
+        short=torch.arange(first[0]),
+        region=torch.arange(first[0], first[1]),
+        hard=torch.arange(first[1], first[2]),
+        long_texts=g["text_long"],
+        long=torch.arange(len(g["text_long"])),
+        boxes=[boxes[:n] for boxes, n in zip(g["box_infos"], box_nums, strict=True)],
+    ), [boxes[:n] for boxes, n in zip(g["hard_infos"], hard_nums, strict=True)]
+
+
+def test_total_loss(golden):
+    weights, g = golden("fgclip_features"), golden("fgclip_total_loss")
+    c = weights.config
+    config = {
+        "text_config": dict(num_attention_heads=c["tha"], eos_token_id=c["eos"]),
+        "vision_config": dict(num_attention_heads=c["vha"]),
+    }
+    model = load_clip_weights(weights.state(), config)
+    with torch.no_grad():
+        for parameter, value in zip(model.log_scales().values(), g["logit_scales"], strict=True):
+            parameter.copy_(value)
+    batch, hard_boxes = total_loss_batch(g, model)
+    features = model(batch)
+    losses = {
+        name: region_loss(pairs.image, pairs.text, pairs.logit_scale)
+        for name, pairs in contrast_pairs(features, batch, mask_same_caption=False).items()
+    }
+    hard_regions = unit(model.encode_regions(batch["pixels"], hard_boxes))
+    losses["hard"] = hard_negative_loss(hard_regions, unit(features["hard_texts"]), features["scale_hard"])
+    torch.testing.assert_close(losses["long"] + losses["short"], g["loss_global"], **LOSSES)
+    torch.testing.assert_close(losses["region"], g["loss_region"], **LOSSES)
+    torch.testing.assert_close(losses["hard"], g["loss_hard"], **LOSSES)
+    total = losses["long"] + losses["short"] + 0.1 * losses["region"] + 0.5 * losses["hard"]
+    torch.testing.assert_close(total, g["loss_total"], **LOSSES)
+    total.backward()
+    for name, gradient in g.state("grad/").items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, **GRADIENTS, msg=name)
+
+
+QUEUES = {"single": [""], "two": ["_normal", "_abnormal"]}
+
+
+@pytest.fixture(params=QUEUES)
+def bank_case(request, golden):
+    """The file, an empty bank of its kind, and the suffixes of its queues."""
+    suffixes = QUEUES[request.param]
+    return golden(f"memory_bank_{request.param}_queue"), PairBank(128, 16, classes=len(suffixes)), suffixes
+
+
+def oldest_first(rows, pointer, full):
+    """Only what is in use: where in the ring it lies is each implementation's own business."""
+    return rows.roll(-pointer, 0) if full else rows[:pointer]
+
+
+def assert_state(g, prefix, bank, suffixes, texts=True):
+    for suffix, images, captions in zip(suffixes, bank.images, bank.texts, strict=True):
+        pointer, full = int(g[f"{prefix}/queue_ptr{suffix}"]), bool(g[f"{prefix}/queue_is_full{suffix}"])
+        for side, queue in (("image", images), ("text", captions))[: 1 + texts]:
+            expected = oldest_first(g[f"{prefix}/region_{side}_queue{suffix}"].T, pointer, full)
+            found = oldest_first(queue.buffer, int(queue.position), len(queue) == len(queue.buffer))
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7, msg=f"{prefix} {side}")
+
+
+def test_bank_content(bank_case):
+    g, bank, suffixes = bank_case
+    for step in range(int(g["enq/n"])):
+        bank.enqueue(g[f"enq/{step}/image"], g[f"enq/{step}/text"], labels=g[f"enq/{step}/labels"])
+        assert_state(g, f"enq/{step}/after", bank, suffixes, texts=False)
+    assert_state(g, "enq/final", bank, suffixes)
+    if len(suffixes) > 1:
+        negatives = bank.negatives()
+        assert len(bank) == negatives.valid == int(g["enq/collect_n"])
+        for found, name in ((negatives.images, "image"), (negatives.texts, "text")):
+            assert sorted(found.tolist()) == sorted(g[f"enq/collect_{name}"].T.tolist())
+
+
+def test_loss_with_bank(bank_case):
+    g, bank, suffixes = bank_case
+    for case in range(int(g["nce/n"])):
+        prefix = f"nce/{case}"
+        bank = PairBank(128, 16, classes=len(suffixes))
+        # Which of two classes the earlier rows were of is not told, nor does the loss depend on it.
+        image, text = g[f"{prefix}/queue_image"], g[f"{prefix}/queue_text"]
+        bank.enqueue(image, text, labels=torch.arange(len(image)) % 2)
+        x, y, scale = leaves(g, prefix, "region_image_raw", "region_text_raw", "logit_scale")
+        a, b = unit(x), unit(y)
+        loss = region_loss(a, b, scale.exp(), bank=bank)
+        bank.enqueue(a, b, labels=g[f"{prefix}/labels"])  # before the backward, as any trainer may
+        torch.testing.assert_close(loss, g[f"{prefix}/loss_region"].float(), **LOSSES)
+        loss.backward()
+        assert_gradients(g, prefix, region_image_raw=x, region_text_raw=y, logit_scale=scale)
+        if len(suffixes) == 1 or len(image) == 0:
+            assert_state(g, f"{prefix}/after", bank, suffixes)

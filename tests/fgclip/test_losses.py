@@ -1,0 +1,209 @@
+"""The losses against torch.nn.functional.cross_entropy in float64, and the bank beside them."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fgclip import Tokenizer
+from fgclip.losses import PairBank, caption_ids, contrast_pairs, hard_negative_loss, symmetric_loss
+from fgclip.model import unit
+
+SCALE = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
+
+
+def rows(count, seed, dim=6):
+    x = torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return unit(x).requires_grad_()
+
+
+def reference(image, text, ids, queued_images, queued_texts, queued_ids, scale):
+    """Per direction: a dense logit matrix, false negatives set to -inf, cross-entropy."""
+    total = 0
+    for query, key, queue in ((image, text, queued_texts), (text, image, queued_images)):
+        logits = scale * query @ torch.cat([key, queue]).T
+        same = ids[:, None] == torch.cat([ids, queued_ids])
+        same &= ids[:, None] != -1
+        same[torch.arange(len(ids)), torch.arange(len(ids))] = False
+        total += F.cross_entropy(logits.masked_fill(same, -torch.inf), torch.arange(len(ids))) / 2
+    return total
+
+
+@pytest.mark.parametrize("queued", [0, 3, 8, 11])
+@pytest.mark.parametrize("classes", [1, 2])
+def test_symmetric_loss_and_gradients(queued, classes):
+    image, text = rows(5, 1), rows(5, 2)
+    ids = torch.tensor([3, 7, 3, -1, -1])
+    bank = PairBank(8, 6, classes=classes).double()
+    old_images, old_texts, old_ids = rows(queued, 3).detach(), rows(queued, 4).detach(), torch.arange(queued) % 5
+    bank.enqueue(old_images, old_texts, old_ids, labels=torch.arange(queued) % 2)
+    kept = slice(max(0, queued - 8), None)
+    if classes == 2 and queued == 11:  # the last four of each class
+        kept = [i for i in range(queued) if i >= 3]
+    expected = reference(image, text, ids, old_images[kept], old_texts[kept], old_ids[kept], SCALE)
+    found = symmetric_loss(image, text, SCALE, ids=ids, bank=bank)
+    torch.testing.assert_close(found, expected)
+    inputs = (image, text, SCALE)
+    for mine, theirs in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(symmetric_loss(image, text, SCALE, ids=ids, bank=bank, reduction="sum"), 5 * found)
+
+
+def test_symmetric_loss_without_ids_masks_nothing():
+    image, text = rows(4, 1), rows(4, 2)
+    logits, target = SCALE * image @ text.T, torch.arange(4)
+    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    torch.testing.assert_close(symmetric_loss(image, text, SCALE), expected)
+    torch.testing.assert_close(symmetric_loss(image, text, SCALE, ids=torch.full((4,), -1)), expected)
+    assert symmetric_loss(image, text, SCALE, ids=torch.zeros(4, dtype=torch.int64)) == 0
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_pair_and_one_pair_give_zero_with_a_graph(count):
+    image, text = rows(count, 1), rows(count, 2)
+    loss, statistics = symmetric_loss(image, text, SCALE, with_stats=True)
+    assert loss == 0
+    gradients = torch.autograd.grad(loss, (image, text, SCALE))
+    assert all(not g.numel() or g.abs().max() == 0 for g in gradients)
+    assert statistics["rows"] == 2 * count and statistics["rows_with_negatives"] == 0 and statistics["top1"] == 0
+    assert all(value.isfinite() for value in statistics.values())
+
+
+def test_statistics():
+    """Three pairs by hand: the second image scores higher with the third text; a tie is no hit."""
+    image = torch.tensor([[1.0, 0], [0, 1.0], [0, 1.0]])
+    text = torch.tensor([[1.0, 0], [0.6, 0.8], [0, 1.0]])
+    loss, statistics = symmetric_loss(image, text, torch.tensor(2.0), with_stats=True)
+    logits = 2 * image @ text.T
+    per_row = torch.cat([F.cross_entropy(m, torch.arange(3), reduction="none") for m in (logits, logits.T)])
+    torch.testing.assert_close(statistics["loss"], per_row.sum())
+    torch.testing.assert_close(loss, per_row.mean())
+    torch.testing.assert_close(statistics["loss_over_chance"], per_row.sum() / math.log(3))
+    assert statistics["rows"] == statistics["rows_with_negatives"] == 6 and statistics["candidates"] == 18
+    # images: hit, miss, hit; texts: hit, tie with the third image, tie with the second
+    assert statistics["top1"] == 3
+    torch.testing.assert_close(statistics["positive"], 2 * logits.diag().sum())
+    off = logits.masked_fill(torch.eye(3, dtype=torch.bool), -torch.inf)
+    torch.testing.assert_close(statistics["largest_negative"], off.amax(0).sum() + off.amax(1).sum())
+
+
+def test_statistics_count_bank_and_mask():
+    bank = PairBank(4, 6)
+    image, text = rows(2, 1).detach().float(), rows(2, 2).detach().float()
+    bank.enqueue(image, text, torch.tensor([5, 6]))
+    ids = torch.tensor([5, 8])
+    _, statistics = symmetric_loss(image, text, 3.0, ids=ids, bank=bank, with_stats=True)
+    assert statistics["candidates"] == 2 * (3 + 4)  # the first row's copy in the bank is no negative
+
+
+def test_bank_gets_no_gradient_and_is_read_before_it_is_written():
+    bank = PairBank(4, 6).double()
+    image, text = rows(2, 1), rows(2, 2)
+    alone = symmetric_loss(image, text, SCALE, bank=bank)
+    torch.testing.assert_close(alone, symmetric_loss(image, text, SCALE))
+    bank.enqueue(image, text)
+    assert not any(buffer.requires_grad for buffer in bank.buffers())
+    loss = symmetric_loss(image, text, SCALE, bank=bank)
+    before = torch.autograd.grad(loss, image, retain_graph=True)[0]
+    bank.enqueue(rows(4, 5), rows(4, 6))
+    assert torch.autograd.grad(loss, image)[0].equal(before)
+    again = PairBank(4, 6).double()
+    again.load_state_dict(bank.state_dict())
+    assert again.negatives().images.equal(bank.negatives().images) and len(again) == len(bank) == 4
+
+
+def test_two_classes_do_not_drive_each_other_out():
+    bank = PairBank(4, 6, classes=2)
+    first, many = rows(1, 1), rows(9, 2)
+    bank.enqueue(first, first, torch.tensor([1]), labels=torch.tensor([1]))
+    bank.enqueue(many, many, torch.arange(10, 19), labels=torch.tensor([0, 0, 0, 0, 0, 0, 0, 0, 5]))
+    negatives = bank.negatives()
+    assert sorted(negatives.ids.tolist()) == [1, 16, 17] and negatives.valid == len(bank) == 3
+    with pytest.raises(ValueError, match="labels"):
+        bank.enqueue(first, first)
+    with pytest.raises(ValueError, match="5 places"):
+        PairBank(5, 6, classes=2)
+
+
+@pytest.mark.parametrize("counts", [[3, 1, 4], [11, 11], [1]])
+def test_hard_negatives(counts):
+    region, text = rows(len(counts), 1), rows(sum(counts), 2)
+    parts = text.split(counts)
+    expected = torch.stack(
+        [F.cross_entropy((SCALE * r @ t.T)[None], torch.tensor([0])) for r, t in zip(region, parts, strict=True)]
+    ).mean()
+    found, statistics = hard_negative_loss(region, text, SCALE, counts=torch.tensor(counts), with_stats=True)
+    torch.testing.assert_close(found, expected)
+    inputs = (region, text, SCALE)
+    for mine, theirs in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    hits = sum(len(t) > 1 and bool((r @ t[0]) > (t[1:] @ r).max()) for r, t in zip(region, parts, strict=True))
+    assert statistics["top1"] == hits and statistics["candidates"] == sum(counts)
+    assert statistics["rows_with_negatives"] == sum(c > 1 for c in counts)
+
+
+def test_hard_negatives_equal_to_the_phrase_are_left_out():
+    region, text = rows(2, 1), rows(6, 2)
+    ids = torch.tensor([4, 5, 4, 9, 4, -1])
+    found = hard_negative_loss(region, text, SCALE, ids=ids)
+    expected = hard_negative_loss(region, text[[0, 1, 3, 4, 5]], SCALE, counts=torch.tensor([2, 3]))
+    torch.testing.assert_close(found, expected)
+    without = torch.tensor([-1, -1, 4, 5, -1, 6])  # -1 is nobody's id
+    torch.testing.assert_close(
+        hard_negative_loss(region, text, SCALE, ids=without), hard_negative_loss(region, text, SCALE)
+    )
+
+
+def test_no_hard_negatives_give_zero_with_a_graph():
+    region, text = rows(0, 1), rows(0, 2)
+    loss = hard_negative_loss(region, text, SCALE)
+    assert loss == 0 and torch.autograd.grad(loss, SCALE)[0] == 0
+
+
+@pytest.mark.parametrize("counts", [[3, 2], [6], [6, 0]])
+def test_counts_that_do_not_fit_are_refused(counts):
+    with pytest.raises(ValueError, match="are not those of 2 regions and 6 phrases"):
+        hard_negative_loss(rows(2, 1), rows(6, 2), SCALE, counts=torch.tensor(counts))
+    with pytest.raises(ValueError, match="counts is needed"):
+        hard_negative_loss(rows(4, 1), rows(6, 2), SCALE)
+
+
+def test_losses_stay_in_float32_under_autocast():
+    image, text = rows(4, 1).float(), rows(4, 2).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        symmetric, hard = symmetric_loss(image, text, 90.0), hard_negative_loss(image, text, 90.0)
+    torch.testing.assert_close(symmetric, symmetric_loss(image, text, 90.0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(hard, hard_negative_loss(image, text, 90.0), rtol=1e-6, atol=1e-6)
+
+
+def test_caption_ids_depend_on_the_text_alone():
+    tokenizer = Tokenizer("bytes")
+    texts = ["a red square", "a red  Square", "a red squares", "", "b"]
+    ids = caption_ids(tokenizer(texts, 24), tokenizer.eos_id)
+    assert ids[0] == ids[1] and len(set(ids.tolist())) == 4
+    assert caption_ids(tokenizer(texts, 77), tokenizer.eos_id).equal(ids)
+    padded_with_end = tokenizer(texts, 30)
+    padded_with_end[(padded_with_end == tokenizer.eos_id).cumsum(1) > 0] = tokenizer.eos_id
+    assert caption_ids(padded_with_end, tokenizer.eos_id).equal(ids)
+    assert ids[0].item() == 8113415350517407081  # the same on every machine and in every version
+
+
+def test_pairs_of_a_batch():
+    features = dict(
+        image=rows(2, 1) * 3, short=rows(2, 2) * 2, long=rows(2, 3), regions=rows(3, 4) * 5, region_texts=rows(3, 5)
+    ) | dict(scale_global=SCALE, scale_region=SCALE * 2, scale_hard=SCALE * 3)
+    batch = dict(short_ids=torch.tensor([10, 11, 12]), long_ids=torch.tensor([20]))
+    batch |= dict(short=torch.tensor([1, 2]), long=torch.tensor([0, 0]), region=torch.tensor([0, 0, 1]))
+    batch |= dict(region_labels=torch.tensor([0, 1, 0]))
+    pairs = contrast_pairs(features, batch)
+    assert pairs.keys() == {"long", "short", "region"}
+    assert pairs["short"].ids.tolist() == [11, 12] and pairs["long"].ids.tolist() == [20, 20]
+    assert pairs["region"].ids.tolist() == [10, 10, 11] and pairs["region"].labels.tolist() == [0, 1, 0]
+    assert pairs["region"].logit_scale == 14 and pairs["short"].logit_scale == 7
+    for pair in pairs.values():
+        torch.testing.assert_close(pair.image.norm(dim=1), torch.ones(len(pair.image), dtype=torch.float64))
+        torch.testing.assert_close(pair.text.norm(dim=1), torch.ones(len(pair.text), dtype=torch.float64))
+    assert contrast_pairs(features, batch, mask_same_caption=False)["region"].ids is None
+    del features["regions"], features["long"]
+    assert contrast_pairs(features, batch).keys() == {"short"}

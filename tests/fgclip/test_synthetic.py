@@ -1,0 +1,95 @@
+"""The synthetic scenes: what they promise to a learner, and that they are the same everywhere."""
+
+import pytest
+import torch
+
+from fgclip import Tokenizer
+from fgclip.batches import Collate, data_statistics
+from fgclip.synthetic import ATTRIBUTES, PHRASES, PLACEMENTS, SyntheticRegions
+from fgclip.tokenizer import learn_merges
+
+
+def test_at_least_192_distinct_phrases():
+    assert len(PHRASES) == len(set(PHRASES)) == 192
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_scenes(placement):
+    scenes = SyntheticRegions(30, seed=5, placement=placement)
+    records = [scenes.record(i) for i in range(30)]
+    sizes = {len(r.regions) for r in records}
+    assert sizes == ({4} if placement == "grid" else {2, 3, 4})
+    for record in records:
+        phrases = [r.phrases[0] for r in record.regions]
+        assert len(set(phrases)) == len(phrases) and set(phrases) <= set(PHRASES)
+        assert record.label == any(" red " in phrase for phrase in phrases)
+        assert all(phrase in record.long for phrase in phrases)
+        for a in record.regions:
+            x1, y1, x2, y2 = a.box
+            assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
+            for b in record.regions:
+                apart = x1 >= b.box[2] or x2 <= b.box[0] or y1 >= b.box[3] or y2 <= b.box[1]
+                assert a is b or apart
+    assert len({r.short for r in records}) > 25
+    statistics = data_statistics(records, Tokenizer("bytes"))
+    assert statistics.boxes.invalid == 0 and statistics.truncated_short == statistics.truncated_long == 0
+
+
+def test_negatives_differ_in_one_attribute():
+    scenes = SyntheticRegions(20, seed=1)
+    for region in (region for i in range(20) for region in scenes.record(i).regions):
+        own = region.phrases[0].split()[1:]
+        assert len(set(region.negatives)) == 10
+        for negative in region.negatives:
+            other = negative.split()[1:]
+            assert sum(a != b for a, b in zip(own, other, strict=True)) == 1
+            assert all(word in values for word, values in zip(other, ATTRIBUTES, strict=True))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_scene_is_drawn_from_seed_and_index(placement):
+    few, many = (SyntheticRegions(count, seed=2, placement=placement) for count in (3, 50))
+    for i in range(3):
+        assert few[i].pixels.equal(many[4, i].pixels) and few[i].boxes.equal(many[i].boxes)
+        assert few[i].hard == many[7, i].hard
+    other = SyntheticRegions(3, seed=3, placement=placement)
+    assert not other[0].pixels.equal(few[0].pixels) and other.record(0).long != few.record(0).long
+    assert few[0].pixels.shape == (3, 64, 64) and few[0].pixels.dtype == torch.float32
+    with pytest.raises(IndexError):
+        few[3]
+
+
+def test_every_attribute_shows_in_the_pixels():
+    """Objects of one quarter that differ in one attribute differ in many pixels, whatever the attribute."""
+    scenes = SyntheticRegions(400, seed=0)
+    drawn = {}
+    for i in range(400):
+        drawn.setdefault(scenes.record(i).regions[0].phrases[0].split(" ", 1)[1], i)
+    for attribute in range(3):
+        compared = 0
+        for kind, i in drawn.items():
+            for value in ATTRIBUTES[attribute]:
+                words = kind.split()
+                words[attribute] = value
+                other = drawn.get(" ".join(words), i)
+                if other == i or compared > 20:
+                    continue
+                a, b = (scenes[j].pixels[:, :32, :32] for j in (i, other))
+                assert ((a - b).abs().amax(0) > 0.5).float().mean() > 0.02, (kind, value)
+                compared += 1
+        assert compared > 10
+
+
+def test_unknown_placement_is_refused():
+    with pytest.raises(ValueError, match="grid, free"):
+        SyntheticRegions(1, seed=0, placement="anywhere")
+
+
+def test_a_learned_vocabulary_makes_short_texts():
+    scenes = SyntheticRegions(40, seed=0)
+    texts = [*PHRASES, *(t for i in range(40) for t in (scenes.record(i).long, *scenes.record(i).short))]
+    tokenizer = Tokenizer(learn_merges(texts))
+    assert {len(tokenizer.encode(phrase)) for phrase in PHRASES} == {4}
+    batch = Collate(tokenizer)([scenes[i] for i in range(40)])
+    assert batch["short_texts"].shape[1] <= 16 and batch["long_texts"].shape[1] <= 40
+    assert batch["truncated"] == 0 and len(batch["region"]) == 160

@@ -1,0 +1,185 @@
+"""The byte-pair encoding on bytes, on merges of its own, and against the published one where its merges are found."""
+
+import gzip
+import json
+import pickle
+import random
+import re
+import unicodedata
+
+import pytest
+import torch
+
+from fgclip import Tokenizer, tokenizer
+from fgclip.errors import InputError
+
+ARTICLE_MERGES = "#version: 0.2\nt h\nth e</w>\nr e\nre d</w>\na a\n"
+
+
+@pytest.fixture
+def merges(tmp_path):
+    path = tmp_path / "merges.txt"
+    path.write_text(ARTICLE_MERGES)
+    return path
+
+
+def test_bytes_alone():
+    bytes_only = Tokenizer("bytes")
+    assert (bytes_only.vocab_size, bytes_only.bos_id, bytes_only.eos_id) == (514, 512, 513)
+    tokens = bytes_only(["ab c", ""], 8)
+    assert tokens.dtype == torch.int64
+    a = ord("a") - ord("!")
+    assert tokens.tolist() == [[512, a, a + 1 + 256, a + 2 + 256, 513, 0, 0, 0], [512, 513, 0, 0, 0, 0, 0, 0]]
+    assert "bytes" in bytes_only.description
+
+
+def test_every_byte_has_a_token():
+    symbols = tokenizer.byte_symbols()
+    assert len(symbols) == len(set(symbols.values())) == 256
+    assert all(len(s) == 1 and not s.isspace() for s in symbols.values())
+    assert [symbols[b] for b in b"A~"] == ["A", "~"] and symbols[0] == chr(256)
+    for text in ("naïve 東京", "\U0001f600", "\ud800"):
+        assert all(0 <= i < 512 for i in Tokenizer("bytes").encode(text))
+
+
+def test_merges_by_rank(merges):
+    own = Tokenizer(merges)
+    assert own.vocab_size == 514 + 5
+    the, red, aa = 512 + 1, 512 + 3, 512 + 4
+    assert own.encode("the red") == [the, red]
+    a, h = ord("a") - ord("!"), ord("h") - ord("!")
+    assert own.encode("aaaaa") == [aa, aa, a + 256]
+    assert own.encode("th") == [ord("t") - ord("!"), h + 256]  # "t h" is no merge at the end of a word
+    assert own("the red", 4).tolist() == [[own.bos_id, the, red, own.eos_id]]
+
+
+def test_every_format_of_merges_is_the_same(tmp_path, merges):
+    lines = ARTICLE_MERGES.strip().split("\n")[1:]
+    packed = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
+    packed.write_bytes(gzip.compress(ARTICLE_MERGES.encode()))
+    as_text, as_pairs = tmp_path / "tokenizer.json", tmp_path / "pairs.json"
+    as_text.write_text(json.dumps(dict(model=dict(merges=lines))))
+    as_pairs.write_text(json.dumps(dict(model=dict(merges=[line.split() for line in lines]))))
+    for path in (packed, as_text, as_pairs):
+        assert Tokenizer(path).encoder == Tokenizer(merges).encoder, path
+
+
+def test_longer_merge_files_are_cut_where_clip_cuts_them(tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("version\n" + "".join(f"{i} x\n" for i in range(50000)))
+    assert len(tokenizer.read_merges(path)) == 48894
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.txt", b""),
+        ("three.txt", b"version\na b c\n"),
+        ("cut.txt.gz", gzip.compress(b"version\na b\n" * 50)[:30]),
+        ("text.gz", b"no gzip"),
+        ("list.json", b"[1, 2]"),
+        ("broken.json", b"{"),
+        ("other.json", b'{"model": {}}'),
+        ("numbers.json", b'{"model": {"merges": [1, 2]}}'),
+        ("latin.txt", b"version\n\xe9 a\n"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(name)):
+        Tokenizer(tmp_path / name)
+    with pytest.raises(InputError, match="absent"):
+        Tokenizer(tmp_path / "absent")
+
+
+def test_cleaning(monkeypatch):
+    if tokenizer.ftfy is not None:
+        assert tokenizer.clean("cafÃ©") == "café"
+    monkeypatch.setattr(tokenizer, "ftfy", None)  # it unescapes once itself
+    assert tokenizer.clean("  A\t\nB&amp;lt; ") == "a b<"
+
+
+def test_words():
+    def words(text):
+        return tokenizer.word_pattern().findall(text)
+
+    assert words("don't we've 12a_b!? x") == ["don", "'t", "we", "'ve", "1", "2", "a", "_", "b", "!?", "x"]
+    assert words("<|startoftext|>x") == ["<|startoftext|>", "x"]
+    assert words("½ⅻ²x") == ["½", "ⅻ", "²", "x"]
+
+
+def test_words_are_the_same_without_the_regex_package(monkeypatch):
+    """Up to letters younger than Python's Unicode table, and one mark that regex takes for the letter it folds to."""
+    pytest.importorskip("regex")
+    random.seed(0)
+    pool = [chr(c) for c in [*range(32, 0x2000), *range(0x3000, 0x3400)] if unicodedata.category(chr(c)) != "Cn"]
+    pool = [c for c in pool if c != "\u0345"] + list("ab 's't12_-") * 300
+    texts = ["".join(random.choices(pool, k=40)) for _ in range(300)]
+    tokenizer.word_pattern.cache_clear()
+    expected = [tokenizer.word_pattern().findall(text) for text in texts]
+    monkeypatch.setattr(tokenizer, "regex", None)
+    tokenizer.word_pattern.cache_clear()
+    try:
+        assert [tokenizer.word_pattern().findall(text) for text in texts] == expected
+    finally:
+        tokenizer.word_pattern.cache_clear()
+
+
+def test_missing_ftfy_is_said(monkeypatch):
+    assert ("ftfy" in Tokenizer("bytes").description) == (tokenizer.ftfy is None)
+    monkeypatch.setattr(tokenizer, "ftfy", None)
+    assert "ftfy is not installed" in Tokenizer("bytes").description
+    assert Tokenizer("bytes").encode("plain text")
+
+
+def test_learned_merges_make_words_of_texts():
+    texts = ["a red striped circle", "a green ring", "Red circles, red!"]
+    merges = tokenizer.learn_merges(texts)
+    assert merges == tokenizer.learn_merges(texts)
+    own = Tokenizer(merges)
+    assert [len(own.encode(text)) for text in texts] == [4, 3, 5]
+    assert "learned" in own.description and own.merges == merges
+    assert len(own.encode("greed")) > 1
+    assert Tokenizer([list(pair) for pair in merges]).encoder == own.encoder
+
+
+def test_long_texts_keep_their_end_and_are_counted():
+    own = Tokenizer("bytes")
+    tokens = own(["abcdef", "abcd", "abcdefgh"], 6)
+    assert tokens[:, -1].tolist() == [513] * 3 and tokens[0, :5].equal(tokens[2, :5])
+    assert own.truncated == 2
+    with pytest.raises(ValueError, match="context_length 1"):
+        own("a", 1)
+
+
+def test_tokenizer_travels_to_workers(merges):
+    own = Tokenizer(merges)
+    assert pickle.loads(pickle.dumps(own))("the red", 9).equal(own("the red", 9))
+
+
+def test_word_cache_is_bounded(monkeypatch):
+    monkeypatch.setattr(tokenizer, "WORD_CACHE", 8)
+    own = Tokenizer("bytes")
+    texts = [f"w{chr(97 + i)} <|endoftext|>" for i in range(26)]
+    assert own(texts, 9).equal(torch.cat([Tokenizer("bytes")(text, 9) for text in texts]))
+    assert len(own.words) <= 8
+
+
+def test_golden_punctuation(golden):
+    """A text in which no merge applies but at digits and signs, whose ids need no merges file."""
+    g = golden("tokenize")
+    index = [str(t) for t in g.arrays["texts"]].index("1234567890 12,345.67 $%^")
+    row = g["openai_77_pad0"][index]
+    own = Tokenizer("bytes")(str(g.arrays["texts"][index]), 77)[0]
+    assert own[1:23].tolist() == row[1:23].tolist() and row[23] == 49407 and own[23] == 513
+
+
+@pytest.mark.parametrize("length", [77, 248])
+def test_golden_ids(golden, length):
+    if tokenizer.installed_merges() is None:
+        pytest.skip("no CLIP package with merges is installed")
+    g = golden("tokenize")
+    found = Tokenizer()([str(t) for t in g.arrays["texts"]], length)
+    assert found.equal(g[f"openai_{length}_pad0"].long())
+    ends = (found == 49407).cumsum(1) > 0
+    assert found.where(~ends, 49407).equal(g[f"hf_{length}_padeos"].long())

@@ -1,0 +1,326 @@
+"""Every layout in and out again, and what a loader must refuse."""
+
+import json
+import sys
+import zipfile
+
+import pytest
+import torch
+
+from fgclip import FGCLIP, load_clip_weights, save_clip_weights
+from fgclip.errors import InputError
+from fgclip.text import stretch_positions
+from fgclip.weights import hugging_face_config
+
+PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+TOKENS = torch.tensor([[512, 5, 6, 513, 0], [512, 513, 0, 0, 0]])
+BOXES = [torch.tensor([[0.1, 0.1, 0.6, 0.7]]), torch.tensor([[0.0, 0.2, 1.0, 1.0]])]
+
+
+def features(model):
+    return dict(
+        image=model.encode_image(PIXELS),
+        text=model.encode_text(TOKENS),
+        long=model.encode_text(TOKENS, long=True),
+        regions=model.encode_regions(PIXELS, BOXES),
+        **model.logit_scales(),
+    )
+
+
+def assert_same_features(model, expected, names=None):
+    found = features(model)
+    for name in names or expected:
+        assert found[name].equal(expected[name]), name
+
+
+ONLY_FGCLIP = (
+    "position_embedding_res",
+    "position_embedding_ori",
+    "text_filip_projection",
+    "logit_scale_finegraind",
+    "logit_scale_hardneg",
+)
+
+
+def to_clip(state):
+    return {k: v for k, v in state.items() if not any(name in k for name in ONLY_FGCLIP)}
+
+
+def to_openai(state):
+    """The inverse of the loader's mapping, written from OpenAI's side."""
+    own = {
+        "logit_scale": state["logit_scale"],
+        "text_projection": state["text_projection.weight"].T.contiguous(),
+        "token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
+        "positional_embedding": state["text_model.embeddings.position_embedding.weight"],
+        "visual.proj": state["visual_projection.weight"].T.contiguous(),
+        "visual.conv1.weight": state["vision_model.embeddings.patch_embedding.weight"],
+        "visual.class_embedding": state["vision_model.embeddings.class_embedding"],
+        "visual.positional_embedding": state["vision_model.embeddings.position_embedding.weight"],
+    }
+    names = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
+    for kind in ("weight", "bias"):
+        own[f"visual.ln_pre.{kind}"] = state[f"vision_model.pre_layrnorm.{kind}"]
+        own[f"visual.ln_post.{kind}"] = state[f"vision_model.post_layernorm.{kind}"]
+        own[f"ln_final.{kind}"] = state[f"text_model.final_layer_norm.{kind}"]
+        for prefix, tower, layers in (("visual.", "vision_model", 3), ("", "text_model", 2)):
+            for i in range(layers):
+                there, here = f"{prefix}transformer.resblocks.{i}.", f"{tower}.encoder.layers.{i}."
+                own |= {f"{there}{a}.{kind}": state[f"{here}{b}.{kind}"] for a, b in names.items()}
+                stacked = [state[f"{here}self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+                own[f"{there}attn.in_proj_{kind}"] = torch.cat(stacked)
+    return own
+
+
+def test_fgclip_layout_returns_bit_for_bit(small_model, tmp_path):
+    expected = features(small_model)
+    save_clip_weights(small_model, tmp_path / "model")
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    again = load_clip_weights(tmp_path / "model")
+    assert_same_features(again, expected)
+    for name, tensor in small_model.state_dict().items():
+        assert tensor.equal(again.state_dict()[name]), name
+    assert again.load_report.layout == "FG-CLIP" and not again.load_report.made
+    assert len(again.load_report.loaded) == len(small_model.state_dict())
+    assert FGCLIP(**again.config).state_dict().keys() == again.state_dict().keys()
+    assert_same_features(load_clip_weights(tmp_path / "model" / "model.safetensors"), expected)
+
+
+def test_layout_keeps_a_roi_projection_and_other_settings(small_model, tmp_path):
+    text = small_model.config["text"] | dict(activation="gelu", eps=1e-6, eos_id=513)
+    model = FGCLIP(**small_model.config | dict(roi_projection=True, text=text))
+    torch.nn.init.normal_(model.roi_projection.weight)
+    save_clip_weights(model, tmp_path)
+    again = load_clip_weights(tmp_path)
+    assert again.text_model.eos_id == 513
+    assert_same_features(again, features(model))
+    added = load_clip_weights(small_model.state_dict(), hugging_face_config(small_model), roi_projection=True)
+    assert added.load_report.made == {"roi_projection.weight": "visual_projection.weight"}
+    assert_same_features(added, features(small_model))
+
+
+@pytest.mark.parametrize("layout", ["openai", "hugging_face"])
+@pytest.mark.parametrize("kind", ["dict", "file"])
+def test_clip_layouts_return_bit_for_bit(small_model, tmp_path, layout, kind):
+    state = small_model.state_dict()
+    source = to_openai(state) if layout == "openai" else to_clip(state)
+    config = hugging_face_config(small_model)
+    if layout == "hugging_face":
+        source |= {"text_model.embeddings.position_ids": torch.arange(24)[None]}
+    if kind == "file":
+        torch.save(source, tmp_path / "pytorch_model.bin")
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        given = tmp_path / "pytorch_model.bin" if layout == "openai" else tmp_path
+        model = load_clip_weights(given, config if layout == "openai" else None)
+    else:
+        model = load_clip_weights(source, config)
+    assert_same_features(model, features(small_model), ["image", "text", "regions", "global"])
+    report = model.load_report
+    assert report.layout == ("OpenAI CLIP" if layout == "openai" else "Hugging Face CLIP")
+    assert set(report.made) == {k for k in state if any(name in k for name in ONLY_FGCLIP)}
+    assert set(report.loaded) == set(to_clip(state)) and set(report.loaded).isdisjoint(report.made)
+    assert len(report.ignored) == (layout == "hugging_face")
+    assert "stretched" in str(report) and str(len(report.loaded)) in str(report)
+    embeddings = model.text_model.embeddings
+    stretched = stretch_positions(embeddings.position_embedding.weight)
+    assert embeddings.position_embedding_res.weight.equal(stretched)
+    assert embeddings.position_embedding_ori.weight.equal(stretched)
+    assert model.text_filip_projection.weight.equal(small_model.text_projection.weight)
+    assert model.logit_scale_hardneg.equal(small_model.logit_scale)
+
+
+def test_loaded_parameters_are_trainable_and_their_own(small_model):
+    state = small_model.state_dict()
+    model = load_clip_weights(state, hugging_face_config(small_model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            assert parameter.requires_grad and parameter.is_contiguous()
+            parameter.zero_()
+    assert all(t.abs().max() > 0 for t in state.values())
+
+
+def test_half_precision_source_becomes_float32(small_model):
+    half = {k: v.half() for k, v in to_openai(small_model.state_dict()).items()}
+    model = load_clip_weights(half, hugging_face_config(small_model))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.visual_projection.weight.equal(small_model.visual_projection.weight.half().float())
+
+
+def test_sizes_without_a_config():
+    """Heads are width / 64, as in every published CLIP."""
+    torch.manual_seed(0)
+    model = FGCLIP(
+        vision=dict(image_size=16, patch_size=8, width=128, layers=1, heads=2, mlp_width=64),
+        text=dict(vocab_size=514, context_length=24, width=64, layers=1, heads=1, mlp_width=64),
+        embed_dim=8,
+    )
+    again = load_clip_weights(model.state_dict())
+    assert again.vision_model.encoder.layers[0].self_attn.heads == 2
+    assert again.encode_image(PIXELS).equal(model.encode_image(PIXELS))
+
+
+def test_sharded_directory(small_model, tmp_path):
+    state = small_model.state_dict()
+    names = list(state)
+    torch.save({k: state[k] for k in names[:30]}, tmp_path / "one.bin")
+    torch.save({k: state[k] for k in names[30:]}, tmp_path / "two.bin")
+    index = tmp_path / "pytorch_model.bin.index.json"
+    weight_map = {k: "one.bin" if i < 30 else "two.bin" for i, k in enumerate(names)}
+    index.write_text(json.dumps(dict(weight_map=weight_map)))
+    (tmp_path / "config.json").write_text(json.dumps(hugging_face_config(small_model)))
+    assert_same_features(load_clip_weights(tmp_path), features(small_model))
+    index.write_text(json.dumps(dict(weight_map={names[0]: "../one.bin"})))
+    with pytest.raises(InputError, match="same folder"):
+        load_clip_weights(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["visual.transformer.resblocks.1.attn.in_proj_weight", "ln_final.bias", "logit_scale"])
+def test_a_missing_tensor_is_named(small_model, key):
+    source = to_openai(small_model.state_dict())
+    del source[key]
+    expected = {"ln_final.bias": "text_model.final_layer_norm.bias", "logit_scale": "logit_scale"}
+    with pytest.raises(InputError, match=expected.get(key, "vision_model.encoder.layers.1.self_attn.q_proj.weight")):
+        load_clip_weights(source, hugging_face_config(small_model))
+
+
+@pytest.mark.parametrize("layout", [to_openai, to_clip, dict])
+@pytest.mark.parametrize("key", ["visual.transformer.resblocks.0.attn.extra", "temporal_attention.0.weight"])
+def test_an_unknown_tensor_is_named(small_model, layout, key):
+    source = layout(small_model.state_dict()) | {key: torch.zeros(2)}
+    with pytest.raises(InputError, match=f"no place.*{key}|{key} has no place"):
+        load_clip_weights(source, hugging_face_config(small_model))
+
+
+def test_a_tensor_of_another_shape_is_named(small_model):
+    source = small_model.state_dict()
+    source["text_model.final_layer_norm.bias"] = torch.zeros(7)
+    with pytest.raises(InputError, match=r"final_layer_norm.bias is \(7,\), expected \(24,\)"):
+        load_clip_weights(source, hugging_face_config(small_model))
+
+
+@pytest.mark.parametrize(
+    ("tower", "key", "value"),
+    [
+        ("vision", "hidden_size", 768),
+        ("text", "num_hidden_layers", 12),
+        ("vision", "patch_size", 16),
+        ("text", "hidden_act", "relu"),
+        ("text", "num_attention_heads", 5),
+    ],
+)
+def test_a_config_of_another_model_is_refused(small_model, tower, key, value):
+    config = hugging_face_config(small_model)
+    config[f"{tower}_config"][key] = value
+    with pytest.raises(InputError, match=f"{tower}_config.*{key if 'heads' not in key else '5 attention heads'}"):
+        load_clip_weights(small_model.state_dict(), config)
+
+
+def test_other_files_are_refused_in_one_sentence(small_model, tmp_path):
+    cases = {
+        "empty.pt": b"",
+        "text.pt": b"not weights at all, but some text",
+        "short.safetensors": b"\x05\x00\x00\x00\x00\x00\x00\x00{}",
+        "zip.pt": b"PK\x05\x06" + bytes(18),
+    }
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save({"epoch": 3, "model": small_model.state_dict()}, tmp_path / "run.pt")
+    torch.save({"conv.weight": torch.zeros(2)}, tmp_path / "other.pt")
+    torch.save({"visual.layer1.0.conv1.weight": torch.zeros(2)}, tmp_path / "resnet.pt")
+    whole = (tmp_path / "run.pt").read_bytes()
+    for part in (2, 3, 20):
+        cases[f"cut{part}.pt"] = whole[: len(whole) // part]
+        (tmp_path / f"cut{part}.pt").write_bytes(cases[f"cut{part}.pt"])
+    (tmp_path / "folder").mkdir()
+    for name in [*cases, "run.pt", "other.pt", "resnet.pt", "folder", "absent.pt"]:
+        with pytest.raises(InputError) as caught:
+            load_clip_weights(tmp_path / name)
+        assert name in str(caught.value) and "\n" not in str(caught.value), name
+
+
+def test_torchscript_is_recognised_without_loading_it(tmp_path):
+    path = tmp_path / "archive.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/constants.pkl", b"anything")
+        archive.writestr("archive/data.pkl", b"anything")
+    with pytest.raises(InputError, match="--trust-torchscript"):
+        load_clip_weights(path)
+    with pytest.raises(InputError, match="not a readable TorchScript"), pytest.warns(Warning, match="deprecated"):
+        load_clip_weights(path, trust_torchscript=True)
+
+
+class Holder(torch.nn.Module):
+    """A module whose state dict has the given dotted names."""
+
+    def __init__(self, state):
+        super().__init__()
+        for name, tensor in state.items():
+            *path, last = name.split(".")
+            module = self
+            for part in path:
+                if part not in module._modules:
+                    module.add_module(part, torch.nn.Module())
+                module = module._modules[part]
+            module.register_buffer(last, tensor)
+
+    def forward(self, x):
+        return x
+
+
+def test_trusted_torchscript_loads_like_the_state_dict(small_model, tmp_path):
+    source = to_openai(small_model.state_dict())
+    facts = dict(input_resolution=torch.tensor(32), context_length=torch.tensor(24), vocab_size=torch.tensor(514))
+    with pytest.warns(Warning, match="deprecated"):
+        torch.jit.script(Holder(source | facts)).save(tmp_path / "ViT.pt")
+    with pytest.warns(Warning, match="deprecated"):
+        model = load_clip_weights(tmp_path / "ViT.pt", hugging_face_config(small_model), trust_torchscript=True)
+    assert set(model.load_report.ignored) == set(facts)
+    assert_same_features(model, features(small_model), ["image", "text", "regions", "global"])
+
+
+def test_a_missing_safetensors_package_is_named(small_model, tmp_path, monkeypatch):
+    save_clip_weights(small_model, tmp_path)
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match=r"safetensors package.*\[text\]"):
+        load_clip_weights(tmp_path)
+    with pytest.raises(InputError, match=r"safetensors package.*\[text\]"):
+        save_clip_weights(small_model, tmp_path)
+
+
+@pytest.mark.parametrize("end", ["last", "two"])
+def test_hugging_face_clip_has_the_same_features(end, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    eos = 2 if end == "two" else 513
+    text = dict(vocab_size=514, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    text |= dict(max_position_embeddings=77, eos_token_id=eos, bos_token_id=512, pad_token_id=1)
+    vision = dict(image_size=32, patch_size=8, hidden_size=48, intermediate_size=96, num_hidden_layers=2)
+    vision |= dict(num_attention_heads=3)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+    theirs = transformers.CLIPModel(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+        found = theirs(input_ids=TOKENS, pixel_values=PIXELS)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_clip_weights(tmp_path / "theirs")
+    assert ours.load_report.layout == "Hugging Face CLIP"
+
+    def embeds(model):
+        unit = torch.nn.functional.normalize
+        return unit(model.encode_image(PIXELS), dim=-1), unit(model.encode_text(TOKENS), dim=-1)
+
+    for mine, other in zip(embeds(ours), (found.image_embeds, found.text_embeds), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=2e-5)
+    save_clip_weights(ours, tmp_path / "ours")
+    back = transformers.CLIPModel.from_pretrained(tmp_path / "ours").eval()
+    with torch.no_grad():
+        again = back(input_ids=TOKENS, pixel_values=PIXELS)
+    torch.testing.assert_close(again.logits_per_image, found.logits_per_image, rtol=0, atol=0)
