@@ -45,10 +45,11 @@ STREAM = {
         256: Launch(rows=64, columns=32, warps=8, stages=2),
         512: Launch(rows=32, columns=32, warps=8, stages=2),
     },
+    "gfx942": dict.fromkeys((64, 128, 256, 512), Launch(rows=32, columns=32, warps=4, stages=1)),
 }
 STREAM_ROWS = 128  # queries up to which reading the bank, not multiplying, is expected to be the cost
 SPLITS = 128  # shares of the columns, about one a multiprocessor
-ROW_BLOCK, ROW_WARPS = 4096, 8
+ROW_BLOCK, ROW_WARPS = 4096, 16
 
 
 @triton.jit
