@@ -12,7 +12,6 @@ a process of its own each.
 import argparse
 import contextlib
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -89,7 +88,9 @@ def peak_memory(args: argparse.Namespace, name: str) -> float:
 
 
 def measure_memory(args: argparse.Namespace) -> None:
-    model, losses = models(args)[args.memory_of]
+    both = models(args)
+    model, losses = both.pop(args.memory_of)
+    both.clear()
     images, targets = data(args)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -97,8 +98,10 @@ def measure_memory(args: argparse.Namespace) -> None:
         step(model, losses, images, targets, AMP[args.amp])
     if args.device == "cuda":
         print(torch.cuda.max_memory_allocated() / 2**30)
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        return
+    # Not ru_maxrss, which a process inherits from the one that started it (getrusage(2), Linux).
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    print(int(status["VmHWM"].split()[0]) / 2**20)
 
 
 def main() -> None:

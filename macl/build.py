@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from macl.backbone import Backbone
 from macl.boxes import AnchorGenerator
 from macl.contrast import MACLHead
@@ -102,7 +100,7 @@ def build_detector(
             direction=macl_direction,
             temperature=macl_temperature,
         )
-    detector = PairedFasterRCNN(
+    return PairedFasterRCNN(
         backbone=body,
         neck=neck,
         fusion=Fusion(fusion, channels=fpn_channels),
@@ -137,7 +135,6 @@ def build_detector(
         max_size=max_size,
         kwargs=kwargs,
     )
-    return detector.to(memory_format=torch.channels_last)
 
 
 def load_detector(path: str | Path, *, weights: str = "ema") -> PairedFasterRCNN:

@@ -155,7 +155,9 @@ class PairedFasterRCNN(nn.Module):
         sizes = [tuple(image.shape[-2:]) for image in next(iter(resized.values()))]
         layout = [(name, len(sizes)) for name in images]
         batch = torch.cat([self.batch(given, name) for name, given in resized.items()])
-        maps = self.neck(self.backbone(batch.contiguous(memory_format=torch.channels_last), layout))
+        # The layout in which convolutions are fastest: on a CPU their backward takes half as long again channels-last.
+        layout_in_memory = torch.channels_last if batch.is_cuda else torch.contiguous_format
+        maps = self.neck(self.backbone(batch.contiguous(memory_format=layout_in_memory), layout))
         split = [level.split(len(sizes)) for level in maps]
         pyramids = {name: [level[i] for level in split] for i, name in enumerate(images)}
         return Extracted(pyramids, original_sizes, sizes, tuple(batch.shape[-2:]))
