@@ -274,6 +274,35 @@ def best_figure(figures: dict, by: str) -> float:
     return -1.0 if value is None else value
 
 
+def build_loader(args: argparse.Namespace, data, sampler: ResumableSampler, device: torch.device):
+    """Augmented batches in the sampler's order."""
+    augmentation = PairedAugmentation(
+        flip=args.flip, crop=args.crop, crop_scale=tuple(args.crop_scale), mosaic=args.mosaic,
+        brightness=args.brightness, contrast=args.contrast, saturation=args.saturation, hue=args.hue,
+        gain=args.gain, offset=args.offset, noise=args.noise,
+        erase_visible=args.erase_visible, erase_infrared=args.erase_infrared,
+    )  # fmt: skip
+    return make_loader(
+        Augmented(data, augmentation, seed=args.seed), sampler,
+        workers=args.workers, device=device, worker_init_fn=checkpoint.ignore_signals,
+    )  # fmt: skip
+
+
+def build_optimisation(args: argparse.Namespace, detector: macl.PairedFasterRCNN, steps_per_epoch: int):
+    """The optimizer and the schedule of its learning rate, which is stepped after each optimizer step."""
+    lr = args.lr
+    if args.lr_base_batch:
+        lr = scale_lr(lr, args.batch_size, distributed.world_size(), args.accumulate, args.lr_base_batch)
+    groups = parameter_groups(detector, lr=lr, weight_decay=args.weight_decay)
+    optimizer = build_optimizer(args.optimizer, groups, momentum=args.momentum)
+    schedule = build_schedule(
+        optimizer, args.schedule, total_steps=args.epochs * steps_per_epoch, warmup_steps=args.warmup_steps,
+        warmup_factor=args.warmup_factor, milestones=[epoch * steps_per_epoch for epoch in args.milestones],
+        gamma=args.gamma, final_factor=args.final_factor,
+    )  # fmt: skip
+    return optimizer, schedule
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     device = distributed.start(args.device)
@@ -293,29 +322,10 @@ def main(arguments: list[str] | None = None) -> None:
     model = DistributedDataParallel(detector) if distributed.world_size() > 1 else detector
 
     sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
-    augmentation = PairedAugmentation(
-        flip=args.flip, crop=args.crop, crop_scale=tuple(args.crop_scale), mosaic=args.mosaic,
-        brightness=args.brightness, contrast=args.contrast, saturation=args.saturation, hue=args.hue,
-        gain=args.gain, offset=args.offset, noise=args.noise,
-        erase_visible=args.erase_visible, erase_infrared=args.erase_infrared,
-    )  # fmt: skip
-    loader = make_loader(
-        Augmented(train_data, augmentation, seed=args.seed), sampler,
-        workers=args.workers, device=device, worker_init_fn=checkpoint.ignore_signals,
-    )  # fmt: skip
-
+    loader = build_loader(args, train_data, sampler, device)
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     total_steps = args.epochs * steps_per_epoch
-    lr = args.lr
-    if args.lr_base_batch:
-        lr = scale_lr(lr, args.batch_size, distributed.world_size(), args.accumulate, args.lr_base_batch)
-    groups = parameter_groups(detector, lr=lr, weight_decay=args.weight_decay)
-    optimizer = build_optimizer(args.optimizer, groups, momentum=args.momentum)
-    schedule = build_schedule(
-        optimizer, args.schedule, total_steps=total_steps, warmup_steps=args.warmup_steps,
-        warmup_factor=args.warmup_factor, milestones=[epoch * steps_per_epoch for epoch in args.milestones],
-        gamma=args.gamma, final_factor=args.final_factor,
-    )  # fmt: skip
+    optimizer, schedule = build_optimisation(args, detector, steps_per_epoch)
 
     def losses_of(batch: dict) -> dict[str, torch.Tensor]:
         move = {

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+import training.distributed as distributed
 from macl.precision import at_least_float32
-from training import distributed
 
 PROJECTOR_NORMS = ("none", "layer", "group", "batch")
 DIRECTIONS = ("both", "visible_to_infrared")

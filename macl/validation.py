@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+import training.distributed as distributed
 from macl.data import Plain, make_loader, to_float
 from macl.detector import Extracted, PairedFasterRCNN
 from macl.metrics import alignment, average_precision, ignore_all_but, seen_in
 from macl.plots import draw_detections, tsne_picture
-from training import distributed
 
 SCORE_THRESHOLD = 0.001  # for figures; below a detector's own, which is for looking at
 AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -19,7 +19,7 @@ from training.errors import one_sentence
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "--synthetic-train 12 --synthetic-val 4 --batch-size 2 --epochs 2 --workers 0 --device cpu --fpn-channels 16 "
-    "--head-width 16 --macl-dim 8 --macl-hidden 16 --warmup-steps 2"
+    "--head-width 16 --macl-dim 8 --macl-hidden 16 --macl-weight 0.3 --warmup-steps 2"
 ).split()
 
 
@@ -69,7 +69,7 @@ def test_a_run_leaves_what_it_should(run):
     assert {"args.json", "metrics.jsonl", "last.pt", "best.pt", "pictures"} <= {path.name for path in run.iterdir()}
     steps = metrics(run)
     assert [line["step"] for line in steps] == list(range(1, 13))
-    weights = {"loss_macl": 0.2}
+    weights = {"loss_macl": 0.3}
     for line in steps:
         losses = {name: value for name, value in line.items() if name.startswith("loss_")}
         assert len(losses) == 5

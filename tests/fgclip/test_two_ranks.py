@@ -1,8 +1,5 @@
 """Two gloo processes against one: this file starts itself twice, each process writes what it saw, the tests compare."""
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -128,7 +125,7 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, two_ranks):
     """What both ranks saw."""
     folder = tmp_path_factory.mktemp("two-ranks")
     arrays = ROOT.parent / "shared" / "golden" / "fgclip" / "global_loss_ws2.npz"
@@ -137,27 +134,7 @@ def ranks(tmp_path_factory):
 
         with np.load(arrays) as z:
             torch.save({k: torch.from_numpy(np.array(z[k])) for k in z.files}, folder / "golden.pt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", __file__, str(folder)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return two_ranks(__file__, folder)
 
 
 @pytest.mark.parametrize(("split", "classes"), [*((name, 1) for name in SPLITS), ("ragged", 2)])
