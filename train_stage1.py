@@ -76,13 +76,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     named, _ = named.parse_known_args(arguments)
     if named.data_root is None:
         parser.set_defaults(**SYNTHETIC_RECIPE)
-    parser.set_defaults(published=None)
     if named.init_from is not None:
         source = read_state(named.init_from)
         if "model_kwargs" in source:
             parser.set_defaults(**source["model_kwargs"], statistics="given")
         else:
-            parser.set_defaults(norm="frozen_batch", frozen_stages=1, statistics="imagenet", published=named.init_from)
+            parser.set_defaults(norm="frozen_batch", frozen_stages=1, statistics="imagenet")
             parser.set_defaults(norm_eps=0.0 if has_old_names(source) else 1e-5)
     return parser.parse_args(arguments)
 
@@ -248,6 +247,12 @@ def refuse_what_cannot_train(args: argparse.Namespace) -> None:
         raise InputError(
             "--macl-level image with one image a step never has a negative: raise --batch-size, or use --macl-level roi"
         )
+    if args.statistics == "given" and not hasattr(args, "visible_mean"):
+        raise InputError("--statistics given takes them from a checkpoint of a run: name one with --init-from")
+    if args.hue > 0.5:
+        raise InputError(f"--hue {args.hue}: expected at most 0.5, half of the colour circle")
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
+        raise InputError(f"--crop-scale {args.crop_scale}: expected two numbers above 0, the smaller one first")
     if args.norm == "sync_batch" and world > 1 and args.device == "cpu":
         raise InputError("--norm sync_batch over several processes needs --device cuda")
     if args.best_by == "r1" and (args.macl_weight == 0 or args.macl_level == "none"):

@@ -87,6 +87,7 @@ class RPN(nn.Module):
     def propose(
         self, objectness: list[Tensor], offsets: list[Tensor], anchors: list[Tensor], image_sizes: list[tuple[int, int]]
     ) -> list[Tensor]:
+        """Proposals (n_i, 4) an image, best first: decoded, clipped to their image, NMS within each level."""
         pre_nms, post_nms = (pair[0 if self.training else 1] for pair in (self.pre_nms, self.post_nms))
         scores, boxes, levels = [], [], []
         for level, (logits, deltas, references) in enumerate(zip(objectness, offsets, anchors, strict=True)):
