@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import macl
 from macl.backbone import BACKBONES, NORMS
-from macl.build import IMAGENET_MEAN, IMAGENET_STD, MACL_LEVELS, first_difference, load_initial_weights
+from macl.build import IMAGENET_MEAN, IMAGENET_STD, MACL_LEVELS, load_initial_weights
 from macl.contrast import DIRECTIONS, PROJECTOR_NORMS
 from macl.data import LLVIP, Augmented, PairedAugmentation, SyntheticPairs, hold_out, make_loader, to_float
 from macl.fusion import FUSIONS
@@ -40,6 +40,7 @@ from training.errors import InputError, one_sentence
 from training.log import RunLog, Throughput, peak_memory
 from training.optimizer import build_optimizer, build_schedule, ema, parameter_groups, scale_lr
 from training.sampler import ResumableSampler
+from training.state import TrainingState
 from training.step import Stepper, micro_batches, module_gradient_norms
 
 SCRIPT = "stage1"
@@ -67,6 +68,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser, **{k: v for k, v in LLVIP_RECIPE.items() if k not in ("epochs", "batch_size", "workers")}
     )
     add_data_flags(parser)
+    add_augmentation_flags(parser)
     add_model_flags(parser)
     add_loss_flags(parser)
 
@@ -94,6 +96,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--synthetic-val", type=positive_int, default=200, metavar="N", help="drawn validation pairs")
     add("--statistics", choices=("imagenet", "measured", "given"), default="imagenet",
         help="mean and std of each modality: ImageNet's, measured on 64 training pairs, or the checkpoint's")
+
+
+def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
+    """Every flag here is the keyword of `PairedAugmentation` of the same name."""
     add = parser.add_argument_group("augmentation: geometry is the same for both images").add_argument
     add("--flip", type=fraction, default=0.5, metavar="P", help="probability of a horizontal flip")
     add("--crop", type=fraction, default=0.0, metavar="P", help="probability of a crop")
@@ -350,8 +356,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.check:
         check(said + about_model, train_data, val_data, stepper, loader, detector)
         return
+    state = TrainingState(SCRIPT, detector, average, optimizer, schedule, stepper, sampler)
     if resumed is not None:
-        restore(resumed, detector, average, optimizer, schedule, stepper, sampler)
+        state.load_state_dict(resumed)
         best, untrained = resumed["best"], resumed["untrained"]
     log = RunLog(folder, total_steps=total_steps, resume_step=stepper.steps if resumed else None, every=args.log_every)
     for line in [*said, *about_model, f"writing to {folder}"]:
@@ -366,14 +373,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
     def save(name: str) -> None:
-        rng = distributed.gather_objects(checkpoint.rng_state())
-        checkpoint.save(folder / name, {
-            "script": SCRIPT, "model_kwargs": detector.kwargs, "model": detector.state_dict(),
-            "ema": None if average is None else average.module.state_dict(),
-            "ema_updates": 0 if average is None else int(average.n_averaged),
-            "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "stepper": stepper.state_dict(),
-            "sampler": sampler.state_dict(), "rng": rng, "best": best, "untrained": untrained,
-        })  # fmt: skip
+        run = {"model_kwargs": detector.kwargs, "best": best, "untrained": untrained}
+        checkpoint.save(folder / name, state.state_dict() | run)
 
     throughput = Throughput()
     with checkpoint.Signals() as signals:
@@ -433,29 +434,6 @@ def check(said: list[str], train_data, val_data, stepper: Stepper, loader, detec
     print("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items()))
     for name, norm in module_gradient_norms(detector).items():
         print(f"gradient norm of {name}: " + ("no gradient" if norm is None else f"{norm:.4g}"))
-
-
-def restore(state: dict, detector, average, optimizer, schedule, stepper: Stepper, sampler: ResumableSampler) -> None:
-    """Put a run back exactly where its checkpoint left it."""
-    if state.get("script") != SCRIPT:
-        raise InputError(
-            f"--resume: the checkpoint was written by {state.get('script')}, not by {SCRIPT}; use --init-from"
-        )
-    if (state["ema"] is None) != (average is None):
-        raise InputError("--ema-decay: the checkpoint was trained otherwise; resume with the same")
-    try:
-        detector.load_state_dict(state["model"])
-        if average is not None:
-            average.module.load_state_dict(state["ema"])
-            average.n_averaged.fill_(state["ema_updates"])
-        optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"--resume: the checkpoint is of another detector: {first_difference(error)}") from error
-    schedule.load_state_dict(state["schedule"])
-    stepper.load_state_dict(state["stepper"])
-    sampler.load_state_dict(state["sampler"])
-    if len(state["rng"]) == distributed.world_size():
-        checkpoint.set_rng_state(state["rng"][distributed.rank()])
 
 
 if __name__ == "__main__":

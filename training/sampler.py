@@ -82,14 +82,15 @@ class ResumableSampler:
 
     def _order(self) -> np.ndarray:
         """Dataset indices of this epoch, wrapped round where the last step would lack some."""
-        order = np.arange(self.length)
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        order = self._shuffled() if self.shuffle else np.arange(self.length)
         size = self.batch_size * self.world_size
         if self.drop_last:
             return np.resize(order, max(self.length, size))
         rest = self.length % size
         return np.resize(order, self.length + max(0, self.world_size - rest)) if rest else order
+
+    def _shuffled(self) -> np.ndarray:
+        return np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
 
     def state_dict(self) -> dict:
         return {"epoch": self.epoch, "position": self.position, **self._recipe()}
@@ -101,12 +102,45 @@ class ResumableSampler:
     def load_state_dict(self, state: dict) -> None:
         """Go to the place that `state` tells. Raises InputError where it belongs to another order of the data."""
         for name, value in self._recipe().items():
-            if state[name] != value:
+            if state.get(name) != value:
                 raise InputError(
                     f"the checkpoint's place in the data cannot be found again: its {name.replace('_', ' ')} was "
-                    f"{state[name]}, now it is {value}; resume with the same, or begin a new run with --init-from."
+                    f"{state.get(name)}, now it is {value}; resume with the same, or begin a new run with --init-from."
                 )
         self.epoch, self.position = state["epoch"], state["position"]
+
+
+class BalancedSampler(ResumableSampler):
+    """ResumableSampler over two data sets laid end to end, of which every batch holds the same shares.
+
+    An epoch is one pass over the first data set, `lengths[0]` entries, among which those of the second are spread
+    evenly, so that they make up `share` of each stretch of the order. They go on, epoch after epoch, through one
+    permutation of the second data set after another, however large or small it is.
+    """
+
+    def __init__(self, lengths: tuple[int, int], batch_size: int, *, share: float, seed: int, **options):
+        """options: rank, world_size and drop_last of ResumableSampler; the order is always shuffled."""
+        if not 0 < share < 1:
+            raise ValueError(f"share must be above 0 and below 1, not {share}.")
+        self.lengths, self.share = tuple(lengths), share
+        self.others = max(1, round(lengths[0] * share / (1 - share)))  # entries of the second data set an epoch
+        super().__init__(lengths[0] + self.others, batch_size, seed=seed, **options)
+
+    def _shuffled(self) -> np.ndarray:
+        first, second = self.lengths
+        own = np.random.default_rng((self.seed, self.epoch)).permutation(first)
+        start = self.epoch * self.others
+        passes = range(start // second, (start + self.others - 1) // second + 1)
+        stream = [np.random.default_rng((self.seed, number, second)).permutation(second) for number in passes]
+        others = np.concatenate(stream)[start - passes[0] * second :][: self.others] + first
+        places = np.arange(1, self.length + 1) * self.others // self.length  # others up to and with each place
+        order = np.empty(self.length, dtype=np.int64)
+        is_other = np.diff(places, prepend=0).astype(bool)
+        order[is_other], order[~is_other] = others, own
+        return order
+
+    def _recipe(self) -> dict:
+        return super()._recipe() | {"lengths": list(self.lengths), "share": self.share}
 
 
 def evaluation_indices(length: int) -> list[int]:
