@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from training import distributed
 from training.errors import InputError
+from training.gradients import GradientReport, LossGradients
 
 _AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The scaler halves its scale at each skipped step: after so many in a row the scale is not what is wrong.
@@ -27,6 +28,7 @@ class StepResult:
     grad_norm: float  # 2-norm over all parameters, before clipping; not finite where the step was skipped
     lr: float  # of the first parameter group, as used in this step
     skipped: bool  # fp16 only: a gradient overflowed, so neither parameters nor schedule nor EMA moved
+    gradients: GradientReport | None = None  # where it was asked for: before clipping, so that the losses' ones add up
 
 
 def micro_batches(loader: Iterable, accumulate: int) -> Iterator[list]:
@@ -80,15 +82,24 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.steps = self.skipped = self._skipped_in_a_row = 0
 
-    def __call__(self, batches: list, *, keep_gradients: bool = False) -> StepResult:
+    def __call__(
+        self, batches: list, *, keep_gradients: bool = False, parts: dict[str, nn.Module] | None = None
+    ) -> StepResult:
         """One step over a list of micro-batches, each of which counts the same.
 
         Raises InputError on every rank, before a parameter has moved, where on any rank a loss, or without fp16 a
         gradient, is not finite. `keep_gradients` leaves the clipped gradients for `module_gradient_norms`.
+        parts: modules by name, at which each loss's share of this very step's gradient is reported. The step itself
+        stays the same bit for bit; it takes one more backward for every loss, and the memory of `LossGradients`.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        rows = [self._backward(batch, len(batches), last=i == len(batches) - 1) for i, batch in enumerate(batches)]
+        split = LossGradients(parts) if parts else None
+        rows = [
+            self._backward(batch, len(batches), last=i == len(batches) - 1, split=split)
+            for i, batch in enumerate(batches)
+        ]
         rows = torch.stack(rows)  # (micro-batches, 2 * losses)
+        gradients = split.report(scale=self.scaler.get_scale()) if split else None
         norm = self._measure_and_clip()
         lr = float(self.optimizer.param_groups[0]["lr"])
 
@@ -103,17 +114,23 @@ class Stepper:
             self.optimizer.zero_grad(set_to_none=True)
         total = sum(weight * losses[name] for name, weight in self.weights.items() if weight)
         present = {name: value for name, value in losses.items() if self.weights[name] or not math.isnan(value)}
-        return StepResult(present, total, grad_norm, lr, skipped=not math.isfinite(grad_norm))
+        return StepResult(present, total, grad_norm, lr, not math.isfinite(grad_norm), gradients)
 
-    def _backward(self, batch, count: int, *, last: bool) -> torch.Tensor:
-        """Differentiate one micro-batch's share; its losses (NaN where absent), then what has no graph of each."""
+    def _backward(self, batch, count: int, *, last: bool, split: LossGradients | None = None) -> torch.Tensor:
+        """Differentiate one micro-batch's share, where asked for also by loss into `split`.
+
+        -> its losses (NaN where absent), then what has no graph of each.
+        """
         wait = isinstance(self.model, DistributedDataParallel) and not last
         with self.model.no_sync() if wait else contextlib.nullcontext():
             with self._autocast():
                 losses = self.losses_of(batch)
             self._check_names(losses)
             enabled = {name: losses[name] for name, weight in self.weights.items() if weight}
-            total = sum(self.weights[name] * _wide(loss) for name, loss in enabled.items())
+            weighted = {name: self.weights[name] * _wide(loss) for name, loss in enabled.items()}
+            if split is not None:
+                split.add({name: self.scaler.scale(loss / count) for name, loss in weighted.items()})
+            total = sum(weighted.values())
             if total.requires_grad:
                 self.scaler.scale(total / count).backward()
             elif distributed.world_size() > 1:
