@@ -28,6 +28,7 @@ from training import checkpoint, distributed
 from training.arguments import (
     add_optimisation_flags,
     add_shared_flags,
+    float_list,
     fraction,
     int_list,
     make_parser,
@@ -160,11 +161,15 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--macl-roi-size", type=positive_int, default=4, metavar="N", help="boxes are pooled to N x N")
 
 
-def add_loss_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("loss weights").add_argument
+def add_detection_weight_flags(add) -> None:
     add("--rpn-weight", type=non_negative_float, default=1.0, metavar="X", help="both losses of the RPN")
     add("--class-weight", type=non_negative_float, default=1.0, metavar="X", help="classification")
     add("--box-weight", type=non_negative_float, default=1.0, metavar="X", help="box regression")
+
+
+def add_loss_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("loss weights").add_argument
+    add_detection_weight_flags(add)
     add("--macl-weight", type=non_negative_float, default=0.1, metavar="X", help="contrast; 0 builds no head for it")
     add = parser.add_argument_group("validation and speed").add_argument
     add("--best-by", choices=("ap50", "ap", "r1"), default="ap50", help="which figure chooses best.pt")
@@ -172,10 +177,6 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     add("--log-every", type=positive_int, default=20, metavar="STEPS", help="steps between printed lines")
     add("--compile", action="store_true", help="torch.compile the backbone and the neck")
 # fmt: on
-
-
-def float_list(text: str) -> list[float]:
-    return [positive_float(part) for part in text.split(",")]
 
 
 def open_data(args: argparse.Namespace):
@@ -255,14 +256,18 @@ def refuse_what_cannot_train(args: argparse.Namespace) -> None:
         )
     if args.statistics == "given" and not hasattr(args, "visible_mean"):
         raise InputError("--statistics given takes them from a checkpoint of a run: name one with --init-from")
-    if args.hue > 0.5:
-        raise InputError(f"--hue {args.hue}: expected at most 0.5, half of the colour circle")
-    if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
-        raise InputError(f"--crop-scale {args.crop_scale}: expected two numbers above 0, the smaller one first")
+    refuse_augmentation(args)
     if args.norm == "sync_batch" and world > 1 and args.device == "cpu":
         raise InputError("--norm sync_batch over several processes needs --device cuda")
     if args.best_by == "r1" and (args.macl_weight == 0 or args.macl_level == "none"):
         raise InputError("--best-by r1 needs the contrastive head: --macl-weight above 0 and --macl-level roi or image")
+
+
+def refuse_augmentation(args: argparse.Namespace) -> None:
+    if args.hue > 0.5:
+        raise InputError(f"--hue {args.hue}: expected at most 0.5, half of the colour circle")
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
+        raise InputError(f"--crop-scale {args.crop_scale}: expected two numbers above 0, the smaller one first")
 
 
 def validate(detector, data, args, device, *, modes=None) -> tuple[dict, list[dict]]:
@@ -299,12 +304,18 @@ def build_loader(args: argparse.Namespace, data, sampler: ResumableSampler, devi
     )  # fmt: skip
 
 
-def build_optimisation(args: argparse.Namespace, detector: macl.PairedFasterRCNN, steps_per_epoch: int):
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The keywords of the detector's forward out of a batch."""
+    images = {name: [image.to(device, non_blocking=True) for image in batch[name]] for name in ("visible", "infrared")}
+    return images | {"targets": [{k: value.to(device) for k, value in target.items()} for target in batch["targets"]]}
+
+
+def build_optimisation(args: argparse.Namespace, detector, steps_per_epoch: int, lr_scale: dict | None = None):
     """The optimizer and the schedule of its learning rate, which is stepped after each optimizer step."""
     lr = args.lr
     if args.lr_base_batch:
         lr = scale_lr(lr, args.batch_size, distributed.world_size(), args.accumulate, args.lr_base_batch)
-    groups = parameter_groups(detector, lr=lr, weight_decay=args.weight_decay)
+    groups = parameter_groups(detector, lr=lr, weight_decay=args.weight_decay, lr_scale=lr_scale)
     optimizer = build_optimizer(args.optimizer, groups, momentum=args.momentum)
     schedule = build_schedule(
         optimizer, args.schedule, total_steps=args.epochs * steps_per_epoch, warmup_steps=args.warmup_steps,
@@ -338,15 +349,8 @@ def main(arguments: list[str] | None = None) -> None:
     total_steps = args.epochs * steps_per_epoch
     optimizer, schedule = build_optimisation(args, detector, steps_per_epoch)
 
-    def losses_of(batch: dict) -> dict[str, torch.Tensor]:
-        move = {
-            name: [image.to(device, non_blocking=True) for image in batch[name]] for name in ("visible", "infrared")
-        }
-        targets = [{name: value.to(device) for name, value in target.items()} for target in batch["targets"]]
-        return model(**move, targets=targets)
-
     stepper = Stepper(
-        model, optimizer, losses_of=losses_of, weights=loss_weights(args, detector),
+        model, optimizer, losses_of=lambda batch: model(**to_device(batch, device)), weights=loss_weights(args, detector),
         describe=lambda batch: batch["path"], device=device, schedule=schedule, average=average, amp=args.amp,
         clip_norm=args.clip_norm,
     )  # fmt: skip

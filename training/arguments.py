@@ -71,6 +71,11 @@ def int_list(text: str) -> list[int]:
     return numbers
 
 
+def float_list(text: str) -> list[float]:
+    """ "0.5,1" -> [0.5, 1.0], numbers above 0."""
+    return [positive_float(part) for part in text.split(",")]
+
+
 def size(text: str) -> tuple[int, int]:
     """ "512x640" -> (512, 640), height and width in pixels; "512" -> (512, 512)."""
     parts = text.lower().split("x")

@@ -1,0 +1,464 @@
+"""Stage 2: fine-tune a stage-1 detector on KAIST, or on drawn scenes of another kind than it knows.
+
+    python train_stage2.py                                                     # the newest stage-1 run, drawn scenes
+    python train_stage2.py --init-from runs/NAME/best.pt --data-root KAIST --image-set train-all-02
+    python train_stage2.py --init-from runs/NAME/best.pt --data-root KAIST --llvip-root LLVIP --old-share 0.3
+    torchrun --nproc-per-node 4 train_stage2.py --init-from runs/NAME/best.pt --data-root KAIST --amp bf16
+    python train_stage2.py --resume auto                                       # go on after Ctrl-C
+
+The architecture comes out of the checkpoint. Hard negatives from a memory bank (DHN) and the alignment of the domains
+join it; each has its weight, its warm-up, and can be switched off. Without --data-root the defaults are those of the
+drawn scenes, with it those of KAIST; add --help to see the defaults of just that command.
+"""
+
+import argparse
+import bisect
+import math
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import macl
+from macl.build import load_initial_weights
+from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, Joint, SyntheticPairs, hold_out
+from macl.domain import dann_scale
+from macl.validation import draw_validation, miss_rate_figures, miss_rate_text, validation_text
+from macl.weights import read_state
+from train_stage1 import (
+    VALIDATION_SEED,
+    add_augmentation_flags,
+    add_detection_weight_flags,
+    best_figure,
+    build_loader,
+    build_optimisation,
+    check,
+    loss_weights,
+    refuse_augmentation,
+    to_device,
+    validate,
+)
+from training import checkpoint, distributed
+from training.arguments import (
+    add_optimisation_flags,
+    add_shared_flags,
+    float_list,
+    fraction,
+    int_list,
+    make_parser,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+    prepare_run,
+)
+from training.errors import InputError, one_sentence
+from training.log import RunLog, Throughput, peak_memory
+from training.optimizer import ema
+from training.ramp import RAMPS, ramped
+from training.sampler import BalancedSampler, ResumableSampler
+from training.state import TrainingState
+from training.step import Stepper, micro_batches
+
+SCRIPT = "stage2"
+MOST_ZEROS = 50  # steps in a row in which an alignment loss may be exactly 0
+
+# The recipe for KAIST: the defaults of the flags, and what differs for the drawn scenes.
+KAIST_RECIPE = dict(
+    epochs=6, batch_size=4, workers=4, optimizer="adamw", lr=1e-4, weight_decay=1e-4, schedule="cosine",
+    warmup_steps=500, clip_norm=10.0, ema_decay=0.999,
+)  # fmt: skip
+SYNTHETIC_RECIPE = dict(
+    epochs=3, workers=1, lr=5e-4, warmup_steps=30, clip_norm=0.0, ema_decay=0.99, freeze_stages=[1, 0],
+    lr_scale=[("backbone", 0.5)], best_by="ap50", ramp_steps=100, old_share=0.25, dhn_size=512, dhn_k=[16, 32],
+    dhn_active=[512], dhn_milestones=[1],
+)  # fmt: skip
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The flags, with the defaults of the data set that they name."""
+    parser = make_parser(__doc__)
+    add_shared_flags(parser, SCRIPT, **{k: KAIST_RECIPE[k] for k in ("epochs", "batch_size", "workers")})
+    add_optimisation_flags(
+        parser, **{k: v for k, v in KAIST_RECIPE.items() if k not in ("epochs", "batch_size", "workers")}
+    )
+    add_data_flags(parser)
+    add_augmentation_flags(parser)
+    add_model_flags(parser)
+    add_loss_flags(parser)
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--data-root")
+    if named.parse_known_args(arguments)[0].data_root is None:
+        parser.set_defaults(**SYNTHETIC_RECIPE)
+    return parser.parse_args(arguments)
+
+
+def name_and_factor(text: str) -> tuple[str, float]:
+    """ "backbone=0.1" -> ("backbone", 0.1)."""
+    name, _, factor = text.partition("=")
+    if not name or not factor:
+        raise argparse.ArgumentTypeError(f"expected NAME=FACTOR such as backbone=0.1, got {text!r}")
+    return name, positive_float(factor)
+
+
+# fmt: off
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("which pairs").add_argument
+    add("--image-set", default="train-all-02", metavar="NAME|FILE", help="KAIST: list of training frames")
+    add("--val-image-set", metavar="NAME|FILE", help="KAIST: list of validation frames; without it videos are held out")
+    add("--stride", type=positive_int, default=1, metavar="N", help="KAIST: every N-th training frame of a video")
+    add("--annotations", metavar="PATH", help="KAIST: boxes from here instead of from the tree")
+    add("--llvip-root", metavar="PATH", help="LLVIP, the domain of stage 1, to mix in and to validate on")
+    add("--old-share", type=fraction, default=0.25, metavar="X",
+        help="share of each batch from the domain of stage 1; 0 mixes nothing in")
+    add("--synthetic-train", type=positive_int, default=600, metavar="N", help="drawn training pairs")
+    add("--synthetic-val", type=positive_int, default=100, metavar="N", help="drawn validation pairs of each domain")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """What a fine-tuning run may choose; the rest of the architecture is the checkpoint's."""
+    add = parser.add_argument_group("detector: without a flag as in the checkpoint").add_argument
+    add("--from-scratch", action="store_true", help="only its architecture, with random weights: to compare with")
+    add("--modality-dropout", type=fraction, nargs=2, metavar=("VISIBLE", "INFRARED"),
+        help="probability that a modality of a training image is masked")
+    add("--min-size", type=int_list, metavar="PIXELS", help="short side; of several the last one in evaluation")
+    add("--max-size", type=positive_int, metavar="PIXELS", help="longest side after resizing")
+    add("--freeze-stages", type=int_list, default="2,1", metavar="N,N",
+        help="backbone stages frozen in epoch 1, 2, ...; the last number holds from there on")
+    add("--lr-scale", type=name_and_factor, nargs="*", default=[("backbone", 0.1)], metavar="NAME=X",
+        help="factor on --lr for the parameters whose name begins so, such as backbone=0.1 neck=0.5")
+    add = parser.add_argument_group("hard negatives of MACL (DHN)").add_argument
+    add("--dhn-size", type=non_negative_int, default=8192, metavar="N", help="boxes kept of each modality; 0 for none")
+    add("--dhn-k", type=int_list, default="64,96,128", metavar="N,N", help="hardest ones taken, stage by stage")
+    add("--dhn-active", type=int_list, default="2048,4096,8192", metavar="N,N", help="newest ones to choose among")
+    add("--dhn-milestones", type=int_list, default="1,3", metavar="EPOCHS", help="after how many a stage begins")
+    add("--dhn-mode", choices=("denominator", "softplus"), default="denominator",
+        help="more negatives in MACL's denominator, or a loss of their own, loss_dhn")
+    add("--dhn-momentum", type=fraction, default=0.0, metavar="X", help="keys from a moving average of the projector")
+    add = parser.add_argument_group("alignment of the domains").add_argument
+    add("--mmd-level", choices=("none", "embedding", "pyramid"), default="embedding",
+        help="maximum mean discrepancy of embeddings or pooled maps: of the modalities, and of two data sets")
+    add("--mmd-sigmas", type=float_list, metavar="X,X", help="widths of its kernels; without it from the median")
+    add("--mmd-unbiased", action=argparse.BooleanOptionalAction, default=True, help="its estimator")
+    add("--adversary", choices=("none", "modality", "dataset"), default="none",
+        help="what a classifier behind a gradient reversal tells apart")
+
+
+def add_loss_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("loss weights").add_argument
+    add_detection_weight_flags(add)
+    add("--macl-weight", type=non_negative_float, default=0.1, metavar="X", help="contrast")
+    add("--dhn-weight", type=non_negative_float, default=0.1, metavar="X", help="loss_dhn of --dhn-mode softplus")
+    add("--mmd-weight", type=non_negative_float, default=0.1, metavar="X", help="discrepancies")
+    add("--adversary-weight", type=non_negative_float, default=0.1, metavar="X", help="domain classifier")
+    for name, kind in (("macl", "constant"), ("dhn", "constant"), ("mmd", "linear"), ("adversary", "linear")):
+        add(f"--{name}-ramp", choices=RAMPS, default=kind, help=f"how --{name}-weight comes to its full size")
+    add("--ramp-steps", type=non_negative_int, default=500, metavar="STEPS", help="length of all of these")
+    add = parser.add_argument_group("validation and speed").add_argument
+    add("--best-by", choices=("ap50", "ap", "miss-rate", "r1"), default="miss-rate", help="what chooses best.pt")
+    add("--patience", type=non_negative_int, default=0, metavar="N", help="stop after N validations without a better one")
+    add("--validate-every", type=positive_int, default=1, metavar="EPOCHS", help="and after the last")
+    add("--log-every", type=positive_int, default=20, metavar="STEPS", help="steps between printed lines")
+    add("--gradient-report", type=non_negative_int, default=0, metavar="N",
+        help="every N steps each loss's gradient at backbone and neck, and their cosines; 0 for none")
+    add("--compile", action="store_true", help="torch.compile the backbone and the neck")
+# fmt: on
+
+
+def newest_stage1(runs_root: Path = Path("runs")) -> str:
+    """best.pt of the stage-1 run that was written to last."""
+    found = [folder / "best.pt" for folder in runs_root.glob("stage1-*") if (folder / "best.pt").is_file()]
+    if not found:
+        raise InputError(
+            f"there is no {runs_root}/stage1-*/best.pt to fine-tune: run train_stage1.py first, or give --init-from"
+        )
+    return str(max(found, key=lambda path: path.stat().st_mtime_ns))
+
+
+def open_data(args: argparse.Namespace):
+    """Training data, validation data by domain ("old" where there is one), and a sentence about each.
+
+    -> training data (a Joint with an old domain), the new domain's validation data, the old one's or None, sentences.
+    """
+    if args.data_root is None:
+        new = SyntheticPairs(args.synthetic_train, args.seed, domain=DAY_AND_NIGHT)
+        old = SyntheticPairs(args.synthetic_train, args.seed, domain=NIGHT)
+        validation = SyntheticPairs(args.synthetic_val, VALIDATION_SEED + args.seed, domain=DAY_AND_NIGHT)
+        old_validation = SyntheticPairs(args.synthetic_val, VALIDATION_SEED + args.seed, domain=NIGHT)
+        said = [f"validating on {validation.source}"]
+    else:
+        new, validation, said = open_kaist(args)
+        old = old_validation = None
+        if args.llvip_root is not None:
+            old, old_validation, sentence = hold_out(LLVIP(args.llvip_root, "train"))
+            said.append(f"old domain: {sentence}")
+    train = Joint(new, old) if old is not None and args.old_share else new
+    source = train.source + (" (no --data-root was given)" if args.data_root is None else "")
+    share = f", {args.old_share:.0%} of each batch from the latter" if train is not new else ""
+    return train, validation, old_validation, [f"training on {source}{share}", *said]
+
+
+def open_kaist(args: argparse.Namespace):
+    """Training and validation frames of KAIST, and sentences about the latter."""
+    options = dict(annotations=args.annotations)
+    train = KAIST(args.data_root, args.image_set, stride=args.stride, **options)
+    if args.val_image_set is None:
+        train, validation, sentence = hold_out(train)
+        return train, validation, [sentence]
+    validation = KAIST(args.data_root, args.val_image_set, **options)
+    return train, validation, [f"validating on {validation.source}"]
+
+
+def build_model(
+    args: argparse.Namespace, source: str | None, resumed: Path | None, *, domains: int
+) -> tuple[macl.PairedFasterRCNN, list[str]]:
+    """The detector of the checkpoint `source`, with what stage 2 adds to it, and what there is to say about it.
+
+    Of a run that is resumed the architecture alone; its weights come with the rest of its state.
+    """
+    initial = read_state(resumed or source)
+    if "model_kwargs" not in initial:
+        raise InputError(f"--init-from {source}: expected best.pt or last.pt of a run of train_stage1.py")
+    kwargs = dict(initial["model_kwargs"])
+    if resumed is None:
+        chosen = ("modality_dropout", "min_size", "max_size")
+        kwargs |= {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
+        added = ("dhn_size", "dhn_mode", "dhn_momentum", "mmd_level", "mmd_sigmas", "mmd_unbiased", "adversary")
+        kwargs |= {name: getattr(args, name) for name in added} | {"domains": domains, "dhn_k": args.dhn_k[0]}
+    try:
+        detector = macl.build_detector(**kwargs)
+    except ValueError as error:
+        raise InputError(f"the detector's flags do not fit together: {error}") from error
+    if args.macl_weight == 0 and detector.macl is not None:
+        detector.macl.requires_grad_(False)  # kept, so that the checkpoint fits and R@1 is told
+    if resumed is not None:
+        return detector, []
+    if args.from_scratch:
+        return detector, [f"architecture of {source}, random weights (--from-scratch)"]
+    return detector, [f"weights of {source}: {load_initial_weights(detector, source)}"]
+
+
+def refuse_what_cannot_train(args: argparse.Namespace) -> None:
+    refuse_augmentation(args)
+    if args.llvip_root is not None and args.data_root is None:
+        raise InputError("--llvip-root goes with --data-root; without it the old domain is drawn")
+    if args.old_share == 1:
+        raise InputError("--old-share 1 would leave no batch for the new domain: expected less")
+    if not args.freeze_stages or max(args.freeze_stages) > 4:
+        raise InputError(f"--freeze-stages {args.freeze_stages}: expected numbers from 0 to 4")
+    if args.dhn_size and args.macl_weight == 0:
+        raise InputError("--dhn-size: hard negatives are negatives of MACL; raise --macl-weight, or give --dhn-size 0")
+    if args.dhn_size and not (args.dhn_k and args.dhn_active and min(args.dhn_k + args.dhn_active) > 0):
+        raise InputError("--dhn-k and --dhn-active: expected at least one number above 0 each")
+
+
+def full_weights(args: argparse.Namespace, detector: macl.PairedFasterRCNN) -> dict[str, float]:
+    """The weight of every loss when its ramp is over; the one place where losses are weighted."""
+    weights = loss_weights(args, detector)
+    if args.dhn_size and args.dhn_mode == "softplus":
+        weights["loss_dhn"] = args.dhn_weight
+    if args.mmd_level != "none":
+        weights["loss_mmd"] = args.mmd_weight
+        if detector.kwargs["domains"] > 1:
+            weights["loss_mmd_domains"] = args.mmd_weight
+    if args.adversary != "none":
+        weights["loss_adversary"] = args.adversary_weight
+    return weights
+
+
+def set_course(args: argparse.Namespace, detector, full: dict[str, float], *, step: int, total: int, epoch: int):
+    """What changes from step to step: the weights of the losses, which it returns, the reversal, the hard negatives."""
+    kinds = {f"loss_{name}": getattr(args, f"{name}_ramp") for name in ("macl", "dhn", "mmd", "adversary")}
+    kinds["loss_mmd_domains"] = args.mmd_ramp
+    detector.reversal_scale = dann_scale(step / total)
+    if args.dhn_size:
+        stage = bisect.bisect_right(args.dhn_milestones, epoch)
+        detector.macl.hard.k = args.dhn_k[min(stage, len(args.dhn_k) - 1)]
+        detector.macl.hard.active = args.dhn_active[min(stage, len(args.dhn_active) - 1)]
+    return {name: ramped(weight, kinds.get(name, "constant"), step, args.ramp_steps) for name, weight in full.items()}
+
+
+def validate_both(detector, new, old, args, device) -> tuple[dict, list[dict]]:
+    """Figures on the new domain, miss rates among them, with those of the old one under "old"; the new one's results."""
+    figures, results = validate(detector, new, args, device)
+    figures["miss_rate"] = miss_rate_figures(results)
+    if old is not None:
+        figures["old"], _ = validate(detector, old, args, device)
+    return figures, results
+
+
+def both_text(figures: dict) -> str:
+    lines = [validation_text({name: value for name, value in figures.items() if name not in ("miss_rate", "old")})]
+    lines += [miss_rate_text(figures["miss_rate"])] if figures["miss_rate"] else []
+    lines += ["the domain of stage 1:" + validation_text(figures["old"])] if "old" in figures else []
+    return "\n".join(lines)
+
+
+def figure_to_raise(figures: dict, by: str) -> float:
+    """The figure on the new domain that chooses best.pt and ends the run, with both cameras; more is better."""
+    if by != "miss-rate":
+        return best_figure(figures, by)
+    rates = next(iter(figures["miss_rate"].values()), {})
+    return -math.inf if rates.get("reasonable all") is None else -rates["reasonable all"]
+
+
+class ZeroWatch:
+    """Ends a run in which an alignment loss stays exactly 0: nothing would be learnt under its name."""
+
+    REASONS = {
+        "loss_mmd": "fewer than two boxes a step are seen in both modalities; raise --batch-size or use --mmd-level pyramid",
+        "loss_mmd_domains": "a step holds fewer than two boxes of one of the data sets; raise --batch-size or --old-share",
+        "loss_adversary": "no box or image reached the classifier",
+    }
+
+    def __init__(self):
+        self.zeros = dict.fromkeys(self.REASONS, 0)
+
+    def __call__(self, losses: dict[str, float]) -> None:
+        for name in self.zeros.keys() & losses.keys():
+            self.zeros[name] = self.zeros[name] + 1 if losses[name] == 0 else 0
+            if self.zeros[name] == MOST_ZEROS:
+                raise InputError(f"{name} was exactly 0 in {MOST_ZEROS} steps in a row: {self.REASONS[name]}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    device = distributed.start(args.device)
+    refuse_what_cannot_train(args)
+    again = checkpoint.find_resume(args.resume, args.output, SCRIPT)
+    if again is None and args.init_from is None:
+        args.init_from = newest_stage1()
+    train_data, val_data, old_val_data, said = open_data(args)
+    torch.manual_seed(args.seed)
+    detector, about_model = build_model(args, args.init_from, again, domains=1 + isinstance(train_data, Joint))
+    resumed = None
+    if not args.check:  # the folder comes last, so that bad input leaves none behind
+        folder = prepare_run(args, SCRIPT, may_change=("log_every", "validate_every", "best_by", "gradient_report"))
+        resumed = checkpoint.load(args.resume) if args.resume else None
+    detector = detector.to(device)
+    if args.compile:
+        detector.backbone.compile()
+        detector.neck.compile()
+    average = ema(detector, args.ema_decay) if args.ema_decay else None
+
+    if isinstance(train_data, Joint):
+        lengths = tuple(map(len, train_data.parts))
+        sampler = BalancedSampler(lengths, args.batch_size, share=args.old_share, seed=args.seed)
+    else:
+        sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
+    loader = build_loader(args, train_data, sampler, device)
+    steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
+    total_steps = args.epochs * steps_per_epoch
+    detector.backbone.freeze(min(args.freeze_stages))  # the optimizer knows all that is ever trained
+    optimizer, schedule = build_optimisation(args, detector, steps_per_epoch, lr_scale=dict(args.lr_scale))
+    full = full_weights(args, detector)
+    stepper = Stepper(
+        detector, optimizer, losses_of=lambda batch: stepper.model(**to_device(batch, device)), weights=full,
+        describe=lambda batch: batch["path"], device=device, schedule=schedule, average=average, amp=args.amp,
+        clip_norm=args.clip_norm,
+    )  # fmt: skip
+    state = TrainingState(SCRIPT, detector, average, optimizer, schedule, stepper, sampler)
+    torch.manual_seed(args.seed * 1000 + distributed.rank())  # each process samples its own RoIs
+
+    if args.check:
+        stepper.weights |= set_course(args, detector, full, step=1, total=total_steps, epoch=0)
+        check(said + about_model, train_data, val_data, stepper, loader, detector)
+        return
+    best, stale = -math.inf, 0  # the best figure, and validations since then
+    if resumed is not None:
+        state.load_state_dict(resumed)
+        best, stale = resumed["best"], resumed["stale"]
+    log = RunLog(folder, total_steps=total_steps, resume_step=stepper.steps if resumed else None, every=args.log_every)
+    for line in [*said, *about_model, f"writing to {folder}"]:
+        log.say(line)
+
+    def save(name: str) -> None:
+        run = {"model_kwargs": detector.kwargs, "best": best, "stale": stale}
+        checkpoint.save(folder / name, state.state_dict() | run)
+
+    def validated(epoch: int) -> None:
+        nonlocal best, stale
+        bare = detector if average is None or stepper.steps == 0 else average.module
+        figures, results = validate_both(bare, val_data, old_val_data, args, device)
+        log.validation(stepper.steps, {"epoch": epoch, **figures}, both_text(figures))
+        if distributed.is_main():
+            draw_validation(folder, epoch, val_data, results, detector.kwargs["classes"])
+        figure, stale = figure_to_raise(figures, args.best_by), stale + 1
+        if figure > best or stepper.steps == 0:
+            best, stale = figure, 0
+            save("best.pt")
+            log.say(f"best {args.best_by} so far: {abs(best):.4f}, kept in {folder / 'best.pt'}")
+
+    if resumed is not None:
+        log.say(f"resumed from {args.resume} at step {stepper.steps}, epoch {sampler.epoch}")
+    else:
+        log.say("before fine-tuning:")
+        validated(0)
+    watch, throughput = ZeroWatch(), Throughput()
+    with checkpoint.Signals() as signals:
+        for epoch in range(sampler.epoch, args.epochs):
+            if args.patience and stale >= args.patience:
+                log.say(f"no better {args.best_by} in {stale} validations (--patience): stopped after epoch {epoch}")
+                break
+            sampler.set_epoch(epoch)
+            log.say(begin_epoch(args, detector, stepper, epoch))
+            done = False
+            for batches in micro_batches(loader, args.accumulate) if len(sampler) else ():
+                step = stepper.steps + 1
+                stepper.weights |= set_course(args, detector, full, step=step, total=total_steps, epoch=epoch)
+                report = args.gradient_report and step % args.gradient_report == 0
+                parts = {"backbone": detector.backbone, "neck": detector.neck} if report else None
+                result = stepper(batches, parts=parts)
+                sampler.advance(len(batches))
+                images = sum(len(batch["path"]) for batch in batches) * distributed.world_size()
+                if not result.skipped:
+                    watch(result.losses)
+                    log.train(stepper.steps, {
+                        "epoch": epoch + 1, "loss": result.total, **result.losses, "lr": result.lr,
+                        "grad_norm": result.grad_norm, **{f"weight{k[4:]}": v for k, v in stepper.weights.items()},
+                        **{name: float(value) for name, value in detector.monitor.items()},
+                        "images_per_second": throughput.update(images), "memory_gib": peak_memory(device),
+                        **({"gradients": result.gradients.record()} if result.gradients else {}),
+                    })  # fmt: skip
+                    if result.gradients:
+                        log.say(result.gradients.text())
+                stop = signals.stop_requested()
+                done = args.max_steps is not None and stepper.steps >= args.max_steps
+                if stop or stepper.steps % args.save_every == 0:
+                    save("last.pt")
+                if stop:
+                    log.say(f"stopped at step {stepper.steps}; go on with --resume {folder}")
+                    log.close()
+                    raise SystemExit(signals.exit_status)
+                if done:
+                    break
+            last = done or epoch + 1 == args.epochs
+            if last or (epoch + 1) % args.validate_every == 0:
+                validated(epoch + 1)
+                throughput.restart()
+            if len(sampler) == 0:
+                sampler.set_epoch(epoch + 1)  # a run resumed here goes straight on
+            save("last.pt")
+            if args.keep_every and (epoch + 1) % args.keep_every == 0:
+                save(f"epoch-{epoch + 1}.pt")
+            if last:
+                break
+    log.close()
+    distributed.stop()
+
+
+def begin_epoch(args: argparse.Namespace, detector, stepper: Stepper, epoch: int) -> str:
+    """Freeze what is frozen in this epoch, for DDP too, and say what is trained."""
+    frozen = args.freeze_stages[min(epoch, len(args.freeze_stages) - 1)]
+    detector.backbone.freeze(frozen)
+    if distributed.world_size() > 1:
+        # Banks are the same on every rank; running statistics of norm layers are not, and rank 0's are those of all.
+        statistics = "batch" in detector.kwargs["norm"] and detector.kwargs["norm"] != "frozen_batch"
+        stepper.model = DistributedDataParallel(detector, broadcast_buffers=statistics)
+    trained = sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
+    what = f"the stem and {frozen} of the backbone's stages frozen" if frozen else "nothing frozen"
+    return f"epoch {epoch + 1}: {what}, {trained / 1e6:.2f} M parameters trained"
+
+
+if __name__ == "__main__":
+    with one_sentence(macl.InputError):
+        main()
