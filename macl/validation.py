@@ -1,4 +1,7 @@
-"""What a detector finds in a data set, with both cameras and with each alone, as figures, text and pictures."""
+"""What a detector finds in a data set, with both cameras and with each alone, as figures, text and pictures.
+
+`predict` gives the results, one dict an image; the other functions make something of them.
+"""
 
 import contextlib
 import math
@@ -12,7 +15,8 @@ from torch.utils.data import Dataset
 import training.distributed as distributed
 from macl.data import Plain, make_loader, to_float
 from macl.detector import Extracted, PairedFasterRCNN
-from macl.metrics import alignment, average_precision, ignore_all_but, seen_in
+from macl.metrics import alignment, average_precision, ignore_all_but, miss_rate_table, seen_in
+from macl.metrics.miss_rate import FRAME
 from macl.plots import draw_detections, tsne_picture
 
 SCORE_THRESHOLD = 0.001  # for figures; below a detector's own, which is for looking at
@@ -35,10 +39,10 @@ def predict(
     """What the detector finds in every image of a data set of paired samples, each image on exactly one process.
 
     modes: name -> modalities to detect with (see `PairedFasterRCNN.modes`); none to embed only. Features are computed
-    once for all. -> on every process, one dict an image, in order: image_id, path, `found` (mode -> detections, on
-    the CPU), `truth` (the
-    boxes with labels, ignore and what else is known), and, of a detector with a contrastive head, `embeddings`:
-    (visible, infrared), each (n, out_dim), of the boxes that are not ignored or of the image.
+    once for all. -> on every process, one dict an image, in order: image_id, path, size (H, W), `found` (mode ->
+    detections, on the CPU), `truth` (the boxes with labels, ignore and what else is known), and, of a detector with a
+    contrastive head, `embeddings`: (visible, infrared), each (n, out_dim), of the boxes that are not ignored or of the
+    image.
     """
     was_training = detector.training
     detector.eval()
@@ -56,9 +60,12 @@ def predict(
             }
             embeddings = embed(detector, extracted, batch["targets"]) if detector.macl is not None else None
         for i, truth in enumerate(batch["targets"]):
+            if batch["daytime"][i] is not None:
+                truth = truth | {"daytime": batch["daytime"][i]}
             result = {
                 "image_id": batch["image_id"][i],
                 "path": batch["path"][i],
+                "size": tuple(batch["visible"][i].shape[-2:]),
                 "found": {mode: detections[i] for mode, detections in found.items()},
                 "truth": truth,
             }
@@ -98,6 +105,45 @@ def detection_figures(results: list[dict]) -> dict[str, dict]:
         for name, frames in kinds.items():
             figures[mode][f"ap50_seen_in_{name}"] = average_precision(found, frames)["ap50"]
     return figures
+
+
+def miss_rate_figures(results: list[dict]) -> dict[str, dict[str, float | None]]:
+    """Mode -> row -> log-average miss rate in percent (lower is better), the ten rows of `metrics.miss_rate_table`:
+    "reasonable all", "reasonable day", ..., "all"; None where a row has no person.
+
+    Empty unless the data set knows occlusion and daytime, as KAIST and the drawn scenes do.
+    """
+    tables = {mode: miss_rate_table(*frames) for mode, frames in miss_rate_frames(results).items()}
+    return {mode: {row: values["miss_rate"] for row, values in rows.items()} for mode, rows in tables.items()}
+
+
+def miss_rate_frames(results: list[dict]) -> dict[str, tuple[list[dict], list[dict]]]:
+    """Mode -> (detections, ground truth) as the functions of `metrics.miss_rate` take them.
+
+    Heights and borders of their rows are for frames of KAIST's size, so others are stretched to it. People are the
+    first class; what is labelled otherwise is ignored.
+    """
+    truth = [result["truth"] for result in results]
+    if not all("occlusion" in frame and "daytime" in frame for frame in truth):
+        return {}
+    frames = [
+        frame | {"boxes": to_kaist(frame["boxes"], result), "ignore": frame["ignore"] | (frame["labels"] != 1)}
+        for frame, result in zip(truth, results, strict=True)
+    ]
+    found = {}
+    for mode in results[0]["found"] if results else ():
+        people = [(result, result["found"][mode], result["found"][mode]["labels"] == 1) for result in results]
+        found[mode] = [
+            {"boxes": to_kaist(one["boxes"][first], result), "scores": one["scores"][first]}
+            for result, one, first in people
+        ]
+    return {mode: (detections, frames) for mode, detections in found.items()}
+
+
+def to_kaist(boxes: Tensor, result: dict) -> Tensor:
+    """(N, 4) boxes of an image of result["size"], stretched to a frame of KAIST."""
+    height, width = result["size"]
+    return boxes if (width, height) == FRAME else boxes * boxes.new_tensor([FRAME[0] / width, FRAME[1] / height] * 2)
 
 
 def alignment_figures(results: list[dict]) -> dict | None:

@@ -3,11 +3,12 @@
 from macl.data.llvip import LLVIP, hold_out
 from macl.data.loader import collate, make_loader
 from macl.data.sample import find_pairs, read_image, read_pair
-from macl.data.scenes import NIGHT, Domain
+from macl.data.scenes import DAY_AND_NIGHT, NIGHT, Domain
 from macl.data.synthetic import SyntheticPairs
 from macl.data.transforms import Augmented, PairedAugmentation, Plain, to_float
 
 __all__ = [
+    "DAY_AND_NIGHT",
     "LLVIP",
     "NIGHT",
     "Augmented",

@@ -13,9 +13,10 @@ def collate(samples: list[dict]) -> dict:
 
     visible, infrared: (3, H_i, W_i) float32 images, what a detector takes as keywords of these names
     targets: dicts of what belongs to the boxes (boxes, labels, ignore and, where known, visible_in, occlusion)
-    image_id, path, scene: as in the samples
+    image_id, path, scene, daytime: as in the samples; daytime is None where it is not known
     """
     batch = {key: [sample[key] for sample in samples] for key in ("visible", "infrared", "image_id", "path", "scene")}
+    batch["daytime"] = [sample.get("daytime") for sample in samples]
     batch["targets"] = [{key: sample[key] for key in PER_BOX if key in sample} for sample in samples]
     return batch
 

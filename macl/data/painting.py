@@ -1,4 +1,4 @@
-"""Paints a laid-out scene twice, as a camera sees it at night and as a thermal camera does."""
+"""Paints a laid-out scene twice, as a camera for visible light sees it and as a thermal camera does."""
 
 import math
 
@@ -13,16 +13,24 @@ def paint(rng: np.random.Generator, domain: Domain, scene: Scene) -> tuple[np.nd
     tint = np.array([1.0, uniform(rng, 0.8, 0.95), uniform(rng, 0.6, 1.0)], dtype=np.float32)[:, None, None]
     visible = tint * _visible_background(rng, domain, scene)  # (3, H, W)
     infrared = _infrared_background(rng, domain, scene)[None]  # (1, H, W)
+    # What a domain lacks draws nothing, so that a new property leaves the pictures of the older domains as they are.
+    colder = domain.colder > 0 and rng.random() < domain.colder
     for canvas, modality, contrast in (
         (visible, VISIBLE, domain.visible_contrast),
-        (infrared, INFRARED, domain.infrared_contrast),
+        (infrared, INFRARED, tuple(-strength if colder else strength for strength in domain.infrared_contrast)),
     ):
         behind = canvas.copy()
         for figure in scene.figures:
             _paint_figure(rng, canvas, behind, figure, modality, contrast)
 
     _add_noise(rng, visible, uniform(rng, *domain.visible_noise))
-    infrared = _blur(_shifted(rng, infrared, domain.misregistration))
+    infrared = _shifted(rng, infrared, offset=domain.offset, most=domain.misregistration)
+    for _ in range(domain.blur):
+        infrared = _blur(infrared)
+    if domain.stripes:
+        columns = np.zeros((1, 1, infrared.shape[2]), dtype=np.float32)
+        _add_noise(rng, columns, domain.stripes)
+        infrared += columns
     _add_noise(rng, infrared, uniform(rng, *domain.infrared_noise))
     return _to_bytes(visible), _to_bytes(infrared).repeat(3, axis=0)
 
@@ -38,7 +46,7 @@ def _paint_figure(
     """Blends a figure over the canvas (C, H, W); one that is not seen looks like the background, and still hides.
 
     In visible light people may be brighter or darker than what is behind them and each part has a tone of its own; in
-    infrared they are warmer, most of all the head.
+    infrared they are warmer (colder where the contrast is negative), most of all the head.
     """
     raster = figure.raster
     patch = canvas[:, raster.rows, raster.columns]  # (C, h, w)
@@ -63,12 +71,12 @@ def _paint_figure(
 
 
 def _visible_background(rng: np.random.Generator, domain: Domain, scene: Scene) -> np.ndarray:
-    """Dark sky, buildings with a few lit windows, and ground under lamps and headlights; (H, W) float32."""
+    """Sky, buildings with a few lit windows, and ground under lamps, headlights and shadows; (H, W) float32."""
     height, width = scene.ground.size
     y, x = np.arange(height, dtype=np.float32), np.arange(width, dtype=np.float32)
     horizon, ambient = int(scene.ground.horizon), uniform(rng, *domain.ambient)
     canvas = np.float32(ambient) * _texture(rng, (height, width), cells=(9, 11), low=0.75, high=1.25)
-    canvas[:horizon] *= np.float32(0.35)
+    canvas[:horizon] *= np.float32(domain.sky)
     for rows, columns in scene.buildings:
         canvas[rows, columns] = ambient * uniform(rng, 0.5, 0.9)
         for row in range(rows.start + 2, rows.stop - 4, 6):
@@ -83,6 +91,12 @@ def _visible_background(rng: np.random.Generator, domain: Domain, scene: Scene) 
     for _ in range(count(rng, domain.lamps)):
         peak = uniform(rng, *domain.lamp) / domain.ambient[1]
         _add_light(rng, light, x, y, at=uniform(rng, -0.1, 1.1), row=uniform(rng, 0.2, 1), reach=(0.15, 0.4), peak=peak)
+    for figure in scene.figures if domain.shadows else ():
+        if figure.seen[VISIBLE]:
+            shade, reach = np.ones_like(light), (0.2 * figure.height / width, 0.4 * figure.height / width)
+            at, row = figure.foot[0] / width, figure.foot[1] / height
+            _add_light(rng, shade, x, y, at=at, row=row, reach=reach, peak=-domain.shadows)
+            light *= shade
     canvas *= light
     if rng.random() < domain.headlights:
         row, at, apart = uniform(rng, 0.3, 0.6), uniform(rng, 0.05, 0.85), uniform(rng, 0.04, 0.1)
@@ -149,10 +163,10 @@ def _blur(image: np.ndarray) -> np.ndarray:
     return image
 
 
-def _shifted(rng: np.random.Generator, image: np.ndarray, most: int) -> np.ndarray:
-    """Moves (C, H, W) by up to `most` pixels either way down and across; the border repeats."""
-    for axis in (1, 2):
-        step = int(uniform(rng, 0, 2 * most + 1)) - most
+def _shifted(rng: np.random.Generator, image: np.ndarray, *, offset: tuple[int, int], most: int) -> np.ndarray:
+    """Moves (C, H, W) by `offset` and up to `most` pixels more or less, down and right; the border repeats."""
+    for axis, ahead in zip((1, 2), offset, strict=True):
+        step = int(uniform(rng, 0, 2 * most + 1)) - most - ahead
         image = image.take(np.clip(np.arange(image.shape[axis]) + step, 0, image.shape[axis] - 1), axis)
     return image
 

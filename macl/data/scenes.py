@@ -17,6 +17,7 @@ class Domain:
 
     daytime: bool = False
     heights: tuple[float, float] = (0.11, 0.66)  # of people, as a share of the image's height
+    ignored_below: float = 0.0  # people of less than this share of the image's height are ignored
     people: tuple[int, int] = (2, 7)
     empty: float = 0.03  # share of scenes without people
     visible_only: float = 0.2  # shares of the people
@@ -26,6 +27,8 @@ class Domain:
     occluders: tuple[int, int] = (0, 1)
     horizon: tuple[float, float] = (0.16, 0.32)
     ambient: tuple[float, float] = (22, 45)  # tone of the unlit ground in visible light
+    sky: float = 0.35  # times the ground's tone
+    shadows: float = 0.0  # share of the light that figures keep from the ground at their feet
     lamps: tuple[int, int] = (1, 3)
     lamp: tuple[float, float] = (30, 90)
     headlights: float = 0.4  # share of scenes with a pair of them
@@ -36,10 +39,28 @@ class Domain:
     warm_clutter: tuple[int, int] = (2, 6)
     infrared_contrast: tuple[float, float] = (40, 95)
     infrared_noise: tuple[float, float] = (2, 4)
-    misregistration: int = 1  # pixels
+    colder: float = 0.0  # share of scenes whose ground is hotter than people and things
+    stripes: float = 0.0  # standard deviation of what each column of the infrared sensor adds
+    blur: int = 1  # how often infrared is softened
+    offset: tuple[int, int] = (0, 0)  # pixels by which infrared lies lower and further right than visible
+    misregistration: int = 1  # pixels, either way, about the offset
 
 
 NIGHT = Domain()
+
+# What another pair of cameras sees, by night and by day: smaller people, more often in groups, the small ones ignored;
+# infrared with less contrast, softer, striped, and never registered, since the cameras stand side by side. By day
+# the visible image shows more people, and the ground may be hotter than they are. Boxes are those of the visible image.
+STREET_NIGHT = Domain(
+    heights=(0.08, 0.38), ignored_below=0.1, people=(2, 8), visible_only=0.1, infrared_only=0.3, companions=0.4,
+    occluders=(0, 2), lamps=(1, 4), visible_contrast=(30, 80), visible_noise=(4, 8), ground=(80, 120),
+    infrared_contrast=(22, 60), infrared_noise=(3, 5), stripes=3.0, blur=2, offset=(1, 3), misregistration=1,
+)  # fmt: skip
+STREET_DAY = replace(
+    STREET_NIGHT, daytime=True, visible_only=0.3, infrared_only=0.1, ambient=(95, 150), sky=1.4, shadows=0.4,
+    lamps=(0, 0), headlights=0.0, visible_contrast=(35, 80), visible_noise=(2, 4), ground=(105, 150), colder=0.6,
+)  # fmt: skip
+DAY_AND_NIGHT = (STREET_DAY, STREET_NIGHT)
 
 
 @dataclass(frozen=True)

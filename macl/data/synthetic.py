@@ -1,15 +1,18 @@
-"""Night scenes drawn by the project: registered visible and infrared pairs of people among things that resemble them.
+"""Scenes drawn by the project: pairs of visible and infrared images of people among things that resemble them.
 
 Some people can be seen only in visible light (as warm as what is behind them) and some only in infrared (as dark as
 what is behind them). Pair i draws from its own numpy stream, seeded by (seed, i), and all arithmetic is correctly
 rounded, so that every pair is the same on every machine, whatever was drawn before it.
+
+NIGHT is what a detector is first trained on: registered pairs of night scenes, after LLVIP. DAY_AND_NIGHT is what it
+is fine-tuned to: other cameras on streets by day and by night, after KAIST.
 """
 
 import numpy as np
 import torch
 
 from macl.data.painting import paint
-from macl.data.scenes import INFRARED, NIGHT, VISIBLE, Domain, Scene, lay_out
+from macl.data.scenes import INFRARED, NIGHT, VISIBLE, Domain, Figure, Scene, lay_out
 from macl.errors import InputError
 
 PARTIAL, HEAVY, IGNORED = (
@@ -22,28 +25,39 @@ PARTIAL, HEAVY, IGNORED = (
 class SyntheticPairs(torch.utils.data.Dataset):
     """`count` drawn pairs as samples (see macl.data.sample), all keys known; each pair is a scene of its own.
 
-    seed: an integer >= 0; other seeds give other scenes. size: (H, W) in pixels. domain: what the scenes look like.
-    People of whom more than 70 % is hidden are ignored. Raises InputError for a count below 1 or a negative seed.
+    seed: an integer >= 0; other seeds give other scenes. size: (H, W) in pixels. domain: what the scenes look like, one
+    kind, or several kinds in turn. People of whom more than 70 % is hidden, and those below the domain's height, are
+    ignored. Raises InputError for a count below 1 or a negative seed.
     """
 
     classes = ("person",)
 
-    def __init__(self, count: int, seed: int, *, size: tuple[int, int] = (128, 160), domain: Domain = NIGHT):
+    def __init__(
+        self,
+        count: int,
+        seed: int,
+        *,
+        size: tuple[int, int] = (128, 160),
+        domain: Domain | tuple[Domain, ...] = NIGHT,
+    ):
         if count < 1:
             raise InputError(f"a synthetic data set of {count} pairs was asked for; expected at least 1")
         if seed < 0:
             raise InputError(f"the synthetic data set's seed is {seed}; expected 0 or more")
-        self.count, self.seed, self.size, self.domain = count, seed, size, domain
+        self.count, self.seed, self.size = count, seed, size
+        self.domains = (domain,) if isinstance(domain, Domain) else tuple(domain)
+        by_day = sum(self.domain(index).daytime for index in range(count))
         self.source = f"synthetic pairs: {count} scenes of {size[1]} x {size[0]} pixels drawn from seed {seed}"
+        self.source += f", {by_day} of them by day" if by_day else ""
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict:
         index = range(self.count)[index]
-        rng = np.random.default_rng((self.seed, index))
-        scene = lay_out(rng, self.domain, self.size)
-        visible, infrared = paint(rng, self.domain, scene)
+        rng, domain = np.random.default_rng((self.seed, index)), self.domain(index)
+        scene = lay_out(rng, domain, self.size)
+        visible, infrared = paint(rng, domain, scene)
         people = [figure for figure in scene.figures if figure.kind == "person"]
         hidden = torch.tensor([figure.hidden for figure in people], dtype=torch.float64)
         return {
@@ -51,24 +65,38 @@ class SyntheticPairs(torch.utils.data.Dataset):
             "infrared": torch.from_numpy(infrared),
             "boxes": torch.tensor([figure.box for figure in people], dtype=torch.float32).reshape(-1, 4),
             "labels": torch.ones(len(people), dtype=torch.int64),
-            "ignore": hidden > IGNORED,
+            "ignore": torch.tensor([self._ignores(figure, domain) for figure in people], dtype=torch.bool),
             "image_id": index,
             "path": f"synthetic/{self.seed}/{index:06d}",
             "scene": index,
             "visible_in": torch.tensor([figure.seen for figure in people], dtype=torch.bool).reshape(-1, 2),
             "occlusion": (hidden > PARTIAL).long() + (hidden > HEAVY).long(),
-            "daytime": self.domain.daytime,
+            "daytime": domain.daytime,
         }
+
+    def domain(self, index: int) -> Domain:
+        """What scene `index` looks like."""
+        return self.domains[index % len(self.domains)]
 
     def layout(self, index: int) -> Scene:
         """All that stands in a scene, people and other things, without its pixels."""
-        return lay_out(np.random.default_rng((self.seed, range(self.count)[index])), self.domain, self.size)
+        index = range(self.count)[index]
+        return lay_out(np.random.default_rng((self.seed, index)), self.domain(index), self.size)
+
+    def _ignores(self, figure: Figure, domain: Domain) -> bool:
+        return figure.hidden > IGNORED or figure.box[3] - figure.box[1] < domain.ignored_below * self.size[0]
 
     def statistics(self) -> dict:
-        """The counts of LLVIP.statistics, people seen in both modalities and in only one, and the least number of
-        distractors that an image of each modality shows at least by half. No image is painted."""
+        """The counts of LLVIP.statistics, scenes by day, people seen in both modalities and in only one, and the least
+        number of distractors that an image of each modality shows at least by half. No image is painted."""
         scenes = [self.layout(index).figures for index in range(self.count)]
         people = [figure for scene in scenes for figure in scene if figure.kind == "person"]
+        ignored = [
+            self._ignores(figure, self.domain(index))
+            for index, scene in enumerate(scenes)
+            for figure in scene
+            if figure.kind == "person"
+        ]
         heights = sorted(figure.box[3] - figure.box[1] for figure in people)
         distractors = [
             [sum(f.seen[modality] for f in scene if f.is_distractor and f.hidden <= HEAVY) for scene in scenes]
@@ -77,8 +105,9 @@ class SyntheticPairs(torch.utils.data.Dataset):
         return {
             "pairs": self.count,
             "scenes": self.count,
+            "by_day": sum(self.domain(index).daytime for index in range(self.count)),
             "boxes": len(people),
-            "ignored": sum(figure.hidden > IGNORED for figure in people),
+            "ignored": sum(ignored),
             "clipped": 0,
             "dropped": 0,
             "other_classes": 0,

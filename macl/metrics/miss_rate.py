@@ -22,6 +22,7 @@ SUBSETS = {  # smallest and largest height in pixels, both included; occlusion l
 }
 DAYTIMES = ("all", "day", "night")
 TABLE = [("reasonable", daytime) for daytime in DAYTIMES] + [(name, "all") for name in SUBSETS if name != "reasonable"]
+FRAME = (640, 512)  # width, height in pixels of the frames that heights and border are meant for
 BORDER = (5, 5, 635, 507)  # a box that leaves this x1, y1, x2, y2 is ignored
 REFERENCE_FPPI = 10.0 ** np.linspace(-2, 0, 9)
 MIN_OVERLAP = 0.5

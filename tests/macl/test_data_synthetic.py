@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from macl.data import NIGHT, SyntheticPairs
+from macl.data import DAY_AND_NIGHT, NIGHT, SyntheticPairs
 from macl.data.figures import DISTRACTORS, person, rasterise
 from macl.data.painting import paint
-from macl.data.scenes import INFRARED, VISIBLE, Ground, Scene
+from macl.data.scenes import INFRARED, STREET_DAY, STREET_NIGHT, VISIBLE, Ground, Scene
 from macl.errors import InputError
 
 
@@ -32,13 +32,14 @@ def test_a_sample_follows_the_contract():
     assert torch.equal(sample["infrared"][0], sample["infrared"][2])
 
 
-def test_pixels_are_the_same_on_every_machine():
-    data, digest = SyntheticPairs(8, seed=2024), hashlib.sha256()
+@pytest.mark.parametrize(("domain", "expected"), [(NIGHT, "82577aad4b944c10"), (DAY_AND_NIGHT, "65574125ff1c5106")])
+def test_pixels_are_the_same_on_every_machine(domain, expected):
+    data, digest = SyntheticPairs(8, seed=2024, domain=domain), hashlib.sha256()
     for sample in (data[index] for index in range(8)):
         for key in ("visible", "infrared"):
             digest.update(np.ascontiguousarray(sample[key].numpy()).tobytes())
         digest.update(sample["boxes"].numpy().astype("<f4").tobytes())
-    assert digest.hexdigest()[:16] == "82577aad4b944c10"
+    assert digest.hexdigest()[:16] == expected
 
 
 def test_a_pair_depends_on_seed_and_index_alone():
@@ -182,6 +183,106 @@ def test_the_size_of_the_images_is_a_choice():
     sample = SyntheticPairs(2, seed=0, size=(96, 200))[0]
     assert sample["visible"].shape == (3, 96, 200)
     assert (sample["boxes"][:, 2] <= 200).all() and (sample["boxes"][:, 3] <= 96).all()
+
+
+@pytest.fixture(scope="module")
+def street_counts():
+    return SyntheticPairs(200, seed=5, domain=DAY_AND_NIGHT).statistics()
+
+
+def test_day_and_night_take_turns():
+    data = SyntheticPairs(6, seed=1, domain=DAY_AND_NIGHT)
+    samples = [data[index] for index in range(6)]
+    assert [sample["daytime"] for sample in samples] == [True, False] * 3
+    assert data.source.endswith("drawn from seed 1, 3 of them by day") and data.statistics()["by_day"] == 3
+    brightness = [sample["visible"].float().mean().item() for sample in samples]
+    assert min(brightness[::2]) > max(brightness[1::2])
+    assert np.mean(brightness[::2]) > 1.5 * np.mean(brightness[1::2])
+    assert SyntheticPairs(6, seed=1).source.endswith("drawn from seed 1")  # one kind of scene: nothing to say
+
+
+def test_people_of_the_second_domain_are_smaller_and_more_of_them_ignored(counts, street_counts):
+    assert street_counts["median_height"] < 0.75 * counts["median_height"]
+    assert 0.05 < street_counts["ignored"] / street_counts["boxes"] < 0.25
+
+
+def test_people_below_the_domain_s_height_are_ignored():
+    data, seen = SyntheticPairs(40, seed=6, domain=STREET_NIGHT), set()
+    for index in range(40):
+        sample, people = data[index], [figure for figure in data.layout(index).figures if figure.kind == "person"]
+        for box, figure, ignore in zip(sample["boxes"], people, sample["ignore"].tolist(), strict=True):
+            small = (box[3] - box[1]).item() < 12.8
+            assert ignore == (small or figure.hidden > 0.7)
+            seen.add((small, ignore))
+    assert seen == {(True, True), (False, True), (False, False)}
+    assert data.statistics()["ignored"] == sum(int(data[index]["ignore"].sum()) for index in range(40))
+
+
+def test_each_camera_of_the_second_domain_has_its_time_of_day():
+    shares = {}
+    for domain in DAY_AND_NIGHT:
+        found = SyntheticPairs(100, seed=5, domain=domain).statistics()
+        shares[domain.daytime] = (found["visible_only"] / found["boxes"], found["infrared_only"] / found["boxes"])
+    assert shares[True][0] > 0.2 > shares[True][1] and shares[False][1] > 0.2 > shares[False][0]
+
+
+def quiet_street(domain):
+    """One of the second domain's cameras without noise, stripes or misregistration, to compare pixels in."""
+    return replace(domain, infrared_noise=(0, 0), stripes=0.0, offset=(0, 0), misregistration=0)
+
+
+def test_infrared_lies_lower_and_further_right_by_the_offset():
+    ground, shape = Ground(size=(128, 160), horizon=30.0, slope=1.1), person(np.random.default_rng(0))
+    figure = ground.stand("person", shape, 80.0, 40.0)
+    domain = quiet_street(STREET_NIGHT)
+
+    def infrared(domain, *figures):
+        return paint(np.random.default_rng(1), domain, Scene(ground, (), figures))[1][0].astype(float)
+
+    placed = {}
+    for offset in ((0, 0), (1, 3)):
+        shown = np.abs(infrared(replace(domain, offset=offset), figure) - infrared(replace(domain, offset=offset)))
+        placed[offset] = np.array([(shown * axis).sum() / shown.sum() for axis in np.indices(shown.shape)])
+    assert placed[1, 3] - placed[0, 0] == pytest.approx([1, 3], abs=0.02)
+
+
+def test_hot_ground_shows_people_darker_and_warm_ground_brighter():
+    ground, shape = Ground(size=(128, 160), horizon=30.0, slope=1.1), person(np.random.default_rng(0))
+    figure = ground.stand("person", shape, 80.0, 40.0)
+    inside = (figure.raster.rows, figure.raster.columns)
+    for colder, sign in ((1.0, -1), (1e-9, 1)):
+        domain = replace(quiet_street(STREET_DAY), colder=colder)
+
+        def infrared(*figures, domain=domain):
+            return paint(np.random.default_rng(1), domain, Scene(ground, (), figures))[1][0].astype(float)
+
+        change = (infrared(figure) - infrared())[inside][figure.raster.coverage == 1]
+        assert sign * np.median(change) > 8
+
+
+def test_stripes_run_down_whole_columns():
+    domain = quiet_street(STREET_NIGHT)
+    striped, plain = (
+        SyntheticPairs(1, seed=0, domain=replace(domain, stripes=stripes))[0]["infrared"][0].numpy().astype(int)
+        for stripes in (3.0, 0.0)
+    )
+    added = striped - plain
+    assert np.ptp(added, axis=0).max() <= 1 and added.mean(axis=0).std() > 1.5  # 1: rounding to bytes
+
+
+def test_only_figures_seen_in_visible_light_throw_a_shadow():
+    ground, shape = Ground(size=(128, 160), horizon=30.0, slope=1.1), person(np.random.default_rng(0))
+    domain = replace(STREET_DAY, visible_noise=(0, 0))
+
+    def visible(figure, shadows):
+        scene = Scene(ground, (), (figure,))
+        return paint(np.random.default_rng(1), replace(domain, shadows=shadows), scene)[0].astype(float)
+
+    for seen in ((True, True), (False, True)):
+        figure = ground.stand("person", shape, 80.0, 40.0, seen=seen)
+        at_the_feet = (slice(None), slice(round(figure.foot[1]) + 1, round(figure.foot[1]) + 4), slice(76, 85))
+        with_shadow, without = visible(figure, 0.4)[at_the_feet].mean(), visible(figure, 0.0)[at_the_feet].mean()
+        assert (with_shadow < 0.8 * without) if seen[VISIBLE] else (with_shadow == without)
 
 
 @pytest.mark.parametrize(("count", "seed"), [(0, 0), (-1, 0), (5, -1)])

@@ -229,9 +229,10 @@ def test_a_spawned_worker_gives_the_same():
 
 def test_a_batch_is_a_dict_of_lists():
     batch = collate([Plain(Painted())[index] for index in (2, 4)])
-    assert set(batch) == {"visible", "infrared", "targets", "image_id", "path", "scene"}
+    assert set(batch) == {"visible", "infrared", "targets", "image_id", "path", "scene", "daytime"}
     assert [image.shape for image in batch["visible"]] == [(3, 120, 160)] * 2
     assert batch["image_id"] == [2, 4] and batch["path"] == ["painted/2", "painted/4"] and batch["scene"] == [2, 4]
+    assert batch["daytime"] == [None, None]  # not known here
     assert set(batch["targets"][0]) == {"boxes", "labels", "ignore", "visible_in", "occlusion"}
     without = {key: value for key, value in Painted()[0].items() if key not in ("visible_in", "occlusion")}
     assert set(collate([without])["targets"][0]) == {"boxes", "labels", "ignore"}
