@@ -350,9 +350,9 @@ def main(arguments: list[str] | None = None) -> None:
     optimizer, schedule = build_optimisation(args, detector, steps_per_epoch)
 
     stepper = Stepper(
-        model, optimizer, losses_of=lambda batch: model(**to_device(batch, device)), weights=loss_weights(args, detector),
-        describe=lambda batch: batch["path"], device=device, schedule=schedule, average=average, amp=args.amp,
-        clip_norm=args.clip_norm,
+        model, optimizer, losses_of=lambda batch: model(**to_device(batch, device)),
+        weights=loss_weights(args, detector), describe=lambda batch: batch["path"], device=device, schedule=schedule,
+        average=average, amp=args.amp, clip_norm=args.clip_norm,
     )  # fmt: skip
     torch.manual_seed(args.seed * 1000 + distributed.rank())  # each process samples its own RoIs
     best, untrained = -math.inf, None

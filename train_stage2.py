@@ -23,7 +23,7 @@ import macl
 from macl.build import load_initial_weights
 from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, Joint, SyntheticPairs, hold_out
 from macl.domain import dann_scale
-from macl.validation import draw_validation, miss_rate_figures, miss_rate_text, validation_text
+from macl.validation import draw_validation, miss_rate_figures, validation_text
 from macl.weights import read_state
 from train_stage1 import (
     VALIDATION_SEED,
@@ -48,6 +48,7 @@ from training.arguments import (
     make_parser,
     non_negative_float,
     non_negative_int,
+    positive_float,
     positive_int,
     prepare_run,
 )
@@ -60,6 +61,7 @@ from training.state import TrainingState
 from training.step import Stepper, micro_batches
 
 SCRIPT = "stage2"
+MISS_RATES = ("reasonable all", "reasonable day", "reasonable night", "all")  # rows of the table that are printed
 MOST_ZEROS = 50  # steps in a row in which an alignment loss may be exactly 0
 
 # The recipe for KAIST: the defaults of the flags, and what differs for the drawn scenes.
@@ -155,7 +157,7 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     add("--ramp-steps", type=non_negative_int, default=500, metavar="STEPS", help="length of all of these")
     add = parser.add_argument_group("validation and speed").add_argument
     add("--best-by", choices=("ap50", "ap", "miss-rate", "r1"), default="miss-rate", help="what chooses best.pt")
-    add("--patience", type=non_negative_int, default=0, metavar="N", help="stop after N validations without a better one")
+    add("--patience", type=non_negative_int, default=0, metavar="N", help="stop after N validations with none better")
     add("--validate-every", type=positive_int, default=1, metavar="EPOCHS", help="and after the last")
     add("--log-every", type=positive_int, default=20, metavar="STEPS", help="steps between printed lines")
     add("--gradient-report", type=non_negative_int, default=0, metavar="N",
@@ -278,7 +280,7 @@ def set_course(args: argparse.Namespace, detector, full: dict[str, float], *, st
 
 
 def validate_both(detector, new, old, args, device) -> tuple[dict, list[dict]]:
-    """Figures on the new domain, miss rates among them, with those of the old one under "old"; the new one's results."""
+    """Figures on the new domain, miss rates among them, those of the old one under "old"; the new one's results."""
     figures, results = validate(detector, new, args, device)
     figures["miss_rate"] = miss_rate_figures(results)
     if old is not None:
@@ -287,9 +289,12 @@ def validate_both(detector, new, old, args, device) -> tuple[dict, list[dict]]:
 
 
 def both_text(figures: dict) -> str:
-    lines = [validation_text({name: value for name, value in figures.items() if name not in ("miss_rate", "old")})]
-    lines += [miss_rate_text(figures["miss_rate"])] if figures["miss_rate"] else []
-    lines += ["the domain of stage 1:" + validation_text(figures["old"])] if "old" in figures else []
+    own = {name: value for name, value in figures.items() if name not in ("miss_rate", "old")}
+    lines = [validation_text(own, None)]
+    for mode, rows in figures["miss_rate"].items():
+        told = [f"{row} {'-' if rows[row] is None else f'{rows[row]:.1f}'}" for row in MISS_RATES]
+        lines.append(f"miss rate, {mode}: {', '.join(told)}")
+    lines += ["the domain of stage 1:" + validation_text(figures["old"], None)] if "old" in figures else []
     return "\n".join(lines)
 
 
@@ -305,8 +310,8 @@ class ZeroWatch:
     """Ends a run in which an alignment loss stays exactly 0: nothing would be learnt under its name."""
 
     REASONS = {
-        "loss_mmd": "fewer than two boxes a step are seen in both modalities; raise --batch-size or use --mmd-level pyramid",
-        "loss_mmd_domains": "a step holds fewer than two boxes of one of the data sets; raise --batch-size or --old-share",
+        "loss_mmd": "a step holds fewer than two boxes seen in both modalities; --mmd-level pyramid needs none",
+        "loss_mmd_domains": "a step holds too little of one of the data sets; raise --batch-size or --old-share",
         "loss_adversary": "no box or image reached the classifier",
     }
 
@@ -386,7 +391,8 @@ def main(arguments: list[str] | None = None) -> None:
         if figure > best or stepper.steps == 0:
             best, stale = figure, 0
             save("best.pt")
-            log.say(f"best {args.best_by} so far: {abs(best):.4f}, kept in {folder / 'best.pt'}")
+            shown = f"{abs(best):.4f}" if math.isfinite(best) else "none to measure"
+            log.say(f"best {args.best_by} so far: {shown}, kept in {folder / 'best.pt'}")
 
     if resumed is not None:
         log.say(f"resumed from {args.resume} at step {stepper.steps}, epoch {sampler.epoch}")

@@ -161,6 +161,9 @@ def prepare_run(
     """
     resumed = checkpoint.find_resume(args.resume, args.output, script, runs_root)
     again = args.resume == "auto"
+    if again and resumed is None and distributed.is_main():
+        where = args.output if args.output is not None else f"{runs_root}/{script}-*"
+        print(f"--resume auto: no last.pt in {where}, starting fresh", flush=True)
     if args.init_from and args.resume and not again:
         raise InputError("--init-from: a resumed run has its weights from --resume; give one of the two.")
     folder = distributed.decided_by_main(lambda: _open_folder(args.output, script, resumed, Path(runs_root), again))

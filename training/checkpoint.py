@@ -118,7 +118,7 @@ def find_resume(
 
     A file is itself, a run's folder its last.pt; InputError where neither is there. "auto" is the last.pt of `output`,
     or, where no --output is given, of the run `runs_root/script-*` that was written to last; without one the run starts
-    fresh, and says so. So does one with an empty --output: another run's checkpoint does not slip into it.
+    fresh. So does one with an empty --output: another run's checkpoint does not slip into it.
     """
     return distributed.decided_by_main(lambda: _find_resume(value, output, script, Path(runs_root)))
 
@@ -133,11 +133,7 @@ def _find_resume(value: str | None, output: str | Path | None, script: str, runs
         return path
     places = [Path(output)] if output is not None else runs_root.glob(f"{script}-*")
     found = [place / "last.pt" for place in places if (place / "last.pt").is_file()]
-    if not found:
-        where = output if output is not None else f"{runs_root}/{script}-*"
-        print(f"--resume auto: no last.pt in {where}, starting fresh", flush=True)
-        return None
-    return max(found, key=lambda path: path.stat().st_mtime_ns)
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 class Signals:

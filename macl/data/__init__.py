@@ -1,5 +1,6 @@
 """Paired data sets: one sample type for training, validation and inference (see macl.data.sample)."""
 
+from macl.data.joint import Joint
 from macl.data.llvip import LLVIP, hold_out
 from macl.data.loader import collate, make_loader
 from macl.data.sample import find_pairs, read_image, read_pair
@@ -13,6 +14,7 @@ __all__ = [
     "NIGHT",
     "Augmented",
     "Domain",
+    "Joint",
     "PairedAugmentation",
     "Plain",
     "SyntheticPairs",

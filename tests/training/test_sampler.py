@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.errors import InputError
-from training.sampler import ResumableSampler, evaluation_indices
+from training.sampler import BalancedSampler, ResumableSampler, evaluation_indices
 
 
 def ranks(length: int, batch_size: int, world_size: int, **options) -> list[ResumableSampler]:
@@ -100,3 +100,44 @@ def test_an_empty_set_is_refused():
 
 def test_evaluation_alone_sees_everything():
     assert evaluation_indices(3) == [0, 1, 2]
+
+
+@given(
+    first=st.integers(1, 40), second=st.integers(1, 40), share=st.floats(0.05, 0.9), batch_size=st.integers(1, 6),
+    world_size=st.integers(1, 3),
+)  # fmt: skip
+def test_every_batch_of_two_data_sets_holds_their_shares(first, second, share, batch_size, world_size):
+    samplers = [
+        BalancedSampler((first, second), batch_size, share=share, seed=3, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    exact = samplers[0].others / samplers[0].length
+    batches = [batch for sampler in samplers for batch in sampler]
+    if first >= batch_size * world_size:
+        assert all(abs(sum(index >= first for _, index in batch) - exact * batch_size) < 2 for batch in batches)
+    assert all(0 <= index < first + second for batch in batches for _, index in batch)
+
+
+def test_the_second_data_set_is_gone_through_before_any_of_it_comes_again():
+    sampler = BalancedSampler((30, 25), 5, share=0.25, seed=0)
+    assert sampler.others == 10 and sampler.steps_per_epoch == 8
+    seen = []
+    for epoch in range(5):
+        sampler.set_epoch(epoch)
+        indices = [index for batch in sampler for _, index in batch]
+        assert sorted(index for index in indices if index < 30) == list(range(30))
+        seen += [index - 30 for index in indices if index >= 30]
+    assert sorted(seen[:25]) == sorted(seen[25:]) == list(range(25)) and seen[:25] != seen[25:]
+
+
+def test_a_balanced_order_is_resumed_within_an_epoch_and_only_with_its_own_share():
+    sampler = BalancedSampler((30, 25), 5, share=0.25, seed=0)
+    whole = list(sampler)
+    sampler.advance(3)
+    again = BalancedSampler((30, 25), 5, share=0.25, seed=0)
+    again.load_state_dict(sampler.state_dict())
+    assert list(again) == whole[3:]
+    with pytest.raises(InputError, match="length was 40, now it is 60"):
+        BalancedSampler((30, 25), 5, share=0.5, seed=0).load_state_dict(sampler.state_dict())
+    with pytest.raises(InputError, match="lengths was None"):
+        BalancedSampler((30, 25), 5, share=0.25, seed=0).load_state_dict(ResumableSampler(40, 5, seed=0).state_dict())
