@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+from torch import Tensor
+
+from kernels import MemoryBank
 from macl.backbone import Backbone
 from macl.boxes import AnchorGenerator
 from macl.contrast import MACLHead
 from macl.detector import PairedFasterRCNN
+from macl.domain import DomainAlignment, DomainClassifier
 from macl.errors import InputError
 from macl.fpn import FPN
 from macl.fusion import Fusion
@@ -55,6 +59,15 @@ def build_detector(
     macl_direction: str = "both",
     macl_temperature: float = 0.07,
     macl_roi_size: int = 4,
+    dhn_size: int = 0,
+    dhn_k: int = 64,
+    dhn_mode: str = "denominator",
+    dhn_momentum: float = 0.0,
+    mmd_level: str = "none",
+    mmd_sigmas: tuple[float, ...] | None = None,
+    mmd_unbiased: bool = True,
+    adversary: str = "none",
+    domains: int = 1,
     modality_dropout: tuple[float, float] = (0.0, 0.0),
     visible_mean: tuple[float, ...] = IMAGENET_MEAN,
     visible_std: tuple[float, ...] = IMAGENET_STD,
@@ -67,8 +80,10 @@ def build_detector(
 
     fpn_levels: pyramid maps from P2 on; up to 4 come from the backbone (with 3 its last stage is left out), the rest
     are subsampled. anchor_sizes: one side length in pixels a level. macl_level "none" leaves the contrastive head
-    out. The other values are described where they are used: `Backbone`, `RPN`, `RoIHead`, `MACLHead`,
-    `PairedFasterRCNN`.
+    out. dhn_size: rows of the memory bank of each modality, 0 for no hard negatives. domains: how many data sets the
+    training images come from. The other values are described where they are used: `Backbone`, `RPN`, `RoIHead`,
+    `MACLHead`, `HardNegatives` (dhn), `DomainAlignment` (mmd, adversary), `PairedFasterRCNN`. Raises ValueError for
+    values that do not fit together.
     """
     kwargs = {name: list(value) if isinstance(value, tuple) else value for name, value in locals().items()}
     if not 3 <= fpn_levels <= 6:
@@ -88,6 +103,9 @@ def build_detector(
     anchors = AnchorGenerator(
         sizes=tuple((size,) for size in anchor_sizes[:fpn_levels]), aspect_ratios=tuple(aspect_ratios)
     )
+    if macl_level == "none" and (dhn_size or mmd_level == "embedding"):
+        wanting = f"dhn_size {dhn_size}" if dhn_size else f"mmd_level {mmd_level!r}"
+        raise ValueError(f"{wanting} needs the contrastive head, and macl_level is 'none'")
     macl = None
     if macl_level != "none":
         macl = MACLHead(
@@ -99,6 +117,10 @@ def build_detector(
             dropout=macl_dropout,
             direction=macl_direction,
             temperature=macl_temperature,
+            bank_size=dhn_size,
+            hard_k=dhn_k,
+            hard_mode=dhn_mode,
+            hard_momentum=dhn_momentum,
         )
     return PairedFasterRCNN(
         backbone=body,
@@ -129,12 +151,26 @@ def build_detector(
         macl=macl,
         macl_level=macl_level,
         macl_roi_size=macl_roi_size,
+        alignment=build_alignment(  # after all other parts, whose first weights it then leaves as they are
+            mmd_level=mmd_level,
+            mmd_sigmas=mmd_sigmas,
+            mmd_unbiased=mmd_unbiased,
+            adversary=adversary,
+            domains=domains,
+            pooled_dim=fpn_channels * fpn_levels,
+        ),
         modality_dropout=tuple(modality_dropout),
         statistics={"visible": (visible_mean, visible_std), "infrared": (infrared_mean, infrared_std)},
         min_size=min_size,
         max_size=max_size,
         kwargs=kwargs,
     )
+
+
+def build_alignment(**values) -> DomainAlignment | None:
+    """`DomainAlignment`, or None where it would have nothing to do; its values are checked all the same."""
+    alignment = DomainAlignment(**values)
+    return alignment if alignment.mmd_level != "none" or alignment.classifier is not None else None
 
 
 def load_detector(path: str | Path, *, weights: str = "ema") -> PairedFasterRCNN:
@@ -161,19 +197,48 @@ def load_detector(path: str | Path, *, weights: str = "ema") -> PairedFasterRCNN
 def load_initial_weights(detector: PairedFasterRCNN, path: str | Path) -> str:
     """Start a detector from a training checkpoint, which must fit whole, or from published weights, where they fit.
 
-    They are told apart by their keys; a checkpoint's averaged weights are taken where it has them. -> what was loaded,
-    for people. Raises InputError for a checkpoint of another architecture.
+    They are told apart by their keys; a checkpoint's averaged weights are taken where it has them. Hard negatives and
+    the adversary may be new to the checkpoint, and memory banks of another size. -> what was loaded, for people. Raises
+    InputError for a checkpoint of another architecture.
     """
     source = read_state(path)
     if "model_kwargs" not in source:
         return str(load_torchvision_weights(detector, source))
     averaged = source.get("ema") is not None
     state = source["ema"] if averaged else source["model"]
+    new, notes = new_parts(detector, state)
     try:
-        detector.load_state_dict(state)
+        detector.load_state_dict(state | new)
     except RuntimeError as error:
         raise InputError(f"{path} is a checkpoint of another detector: {first_difference(error)}") from error
-    return f"all {len(state)} tensors loaded" + (", the averaged ones" if averaged else "")
+    loaded = f"all {len(state.keys() - new.keys())} tensors loaded" + (", the averaged ones" if averaged else "")
+    return "; ".join([loaded, *notes])
+
+
+def new_parts(detector: PairedFasterRCNN, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors that the detector needs beside a checkpoint's, or in place of them, and what is to say about each part.
+
+    Memory banks that the checkpoint lacks, or has with another number of rows, start empty; a key projector it lacks
+    starts as its projector; a domain classifier it lacks as initialised.
+    """
+    new, notes = {}, []
+    for name, module in detector.named_modules():
+        own = {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+        if isinstance(module, MemoryBank):
+            rows, found = len(module.buffer), state.get(f"{name}.buffer")
+            if found is None:
+                new |= own
+                notes.append(f"newly made: {name}, empty, {rows} rows")
+            elif len(found) != rows:
+                new |= own
+                notes.append(f"{name} starts empty: {rows} rows where the checkpoint has {len(found)}")
+        elif name == "macl.hard.key_projector" and not own.keys() & state.keys():
+            new |= {key: state[source] for key in own if (source := key.replace("hard.key_", "")) in state}
+            notes.append(f"newly made: {name}, a copy of macl.projector")
+        elif isinstance(module, DomainClassifier) and not own.keys() & state.keys():
+            new |= own
+            notes.append(f"newly made: {name}")
+    return new, notes
 
 
 def first_difference(error: Exception) -> str:

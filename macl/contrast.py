@@ -1,45 +1,37 @@
 """Modal-aware contrastive learning (MACL): the two modalities' embeddings of the same thing attract each other."""
 
 import math
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
 import training.distributed as distributed
-from macl.precision import at_least_float32
+from macl.hard_negatives import HARD_MODES, HardNegatives, hard_negative_loss, hard_negatives, in_denominator, softplus
+from macl.projector import PROJECTOR_NORMS, embed, projector
 
-PROJECTOR_NORMS = ("none", "layer", "group", "batch")
+__all__ = [
+    "DIRECTIONS",
+    "HARD_MODES",
+    "PROJECTOR_NORMS",
+    "Contrast",
+    "HardNegatives",
+    "MACLHead",
+    "hard_negative_loss",
+    "hard_negatives",
+]
+
 DIRECTIONS = ("both", "visible_to_infrared")
 
 
-class ProjectorBatchNorm(nn.BatchNorm1d):
-    """BatchNorm that falls back to its running statistics where a batch has fewer than two rows to take them from."""
+class Contrast(NamedTuple):
+    """What the head makes of a batch: this process's embeddings (N, out_dim), the losses, and figures for the log."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.shape[0] < 2:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        return super().forward(x)
-
-
-def projector(
-    in_dim: int, hidden_dims: tuple[int, ...], out_dim: int, *, norm: str, norm_groups: int, dropout: float
-) -> nn.Sequential:
-    """Linear, norm, ReLU and dropout for every hidden width, then a Linear to `out_dim`."""
-    norms = {
-        "none": lambda width: None,
-        "layer": nn.LayerNorm,
-        "group": lambda width: nn.GroupNorm(norm_groups, width),
-        "batch": ProjectorBatchNorm,
-    }
-    if norm not in norms:
-        raise ValueError(f"projector norm {norm!r} is none of {', '.join(PROJECTOR_NORMS)}")
-    layers: list[nn.Module | None] = []
-    for width in hidden_dims:
-        layers += [nn.Linear(in_dim, width), norms[norm](width), nn.ReLU(), nn.Dropout(dropout) if dropout else None]
-        in_dim = width
-    return nn.Sequential(*(layer for layer in layers if layer is not None), nn.Linear(in_dim, out_dim))
+    visible: Tensor
+    infrared: Tensor
+    losses: dict[str, Tensor]
+    statistics: dict[str, Tensor]
 
 
 class MACLHead(nn.Module):
@@ -51,7 +43,8 @@ class MACLHead(nn.Module):
     two values a group it
     forgets its input) or "batch". direction: "both" averages visible -> infrared and infrared -> visible, as CLIP
     does; "visible_to_infrared" is one half of it. temperature: the initial one; it is learned through its logarithm and
-    held in [0.01, 1].
+    held in [0.01, 1]. bank_size: rows of the memory banks, 0 for no hard negatives; hard_k, hard_mode, hard_momentum:
+    see `HardNegatives`, which is then `hard`.
     """
 
     TEMPERATURES = (0.01, 1.0)
@@ -66,6 +59,10 @@ class MACLHead(nn.Module):
         dropout: float = 0.0,
         direction: str = "both",
         temperature: float = 0.07,
+        bank_size: int = 0,
+        hard_k: int = 64,
+        hard_mode: str = "denominator",
+        hard_momentum: float = 0.0,
     ):
         super().__init__()
         if direction not in DIRECTIONS:
@@ -78,6 +75,18 @@ class MACLHead(nn.Module):
             in_dim, tuple(hidden_dims), out_dim, norm=norm, norm_groups=norm_groups, dropout=dropout
         )
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.directions = [("visible", "infrared"), ("infrared", "visible")][: 2 if direction == "both" else 1]
+        self.hard = None
+        if bank_size:
+            self.hard = HardNegatives(
+                self.projector,
+                size=bank_size,
+                dim=out_dim,
+                k=hard_k,
+                mode=hard_mode,
+                momentum=hard_momentum,
+                modalities=tuple(key for _, key in self.directions),
+            )
 
     @property
     def temperature(self) -> Tensor:
@@ -85,46 +94,95 @@ class MACLHead(nn.Module):
 
     def embed(self, features: Tensor) -> Tensor:
         """(N, in_dim) -> (N, out_dim), rows of length 1 (a zero row stays zero)."""
-        return F.normalize(at_least_float32(self.projector(features)), dim=1)
+        return embed(self.projector, features)
 
-    def forward(self, visible: Tensor, infrared: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """visible, infrared: (N, in_dim) features, N may differ between processes and be 0.
+    def forward(self, visible: Tensor, infrared: Tensor, ids: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """`compare` for its InfoNCE loss and its figures alone."""
+        found = self.compare(visible, infrared, ids)
+        return found.losses["loss_macl"], found.statistics
 
-        -> the loss, a mean over the queries of all processes (exactly 0 but still connected where there are none, or
-        a single one), and for the log: macl_candidates, the number of keys a query chooses from, macl_relative, the
-        loss divided by
-        ln(candidates) (1 is chance), macl_recall, the share of queries whose positive scores highest, and temperature.
+    def compare(self, visible: Tensor, infrared: Tensor, ids: Tensor | None = None) -> Contrast:
+        """visible, infrared: (N, in_dim) features, N may differ between processes and be 0. ids: (N,) int64, the scene
+        of each row (-1: not known), wanted where there are hard negatives: rows of the bank of a query's own scene,
+        which may show the same thing, are none of its negatives.
+
+        -> losses: loss_macl, a mean over the queries of all processes (exactly 0 but still connected where there are
+        none, or a single one), and loss_dhn with hard negatives of mode "softplus". For the log: macl_candidates, the
+        number of keys of the batch, macl_relative, the InfoNCE loss over those divided by ln(candidates) (1 is
+        chance), macl_recall, the share of queries whose positive scores highest among them, temperature, and with
+        hard negatives dhn_fill, the filled share of the banks, dhn_hardest, the similarity of a query's hardest
+        negative (mean), and dhn_masked, the share of the rows in use that were of the query's scene.
+
+        In training the embeddings enter the banks afterwards: what a query meets there is older than this batch.
         """
+        if self.hard is not None and ids is None:
+            raise ValueError("hard negatives need the scene of every row, so that none of them shows the positive")
         with torch.no_grad():  # in place, so that a temperature at a bound can come back from it
             self.log_temperature.clamp_(*map(math.log, self.TEMPERATURES))
-        visible, infrared = self.embed(visible), self.embed(infrared)
-        pairs = [(visible, infrared), (infrared, visible)][: 2 if self.direction == "both" else 1]
-        results = [self._one_direction(query, key) for query, key in pairs]
-        loss = torch.stack([loss for loss, _ in results]).mean()
-        statistics = {name: torch.stack([found[name] for _, found in results]).mean() for name in results[0][1]}
-        return loss, statistics | {"temperature": self.temperature.detach()}
+        features = {"visible": visible, "infrared": infrared}
+        embeddings = {name: self.embed(rows) for name, rows in features.items()}
+        keys = {key: distributed.gather_with_gradient(embeddings[key]) for _, key in self.directions}
+        results = [self._one_direction(embeddings[query], keys[key], key, ids) for query, key in self.directions]
+        losses = {name: torch.stack([found[0][name] for found in results]).mean() for name in results[0][0]}
+        statistics = self._statistics([sums for _, sums in results], keys)
+        if self.hard is not None and self.training:
+            self.hard.enqueue(self.projector, features, keys, ids)
+        return Contrast(**embeddings, losses=losses, statistics=statistics)
 
-    def _one_direction(self, query: Tensor, key: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _one_direction(
+        self, query: Tensor, keys: Tensor, modality: str, ids: Tensor | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The losses of the queries of this process, and sums over them for the log."""
+        losses, positive, recalled = self._infonce(query, keys)
+        sums = {"loss": losses.detach().sum(), "recalled": recalled}
+        found = {}
+        if self.hard is not None:
+            chosen, of_bank = self.hard.choose(query, modality, ids)
+            sums |= of_bank
+            if self.hard.mode == "softplus":
+                found["loss_dhn"] = softplus(chosen, self.temperature)
+            elif len(query):
+                losses = in_denominator(losses, positive, chosen, self.temperature)
+        found["loss_macl"] = distributed.global_mean(losses.sum(), len(query))
+        return found, sums
+
+    def _infonce(self, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses and positive logits, (N,) each with their graph, and the number of recalled positives."""
         rows = distributed.gather_objects(len(query))
         first = sum(rows[: distributed.rank()])
-        keys = distributed.gather_with_gradient(key)
         if len(query) == 0:
-            losses = (query.sum() + keys.sum()) * 0 * self.temperature
-            recalled = losses.detach()
-        else:
-            losses, found = kernels.contrastive_loss(
-                query,
-                keys,
-                1 / self.temperature,
-                target=first + torch.arange(len(query), device=query.device),
-                reduction="none",
-                with_stats=True,
-            )
-            recalled = (found.positive > found.largest_negative).sum()
-        loss = distributed.global_mean(losses.sum(), len(query))
-        with torch.no_grad():
-            total = distributed.sum_across(torch.stack([losses.detach().sum(), recalled.to(losses.dtype)]))
-            candidates = loss.new_tensor(float(sum(rows)))
-            mean, recall = total / candidates.clamp(min=1)
-            relative = mean / candidates.log() if sum(rows) > 1 else torch.zeros_like(mean)
-        return loss, {"macl_candidates": candidates, "macl_relative": relative, "macl_recall": recall}
+            nothing = (query.sum() + keys.sum()) * 0 * self.temperature
+            return nothing, nothing, nothing.detach()
+        losses, found = kernels.contrastive_loss(
+            query,
+            keys,
+            1 / self.temperature,
+            target=first + torch.arange(len(query), device=query.device),
+            reduction="none",
+            with_stats=True,
+        )
+        positive = (query * keys[first : first + len(query)]).sum(dim=1) / self.temperature
+        return losses, positive, (found.positive > found.largest_negative).sum()
+
+    @torch.no_grad()
+    def _statistics(self, sums: list[dict[str, Tensor]], keys: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Figures over all processes, means over the directions."""
+        names = list(sums[0])
+        total = distributed.sum_across(
+            torch.stack([torch.stack([one[name].double() for name in names]) for one in sums])
+        )
+        total = dict(zip(names, total.unbind(1), strict=True))  # (directions,) each
+        count = len(next(iter(keys.values())))
+        chance = count * math.log(count) if count > 1 else math.inf
+        found = {
+            "macl_candidates": self.temperature.new_tensor(float(count)),
+            "macl_relative": total["loss"].mean() / chance,
+            "macl_recall": total["recalled"].mean() / max(1, count),
+            "temperature": self.temperature.detach(),
+        }
+        if self.hard is not None:
+            banks = self.hard.banks.values()
+            found["dhn_fill"] = torch.stack([bank.valid / len(bank.buffer) for bank in banks]).mean()
+            found["dhn_hardest"] = total["hardest"].sum() / total["with_negatives"].sum().clamp(min=1)
+            found["dhn_masked"] = total["masked"].sum() / total["in_use"].sum().clamp(min=1)
+        return {name: value.to(self.temperature.dtype) for name, value in found.items()}

@@ -1,6 +1,7 @@
 """The paired detector: Faster R-CNN over the fused pyramids of a visible and an infrared image."""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 import kernels
 from macl.backbone import Backbone
 from macl.contrast import MACLHead
+from macl.domain import DomainAlignment, pool
 from macl.fpn import FPN
 from macl.fusion import Fusion
 from macl.roi_head import RoIHead, with_image_index
 from macl.rpn import RPN
+from macl.targets import contrast_boxes, prepare_target, rescale, stack_labels
 
 MULTIPLE = 32  # padded image sides are multiples of it
 MODALITIES = ("visible", "infrared")
@@ -35,7 +38,9 @@ class PairedFasterRCNN(nn.Module):
     the fusion (never both). min_size, max_size: resize so that the short side is min_size (of several, a random one in
     training and the last in evaluation) unless the long one would exceed max_size; None leaves the size alone.
     macl_level: what the contrastive head embeds, "roi", every ground-truth box (pooled to macl_roi_size x
-    macl_roi_size), or "image", the mean over all positions and levels.
+    macl_roi_size), or "image", the mean over all positions and levels. alignment: the losses between the modalities, or
+    data sets, where there are any; `reversal_scale` scales the reversed gradient of its classifier and may be changed
+    at any time, as may `macl.hard.k` and `macl.hard.active`.
 
     `kwargs` holds the plain values `build_detector` was called with. `monitor` holds what the last training forward
     has to say besides its losses.
@@ -52,6 +57,7 @@ class PairedFasterRCNN(nn.Module):
         macl: MACLHead | None = None,
         macl_level: str = "roi",
         macl_roi_size: int = 4,
+        alignment: DomainAlignment | None = None,
         modality_dropout: tuple[float, float] = (0.0, 0.0),
         statistics: dict[str, tuple[tuple[float, ...], tuple[float, ...]]],
         min_size: int | tuple[int, ...] | None = None,
@@ -64,6 +70,7 @@ class PairedFasterRCNN(nn.Module):
         self.backbone, self.neck, self.fusion = backbone, neck, fusion
         self.rpn, self.roi_head = rpn, roi_head
         self.macl, self.macl_level, self.macl_roi_size = macl, macl_level, macl_roi_size
+        self.alignment, self.reversal_scale = alignment, 1.0
         self.modality_dropout = modality_dropout
         self.min_sizes = (min_size,) if isinstance(min_size, int) else tuple(min_size or ())
         self.max_size = max_size
@@ -87,11 +94,13 @@ class PairedFasterRCNN(nn.Module):
         be None.
         targets, one dict an image: boxes (N, 4) float32 xyxy in pixels, labels (N,) int64 from 1, and optionally
         ignore (N,) bool (neither positive nor negative) and visible_in (N, 2) bool (in which modality a box can be
-        seen).
+        seen). Hard negatives need scene () int64 (the same for images that may show the same people, -1: not known),
+        several data sets domain () int64 (which of them, from 0).
 
         -> training: dict of unweighted scalar losses loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg,
-        and loss_macl where that head exists. Evaluation: per image dict(boxes (n, 4), labels (n,), scores (n,)) in
-        pixels of the given image. Raises ValueError for images or targets of the wrong form.
+        and of the parts that exist loss_macl, loss_dhn, loss_mmd, loss_mmd_domains, loss_adversary. Evaluation: per
+        image dict(boxes (n, 4), labels (n,), scores (n,)) in pixels of the given image. Raises ValueError for images or
+        targets of the wrong form.
         """
         images = {name: given for name, given in zip(MODALITIES, (visible, infrared), strict=True) if given is not None}
         check_inputs(images, targets, self.training)
@@ -105,9 +114,41 @@ class PairedFasterRCNN(nn.Module):
         fused = self.fusion(pyramids, self.draw_present(pyramids))
         proposals, rpn_losses = self.rpn(fused, sizes, batch_size, targets)
         losses = rpn_losses | self.roi_head.losses(fused, proposals, targets)
-        if self.macl is not None:
-            losses["loss_macl"], self.monitor = self.macl(*self.contrast_features(pyramids, targets))
+        self.monitor = {}
+        for found, said in self.alignment_losses(extracted, targets):
+            losses |= found
+            self.monitor |= said
         return losses
+
+    def alignment_losses(
+        self, extracted: Extracted, targets: list[dict]
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Losses and figures of what brings the modalities together: the contrastive head, and the alignment."""
+        if self.macl is None and self.alignment is None:
+            return
+        if len(extracted.pyramids) < 2:
+            raise ValueError(
+                "contrast and alignment need both modalities in training; build the detector with macl_level='none', "
+                "mmd_level='none' and adversary='none'"
+            )
+        boxes, embeddings = contrast_boxes(targets), None
+        if self.macl is not None:
+            scenes = None if self.macl.hard is None else self.per_row(stack_labels(targets, "scene"), boxes)
+            contrast = self.macl.compare(*self.contrast_features(extracted.pyramids, boxes), scenes)
+            embeddings = {"visible": contrast.visible, "infrared": contrast.infrared}
+            yield contrast.losses, contrast.statistics
+        if self.alignment is not None:
+            if self.alignment.domains > 1:
+                domains = stack_labels(targets, "domain")
+            else:
+                domains = torch.zeros(len(targets), dtype=torch.int64, device=boxes[0].device)
+            pooled = None
+            if self.alignment.pools:
+                where = extracted.sizes, extracted.batch_size
+                pooled = {name: pool(pyramid, *where) for name, pyramid in extracted.pyramids.items()}
+            yield self.alignment(
+                pooled, domains, embeddings, self.per_row(domains, boxes), reversal_scale=self.reversal_scale
+            )
 
     def detect(
         self, extracted: Extracted, modalities: tuple[str, ...] = MODALITIES, *, score_threshold: float | None = None
@@ -137,11 +178,9 @@ class PairedFasterRCNN(nn.Module):
 
         One row a given box (n_i, 4 an image); of a detector with macl_level "image" one row an image.
         """
-        targets = [
-            {"boxes": rescale(box, old, new)}
-            for box, old, new in zip(boxes, extracted.original_sizes, extracted.sizes, strict=True)
-        ]
-        return tuple(self.macl.embed(features) for features in self.contrast_features(extracted.pyramids, targets))
+        sizes = zip(extracted.original_sizes, extracted.sizes, strict=True)
+        boxes = [rescale(box, *pair) for box, pair in zip(boxes, sizes, strict=True)]
+        return tuple(self.macl.embed(features) for features in self.contrast_features(extracted.pyramids, boxes))
 
     def extract(self, images: dict[str, list[Tensor]]) -> Extracted:
         """Resize, normalise and pad the images of each modality, and run all of them through backbone and neck as one
@@ -200,24 +239,22 @@ class PairedFasterRCNN(nn.Module):
         draw = torch.rand(len(finest))
         return torch.stack([draw >= drop_visible, draw < 1 - drop_infrared], dim=1).to(finest.device)
 
-    def contrast_features(self, pyramids: dict[str, list[Tensor]], targets: list[dict]) -> tuple[Tensor, Tensor]:
+    def contrast_features(self, pyramids: dict[str, list[Tensor]], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """What the contrastive head compares: (N, in_dim) of the visible and of the infrared pyramid.
 
-        Roi level: one row for each box that is not ignored and, where that is known, can be seen in both modalities.
+        One row for each of the boxes (n_i, 4) of the images, in pixels of the batch; at image level for each image.
         """
-        if len(pyramids) < 2:
-            raise ValueError(
-                "the contrastive head needs both modalities in training; build the detector with macl_level='none'"
-            )
         if self.macl_level == "image":
             return tuple(
                 torch.stack([level.mean(dim=(2, 3)) for level in pyramids[name]]).mean(dim=0) for name in MODALITIES
             )
-        boxes = []
-        for target in targets:
-            seen = target.get("visible_in")
-            boxes.append(target["boxes"] if seen is None else target["boxes"][seen.all(dim=1)])
         return tuple(self.roi_features(pyramids[name], boxes) for name in MODALITIES)
+
+    def per_row(self, labels: Tensor, boxes: list[Tensor]) -> Tensor:
+        """Labels (B,) of the images as those of the rows that `contrast_features` makes of them, (N,)."""
+        if self.macl_level == "image":
+            return labels
+        return torch.cat([label.expand(len(box)) for label, box in zip(labels, boxes, strict=True)])
 
     def roi_features(self, pyramid: list[Tensor], boxes: list[Tensor]) -> Tensor:
         """boxes: (n_i, 4) an image, in pixels of the batch. -> (sum n_i, C * macl_roi_size ** 2)."""
@@ -243,26 +280,3 @@ def check_inputs(images: dict[str, list[Tensor]], targets: list[dict] | None, tr
             raise ValueError(f"visible and infrared images differ in number or size: {pairs[0]} and {pairs[1]}")
     if training and (targets is None or len(targets) != len(next(iter(images.values())))):
         raise ValueError("training needs targets, one for each image")
-
-
-def rescale(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Boxes of an image of size `old` (height, width) in one of size `new`."""
-    if old == new:
-        return boxes
-    ratio_y, ratio_x = new[0] / old[0], new[1] / old[1]
-    return boxes * boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
-
-
-def prepare_target(target: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
-    """The target in pixels of the resized image, its ignored boxes set apart under `ignored` (K, 4)."""
-    boxes = target["boxes"]
-    if boxes.dim() != 2 or boxes.shape[1] != 4 or not (boxes[:, 2:] > boxes[:, :2]).all():
-        raise ValueError(f"target boxes must be (N, 4) with x1 < x2 and y1 < y2, got {boxes.tolist()}")
-    boxes = rescale(boxes, old, new)
-    ignore = target.get("ignore")
-    if ignore is None:
-        ignore = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-    prepared = {"boxes": boxes[~ignore], "labels": target["labels"][~ignore], "ignored": boxes[ignore]}
-    if "visible_in" in target:
-        prepared["visible_in"] = target["visible_in"][~ignore]
-    return prepared

@@ -233,9 +233,9 @@ def test_a_batch_is_a_dict_of_lists():
     assert [image.shape for image in batch["visible"]] == [(3, 120, 160)] * 2
     assert batch["image_id"] == [2, 4] and batch["path"] == ["painted/2", "painted/4"] and batch["scene"] == [2, 4]
     assert batch["daytime"] == [None, None]  # not known here
-    assert set(batch["targets"][0]) == {"boxes", "labels", "ignore", "visible_in", "occlusion"}
+    assert set(batch["targets"][0]) == {"boxes", "labels", "ignore", "visible_in", "occlusion", "scene"}
     without = {key: value for key, value in Painted()[0].items() if key not in ("visible_in", "occlusion")}
-    assert set(collate([without])["targets"][0]) == {"boxes", "labels", "ignore"}
+    assert set(collate([without])["targets"][0]) == {"boxes", "labels", "ignore", "scene"}
 
 
 def test_plain_keeps_the_pixels(tmp_path):

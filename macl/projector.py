@@ -1,0 +1,41 @@
+"""The small network that maps pooled features to the embeddings which the contrastive losses compare."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from macl.precision import at_least_float32
+
+PROJECTOR_NORMS = ("none", "layer", "group", "batch")
+
+
+class ProjectorBatchNorm(nn.BatchNorm1d):
+    """BatchNorm that falls back to its running statistics where a batch has fewer than two rows to take them from."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.shape[0] < 2:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return super().forward(x)
+
+
+def projector(
+    in_dim: int, hidden_dims: tuple[int, ...], out_dim: int, *, norm: str, norm_groups: int, dropout: float
+) -> nn.Sequential:
+    """Linear, norm, ReLU and dropout for every hidden width, then a Linear to `out_dim`."""
+    norms = {
+        "none": lambda width: None,
+        "layer": nn.LayerNorm,
+        "group": lambda width: nn.GroupNorm(norm_groups, width),
+        "batch": ProjectorBatchNorm,
+    }
+    if norm not in norms:
+        raise ValueError(f"projector norm {norm!r} is none of {', '.join(PROJECTOR_NORMS)}")
+    layers: list[nn.Module | None] = []
+    for width in hidden_dims:
+        layers += [nn.Linear(in_dim, width), norms[norm](width), nn.ReLU(), nn.Dropout(dropout) if dropout else None]
+        in_dim = width
+    return nn.Sequential(*(layer for layer in layers if layer is not None), nn.Linear(in_dim, out_dim))
+
+
+def embed(projector: nn.Module, features: Tensor) -> Tensor:
+    """(N, in_dim) -> (N, out_dim) in float32 at least, rows of length 1 (a zero row stays zero)."""
+    return F.normalize(at_least_float32(projector(features)), dim=1)
