@@ -418,15 +418,16 @@ def main(arguments: list[str] | None = None) -> None:
                 images = sum(len(batch["path"]) for batch in batches) * distributed.world_size()
                 if not result.skipped:
                     watch(result.losses)
+                    unprinted = {"weights": stepper.weights}
+                    if result.gradients:
+                        unprinted["gradients"] = result.gradients.record()
+                        log.say(f"step {step}, what each loss adds:\n{result.gradients.text()}")
                     log.train(stepper.steps, {
                         "epoch": epoch + 1, "loss": result.total, **result.losses, "lr": result.lr,
-                        "grad_norm": result.grad_norm, **{f"weight{k[4:]}": v for k, v in stepper.weights.items()},
+                        "grad_norm": result.grad_norm,
                         **{name: float(value) for name, value in detector.monitor.items()},
                         "images_per_second": throughput.update(images), "memory_gib": peak_memory(device),
-                        **({"gradients": result.gradients.record()} if result.gradients else {}),
-                    })  # fmt: skip
-                    if result.gradients:
-                        log.say(result.gradients.text())
+                    }, unprinted)  # fmt: skip
                 stop = signals.stop_requested()
                 done = args.max_steps is not None and stepper.steps >= args.max_steps
                 if stop or stepper.steps % args.save_every == 0:

@@ -61,11 +61,14 @@ class RunLog:
             return None
         return SummaryWriter(folder, purge_step=self._first + 1)
 
-    def train(self, step: int, values: dict) -> None:
-        """Log the `step`-th step, from 1; `values` maps names (one is "epoch") to numbers, or to more such dicts."""
+    def train(self, step: int, values: dict, unprinted: dict | None = None) -> None:
+        """Log the `step`-th step, from 1; `values` maps names (one is "epoch") to numbers, or to more such dicts.
+
+        `unprinted`: values that the files get but the console does not.
+        """
         if self._file is None:
             return
-        self._write("train", step, values)
+        self._write("train", step, values | (unprinted or {}))
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
         if step % self._every == 0 or step in (self._first + 1, self._total):
