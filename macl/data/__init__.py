@@ -1,6 +1,8 @@
 """Paired data sets: one sample type for training, validation and inference (see macl.data.sample)."""
 
 from macl.data.joint import Joint
+from macl.data.kaist import KAIST
+from macl.data.kaist_labels import read_ground_truth
 from macl.data.llvip import LLVIP, hold_out
 from macl.data.loader import collate, make_loader
 from macl.data.sample import find_pairs, read_image, read_pair
@@ -10,6 +12,7 @@ from macl.data.transforms import Augmented, PairedAugmentation, Plain, to_float
 
 __all__ = [
     "DAY_AND_NIGHT",
+    "KAIST",
     "LLVIP",
     "NIGHT",
     "Augmented",
@@ -22,6 +25,7 @@ __all__ = [
     "find_pairs",
     "hold_out",
     "make_loader",
+    "read_ground_truth",
     "read_image",
     "read_pair",
     "to_float",
