@@ -57,29 +57,34 @@ ARMS = {
     ),
     "msp": Arm(STAGE_1, "--macl-weight 0", "multi-scale pyramid reweighting (MSP)", against=("detector",)),
     "tuned": Arm(
-        STAGE_2, "--dhn-weight 0 --mmd-weight 0 --adversary-weight 0", "macl's detector, tuned to the second domain",
+        STAGE_2, "--dhn-size 0 --mmd-level none", "the detector of macl, tuned to the second domain",
         begins_with="macl", seeds=5,
     ),
     "dhn": Arm(
-        STAGE_2, "--mmd-weight 0 --adversary-weight 0", "hard negatives from a bank (DHN)",
+        STAGE_2, "--mmd-level none", "hard negatives in the denominator (DHN)",
         against=("tuned",), begins_with="macl", seeds=5,
     ),
-    "mmd": Arm(
-        STAGE_2, "--dhn-weight 0 --adversary-weight 0", "domain alignment by MMD",
+    "softplus": Arm(
+        STAGE_2, "--mmd-level none --dhn-mode softplus", "hard negatives as a loss of their own (DHN)",
         against=("tuned",), begins_with="macl",
     ),
+    "mmd": Arm(
+        STAGE_2, "--dhn-size 0", "domain alignment: MMD of the embeddings", against=("tuned",), begins_with="macl"
+    ),
     "adversary": Arm(
-        STAGE_2, "--dhn-weight 0 --mmd-weight 0", "domain alignment by an adversary",
+        STAGE_2, "--dhn-size 0 --mmd-level none --adversary dataset", "domain alignment: adversary of the data sets",
         against=("tuned",), begins_with="macl",
     ),
 }  # fmt: skip
 
-# Name of a figure -> where a validation line of metrics.jsonl has it.
+# Name of a figure -> where a validation line of metrics.jsonl has it. Stage 1 validates on the domain that it trains
+# on, stage 2 on the second one and, "old", on that of stage 1.
 FIGURES = {
     "AP50 both": ("both", "ap50"),
     "AP50 visible": ("visible", "ap50"),
     "AP50 infrared": ("infrared", "ap50"),
     "R@1": ("alignment", "r1"),
+    "old AP50 both": ("old", "both", "ap50"),
 }
 
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; the last one serves for more, a little wide.
@@ -160,11 +165,16 @@ def measure(name: str, seed: int, args: argparse.Namespace, arms: dict[str, Arm]
 
 
 def last_figures(path: Path) -> dict[str, float | None]:
-    """FIGURES of the last validation in a metrics.jsonl, in percent; None where the detector has no embeddings."""
+    """FIGURES of the last validation in a metrics.jsonl, in percent; None for those that the run does not have."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     last = [line for line in lines if line["kind"] == "validation"][-1]
-    values = {name: (last[group] or {}).get(key) for name, (group, key) in FIGURES.items()}
-    return {name: None if value is None else round(100 * value, 3) for name, value in values.items()}
+    figures = {}
+    for name, keys in FIGURES.items():
+        value = last
+        for key in keys:
+            value = (value or {}).get(key)
+        figures[name] = None if value is None else round(100 * value, 3)
+    return figures
 
 
 def cpu_name() -> str:
@@ -261,8 +271,9 @@ def report(finished: dict, args: argparse.Namespace, arms: dict[str, Arm]) -> st
         }.items()
     }
     about = [
-        [name, arm.adds, f"`{arm.script} {arm.flags}`", arm.begins_with or "random weights", " ".join(arm.against)]
+        [name, arm.adds, f"`{arm.script} {arm.flags}`", arm.begins_with or "random weights", ", ".join(arm.against)]
         for name, arm in arms.items()
+        if any(run == name for run, _ in finished)
     ]
     lines = [
         "# Ablation on the drawn scenes",
@@ -319,7 +330,7 @@ def conclusions(rows: list[dict], arms: dict[str, Arm]) -> list[str]:
             for word in dict.fromkeys(found.values())
         ]
         helps = "helps" if "better" in found.values() else "**is not shown to help**"
-        lines.append(f"* {name} ({arms[name].adds}) {helps}, against {other}: {'; '.join(parts)}.")
+        lines.append(f"* {name}, {arms[name].adds}, {helps}, against {other}: {'; '.join(parts)}.")
     return lines
 
 
@@ -328,7 +339,7 @@ def main(arguments: list[str] | None = None, *, arms: dict[str, Arm] = ARMS, mea
     parser.add_argument("--arms", nargs="+", choices=tuple(arms), default=list(arms), help="and those that they need")
     parser.add_argument("--seeds", type=int, help="how many, from 0 on (default: 5 or 3, by arm)")
     parser.add_argument("--steps", type=int, default=200, help=f"of {BATCH_SIZE} pairs (default: 200)")
-    parser.add_argument("--scenes", type=int, default=150, help="validation scenes (default: 150)")
+    parser.add_argument("--scenes", type=int, default=100, help="validation scenes of a domain (default: 100)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (default: 2)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablation", help="folders of the runs")
     parser.add_argument(
