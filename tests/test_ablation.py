@@ -1,0 +1,182 @@
+"""The ablation's statistics, what it skips, what it runs first and what it writes; with runs that train nothing."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import train_stage1
+from training.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load():
+    """benchmarks/ is no package: its scripts are loaded by their path."""
+    spec = importlib.util.spec_from_file_location("ablation", ROOT / "benchmarks" / "ablation.py")
+    module = sys.modules["ablation"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ablation = load()
+Arm = ablation.Arm
+ARMS = {
+    "plain": Arm("train_stage1.py", "--macl-weight 0", "nothing", seeds=2),
+    "more": Arm("train_stage1.py", "--msp", "much", against=("plain",), seeds=3),
+    "tuned": Arm("train_stage2.py", "--tune", "tuning", against=("more",), begins_with="plain", seeds=1),
+}
+FIGURES = {"AP50 both": 50.0, "AP50 visible": 40.0, "AP50 infrared": 30.0, "R@1": None, "old AP50 both": None}
+
+
+class Runs:
+    """Stands in for `measure`: notes what is run, leaves a checkpoint, and gives figures that grow with the seed."""
+
+    def __init__(self, fails=()):
+        self.seen, self.fails = [], fails
+
+    def __call__(self, name, seed, args, arms):
+        self.seen.append((name, seed))
+        if (name, seed) in self.fails:
+            raise InputError(f"{name} with seed {seed} ended with status 2: error: no such flag")
+        folder = args.runs / f"{name}-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "best.pt").write_bytes(b"weights")
+        gain = {"plain": 0.0, "more": 5.0 + 0.1 * seed, "tuned": 1.0}[name]
+        return {
+            "arm": name, "seed": seed, "figures": {**FIGURES, "AP50 both": 50 + 3.0 * seed + gain},
+            "arguments": ablation.arguments_of(name, seed, steps=args.steps, scenes=args.scenes, arms=arms),
+            "seconds": 7, "jobs": 1, "machine": "a machine, 2 cores", "versions": {"torch": "2.15.0"},
+            "commit": "abc", "date": "2026-01-02",
+        }  # fmt: skip
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    def run(*flags, runs=None):
+        runs = Runs() if runs is None else runs
+        where = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results.jsonl"), "--jobs", "1"]
+        ablation.main([*where, *flags], arms=ARMS, measure=runs)
+        return runs.seen
+
+    run.path = tmp_path / "results.jsonl"
+    run.folder = tmp_path / "runs"
+    return run
+
+
+def test_paired_differences_against_figures_worked_out_by_hand():
+    found = ablation.paired([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found["mean"] == 3 and found["se"] == pytest.approx((2.5 / 5) ** 0.5)  # a variance of 2.5
+    assert found["low"] == pytest.approx(3 - 2.776 * 0.7071, abs=1e-3)
+    assert found["high"] == pytest.approx(3 + 2.776 * 0.7071, abs=1e-3)
+    assert found["better"] == 5 and found["p"] == pytest.approx(2 / 32)
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [([1, 1, 1, -1], 10 / 16), ([1, -1], 1.0), ([0, 0, 1, 1], 0.5), ([0, 0], 1.0), ([-1] * 6, 2 / 64)],
+)
+def test_the_sign_test_is_exact_two_sided_and_leaves_ties_out(differences, p):
+    assert ablation.paired([float(d) for d in differences])["p"] == pytest.approx(p)
+
+
+def test_many_seeds_use_the_last_quantile_and_one_seed_has_no_interval():
+    many = ablation.paired([float(i % 2) for i in range(40)])
+    assert many["high"] - many["mean"] == pytest.approx(2.086 * many["se"])
+    assert ablation.paired([2.0])["se"] is None
+
+
+@pytest.mark.parametrize(
+    ("differences", "word"),
+    [
+        ([2, 3, 2.5], "better"),
+        ([-2, -3, -2.5], "worse"),
+        ([5, -4, 3], "no effect shown"),
+        ([9], "one seed says nothing"),
+    ],
+)
+def test_the_verdict_is_the_interval_s(differences, word):
+    assert ablation.verdict(ablation.paired([float(d) for d in differences])) == word
+
+
+def test_an_arm_brings_what_it_needs_along_for_the_same_seeds():
+    assert ablation.wanted(ARMS, ["tuned"], None) == [("plain", 0), ("more", 0), ("tuned", 0)]
+    assert ablation.wanted(ARMS, ["more"], None) == [(name, seed) for name in ("plain", "more") for seed in range(3)]
+    assert ablation.wanted(ARMS, list(ARMS), 2) == [(name, seed) for name in ARMS for seed in range(2)]
+
+
+def test_a_finished_run_is_skipped_and_one_of_other_arguments_is_not(sweep):
+    assert sorted(sweep("--seeds", "1")) == [("more", 0), ("plain", 0), ("tuned", 0)]
+    assert sweep("--seeds", "1") == []
+    assert sorted(sweep("--seeds", "2")) == [("more", 1), ("plain", 1), ("tuned", 1)]
+    assert sorted(sweep("--seeds", "1", "--steps", "9")) == [("more", 0), ("plain", 0), ("tuned", 0)]
+    assert sweep("--seeds", "2") == [] and len(sweep.path.read_text().splitlines()) == 9
+
+
+def test_what_begins_with_a_checkpoint_runs_after_it(sweep):
+    seen = sweep("--seeds", "2")
+    assert all(seen.index(("tuned", seed)) > seen.index(("plain", seed)) for seed in (0, 1))
+
+
+def test_a_lost_checkpoint_is_trained_again_only_where_it_is_needed(sweep):
+    sweep("--arms", "more", "--seeds", "2")
+    (sweep.folder / "plain-0" / "best.pt").unlink()
+    assert sweep("--arms", "more", "--seeds", "2") == []
+    assert sweep("--arms", "tuned", "--seeds", "1") == [("plain", 0), ("tuned", 0)]
+
+
+def test_a_failure_is_said_and_the_others_go_on(sweep, capsys):
+    runs = Runs(fails={("plain", 0)})
+    with pytest.raises(SystemExit) as stop:
+        sweep("--seeds", "2", runs=runs)
+    assert stop.value.code == 1
+    assert "failed: plain with seed 0 ended with status 2: error: no such flag" in capsys.readouterr().out
+    assert len(sweep.path.read_text().splitlines()) == 5
+    assert ("plain", 0) in sweep("--seeds", "2")
+
+
+def test_the_table(sweep):
+    sweep()
+    text = sweep.path.with_suffix(".md").read_text()
+    assert "a machine, 2 cores; torch 2.15.0; 2026-01-02; commit abc." in text
+    assert "| plain | 3 | 53.0 ± 3.0 | 40.0 ± 0.0 | 30.0 ± 0.0 | - | - |" in text
+    assert "| more | plain | AP50 both | 3 | +5.1 | 0.1 | +4.9 to +5.3 | 3 of 3 | 0.250 | better |" in text
+    assert "| more | plain | AP50 visible | 3 | +0.0 | 0.0 | +0.0 to +0.0 | 0 of 3 | 1.000 | no effect shown |" in text
+    assert "R@1 |" in text and "| plain | R@1" not in text  # nothing to compare
+    assert "* more, much, helps, against plain: better in AP50 both; no effect shown in AP50 visible, AP50 inf" in text
+    assert "* tuned, tuning, **is not shown to help**, against more: one seed says nothing in AP50 both," in text
+
+
+def test_broken_results_and_numbers_below_one_are_named(sweep):
+    with pytest.raises(InputError, match="--steps 0: expected at least 1"):
+        sweep("--steps", "0")
+    sweep.path.write_text('{"arm": "plain"\n')
+    with pytest.raises(InputError, match=r"results.jsonl, line 1: expected a json object"):
+        sweep()
+
+
+def test_the_last_validation_counts(tmp_path):
+    early = {"both": {"ap50": 0.9}, "visible": {"ap50": 0.9}, "infrared": {"ap50": 0.9}, "alignment": {"r1": 0.1}}
+    late = {"both": {"ap50": 0.5}, "visible": {"ap50": None}, "infrared": {"ap50": 0.25}, "alignment": None}
+    lines = [{"kind": "validation", **early}, {"kind": "validation", **late}, {"kind": "train", "loss": 1.0}]
+    lines[1]["old"] = {"both": {"ap50": 0.75}}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = ablation.last_figures(tmp_path / "metrics.jsonl")
+    assert list(found.values()) == [50.0, None, 25.0, None, 75.0] and list(found) == list(ablation.FIGURES)
+
+
+def test_a_run_is_a_process_of_the_script_itself(tmp_path):
+    arms = {"tiny": Arm("train_stage1.py", "--no-such-flag", "an unknown flag")}
+    args = argparse.Namespace(runs=tmp_path, steps=1, scenes=1, jobs=1)
+    with pytest.raises(InputError, match="tiny with seed 0 ended with status 2: .*unrecognized.* --no-such-flag"):
+        ablation.measure("tiny", 0, args, arms)
+
+
+@pytest.mark.parametrize("name", [name for name, arm in ablation.ARMS.items() if arm.script == "train_stage1.py"])
+def test_the_flags_of_the_stage_1_arms_are_the_script_s(name):
+    script, *flags = ablation.arguments_of(name, 3, steps=200, scenes=150)
+    args = train_stage1.parse_arguments(flags)
+    assert script == "train_stage1.py" and (args.seed, args.synthetic_train, args.epochs) == (3, 800, 1)
