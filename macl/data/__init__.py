@@ -7,7 +7,7 @@ from macl.data.loader import collate, make_loader
 from macl.data.sample import find_pairs, read_image, read_pair
 from macl.data.scenes import NIGHT, Domain
 from macl.data.synthetic import SyntheticPairs
-from macl.data.transforms import Augmented, PairedAugmentation, Plain, to_float
+from macl.data.transforms import Augmented, Misaligned, PairedAugmentation, Plain, to_float
 
 __all__ = [
     "KAIST",
@@ -15,6 +15,7 @@ __all__ = [
     "NIGHT",
     "Augmented",
     "Domain",
+    "Misaligned",
     "PairedAugmentation",
     "Plain",
     "SyntheticPairs",
