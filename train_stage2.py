@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import macl
 from macl.build import load_initial_weights
 from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, Joint, SyntheticPairs, hold_out
+from macl.data.kaist import TRAINING_RULES
 from macl.domain import dann_scale
 from macl.validation import draw_validation, miss_rate_figures, validation_text
 from macl.weights import read_state
@@ -108,7 +109,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--image-set", default="train-all-02", metavar="NAME|FILE", help="KAIST: list of training frames")
     add("--val-image-set", metavar="NAME|FILE", help="KAIST: list of validation frames; without it videos are held out")
     add("--stride", type=positive_int, default=1, metavar="N", help="KAIST: every N-th training frame of a video")
-    add("--annotations", metavar="PATH", help="KAIST: boxes from here instead of from the tree")
+    add("--annotations", metavar="PATH", help="KAIST: training boxes from here instead of from the tree")
+    add("--val-annotations", metavar="PATH", help="KAIST: boxes of --val-image-set, such as the published json of test")
+    add("--min-height", type=non_negative_float, default=TRAINING_RULES["min_height"], metavar="PIXELS",
+        help="KAIST: smaller people are ignored in training")
+    add("--max-occlusion", type=int, choices=(0, 1, 2), default=TRAINING_RULES["max_occlusion"],
+        help="KAIST: people occluded more than that (1 partially, 2 heavily) are ignored in training")
     add("--llvip-root", metavar="PATH", help="LLVIP, the domain of stage 1, to mix in and to validate on")
     add("--old-share", type=fraction, default=0.25, metavar="X",
         help="share of each batch from the domain of stage 1; 0 mixes nothing in")
@@ -200,14 +206,14 @@ def open_data(args: argparse.Namespace):
 
 
 def open_kaist(args: argparse.Namespace):
-    """Training and validation frames of KAIST, and sentences about the latter."""
-    options = dict(annotations=args.annotations)
-    train = KAIST(args.data_root, args.image_set, stride=args.stride, **options)
+    """Training and validation frames of KAIST, and sentences about the latter; the rules are for training alone."""
+    train = KAIST(args.data_root, args.image_set, args.annotations, args.stride)
     if args.val_image_set is None:
         train, validation, sentence = hold_out(train)
-        return train, validation, [sentence]
-    validation = KAIST(args.data_root, args.val_image_set, **options)
-    return train, validation, [f"validating on {validation.source}"]
+    else:
+        validation = KAIST(args.data_root, args.val_image_set, args.val_annotations)
+        sentence = f"validating on {validation.source}"
+    return train.with_rules(min_height=args.min_height, max_occlusion=args.max_occlusion), validation, [sentence]
 
 
 def build_model(

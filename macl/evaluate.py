@@ -1,59 +1,133 @@
-"""Evaluate a detector with both cameras and with each alone.
+"""Evaluate a detector with both cameras and with each alone, or the detections of somebody else's.
 
-python -m macl.evaluate --checkpoint runs/NAME/best.pt                            # new synthetic scenes
-python -m macl.evaluate --checkpoint best.pt --dataset llvip --data-root LLVIP    # LLVIP's test split
-python -m macl.evaluate --checkpoint best.pt --dataset llvip --data-root LLVIP --modality infrared
+    python -m macl.evaluate --checkpoint runs/NAME/best.pt                            # new synthetic scenes
+    python -m macl.evaluate --checkpoint best.pt --dataset llvip --data-root LLVIP    # LLVIP's test split
+    python -m macl.evaluate --checkpoint best.pt --dataset kaist --data-root KAIST --annotations TEST.json
+    python -m macl.evaluate --dataset kaist --detections FILE.txt --annotations TEST.json      # no model
+    python -m macl.evaluate --checkpoint best.pt --misalign 2 4 8                     # infrared moved to the right
+
+Average precision, and where occlusion and daytime are known (kaist, synthetic) the log-average miss rate.
 """
 
 import argparse
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
 from macl.build import load_detector
-from macl.data import LLVIP, SyntheticPairs
+from macl.data import KAIST, LLVIP, SyntheticPairs, read_ground_truth
 from macl.detector import PairedFasterRCNN
 from macl.errors import InputError
-from macl.validation import AUTOCAST, SCORE_THRESHOLD, alignment_figures, detection_figures, predict, table
+from macl.metrics import could_count_from_zero, read_detections, write_detections
+from macl.misalignment import misalignment_figures, misalignment_text
+from macl.plots import miss_rate_plot
+from macl.validation import (
+    AUTOCAST,
+    SCORE_THRESHOLD,
+    alignment_figures,
+    detection_figures,
+    miss_rate_curves,
+    miss_rate_tables,
+    miss_rate_text,
+    predict,
+    table,
+)
 from training import distributed
 from training.arguments import fraction, make_parser, non_negative_int, positive_int
 from training.errors import one_sentence
 
+ONE_DATASET = {"split": "llvip", "image_set": "kaist", "annotations": "kaist", "detections": "kaist"}
+NEED_MODEL = ("weights", "modality", "score_threshold", "max_detections", "misalign")  # no use with --detections
+SUFFIXES = {"save_detections": (".txt", ".json"), "save_curve": (".json",), "plot": (".png", ".pdf", ".svg")}
 
+
+# fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument("--checkpoint", required=True, metavar="PATH", help="best.pt or last.pt of a run")
-    weights = "averaged (EMA) weights where there are any, or the raw ones"
-    model.add_argument("--weights", choices=("ema", "raw"), default="ema", help=weights)
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=("llvip", "synthetic"), default="synthetic", help="which data set")
-    data.add_argument("--data-root", metavar="PATH", help="the data set's own root (llvip)")
-    data.add_argument("--split", choices=("train", "test"), default="test", help="llvip: which split")
-    data.add_argument("--count", type=positive_int, default=200, metavar="N", help="synthetic: number of scenes")
-    data.add_argument(
-        "--seed", type=non_negative_int, default=20_000, metavar="N", help="synthetic: seed of the scenes"
-    )
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--modality", choices=("all", "both", "visible", "infrared"), default="all", help="what to detect with"
-    )
-    run.add_argument("--score-threshold", type=fraction, default=SCORE_THRESHOLD, metavar="X", help="lowest score kept")
-    run.add_argument("--max-detections", type=positive_int, default=100, metavar="N", help="most detections an image")
-    run.add_argument("--batch-size", type=positive_int, default=4, metavar="N", help="images at once")
-    run.add_argument("--workers", type=non_negative_int, default=2, metavar="N", help="loading processes")
-    run.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    run.add_argument("--amp", choices=tuple(AUTOCAST), default="none", help="number format of the forward pass")
-    run.add_argument("--output", metavar="FILE", help="also write the figures to this json file")
+    add = parser.add_argument_group("model").add_argument
+    add("--checkpoint", metavar="PATH", help="best.pt or last.pt of a run")
+    add("--weights", choices=("ema", "raw"), help="averaged (EMA) weights where there are any (default), or raw ones")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=("kaist", "llvip", "synthetic"), default="synthetic", help="which data set")
+    add("--data-root", metavar="PATH", help="the data set's own root (kaist, llvip)")
+    add("--split", choices=("train", "test"), help="llvip: which split (default: test)")
+    add("--image-set", metavar="NAME", help="kaist: a list in its imageSets, or a list's path (default: test-all-20)")
+    add("--annotations", metavar="PATH", help="kaist: folder or json of annotations (default: the root's own)")
+    add("--count", type=positive_int, default=200, metavar="N", help="synthetic: number of scenes")
+    add("--seed", type=non_negative_int, default=20_000, metavar="N", help="synthetic: seed of the scenes")
+    add = parser.add_argument_group("somebody else's detections").add_argument
+    add("--detections", metavar="FILE", help="kaist: .txt or .json, of one class, instead of a checkpoint")
+    add("--first-id", type=int, choices=(0, 1), help="what its image ids count from (default: 1; json: 0 if it occurs)")
+    add = parser.add_argument_group("run").add_argument
+    add("--modality", choices=("all", "both", "visible", "infrared"), help="what to detect with (default: all)")
+    add("--score-threshold", type=fraction, metavar="X", help=f"lowest score kept (default: {SCORE_THRESHOLD})")
+    add("--max-detections", type=positive_int, metavar="N",
+        help="most detections an image (default: 100; kaist: 1000, the most that its miss rate looks at)")
+    add("--misalign", type=int, nargs="+", metavar="PX", help="also with one modality so many pixels further right")
+    add("--misalign-modality", choices=("visible", "infrared"), help="which one (default: infrared)")
+    add("--batch-size", type=positive_int, default=4, metavar="N", help="images at once")
+    add("--workers", type=non_negative_int, default=2, metavar="N", help="loading processes")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--amp", choices=tuple(AUTOCAST), default="none", help="number format of the forward pass")
+    add = parser.add_argument_group("what to write").add_argument
+    add("--output", metavar="FILE", help="all figures as json")
+    add("--save-detections", metavar="FILE", help=".txt or .json; of each camera alone in FILE-visible.txt, ...")
+    add("--save-curve", metavar="FILE.json", help="miss rate over false positives per image")
+    add("--plot", metavar="FILE.png", help="the same as a picture (.png, .pdf, .svg); needs the viz extra")
+# fmt: on
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuses what would have no effect, and places that cannot be written, before the long part."""
+    if (args.checkpoint is None) == (args.detections is None):
+        raise InputError("expected either --checkpoint PATH or --detections FILE")
+    for name, dataset in ONE_DATASET.items():
+        if getattr(args, name) is not None and args.dataset != dataset:
+            raise InputError(f"{flag(name)} is for --dataset {dataset}, not for {args.dataset}")
+    if args.detections is not None:
+        for name in NEED_MODEL:
+            if getattr(args, name) is not None:
+                raise InputError(f"{flag(name)} needs a model: it does nothing with --detections")
+        if args.data_root is None and (args.annotations is None or args.image_set is not None):
+            raise InputError("--detections needs --annotations FILE.json alone, or --data-root")
+    elif args.dataset != "synthetic" and args.data_root is None:
+        raise InputError(f"--dataset {args.dataset} needs --data-root, the data set's own root")
+    if args.dataset == "synthetic" and args.data_root is not None:
+        raise InputError("--data-root needs --dataset llvip or kaist")
+    if args.first_id is not None and args.detections is None:
+        raise InputError("--first-id is for the file of --detections")
+    if args.misalign_modality is not None and args.misalign is None:
+        raise InputError("--misalign-modality needs --misalign PX")
+    check_outputs(args)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    for name, suffixes in SUFFIXES.items():
+        path = getattr(args, name)
+        if path is not None and Path(path).suffix not in suffixes:
+            raise InputError(f"{flag(name)} {path}: expected a name that ends in {' or '.join(suffixes)}")
+        if path is not None and name != "save_detections" and args.dataset == "llvip":
+            raise InputError(f"{flag(name)}: LLVIP's annotations do not know occlusion, so there is no miss rate")
+    for name in ("output", *SUFFIXES):
+        path = getattr(args, name)
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise InputError(f"{flag(name)} {path}: the folder {Path(path).parent} does not exist")
+    if args.plot is not None and find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib, which the viz extra brings: pip install -e '.[viz]'")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def open_dataset(args: argparse.Namespace) -> Dataset:
     if args.dataset == "synthetic":
         return SyntheticPairs(args.count, args.seed)
-    if args.data_root is None:
-        raise InputError(f"--dataset {args.dataset} needs --data-root, the data set's own root")
-    return LLVIP(args.data_root, args.split)
+    if args.dataset == "llvip":
+        return LLVIP(args.data_root, args.split or "test")
+    return KAIST(args.data_root, args.image_set or "test-all-20", args.annotations)
 
 
 def chosen_modes(detector: PairedFasterRCNN, modality: str) -> dict[str, tuple[str, ...]]:
@@ -62,35 +136,86 @@ def chosen_modes(detector: PairedFasterRCNN, modality: str) -> dict[str, tuple[s
     return detector.modes if modality == "all" else {modality: detector.modes[modality]}
 
 
+def read_results(args: argparse.Namespace) -> tuple[list[dict], str]:
+    """The file of --detections beside the ground truth, as `predict` gives its results, and what was read."""
+    if args.data_root is None:
+        truth, source = read_ground_truth(args.annotations)
+    else:
+        dataset = open_dataset(args)
+        truth, source = dataset.ground_truth(), dataset.source
+    found = read_detections(args.detections, len(truth), first_id=args.first_id)
+    source += f"\ndetections of {args.detections}: {sum(len(frame['scores']) for frame in found)}"
+    if args.first_id is None and could_count_from_zero(args.detections, len(truth)):
+        source += "; its image ids are taken to count from 1 but would fit 0 as well: --first-id settles it"
+    mode = Path(args.detections).stem
+    results = []
+    for frame, detections in zip(truth, found, strict=True):
+        detections = detections | {"labels": torch.ones_like(detections["labels"])}
+        results.append({"size": frame["size"], "found": {mode: detections}, "truth": frame})
+    return results, source
+
+
+def detect(args: argparse.Namespace, device: torch.device) -> tuple[list[dict], str, list[dict]]:
+    """The results of the checkpoint, what was read, and the figures for --misalign (none: empty)."""
+    detector = load_detector(args.checkpoint, weights=args.weights or "ema").to(device)
+    detector.roi_head.max_detections = args.max_detections or (1000 if args.dataset == "kaist" else 100)
+    modes = chosen_modes(detector, args.modality or "all")
+    if args.misalign is not None and "both" not in modes:
+        raise InputError(f"--misalign needs detections with both modalities, not with {', '.join(modes)} alone")
+    dataset = open_dataset(args)
+    run = {name: getattr(args, name) for name in ("batch_size", "workers", "amp")} | {"device": device}
+    run["score_threshold"] = SCORE_THRESHOLD if args.score_threshold is None else args.score_threshold
+    results = predict(detector, dataset, modes=modes, **run)
+    lines = []
+    if args.misalign is not None:
+        moved = args.misalign_modality or "infrared"
+        lines = misalignment_figures(detector, dataset, results, modality=moved, pixels=args.misalign, **run)
+    return results, dataset.source, lines
+
+
+def write_files(args: argparse.Namespace, results: list[dict], figures: dict) -> None:
+    if args.output:
+        Path(args.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    for count, mode in enumerate(results[0]["found"] if args.save_detections else ()):
+        path = Path(args.save_detections)
+        path = path if count == 0 else path.with_stem(f"{path.stem}-{mode}")
+        write_detections(path, [result["found"][mode] for result in results])
+        print(f"detections with {mode}: {path}")
+    if args.save_curve or args.plot:
+        curves = miss_rate_curves(results)
+        if args.save_curve:
+            Path(args.save_curve).write_text(json.dumps(curves) + "\n", encoding="utf-8")
+        if args.plot:
+            drawn = {mode: rows["reasonable all"] for mode, rows in curves.items()}
+            if len(curves) == 1:
+                drawn = {f"{mode}, {row}": curve for mode, rows in curves.items() for row, curve in rows.items()}
+            miss_rate_plot(args.plot, drawn, title="reasonable")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_arguments(parser)
     args = parser.parse_args(arguments)
+    check_flags(args)
     device = distributed.start(args.device)
-    detector = load_detector(args.checkpoint, weights=args.weights).to(device)
-    detector.roi_head.max_detections = args.max_detections
-    dataset = open_dataset(args)
-    results = predict(
-        detector,
-        dataset,
-        modes=chosen_modes(detector, args.modality),
-        device=device,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        amp=args.amp,
-        score_threshold=args.score_threshold,
-    )
-    figures, agreement = detection_figures(results), alignment_figures(results)
+    if args.detections is None:
+        results, source, misaligned = detect(args, device)
+    else:
+        (results, source), misaligned = read_results(args), []
     if distributed.is_main():
-        print(dataset.source)
-        print(table(figures))
+        detection, agreement, miss_rates = (
+            describe(results) for describe in (detection_figures, alignment_figures, miss_rate_tables)
+        )
+        print(source)
+        print(table(detection))
         if agreement is not None and agreement["r1"] is not None:
             print(f"cross-modal retrieval R@1 {agreement['r1']:.3f} among {agreement['gallery']} boxes seen in both")
-        if args.output:
-            Path(args.output).write_text(
-                json.dumps({"data": dataset.source, "detection": figures, "alignment": agreement}, indent=2) + "\n",
-                encoding="utf-8",
-            )
+        if miss_rates:
+            print(f"\n{miss_rate_text(miss_rates)}")
+        if misaligned:
+            print(f"\n{misalignment_text(misaligned, args.misalign_modality or 'infrared')}")
+        figures = {"data": source, "detection": detection, "alignment": agreement}
+        write_files(args, results, figures | {"miss_rate": miss_rates, "misalign": misaligned})
     distributed.stop()
 
 

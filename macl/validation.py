@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 import training.distributed as distributed
 from macl.data import Plain, make_loader, to_float
 from macl.detector import Extracted, PairedFasterRCNN
-from macl.metrics import alignment, average_precision, ignore_all_but, miss_rate_table, seen_in
-from macl.metrics.miss_rate import FRAME
+from macl.metrics import alignment, average_precision, ignore_all_but, miss_rate_curve, miss_rate_table, seen_in
+from macl.metrics.miss_rate import DAYTIMES, FRAME
 from macl.plots import draw_detections, tsne_picture
 
 SCORE_THRESHOLD = 0.001  # for figures; below a detector's own, which is for looking at
@@ -113,8 +113,29 @@ def miss_rate_figures(results: list[dict]) -> dict[str, dict[str, float | None]]
 
     Empty unless the data set knows occlusion and daytime, as KAIST and the drawn scenes do.
     """
-    tables = {mode: miss_rate_table(*frames) for mode, frames in miss_rate_frames(results).items()}
+    tables = miss_rate_tables(results)
     return {mode: {row: values["miss_rate"] for row, values in rows.items()} for mode, rows in tables.items()}
+
+
+def miss_rate_tables(results: list[dict]) -> dict[str, dict[str, dict]]:
+    """The same with all of `metrics.miss_rate_table`: mode -> row -> miss_rate, recall, boxes, frames."""
+    return {mode: miss_rate_table(*frames) for mode, frames in miss_rate_frames(results).items()}
+
+
+def miss_rate_curves(results: list[dict]) -> dict[str, dict[str, dict]]:
+    """Mode -> "reasonable all", "reasonable day", "reasonable night" -> `metrics.miss_rate_curve`, as lists, of which
+    only the points stay at which the miss rate changes, and the last: the curve is a staircase."""
+    curves = {}
+    for mode, (detections, truth) in miss_rate_frames(results).items():
+        curves[mode] = {}
+        for daytime in DAYTIMES:
+            curve = miss_rate_curve(detections, truth, "reasonable", daytime)
+            fppi, miss_rate = curve["fppi"].tolist(), curve["miss_rate"].tolist()
+            before = [100.0, *miss_rate]
+            kept = [i for i in range(len(fppi)) if miss_rate[i] != before[i] or i == len(fppi) - 1]
+            points = {"fppi": [fppi[i] for i in kept], "miss_rate": [miss_rate[i] for i in kept]}
+            curves[mode][f"reasonable {daytime}"] = curve | points
+    return curves
 
 
 def miss_rate_frames(results: list[dict]) -> dict[str, tuple[list[dict], list[dict]]]:
@@ -182,13 +203,28 @@ def table(figures: dict[str, dict]) -> str:
     columns = list(next(iter(figures.values())))
     titles = [name.replace("ap50_seen_in_", "AP50 seen in ").replace("_", " ").replace("ap", "AP") for name in columns]
     titles = ["AP50:95" if title == "AP" else title for title in titles]
-    lines = ["  ".join(["detecting with", *titles])]
-    for mode, values in figures.items():
-        cells = ["-" if values[name] is None else f"{100 * values[name]:.1f}" for name in columns]
-        lines.append(
-            "  ".join([f"{mode:<14}", *(f"{cell:>{len(title)}}" for cell, title in zip(cells, titles, strict=True))])
-        )
-    return "\n".join(lines)
+    rows = [[mode, *("-" if values[name] is None else f"{100 * values[name]:.1f}" for name in columns)]
+            for mode, values in figures.items()]  # fmt: skip
+    return aligned([["detecting with", *titles], *rows])
+
+
+def miss_rate_text(tables: dict[str, dict[str, dict]]) -> str:
+    """The tables of `miss_rate_tables` as aligned text, one of the ten rows a line, with the final recall beside."""
+    titles = [title for mode in tables for title in (mode, "recall")]
+    lines = [["log-average miss rate, %", *titles, "people", "frames"]]
+    for row, values in next(iter(tables.values())).items():
+        figures = [rows[row][key] for rows in tables.values() for key in ("miss_rate", "recall")]
+        cells = ["-" if value is None else f"{value:.2f}" for value in figures]
+        lines.append([row, *cells, str(values["boxes"]), str(values["frames"])])
+    return aligned(lines)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of cells as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+    )
 
 
 def validation_text(figures: dict, untrained: float | None) -> str:

@@ -1,14 +1,15 @@
 """Paired data sets: one sample type for training, validation and inference (see macl.data.sample)."""
 
+from macl.data.held_out import hold_out
 from macl.data.joint import Joint
 from macl.data.kaist import KAIST
 from macl.data.kaist_labels import read_ground_truth
-from macl.data.llvip import LLVIP, hold_out
+from macl.data.llvip import LLVIP
 from macl.data.loader import collate, make_loader
 from macl.data.sample import find_pairs, read_image, read_pair
 from macl.data.scenes import DAY_AND_NIGHT, NIGHT, Domain
 from macl.data.synthetic import SyntheticPairs
-from macl.data.transforms import Augmented, PairedAugmentation, Plain, to_float
+from macl.data.transforms import Augmented, Misaligned, PairedAugmentation, Plain, to_float
 
 __all__ = [
     "DAY_AND_NIGHT",
@@ -18,6 +19,7 @@ __all__ = [
     "Augmented",
     "Domain",
     "Joint",
+    "Misaligned",
     "PairedAugmentation",
     "Plain",
     "SyntheticPairs",

@@ -82,7 +82,8 @@ class KAIST(torch.utils.data.Dataset):
         self._suffixes = self._find_images(file)
         self._labels, about_labels = self._find_labels(annotations)
         self.size = tuple(read_image(self.paths(0)[0]).shape[:0:-1])  # width, height; all frames have the same
-        self.source = self._describe(file, len(listed), stride, daytime, place, about_labels)
+        self.split = file.stem
+        self._about = self._describe(file, len(listed), stride, daytime, place, about_labels)
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -110,6 +111,25 @@ class KAIST(torch.utils.data.Dataset):
             "occlusion": people.occlusion,
             "daytime": frame.daytime,
         }
+
+    scene_kind = "video"
+
+    @staticmethod
+    def scene_name(scene: int) -> str:
+        return f"set{scene // 1000:02d}/V{scene % 1000:03d}"
+
+    @staticmethod
+    def scene_group(scene: int) -> int:
+        """The set: one place, by day or by night (see `hold_out`)."""
+        return scene // 1000
+
+    @property
+    def source(self) -> str:
+        """Which list, layout, labels and rules were read."""
+        height, occlusion = self.rules["min_height"], self.rules["max_occlusion"]
+        rules = [f"below {height:g} pixels"] * (height > 0)
+        rules += [f"occluded by more than level {occlusion}"] * (occlusion < 2)
+        return self._about + (f"; people {' or '.join(rules)} are ignored" if rules else "")
 
     @property
     def scenes(self) -> list[int]:
@@ -148,12 +168,18 @@ class KAIST(torch.utils.data.Dataset):
         ]
 
     def subset(self, indices: Sequence[int], source: str) -> "KAIST":
-        """The same data set with some of its pairs, renumbered from 0; `source` becomes the new one's."""
+        """The same data set with some of its pairs, renumbered from 0; `source` begins the new one's."""
         chosen = copy.copy(self)
         chosen.frames = [self.frames[index] for index in indices]
         chosen._suffixes = tuple([suffixes[index] for index in indices] for suffixes in self._suffixes)
-        chosen.source = source
+        chosen._about = source
         return chosen
+
+    def with_rules(self, *, min_height: float, max_occlusion: int) -> "KAIST":
+        """The same pairs, of which other boxes are ignored."""
+        ruled = copy.copy(self)
+        ruled.rules = {"min_height": min_height, "max_occlusion": max_occlusion}
+        return ruled
 
     def statistics(self) -> dict:
         """Counts over the annotations alone (no image is decoded): those of LLVIP.statistics but other_classes (here
@@ -219,13 +245,9 @@ class KAIST(torch.utils.data.Dataset):
         day = sum(frame.daytime for frame in self.frames)
         chosen = [f"stride {stride}"] * (stride > 1) + [value for value in (daytime, place) if value != "all"]
         kept = f" (chosen from {listed} by {', '.join(chosen)})" if chosen else ""
-        height, occlusion = self.rules.values()
-        rules = [f"below {height:g} pixels"] * (height > 0)
-        rules += [f"occluded by more than level {occlusion}"] * (occlusion < 2)
         return (
             f"KAIST {file.stem}: {len(self)} pairs ({day} by day, {len(self) - day} by night) of {self.root}, "
             f"{self.layout.name}, listed in {file}{kept}; labels of {about_labels}"
-            + (f"; people {' or '.join(rules)} are ignored" if rules else "")
         )
 
 

@@ -74,6 +74,17 @@ class LLVIP(torch.utils.data.Dataset):
             "scene": self.scenes[index],
         }
 
+    scene_kind = "camera"
+
+    @staticmethod
+    def scene_name(scene: int) -> str:
+        return f"{scene:02d}"
+
+    @staticmethod
+    def scene_group(scene: int) -> int:
+        """Cameras are all of one kind (see `hold_out`)."""
+        return 0
+
     def paths(self, index: int) -> tuple[Path, Path, Path]:
         """The visible image, the infrared image and the annotation of a pair."""
         name = self.names[index]
@@ -139,43 +150,6 @@ class LLVIP(torch.utils.data.Dataset):
             if f"{name}.xml" not in annotations:
                 raise InputError(f"{self.root / 'Annotations' / name}.xml does not exist; expected the boxes of {name}")
         return suffixes
-
-
-def hold_out(dataset: LLVIP, *, fraction: float = 0.1) -> tuple[LLVIP, LLVIP, str]:
-    """Splits off pairs for validation: the last cameras, until they hold at least `fraction` of the pairs.
-
-    With one camera only, every k-th pair, k = 1 / fraction. Returns the rest for training, the pairs held out, and a
-    sentence that says what was held out. Raises InputError when there are fewer than two pairs.
-    """
-    total = len(dataset)
-    if total < 2:
-        raise InputError(f"{dataset.root} has {total} pair in {dataset.split}; at least 2 are needed to hold one out")
-    cameras = sorted(set(dataset.scenes))
-    if len(cameras) == 1:
-        step = min(round(1 / fraction), total)
-        held_out = range(step - 1, total, step)
-        sentence = (
-            f"Warning: {dataset.split} shows one camera only, so one in {step} of its {total} pairs is held out for "
-            f"validation ({len(held_out)} pairs), and validation pairs look like their neighbours in training"
-        )
-    else:
-        chosen = {cameras[-1]}
-        for camera in cameras[-2:0:-1]:
-            if sum(scene in chosen for scene in dataset.scenes) >= fraction * total:
-                break
-            chosen.add(camera)
-        held_out = [index for index, scene in enumerate(dataset.scenes) if scene in chosen]
-        named = ", ".join(f"{camera:02d}" for camera in sorted(chosen))
-        sentence = (
-            f"Held out for validation: {len(held_out)} of the {total} pairs of {dataset.split}, "
-            f"all those of {'camera' if len(chosen) == 1 else 'cameras'} {named}"
-        )
-    kept = sorted(set(range(total)) - set(held_out))
-    return (
-        dataset.subset(kept, f"{dataset.source}, {len(kept)} of them kept for training"),
-        dataset.subset(held_out, f"{dataset.source}, {len(held_out)} of them held out for validation"),
-        sentence,
-    )
 
 
 def _find_root(root: Path) -> Path:

@@ -137,6 +137,28 @@ class Plain(Dataset):
         return sample | {modality: to_float(sample[modality]) for modality in ("visible", "infrared")}
 
 
+class Misaligned(Dataset):
+    """A data set of samples of which one modality lies `pixels` further to the right (or, below 0, to the left).
+
+    The boxes stay where the other modality shows them. What comes in from the side repeats the image's last column.
+    """
+
+    def __init__(self, dataset: Dataset, *, modality: str, pixels: int):
+        if modality not in ("visible", "infrared"):
+            raise ValueError(f"modality is {modality!r}; expected visible or infrared")
+        self.dataset, self.modality, self.pixels = dataset, modality, pixels
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.dataset[index]
+        image = sample[self.modality]
+        last = image.shape[-1] - 1
+        columns = (torch.arange(last + 1) - self.pixels).clamp(0, last)
+        return sample | {self.modality: image[..., columns]}
+
+
 def to_float(image: Tensor | None) -> Tensor | None:
     """uint8 of 0..255 to float32 of 0..1; an absent image stays None."""
     return None if image is None else F.to_dtype(image, torch.float32, scale=True)

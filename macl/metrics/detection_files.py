@@ -26,7 +26,7 @@ def read_detections(path: str | os.PathLike, image_count: int, *, first_id: int 
     path = Path(path)
     rows = _READERS[_suffix(path)](path)
     if first_id is None:
-        first_id = 0 if path.suffix == ".json" and any(row[1] == 0 for row in rows) else 1
+        first_id = _first_id(path, rows)
     frames = [[] for _ in range(image_count)]
     for place, image_id, *values in rows:
         if not first_id <= image_id < first_id + image_count:
@@ -36,6 +36,15 @@ def read_detections(path: str | os.PathLike, image_count: int, *, first_id: int 
             )
         frames[image_id - first_id].append(values)
     return [_frame(rows) for rows in frames]
+
+
+def could_count_from_zero(path: str | os.PathLike, image_count: int) -> bool:
+    """Whether read_detections takes the ids of a json to count from 1 although all of them fit counting from 0 too."""
+    path = Path(path)
+    if _suffix(path) != ".json":
+        return False
+    rows = _read_json(path)
+    return _first_id(path, rows) == 1 and all(row[1] < image_count for row in rows)
 
 
 def write_detections(path: str | os.PathLike, detections: list[dict], *, first_id: int = 1) -> None:
@@ -78,6 +87,10 @@ def _suffix(path: Path) -> str:
     if path.suffix not in _READERS:
         raise InputError(f"{path}: detections are .txt or .json files")
     return path.suffix
+
+
+def _first_id(path: Path, rows: list[tuple]) -> int:
+    return 0 if path.suffix == ".json" and any(row[1] == 0 for row in rows) else 1
 
 
 def _text(path: Path) -> str:

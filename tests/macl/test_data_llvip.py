@@ -138,7 +138,7 @@ def test_one_camera_gives_every_kth_pair_and_a_warning(tmp_path):
         write_pair(tmp_path, "train", f"01{number:04d}")
     train, validation, sentence = hold_out(LLVIP(tmp_path, "train"), fraction=0.25)
     assert validation.names == ["010003", "010007", "010011"] and len(train) == 9
-    assert sentence.startswith("Warning") and "one camera" in sentence
+    assert sentence.startswith("Warning") and "no camera to spare" in sentence
     refused(lambda: hold_out(train.subset([0], "one")), "1 pair")
 
 
