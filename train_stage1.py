@@ -358,7 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
     best, untrained = -math.inf, None
 
     if args.check:
-        check(said + about_model, train_data, val_data, stepper, loader, detector)
+        check(said + about_model, {"training": train_data, "validation": val_data}, stepper, loader, detector)
         return
     state = TrainingState(SCRIPT, detector, average, optimizer, schedule, stepper, sampler)
     if resumed is not None:
@@ -428,12 +428,12 @@ def main(arguments: list[str] | None = None) -> None:
     distributed.stop()
 
 
-def check(said: list[str], train_data, val_data, stepper: Stepper, loader, detector) -> None:
+def check(said: list[str], data: dict, stepper: Stepper, loader, detector) -> None:
     """--check: what the data holds, one step, and whether a gradient reaches every part."""
     for line in said:
         print(line)
-    for name, data in (("training", train_data), ("validation", val_data)):
-        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in data.statistics().items()))
+    for name, pairs in data.items():
+        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in pairs.statistics().items()))
     result = stepper([next(iter(loader))], keep_gradients=True)
     print("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items()))
     for name, norm in module_gradient_norms(detector).items():

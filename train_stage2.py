@@ -236,6 +236,10 @@ def build_model(
         detector = macl.build_detector(**kwargs)
     except ValueError as error:
         raise InputError(f"the detector's flags do not fit together: {error}") from error
+    for name, _ in args.lr_scale:
+        if not any(f"{known}.".startswith(f"{name}.") for known, _ in detector.named_parameters()):
+            parts = ", ".join(part for part, _ in detector.named_children())
+            raise InputError(f"--lr-scale {name}: no parameter's name begins so; the detector's parts are {parts}")
     if args.macl_weight == 0 and detector.macl is not None:
         detector.macl.requires_grad_(False)  # kept, so that the checkpoint fits and R@1 is told
     if resumed is not None:
@@ -372,7 +376,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     if args.check:
         stepper.weights |= set_course(args, detector, full, step=1, total=total_steps, epoch=0)
-        check(said + about_model, train_data, val_data, stepper, loader, detector)
+        parts = getattr(train_data, "parts", (train_data,))
+        data = dict(zip(("training", "training, old domain"), parts, strict=False)) | {"validation": val_data}
+        check(said + about_model, data, stepper, loader, detector)
         return
     best, stale = -math.inf, 0  # the best figure, and validations since then
     if resumed is not None:

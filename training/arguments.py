@@ -186,7 +186,6 @@ def _open_folder(output: str | None, script: str, resumed: Path | None, runs_roo
     own = folder.resolve() == resumed.parent.resolve() if resumed else again and (folder / "args.json").is_file()
     if folder.is_dir() and any(folder.iterdir()) and not own:
         raise InputError(f"--output {folder}: already holds files; choose another folder, or continue with --resume.")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -213,6 +212,7 @@ def _record(args: argparse.Namespace, script: str, folder: Path, resumed: Path |
                     f"{value}; resume with the same, or begin a new run with --init-from."
                 )
         record["resumed"].append({"from": str(resumed), **start})
+    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "args.json.partial"
     partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder / "args.json")
