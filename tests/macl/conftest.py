@@ -1,3 +1,4 @@
+import numpy
 import pytest
 import torch
 
@@ -45,3 +46,28 @@ def batch():
     ]
     targets = [{"boxes": b, "labels": torch.ones(len(b), dtype=torch.int64)} for b in boxes]
     return images | {"targets": targets}
+
+
+class Golden:
+    """The arrays of a file of recorded numbers, by name or by the beginning of it."""
+
+    def __init__(self, path):
+        self.arrays = {name: torch.as_tensor(value) for name, value in numpy.load(path).items()}
+
+    def __getitem__(self, name):
+        return self.arrays[name]
+
+    def __contains__(self, name):
+        return name in self.arrays
+
+    def under(self, prefix):
+        return {name[len(prefix) :]: value for name, value in self.arrays.items() if name.startswith(prefix)}
+
+    def list(self, prefix):
+        return [self[f"{prefix}{i}"] for i in range(len(self.arrays)) if f"{prefix}{i}" in self]
+
+
+@pytest.fixture
+def golden(shared, request):
+    """The recorded numbers that the test's parameter names."""
+    return Golden(shared / "golden" / "detector" / f"{request.param}.npz")

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy
 import pytest
 import torch
 
@@ -10,28 +9,6 @@ from macl.backbone import ModalityBatchNorm2d
 from macl.contrast import MACLHead
 from macl.fpn import FPN
 from macl.msp import MSPReweight
-
-
-class Golden:
-    def __init__(self, path):
-        self.arrays = {name: torch.as_tensor(value) for name, value in numpy.load(path).items()}
-
-    def __getitem__(self, name):
-        return self.arrays[name]
-
-    def __contains__(self, name):
-        return name in self.arrays
-
-    def under(self, prefix):
-        return {name[len(prefix) :]: value for name, value in self.arrays.items() if name.startswith(prefix)}
-
-    def list(self, prefix):
-        return [self[f"{prefix}{i}"] for i in range(len(self.arrays)) if f"{prefix}{i}" in self]
-
-
-@pytest.fixture
-def golden(shared, request):
-    return Golden(shared / "golden" / "detector" / f"{request.param}.npz")
 
 
 def close(found, expected, rtol, atol):

@@ -18,22 +18,35 @@ KWARGS = dict(
     head_width=16, rpn_pre_nms=(60, 60), rpn_post_nms=(40, 40), rpn_samples=10**6, rpn_positive_fraction=1.0,
     roi_samples=10**6, roi_positive_fraction=1.0, macl_hidden=(16,), macl_dim=8, msp=True,
 )  # fmt: skip
+# What compares a batch with more than itself: banks that wrap around within two steps, and sets of features.
+ALIGNED = {
+    "hard negatives in the denominator": dict(
+        dhn_size=7, dhn_k=3, dhn_momentum=0.5, mmd_level="embedding", adversary="modality"
+    ),
+    "hard negatives apart": dict(
+        dhn_size=7, dhn_k=3, dhn_mode="softplus", mmd_level="pyramid", adversary="dataset", domains=2
+    ),
+}
 BOXES = {"unequal": (3, 0, 1, 1), "none on one rank": (2, 1, 0, 0), "none at all": (0, 0, 0, 0)}
 
 
-def model():
+def model(**kwargs):
     torch.manual_seed(0)
-    return macl.build_detector(**KWARGS).double().train()
+    detector = macl.build_detector(**KWARGS | kwargs).double().train()
+    if detector.alignment is not None:
+        detector.alignment.classifier.eval()  # dropout draws for each process on its own
+    return detector
 
 
-def pairs(counts):
-    generator = torch.Generator().manual_seed(3)
+def pairs(counts, first_scene=0):
+    generator = torch.Generator().manual_seed(3 + first_scene)
     result = []
-    for count in counts:
+    for i, count in enumerate(counts):
         images = torch.rand(2, 3, 64, 96, generator=generator, dtype=torch.float64)
         corner = torch.rand(count, 2, generator=generator, dtype=torch.float64) * torch.tensor([70.0, 20.0])
         boxes = torch.cat([corner, corner + torch.tensor([15.0, 38.0])], dim=1)
-        result.append((*images, {"boxes": boxes, "labels": torch.ones(count, dtype=torch.int64)}))
+        labels = {"scene": torch.tensor(first_scene + i), "domain": torch.tensor(i % 2)}
+        result.append((*images, {"boxes": boxes, "labels": torch.ones(count, dtype=torch.int64), **labels}))
     return result
 
 
@@ -45,7 +58,19 @@ def run(detector, chosen):
 
 
 def gradients(detector):
-    return {name: parameter.grad.clone() for name, parameter in detector.named_parameters()}
+    return {name: p.grad.clone() for name, p in detector.named_parameters() if p.requires_grad}
+
+
+def two_steps(detector, wrapped, counts, share):
+    """What the second step gives, after one that filled the banks and a change of the projector."""
+    run(wrapped, pairs((2, 3, 1, 2), first_scene=1)[share])
+    detector.zero_grad()
+    with torch.no_grad():
+        for parameter in detector.macl.projector.parameters():
+            parameter.add_(0.1)
+    losses = run(wrapped, pairs(counts)[share])
+    banks = {name: value.clone() for name, value in detector.macl.hard.state_dict().items()}
+    return {"losses": losses, "gradients": gradients(detector), "banks": banks, "monitor": dict(detector.monitor)}
 
 
 def evaluated(detector):
@@ -62,6 +87,12 @@ if __name__ == "__main__":
         own = pairs(counts)[2 * distributed.rank() : 2 * distributed.rank() + 2]
         losses = run(DistributedDataParallel(detector), own)
         seen[name] = {"losses": losses, "gradients": gradients(detector)}
+    for kind, kwargs in ALIGNED.items():
+        for name, counts in BOXES.items():
+            detector = model(**kwargs)
+            wrapped = DistributedDataParallel(detector)
+            own = slice(2 * distributed.rank(), 2 * distributed.rank() + 2)
+            seen[kind, name] = two_steps(detector, wrapped, counts, own)
     results = evaluated(model().float())
     seen["evaluated"] = [(r["image_id"], r["found"]["both"], r["truth"]["boxes"], r["embeddings"]) for r in results]
     torch.save(seen, Path(sys.argv[1]) / f"rank{distributed.rank()}.pt")
@@ -82,6 +113,25 @@ def test_losses_and_gradients_are_the_single_process(seen, name):
     for parameter, gradient in gradients(detector).items():
         for rank in seen:
             torch.testing.assert_close(rank[name]["gradients"][parameter], gradient, rtol=1e-7, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ALIGNED)
+@pytest.mark.parametrize("name", BOXES)
+def test_banks_and_alignment_are_those_of_the_single_process(seen, kind, name):
+    detector = model(**ALIGNED[kind])
+    expected = two_steps(detector, detector, BOXES[name], slice(None))
+    assert len(expected["losses"]) == (7 if kind == "hard negatives in the denominator" else 9)
+    ranks = [rank[kind, name] for rank in seen]
+    for loss, value in expected["losses"].items():
+        assert sum(rank["losses"][loss] for rank in ranks) / 2 == pytest.approx(value, rel=1e-9, abs=1e-12), loss
+    for rank in ranks:
+        for part in ("gradients", "banks", "monitor"):
+            assert rank[part].keys() == expected[part].keys()
+            for key, value in expected[part].items():
+                torch.testing.assert_close(rank[part][key], value, rtol=1e-7, atol=1e-11)
+    assert len(detector.macl.hard.banks["visible"]) == 7
+    if sum(BOXES[name]):
+        assert expected["monitor"]["dhn_hardest"] != 0 and expected["monitor"]["dhn_masked"] > 0
 
 
 def test_every_rank_hears_of_every_image_once(seen):
