@@ -1,0 +1,457 @@
+"""KAIST's layouts, lists, annotations and rules: what is read, and what each kind of bad input says."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from PIL import Image
+
+from macl.data import KAIST, Misaligned, Plain, make_loader, read_ground_truth
+from macl.data.kaist import TRAINING_RULES
+from macl.errors import InputError
+
+FRAMES = ["set00/V000/I00001", "set00/V000/I00003", "set04/V002/I00019", "set06/V000/I00019", "set11/V001/I00039"]
+PERSON = ("person", 10, 20, 30, 60, 0)  # name, x, y, width, height, occlusion
+SIZE = (96, 112)
+
+
+def bbgt(*objects, version=3):
+    lines = [f"{name} {x} {y} {w} {h} {occlusion} 0 0 0 0 {0} 0" for name, x, y, w, h, occlusion in objects]
+    return "\n".join([f"% bbGt version={version}", *lines]) + "\n"
+
+
+def xml(*objects, corners=False, size=SIZE, occlusion=True):
+    """The tree's own XML, or with corners that of the processed layout."""
+    tags = ("xmin", "ymin", "xmax", "ymax") if corners else "xywh"
+    text = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+    for name, x, y, w, h, hidden in objects:
+        box = zip(tags, (x, y, x + w, y + h) if corners else (x, y, w, h), strict=True)
+        text += f"<object><name>{name}</name><bndbox>" + "".join(f"<{tag}>{value}</{tag}>" for tag, value in box)
+        text += "</bndbox>" + (f"<occlusion>{hidden}</occlusion>" if occlusion else "") + "</object>"
+    return f"<annotation>{text}</annotation>"
+
+
+def published(objects_by_frame, size=SIZE, **extra):
+    """The json of the test frames."""
+    names = ["__ignore__", "person", "cyclist", "people", "person?"]
+    annotations = [
+        {"image_id": i, "category_id": names.index(name), "bbox": [x, y, w, h], "occlusion": hidden, "ignore": 0}
+        for i, objects in enumerate(objects_by_frame.values())
+        for name, x, y, w, h, hidden in objects
+    ]
+    images = [
+        {"id": i, "im_name": name, "width": size[0], "height": size[1]} for i, name in enumerate(objects_by_frame)
+    ]
+    categories = [{"id": i, "name": name} for i, name in enumerate(names)]
+    return extra | {"images": images, "annotations": annotations, "categories": categories}
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, tuple):
+        Image.new("RGB", SIZE, content).save(path)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def original(root, frames=FRAMES, objects=(PERSON,), name="all"):
+    for frame in frames:
+        video, image = frame.rsplit("/", 1)
+        write(root / "images" / video / "visible" / f"{image}.jpg", (200, 100, 50))
+        write(root / "images" / video / "lwir" / f"{image}.jpg", (90, 90, 90))
+        write(root / "annotations" / f"{frame}.txt", bbgt(*objects))
+    write(root / "imageSets" / f"{name}.txt", "\n".join(frames) + "\n")
+    return root
+
+
+def processed(root, frames=FRAMES, objects=(PERSON,), name="all"):
+    listed = []
+    for frame in frames:
+        video, image = frame.replace("/V", "_V").rsplit("/", 1)
+        write(root / "visible" / f"{video}_visible_{image}.jpg", (200, 100, 50))
+        write(root / "infrared" / f"{video}_lwir_{image}.jpg", (90, 90, 90))
+        for modality in ("visible", "lwir"):
+            write(root / "Annotations" / f"{video}_{modality}_{image}.xml", xml(*objects, corners=True))
+            listed.append(f"{video}_{modality}_{image}")
+    write(root / "ImageSets" / f"{name}.txt", "\n".join(listed) + "\n")
+    return root
+
+
+@pytest.fixture(params=[original, processed])
+def root(request, tmp_path):
+    return request.param(tmp_path / "a visible infrared lwir place")  # the words of the layouts in the path itself
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return original(tmp_path / "kaist")
+
+
+def refused(call, *words):
+    """The one-sentence message of the InputError that call() raises; it must hold the words."""
+    with pytest.raises(InputError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and all(str(word) in message for word in words), message
+
+
+def test_a_sample_follows_the_contract_in_both_layouts(root):
+    data = KAIST(root, "all")
+    assert len(data) == 5
+    sample = data[4]
+    assert sample["visible"].shape == sample["infrared"].shape == (3, 112, 96)
+    assert sample["visible"].dtype == sample["infrared"].dtype == torch.uint8
+    assert sample["visible"][:, 9, 9].tolist() == pytest.approx([200, 100, 50], abs=4)
+    assert sample["infrared"][:, 9, 9].tolist() == pytest.approx([90, 90, 90], abs=4)
+    assert sample["boxes"].tolist() == [[10, 20, 40, 80]] and sample["boxes"].dtype == torch.float32
+    assert sample["labels"].tolist() == [1] and sample["ignore"].tolist() == [False]
+    assert sample["occlusion"].tolist() == [0] and sample["occlusion"].dtype == torch.int64
+    assert sample["image_id"] == 4 and data[-1]["image_id"] == 4
+    assert [data[index]["scene"] for index in range(5)] == data.scenes == [0, 0, 4002, 6000, 11001]
+    assert [data[index]["daytime"] for index in range(5)] == [True, True, False, True, False]
+    assert sample["path"] == str(data.paths(4)[0])
+
+
+def test_source_says_layout_list_labels_and_counts(root):
+    source = KAIST(root, "all").source
+    assert "5 pairs (3 by day, 2 by night)" in source and "all.txt" in source and str(root) in source
+    assert ("original tree" in source) == (root / "images").exists()
+    assert ("processed" in source) == (root / "ImageSets").exists()
+    assert "nnotations, one" in source and "ignored" not in source
+    assert "below 20 pixels or occluded by more than level 1" in KAIST(root, "all", **TRAINING_RULES).source
+
+
+@pytest.mark.parametrize("folder", ["kaist-rgbt", "KAIST_processed"])
+def test_the_parent_of_the_root_will_do(tmp_path, folder):
+    make = original if folder == "kaist-rgbt" else processed
+    make(tmp_path / folder)
+    assert KAIST(tmp_path, "all").root == tmp_path / folder
+
+
+def test_the_same_boxes_from_every_kind_of_annotation(tree, tmp_path):
+    objects = [PERSON, ("people", 5, 6, 7, 50, 0), ("person", 40, 3, 12.5, 30, 2)]
+    write(tree / "annotations" / f"{FRAMES[3]}.txt", bbgt(*objects))
+    write(tree / "annotations-xml-new" / f"{FRAMES[3]}.xml", xml(*objects))
+    flat = write(tmp_path / "flat" / "set06_V000_visible_I00019.xml", xml(*objects, corners=True)).parent
+    file = write(tmp_path / "test.json", published({FRAMES[3]: objects}))
+    one = write(tmp_path / "one.txt", FRAMES[3])
+    expected = KAIST(tree, one)[0]
+    assert expected["boxes"].tolist() == [[10, 20, 40, 80], [5, 6, 12, 56], [40, 3, 52.5, 33]]
+    assert expected["ignore"].tolist() == [False, True, False] and expected["occlusion"].tolist() == [0, 0, 2]
+    for annotations in ("annotations-xml-new", tree / "annotations-xml-new", flat, file, str(file)):
+        sample = KAIST(tree, one, annotations)[0]
+        for key in ("boxes", "labels", "ignore", "occlusion"):
+            assert torch.equal(sample[key], expected[key]), (annotations, key)
+
+
+def test_boxes_of_other_names_are_kept_and_ignored(tree):
+    names = ("people", "person?", "cyclist", "person", "person?a")
+    write(tree / "annotations" / f"{FRAMES[0]}.txt", bbgt(*((name, *PERSON[1:]) for name in names)))
+    sample = KAIST(tree, "all")[0]
+    assert sample["ignore"].tolist() == [True, True, True, False, True] and sample["labels"].tolist() == [1] * 5
+    sample = KAIST(tree, "all", classes=("person", "cyclist"))[0]
+    assert sample["ignore"].tolist() == [True, True, False, False, True]
+    assert sample["labels"].tolist() == [1, 1, 2, 1, 1]
+
+
+def test_small_and_occluded_people_are_ignored_by_rule(tree):
+    objects = [("person", 1, 1, 10, 19, 0), ("person", 1, 1, 10, 20, 1), ("person", 1, 1, 10, 60, 2)]
+    write(tree / "annotations" / f"{FRAMES[0]}.txt", bbgt(*objects))
+    assert KAIST(tree, "all")[0]["ignore"].tolist() == [False] * 3  # the evaluator has rules of its own
+    assert KAIST(tree, "all", **TRAINING_RULES)[0]["ignore"].tolist() == [True, False, True]
+    assert KAIST(tree, "all", min_height=21)[0]["ignore"].tolist() == [True, True, False]
+    assert KAIST(tree, "all", max_occlusion=0)[0]["ignore"].tolist() == [False, True, True]
+
+
+def test_marks_of_the_annotation_itself_are_kept(tree, tmp_path):
+    write(tree / "annotations" / f"{FRAMES[0]}.txt", bbgt(PERSON).replace("0 0 0 0 0 0\n", "0 0 0 0 1 0\n"))
+    one = write(tmp_path / "one.txt", FRAMES[0])
+    assert KAIST(tree, one)[0]["ignore"].tolist() == [True]
+    content = published({FRAMES[0]: [PERSON, ("__ignore__", *PERSON[1:])]})
+    content["annotations"][0]["ignore"] = 1
+    assert KAIST(tree, one, write(tmp_path / "a.json", content))[0]["ignore"].tolist() == [True, True]
+    difficult = xml(PERSON).replace("</object>", "<difficult>1</difficult></object>")
+    write(tree / "xml" / f"{FRAMES[0]}.xml", difficult)
+    assert KAIST(tree, one, "xml")[0]["ignore"].tolist() == [True]
+
+
+def test_frames_without_people_are_kept(tree):
+    write(tree / "annotations" / f"{FRAMES[1]}.txt", bbgt())
+    data = KAIST(tree, "all")
+    assert len(data) == 5 and data[1]["boxes"].shape == (0, 4) and data[1]["occlusion"].shape == (0,)
+    assert data.statistics()["empty_images"] == 1
+
+
+def test_boxes_are_clipped_dropped_and_counted_but_not_for_the_evaluator(tree):
+    objects = [("person", 80, 20, 17, 93, 1), ("people", 96, 1, 5, 5, 0), ("person", 5, 5, 0, 9, 0), PERSON]
+    write(tree / "annotations" / f"{FRAMES[0]}.txt", bbgt(*objects))
+    data = KAIST(tree, "all")
+    assert data[0]["boxes"].tolist() == [[80, 20, 96, 112], [10, 20, 40, 80]]
+    assert data.ground_truth()[0]["boxes"].tolist() == [[80, 20, 97, 113], [96, 1, 101, 6], [10, 20, 40, 80]]
+    assert data.statistics() == {
+        "pairs": 5,
+        "day": 3,
+        "night": 2,
+        "scenes": 4,
+        "boxes": 6,
+        "ignored": 0,
+        "clipped": 1,
+        "dropped": 2,
+        "empty_images": 0,
+        "min_height": 60.0,
+        "median_height": 60.0,
+        "max_height": 92.0,
+        "named_people": 1,
+        "named_person": 7,
+        "whole": 5,
+        "partial": 1,
+        "heavy": 0,
+    }
+
+
+def test_ground_truth_needs_no_images(tree, tmp_path):
+    data = KAIST(tree, "all")
+    for image in (tree / "images").rglob("*.jpg"):
+        image.unlink()
+    frames = data.ground_truth()
+    assert [frame["daytime"] for frame in frames] == [True, True, False, True, False]
+    assert frames[0]["size"] == (112, 96) and frames[0]["ignore"].tolist() == [False]
+    content = published({name: [PERSON] * index for index, name in enumerate(FRAMES)}, info_improved={})
+    content["images"].reverse()  # the ids count, not the order
+    alone, source = read_ground_truth(write(tmp_path / "all.json", content))
+    assert [len(frame["boxes"]) for frame in alone] == [0, 1, 2, 3, 4]
+    assert [frame["daytime"] for frame in alone] == [True, True, False, True, False]
+    assert alone[0]["size"] == (112, 96) and "5 frames" in source and "improved" in source
+
+
+def test_stride_counts_as_the_lists_of_the_benchmark_do(tmp_path):
+    frames = [f"set00/V00{video}/I{number:05d}" for video in (0, 1) for number in range(46)]
+    tree = original(tmp_path / "kaist", frames, name="train-all-01")
+    chosen = KAIST(tree, "train-all-01", stride=20)
+    assert [frame.name for frame in chosen.frames] == [
+        f"set00/V00{video}/I{number:05d}" for video in (0, 1) for number in (19, 39)
+    ]
+    assert len(KAIST(tree, "train-all-01", None, 2)) == 46 and "from 92 by stride 20" in chosen.source
+    two = write(tmp_path / "two.txt", "\n".join(frames[1::2]))
+    assert KAIST(tree, two, stride=20).frames == chosen.frames  # of the video's frames, not of the list's
+    refused(lambda: KAIST(tree, "train-all-01", stride=47), "stride 47", "92 frames", "train-all-01.txt")
+    refused(lambda: KAIST(tree, "train-all-01", stride=0), "stride is 0")
+
+
+def test_subsets_by_set(tmp_path):
+    tree = original(tmp_path / "kaist", [f"set{number:02d}/V000/I00000" for number in range(12)])
+
+    def sets(**chosen):
+        return [frame.set for frame in KAIST(tree, "all", **chosen).frames]
+
+    assert sets(daytime="day") == [0, 1, 2, 6, 7, 8] and sets(daytime="night") == [3, 4, 5, 9, 10, 11]
+    assert sets(place="campus") == [0, 3, 6, 9] and sets(place="road") == [1, 4, 7, 10]
+    assert sets(place="downtown", daytime="night") == [5, 11]
+    refused(lambda: KAIST(tree, "all", daytime="dusk"), "'dusk'", "night")
+    refused(lambda: KAIST(tree, "all", place="beach"), "'beach'", "campus")
+    refused(lambda: KAIST(tree, "all", max_occlusion=3), "max_occlusion is 3")
+
+
+def test_lists_name_frames_in_either_way(root, tmp_path):
+    lines = "set06_V000_lwir_I00019\nset00/V000/I00001\n\nset00_V000_I00003\nset06_V000_visible_I00019\n"
+    data = KAIST(root, write(tmp_path / "mine.txt", lines))
+    assert [frame.name for frame in data.frames] == [FRAMES[3], FRAMES[0], FRAMES[1]]  # in the list's order, each once
+    assert "mine.txt" in data.source
+    assert len(KAIST(root, "all.txt")) == 5
+    refused(lambda: KAIST(root, "train-all-02"), "train-all-02.txt does not exist", "expected one of all")
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("../set00/V000/I00001", "'../set00/V000/I00001'"),
+        ("/etc/passwd", "'/etc/passwd'"),
+        ("set00/../I00001", "line 2"),
+        ("set12/V000/I00001", "set00 to set11"),
+        ("set00/V000/I00001.vbb", "'set00/V000/I00001.vbb'"),
+        ("set00/V000/I0001", "line 2"),
+        (FRAMES[0], "twice"),
+        ("set00/V000/I00005", "I00005.jpg does not exist"),
+        ("set03/V009/I00001", "expected an image of set03/V009/I00001, listed in"),
+    ],
+)
+def test_lists_of_unknown_frames(root, tmp_path, line, word):
+    file = write(tmp_path / "list.txt", f"{FRAMES[0]}\n{line}\n")
+    refused(lambda: KAIST(root, file), file, word)
+
+
+def test_lists_that_are_none(root, tmp_path):
+    refused(lambda: KAIST(root, write(tmp_path / "a.txt", " \n")), "a.txt is empty")
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
+    refused(lambda: KAIST(root, tmp_path / "b.txt"), "b.txt cannot be read as a list")
+
+
+@pytest.mark.parametrize("part", ["visible", "lwir", "annotations"])
+def test_the_first_missing_file_is_named(tree, part):
+    missing = tree / f"images/set04/V002/{part}/I00019.jpg"
+    if part == "annotations":
+        missing = tree / "annotations/set04/V002/I00019.txt"
+    missing.unlink()
+    refused(lambda: KAIST(tree, "all"), f"{missing} does not exist", "set04/V002/I00019")
+
+
+def test_missing_folders_are_named(tree, tmp_path):
+    refused(lambda: KAIST(tmp_path / "nowhere", "all"), "nowhere does not exist")
+    refused(lambda: KAIST(tmp_path / "kaist" / "imageSets", "all"), "imageSets/images does not exist")
+    half = processed(tmp_path / "half")
+    (half / "infrared").rename(half / "thermal")
+    refused(lambda: KAIST(half, "all"), half / "infrared", "does not exist")
+    refused(lambda: KAIST(tree, "all", "labels"), "labels is neither a folder of annotations")
+    (tree / "annotations").rename(tree / "old")
+    refused(lambda: KAIST(tree, "all"), tree / "annotations", "does not exist")
+    assert len(KAIST(tree, "all", "old")) == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (bbgt(PERSON, version=2), "expected '% bbGt version=3'"),
+        ("", "starts with ''"),
+        ("person 10 20 30 60 0 0 0 0 0 0 0\n", "starts with 'person"),
+        ("% bbGt version=3\nperson 10 20 30 60\n", "line 2: expected a name and 11 numbers"),
+        ("% bbGt version=3\nperson 10 20 30 nan 0 0 0 0 0 0 0\n", "line 2"),
+        ("% bbGt version=3\nperson 10 20 30 60 3 0 0 0 0 0 0\n", "occlusion is 3"),
+        (bbgt(("pedestrian", *PERSON[1:])), "'pedestrian'; expected KAIST's own: person"),
+    ],
+)
+def test_text_of_another_version(tree, content, word):
+    file = write(tree / "annotations" / f"{FRAMES[0]}.txt", content)
+    refused(lambda: KAIST(tree, "all")[0], file, word)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("<vbb/>", "<vbb>"),
+        ("no xml", "not XML"),
+        (xml(PERSON, size=(640, 480)), "640 x 480"),
+        (xml(PERSON).replace("<name>person</name>", ""), "without a <name>"),
+        (xml(PERSON).replace("<w>30</w>", ""), "<bndbox><w>"),
+        (xml(PERSON).replace("<x>10</x>", ""), "<bndbox><xmin>"),
+        (xml(("person", 1, 2, 3, "tall", 0)), "'tall'"),
+        (xml(("person", 1, 2, 3, 4, 5)), "occlusion is 5"),
+    ],
+)
+def test_xml_of_another_version(tree, content, word):
+    file = write(tree / "xml" / f"{FRAMES[0]}.xml", content)
+    one = write(tree / "one.txt", FRAMES[0])
+    refused(lambda: KAIST(tree, one, "xml")[0], file, word)
+
+
+def test_xml_without_occlusion_counts_as_whole(tree):
+    write(tree / "xml" / f"{FRAMES[0]}.xml", xml(PERSON, occlusion=False))
+    assert KAIST(tree, write(tree / "one.txt", FRAMES[0]), "xml")[0]["occlusion"].tolist() == [0]
+
+
+def changed(**changes):
+    return published({FRAMES[0]: [PERSON]}) | changes
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("{", "is not json"),
+        ([], "the file: TypeError"),
+        ({"images": []}, "'categories'"),
+        (changed(images=[]), "annotation 0: KeyError"),
+        (changed(images=[], annotations=[]), "holds no images"),
+        (changed(images=[{"id": 0, "im_name": "../x", "width": 96, "height": 112}]), "image 0 names '../x'"),
+        (changed(images=changed()["images"] * 2), "twice"),
+        (changed(annotations=[{"image_id": 7}]), "annotation 0: KeyError 7"),
+        (changed(annotations=[{"image_id": 0, "bbox": [1, 2, 3]}]), "annotation 0: expected a bbox"),
+        (changed(annotations=[{"image_id": 0, "bbox": [1, 2, 3, 4]}]), "annotation 0: KeyError 'occlusion'"),
+        (changed(annotations=[changed()["annotations"][0] | {"occlusion": 9}]), "annotation 0: occlusion is 9"),
+        (changed(annotations=[changed()["annotations"][0] | {"ignore": "0"}]), "annotation 0: ignore is '0'"),
+        (published({FRAMES[1]: [PERSON]}), "holds 1 frames but not set00/V000/I00001"),
+    ],
+)
+def test_json_of_another_version(tree, tmp_path, content, word):
+    file = write(tmp_path / "test.json", content)
+    one = write(tmp_path / "one.txt", FRAMES[0])
+    refused(lambda: KAIST(tree, one, file), file, word)
+
+
+def test_json_for_images_of_another_size(tree, tmp_path):
+    file = write(tmp_path / "test.json", published({FRAMES[0]: [PERSON]}, size=(640, 512)))
+    data = KAIST(tree, write(tmp_path / "one.txt", FRAMES[0]), file)
+    refused(lambda: data[0], "640 x 512", "96 x 112", FRAMES[0])
+    refused(lambda: read_ground_truth(tree / "annotations"), "is not an annotation json")
+
+
+def test_broken_and_unequal_images(tree):
+    data = KAIST(tree, "all")
+    file = tree / "images/set00/V000/lwir/I00003.jpg"
+    Image.new("RGB", (96, 100)).save(file)
+    refused(lambda: data[1], file, "96 x 100")
+    Image.new("RGB", (96, 100)).save(tree / "images/set00/V000/visible/I00003.jpg")
+    refused(lambda: data[1], "96 x 100", "expected 96 x 112")
+    file.write_bytes(file.read_bytes()[:200])
+    refused(lambda: data[1], file, "decoded")
+
+
+def test_a_subset_is_renumbered(root):
+    data = KAIST(root, "all").subset([4, 0], "two of them")
+    assert len(data) == 2 and data.source == "two of them" and data.scenes == [11001, 0]
+    assert data[0]["image_id"] == 0 and "I00039" in data[0]["path"] and data.statistics()["pairs"] == 2
+
+
+@pytest.mark.parametrize("annotations", [None, "json"])
+def test_it_is_lazy_and_can_be_pickled(tree, tmp_path, annotations):
+    if annotations == "json":
+        annotations = write(tmp_path / "all.json", published({name: [PERSON] for name in FRAMES}))
+    for frame in FRAMES[1:]:  # not decoded before it is asked for
+        video, image = frame.rsplit("/", 1)
+        (tree / "images" / video / "visible" / f"{image}.jpg").write_bytes(b"")
+    again = pickle.loads(pickle.dumps(KAIST(tree, "all", annotations)))
+    assert again[0]["boxes"].tolist() == [[10, 20, 40, 80]]
+    batch = next(iter(make_loader(Plain(again), [[0, 0]])))
+    assert batch["daytime"] == [True, True] and batch["targets"][0]["occlusion"].tolist() == [0]
+
+
+@pytest.mark.parametrize(("pixels", "first", "last"), [(0, 0, 95), (7, 0, 88), (-7, 7, 95), (200, 0, 0)])
+def test_a_misaligned_modality_lies_further_right(tree, pixels, first, last):
+    columns = torch.arange(96, dtype=torch.uint8).expand(3, 112, 96)
+    sample = {"visible": columns, "infrared": columns, "boxes": torch.tensor([[1.0, 2, 3, 4]])}
+    moved = Misaligned([sample], modality="infrared", pixels=pixels)[0]
+    assert moved["visible"] is columns and torch.equal(moved["boxes"], sample["boxes"])
+    assert moved["infrared"].shape == (3, 112, 96)
+    assert (moved["infrared"][0, 5, 0], moved["infrared"][0, 5, -1]) == (first, last)
+    if 0 <= pixels < 90:
+        assert torch.equal(moved["infrared"][..., pixels:], columns[..., : 96 - pixels])
+
+
+def test_real_frames_are_the_same_in_both_layouts(shared):
+    folder = shared / "data/kaist"
+    tree, voc = KAIST(folder / "kaist-rgbt", "test", "annotations-xml-new"), KAIST(folder / "KAIST_processed", "test")
+    improved = KAIST(folder / "kaist-rgbt", "test", folder / "eval/gt/kaist_annotations_test20.json")
+    text = KAIST(folder / "kaist-rgbt", "test")
+    assert len(tree) == len(voc) == 8 and tree.scenes == voc.scenes and tree.size == (640, 512)
+    for index in range(8):
+        one, other = tree[index], voc[index]
+        for key in ("visible", "infrared", "boxes", "labels", "ignore", "occlusion"):
+            assert torch.equal(one[key], other[key]), key
+        boxes = [sorted(data.people(index).boxes.tolist()) for data in (improved, text)]
+        assert boxes[0] == boxes[1]
+    counts = text.statistics()
+    assert (counts["boxes"], counts["ignored"], counts["named_people"], counts["empty_images"]) == (62, 7, 7, 1)
+    assert (counts["day"], counts["night"], counts["heavy"]) == (4, 4, 3)
+    # Registered, and the right way round: people are warm, and visible light has colour by day.
+    sample = tree[1]
+    inside = torch.cat([sample["infrared"][0, y1:y2, x1:x2].flatten() for x1, y1, x2, y2 in sample["boxes"].int()])
+    assert inside.float().mean() > sample["infrared"][0].float().mean()
+
+
+def test_real_annotations_of_the_test_frames(shared):
+    frames, source = read_ground_truth(shared / "data/kaist/eval/gt/kaist_annotations_test20.json")
+    assert len(frames) == 2252 and "improved" in source
+    assert sum(frame["daytime"] for frame in frames) == 1455
+    assert sum(len(frame["boxes"]) for frame in frames) == 4254
+    assert sum(int(frame["ignore"].sum()) for frame in frames) == 864
+    assert sum(len(frame["boxes"]) == 0 for frame in frames) == 852

@@ -1,0 +1,352 @@
+"""`python -m macl.evaluate`: a tiny detector on each data set, detection files of others, and flags that do not fit."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+import macl
+from macl import evaluate
+from macl.data import SyntheticPairs
+from macl.metrics import miss_rate_curve, read_detections
+from macl.metrics.miss_rate import REFERENCE_FPPI
+from macl.misalignment import misalignment_figures, misalignment_text
+from macl.validation import miss_rate_curves, miss_rate_figures, miss_rate_tables, miss_rate_text, predict
+from training.errors import one_sentence
+
+ROWS = ["reasonable all", "reasonable day", "reasonable night", "near", "medium", "far", "none", "partial", "heavy"]
+ROWS += ["all"]
+PUBLISHED = {
+    "MBNet": [8.13, 8.28, 7.86, 0.00, 16.07, 55.99, 27.74, 35.43, 59.14, 31.87],
+    "MLPD": [7.58, 7.95, 6.95, 0.00, 12.10, 52.79, 25.18, 29.84, 55.05, 29.52],
+}
+FRAMES = ["set06/V000/I00019", "set09/V000/I00019", "set11/V001/I00039"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """An untrained detector of a few thousand weights, in the form of a run's checkpoint."""
+    torch.manual_seed(0)
+    kwargs = dict(
+        backbone="resnet18", norm="group", fpn_channels=8, fpn_levels=3, anchor_sizes=(16, 32, 64), head_width=8,
+        aspect_ratios=(2.0,), rpn_pre_nms=(20, 10), rpn_post_nms=(10, 5), macl_hidden=(8,), macl_dim=8,
+    )  # fmt: skip
+    detector = macl.build_detector(**kwargs)
+    path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
+    torch.save({"model_kwargs": detector.kwargs, "model": detector.state_dict(), "ema": None}, path)
+    return path
+
+
+@pytest.fixture
+def kaist(tmp_path):
+    """Three frames, the last without people, in a tree whose images are small but not square."""
+    root = tmp_path / "kaist"
+    for index, frame in enumerate(FRAMES):
+        video, image = frame.rsplit("/", 1)
+        for modality in ("visible", "lwir"):
+            (root / "images" / video / modality).mkdir(parents=True)
+            Image.new("RGB", (80, 64), (90, 60 * index, 30)).save(root / "images" / video / modality / f"{image}.jpg")
+        (root / "annotations" / video).mkdir(parents=True)
+        person = "person 20 10 15 40 0 0 0 0 0 0 0\n" * (index < 2)
+        (root / "annotations" / f"{frame}.txt").write_text("% bbGt version=3\n" + person)
+    (root / "imageSets").mkdir()
+    for name in ("test-all-20", "mine"):
+        (root / "imageSets" / f"{name}.txt").write_text("\n".join(FRAMES))
+    return root
+
+
+@pytest.fixture
+def annotations(tmp_path):
+    """The json of the same frames at KAIST's size."""
+    images = [{"id": index, "im_name": frame, "width": 640, "height": 512} for index, frame in enumerate(FRAMES)]
+    box = {"category_id": 1, "bbox": [160, 80, 120, 320], "occlusion": 0, "ignore": 0}
+    path = tmp_path / "test.json"
+    path.write_text(
+        json.dumps(
+            {
+                "images": images,
+                "categories": [{"id": 1, "name": "person"}],
+                "annotations": [{"image_id": index, **box} for index in (0, 1)],
+            }
+        )
+    )
+    return path
+
+
+def run(capsys, *flags):
+    """What the command prints."""
+    evaluate.main([*map(str, flags), "--device", "cpu", "--workers", "0"])
+    return capsys.readouterr().out
+
+
+def refused(capsys, *flags) -> str:
+    """The one sentence with which the command ends, its exit status being 2."""
+    with pytest.raises(SystemExit) as stop, one_sentence(macl.InputError):
+        evaluate.main([*map(str, flags)])
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return said.err.strip().splitlines()[-1]
+
+
+def rows_of(said: str) -> dict[str, list[str]]:
+    """The miss-rate table that was printed: row -> cells."""
+    return {row: line[len(row) :].split() for row in ROWS for line in said.splitlines() if line.startswith(f"{row}  ")}
+
+
+def test_a_detector_on_kaist(checkpoint, kaist, tmp_path, capsys):
+    files = {name: tmp_path / name for name in ("figures.json", "found.txt", "curve.json", "curve.png")}
+    names = ("--output", "--save-detections", "--save-curve", "--plot")
+    said = run(
+        capsys, "--checkpoint", checkpoint, "--dataset", "kaist", "--data-root", kaist, "--score-threshold", 0,
+        *(part for pair in zip(names, files.values(), strict=True) for part in pair),
+    )  # fmt: skip
+    assert "KAIST test-all-20: 3 pairs (1 by day, 2 by night)" in said
+    assert all(f"\n{mode}  " in said for mode in ("both", "visible", "infrared"))
+    rows = rows_of(said)
+    assert list(rows) == ROWS and all(len(cells) == 8 for cells in rows.values())
+    assert rows["reasonable day"][-2:] == ["1", "1"] and rows["reasonable night"][-2:] == ["1", "2"]
+    assert rows["heavy"][0] == "-"
+    figures = json.loads(files["figures.json"].read_text())
+    assert set(figures["miss_rate"]) == set(figures["detection"]) == {"both", "visible", "infrared"}
+    assert figures["miss_rate"]["both"]["reasonable all"]["boxes"] == 2
+    for name in ("found", "found-visible", "found-infrared"):
+        assert sum(len(frame["scores"]) for frame in read_detections(tmp_path / f"{name}.txt", 3)) == 15
+    curves = json.loads(files["curve.json"].read_text())
+    assert set(curves["visible"]) == set(ROWS[:3]) and files["curve.png"].stat().st_size > 10_000
+
+
+def test_what_was_saved_gives_the_same_figures(checkpoint, kaist, tmp_path, capsys):
+    common = ["--dataset", "kaist", "--data-root", kaist, "--image-set", "mine", "--annotations", "annotations"]
+    found = tmp_path / "found.json"
+    said = run(
+        capsys, "--checkpoint", checkpoint, *common, "--modality", "infrared", "--save-detections", found,
+        "--score-threshold", 0,
+    )  # fmt: skip
+    again = run(capsys, "--detections", found, *common)
+    assert len(rows_of(said)) == 10 and rows_of(said) == rows_of(again)
+    assert not (tmp_path / "found-infrared.json").exists()
+
+
+def test_drawn_scenes_have_miss_rates_and_llvip_has_none(checkpoint, tmp_path, capsys):
+    said = run(capsys, "--checkpoint", checkpoint, "--count", 2)
+    assert len(rows_of(said)) == 10 and rows_of(said)["reasonable day"][-1] == "0"  # drawn at night
+    for modality in ("visible", "infrared"):
+        (tmp_path / modality / "test").mkdir(parents=True)
+        Image.new("RGB", (80, 64)).save(tmp_path / modality / "test" / "190001.jpg")
+    (tmp_path / "Annotations").mkdir()
+    (tmp_path / "Annotations/190001.xml").write_text(
+        "<annotation><size><width>80</width><height>64</height></size><object><name>person</name><bndbox><xmin>9</xmin>"
+        "<ymin>9</ymin><xmax>30</xmax><ymax>50</ymax></bndbox></object></annotation>"
+    )
+    flags = ["--checkpoint", checkpoint, "--dataset", "llvip", "--data-root", tmp_path]
+    said = run(capsys, *flags, "--misalign", 3, "--output", tmp_path / "b.json")
+    assert "miss rate" not in said and "3 pixels" in said
+    assert json.loads((tmp_path / "b.json").read_text())["miss_rate"] == {}
+
+
+def test_misalignment_is_a_table(checkpoint, tmp_path, capsys):
+    flags = ["--checkpoint", checkpoint, "--count", 2, "--score-threshold", 0, "--output", tmp_path / "a.json"]
+    lines = run(capsys, *flags, "--misalign", 4, -8, "--misalign-modality", "visible").splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("visible moved right by"))
+    assert [line.split("  ")[0] for line in lines[start + 1 :]] == [
+        "0 pixels",
+        "4 pixels",
+        "-8 pixels",
+        "infrared alone",
+    ]
+    steps = json.loads((tmp_path / "a.json").read_text())["misalign"]
+    assert [step["pixels"] for step in steps] == [0, 4, -8, None] and all("miss_rate" in step for step in steps)
+
+
+class SeesShift(torch.nn.Module):
+    """Finds the box that its data set marks with a white column, as many pixels off as infrared is."""
+
+    modes = {"both": ("visible", "infrared"), "visible": ("visible",)}
+    macl = None
+
+    def extract(self, images):
+        return images
+
+    def detect(self, images, names, *, score_threshold):
+        found = []
+        for image in images["infrared" if "infrared" in names else "visible"]:
+            x = float(image[0, 0].argmax())
+            found.append({"boxes": [[x, 40, x + 20, 100]], "labels": [1], "scores": [0.9]})
+        return [{key: torch.tensor(value) for key, value in one.items()} for one in found]
+
+
+class Marked(SyntheticPairs):
+    def __getitem__(self, index):
+        image = torch.zeros(3, 128, 160, dtype=torch.uint8)
+        image[..., 50] = 255
+        truth = {"boxes": torch.tensor([[50.0, 40, 70, 100]]), "labels": torch.ones(1, dtype=torch.int64)}
+        truth |= {"ignore": torch.zeros(1, dtype=torch.bool), "occlusion": torch.zeros(1, dtype=torch.int64)}
+        names = {"image_id": index, "path": "", "scene": 0, "daytime": True}
+        return {"visible": image, "infrared": image.clone(), **truth, **names}
+
+
+def test_what_is_moved_is_seen_moved_and_the_boxes_are_not():
+    detector, data, options = SeesShift(), Marked(3, 0), {"device": "cpu"}
+    results = predict(detector, data, modes=detector.modes, **options)
+    lines = misalignment_figures(detector, data, results, modality="infrared", pixels=[3, 15], **options)
+    assert [(line["name"], line["ap50"]) for line in lines] == [
+        ("0 pixels", 1), ("3 pixels", 1), ("15 pixels", 0), ("visible alone", 1)
+    ]  # fmt: skip
+    assert [round(line["miss_rate"], 2) for line in lines] == [0, 0, 100, 0]
+    assert misalignment_text(lines, "infrared").splitlines()[3].split() == ["15", "pixels", "0.00", "100.00"]
+
+
+def results(found, truth, size=(512, 640)):
+    """One frame, as predict gives it."""
+    boxes, occlusion = torch.tensor(truth, dtype=torch.float32).reshape(-1, 4), torch.zeros(len(truth)).long()
+    truth = {"boxes": boxes, "labels": torch.ones_like(occlusion), "occlusion": occlusion, "daytime": True}
+    truth["ignore"] = torch.zeros(len(boxes), dtype=torch.bool)
+    found = torch.tensor(found, dtype=torch.float32).reshape(-1, 4)
+    found = {"boxes": found, "labels": torch.ones(len(found)).long(), "scores": torch.linspace(0.9, 0.1, len(found))}
+    return {"size": size, "found": {"both": found}, "truth": truth}
+
+
+def test_miss_rates_by_mode_and_row():
+    one = results([[100, 100, 140, 200]], [[100, 100, 140, 200]])
+    other = results([], [[100, 100, 140, 160]])
+    figures = miss_rate_figures([one, other])
+    assert list(figures) == ["both"] and list(figures["both"]) == ROWS
+    assert figures["both"]["reasonable all"] == pytest.approx(50) and figures["both"]["reasonable night"] is None
+    assert figures["both"]["medium"] == pytest.approx(50) and figures["both"]["near"] is None
+
+
+def test_images_of_another_size_are_stretched_to_kaists():
+    box = [25, 25, 35, 50]  # 100 pixels tall, and within the border, at four times the size
+    figures = miss_rate_figures([results([box], [box], size=(128, 160))])["both"]
+    assert figures["reasonable all"] == pytest.approx(0, abs=1e-6) and figures["far"] is None
+    figures = miss_rate_figures([results([box], [box])])["both"]
+    assert figures["reasonable all"] is None and figures["far"] == pytest.approx(0, abs=1e-6)
+
+
+def test_classes_but_the_first_are_ignored():
+    box = [100, 100, 140, 200]
+    frame = results([box, [300, 100, 340, 200]], [box, [300, 100, 340, 200]])
+    frame["truth"]["labels"][1] = frame["found"]["both"]["labels"][1] = 2
+    assert miss_rate_figures([frame])["both"]["reasonable all"] == pytest.approx(0, abs=1e-6)
+    assert "1       1" in miss_rate_text(miss_rate_tables([frame])).splitlines()[1]
+
+
+def test_no_miss_rates_where_daytime_or_occlusion_is_not_known():
+    for key in ("daytime", "occlusion"):
+        frame = results([], [])
+        del frame["truth"][key]
+        assert miss_rate_figures([frame]) == {} == miss_rate_curves([frame])
+
+
+def test_a_curve_keeps_the_points_that_count():
+    torch.manual_seed(0)
+    frames = []
+    for _ in range(30):
+        corner = torch.rand(3, 2) * 300 + 50
+        truth = torch.cat([corner, corner + 80], 1)
+        noise = torch.rand(6, 2) * 500
+        frames.append(results([], truth.tolist()))
+        found = torch.cat([truth[:2] + 3, torch.cat([noise, noise + 60], 1)])[torch.randperm(8)]
+        frames[-1]["found"]["both"] |= {"boxes": found, "scores": torch.rand(8), "labels": torch.ones(8).long()}
+    curve = miss_rate_curves(frames)["both"]["reasonable all"]
+    whole = miss_rate_curve([frame["found"]["both"] for frame in frames], [frame["truth"] for frame in frames])
+    assert len(curve["fppi"]) < len(whole["fppi"]) and curve["fppi"][-1] == whole["fppi"][-1]
+    at = [max((i for i, x in enumerate(curve["fppi"]) if x <= reference), default=None) for reference in REFERENCE_FPPI]
+    missed = [1.0 if i is None else curve["miss_rate"][i] / 100 for i in at]
+    average = 100 * math.exp(sum(math.log(max(1e-10, value)) for value in missed) / 9)
+    assert average == pytest.approx(whole["log_average_miss_rate"]) and 0 < average < 100
+
+
+@pytest.mark.parametrize("first_id", [None, 0, 1])
+def test_image_ids_of_a_json_from_0_or_1(annotations, tmp_path, capsys, first_id):
+    # In the second frame by ids from 1, in the third, where nobody is, by ids from 0.
+    found = tmp_path / "found.json"
+    found.write_text(json.dumps([{"image_id": 2, "category_id": 1, "bbox": [160, 80, 120, 320], "score": 0.9}]))
+    flags = [] if first_id is None else ["--first-id", first_id]
+    said = run(capsys, "--dataset", "kaist", "--detections", found, "--annotations", annotations, *flags)
+    assert rows_of(said)["reasonable night"][1] == ("0.00" if first_id == 0 else "100.00")
+    assert ("--first-id settles it" in said) == (first_id is None)
+    found.write_text(json.dumps([{"image_id": 3, "bbox": [1, 1, 5, 5], "score": 0.9}]))
+    assert "settles" not in run(capsys, "--dataset", "kaist", "--detections", found, "--annotations", annotations)
+
+
+def test_whatever_category_a_file_of_others_gives_is_a_person(annotations, tmp_path, capsys):
+    found = tmp_path / "found.json"
+    box = {"category_id": 7, "bbox": [160, 80, 120, 320], "score": 0.9}
+    found.write_text(json.dumps([{"image_id": 1, **box}, {"image_id": 2, **box}]))
+    said = run(capsys, "--dataset", "kaist", "--detections", found, "--annotations", annotations)
+    assert rows_of(said)["reasonable all"][:2] == ["0.00", "100.00"] and "detections of" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "either --checkpoint PATH or --detections FILE"),
+        (["--checkpoint", "a.pt", "--detections", "a.txt", "--dataset", "kaist"], "either --checkpoint"),
+        (["--checkpoint", "a.pt", "--dataset", "kaist"], "--dataset kaist needs --data-root"),
+        (["--checkpoint", "a.pt", "--data-root", "x"], "--data-root needs --dataset llvip or kaist"),
+        (["--checkpoint", "a.pt", "--image-set", "test"], "--image-set is for --dataset kaist, not for synthetic"),
+        (["--checkpoint", "a.pt", "--dataset", "kaist", "--split", "test"], "--split is for --dataset llvip"),
+        (["--detections", "a.txt"], "--detections is for --dataset kaist"),
+        (["--detections", "a.txt", "--dataset", "kaist"], "--annotations FILE.json alone, or --data-root"),
+        (["--detections", "a.txt", "--dataset", "kaist", "--annotations", "folder"], "is not an annotation json"),
+        (
+            ["--detections", "a.txt", "--dataset", "kaist", "--annotations", "a.json", "--image-set", "test"],
+            "or --data-root",
+        ),
+        (["--detections", "a.txt", "--dataset", "kaist", "--data-root", "x", "--misalign", "2"], "--misalign needs a"),
+        (["--detections", "a.txt", "--dataset", "kaist", "--data-root", "x", "--weights", "raw"], "--weights needs a"),
+        (["--checkpoint", "a.pt", "--first-id", "1"], "--first-id is for the file of --detections"),
+        (["--checkpoint", "a.pt", "--misalign-modality", "visible"], "--misalign-modality needs --misalign"),
+        (["--checkpoint", "a.pt", "--misalign", "much"], "invalid int value: 'much'"),
+        (["--checkpoint", "a.pt", "--save-detections", "a.csv"], "ends in .txt or .json"),
+        (["--checkpoint", "a.pt", "--save-curve", "a.txt"], "ends in .json"),
+        (
+            ["--checkpoint", "a.pt", "--plot", "missing/a.png"],
+            "missing/a.png: the folder missing does not exist",
+        ),
+        (
+            ["--checkpoint", "a.pt", "--dataset", "llvip", "--data-root", "x", "--plot", "a.png"],
+            "do not know occlusion",
+        ),
+    ],
+)
+def test_flags_that_do_not_fit(capsys, flags, words):
+    assert words in refused(capsys, *flags)
+
+
+def test_bad_files_are_named(checkpoint, kaist, annotations, tmp_path, capsys):
+    found = tmp_path / "found.txt"
+    common = ["--dataset", "kaist", "--detections", found, "--annotations", annotations]
+    assert "found.txt: cannot be read" in refused(capsys, *common)
+    found.write_text("4,1,1,5,5,0.5\n")
+    assert "line 1: image id 4 is out of range, expected 1 to 3" in refused(capsys, *common)
+    found.write_text("1 1 1 5 5 0.5\n")
+    assert "line 1: expected six numbers" in refused(capsys, *common)
+    annotations.write_text("[]")
+    assert "test.json" in refused(capsys, *common)
+    model = ["--checkpoint", checkpoint, "--dataset", "kaist", "--data-root", kaist, "--device", "cpu", "--workers", 0]
+    (kaist / "imageSets/mine.txt").write_text("set07/V000/I00019\n")
+    assert "set07/V000/I00019, listed in" in refused(capsys, *model, "--image-set", "mine")
+    (kaist / "annotations/set06/V000/I00019.txt").write_text("% bbGt version=1\n")
+    assert "expected '% bbGt version=3'" in refused(capsys, *model)
+    assert "not with infrared alone" in refused(capsys, *model, "--modality", "infrared", "--misalign", 3)
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("MBNet", ".txt"), ("MLPD", ".txt"), ("MLPD", ".json")])
+def test_published_detections_from_the_command_line(shared, tmp_path, capsys, name, suffix):
+    folder = shared / "data/kaist/eval"
+    file = folder / "results" / f"{name}_result.txt"
+    if suffix == ".json":
+        rows = [[float(value) for value in line.split(",")] for line in file.read_text().split()]
+        entries = [{"image_id": int(i) - 1, "bbox": box, "score": score} for i, *box, score in rows]
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(entries))
+    flags = ["--annotations", folder / "gt/kaist_annotations_test20.json", "--output", tmp_path / "figures.json"]
+    said = run(capsys, "--dataset", "kaist", "--detections", file, *flags, *["--first-id", 0] * (suffix == ".json"))
+    assert [rows_of(said)[row][0] for row in ROWS] == [f"{value:.2f}" for value in PUBLISHED[name]]
+    rows = json.loads((tmp_path / "figures.json").read_text())["miss_rate"][file.stem]
+    assert [round(rows[row]["miss_rate"], 2) for row in ROWS] == PUBLISHED[name]
