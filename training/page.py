@@ -23,8 +23,8 @@ header { position: sticky; top: 0; background: var(--page); padding: .5rem 0; bo
 .row, .pictures { margin: .8rem 0 } .wide { grid-template-columns: repeat(auto-fill, minmax(min(480px, 100%), 1fr)) }
 .pictures { display: flex; flex-wrap: wrap; gap: .9rem; align-items: end }
 figure { margin: 0; break-inside: avoid } figcaption { font-weight: 600; font-size: .9rem; overflow-wrap: anywhere }
-figure img { height: 290px; width: auto; max-width: 100%; object-fit: contain; display: block }
-.pictures figure { max-width: 100%; width: min-content }
+figure img { height: 250px; width: auto; max-width: 100%; object-fit: contain; display: block }
+.pictures figure { max-width: 100% }
 figure > svg { width: 100%; height: auto; display: block }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin: .2rem 0; padding: 0;
   font-size: .85rem; overflow-wrap: anywhere } .swatch { width: 24px; height: 10px; margin-right: .4rem }

@@ -36,18 +36,20 @@ def pictures_section(runs: list[Run], most: int) -> str:
                 kinds.setdefault(kind, {}).setdefault(name, []).append(run)
     parts = []
     for kind, names in sorted(kinds.items()):
-        rows = [[embedded(run, name) for run in names[name]] for name in sorted(names, key=natural)]
-        rows = rows if len(runs) > 1 else [sum(rows, [])]
-        shown = sum(len(row) for row in rows)
+        several = len(runs) > 1
+        ordered = sorted(names, key=natural)
+        rows = [[embedded(run, name, run.label if several else "") for run in names[name]] for name in ordered]
+        rows = rows if several else [sum(rows, [])]
+        shown = sum(bool(cell) for row in rows for cell in row)
         counted = "" if shown == counts[kind] else f" <span class=soft>{shown} of {counts[kind]}</span>"
         parts.append(f"<h3>{html(Path(kind).stem.replace('#', '').strip('-_ ') or kind)}{counted}</h3>")
         parts += [f'<div class="pictures">{"".join(row)}</div>' for row in rows]
     return "".join(parts)
 
 
-def embedded(run: Run, name: str) -> str:
+def embedded(run: Run, name: str, remark: str = "") -> str:
     try:
-        return figure(picture(run.folder / name), name, run.label)
+        return figure(picture(run.folder / name), name, remark)
     except ValueError as error:
         run.notes.append(f"{name} cannot be shown: {error}")
         return ""

@@ -40,8 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--output", metavar="FILE.html", help="the page; without it report.html in the first RUN")
     parser.add_argument("--pictures", type=non_negative_int, default=6, metavar="N", help="of each kind and run")
-    names = "curves on a logarithmic axis"
-    parser.add_argument("--log", nargs="+", default=list(LOGARITHMIC), metavar="NAME", help=names)
+    log = "names of the curves on a logarithmic axis"
+    parser.add_argument("--log", default=",".join(LOGARITHMIC), metavar="NAME,NAME", help=log)
     args = parser.parse_args(arguments)
     output = Path(args.output) if args.output else Path(args.runs[0]) / "report.html"
     if output.suffix.lower() not in (".html", ".htm"):
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     runs = read_runs(args.runs)
     if not output.parent.is_dir():
         raise InputError(f"--output {output}: the folder {output.parent} does not exist.")
-    text = report(runs, pictures=args.pictures, log=tuple(args.log))
+    text = report(runs, pictures=args.pictures, log=tuple(args.log.split(",")))
     partial = output.with_name(output.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, output)
@@ -132,10 +132,11 @@ def charts(runs: list[Run], kind: str, log: tuple[str, ...], wanted=lambda name:
     """
     figures, constant = [], []
     names = names_of(runs, kind, wanted)
-    x_range = steps_of(runs, kind, names)
-    for family, members in families(names, by_leaf).items():
+    x_range, found = steps_of(runs, kind, names), families(names, by_leaf)
+    styles = {key: i for i, key in enumerate({key: None for members in found.values() for key in members if key})}
+    for family, members in found.items():
         title, logarithmic = " / ".join(family), any(key in log for key in family)
-        groups = grouped(runs, kind, title, members)
+        groups = grouped(runs, kind, title, members, styles)
         y_range = value_range([one for curves in groups.values() for one in curves], logarithmic)
         if y_range and y_range[0] == y_range[1]:
             constant.append(f"{title} {number(y_range[0])}")
@@ -155,20 +156,19 @@ def steps_of(runs: list[Run], kind: str, names: list[Name]) -> tuple[float, floa
     return (min(float(some[0]) for some in steps), max(float(some[-1]) for some in steps)) if steps else None
 
 
-def grouped(runs: list[Run], kind: str, title: str, members: dict[str, Name]) -> dict[str, list[Curve]]:
+def grouped(
+    runs: list[Run], kind: str, title: str, members: dict[str, Name], styles: dict[str, int]
+) -> dict[str, list[Curve]]:
     """Caption -> curves: colours tell the members of the family apart, or where there are several runs, these."""
     if len(runs) == 1:
-        return {title: [curve(runs[0], kind, name, key or title, i) for i, (key, name) in enumerate(members.items())]}
+        of_kind = runs[0].curves[kind]
+        return {title: [Curve(key or title, *of_kind[name], styles.get(key, 0)) for key, name in members.items()]}
     return {
         f"{title} · {key}" if key else title: [
-            curve(run, kind, name, run.label, i) for i, run in enumerate(runs) if has_values(run, kind, name)
+            Curve(run.label, *run.curves[kind][name], i) for i, run in enumerate(runs) if has_values(run, kind, name)
         ]
         for key, name in members.items()
     }
-
-
-def curve(run: Run, kind: str, name: Name, label: str, style: int) -> Curve:
-    return Curve(label, *run.curves[kind][name], style)
 
 
 def remark(curves: list[Curve], log: bool) -> str:
