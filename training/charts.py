@@ -15,6 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 10, 8, 32  # margins of the plot, in the same uni
 END, MIDDLE = 'text-anchor="end"', 'text-anchor="middle"'
 COLOURS, DASHES = 8, 4
 MOST_POINTS = 300  # of a curve; more are averaged, as nobody sees more in so few pixels
+FEWEST_UNITS = 8  # between two points for both to get a marker
 LARGEST = 1e100  # larger numbers are not drawn
 
 
@@ -74,24 +75,41 @@ def thin(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS):
 
 
 def value_range(curves: list[Curve], log: bool = False) -> tuple[float, float] | None:
-    """The smallest and the largest number that the lines of these curves reach; None where there is nothing to draw."""
-    means = [thin(curve.steps, np.where(drawable(curve.values, log), curve.values, np.nan))[1] for curve in curves]
-    means = np.concatenate([mean[~np.isnan(mean)] for mean in means]) if means else np.empty(0)
-    return (float(means.min()), float(means.max())) if len(means) else None
+    """From the smallest to the largest number to draw; None where there is none.
+
+    Of curves that are thinned it takes in the means, and all but the outermost 2 % of the numbers on each side, so that
+    a single spike does not flatten the rest.
+    """
+    found = [np.empty(0)]
+    for curve in curves:
+        values = np.where(drawable(curve.values, log), curve.values, np.nan)
+        means = thin(curve.steps, values)[1]
+        found.append(means[~np.isnan(means)])
+        if means is not values and len(found[-1]):
+            found.append(np.nanpercentile(values, [2, 98]))
+    found = np.concatenate(found)
+    return (float(found.min()), float(found.max())) if len(found) else None
 
 
-def line_chart(curves: list[Curve], *, log: bool = False, y_range: tuple[float, float] | None = None) -> str:
+def line_chart(
+    curves: list[Curve],
+    *,
+    log: bool = False,
+    x_range: tuple[float, float] | None = None,
+    y_range: tuple[float, float] | None = None,
+) -> str:
     """The curves over their steps as an <svg>; empty where none has a number to draw.
 
-    log: logarithmic values, on which those of 0 and below are gaps. y_range: instead of `value_range(curves, log)`, for
-    charts that are to be compared. Curves of few points get markers that tell their value when pointed at.
+    log: logarithmic values, on which those of 0 and below are gaps. x_range, y_range: instead of what the curves and
+    `value_range(curves, log)` reach, for charts that are to be compared. Curves of few points get markers that tell
+    their value when pointed at.
     """
     y_range = y_range or value_range(curves, log)
     if y_range is None:
         return ""
     steps = np.concatenate([curve.steps for curve in curves])
     inner = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-    x = _Axis(*_widened(float(steps.min()), float(steps.max()), 0.0), 0, inner[0])
+    x = _Axis(*_widened(*(x_range or (float(steps.min()), float(steps.max()))), 0.02), 0, inner[0])
     y = _Axis(*(_log_widened(*y_range) if log else _from_zero(*_widened(*y_range, 0.05))), inner[1], 0, log)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">']
     for value in ticks(y.low, y.high, log):
@@ -180,7 +198,7 @@ def _draw(curve: Curve, x: _Axis, y: _Axis) -> str:
             parts.append(f'<path class="band {_classes(curve.style)}" d="{_path(outline)}Z"/>')
         stretch = [*zip(across[first:end], line[first:end], strict=True)]
         parts.append(f'<path class="{_classes(curve.style)}" d="{_path(stretch)}{"h0" if len(stretch) == 1 else ""}"/>')
-    if len(steps) <= 30:
+    if np.ptp(across) >= FEWEST_UNITS * (len(steps) - 1):
         for place, level, step, value in zip(across[shown], line[shown], steps[shown], means[shown], strict=True):
             title = f"<title>{escape(curve.label)}: {value:.5g} at step {step:.0f}</title>"
             dot = f'class="dot s{curve.style % COLOURS}" cx="{place:.1f}" cy="{level:.1f}" r="2.5"'

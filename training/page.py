@@ -20,15 +20,19 @@ header { position: sticky; top: 0; background: var(--page); padding: .5rem 0; bo
   z-index: 1 } section { scroll-margin-top: 8rem } nav a { color: var(--c0); margin-right: 1rem }
 .soft, figcaption span { color: var(--soft); font-size: .85rem; font-weight: normal }
 .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); gap: .9rem }
-.wide { grid-template-columns: repeat(auto-fill, minmax(min(480px, 100%), 1fr)) }
+.row, .pictures { margin: .8rem 0 } .wide { grid-template-columns: repeat(auto-fill, minmax(min(480px, 100%), 1fr)) }
+.pictures { display: flex; flex-wrap: wrap; gap: .9rem; align-items: end }
 figure { margin: 0; break-inside: avoid } figcaption { font-weight: 600; font-size: .9rem; overflow-wrap: anywhere }
-figure img { width: 100%; height: auto; display: block; border: 1px solid var(--line) }
+figure img { height: 250px; width: auto; max-width: 100%; object-fit: contain; display: block }
+.pictures figure { max-width: 100% }
 figure > svg { width: 100%; height: auto; display: block }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin: .2rem 0; padding: 0;
   font-size: .85rem; overflow-wrap: anywhere } .swatch { width: 24px; height: 10px; margin-right: .4rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .88rem; margin: .3rem 0 }
 th, td { padding: .18rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
-th { background: var(--head); font-weight: 600 } th:first-child, td:first-child, .text td { text-align: left }
+th { background: var(--head); font-weight: 600 } th[colspan] { text-align: center }
+th:first-child, td:first-child, .text td, .text th { text-align: left }
+.tables { display: flex; flex-wrap: wrap; gap: 0 2rem; align-items: start }
 .text td { overflow-wrap: anywhere; min-width: 6rem; max-width: 32rem } .differs td { background: var(--mark) }
 .grid { stroke: var(--line); stroke-width: .7 } .frame { fill: none; stroke: var(--line) }
 .tick { fill: var(--soft); font: 10px system-ui, sans-serif }
@@ -40,7 +44,8 @@ svg .dot { fill: var(--page); stroke-width: 1.4 } svg path.band { stroke: none; 
 .band.s0 { fill: var(--c0) } .band.s1 { fill: var(--c1) } .band.s2 { fill: var(--c2) } .band.s3 { fill: var(--c3) }
 .band.s4 { fill: var(--c4) } .band.s5 { fill: var(--c5) } .band.s6 { fill: var(--c6) } .band.s7 { fill: var(--c7) }
 @media print { header { position: static } nav { display: none } body { font-size: 11px; max-width: none }
-  .row { grid-template-columns: repeat(3, 1fr) } .wide { grid-template-columns: repeat(2, 1fr) }
+  figure img { height: 200px } .row { grid-template-columns: repeat(3, 1fr) }
+  .wide { grid-template-columns: repeat(2, 1fr) }
   * { print-color-adjust: exact } }
 """
 

@@ -19,41 +19,45 @@ MOST_PIXELS = 50_000_000  # of a picture file; one that says it has more is left
 
 
 def pictures_section(runs: list[Run], most: int) -> str:
-    """Pictures whose names differ in their numbers only, in a row; of a longer row of a run evenly spaced ones."""
-    kinds: dict[str, dict[str, dict[str, Path]]] = {}  # kind -> name -> label of the run -> path
+    """The pictures whose names differ in their numbers only, together; of a run's `most` evenly spaced ones.
+
+    Of one run they stand in a row, of several the pictures of the same name. Adds a note to a run for each picture that
+    cannot be shown.
+    """
+    kinds: dict[str, dict[str, list[Run]]] = {}  # kind -> name -> the runs that have it
     counts: collections.Counter = collections.Counter()
     for run in runs:
-        of_kind: dict[str, list[Path]] = {}
-        for path in run.pictures:
-            of_kind.setdefault(re.sub(r"\d+", "#", str(path.relative_to(run.folder))), []).append(path)
-        for kind, paths in of_kind.items():
-            counts[kind] += len(paths)
-            for path in evenly_spaced(sorted(paths, key=natural), most):
-                kinds.setdefault(kind, {}).setdefault(str(path.relative_to(run.folder)), {})[run.label] = path
+        of_run: dict[str, list[str]] = {}
+        for name in run.pictures:
+            of_run.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+        for kind, names in of_run.items():
+            counts[kind] += len(names)
+            for name in evenly_spaced(sorted(names, key=natural), most):
+                kinds.setdefault(kind, {}).setdefault(name, []).append(run)
     parts = []
     for kind, names in sorted(kinds.items()):
-        figures = []
-        for name in sorted(names, key=natural):
-            for run in runs:
-                figures += embedded(run, names[name].get(run.label), name)
-        shown = "" if counts[kind] == len(figures) else f" <span class=soft>{len(figures)} of {counts[kind]}</span>"
-        parts.append(f'<h3>{html(Path(kind).stem)}{shown}</h3><div class="row wide">{"".join(figures)}</div>')
+        several = len(runs) > 1
+        ordered = sorted(names, key=natural)
+        rows = [[embedded(run, name, run.label if several else "") for run in names[name]] for name in ordered]
+        rows = rows if several else [sum(rows, [])]
+        shown = sum(bool(cell) for row in rows for cell in row)
+        counted = "" if shown == counts[kind] else f" <span class=soft>{shown} of {counts[kind]}</span>"
+        parts.append(f"<h3>{html(Path(kind).stem.replace('#', '').strip('-_ ') or kind)}{counted}</h3>")
+        parts += [f'<div class="pictures">{"".join(row)}</div>' for row in rows]
     return "".join(parts)
 
 
-def embedded(run: Run, path: Path | None, name: str) -> list[str]:
-    if path is None:
-        return []
+def embedded(run: Run, name: str, remark: str = "") -> str:
     try:
-        return [figure(picture(path), name, run.label)]
+        return figure(picture(run.folder / name), name, remark)
     except ValueError as error:
         run.notes.append(f"{name} cannot be shown: {error}")
-        return []
+        return ""
 
 
-def natural(name) -> list:
+def natural(name: str) -> list:
     """A key by which 34 comes before 102."""
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", str(name))]
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def evenly_spaced(items: list, most: int) -> list:

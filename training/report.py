@@ -40,8 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--output", metavar="FILE.html", help="the page; without it report.html in the first RUN")
     parser.add_argument("--pictures", type=non_negative_int, default=6, metavar="N", help="of each kind and run")
-    names = "curves on a logarithmic axis"
-    parser.add_argument("--log", nargs="+", default=list(LOGARITHMIC), metavar="NAME", help=names)
+    log = "names of the curves on a logarithmic axis"
+    parser.add_argument("--log", default=",".join(LOGARITHMIC), metavar="NAME,NAME", help=log)
     args = parser.parse_args(arguments)
     output = Path(args.output) if args.output else Path(args.runs[0]) / "report.html"
     if output.suffix.lower() not in (".html", ".htm"):
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     runs = read_runs(args.runs)
     if not output.parent.is_dir():
         raise InputError(f"--output {output}: the folder {output.parent} does not exist.")
-    text = report(runs, pictures=args.pictures, log=tuple(args.log))
+    text = report(runs, pictures=args.pictures, log=tuple(args.log.split(",")))
     partial = output.with_name(output.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, output)
@@ -112,7 +112,7 @@ def families(names: Iterable[Name], by_leaf: bool = False) -> dict[Name, dict[st
         place = next((i for i in places if by_leaf or others[name[:i], name[i + 1 :]] > 1), None)
         family, key = (name, "") if place is None else (name[:place] + name[place + 1 :], name[place])
         found.setdefault(family, {})[key] = name
-    return found
+    return dict(sorted(found.items(), key=lambda item: len(item[1]) == 1))  # those that compare come first
 
 
 def names_of(runs: list[Run], kind: str, wanted: Callable[[Name], bool] = lambda name: True) -> list[Name]:
@@ -126,32 +126,49 @@ def has_values(run: Run, kind: str, name: Name) -> bool:
 
 
 def charts(runs: list[Run], kind: str, log: tuple[str, ...], wanted=lambda name: True, by_leaf: bool = False) -> str:
-    """A chart of every family of one run; of several runs one of every name, those of a family with the same axis."""
-    figures = []
-    for family, members in families(names_of(runs, kind, wanted), by_leaf).items():
+    """A chart of every family of one run; of several runs one of every name, those of a family with the same axis.
+
+    What never changes is told in a sentence instead.
+    """
+    figures, constant = [], []
+    names = names_of(runs, kind, wanted)
+    x_range, found = steps_of(runs, kind, names), families(names, by_leaf)
+    styles = {key: i for i, key in enumerate({key: None for members in found.values() for key in members if key})}
+    for family, members in found.items():
         title, logarithmic = " / ".join(family), any(key in log for key in family)
-        if len(runs) == 1:
-            groups = {
-                title: [curve(runs[0], kind, name, key or title, i) for i, (key, name) in enumerate(members.items())]
-            }
-        else:
-            groups = {
-                f"{title} · {key}" if key else title: [
-                    curve(run, kind, name, run.label, i) for i, run in enumerate(runs) if has_values(run, kind, name)
-                ]
-                for key, name in members.items()
-            }
+        groups = grouped(runs, kind, title, members, styles)
         y_range = value_range([one for curves in groups.values() for one in curves], logarithmic)
+        if y_range and y_range[0] == y_range[1]:
+            constant.append(f"{title} {number(y_range[0])}")
+            continue
         for caption, curves in groups.items():
-            drawing = line_chart(curves, log=logarithmic, y_range=y_range)
+            drawing = line_chart(curves, log=logarithmic, x_range=x_range, y_range=y_range)
             several = len(runs) == 1 and len(curves) > 1
             below = legend([one.label for one in curves], [one.style for one in curves]) if several else ""
             figures.append(figure(drawing, caption, remark(curves, logarithmic), below))
-    return f'<div class="row">{"".join(figures)}</div>' if figures else ""
+    drawn = f'<div class="row">{"".join(figures)}</div>' if figures else ""
+    return drawn + (f"<p class=soft>Without change: {html(', '.join(constant))}.</p>" if constant else "")
 
 
-def curve(run: Run, kind: str, name: Name, label: str, style: int) -> Curve:
-    return Curve(label, *run.curves[kind][name], style)
+def steps_of(runs: list[Run], kind: str, names: list[Name]) -> tuple[float, float] | None:
+    """The first and the last step at which one of these names was logged."""
+    steps = [run.curves[kind][name][0] for run in runs for name in names if has_values(run, kind, name)]
+    return (min(float(some[0]) for some in steps), max(float(some[-1]) for some in steps)) if steps else None
+
+
+def grouped(
+    runs: list[Run], kind: str, title: str, members: dict[str, Name], styles: dict[str, int]
+) -> dict[str, list[Curve]]:
+    """Caption -> curves: colours tell the members of the family apart, or where there are several runs, these."""
+    if len(runs) == 1:
+        of_kind = runs[0].curves[kind]
+        return {title: [Curve(key or title, *of_kind[name], styles.get(key, 0)) for key, name in members.items()]}
+    return {
+        f"{title} · {key}" if key else title: [
+            Curve(run.label, *run.curves[kind][name], i) for i, run in enumerate(runs) if has_values(run, kind, name)
+        ]
+        for key, name in members.items()
+    }
 
 
 def remark(curves: list[Curve], log: bool) -> str:
@@ -180,7 +197,7 @@ def validation_tables(runs: list[Run]) -> str:
         labels = [run.label for _ in keys for run in runs] if len(runs) > 1 else keys
         above = f"<tr><th></th>{over}</tr>" if len(runs) > 1 and keys != ("",) else ""
         tables.append(table(["last validation", *labels], rows, above=above))
-    return "".join(tables)
+    return f'<div class="tables">{"".join(tables)}</div>' if tables else ""
 
 
 def last_value(run: Run, name: Name) -> str:

@@ -21,7 +21,7 @@ class Run:
     """A run of any of the scripts.
 
     curves: kind of record -> name -> (steps, values), each (n,) float64 with NaN for null, steps rising. notes: what is
-    not as it should be, as sentences. pictures: paths inside the folder.
+    not as it should be, as sentences. pictures: their paths from the folder on.
     """
 
     folder: Path
@@ -30,7 +30,7 @@ class Run:
     curves: dict[str, dict[Name, tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
     steps: int = 0
     epochs: float = 0
-    pictures: list[Path] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -156,11 +156,11 @@ def _sorted(steps: array.array, values: array.array) -> tuple[np.ndarray, np.nda
     return steps[order], values[order]
 
 
-def _find_pictures(folder: Path) -> Iterator[Path]:
+def _find_pictures(folder: Path) -> Iterator[str]:
     """Pictures in the folder and below, in order; links are left alone."""
     for place, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted(files):
             path = Path(place, name)
             if path.suffix.lower() in PICTURES and not path.is_symlink():
-                yield path
+                yield path.relative_to(folder).as_posix()
