@@ -257,6 +257,8 @@ def refuse_what_cannot_train(args: argparse.Namespace) -> None:
         raise InputError("--old-share 1 would leave no batch for the new domain: expected less")
     if not args.freeze_stages or max(args.freeze_stages) > 4:
         raise InputError(f"--freeze-stages {args.freeze_stages}: expected numbers from 0 to 4")
+    if args.gradient_report and args.compile:
+        raise InputError("--gradient-report keeps graphs that --compile may free; give one of the two")
     if args.dhn_size and args.macl_weight == 0:
         raise InputError("--dhn-size: hard negatives are negatives of MACL; raise --macl-weight, or give --dhn-size 0")
     if args.dhn_size and not (args.dhn_k and args.dhn_active and min(args.dhn_k + args.dhn_active) > 0):
@@ -430,16 +432,14 @@ def main(arguments: list[str] | None = None) -> None:
                 images = sum(len(batch["path"]) for batch in batches) * distributed.world_size()
                 if not result.skipped:
                     watch(result.losses)
-                    unprinted = {"weights": stepper.weights}
-                    if result.gradients:
-                        unprinted["gradients"] = result.gradients.record()
-                        log.say(f"step {step}, what each loss adds:\n{result.gradients.text()}")
                     log.train(stepper.steps, {
                         "epoch": epoch + 1, "loss": result.total, **result.losses, "lr": result.lr,
                         "grad_norm": result.grad_norm,
                         **{name: float(value) for name, value in detector.monitor.items()},
                         "images_per_second": throughput.update(images), "memory_gib": peak_memory(device),
-                    }, unprinted)  # fmt: skip
+                    }, unprinted={"weights": stepper.weights})  # fmt: skip
+                    if result.gradients:
+                        log.gradients(stepper.steps, epoch + 1, result.gradients)
                 stop = signals.stop_requested()
                 done = args.max_steps is not None and stepper.steps >= args.max_steps
                 if stop or stepper.steps % args.save_every == 0:
@@ -470,9 +470,7 @@ def begin_epoch(args: argparse.Namespace, detector, stepper: Stepper, epoch: int
     frozen = args.freeze_stages[min(epoch, len(args.freeze_stages) - 1)]
     detector.backbone.freeze(frozen)
     if distributed.world_size() > 1:
-        # Banks are the same on every rank; running statistics of norm layers are not, and rank 0's are those of all.
-        statistics = "batch" in detector.kwargs["norm"] and detector.kwargs["norm"] != "frozen_batch"
-        stepper.model = DistributedDataParallel(detector, broadcast_buffers=statistics)
+        stepper.model = DistributedDataParallel(detector)  # anew: it notes what is trained when it is made
     trained = sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
     what = f"the stem and {frozen} of the backbone's stages frozen" if frozen else "nothing frozen"
     return f"epoch {epoch + 1}: {what}, {trained / 1e6:.2f} M parameters trained"
