@@ -72,7 +72,7 @@ KAIST_RECIPE = dict(
 )  # fmt: skip
 SYNTHETIC_RECIPE = dict(
     epochs=3, workers=1, lr=5e-4, warmup_steps=30, clip_norm=0.0, ema_decay=0.99, freeze_stages=[1, 0],
-    lr_scale=[("backbone", 0.5)], best_by="ap50", ramp_steps=100, old_share=0.25, dhn_size=512, dhn_k=[16, 32],
+    lr_scale=[("backbone", 0.5)], best_by="ap50", macl_weight=1.0, ramp_steps=100, dhn_size=512, dhn_k=[16, 32],
     dhn_active=[512], dhn_milestones=[1],
 )  # fmt: skip
 
@@ -156,7 +156,7 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     add_detection_weight_flags(add)
     add("--macl-weight", type=non_negative_float, default=0.1, metavar="X", help="contrast")
     add("--dhn-weight", type=non_negative_float, default=0.1, metavar="X", help="loss_dhn of --dhn-mode softplus")
-    add("--mmd-weight", type=non_negative_float, default=0.1, metavar="X", help="discrepancies")
+    add("--mmd-weight", type=non_negative_float, default=1.0, metavar="X", help="discrepancies")
     add("--adversary-weight", type=non_negative_float, default=0.1, metavar="X", help="domain classifier")
     for name, kind in (("macl", "constant"), ("dhn", "constant"), ("mmd", "linear"), ("adversary", "linear")):
         add(f"--{name}-ramp", choices=RAMPS, default=kind, help=f"how --{name}-weight comes to its full size")

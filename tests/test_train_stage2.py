@@ -76,9 +76,9 @@ def test_what_is_optimised_is_what_is_logged_and_weights_really_ramp(run):
         losses = {name: value for name, value in line.items() if name.startswith("loss_")}
         assert names <= losses.keys()
         assert line["loss"] == pytest.approx(sum(line["weights"][name] * value for name, value in losses.items()))
-    assert [line["weights"]["loss_mmd"] for line in steps[:5]] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+    assert [line["weights"]["loss_mmd"] for line in steps[:5]] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     macl = [line["weights"]["loss_macl"] for line in steps]
-    assert macl[0] == pytest.approx(0.1 / 2.25) and macl[-1] == 0.1
+    assert macl[0] == pytest.approx(1 / 2.25) and macl[-1] == 1
     assert all(line["weights"]["loss_dhn"] == 0.1 for line in steps)
     assert steps[0]["dhn_fill"] == 0 < steps[1]["dhn_fill"] <= steps[-1]["dhn_fill"]
     assert steps[0]["loss_dhn"] == 0 < steps[-1]["loss_dhn"]
