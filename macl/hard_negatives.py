@@ -67,7 +67,7 @@ def hard_negative_loss(
 
 def softplus(chosen: Chosen, temperature: Tensor | float) -> Tensor:
     """`hard_negative_loss` of negatives already chosen."""
-    losses = F.softplus(chosen.similarity / temperature) * chosen.found
+    losses = F.softplus(chosen.similarity / temperature)  # 0 where there is none
     return distributed.global_mean(losses.sum(), chosen.found.sum())
 
 
