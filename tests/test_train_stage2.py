@@ -187,6 +187,8 @@ def test_wrong_flags_end_in_one_sentence(begun, run, tmp_path, capsys):
     assert "--freeze-stages" in say("--freeze-stages", 5)
     assert "--dhn-size 0" in say("--macl-weight", 0)
     assert "--dhn-k" in say("--dhn-k", "")
+    assert "--mosaic" in say("--mosaic", 0.5)
+    assert "--compile" in say("--gradient-report", 5, "--compile")
     assert "expected NAME=FACTOR" in say("--lr-scale", "backbone")
     assert "parts are backbone, neck" in say("--lr-scale", "bakbone=0.1")
     assert "fit together" in say("--adversary", "dataset", "--old-share", 0)

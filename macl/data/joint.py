@@ -6,7 +6,7 @@ from torch.utils.data import Dataset
 class Joint(Dataset):
     """Data sets laid end to end. Samples also say which one they are of: "domain", from 0.
 
-    Scene numbers stay apart: a scene of one data set never has the number of one of another.
+    Scene numbers stay apart: a scene of one data set never has the number of one of another; -1, not known, stays.
     """
 
     def __init__(self, *parts: Dataset):
@@ -21,5 +21,6 @@ class Joint(Dataset):
         for domain, part in enumerate(self.parts):
             if index < len(part):
                 sample = part[index]
-                return sample | {"domain": domain, "scene": sample["scene"] * len(self.parts) + domain}
+                scene = sample["scene"]
+                return sample | {"domain": domain, "scene": scene if scene < 0 else scene * len(self.parts) + domain}
             index -= len(part)

@@ -15,3 +15,12 @@ def test_samples_keep_their_order_and_say_where_they_are_from():
     assert len({sample["scene"] for sample in samples}) == 5  # though both parts number theirs from 0
     with pytest.raises(IndexError):
         joint[5]
+
+
+def test_scenes_that_are_not_known_stay_so():
+    class Nameless(SyntheticPairs):
+        def __getitem__(self, index):
+            return super().__getitem__(index) | {"scene": -1}
+
+    joint = Joint(Nameless(2, 0), Nameless(2, 1))
+    assert [joint[index]["scene"] for index in range(4)] == [-1] * 4

@@ -119,7 +119,8 @@ def test_a_detector_on_kaist(checkpoint, kaist, tmp_path, capsys):
 
 
 def test_what_was_saved_gives_the_same_figures(checkpoint, kaist, tmp_path, capsys):
-    common = ["--dataset", "kaist", "--data-root", kaist, "--image-set", "mine", "--annotations", "annotations"]
+    (kaist / "annotations").rename(kaist / "labels")
+    common = ["--dataset", "kaist", "--data-root", kaist, "--image-set", "mine", "--annotations", "labels"]
     found = tmp_path / "found.json"
     said = run(
         capsys, "--checkpoint", checkpoint, *common, "--modality", "infrared", "--save-detections", found,
@@ -219,19 +220,21 @@ def test_miss_rates_by_mode_and_row():
 
 
 def test_images_of_another_size_are_stretched_to_kaists():
-    box = [25, 25, 35, 50]  # 100 pixels tall, and within the border, at four times the size
-    figures = miss_rate_figures([results([box], [box], size=(128, 160))])["both"]
-    assert figures["reasonable all"] == pytest.approx(0, abs=1e-6) and figures["far"] is None
+    box = [25, 25, 35, 50]  # 100 pixels tall when the image's 128 rows become 512, and then within the border
+    figures = miss_rate_figures([results([box], [box], size=(128, 320))])["both"]
+    assert figures["reasonable all"] == pytest.approx(0, abs=1e-6) and figures["far"] is None is figures["near"]
     figures = miss_rate_figures([results([box], [box])])["both"]
     assert figures["reasonable all"] is None and figures["far"] == pytest.approx(0, abs=1e-6)
 
 
 def test_classes_but_the_first_are_ignored():
-    box = [100, 100, 140, 200]
-    frame = results([box, [300, 100, 340, 200]], [box, [300, 100, 340, 200]])
-    frame["truth"]["labels"][1] = frame["found"]["both"]["labels"][1] = 2
+    box, cyclist, nothing = [100, 100, 140, 200], [300, 100, 340, 200], [400, 100, 440, 200]
+    frame = results([nothing, box], [box, cyclist])
+    frame["truth"]["labels"][1] = frame["found"]["both"]["labels"][0] = 2
     assert miss_rate_figures([frame])["both"]["reasonable all"] == pytest.approx(0, abs=1e-6)
     assert "1       1" in miss_rate_text(miss_rate_tables([frame])).splitlines()[1]
+    frame["found"]["both"]["labels"][0] = 1
+    assert miss_rate_figures([frame])["both"]["reasonable all"] > 1
 
 
 def test_no_miss_rates_where_daytime_or_occlusion_is_not_known():
