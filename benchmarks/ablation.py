@@ -4,9 +4,9 @@
     python benchmarks/ablation.py --arms detector macl --seeds 3
 
 Each arm is a line of flags of train_stage1.py or train_stage2.py, each run a process with one thread, and its figures
-are those of the run's last validation. A finished run is one json line, by which it is known and skipped. What an arm
-changes is the difference to the arm that it is compared with, of the same seed: the same first weights, training
-scenes and validation scenes.
+are those of the run's last validation. A finished run is one json line, by which it is known and skipped as long as
+its arguments are the same; to measure changed code, name another --results. What an arm changes is the difference to
+the arm that it is compared with, of the same seed: the same training scenes and validation scenes.
 """
 
 import argparse
@@ -142,13 +142,15 @@ def measure(name: str, seed: int, args: argparse.Namespace, arms: dict[str, Arm]
     command = [sys.executable, *known_by, "--output", str(folder)]
     if arm.begins_with:
         command += ["--init-from", str(args.runs / f"{arm.begins_with}-{seed}" / "best.pt")]
-    began = time.perf_counter()
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True
-    )  # fmt: skip
+    log, began = args.runs / f"{name}-{seed}.log", time.perf_counter()
+    args.runs.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=subprocess.STDOUT
+        )
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-        raise InputError(f"{name} with seed {seed} ended with status {done.returncode}: {said}")
+        said = (log.read_text(encoding="utf-8").strip() or "nothing").splitlines()[-1]
+        raise InputError(f"{name} with seed {seed} ended with status {done.returncode}: {said} (see {log})")
     about = json.loads((folder / "args.json").read_text(encoding="utf-8"))
     return {
         "arm": name,
