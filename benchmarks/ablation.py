@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 from training.errors import InputError, one_sentence
 
 BATCH_SIZE = 4
+OLD_PAIRS = 1  # of each batch of stage 2, from the domain of stage 1
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,12 @@ STUDENT_T = (
 def arguments_of(name: str, seed: int, *, steps: int, scenes: int, arms: dict[str, Arm] = ARMS) -> list[str]:
     """The script and its flags without the folders: what a finished run is known by."""
     arm = arms[name]
-    shared = f"--seed {seed} --batch-size {BATCH_SIZE} --epochs 1 --synthetic-train {BATCH_SIZE * steps}"
-    return [arm.script, *shared.split(), "--synthetic-val", str(scenes), "--device", "cpu", *arm.flags.split()]
+    shared = f"--seed {seed} --batch-size {BATCH_SIZE} --epochs 1 --synthetic-val {scenes} --device cpu"
+    if arm.script == STAGE_2:  # an epoch is over when its own domain's pairs are
+        share = f"--old-share {OLD_PAIRS / BATCH_SIZE} --synthetic-train {(BATCH_SIZE - OLD_PAIRS) * steps}"
+    else:
+        share = f"--synthetic-train {BATCH_SIZE * steps}"
+    return [arm.script, *shared.split(), *share.split(), *arm.flags.split()]
 
 
 def read_results(path: Path) -> list[dict]:
@@ -340,7 +345,7 @@ def main(arguments: list[str] | None = None, *, arms: dict[str, Arm] = ARMS, mea
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=tuple(arms), default=list(arms), help="and those that they need")
     parser.add_argument("--seeds", type=int, help="how many, from 0 on (default: 5 or 3, by arm)")
-    parser.add_argument("--steps", type=int, default=200, help=f"of {BATCH_SIZE} pairs (default: 200)")
+    parser.add_argument("--steps", type=int, default=150, help=f"of {BATCH_SIZE} pairs (default: 150)")
     parser.add_argument("--scenes", type=int, default=100, help="validation scenes of a domain (default: 100)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (default: 2)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablation", help="folders of the runs")
