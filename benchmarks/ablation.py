@@ -4,9 +4,9 @@
     python benchmarks/ablation.py --arms detector macl --seeds 3
 
 Each arm is a line of flags of train_stage1.py or train_stage2.py, each run a process with one thread, and its figures
-are those of the run's last validation. A finished run is one json line, by which it is known and skipped. What an arm
-changes is the difference to the arm that it is compared with, of the same seed: the same first weights, training
-scenes and validation scenes.
+are those of the run's last validation. A finished run is one json line, by which it is known and skipped as long as
+its arguments are the same; to measure changed code, name another --results. What an arm changes is the difference to
+the arm that it is compared with, of the same seed: the same training scenes and validation scenes.
 """
 
 import argparse
@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 from training.errors import InputError, one_sentence
 
 BATCH_SIZE = 4
+OLD_PAIRS = 1  # of each batch of stage 2, from the domain of stage 1
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,12 @@ STUDENT_T = (
 def arguments_of(name: str, seed: int, *, steps: int, scenes: int, arms: dict[str, Arm] = ARMS) -> list[str]:
     """The script and its flags without the folders: what a finished run is known by."""
     arm = arms[name]
-    shared = f"--seed {seed} --batch-size {BATCH_SIZE} --epochs 1 --synthetic-train {BATCH_SIZE * steps}"
-    return [arm.script, *shared.split(), "--synthetic-val", str(scenes), "--device", "cpu", *arm.flags.split()]
+    shared = f"--seed {seed} --batch-size {BATCH_SIZE} --epochs 1 --synthetic-val {scenes} --device cpu"
+    if arm.script == STAGE_2:  # an epoch is over when its own domain's pairs are
+        share = f"--old-share {OLD_PAIRS / BATCH_SIZE} --synthetic-train {(BATCH_SIZE - OLD_PAIRS) * steps}"
+    else:
+        share = f"--synthetic-train {BATCH_SIZE * steps}"
+    return [arm.script, *shared.split(), *share.split(), *arm.flags.split()]
 
 
 def read_results(path: Path) -> list[dict]:
@@ -142,13 +147,15 @@ def measure(name: str, seed: int, args: argparse.Namespace, arms: dict[str, Arm]
     command = [sys.executable, *known_by, "--output", str(folder)]
     if arm.begins_with:
         command += ["--init-from", str(args.runs / f"{arm.begins_with}-{seed}" / "best.pt")]
-    began = time.perf_counter()
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True
-    )  # fmt: skip
+    log, began = args.runs / f"{name}-{seed}.log", time.perf_counter()
+    args.runs.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=subprocess.STDOUT
+        )
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-        raise InputError(f"{name} with seed {seed} ended with status {done.returncode}: {said}")
+        said = (log.read_text(encoding="utf-8").strip() or "nothing").splitlines()[-1]
+        raise InputError(f"{name} with seed {seed} ended with status {done.returncode}: {said} (see {log})")
     about = json.loads((folder / "args.json").read_text(encoding="utf-8"))
     return {
         "arm": name,
@@ -338,7 +345,7 @@ def main(arguments: list[str] | None = None, *, arms: dict[str, Arm] = ARMS, mea
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=tuple(arms), default=list(arms), help="and those that they need")
     parser.add_argument("--seeds", type=int, help="how many, from 0 on (default: 5 or 3, by arm)")
-    parser.add_argument("--steps", type=int, default=200, help=f"of {BATCH_SIZE} pairs (default: 200)")
+    parser.add_argument("--steps", type=int, default=150, help=f"of {BATCH_SIZE} pairs (default: 150)")
     parser.add_argument("--scenes", type=int, default=100, help="validation scenes of a domain (default: 100)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (default: 2)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablation", help="folders of the runs")

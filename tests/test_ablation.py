@@ -95,6 +95,7 @@ def test_many_seeds_use_the_last_quantile_and_one_seed_has_no_interval():
         ([2, 3, 2.5], "better"),
         ([-2, -3, -2.5], "worse"),
         ([5, -4, 3], "no effect shown"),
+        ([-5, 4, -3], "no effect shown"),
         ([9], "one seed says nothing"),
     ],
 )
@@ -169,10 +170,18 @@ def test_the_last_validation_counts(tmp_path):
 
 
 def test_a_run_is_a_process_of_the_script_itself(tmp_path):
-    arms = {"tiny": Arm("train_stage1.py", "--no-such-flag", "an unknown flag")}
+    arms = {"tiny": Arm("benchmarks/ablation.py", "--no-such-flag", "a script that ends at once")}
     args = argparse.Namespace(runs=tmp_path, steps=1, scenes=1, jobs=1)
     with pytest.raises(InputError, match="tiny with seed 0 ended with status 2: .*unrecognized.* --no-such-flag"):
         ablation.measure("tiny", 0, args, arms)
+    assert "unrecognized" in (tmp_path / "tiny-0.log").read_text()
+
+
+def test_both_stages_take_the_same_number_of_steps():
+    for arm, pairs_a_step in (("more", 4), ("tuned", 3)):  # one pair of stage 2's four is of the old domain
+        flags = ablation.arguments_of(arm, 0, steps=50, scenes=10, arms=ARMS)
+        assert flags[flags.index("--synthetic-train") + 1] == str(50 * pairs_a_step)
+        assert ("--old-share" in flags) == (arm == "tuned")
 
 
 @pytest.mark.parametrize("name", [name for name, arm in ablation.ARMS.items() if arm.script == "train_stage1.py"])

@@ -3,8 +3,9 @@
 A sample is a dict:
 
     visible     (3, H, W) uint8 from a data set, float32 in 0..1 once prepared for the model
-    infrared    (3, H, W) like visible, pixel for pixel registered with it; three equal channels
-    boxes       (N, 4) float32, x1 y1 x2 y2 in pixels, 0 <= x1 < x2 <= W
+    infrared    (3, H, W) like visible, pixel for pixel registered with it (as far as the cameras are); three equal
+                channels
+    boxes       (N, 4) float32, x1 y1 x2 y2 in pixels of the visible image, 0 <= x1 < x2 <= W
     labels      (N,) int64, starting at 1 (0 is the background)
     ignore      (N,) bool: neither a target in training nor a miss or a false alarm in evaluation
     image_id    int, the position in the data set
