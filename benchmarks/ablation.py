@@ -57,6 +57,10 @@ ARMS = {
         STAGE_1, "--no-msp", "contrast between the modalities (MACL)", against=("detector", "probe"), seeds=5
     ),
     "msp": Arm(STAGE_1, "--macl-weight 0", "multi-scale pyramid reweighting (MSP)", against=("detector",)),
+    "undropped": Arm(
+        STAGE_1, "--no-msp --macl-weight 0 --modality-dropout 0 0", "the detector alone, no modality ever masked",
+        against=("detector",),
+    ),
     "tuned": Arm(
         STAGE_2, "--dhn-size 0 --mmd-level none", "the detector of macl, tuned to the second domain",
         begins_with="macl", seeds=5,
