@@ -8,7 +8,7 @@ python -m fgclip.evaluate --checkpoint WEIGHTS --task boxes --annotations instan
 python -m fgclip.evaluate --checkpoint WEIGHTS --task folder --image-root imagenet/val --class-names names.txt
 
 WEIGHTS is a run's checkpoint, or a file or folder of CLIP's or FG-CLIP's published weights; --vocab names CLIP's merges
-where they lie neither beside the weights nor in an installed CLIP package. The image size is that of the weights.
+where they lie neither beside the weights nor in an installed CLIP package.
 """
 
 import argparse
@@ -24,8 +24,10 @@ from fgclip.errors import InputError
 from fgclip.evaluation_data import DCI, ClassFolders, COCOBoxes, Flickr30k, ShareGPT4V, by_image
 from fgclip.held_out import held_out_figures
 from fgclip.loading import load_model
+from fgclip.model import FGCLIP
 from fgclip.prompts import TEMPLATES, read_templates
 from fgclip.synthetic import PLACEMENTS, SyntheticRegions
+from fgclip.tokenizer import Tokenizer
 from fgclip.zero_shot import box_figures, choice_figures, folder_figures, retrieval_figures
 from training import distributed
 from training.arguments import make_parser, non_negative_int, positive_int
@@ -44,17 +46,25 @@ TASKS = {
     "folder": dict(image_root=NEEDED, class_names=None, templates=None, limit=None, crop=False),
 }
 READ_BY = dict(split=("flickr30k",), captions=("coco", "flickr30k"))  # flags that only some formats read
-PLAIN = ("loss", "matched", "unmatched", "effective_rank")  # figures that are no shares
+PLAIN = ("loss", "relative", "matched", "unmatched", "effective_rank")  # figures that are no shares
 LEVELS = {"h_": "hard", "1_": "hard", "m_": "medium", "2_": "medium", "e_": "easy", "3_": "easy", "shuffle": "trivial"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # fmt: off
+# fmt: off
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `open_model` reads."""
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", required=True, metavar="PATH", help="a run's best.pt or last.pt, or published weights")
     add("--weights", choices=("ema", "raw"), default="ema", help="of a run: averaged (EMA) weights if any, or raw ones")
-    add("--vocab", metavar="FILE", help="published weights: bpe_simple_vocab_16e6.txt.gz, merges.txt, tokenizer.json")
+    add("--vocab", metavar="FILE", help="published weights: bpe_simple_vocab_16e6.txt.gz, merges.txt or "
+        "tokenizer.json; bytes goes without, to no good where they were trained on merges")
     add("--trust-torchscript", action="store_true", help="read OpenAI's archives, which can hold code")
+    add("--image-size", type=positive_int, metavar="PIXELS", help="side of the square that images are resized to, "
+        "instead of that of the weights, whose positions are then interpolated")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--task", choices=tuple(TASKS), help="what to evaluate; without it and without data: synthetic")
     add("--annotations", nargs="+", metavar="PATH", help="annotation file or folder; of fg-ovd one or several")
@@ -74,10 +84,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--batch-size", type=positive_int, default=32, metavar="N", help="images or texts at once, of each process")
     add("--workers", type=non_negative_int, default=2, metavar="N", help="loading processes of each process")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--amp", choices=tuple(AUTOCAST), default="none", help="number format of the forward pass")
     add("--output", metavar="FILE", help="also write all figures to this json file")
-    # fmt: on
+# fmt: on
+
+
+def open_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer]:
+    """The model and tokenizer that `add_model_flags` name; args.image_size becomes the one to use."""
+    model, tokenizer = load_model(
+        args.checkpoint, args.vocab, weights=args.weights, trust_torchscript=args.trust_torchscript
+    )
+    tower = model.vision_model
+    args.image_size = args.image_size or tower.image_size
+    if args.image_size % tower.patch_size:
+        raise InputError(f"--image-size {args.image_size}: expected a multiple of the patch size, {tower.patch_size}")
+    return model, tokenizer
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -140,13 +161,12 @@ def fgovd_files(paths: list[str]) -> dict[str, Path]:
 
 def evaluate(args: argparse.Namespace, embedder: Embedder) -> tuple[dict[str, dict], list[str]]:
     """Rows of figures by name, and sentences about the data they are of."""
-    size = embedder.model.vision_model.image_size
 
     def views(records: list[Record]) -> Views:
-        return Views(records, args.image_root, image_size=size, crop=bool(args.crop))
+        return Views(records, args.image_root, image_size=args.image_size, crop=bool(args.crop))
 
     if args.task == "synthetic":
-        data = SyntheticRegions(args.count, seed=args.seed, image_size=size, placement=args.placement)
+        data = SyntheticRegions(args.count, seed=args.seed, image_size=args.image_size, placement=args.placement)
         return held_out_figures(embedder, data), [f"{args.count} drawn scenes of seed {args.seed}, {args.placement}"]
     if args.task in ("retrieval", "long-retrieval"):
         records = captioned_records(args)
@@ -197,19 +217,18 @@ def table(figures: dict[str, dict[str, float]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
+    add_model_flags(parser)
     add_arguments(parser)
     args = parser.parse_args(arguments)
     settle(args)
     device = distributed.start(args.device)
-    model, tokenizer = load_model(
-        args.checkpoint, args.vocab, weights=args.weights, trust_torchscript=args.trust_torchscript
-    )
+    model, tokenizer = open_model(args)
     embedder = Embedder(model, tokenizer, device=device, batch_size=args.batch_size, workers=args.workers, amp=args.amp)
     figures, said = evaluate(args, embedder)
     if embedder.truncated:
         said.append(f"{embedder.truncated} distinct texts were longer than the model reads, and were cut")
     if distributed.is_main():
-        print("\n".join([f"{args.checkpoint}, {model.vision_model.image_size} pixels; {tokenizer.description}", *said]))
+        print("\n".join([f"{args.checkpoint}, {args.image_size} pixels; {tokenizer.description}", *said]))
         print(table(figures))
         if args.output:
             record = dict(checkpoint=args.checkpoint, task=args.task, data=said, truncated=embedder.truncated)

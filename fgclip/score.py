@@ -19,8 +19,8 @@ from torch import Tensor
 from fgclip.data import read_text
 from fgclip.embedding import Embedder
 from fgclip.errors import InputError
+from fgclip.evaluate import add_model_flags, open_model
 from fgclip.images import preprocess, read_image
-from fgclip.loading import load_model
 from fgclip.model import FGCLIP, unit
 from fgclip.regions import usable_boxes
 from fgclip.tokenizer import Tokenizer
@@ -41,20 +41,14 @@ def box(text: str) -> tuple[float, ...]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_flags(parser)
     # fmt: off
-    add = parser.add_argument_group("model").add_argument
-    add("--checkpoint", required=True, metavar="PATH", help="a run's best.pt or last.pt, or published weights")
-    add("--weights", choices=("ema", "raw"), default="ema", help="of a run: averaged (EMA) weights if any, or raw ones")
-    add("--vocab", metavar="FILE", help="published weights: bpe_simple_vocab_16e6.txt.gz, merges.txt, tokenizer.json")
-    add("--trust-torchscript", action="store_true", help="read OpenAI's archives, which can hold code")
     add = parser.add_argument_group("what to score").add_argument
     add("--image", required=True, metavar="FILE", help="the image; it is squashed to the square that the model reads")
     add("--text", action="append", default=[], metavar="CAPTION", help="a caption; may be given several times")
     add("--text-file", metavar="FILE", help="captions, one a line")
     add("--box", type=box, action="append", default=[], metavar="X1,Y1,X2,Y2",
         help="score this box, in pixels of the image, instead of the whole; may be given several times")
-    add = parser.add_argument_group("run").add_argument
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", action="store_true", help="print json instead of a table")
     # fmt: on
 
@@ -99,16 +93,18 @@ def score(
     texts: list[str],
     boxes: list[tuple[float, ...]] = (),
     *,
+    image_size: int | None = None,
     device: torch.device | str = "cpu",
 ) -> dict:
     """Cosines and probabilities of the texts for the image or, where boxes (xyxy in its pixels) are given, for each.
 
+    image_size: side of the square that the image is squashed to, by default that of the weights.
     Returns scale, the multiplier of the cosines; texts; long, which of them took the long path; truncated, how many
     were cut; and regions: one dict of box (None for the image), cosine and probability, lists as long as texts.
     Raises InputError on a box without area inside the image.
     """
     embedder = Embedder(model, tokenizer, device=device)
-    pixels = preprocess(image, model.vision_model.image_size).unsqueeze(0).to(device)  # (1, 3, S, S)
+    pixels = preprocess(image, image_size or model.vision_model.image_size).unsqueeze(0).to(device)  # (1, 3, S, S)
     if boxes:
         seen, scale = model.encode_regions(pixels, [fractions(list(boxes), image)]), model.logit_scales()["region"]
     else:
@@ -142,10 +138,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     texts, image = captions(args), read_image(args.image)
     device = distributed.start(args.device)
-    model, tokenizer = load_model(
-        args.checkpoint, args.vocab, weights=args.weights, trust_torchscript=args.trust_torchscript
-    )
-    found = score(model, tokenizer, image, texts, args.box, device=device)
+    model, tokenizer = open_model(args)
+    found = score(model, tokenizer, image, texts, args.box, image_size=args.image_size, device=device)
     if args.json:
         print(json.dumps(dict(image=args.image, tokenizer=tokenizer.description, **found), indent=2))
     else:

@@ -31,9 +31,8 @@ def retrieval_figures(embedder: Embedder, records: Sequence[Record], views: View
     owner = torch.arange(len(records)).repeat_interleave(torch.tensor([len(texts) for texts in captions]))
     image, _ = embedder.images(views)
     text = embedder.texts([text for texts in captions for text in texts], long=long)
-    return recall_rows(
-        image, text, owner
-    ), f"{len(image)} images with {len(text)} {'long' if long else 'short'} captions"
+    said = f"{len(image)} images with {len(text)} {'long' if long else 'short'} captions"
+    return recall_rows(image, text, owner), said
 
 
 def recall_rows(image: Tensor, text: Tensor, owner: Tensor, prefix: str = "") -> dict[str, dict[str, float]]:
