@@ -1,8 +1,13 @@
-"""A model out of a file with its tokenizer, and `python -m fgclip.evaluate` as a person runs it."""
+"""A model out of a file with its tokenizer, and `python -m fgclip.evaluate` as a person runs it.
+
+In two processes, too: this file starts itself for that.
+"""
 
 import json
 import math
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -39,7 +44,7 @@ def model():
             parameter.add_(0.1 * torch.randn(parameter.shape))
         model.logit_scale.fill_(math.log(20.0))
         model.logit_scale_finegraind.fill_(math.log(10.0))
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def run_state(own, **changes):
@@ -440,6 +445,17 @@ def test_images_of_another_size(folder, tmp_path, model, capsys):
     assert "64 pixels" in capsys.readouterr().out
 
 
+def test_two_processes_share_the_images_and_agree(folder, tmp_path, two_ranks):
+    """Of three scenes, so that one process has one more."""
+    shutil.copy(folder / "run.pt", tmp_path)
+    alone = figures(tmp_path, tmp_path, "--count", 3, "--batch-size", 2)["figures"]
+    encoded = [rank["images"] for rank in two_ranks(__file__, tmp_path)]
+    together = json.loads((tmp_path / "together.json").read_text())["figures"]
+    assert encoded == [2, 1] and together.keys() == alone.keys()
+    for name, row in alone.items():
+        assert together[name] == pytest.approx(row, rel=1e-4), name
+
+
 def test_real_sample(shared, folder, tmp_path):
     data = shared / "data" / "fgclip"
     found = figures(
@@ -452,3 +468,19 @@ def test_real_sample(shared, folder, tmp_path):
     assert (
         found["truncated"] > 0 and figures(folder, tmp_path, *flags)["data"][0] == "20 images with 100 short captions"
     )
+
+
+if __name__ == "__main__":
+    folder, images = sys.argv[1], 0
+    encode = FGCLIP.forward
+
+    def counted(self, batch):
+        global images
+        images += len(batch["pixels"])
+        return encode(self, batch)
+
+    FGCLIP.forward = counted
+    torch.set_num_threads(1)
+    common = ["--checkpoint", f"{folder}/run.pt", "--device", "cpu", "--workers", "0", "--count", "3"]
+    evaluate.main([*common, "--batch-size", "2", "--output", f"{folder}/together.json"])
+    torch.save(dict(images=images), f"{folder}/rank{os.environ['RANK']}.pt")
