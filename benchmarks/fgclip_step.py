@@ -34,7 +34,8 @@ import fgclip
 from fgclip.batches import Collate, to_device
 from fgclip.losses import PairBank, contrast_pairs, hard_negative_loss, symmetric_loss
 from fgclip.model import unit
-from fgclip.synthetic import SyntheticRegions
+from fgclip.synthetic import PHRASES, SyntheticRegions
+from fgclip.tokenizer import learn_merges
 from fgclip.transformer import quick_gelu
 from training.arguments import int_list
 
@@ -42,7 +43,7 @@ AMP = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 SIZES = {
     "small": dict(
         vision=dict(image_size=64, patch_size=8, width=128, layers=4, heads=4, mlp_width=512),
-        text=dict(vocab_size=514, width=128, layers=4, heads=4, mlp_width=512),
+        text=dict(vocab_size=1024, width=128, layers=4, heads=4, mlp_width=512),
         embed_dim=128,
     ),
     "base": dict(),  # FG-CLIP's published one
@@ -86,7 +87,7 @@ class Plain(nn.Module):
         x = tower.embeddings(tokens, long)
         mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], device=tokens.device, dtype=x.dtype)
         x = tower.final_layer_norm(self.text(x, mask=mask, is_causal=True))
-        x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]
+        x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]  # the end token has the largest id
         return (self.rest.text_filip_projection if long else self.rest.text_projection)(x)
 
     def encode_regions(self, x: Tensor, boxes: list[Tensor], size: tuple[int, int]) -> Tensor:
@@ -232,7 +233,9 @@ class Contender:
 def make_batch(args: argparse.Namespace, regions: bool) -> dict:
     tower = SIZES[args.size].get("vision", dict(image_size=224))
     scenes = SyntheticRegions(args.batch_size, seed=0, image_size=tower["image_size"])
-    collate = Collate(fgclip.Tokenizer("bytes"), regions=regions, long_context_length=248 if regions else None)
+    records = [scenes.record(i) for i in range(len(scenes))]
+    words = learn_merges([*PHRASES, *(text for record in records for text in (record.long, *record.short))])
+    collate = Collate(fgclip.Tokenizer(words), regions=regions, long_context_length=248 if regions else None)
     return to_device(collate([scenes[i] for i in range(args.batch_size)]), args.device)
 
 
