@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -208,9 +209,9 @@ class Contender:
         if bank_size:
             self.bank = PairBank(bank_size, EMBED_DIM[args.size], device=args.device)
             generator = torch.Generator().manual_seed(1)
-            rows = unit(torch.randn(bank_size, EMBED_DIM[args.size], generator=generator))
-            ids = torch.randint(2**40, (bank_size,), generator=generator)
-            self.bank.enqueue(rows.to(args.device), rows.flip(0).to(args.device), ids.to(args.device))
+            for rows in torch.arange(bank_size).split(1024):  # in pieces, so that filling it is not the peak
+                pairs = unit(torch.randn(2, len(rows), EMBED_DIM[args.size], generator=generator)).to(args.device)
+                self.bank.enqueue(*pairs, rows.to(args.device) + 2**40)
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
         if self.name == "open_clip":
@@ -271,6 +272,8 @@ def measure_memory(args: argparse.Namespace) -> None:
     one = Contender(name, args, batch, int(bank_size))
     cuda = args.device == "cuda"
     before = torch.cuda.memory_allocated() / 2**20 if cuda else status("VmRSS")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         one.step(batch)
     print((torch.cuda.max_memory_allocated() / 2**20 if cuda else status("VmHWM")) - before)
@@ -316,8 +319,7 @@ def report(args: argparse.Namespace) -> list[str]:
     batch = make_batch(args, regions=False)
     short = [Contender(name, args, batch) for name in names]
     lines += speed_rows(interleave(short, batch, args.rounds), "short captions")
-    if not installed:
-        lines += ["", "open_clip is not installed."]
+    lines += ["", f"open_clip {version('open_clip_torch')}" if installed else "open_clip is not installed"]
     lines += ["", "Peak memory of a step with all four losses, in MiB above what is held before it:", ""]
     lines += ["| places in the bank | its own rows | fgclip | plain |", "|---|---|---|---|"]
     for size in args.bank_sizes:
