@@ -122,6 +122,8 @@ def settle(args: argparse.Namespace) -> None:
             setattr(args, name, known[name])
     if args.annotations and len(args.annotations) > 1 and args.task != "fg-ovd":
         raise InputError(f"--annotations: --task {args.task} takes one path, got {len(args.annotations)}")
+    if args.output and not Path(args.output).resolve().parent.is_dir():
+        raise InputError(f"--output {args.output}: expected a file in a folder that exists")
 
 
 def first_records(data: Sequence[Record], args: argparse.Namespace) -> list[Record]:

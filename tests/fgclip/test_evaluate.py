@@ -18,11 +18,12 @@ from fgclip import FGCLIP, Tokenizer, evaluate, load_model, save_clip_weights
 from fgclip.data import FGOVD, Record, Region
 from fgclip.embedding import Embedder, Views
 from fgclip.errors import InputError
-from fgclip.evaluation_data import DCI, Flickr30k, ShareGPT4V, by_image
+from fgclip.evaluation_data import DCI, ClassFolders, Flickr30k, ShareGPT4V, by_image
 from fgclip.held_out import distinct_groups, region_figures
+from fgclip.images import preprocess, read_image
 from fgclip.losses import symmetric_loss
 from fgclip.model import unit
-from fgclip.zero_shot import class_figures, retrieval_figures
+from fgclip.zero_shot import choice_figures, class_figures, retrieval_figures
 from training.errors import one_sentence
 
 MERGES = [["t", "h"], ["th", "e</w>"], ["r", "e"], ["re", "d</w>"]]
@@ -270,6 +271,29 @@ def test_fgovd(folder, tmp_path, model, capsys):
     assert row["chance"] == pytest.approx((1 / 3 + 1 / 5 + 1 / 2) / 3)
 
 
+class Known:
+    """An embedder whose features are given."""
+
+    def __init__(self, regions, texts):
+        self.regions, self.known = torch.tensor(regions), texts
+
+    def images(self, views, regions=False):
+        return torch.empty(0, 2), self.regions
+
+    def texts(self, texts, long=False):
+        return torch.tensor([self.known[text] for text in texts])
+
+
+def test_a_region_is_a_hit_when_its_phrase_beats_every_alteration():
+    box = (0.0, 0.0, 1.0, 1.0)
+    groups = [("a", ("b", "c")), ("b", ("a",)), ("a", ("d",)), ("c", ("a", "b", "d"))]
+    records = [Record("x", (), "", tuple(Region(box, (own,), others) for own, others in groups))]
+    texts = dict(a=[1.0, 0.0], b=[0.6, 0.8], c=[0.0, 1.0], d=[1.0, 0.0])  # d is as good as a
+    known = Known([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]], texts)
+    rows, _ = choice_figures(known, records, None, "row")
+    assert rows["row"]["accuracy"] == 2 / 4
+
+
 def test_regions_of_one_image_are_encoded_together(tmp_path):
     joined = by_image(FGOVD(fgovd(tmp_path / "x.jsonl")))
     assert [record.image for record in joined] == ["0.png", "1.png"]
@@ -327,6 +351,15 @@ def test_folder_of_classes(folder, tmp_path, model):
     assert found["figures"]["images"]["top1"] == expected
     found = figures(folder, tmp_path, "--task", "folder", "--image-root", root, "--limit", 2)
     assert found["data"][0].endswith("2 images of 2")  # one of each class
+
+
+def test_classes_are_in_alphabetical_order(tmp_path):
+    for name in "cadb":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.JPG").touch()
+    data = ClassFolders(tmp_path)
+    assert data.categories == tuple("abcd") and [r.image for r in data] == [f"{c}/{c}.JPG" for c in "abcd"]
+    assert [r.label for r in data] == [0, 1, 2, 3]
 
 
 def test_synthetic_scenes_are_the_default(folder, tmp_path, capsys):
@@ -400,6 +433,7 @@ def test_bad_flags_are_refused(folder, tmp_path, capsys):
         (["--count", 3, "--task", "folder", "--image-root", folder], "--count has no part in --task folder"),
         (["--task", "retrieval", "--split", "test"], "--split has no part in --format coco"),
         (["--task", "retrieval", "--annotations", "a", "b", "--image-root", folder], "takes one path, got 2"),
+        (["--output", tmp_path / "none" / "x.json"], "expected a file in a folder that exists"),
         (["--image-size", 20], "--image-size 20: expected a multiple of the patch size, 8"),
     ):
         assert said in refused(capsys, folder, *flags), flags
@@ -439,10 +473,16 @@ def test_a_damaged_image_is_named_by_a_loading_process(folder, tmp_path, capsys)
     assert "2.png (named by" in said and "images[2]) is not a readable image" in said
 
 
-def test_images_of_another_size(folder, tmp_path, model, capsys):
-    flags = ("--task", "retrieval", "--annotations", coco(tmp_path), "--image-root", folder / "images")
-    run(folder, *flags, "--image-size", 64)
-    assert "64 pixels" in capsys.readouterr().out
+@pytest.mark.parametrize("flags", [[], ["--image-size", 64], ["--crop"]])
+def test_what_the_model_is_shown(folder, tmp_path, monkeypatch, flags):
+    """Images in the size of the weights or of --image-size, squashed or with --crop cut out of the middle."""
+    seen, forward = [], FGCLIP.forward
+    monkeypatch.setattr(FGCLIP, "forward", lambda self, batch: seen.append(batch["pixels"]) or forward(self, batch))
+    data = ("--task", "retrieval", "--annotations", coco(tmp_path), "--image-root", folder / "images")
+    run(folder, *data, *flags)
+    size, crop = 64 if "--image-size" in flags else 32, "--crop" in flags
+    expected = [preprocess(read_image(folder / "images" / f"{i}.png"), size, crop) for i in range(IMAGES)]
+    assert torch.equal(torch.cat(seen), torch.stack(expected))
 
 
 def test_two_processes_share_the_images_and_agree(folder, tmp_path, two_ranks):
