@@ -242,6 +242,42 @@ def scale_box(box: tuple, width: float, height: float, source: str) -> tuple[flo
     return tuple(from_xywh(torch.tensor([box], dtype=torch.float64), width, height)[0].tolist())
 
 
+def read_coco(path: Path, *keys: str) -> dict:
+    """The JSON object of a COCO file, which holds lists of objects under the keys. Raises InputError."""
+    try:
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from error
+    for key in keys:
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise InputError(f"{path}: expected a COCO file with a list under the key {key}")
+        if not all(isinstance(entry, dict) for entry in content[key]):
+            raise InputError(f"{path}: expected objects in the list under the key {key}")
+    return content
+
+
+def read_instances(path: Path) -> tuple[tuple[str, ...], dict[int, list[tuple[tuple, str]]]]:
+    """Of an instances_*.json: the categories' names, and by image id the (box xywh in pixels, name) of each instance.
+
+    Crowds are left out.
+    """
+    content = read_coco(path, "annotations", "categories")
+    names, found = {}, {}
+    for i, category in enumerate(content["categories"]):
+        source = f"{path}, categories[{i}]"
+        names[field(category, "id", int, source)] = field(category, "name", str, source)
+    for i, annotation in enumerate(content["annotations"]):
+        if annotation.get("iscrowd"):
+            continue
+        source = f"{path}, annotations[{i}]"
+        category = field(annotation, "category_id", int, source)
+        if category not in names:
+            raise InputError(f"{source}: category_id {category} is not among the categories")
+        image_id = field(annotation, "image_id", int, source)
+        found.setdefault(image_id, []).append((box_of(annotation, source), names[category]))
+    return tuple(names.values()), found
+
+
 class COCO(Sequence):
     """Records of COCO's captions, with the boxes of its instances where their file is given or lies beside.
 
@@ -252,7 +288,7 @@ class COCO(Sequence):
 
     def __init__(self, captions: str | Path, instances: str | Path | None = None, *, most_captions: int | None = None):
         path = Path(captions)
-        content = self.read(path, "images", "annotations")
+        content = read_coco(path, "images", "annotations")
         self.path = path
         self.captions: dict[int, list[str]] = {}
         for i, annotation in enumerate(content["annotations"]):
@@ -268,37 +304,7 @@ class COCO(Sequence):
         self.categories: tuple[str, ...] = ()
         self.regions: dict[int, list[tuple[tuple, str]]] = {}
         if instances is not None or (beside != path and beside.is_file()):
-            self.read_instances(Path(instances or beside))
-
-    @staticmethod
-    def read(path: Path, *keys: str) -> dict:
-        try:
-            content = json.loads(read_text(path))
-        except ValueError as error:
-            raise InputError(f"{path} is not valid JSON ({error})") from error
-        for key in keys:
-            if not isinstance(content, dict) or not isinstance(content.get(key), list):
-                raise InputError(f"{path}: expected a COCO file with a list under the key {key}")
-            if not all(isinstance(entry, dict) for entry in content[key]):
-                raise InputError(f"{path}: expected objects in the list under the key {key}")
-        return content
-
-    def read_instances(self, path: Path) -> None:
-        content = self.read(path, "annotations", "categories")
-        names = {}
-        for i, category in enumerate(content["categories"]):
-            source = f"{path}, categories[{i}]"
-            names[field(category, "id", int, source)] = field(category, "name", str, source)
-        self.categories = tuple(names.values())
-        for i, annotation in enumerate(content["annotations"]):
-            if annotation.get("iscrowd"):
-                continue
-            source = f"{path}, annotations[{i}]"
-            category = field(annotation, "category_id", int, source)
-            if category not in names:
-                raise InputError(f"{source}: category_id {category} is not among the categories")
-            image_id = field(annotation, "image_id", int, source)
-            self.regions.setdefault(image_id, []).append((box_of(annotation, source), names[category]))
+            self.categories, self.regions = read_instances(Path(instances or beside))
 
     def __len__(self) -> int:
         return len(self.images)

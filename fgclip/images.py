@@ -30,7 +30,7 @@ def read_image(path: str | Path, source: str = "") -> Image.Image:
             # A palette with transparency cannot become RGB directly.
             return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
     except FileNotFoundError as error:
-        raise InputError(f"{named} does not exist; is the image root right?") from error
+        raise InputError(f"{named} does not exist{'; is the image root right?' if source else ''}") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise InputError(f"{named} is too large; expected at most {Image.MAX_IMAGE_PIXELS} pixels") from error
     except (OSError, SyntaxError, EOFError) as error:

@@ -19,7 +19,7 @@ def unit(features: Tensor, eps: float = 1e-8) -> Tensor:
     """Rows divided by their length, in float32 at least. A row shorter than eps becomes zero, with gradient zero."""
     features = features if features.dtype == torch.float64 else features.float()
     length = features.norm(dim=-1, keepdim=True)
-    return torch.where(length > eps, features / length.clamp(min=eps), 0.0)
+    return torch.where(length <= eps, 0.0, features / length.clamp(min=eps))  # NaN stays NaN, so that it is seen
 
 
 class FGCLIP(nn.Module):

@@ -1,0 +1,244 @@
+"""Evaluate FG-CLIP: retrieval, regions among hard negatives, boxes and folders by class names.
+
+python -m fgclip.evaluate --checkpoint runs/NAME/best.pt                          # new synthetic scenes
+python -m fgclip.evaluate --checkpoint WEIGHTS --task retrieval --annotations captions_val2017.json --image-root val2017
+python -m fgclip.evaluate --checkpoint WEIGHTS --task long-retrieval --format dci --annotations DCI --image-root IMAGES
+python -m fgclip.evaluate --checkpoint WEIGHTS --task fg-ovd --annotations FGOVD/*.jsonl --image-root coco
+python -m fgclip.evaluate --checkpoint WEIGHTS --task boxes --annotations instances_val2017.json --image-root val2017
+python -m fgclip.evaluate --checkpoint WEIGHTS --task folder --image-root imagenet/val --class-names names.txt
+
+WEIGHTS is a run's checkpoint, or a file or folder of CLIP's or FG-CLIP's published weights; --vocab names CLIP's merges
+where they lie neither beside the weights nor in an installed CLIP package.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fgclip.data import COCO, FGOVD, FineHARD, Record
+from fgclip.embedding import AUTOCAST, Embedder, Views
+from fgclip.errors import InputError
+from fgclip.evaluation_data import DCI, ClassFolders, COCOBoxes, Flickr30k, ShareGPT4V, by_image
+from fgclip.held_out import held_out_figures
+from fgclip.loading import load_model
+from fgclip.model import FGCLIP
+from fgclip.prompts import TEMPLATES, read_templates
+from fgclip.synthetic import PLACEMENTS, SyntheticRegions
+from fgclip.tokenizer import Tokenizer
+from fgclip.zero_shot import box_figures, choice_figures, folder_figures, retrieval_figures
+from training import distributed
+from training.arguments import make_parser, non_negative_int, positive_int
+from training.errors import one_sentence
+
+FORMATS = ("coco", "flickr30k", "finehard", "sharegpt4v", "dci")
+# The flags of each task and what they are where they are not given; None: there is no default.
+NEEDED = object()
+RETRIEVAL = dict(annotations=NEEDED, image_root=NEEDED, split="test", captions=5, limit=None, crop=False)
+TASKS = {
+    "synthetic": dict(count=200, seed=20_000, placement="grid"),
+    "retrieval": dict(format="coco", **RETRIEVAL),
+    "long-retrieval": dict(format=NEEDED, **RETRIEVAL),
+    "fg-ovd": dict(annotations=NEEDED, image_root=NEEDED, limit=None),
+    "boxes": dict(annotations=NEEDED, image_root=NEEDED, templates=None, limit=None),
+    "folder": dict(image_root=NEEDED, class_names=None, templates=None, limit=None, crop=False),
+}
+READ_BY = dict(split=("flickr30k",), captions=("coco", "flickr30k"))  # flags that only some formats read
+PLAIN = ("loss", "relative", "matched", "unmatched", "effective_rank")  # figures that are no shares
+LEVELS = {"h_": "hard", "1_": "hard", "m_": "medium", "2_": "medium", "e_": "easy", "3_": "easy", "shuffle": "trivial"}
+
+
+# fmt: off
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `open_model` reads."""
+    add = parser.add_argument_group("model").add_argument
+    add("--checkpoint", required=True, metavar="PATH", help="a run's best.pt or last.pt, or published weights")
+    add("--weights", choices=("ema", "raw"), default="ema", help="of a run: averaged (EMA) weights if any, or raw ones")
+    add("--vocab", metavar="FILE", help="published weights: bpe_simple_vocab_16e6.txt.gz, merges.txt or "
+        "tokenizer.json; bytes goes without, to no good where they were trained on merges")
+    add("--trust-torchscript", action="store_true", help="read OpenAI's archives, which can hold code")
+    add("--image-size", type=positive_int, metavar="PIXELS", help="side of the square that images are resized to, "
+        "instead of that of the weights, whose positions are then interpolated")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("--task", choices=tuple(TASKS), help="what to evaluate; without it and without data: synthetic")
+    add("--annotations", nargs="+", metavar="PATH", help="annotation file or folder; of fg-ovd one or several")
+    add("--image-root", metavar="DIR", help="the folder that image names start from; folder: that of the class folders")
+    add("--format", choices=FORMATS, help="retrieval: layout of the annotations (retrieval: coco)")
+    add("--split", metavar="NAME", help="flickr30k: which split (test)")
+    add("--captions", type=positive_int, metavar="N", help="retrieval: most short captions an image (5)")
+    add("--templates", metavar="FILE", help="boxes, folder: sentences with {} for the class name, one a line")
+    add("--class-names", metavar="FILE", help="folder: a name a line for the sorted folders; else their own names")
+    add("--limit", type=positive_int, metavar="N", help="only the first N records; folder: N images evenly among all")
+    add("--crop", action="store_true", default=None, help="scale the short side and cut out the centre, as CLIP does; "
+        "otherwise images are squashed to a square, as FG-CLIP does")
+    add = parser.add_argument_group("synthetic scenes").add_argument
+    add("--count", type=positive_int, metavar="N", help="number of scenes (200)")
+    add("--seed", type=non_negative_int, metavar="N", help="seed of the scenes (20000)")
+    add("--placement", choices=PLACEMENTS, help="where the objects are (grid)")
+    add = parser.add_argument_group("run").add_argument
+    add("--batch-size", type=positive_int, default=32, metavar="N", help="images or texts at once, of each process")
+    add("--workers", type=non_negative_int, default=2, metavar="N", help="loading processes of each process")
+    add("--amp", choices=tuple(AUTOCAST), default="none", help="number format of the forward pass")
+    add("--output", metavar="FILE", help="also write all figures to this json file")
+# fmt: on
+
+
+def open_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer]:
+    """The model and tokenizer that `add_model_flags` name; args.image_size becomes the one to use."""
+    model, tokenizer = load_model(
+        args.checkpoint, args.vocab, weights=args.weights, trust_torchscript=args.trust_torchscript
+    )
+    tower = model.vision_model
+    args.image_size = args.image_size or tower.image_size
+    if args.image_size % tower.patch_size:
+        raise InputError(f"--image-size {args.image_size}: expected a multiple of the patch size, {tower.patch_size}")
+    return model, tokenizer
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Fill in the task's defaults. Raises InputError on a flag that is missing or that nothing would read."""
+    if args.task is None:
+        if args.annotations or args.image_root:
+            raise InputError(f"--task is missing; expected one of {', '.join(TASKS)}")
+        args.task = "synthetic"
+    known = TASKS[args.task]
+    for name, formats in READ_BY.items():
+        found = args.format or known.get("format")
+        if getattr(args, name) is not None and name in known and found in FORMATS and found not in formats:
+            raise InputError(f"--{name} has no part in --format {found}")
+    for name in {name for flags in TASKS.values() for name in flags}:
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if value is not None and name not in known:
+            raise InputError(f"{flag} has no part in --task {args.task}")
+        if value is None and name in known:
+            if known[name] is NEEDED:
+                raise InputError(f"--task {args.task} needs {flag}")
+            setattr(args, name, known[name])
+    if args.annotations and len(args.annotations) > 1 and args.task != "fg-ovd":
+        raise InputError(f"--annotations: --task {args.task} takes one path, got {len(args.annotations)}")
+    if args.output and not Path(args.output).resolve().parent.is_dir():
+        raise InputError(f"--output {args.output}: expected a file in a folder that exists")
+
+
+def first_records(data: Sequence[Record], args: argparse.Namespace) -> list[Record]:
+    """At most --limit records; reading them finds the first that does not follow its schema."""
+    records = [data[i] for i in range(min(len(data), args.limit or len(data)))]
+    if not records:
+        raise InputError(f"--annotations {args.annotations[0]}: expected at least one record, found none")
+    return records
+
+
+def captioned_records(args: argparse.Namespace) -> list[Record]:
+    path = args.annotations[0]
+    opened = {
+        "coco": lambda: COCO(path, most_captions=args.captions),
+        "flickr30k": lambda: Flickr30k(path, args.split, most_captions=args.captions),
+        "finehard": lambda: FineHARD(path),
+        "sharegpt4v": lambda: ShareGPT4V(path),
+        "dci": lambda: DCI(path),
+    }
+    return first_records(opened[args.format](), args)
+
+
+def fgovd_level(path: Path) -> str:
+    """What the published name of an FG-OVD file stands for; any other file is called by its own name."""
+    return next((level for start, level in LEVELS.items() if path.stem.startswith(start)), path.stem)
+
+
+def fgovd_files(paths: list[str]) -> dict[str, Path]:
+    files = [f for p in map(Path, paths) for f in (sorted(p.glob("*.jsonl")) if p.is_dir() else [p])]
+    if not files:
+        raise InputError(f"--annotations {paths[0]}: the folder holds no .jsonl file")
+    names = [fgovd_level(file) for file in files]
+    order = list(dict.fromkeys(LEVELS.values()))
+    named = {name if names.count(name) == 1 else str(file): file for name, file in zip(names, files, strict=True)}
+    return dict(sorted(named.items(), key=lambda one: order.index(one[0]) if one[0] in order else len(order)))
+
+
+def evaluate(args: argparse.Namespace, embedder: Embedder) -> tuple[dict[str, dict], list[str]]:
+    """Rows of figures by name, and sentences about the data they are of."""
+
+    def views(records: list[Record]) -> Views:
+        return Views(records, args.image_root, image_size=args.image_size, crop=bool(args.crop))
+
+    if args.task == "synthetic":
+        data = SyntheticRegions(args.count, seed=args.seed, image_size=args.image_size, placement=args.placement)
+        return held_out_figures(embedder, data), [f"{args.count} drawn scenes of seed {args.seed}, {args.placement}"]
+    if args.task in ("retrieval", "long-retrieval"):
+        records = captioned_records(args)
+        figures, said = retrieval_figures(embedder, records, views(records), long=args.task == "long-retrieval")
+        return figures, [said]
+    if args.task == "fg-ovd":
+        figures, said = {}, []
+        for name, file in fgovd_files(args.annotations).items():
+            records = by_image(first_records(FGOVD(file), args))
+            row, sentence = choice_figures(embedder, records, views(records), name)
+            figures |= row
+            said.append(sentence)
+        return figures, said
+    templates = read_templates(args.templates) if args.templates else TEMPLATES
+    if args.task == "boxes":
+        data = COCOBoxes(args.annotations[0])
+        records, figures_of = first_records(data, args), box_figures
+    else:
+        data = ClassFolders(args.image_root, args.class_names)
+        count = min(args.limit or len(data), len(data))
+        records, figures_of = [data[i * len(data) // count] for i in range(count)], folder_figures
+    figures, said = figures_of(embedder, records, views(records), data.categories, templates)
+    return figures, [said]
+
+
+def cell(name: str, value: float) -> str:
+    """A figure for people: counts as they are, losses and ranks with decimals, shares in percent."""
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.3f}" if name in PLAIN else f"{100 * value:.1f}"
+
+
+def table(figures: dict[str, dict[str, float]]) -> str:
+    """Rows of figures as aligned text, shares in percent; rows with the same columns share a heading."""
+    width = max(map(len, figures))
+    lines, heading = [], None
+    for row, values in figures.items():
+        cells = [cell(name, value) for name, value in values.items()]
+        widths = [max(len(name), len(text), 6) for name, text in zip(values, cells, strict=True)]
+        if list(values) != heading:
+            heading = list(values)
+            titles = (f"{name.replace('_', ' '):>{w}}" for name, w in zip(values, widths, strict=True))
+            lines.append("  ".join([" " * width, *titles]))
+        aligned = (f"{text:>{w}}" for text, w in zip(cells, widths, strict=True))
+        lines.append("  ".join([f"{row.replace('_', ' '):<{width}}", *aligned]))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    add_model_flags(parser)
+    add_arguments(parser)
+    args = parser.parse_args(arguments)
+    settle(args)
+    device = distributed.start(args.device)
+    model, tokenizer = open_model(args)
+    embedder = Embedder(model, tokenizer, device=device, batch_size=args.batch_size, workers=args.workers, amp=args.amp)
+    figures, said = evaluate(args, embedder)
+    if embedder.truncated:
+        said.append(f"{embedder.truncated} distinct texts were longer than the model reads, and were cut")
+    if distributed.is_main():
+        print("\n".join([f"{args.checkpoint}, {args.image_size} pixels; {tokenizer.description}", *said]))
+        print(table(figures))
+        if args.output:
+            record = dict(checkpoint=args.checkpoint, task=args.task, data=said, truncated=embedder.truncated)
+            text = json.dumps(dict(**record, figures=figures), indent=2)
+            Path(args.output).write_text(text + "\n", encoding="utf-8")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    with one_sentence(InputError):
+        main()

@@ -1,0 +1,526 @@
+"""A model out of a file with its tokenizer, and `python -m fgclip.evaluate` as a person runs it.
+
+In two processes, too: this file starts itself for that.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fgclip import FGCLIP, Tokenizer, evaluate, load_model, save_clip_weights
+from fgclip.data import FGOVD, Record, Region
+from fgclip.embedding import Embedder, Views
+from fgclip.errors import InputError
+from fgclip.evaluation_data import DCI, ClassFolders, Flickr30k, ShareGPT4V, by_image
+from fgclip.held_out import distinct_groups, region_figures
+from fgclip.images import preprocess, read_image
+from fgclip.losses import symmetric_loss
+from fgclip.model import unit
+from fgclip.zero_shot import choice_figures, class_figures, retrieval_figures
+from training.errors import one_sentence
+
+MERGES = [["t", "h"], ["th", "e</w>"], ["r", "e"], ["re", "d</w>"]]
+VOCAB = 514 + len(MERGES)
+SMALL = dict(
+    vision=dict(image_size=32, patch_size=8, width=32, layers=2, heads=4, mlp_width=64),
+    text=dict(vocab_size=VOCAB, context_length=40, width=32, layers=2, heads=4, mlp_width=64),
+    embed_dim=16,
+)
+IMAGES = 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = FGCLIP(**SMALL)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+        model.logit_scale.fill_(math.log(20.0))
+        model.logit_scale_finegraind.fill_(math.log(10.0))
+    return model.eval().requires_grad_(False)
+
+
+def run_state(own, **changes):
+    """What a checkpoint of train_fgclip.py holds of model and tokenizer; the average is another model."""
+    average = {k: v + 0.01 for k, v in own.state_dict().items()}
+    kept = dict(script="fgclip", model_kwargs=own.config, model=own.state_dict(), ema=average, merges=MERGES)
+    return {k: v for k, v in (kept | changes).items() if v is not None}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model):
+    """A run's checkpoint and four images, of different sizes."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    torch.save(run_state(model), folder / "run.pt")
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for i in range(IMAGES):
+        Image.fromarray(rng.integers(0, 255, (30, 40 + i, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
+    return folder
+
+
+def write(path, content, lines=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, content)) + "\n" if lines else json.dumps(content))
+    return path
+
+
+def run(folder, *flags, checkpoint="run.pt"):
+    common = ["--checkpoint", folder / checkpoint, "--device", "cpu", "--workers", 0]
+    evaluate.main([str(part) for part in [*common, *flags]])
+
+
+def figures(folder, tmp_path, *flags, **kwargs):
+    """What a command writes to its json file."""
+    run(folder, *flags, "--output", tmp_path / "figures.json", **kwargs)
+    return json.loads((tmp_path / "figures.json").read_text())
+
+
+def refused(capsys, folder, *flags, **kwargs) -> str:
+    """The one sentence with which the command ends that has bad input, and its exit status is 2."""
+    with pytest.raises(SystemExit) as stop, one_sentence(InputError):
+        run(folder, *flags, **kwargs)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def pixels(folder):
+    """The four images as the model reads them, one at a time and without the code under test but `Views`."""
+    records = [Record(f"{i}.png", (), "") for i in range(IMAGES)]
+    return torch.stack([Views(records, folder / "images", image_size=32)[i][0] for i in range(IMAGES)])
+
+
+def text_features(model, texts, long=False):
+    tokens = Tokenizer(MERGES)(texts, 100 if long else 40)
+    return unit(model.encode_text(tokens, long=long))
+
+
+# ---- the model and its tokenizer
+
+
+def same(one, other):
+    state = other.state_dict()
+    return all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
+
+
+def test_a_run_brings_weights_and_tokenizer(folder, model):
+    raw, tokenizer = load_model(folder / "run.pt", weights="raw")
+    assert same(raw, model) and not raw.training
+    assert tokenizer("the red", 4).tolist() == [[VOCAB - 2, 513, 515, VOCAB - 1]]
+    average, _ = load_model(folder / "run.pt")
+    assert torch.equal(average.logit_scale, model.logit_scale + 0.01)
+
+
+def test_a_run_without_an_average_gives_the_raw_weights(tmp_path, model):
+    torch.save(run_state(model, ema=None), tmp_path / "run.pt")
+    assert same(load_model(tmp_path / "run.pt")[0], model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(script="stage1"), "a checkpoint of train_stage1.py"),
+        (dict(merges=None), "lacks merges"),
+        (dict(model_kwargs=dict(SMALL, embed_dim=8)), "another version of the model"),
+        (dict(model_kwargs=dict(SMALL, depth=8)), "another version of the model"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path, model, changes, said):
+    torch.save(run_state(model, **changes), tmp_path / "run.pt")
+    with pytest.raises(InputError, match=said):
+        load_model(tmp_path / "run.pt")
+
+
+def test_published_weights_take_the_merges_beside_them(tmp_path, model):
+    pytest.importorskip("safetensors")
+    save_clip_weights(model, tmp_path)
+    merges = "\n".join(["#version: 0.2", *map(" ".join, MERGES)])
+    (tmp_path / "other.txt").write_text(merges + "\na b\n")
+    with pytest.raises(InputError, match="--vocab"):
+        load_model(tmp_path)  # nothing beside them
+    with pytest.raises(InputError, match=f"vocabulary of {VOCAB} tokens, but there are {VOCAB + 1} here"):
+        load_model(tmp_path, vocab=tmp_path / "other.txt")
+    assert load_model(tmp_path, vocab="bytes")[1].eos_id == VOCAB - 1
+    (tmp_path / "merges.txt").write_text(merges + "\n")
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        loaded, tokenizer = load_model(path)
+        assert same(loaded, model) and tokenizer.encode("red the") == [515, 513]
+    with pytest.raises(InputError, match="brings its own tokenizer"):
+        torch.save(run_state(model), tmp_path / "run.pt")
+        load_model(tmp_path / "run.pt", vocab="bytes")
+
+
+# ---- features of whole data sets
+
+
+def test_features_do_not_depend_on_batches_and_padding(folder, model):
+    texts = ["red", "a much longer text", "the", "red", "a"]
+    one, many = (Embedder(model, Tokenizer(MERGES), batch_size=size) for size in (1, 32))
+    expected = text_features(model, texts)
+    for embedder in (one, many):
+        torch.testing.assert_close(embedder.texts(texts), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(many.texts(texts)[0], many.texts(texts)[3])
+    regions = tuple(Region((0.1 * i, 0.1, 0.9, 0.8), ("x",)) for i in range(3))
+    records = [Record(f"{i}.png", (), "", regions[:i]) for i in range(IMAGES)]
+    views = Views(records, folder / "images", image_size=32)
+    image, region = many.images(views, regions=True)
+    torch.testing.assert_close(image, unit(model.encode_image(pixels(folder))), rtol=1e-4, atol=1e-5)
+    boxes = [torch.tensor([r.box for r in record.regions]).view(-1, 4) for record in records]
+    torch.testing.assert_close(region, unit(model.encode_regions(pixels(folder), boxes)), rtol=1e-4, atol=1e-5)
+    for part, expected in zip(one.images(views, regions=True), (image, region), strict=True):
+        torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_that_are_not_finite_are_refused(model):
+    assert unit(torch.tensor([[torch.nan, 1.0], [0.0, 0.0]])).isnan().all(dim=1).tolist() == [True, False]
+    broken = FGCLIP(**model.config)
+    torch.nn.init.constant_(broken.text_projection.weight, torch.inf)
+    with pytest.raises(InputError, match="features of some texts are not finite"):
+        Embedder(broken, Tokenizer(MERGES)).texts(["a"])
+
+
+# ---- the tasks
+
+
+CAPTIONS = [["red the", "a"], ["the"], ["blue thing", "red", "one", "two", "three", "four"], ["last one here"]]
+
+
+def coco(folder, captions=CAPTIONS, **changes):
+    images = [dict(id=10 + i, file_name=f"{i}.png", width=40 + i, height=30) for i in range(IMAGES)]
+    annotations = [dict(image_id=10 + i, caption=text) for i, texts in enumerate(captions) for text in texts]
+    return write(folder / "captions.json", dict(images=images, annotations=annotations) | changes)
+
+
+def test_retrieval(folder, tmp_path, model, capsys):
+    """Against ranks worked out one by one, with the first five captions of each image."""
+    flags = ("--task", "retrieval", "--annotations", coco(tmp_path), "--image-root", folder / "images")
+    found = figures(folder, tmp_path, *flags, "--weights", "raw")
+    assert "4 images with 9 short captions" in capsys.readouterr().out
+    owner = [i for i, texts in enumerate(CAPTIONS) for _ in texts[:5]]
+    text = text_features(model, [text for texts in CAPTIONS for text in texts[:5]])
+    scores = unit(model.encode_image(pixels(folder))) @ text.T
+    for k in (1, 5):
+        best = scores.topk(k, dim=1).indices
+        hits = [any(owner[j] == i for j in row) for i, row in enumerate(best.tolist())]
+        assert found["figures"]["image_to_text"][f"R@{k}"] == sum(hits) / IMAGES
+    best = scores.argmax(dim=0).tolist()
+    assert found["figures"]["text_to_image"]["R@1"] == sum(a == b for a, b in zip(best, owner, strict=True)) / len(
+        owner
+    )
+    assert found["figures"]["text_to_image"]["R@5"] == 1.0
+    found = figures(folder, tmp_path, *flags, "--captions", 1, "--limit", 3)
+    assert found["data"] == ["3 images with 3 short captions"]
+
+
+def test_the_average_is_what_is_evaluated(folder, tmp_path, model):
+    flags = ("--task", "retrieval", "--annotations", coco(tmp_path), "--image-root", folder / "images")
+    broken = {name: torch.full_like(value, torch.nan) for name, value in model.state_dict().items()}
+    torch.save(run_state(model, model=broken), tmp_path / "run.pt")
+    figures(tmp_path, tmp_path, *flags)
+    with pytest.raises(InputError, match="not finite"):
+        figures(tmp_path, tmp_path, *flags, "--weights", "raw")
+
+
+def test_long_captions_take_the_long_path(folder, model):
+    records = [Record(f"{i}.png", (), "word " * (10 + i) + f"the end {i}") for i in range(IMAGES)]
+    views = Views(records, folder / "images", image_size=32)
+    embedder = Embedder(model, Tokenizer(MERGES))
+    rows, said = retrieval_figures(embedder, records, views, long=True)
+    text = text_features(model, [record.long for record in records], long=True)
+    scores = unit(model.encode_image(pixels(folder))) @ text.T
+    assert rows["image_to_text"]["R@1"] == (scores.argmax(1) == torch.arange(IMAGES)).double().mean()
+    assert embedder.truncated == 0 and said == "4 images with 4 long captions"
+    too_long = [Record("0.png", (), "word " * 60)]
+    retrieval_figures(embedder, too_long, Views(too_long, folder / "images", image_size=32), long=True)
+    assert embedder.truncated == 1
+
+
+def fgovd(path, changes=()):
+    """Three regions on two images, with two, four and one negatives; the last is the positive itself."""
+    line = dict(bbox=[2, 3, 20, 15], pos_expression=["the red"], width=40, height=30)
+    lines = [
+        line | dict(img_path="0.png", neg_expression=["a", "b"]),
+        line | dict(img_path="1.png", neg_expression=["a", "b", "c", "d"], bbox=[0, 0, 30, 30]),
+        line | dict(img_path="0.png", neg_expression=["the red"], bbox=[10, 10, 10, 10]),
+    ]
+    return write(path, [one | dict(changes) for one in lines], lines=True)
+
+
+def test_fgovd(folder, tmp_path, model, capsys):
+    """Variable numbers of negatives, a tie is a miss, levels by the names of the files."""
+    for name in ("shuffle_negatives_llava.jsonl", "h_attributes_llava.jsonl", "mine.jsonl"):
+        fgovd(tmp_path / "fgovd" / name)
+    flags = ("--task", "fg-ovd", "--annotations", tmp_path / "fgovd", "--image-root", folder / "images")
+    found = figures(folder, tmp_path, *flags, "--weights", "raw")
+    assert list(found["figures"]) == ["hard", "trivial", "mine"]
+    assert "hard: 3 regions in 2 images" in capsys.readouterr().out
+    text = text_features(model, ["the red", "a", "b", "c", "d"])
+    boxes = [(0, 0.05, 0.1, 0.55, 0.6), (1, 0.0, 0.0, 30 / 40, 1.0), (0, 0.25, 1 / 3, 0.5, 2 / 3)]
+    region = [unit(model.encode_regions(pixels(folder)[i : i + 1], [torch.tensor([box])]))[0] for i, *box in boxes]
+    hits = [bool((region[0] @ text[:3].T).argmax() == 0), bool((region[1] @ text.T).argmax() == 0), False]
+    row = found["figures"]["hard"]
+    assert row["accuracy"] == pytest.approx(sum(hits) / 3) and row["regions"] == 3 and row["negatives"] == 7
+    assert row["chance"] == pytest.approx((1 / 3 + 1 / 5 + 1 / 2) / 3)
+
+
+class Known:
+    """An embedder whose features are given."""
+
+    def __init__(self, regions, texts):
+        self.regions, self.known = torch.tensor(regions), texts
+
+    def images(self, views, regions=False):
+        return torch.empty(0, 2), self.regions
+
+    def texts(self, texts, long=False):
+        return torch.tensor([self.known[text] for text in texts])
+
+
+def test_a_region_is_a_hit_when_its_phrase_beats_every_alteration():
+    box = (0.0, 0.0, 1.0, 1.0)
+    groups = [("a", ("b", "c")), ("b", ("a",)), ("a", ("d",)), ("c", ("a", "b", "d"))]
+    records = [Record("x", (), "", tuple(Region(box, (own,), others) for own, others in groups))]
+    texts = dict(a=[1.0, 0.0], b=[0.6, 0.8], c=[0.0, 1.0], d=[1.0, 0.0])  # d is as good as a
+    known = Known([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]], texts)
+    rows, _ = choice_figures(known, records, None, "row")
+    assert rows["row"]["accuracy"] == 2 / 4
+
+
+def test_regions_of_one_image_are_encoded_together(tmp_path):
+    joined = by_image(FGOVD(fgovd(tmp_path / "x.jsonl")))
+    assert [record.image for record in joined] == ["0.png", "1.png"]
+    assert [len(record.regions) for record in joined] == [2, 1] and joined[0].regions[1].negatives == ("the red",)
+
+
+def instances(folder):
+    images = [dict(id=10 + i, file_name=f"{i}.png", width=40 + i, height=30) for i in range(IMAGES)]
+    categories = [dict(id=5 * i, name=name) for i, name in enumerate("the red thing a b c d".split())]
+    boxes = [(10, 0, [0, 0, 20, 20]), (10, 5, [5, 5, 10, 10]), (12, 30, [0, 0, 42, 30]), (12, 0, [9, 9, 0, 4])]
+    crowd = dict(image_id=11, category_id=0, bbox=[0, 0, 5, 5], iscrowd=1)
+    annotations = [dict(image_id=i, category_id=c, bbox=b, iscrowd=0) for i, c, b in boxes] + [crowd]
+    return write(folder / "instances.json", dict(images=images, annotations=annotations, categories=categories))
+
+
+def test_boxes(folder, tmp_path, model, capsys):
+    (tmp_path / "templates.txt").write_text("{}\nred {}\n")
+    flags = ("--task", "boxes", "--annotations", instances(tmp_path), "--image-root", folder / "images")
+    found = figures(folder, tmp_path, *flags, "--templates", tmp_path / "templates.txt", "--weights", "raw")
+    assert "7 categories in 2 templates; 3 regions in 2 images; 4 boxes, 1 (25.00%) dropped" in capsys.readouterr().out
+    names = "the red thing a b c d".split()
+    text = text_features(model, [t for name in names for t in (name, f"red {name}")])
+    classes = unit(text.view(7, 2, -1).mean(dim=1))
+    boxes = [torch.tensor([[0, 0, 0.5, 20 / 30], [0.125, 5 / 30, 0.375, 0.5]]), torch.tensor([[0.0, 0, 1, 1]])]
+    region = unit(model.encode_regions(pixels(folder)[[0, 2]], boxes))
+    ranked, labels = (region @ classes.T).argsort(dim=1, descending=True), torch.tensor([[0], [1], [6]])
+    row = found["figures"]["boxes"]
+    assert row["top1"] == pytest.approx((ranked[:, :1] == labels).any(1).double().mean().item())
+    assert row["top5"] == pytest.approx((ranked[:, :5] == labels).any(1).double().mean().item())
+
+
+def test_class_figures():
+    scores = torch.eye(6)[[0, 0, 0, 1, 2]]
+    row = class_figures(scores, torch.tensor([0, 0, 0, 2, 2]))
+    assert row["top1"] == 4 / 5 and row["class_mean"] == (1 + 1 / 2) / 2 and row["top5"] == 4 / 5  # one tie is a miss
+    assert "top5" not in class_figures(scores[:, :3], torch.tensor([0, 0, 0, 1, 2]))
+
+
+def test_folder_of_classes(folder, tmp_path, model):
+    root = tmp_path / "root"
+    for label, names in (("b_two", "01"), ("a_one", "23")):
+        (root / label).mkdir(parents=True)
+        for name in names:
+            shutil.copy(folder / "images" / f"{name}.png", root / label)
+    (root / "a_one" / "notes.txt").write_text("no image")
+    found = figures(folder, tmp_path, "--task", "folder", "--image-root", root, "--crop", "--weights", "raw")
+    assert found["data"] == ["2 classes in 14 templates; 4 images of 2"]
+    (tmp_path / "names.txt").write_text("the red\nsomething else\n")
+    (tmp_path / "one.txt").write_text("a {} b\n")
+    named = ("--class-names", tmp_path / "names.txt", "--templates", tmp_path / "one.txt")
+    found = figures(folder, tmp_path, "--task", "folder", "--image-root", root, *named, "--weights", "raw")
+    classes = text_features(model, ["a the red b", "a something else b"])
+    best = (unit(model.encode_image(pixels(folder))) @ classes.T).argmax(dim=1).tolist()
+    expected = sum(a == b for a, b in zip(best, [1, 1, 0, 0], strict=True)) / 4
+    assert found["figures"]["images"]["top1"] == expected
+    found = figures(folder, tmp_path, "--task", "folder", "--image-root", root, "--limit", 2)
+    assert found["data"][0].endswith("2 images of 2")  # one of each class
+
+
+def test_classes_are_in_alphabetical_order(tmp_path):
+    for name in "cadb":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.JPG").touch()
+    data = ClassFolders(tmp_path)
+    assert data.categories == tuple("abcd") and [r.image for r in data] == [f"{c}/{c}.JPG" for c in "abcd"]
+    assert [r.label for r in data] == [0, 1, 2, 3]
+
+
+def test_synthetic_scenes_are_the_default(folder, tmp_path, capsys):
+    found = figures(folder, tmp_path, "--count", 12)
+    assert found["task"] == "synthetic" and found["data"][0] == "12 drawn scenes of seed 20000, grid"
+    rows = found["figures"]
+    assert rows["features"]["regions"] == 48 and rows["hard"]["regions"] == 48
+    assert rows["regions"]["candidates"] == rows["features"]["phrases"] == rows["regions"]["count"]
+    assert {"short_image_to_text", "long_text_to_image"} <= rows.keys()
+    assert "\nshort image to text" in capsys.readouterr().out
+
+
+def test_groups_of_distinct_phrases():
+    ids = torch.tensor([7, 7, 3, 5, 3, 7, 9, 5])
+    groups = distinct_groups(ids, 3)
+    assert groups.tolist() == [[0, 2, 3], [1, 4, 7]]
+    assert distinct_groups(ids, 5).shape == (0, 5)
+
+
+def test_region_figures_of_known_features():
+    region, ids = torch.eye(6), torch.tensor([1, 2, 3, 1, 2, 3])
+    text = torch.eye(6)[[0, 1, 1, 3, 4, 5]]
+    row = region_figures(region, text, ids, 4.0)
+    assert row["candidates"] == 3 and row["count"] == 6 and row["region_to_text_r1"] == pytest.approx(4 / 6)
+    assert row["text_to_region_r1"] == pytest.approx(5 / 6)
+    losses = [symmetric_loss(region[g], text[g], torch.tensor(4.0)) for g in (slice(0, 3), slice(3, 6))]
+    assert row["loss"] == pytest.approx(sum(losses).item() / 2) and row["relative"] == row["loss"] / math.log(3)
+
+
+# ---- other layouts
+
+
+def test_flickr30k(tmp_path):
+    image = dict(filename="1.jpg", split="test", sentences=[dict(raw=" a "), dict(raw="b")])
+    path = write(tmp_path / "dataset.json", dict(images=[image | dict(split="train", filename="0.jpg"), image]))
+    assert [(r.image, r.short) for r in Flickr30k(path)] == [("1.jpg", ("a", "b"))]
+    assert Flickr30k(path, "train", most_captions=1)[0].short == ("a",)
+    with pytest.raises(InputError, match="no split 'val'; expected one of test, train"):
+        Flickr30k(path, "val")
+    for broken, said in (({}, "images"), (dict(sentences=[{}]), r"images\[0\], sentences\[0\].*raw")):
+        with pytest.raises(InputError, match=said):
+            Flickr30k(write(tmp_path / "broken.json", dict(images=[image | broken]) if broken else {}))
+
+
+def test_long_caption_layouts(tmp_path):
+    turns = [dict(value="describe"), dict(value="a long one")]
+    path = write(tmp_path / "share.json", [dict(image="x/1.jpg", conversations=turns)])
+    assert (ShareGPT4V(path)[0].image, ShareGPT4V(path)[0].long) == ("x/1.jpg", "a long one")
+    with pytest.raises(InputError, match="item 0: expected two objects under the key conversations"):
+        ShareGPT4V(write(tmp_path / "short.json", [dict(image="x", conversations=turns[:1])]))[0]
+    write(tmp_path / "dci" / "b.json", dict(image="b.jpg", extra_caption="bb", short_caption="b"))
+    write(tmp_path / "dci" / "a.json", dict(image="a.jpg", extra_caption="aa"))
+    assert [(r.image, r.long, r.short) for r in DCI(tmp_path / "dci")] == [("a.jpg", "aa", ()), ("b.jpg", "bb", ("b",))]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no .json file"):
+        DCI(tmp_path / "empty")
+
+
+# ---- bad input: one sentence that names it
+
+
+def test_bad_flags_are_refused(folder, tmp_path, capsys):
+    for flags, said in (
+        (["--image-root", folder], "--task is missing"),
+        (["--task", "retrieval", "--image-root", folder], "--task retrieval needs --annotations"),
+        (["--task", "long-retrieval", "--annotations", "x", "--image-root", folder], "needs --format"),
+        (
+            ["--task", "boxes", "--annotations", "x", "--image-root", folder, "--crop"],
+            "--crop has no part in --task boxes",
+        ),
+        (["--count", 3, "--task", "folder", "--image-root", folder], "--count has no part in --task folder"),
+        (["--task", "retrieval", "--split", "test"], "--split has no part in --format coco"),
+        (["--task", "retrieval", "--annotations", "a", "b", "--image-root", folder], "takes one path, got 2"),
+        (["--output", tmp_path / "none" / "x.json"], "expected a file in a folder that exists"),
+        (["--image-size", 20], "--image-size 20: expected a multiple of the patch size, 8"),
+    ):
+        assert said in refused(capsys, folder, *flags), flags
+
+
+def test_bad_data_is_refused(folder, tmp_path, capsys):
+    retrieval = ("--task", "retrieval", "--image-root", folder / "images", "--annotations")
+    assert "captions.json: expected a COCO file" in refused(capsys, folder, *retrieval, coco(tmp_path, images={}))
+    broken = coco(tmp_path, annotations=[dict(image_id=10, caption="a"), dict(image_id=10)])
+    assert "annotations[1]: expected str under the key caption" in refused(capsys, folder, *retrieval, broken)
+    assert "does not exist" in refused(
+        capsys, folder, "--task", "retrieval", "--image-root", tmp_path, "--annotations", coco(tmp_path)
+    )
+    finehard = write(tmp_path / "x.json", [dict(f_path="0.png", caption="c", short_caption="s"), dict(f_path="0.png")])
+    said = refused(capsys, folder, *retrieval, finehard, "--format", "finehard")
+    assert "x.json, item 1: expected str under the key short_caption" in said
+    share = write(tmp_path / "s.json", [dict(image="0.png", conversations=[{}, dict(value="v")])])
+    assert "s.json, item 0: expected a short caption" in refused(
+        capsys, folder, *retrieval, share, "--format", "sharegpt4v"
+    )
+    ovd = ("--task", "fg-ovd", "--image-root", folder / "images", "--annotations")
+    assert "no region here" in refused(capsys, folder, *ovd, fgovd(tmp_path / "e.jsonl", dict(bbox=[5, 5, 0, 0])))
+    assert "expected one text under pos_expression" in refused(
+        capsys, folder, *ovd, fgovd(tmp_path / "e.jsonl", dict(neg_expression=[]))
+    )
+    assert "at least two" in refused(capsys, folder, "--task", "folder", "--image-root", folder)
+    assert "neither a file nor a folder" in refused(capsys, folder, checkpoint="nothing.pt")
+    assert "is not a readable file of weights" in refused(capsys, folder, checkpoint="images/0.png")
+
+
+def test_a_damaged_image_is_named_by_a_loading_process(folder, tmp_path, capsys):
+    for i in range(IMAGES):
+        content = (folder / "images" / f"{i}.png").read_bytes()
+        (tmp_path / f"{i}.png").write_bytes(content[:100] if i == 2 else content)
+    flags = ("--task", "retrieval", "--annotations", coco(tmp_path), "--image-root", tmp_path, "--workers", 1)
+    said = refused(capsys, folder, *flags)
+    assert "2.png (named by" in said and "images[2]) is not a readable image" in said
+
+
+@pytest.mark.parametrize("flags", [[], ["--image-size", 64], ["--crop"]])
+def test_what_the_model_is_shown(folder, tmp_path, monkeypatch, flags):
+    """Images in the size of the weights or of --image-size, squashed or with --crop cut out of the middle."""
+    seen, forward = [], FGCLIP.forward
+    monkeypatch.setattr(FGCLIP, "forward", lambda self, batch: seen.append(batch["pixels"]) or forward(self, batch))
+    data = ("--task", "retrieval", "--annotations", coco(tmp_path), "--image-root", folder / "images")
+    run(folder, *data, *flags)
+    size, crop = 64 if "--image-size" in flags else 32, "--crop" in flags
+    expected = [preprocess(read_image(folder / "images" / f"{i}.png"), size, crop) for i in range(IMAGES)]
+    assert torch.equal(torch.cat(seen), torch.stack(expected))
+
+
+def test_two_processes_share_the_images_and_agree(folder, tmp_path, two_ranks):
+    """Of three scenes, so that one process has one more."""
+    shutil.copy(folder / "run.pt", tmp_path)
+    alone = figures(tmp_path, tmp_path, "--count", 3, "--batch-size", 2)["figures"]
+    encoded = [rank["images"] for rank in two_ranks(__file__, tmp_path)]
+    together = json.loads((tmp_path / "together.json").read_text())["figures"]
+    assert encoded == [2, 1] and together.keys() == alone.keys()
+    for name, row in alone.items():
+        assert together[name] == pytest.approx(row, rel=1e-4), name
+
+
+def test_real_sample(shared, folder, tmp_path):
+    data = shared / "data" / "fgclip"
+    found = figures(
+        folder, tmp_path, "--task", "fg-ovd", "--annotations", data / "fgovd", "--image-root", data / "coco"
+    )
+    assert list(found["figures"]) == ["hard", "medium", "easy", "trivial"]
+    assert [row["regions"] for row in found["figures"].values()] == [59, 50, 23, 59]
+    captions = data / "coco" / "annotations" / "captions_val2017.json"
+    flags = ("--task", "retrieval", "--annotations", captions, "--image-root", data / "coco" / "val2017", "--limit", 20)
+    assert (
+        found["truncated"] > 0 and figures(folder, tmp_path, *flags)["data"][0] == "20 images with 100 short captions"
+    )
+
+
+if __name__ == "__main__":
+    folder, images = sys.argv[1], 0
+    encode = FGCLIP.forward
+
+    def counted(self, batch):
+        global images
+        images += len(batch["pixels"])
+        return encode(self, batch)
+
+    FGCLIP.forward = counted
+    torch.set_num_threads(1)
+    common = ["--checkpoint", f"{folder}/run.pt", "--device", "cpu", "--workers", "0", "--count", "3"]
+    evaluate.main([*common, "--batch-size", "2", "--output", f"{folder}/together.json"])
+    torch.save(dict(images=images), f"{folder}/rank{os.environ['RANK']}.pt")
