@@ -18,7 +18,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from math import comb, sqrt
@@ -151,22 +150,24 @@ def measure(name: str, seed: int, args: argparse.Namespace, arms: dict[str, Arm]
     command = [sys.executable, *known_by, "--output", str(folder)]
     if arm.begins_with:
         command += ["--init-from", str(args.runs / f"{arm.begins_with}-{seed}" / "best.pt")]
-    log, began = args.runs / f"{name}-{seed}.log", time.perf_counter()
+    log = args.runs / f"{name}-{seed}.log"
     args.runs.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(
+        run = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=subprocess.STDOUT
         )
-    if done.returncode:
+        _, status, used = os.wait4(run.pid, 0)  # as run.wait(), which does not tell the processor time
+        run.returncode = os.waitstatus_to_exitcode(status)
+    if run.returncode:
         said = (log.read_text(encoding="utf-8").strip() or "nothing").splitlines()[-1]
-        raise InputError(f"{name} with seed {seed} ended with status {done.returncode}: {said} (see {log})")
+        raise InputError(f"{name} with seed {seed} ended with status {run.returncode}: {said} (see {log})")
     about = json.loads((folder / "args.json").read_text(encoding="utf-8"))
     return {
         "arm": name,
         "seed": seed,
         "arguments": known_by,
         "figures": last_figures(folder / "metrics.jsonl"),
-        "seconds": round(time.perf_counter() - began),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime),
         "jobs": args.jobs,
         "machine": f"{cpu_name()}, {os.cpu_count()} cores",
         "versions": about["versions"],
@@ -215,7 +216,7 @@ def sweep(runs: list[tuple[str, int]], args: argparse.Namespace, arms: dict[str,
                     with args.results.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(result) + "\n")
                     figures = ", ".join(f"{k} {percent(v)}" for k, v in result["figures"].items())
-                    print(f"{result['arm']} {result['seed']}: {figures}; {result['seconds']} s", flush=True)
+                    print(f"{result['arm']} {result['seed']}: {figures}; {result['cpu_seconds']} s", flush=True)
             except KeyboardInterrupt:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -290,8 +291,8 @@ def report(finished: dict, args: argparse.Namespace, arms: dict[str, Arm]) -> st
         "# Ablation on the drawn scenes",
         "",
         "; ".join(where.values()) + ".",
-        f"{len(results)} runs of {args.steps} steps of {BATCH_SIZE} pairs, one thread each, the longest "
-        f"{max(result['seconds'] for result in results)} s; validation on {args.scenes} scenes. Figures are percent.",
+        f"{len(results)} runs of {args.steps} steps of {BATCH_SIZE} pairs, one thread each, at most "
+        f"{max(result['cpu_seconds'] for result in results)} s of processor time; validation on {args.scenes} scenes. Figures are percent.",
         "",
         *table(["arm", "what it is or adds", "command", "begins with", "compared with"], about),
         "Mean and standard deviation over the seeds:",

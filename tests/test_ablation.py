@@ -49,7 +49,7 @@ class Runs:
         return {
             "arm": name, "seed": seed, "figures": {**FIGURES, "AP50 both": 50 + 3.0 * seed + gain},
             "arguments": ablation.arguments_of(name, seed, steps=args.steps, scenes=args.scenes, arms=arms),
-            "seconds": 7, "jobs": 1, "machine": "a machine, 2 cores", "versions": {"torch": "2.15.0"},
+            "cpu_seconds": 7, "jobs": 1, "machine": "a machine, 2 cores", "versions": {"torch": "2.15.0"},
             "commit": "abc", "date": "2026-01-02",
         }  # fmt: skip
 
