@@ -292,7 +292,8 @@ def report(finished: dict, args: argparse.Namespace, arms: dict[str, Arm]) -> st
         "",
         "; ".join(where.values()) + ".",
         f"{len(results)} runs of {args.steps} steps of {BATCH_SIZE} pairs, one thread each, at most "
-        f"{max(result['cpu_seconds'] for result in results)} s of processor time; validation on {args.scenes} scenes. Figures are percent.",
+        f"{max(result['cpu_seconds'] for result in results)} s of processor time; validation on {args.scenes} scenes. "
+        "Figures are percent.",
         "",
         *table(["arm", "what it is or adds", "command", "begins with", "compared with"], about),
         "Mean and standard deviation over the seeds:",
