@@ -1,6 +1,7 @@
 """Scenes of coloured, textured shapes with captions, drawn from a seed, so that everything runs without a download."""
 
 import random
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -103,13 +104,23 @@ class SyntheticRegions(Dataset):
 
     Every object has a colour, a texture and a shape (192 phrases), and 10 hard negatives, which differ from its phrase
     in one of them. placement: "grid" puts one object in each quarter, "free" two to four anywhere, in any size.
+    most_regions: of more objects so many, drawn anew for every visit, are the regions of the sample; all are seen.
     Scenes with a red object carry the label 1.
     """
 
-    def __init__(self, count: int, *, seed: int, image_size: int = 64, placement: str = "grid"):
+    def __init__(
+        self,
+        count: int,
+        *,
+        seed: int,
+        image_size: int = 64,
+        placement: str = "grid",
+        most_regions: int | None = None,
+    ):
         if placement not in PLACEMENTS:
             raise ValueError(f"placement {placement!r} is not one of {', '.join(PLACEMENTS)}")
         self.count, self.seed, self.image_size, self.placement = count, seed, image_size, placement
+        self.most_regions = most_regions
 
     def __len__(self) -> int:
         return self.count
@@ -122,7 +133,10 @@ class SyntheticRegions(Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         plan = self._plan(index)
         draw = random.Random(f"{self.seed} {epoch} {index}")
-        return make_sample(self._record(index, *plan), normalise(self._draw(index, *plan)), draw, None)
+        record = self._record(index, *plan)
+        if self.most_regions is not None and self.most_regions < len(record.regions):
+            record = replace(record, regions=tuple(draw.sample(record.regions, self.most_regions)))
+        return make_sample(record, normalise(self._draw(index, *plan)), draw, None)
 
     def _plan(self, index: int) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
         """Boxes (n, 4) and what is in them; no two objects of a scene are of the same kind."""

@@ -125,11 +125,12 @@ class Tokenizer:
 
     vocab: the path of a merges file (`read_merges`), the merges themselves, "bytes" for none, or None to take those of
     an installed CLIP package (clip or open_clip) and fall back to bytes. Without merges every byte is a token: 514 ids.
+    vocab_size: how many ids there are; start and end are the last two, and those that no symbol takes stay unused.
 
     `description` says in one sentence what is in use, `merges` is the list, `truncated` counts the texts cut so far.
     """
 
-    def __init__(self, vocab: str | Path | Sequence[tuple[str, str]] | None = None):
+    def __init__(self, vocab: str | Path | Sequence[tuple[str, str]] | None = None, *, vocab_size: int | None = None):
         if vocab is None:
             vocab = installed_merges() or "bytes"
         if isinstance(vocab, str | Path):
@@ -140,11 +141,14 @@ class Tokenizer:
         self.merges = merges
         symbols = list(byte_symbols().values())
         symbols = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
-        self.encoder = {symbol: i for i, symbol in enumerate([*symbols, START, END])}
+        self.vocab_size = len(symbols) + 2 if vocab_size is None else vocab_size
+        if self.vocab_size < len(symbols) + 2:
+            raise ValueError(f"vocab_size {vocab_size} is below the {len(symbols) + 2} of these merges")
+        self.encoder = {symbol: i for i, symbol in enumerate(symbols)}
+        self.encoder |= {START: self.vocab_size - 2, END: self.vocab_size - 1}
         self.ranks = {pair: i for i, pair in enumerate(merges)}
         self.words = {START: [self.encoder[START]], END: [self.encoder[END]]}
         self.bos_id, self.eos_id = self.encoder[START], self.encoder[END]
-        self.vocab_size = self.eos_id + 1
         self.truncated = 0
         self.description = f"CLIP BPE with {len(merges)} merges {origin}" if merges else "CLIP BPE on bytes, no merges"
         if ftfy is None:

@@ -39,19 +39,35 @@ def read_weights(path: Path, trust_torchscript: bool = False) -> dict[str, Tenso
         return {k: v for shard in shards for k, v in read_weights(path / shard, trust_torchscript).items()}
     if not path.is_file():
         raise InputError(f"{path} is neither a file nor a folder of weights")
-    with path.open("rb") as file:
-        head = file.read(9)
-    if head[8:] == b"{":  # safetensors: eight bytes of length, then JSON
+    if is_safetensors(path):
         return read_safetensors(path)
     if is_torchscript(path):
         return read_torchscript(path, trust_torchscript)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGE as error:
-        raise InputError(f"{path} is not a readable file of weights ({type(error).__name__})") from error
+    state = read_saved(path)
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path} holds other things than named tensors; expected a state dict")
     return dict(state)
+
+
+def read_run(path: Path) -> dict | None:
+    """A training run's checkpoint, None where the path is anything else that exists. Raises InputError."""
+    if not path.is_file() or is_safetensors(path) or is_torchscript(path):
+        return None
+    content = read_saved(path)
+    return content if isinstance(content, dict) and "model_kwargs" in content else None
+
+
+def read_saved(path: Path):
+    """What torch.save wrote: tensors and plain values, or InputError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except DAMAGE as error:
+        raise InputError(f"{path} is not a readable file of weights ({type(error).__name__})") from error
+
+
+def is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"  # eight bytes of length, then JSON
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

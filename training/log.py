@@ -59,8 +59,11 @@ class RunLog:
             return None
         return SummaryWriter(folder, purge_step=self._first + 1)
 
-    def train(self, step: int, values: dict) -> None:
-        """Log the `step`-th step, from 1; `values` maps names (one is "epoch") to numbers, or to more such dicts."""
+    def train(self, step: int, values: dict, text: str | None = None) -> None:
+        """Log the `step`-th step, from 1; `values` maps names (one is "epoch") to numbers, or to more such dicts.
+
+        The console gets `text` in their place where it is given.
+        """
         if self._file is None:
             return
         self._write("train", step, values)
@@ -68,7 +71,7 @@ class RunLog:
             self._bar.update(step - self._bar.n)
         if step % self._every == 0 or step in (self._first + 1, self._total):
             left = (time.perf_counter() - self._began) / max(1, step - self._first) * (self._total - step)
-            self.say(f"step {step}/{self._total}  left {_clock(left)}  {_line(values)}")
+            self.say(f"step {step}/{self._total}  left {_clock(left)}  {_line(values) if text is None else text}")
 
     def validation(self, step: int, values: dict, text: str | None = None) -> None:
         """Log what validation after `step` steps gave, `values` as for `train`; the console gets `text` instead."""
