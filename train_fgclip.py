@@ -13,7 +13,6 @@ The defaults are those for fine-tuning published weights. Without data they are 
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -23,23 +22,21 @@ from torch.nn.parallel import DistributedDataParallel
 from fgclip import FGCLIP, Tokenizer, load_model
 from fgclip.batches import (
     Collate,
+    DataStatistics,
     RegionDataset,
     data_statistics,
     evenly,
     hold_out,
     make_loader,
-    usable_regions,
 )
 from fgclip.data import COCO, FineHARD
 from fgclip.errors import InputError
 from fgclip.losses import PairBank
 from fgclip.model import MAX_LOGIT_SCALE
-from fgclip.objective import Objective
-from fgclip.regions import BoxStatistics
-from fgclip.synthetic import PHRASES, PLACEMENTS, SyntheticRegions
-from fgclip.tokenizer import learn_merges
+from fgclip.objective import Objective, freeze_unreached
+from fgclip.synthetic import PLACEMENTS, SyntheticRegions, vocabulary
 from fgclip.transformer import ACTIVATIONS
-from fgclip.validation import embed, validation_figures, validation_text
+from fgclip.validation import best_figure, embed, validation_figures, validation_text
 from training import checkpoint, distributed
 from training.arguments import (
     add_optimisation_flags,
@@ -52,6 +49,7 @@ from training.arguments import (
     positive_float,
     positive_int,
     prepare_run,
+    recorded_flags,
 )
 from training.errors import one_sentence
 from training.log import RunLog, Throughput, peak_memory
@@ -66,10 +64,10 @@ VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a
 LOOKED_AT = 2000  # records whose boxes are looked at before a run begins
 CHECKED = 100_000  # records that --check reads
 FAR = math.log(2)  # a scale twice or half of what the flag says is worth a word
-# Where annotations and images lie below --data-root.
+# What reads a format, and where its annotations and images lie below --data-root.
 LAYOUTS = {
-    "finehard": ("jsonfiles", "."),
-    "coco": ("annotations/captions_train2017.json", "train2017"),
+    "finehard": (FineHARD, "jsonfiles", "."),
+    "coco": (COCO, "annotations/captions_train2017.json", "train2017"),
 }
 
 # The recipe for fine-tuning published weights: the defaults of the flags. Then what differs for a start from nothing,
@@ -88,6 +86,8 @@ SYNTHETIC_RECIPE = dict(
     logit_scale_init=math.log(1 / 0.07), region_weight=1.0, image_size=64, patch_size=8, vision_width=128,
     vision_layers=4, vision_heads=4, text_width=128, text_layers=4, text_heads=4, embed_dim=128,
 )  # fmt: skip
+
+BANK_RECIPE = dict(most_regions=1, lr_base_batch=48)  # drawn scenes with a bank: it is for small batches
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -111,7 +111,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if synthetic:
         parser.set_defaults(**SYNTHETIC_RECIPE)
         if named.bank_size not in (None, "0"):
-            parser.set_defaults(most_regions=1)
+            parser.set_defaults(**BANK_RECIPE)
     if named.init_from is not None:
         parser.set_defaults(image_size=None, **dict.fromkeys(SIZES))
     if named.format == "coco" and not synthetic:
@@ -119,18 +119,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if named.stage == "global":
         parser.set_defaults(region_weight=0.0, hard_weight=0.0, best_by="captions")
     if named.resume not in (None, "auto"):
-        parser.set_defaults(**recorded_flags(Path(named.resume)))
+        own = ("resume", "output", "init_from", "max_steps", "check", "device", "reset_logit_scales")
+        parser.set_defaults(**{k: v for k, v in recorded_flags(named.resume).items() if k not in own})
     return parser.parse_args(arguments)
-
-
-def recorded_flags(resume: Path) -> dict:
-    """The flags of the run that is resumed, so that they need not be given again; none where it left no record."""
-    path = (resume if resume.is_dir() else resume.parent) / "args.json"
-    if not path.is_file():
-        return {}
-    flags = json.loads(path.read_text(encoding="utf-8"))["arguments"]
-    own = ("resume", "output", "init_from", "max_steps", "check", "device", "reset_logit_scales")
-    return {name: value for name, value in flags.items() if name not in own}
 
 
 # fmt: off
@@ -219,69 +210,46 @@ def open_data(args: argparse.Namespace, image_size: int):
             f"{args.most_regions} regions each (neither --data-root nor --annotations was given)",
             f"validating on {len(validation)} scenes drawn from seed {validation.seed}",
         ]  # fmt: skip
-    read = dict(finehard=FineHARD, coco=COCO)[args.format]
-    annotations, image_root = data_paths(args)
-    records = read(annotations)
+    if args.data_root is None and args.image_root is None:
+        raise InputError("--image-root is missing: expected the folder that the paths in --annotations start from")
+    read, *layout = LAYOUTS[args.format]
+    annotations, image_root = (
+        Path(path or Path(args.data_root) / below)
+        for path, below in zip((args.annotations, args.image_root), layout, strict=True)
+    )
+    records, val_root = read(annotations), image_root
     if args.val_annotations is not None:
         held_out, val_root = evenly(read(args.val_annotations), args.val_images), args.val_image_root or image_root
         sentence = f"validating on {len(held_out)} images of {args.val_annotations}"
     else:
-        whole, val_root = len(records), image_root
+        whole = len(records)
         records, held_out = hold_out(records, args.val_share, args.val_images)
         sentence = f"held out for validation: {len(held_out)} of the {whole} images (--val-annotations names others)"
-    if not len(held_out):
-        raise InputError(f"{args.val_annotations} has no image to validate on")
+    for name, images in ((annotations, records), (args.val_annotations, held_out)):
+        if not len(images):
+            raise InputError(f"{name} has no image with captions")
     sizes = dict(image_size=image_size, most_regions=args.most_regions, seed=args.seed)
     train, validation = RegionDataset(records, image_root, **sizes), RegionDataset(held_out, val_root, **sizes)
     return train, validation, [f"training on {len(train)} images of {annotations}, below {image_root}", sentence]
 
 
-def data_paths(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Where annotations and images are, by their flags or by the layout of --data-root."""
-    given = (args.annotations, args.image_root)
-    if args.data_root is None and args.image_root is None:
-        raise InputError("--image-root is missing: expected the folder that the paths in --annotations start from")
-    usual = [Path(args.data_root or "") / part for part in LAYOUTS[args.format]]
-    annotations, image_root = (Path(path) if path else below for path, below in zip(given, usual, strict=True))
-    if not annotations.exists():
-        raise InputError(f"{annotations} does not exist; name the annotations with --annotations")
-    if not image_root.is_dir():
-        raise InputError(f"{image_root} is not a folder; name the images' with --image-root")
-    return annotations, image_root
-
-
-def look(args: argparse.Namespace, data) -> str:
-    """A sentence about the boxes of the first records. Raises InputError where an enabled loss has nothing to learn."""
-    boxes, regions, negatives, labels = BoxStatistics(), 0, 0, set()
-    indices = evenly(range(len(data)), LOOKED_AT)
-    for index in indices:
-        record = data.record(index)
-        usable = usable_regions(record, args.most_regions, boxes)[1]
-        regions, negatives = regions + len(usable), negatives + sum(bool(region.negatives) for region in usable)
-        labels.add(record.label)
-    where = f"none of {len(indices)} images looked at"
-    if (args.region_weight or args.hard_weight) and not regions:
-        raise InputError(f"{where} has a usable region: use --stage global, or another file of --annotations")
-    if args.hard_weight and not negatives:
-        raise InputError(f"{where} has a region with hard negatives: --hard-weight 0 goes without them")
-    if args.bank_classes == 2 and not {0, 1} <= labels:
-        raise InputError(f"--bank-classes 2: {where} is labelled {1 if 0 in labels else 0}")
-    return f"of {len(indices)} images looked at: {boxes}"
-
-
 def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]:
     """The model, with the weights of --init-from, its tokenizer, and what there is to say about them."""
     given = {name: getattr(args, name) for name in SIZES}
-    if args.init_from is not None:
+    if args.resume not in (None, "auto"):
+        model, tokenizer = load_model(checkpoint.find_resume(args.resume, args.output, SCRIPT), weights="raw")
+        said = []
+    elif args.init_from is not None:
         named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
         if named:
             raise InputError(f"{named[0]} comes with the weights of --init-from: leave it out")
         model, tokenizer = load_model(args.init_from, args.vocab, trust_torchscript=args.trust_torchscript)
         said = [f"weights of {getattr(model, 'load_report', args.init_from)}"]
         if args.roi_projection and not model.config["roi_projection"]:
-            model = with_roi_projection(model)
+            model = model.with_roi_projection()
     else:
-        tokenizer = build_tokenizer(args)
+        drawn = args.vocab is None and args.data_root is None and args.annotations is None
+        tokenizer = Tokenizer(vocabulary() if drawn else args.vocab)
         vision = dict(image_size=args.image_size, patch_size=args.patch_size)
         text = dict(vocab_size=tokenizer.vocab_size, context_length=args.context_length)
         for name, tower in (("vision", vision), ("text", text)):
@@ -307,58 +275,20 @@ def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]
     return model, tokenizer, [*said, f"tokenizer: {tokenizer.description}"]
 
 
-def build_tokenizer(args: argparse.Namespace) -> Tokenizer:
-    """The tokenizer of a model that starts from nothing; of drawn scenes, with every word of theirs as one token."""
-    if args.vocab is not None or args.data_root is not None or args.annotations is not None:
-        return Tokenizer(args.vocab)
-    scenes = SyntheticRegions(100, seed=0)
-    records = map(scenes.record, range(100))
-    return Tokenizer(learn_merges([*PHRASES, *(text for r in records for text in (r.long, *r.short))]))
-
-
-def with_roi_projection(model: FGCLIP) -> FGCLIP:
-    """The same model with a projection for the regions, at first a copy of the image's."""
-    new = FGCLIP(**model.config | dict(roi_projection=True))
-    new.load_state_dict(model.state_dict() | {"roi_projection.weight": model.visual_projection.weight})
-    return new
-
-
 def loss_weights(args: argparse.Namespace) -> dict[str, float]:
     """The one place where losses are weighted; `Stepper` applies it once."""
     return {f"loss_{name}": getattr(args, f"{name}_weight") for name in ("long", "short", "region", "hard")}
 
 
-def freeze_what_no_loss_reaches(model: FGCLIP, args: argparse.Namespace) -> None:
-    """DistributedDataParallel waits for the gradient of every parameter that is trainable."""
-    captions, regions = args.long_weight or args.short_weight, args.region_weight or args.hard_weight
-    last = f"vision_model.encoder.layers.{len(model.vision_model.encoder.layers) - 1}.self_attn"
-    text = "text_model.embeddings.position_embedding"
-    unused = {
-        "logit_scale": not captions,
-        "logit_scale_finegraind": not args.region_weight,
-        "logit_scale_hardneg": not args.hard_weight,
-        "roi_projection": not regions,
-        "visual_projection": not captions and model.config["roi_projection"],
-        f"{last}.q_proj": not captions,
-        f"{last}.k_proj": not captions,
-        "text_filip_projection": not args.long_weight,
-        f"{text}_res": not args.long_weight,
-        f"{text}_ori": not args.long_weight,
-        "text_projection": not args.short_weight and not regions,
-        text: not args.short_weight and not regions,
-    }
-    for name, parameter in model.named_parameters():
-        if any(unused and (name == part or name.startswith(part + ".")) for part, unused in unused.items()):
-            parameter.requires_grad_(False)
-
-
-def build_banks(args: argparse.Namespace, dim: int, device: torch.device) -> torch.nn.ModuleDict:
-    """Loss name -> bank, for the losses that have one."""
-    sizes = dict(region=args.bank_size, long=args.global_bank_size, short=args.global_bank_size)
-    return torch.nn.ModuleDict({
-        name: PairBank(size, dim, classes=args.bank_classes, device=device)
-        for name, size in sizes.items() if size and getattr(args, f"{name}_weight")
-    })  # fmt: skip
+def refuse_what_has_nothing_to_learn(args: argparse.Namespace, found: DataStatistics) -> None:
+    """Raises InputError where an enabled loss would be constant, by the records that were looked at."""
+    where = f"none of {found.images} images looked at"
+    if (args.region_weight or args.hard_weight) and not found.regions:
+        raise InputError(f"{where} has a usable region: use --stage global, or another file of --annotations")
+    if args.hard_weight and not found.regions_with_negatives:
+        raise InputError(f"{where} has a region with hard negatives: --hard-weight 0 goes without them")
+    if args.bank_classes == 2 and found.abnormal in (0, found.images):
+        raise InputError(f"--bank-classes 2: {where} is labelled {0 if found.abnormal else 1}")
 
 
 def refuse_what_cannot_train(args: argparse.Namespace) -> None:
@@ -384,10 +314,15 @@ def refuse_what_cannot_train(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} {size} does not divide among the {args.bank_classes} of --bank-classes")
     if args.bank_classes > 1 and not (args.bank_size or args.global_bank_size):
         raise InputError("--bank-classes needs --bank-size or --global-bank-size")
-    if args.image_root and not (args.annotations or args.data_root):
-        raise InputError("--image-root needs --annotations or --data-root")
-    if args.val_annotations and not (args.annotations or args.data_root):
-        raise InputError("--val-annotations needs --annotations or --data-root")
+    for flag, value in (("--image-root", args.image_root), ("--val-annotations", args.val_annotations)):
+        if value and not (args.annotations or args.data_root):
+            raise InputError(f"{flag} needs --annotations or --data-root")
+    if args.val_image_root and not args.val_annotations:
+        raise InputError("--val-image-root needs --val-annotations")
+    if args.trust_torchscript and not args.init_from:
+        raise InputError("--trust-torchscript is for the weights of --init-from")
+    if args.reset_logit_scales and not (args.init_from or args.resume):
+        raise InputError("--reset-logit-scales is for the scales of --init-from or --resume; --logit-scale-init is not")
     if args.best_by in ("region", "hard") and not (args.region_weight or args.hard_weight):
         raise InputError(f"--best-by {args.best_by} needs a loss of regions; --best-by captions does not")
 
@@ -431,17 +366,9 @@ def logit_scales(args: argparse.Namespace, models: list[FGCLIP], optimizer: torc
     ]
 
 
-def best_figure(figures: dict, by: str) -> float:
-    """The figure that chooses best.pt; -1 where there is none."""
-    if by == "captions":
-        found = [figures[name]["r1"] for name in ("short", "long") if name in figures]
-        return sum(found) / len(found) if found else -1.0
-    return figures[by]["r1" if by == "region" else "accuracy"] if by in figures else -1.0
-
-
 def step_text(result, figures: dict, model: FGCLIP) -> str:
     """What the console shows of a step."""
-    said = [f"loss {result.total:.4g}", *(f"{k.removeprefix('loss_')} {v:.4g}" for k, v in result.losses.items() if v)]
+    said = [f"loss {result.total:.4g}", *(f"{k.removeprefix('loss_')} {v:.4g}" for k, v in result.losses.items())]
     if "region_r1" in figures:
         said.append(
             f"regions {figures['region_relative']:.2f} of chance among {figures['region_candidates']:.0f}, in batch "
@@ -470,13 +397,25 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     bare, tokenizer, about_model = build_model(args)
     train_data, val_data, said = open_data(args, args.image_size or bare.vision_model.image_size)
-    said.append(look(args, train_data))
+    found = data_statistics(map(train_data.record, evenly(range(len(train_data)), LOOKED_AT)), None)
+    refuse_what_has_nothing_to_learn(args, found)
+    said.append(f"of {found.images} images looked at: {found.boxes}")
+    sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
+    steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
+    total_steps = args.epochs * steps_per_epoch
+    if (args.bank_size or args.global_bank_size) and args.bank_warmup_steps >= total_steps:
+        raise InputError(f"--bank-warmup-steps {args.bank_warmup_steps}: the run has only {total_steps} steps")
     resumed = None
     if not args.check:  # the folder comes last, so that bad input leaves none behind
-        free = "log_every validate_every validate_at best_by diagnostics reset_logit_scales logit_scale_init image_root"
+        free = "log_every validate_every validate_at best_by diagnostics reset_logit_scales logit_scale_init"
+        free += " annotations image_root val_annotations val_image_root"
         folder = prepare_run(args, SCRIPT, may_change=tuple(free.split()))
         resumed = checkpoint.load(args.resume) if args.resume else None
-    freeze_what_no_loss_reaches(bare, args)
+        if resumed is not None and resumed["merges"] != tokenizer.merges:
+            raise InputError("--vocab: the run was trained with other merges; resume with the same")
+    weights = loss_weights(args)
+    enabled = [name.removeprefix("loss_") for name, weight in weights.items() if weight]
+    freeze_unreached(bare, enabled)
     bare.set_checkpointing(args.checkpoint_activations)
     bare = bare.to(device).train()
     if args.compile:
@@ -487,23 +426,20 @@ def main(arguments: list[str] | None = None) -> None:
     models = [bare] if average is None else [bare, average.module]
     model = DistributedDataParallel(bare) if distributed.world_size() > 1 else bare
 
-    weights = loss_weights(args)
     lengths = dict(context_length=bare.text_model.context_length)
     lengths |= dict(long_context_length=bare.text_model.long_context_length if args.long_weight else None)
     regions = bool(args.region_weight or args.hard_weight)
-    sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
     loader = make_loader(
         train_data, sampler, Collate(tokenizer, regions=regions, hard=bool(args.hard_weight), **lengths),
         workers=args.workers, device=device, worker_init_fn=checkpoint.ignore_signals,
     )  # fmt: skip
-    steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
-    total_steps = args.epochs * steps_per_epoch
     optimizer, schedule = build_optimisation(args, bare, steps_per_epoch)
 
-    banks = build_banks(args, bare.visual_projection.out_features, device)
-    if banks and args.bank_warmup_steps >= total_steps:
-        raise InputError(f"--bank-warmup-steps {args.bank_warmup_steps}: the run has only {total_steps} steps")
-    enabled = [name.removeprefix("loss_") for name, weight in weights.items() if weight]
+    sizes = dict(region=args.bank_size, long=args.global_bank_size, short=args.global_bank_size)
+    banks = torch.nn.ModuleDict({
+        name: PairBank(size, bare.visual_projection.out_features, classes=args.bank_classes, device=device)
+        for name, size in sizes.items() if size and name in enabled
+    })  # fmt: skip
     objective = Objective(model, names=enabled, banks=banks, device=device)
     stepper = Stepper(
         model, optimizer, weights=weights, describe=lambda batch: batch["sources"], device=device, schedule=schedule,
@@ -513,14 +449,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.check:
         check([*said, *about_model], train_data, val_data, tokenizer, lengths, stepper, objective, loader, bare)
         return
-    state, best, validated = (
-        TrainingState(SCRIPT, bare, average, optimizer, schedule, stepper, sampler),
-        -math.inf,
-        None,
-    )
+    state = TrainingState(SCRIPT, bare, average, optimizer, schedule, stepper, sampler)
+    best, validated = -math.inf, None
     if resumed is not None:
         state.load_state_dict(resumed)
-        load_banks(banks, resumed["banks"])
+        banks.load_state_dict(resumed["banks"])
         best, validated = resumed["best"], resumed["validated"]
     if resumed is not None or args.init_from is not None:
         about_model += logit_scales(args, models, optimizer)
@@ -554,7 +487,8 @@ def main(arguments: list[str] | None = None) -> None:
         throughput.restart()
 
     throughput, movement = Throughput(), Movement(bare) if args.diagnostics else None
-    validate(sampler.epoch)
+    if resumed is None:
+        validate(0)
     with checkpoint.Signals() as signals:
         for epoch in range(sampler.epoch, args.epochs):
             sampler.set_epoch(epoch)
@@ -613,13 +547,6 @@ def about_losses(args: argparse.Namespace, model: FGCLIP, banks: torch.nn.Module
         sizes = ", ".join(f"{name} {args.bank_size if name == 'region' else args.global_bank_size}" for name in banks)
         said += f"; memory bank: {sizes}, used after {args.bank_warmup_steps} steps"
     return said
-
-
-def load_banks(banks: torch.nn.ModuleDict, state: dict) -> None:
-    try:
-        banks.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError("--bank-size: the checkpoint's memory bank is another; resume with the same") from error
 
 
 def check(said: list[str], train_data, val_data, tokenizer, lengths, stepper, objective, loader, model) -> None:

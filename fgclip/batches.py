@@ -254,13 +254,16 @@ class DataStatistics:
 
 def data_statistics(
     records: Iterable[Record],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     *,
     context_length: int = 77,
     long_context_length: int | None = 248,
     progress: Callable[[Iterable[Record]], Iterable[Record]] = iter,
 ) -> DataStatistics:
-    """Reads every record given, which also finds the first that does not follow its schema (InputError)."""
+    """Reads every record given, which also finds the first that does not follow its schema (InputError).
+
+    Without a tokenizer the length of the texts is left out.
+    """
     found, lengths = DataStatistics(), {}
 
     def cut(text: str, limit: int) -> bool:
@@ -279,6 +282,8 @@ def data_statistics(
             found.phrases.update(region.phrases)
             found.regions_with_negatives += bool(region.negatives)
             found.negatives += len(region.negatives)
+        if tokenizer is None:
+            continue
         texts = [*record.short, *(text for r in regions for text in (*r.phrases, *r.negatives))]
         found.truncated_short += sum(cut(text, context_length) for text in texts)
         if long_context_length is not None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fgclip.batches import to_device
 from fgclip.losses import PairBank, Pairs, contrast_pairs, hard_negative_loss, symmetric_loss
-from fgclip.model import unit
+from fgclip.model import FGCLIP, unit
 from training import distributed
 
 KINDS = {"long": 0, "short": 0, "region": 1, "hard": 2}  # what each loss is a mean over: a column of `pair_counts`
@@ -149,3 +149,31 @@ class Objective:
                 found[f"{name}_bank"] = len(self.banks[name])
         found |= {group: mean(group, "sum", "count") for group, value in keys if value == "count"}
         return found | {"truncated": int(total["", "truncated"])}
+
+
+def freeze_unreached(model: FGCLIP, names: Collection[str]) -> None:
+    """Freezes the parameters that none of the named losses (long, short, region, hard) has a path to.
+
+    DistributedDataParallel waits for the gradient of every parameter that is trainable.
+    """
+    captions, regions = {"long", "short"} & {*names}, {"region", "hard"} & {*names}
+    last = f"vision_model.encoder.layers.{len(model.vision_model.encoder.layers) - 1}.self_attn"
+    table = "text_model.embeddings.position_embedding"
+    reached = {
+        "logit_scale": captions,
+        "logit_scale_finegraind": "region" in names,
+        "logit_scale_hardneg": "hard" in names,
+        "visual_projection": captions or not model.config["roi_projection"],
+        "roi_projection": regions,
+        "text_projection": regions or "short" in names,
+        "text_filip_projection": "long" in names,
+        table: regions or "short" in names,
+        f"{table}_res": "long" in names,
+        f"{table}_ori": "long" in names,
+        f"{last}.q_proj": captions,  # the regions' path goes by the values alone
+        f"{last}.k_proj": captions,
+    }
+    for name, parameter in model.named_parameters():
+        for part, trained in reached.items():
+            if not trained and (name == part or name.startswith(part + ".")):
+                parameter.requires_grad_(False)

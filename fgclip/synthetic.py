@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from fgclip.batches import Sample, make_sample
 from fgclip.data import Record, Region
 from fgclip.images import normalise
+from fgclip.tokenizer import learn_merges
 
 COLOURS = {
     "red": (0.9, 0.1, 0.1),
@@ -178,3 +179,9 @@ class SyntheticRegions(Dataset):
             inside = shape_mask(shape, u, v)
             image[rows, columns][inside] = (shade * np.array(COLOURS[colour]))[inside]
         return torch.from_numpy(image.clip(0, 1)).permute(2, 0, 1).float()
+
+
+def vocabulary(scenes: int = 100) -> list[tuple[str, str]]:
+    """Merges of a tokenizer for which every word of the scenes is one token."""
+    records = map(SyntheticRegions(scenes, seed=0).record, range(scenes))
+    return learn_merges([*PHRASES, *(text for record in records for text in (record.long, *record.short))])

@@ -138,3 +138,11 @@ def validation_text(figures: dict[str, dict[str, float]]) -> str:
         if name in figures:
             said.append(f"{name} captions R@1 {figures[name]['r1']:.3f} of {figures[name]['count']}")
     return "; ".join(said) or "nothing to choose from"
+
+
+def best_figure(figures: dict[str, dict[str, float]], by: str) -> float:
+    """The figure that chooses a checkpoint: R@1 of "region", accuracy of "hard", or R@1 of "captions"; -1 without."""
+    if by == "captions":
+        found = [figures[name]["r1"] for name in ("short", "long") if name in figures]
+        return sum(found) / len(found) if found else -1.0
+    return figures[by]["r1" if by == "region" else "accuracy"] if by in figures else -1.0
