@@ -297,6 +297,8 @@ def refuse_what_cannot_train(args: argparse.Namespace) -> None:
     captions = args.long_weight or args.short_weight
     if args.stage == "global" and (args.region_weight or args.hard_weight or args.bank_size):
         raise InputError("--stage global has no regions: --region-weight, --hard-weight and --bank-size are for region")
+    if not (captions or args.region_weight or args.hard_weight):
+        raise InputError("no loss has a weight above 0, nothing would be learnt")
     if captions and images == 1 and not args.global_bank_size:
         raise InputError(
             "one image a step has no other caption to be told from: raise --batch-size, give --global-bank-size, or "
