@@ -382,9 +382,10 @@ def step_text(result, figures: dict, model: FGCLIP) -> str:
 
 def diagnostics_text(figures: dict, objective: Objective, movement: Movement) -> list[str]:
     """--diagnostics: the step's figures, the range of the logits, and what moved since the last time."""
+    ranges = {name: ends.tolist() for name, ends in objective.ranges.items()}
     return [
         "  figures: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()),
-        "  logits: " + ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in objective.ranges.items()),
+        "  logits: " + ", ".join("{} {:.3g} to {:.3g}".format(name, *ends) for name, ends in ranges.items()),
         *(
             f"  moved: {part} by {relative:.2e} of its length, {moved} of {count} parameters"
             for part, (relative, moved, count) in movement.since().items()

@@ -38,7 +38,7 @@ class Objective:
     ):
         self.model, self.names, self.device = model, list(names), device
         self.banks = dict(banks.items())
-        self.ranges: dict[str, tuple[float, float]] = {}
+        self.ranges: dict[str, Tensor] = {}  # smallest and largest logit (2,) in the last micro-batch of this rank
 
     def begin(self, batches: list[dict]) -> None:
         """Count what the step's micro-batches hold, over all ranks, and forget the last step's figures."""
@@ -93,7 +93,7 @@ class Objective:
         matched = dict(matched=cosines.diagonal().sum(), pairs=len(image))
         self.add(name, **matched, unmatched=cosines[other].sum(), other_pairs=other.sum())
         if len(image):
-            self.ranges[name] = tuple((scale * bound).item() for bound in cosines.aminmax())
+            self.ranges[name] = scale * torch.stack(cosines.aminmax())
 
     def choose(self, features: dict[str, Tensor], batch: dict) -> Tensor:
         """The summed loss of each region's own phrase among its alterations."""

@@ -191,6 +191,6 @@ def test_figures_are_what_they_say():
     cosines = region @ text.T
     assert figures["region_cosine"] == pytest.approx(cosines.diagonal().mean().item())
     assert figures["region_cosine_unmatched"] == pytest.approx(cosines[~same].mean().item())
-    assert objective.ranges["region"] == pytest.approx([(scale * c).item() for c in cosines.aminmax()])
+    assert objective.ranges["region"].tolist() == pytest.approx([(scale * c).item() for c in cosines.aminmax()])
     assert figures["norm_regions"] == pytest.approx(features["regions"].norm(dim=1).mean().item())
     assert bank.images[0].features[: count % 50].equal(region[: count % 50])
