@@ -325,6 +325,8 @@ def refuse_what_cannot_train(args: argparse.Namespace) -> None:
         raise InputError("--trust-torchscript is for the weights of --init-from")
     if args.reset_logit_scales and not (args.init_from or args.resume):
         raise InputError("--reset-logit-scales is for the scales of --init-from or --resume; --logit-scale-init is not")
+    if args.logit_scale_init > MAX_LOGIT_SCALE:
+        raise InputError(f"--logit-scale-init {args.logit_scale_init}: expected at most ln 100, {MAX_LOGIT_SCALE:.4f}")
     if args.best_by in ("region", "hard") and not (args.region_weight or args.hard_weight):
         raise InputError(f"--best-by {args.best_by} needs a loss of regions; --best-by captions does not")
 

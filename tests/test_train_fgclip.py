@@ -347,6 +347,7 @@ def test_wrong_flags_end_in_one_sentence(run, tmp_path, capsys, monkeypatch):
     assert "--val-image-root needs" in say("--val-image-root .")
     assert "--trust-torchscript" in say("--trust-torchscript")
     assert "--reset-logit-scales is for" in say("--reset-logit-scales")
+    assert "at most ln 100" in say("--logit-scale-init 5")
     assert "--best-by region needs" in say("--stage global --best-by region")
     assert "--roi-projection-lr needs" in say("--roi-projection-lr 0.1")
     assert "multiple of the patch size" in say("--device cpu --image-size 30 --init-from", run / "best.pt", tiny=[])
