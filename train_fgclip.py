@@ -87,7 +87,8 @@ SYNTHETIC_RECIPE = dict(
     vision_layers=4, vision_heads=4, text_width=128, text_layers=4, text_heads=4, embed_dim=128,
 )  # fmt: skip
 
-BANK_RECIPE = dict(most_regions=1, lr_base_batch=48)  # drawn scenes with a bank: it is for small batches
+# Drawn scenes with a bank, which is for small batches: one region an image, and a rate that follows the batch.
+BANK_RECIPE = dict(most_regions=1, lr_base_batch=48, warmup_steps=500, region_weight=0.1)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -136,7 +137,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--val-share", type=fraction, default=0.02, metavar="X", help="share of the records that is held out")
     add("--val-images", type=positive_int, default=1000, metavar="N", help="at most so many images to validate on")
     add("--most-regions", type=positive_int, default=4, metavar="N", help="regions of an image, the first usable ones; "
-        "drawn scenes: any of them, and 1 where there is a bank")
+        "drawn scenes: any of them, 1 where there is a bank")
     add("--vocab", metavar="PATH", help="merges of the tokenizer: bpe_simple_vocab_16e6.txt.gz, merges.txt, "
         "tokenizer.json, or bytes for none; without it beside the weights, then in an installed CLIP package")
     add("--synthetic-train", type=positive_int, default=6000, metavar="N", help="drawn training scenes")

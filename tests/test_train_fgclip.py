@@ -131,7 +131,9 @@ def test_workers_do_not_change_the_numbers(run, tmp_path):
 
 
 def test_banks_fill_during_warm_up_and_count_only_after_it(bank_run, tmp_path):
-    without = metrics(train(tmp_path / "without", "--most-regions", 1, "--lr-base-batch", 48, "--max-steps", 7))
+    without = metrics(
+        train(tmp_path / "without", *"--most-regions 1 --lr-base-batch 48 --region-weight 0.1 --max-steps 7".split())
+    )
     steps = metrics(bank_run)
     for line, plain in zip(steps[:5], without, strict=False):
         assert line["region_candidates"] == 4 and line["loss"] == plain["loss"]
