@@ -64,6 +64,11 @@ VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a
 LOOKED_AT = 2000  # records whose boxes are looked at before a run begins
 CHECKED = 100_000  # records that --check reads
 FAR = math.log(2)  # a scale twice or half of what the flag says is worth a word
+# What the console shows of a step's figures; the others are in metrics.jsonl.
+PRINTED = (
+    *("region_in_batch", "region_in_batch_r1", "region_relative", "region_candidates"),
+    *("logit_scale_global", "logit_scale_region", "logit_scale_hard"),
+)
 # What reads a format, and where its annotations and images lie below --data-root.
 LAYOUTS = {
     "finehard": (FineHARD, "jsonfiles", "."),
@@ -371,18 +376,6 @@ def logit_scales(args: argparse.Namespace, models: list[FGCLIP], optimizer: torc
     ]
 
 
-def step_text(result, figures: dict, model: FGCLIP) -> str:
-    """What the console shows of a step."""
-    said = [f"loss {result.total:.4g}", *(f"{k.removeprefix('loss_')} {v:.4g}" for k, v in result.losses.items())]
-    if "region_r1" in figures:
-        said.append(
-            f"regions {figures['region_relative']:.2f} of chance among {figures['region_candidates']:.0f}, in batch "
-            f"{figures['region_in_batch']:.3g} R@1 {figures['region_in_batch_r1']:.2f}"
-        )
-    scales = "/".join(f"{scale.item():.2f}" for scale in model.log_scales().values())
-    return "  ".join([*said, f"logit scales {scales}", f"lr {result.lr:.3g}", f"grad_norm {result.grad_norm:.3g}"])
-
-
 def diagnostics_text(figures: dict, objective: Objective, movement: Movement) -> list[str]:
     """--diagnostics: the step's figures, the range of the logits, and what moved since the last time."""
     ranges = {name: ends.tolist() for name, ends in objective.ranges.items()}
@@ -509,13 +502,13 @@ def main(arguments: list[str] | None = None) -> None:
                 figures = objective.figures()
                 figures |= {f"logit_scale_{name}": scale.item() for name, scale in bare.log_scales().items()}
                 if not result.skipped:
+                    printed = {name: figures.pop(name) for name in PRINTED if name in figures}
                     log.train(stepper.steps, {
-                        "epoch": epoch + 1, "loss": result.total, **result.losses, **figures, "lr": result.lr,
+                        "epoch": epoch + 1, "loss": result.total, **result.losses, **printed, "lr": result.lr,
                         "grad_norm": result.grad_norm, "images_per_second": throughput.update(images),
-                        "memory_gib": peak_memory(device),
-                    }, step_text(result, figures, bare))  # fmt: skip
+                    }, unprinted=figures | {"memory_gib": peak_memory(device)})  # fmt: skip
                     if args.diagnostics and stepper.steps % args.diagnostics == 0:
-                        for line in diagnostics_text(figures, objective, movement):
+                        for line in diagnostics_text(printed | figures, objective, movement):
                             log.say(line)
                 if stepper.steps in args.validate_at:
                     validate(epoch + 1)

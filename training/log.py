@@ -13,14 +13,16 @@ import torch
 
 from training import distributed
 from training.errors import InputError
+from training.gradients import GradientReport
 
 
 class RunLog:
     """Writes a run's numbers, on rank 0; on the others every method does nothing.
 
-    folder/metrics.jsonl gets a json object a line, {"step": 3, "epoch": 1, "kind": "train" or "validation", **values},
-    with null for what is not finite. The console gets every `every`-th step and each validation as a line, and, where
-    it is a terminal, a progress bar with the time left. TensorBoard's files, where it is installed, lie in the folder.
+    folder/metrics.jsonl gets a json object a line, {"step": 3, "epoch": 1, "kind": "train", **values}, with null for
+    what is not finite; the kinds are train, validation and gradients. The console gets every `every`-th step, each
+    validation and each gradient report, and, where it is a terminal, a progress bar with the time left. TensorBoard's
+    files, where it is installed, lie in the folder.
 
     resume_step: the step of the checkpoint that is resumed; later lines of metrics.jsonl are removed, as they will come
     again. None begins the file anew. Raises InputError where the file to resume is not what this class writes.
@@ -59,19 +61,19 @@ class RunLog:
             return None
         return SummaryWriter(folder, purge_step=self._first + 1)
 
-    def train(self, step: int, values: dict, text: str | None = None) -> None:
+    def train(self, step: int, values: dict, unprinted: dict | None = None) -> None:
         """Log the `step`-th step, from 1; `values` maps names (one is "epoch") to numbers, or to more such dicts.
 
-        The console gets `text` in their place where it is given.
+        `unprinted`: values that the files get but the console does not.
         """
         if self._file is None:
             return
-        self._write("train", step, values)
+        self._write("train", step, values | (unprinted or {}))
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
         if step % self._every == 0 or step in (self._first + 1, self._total):
             left = (time.perf_counter() - self._began) / max(1, step - self._first) * (self._total - step)
-            self.say(f"step {step}/{self._total}  left {_clock(left)}  {_line(values) if text is None else text}")
+            self.say(f"step {step}/{self._total}  left {_clock(left)}  {_line(values)}")
 
     def validation(self, step: int, values: dict, text: str | None = None) -> None:
         """Log what validation after `step` steps gave, `values` as for `train`; the console gets `text` instead."""
@@ -79,6 +81,13 @@ class RunLog:
             return
         self._write("validation", step, values)
         self.say(f"validation after step {step}  {_line(values) if text is None else text}")
+
+    def gradients(self, step: int, epoch: int, report: GradientReport) -> None:
+        """Log what each loss added to the gradient of the `step`-th step."""
+        if self._file is None:
+            return
+        self._write("gradients", step, {"epoch": epoch, **report.record()})
+        self.say(f"gradients of step {step}, by loss: norm and cosines\n{report.text()}")
 
     def say(self, text: str) -> None:
         """Print a line on standard output, above the progress bar where there is one."""
