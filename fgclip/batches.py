@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from fgclip.data import Record, Region
+from fgclip.errors import InputError
 from fgclip.images import inside, preprocess, read_image
 from fgclip.losses import caption_ids
 from fgclip.regions import BoxStatistics, usable_boxes
@@ -62,9 +64,13 @@ class RegionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
+    def record(self, index: int) -> Record:
+        """Captions, boxes and phrases of an image, without reading it."""
+        return self.records[index]
+
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        record = self.records[index]
+        record = self.record(index)
         path = inside(self.image_root, record.image, record.source)
         pixels = preprocess(read_image(path, record.source), self.image_size)
         return make_sample(record, pixels, random.Random(f"{self.seed} {epoch} {index}"), self.most_regions)
@@ -86,6 +92,26 @@ def make_sample(record: Record, pixels: Tensor, draw: random.Random, most_region
 
 def hard_group(region: Region) -> list[str]:
     return [region.phrases[0], *region.negatives] if region.negatives else []
+
+
+def evenly(records: Sequence, most: int) -> Sequence:
+    """At most so many of the records, evenly spaced over all."""
+    if len(records) <= most:
+        return records
+    return Subset(records, np.linspace(0, len(records) - 1, most).round().astype(np.int64))
+
+
+def hold_out(records: Sequence, share: float, most: int) -> tuple[Sequence, Sequence]:
+    """Training and validation records: the latter are this share, evenly spaced, at least 1 and at most so many.
+
+    Raises InputError where that leaves none to train on.
+    """
+    count = min(most, max(1, round(share * len(records))))
+    if count >= len(records):
+        raise InputError(f"{len(records)} annotated images are too few to train on and hold {count} out")
+    held_out = np.linspace(0, len(records) - 1, count).round().astype(np.int64)
+    rest = np.delete(np.arange(len(records)), held_out)
+    return Subset(records, rest), Subset(records, held_out)
 
 
 class Texts:
@@ -112,7 +138,8 @@ class Collate:
     (R,); hard_regions (K,), rows of the regions with hard negatives, hard_counts (K,), texts of each in `hard`;
     truncated, how many distinct texts were cut; sources, what names each image.
 
-    regions, long: whether the batch has them at all. Without captions (FG-OVD) it has no short and long texts.
+    regions, hard: whether the batch has them at all; long_context_length None: it has no long texts. Without captions
+    (FG-OVD) it has neither short nor long ones.
     """
 
     def __init__(
@@ -122,8 +149,9 @@ class Collate:
         context_length: int = 77,
         long_context_length: int | None = 248,
         regions: bool = True,
+        hard: bool = True,
     ):
-        self.tokenizer, self.regions = tokenizer, regions
+        self.tokenizer, self.regions, self.hard = tokenizer, regions, hard
         self.context_length, self.long_context_length = context_length, long_context_length
 
     def __call__(self, samples: Sequence[Sample]) -> dict:
@@ -145,9 +173,8 @@ class Collate:
             batch["long_texts"], batch["long_ids"] = long.tokens(self.tokenizer, self.long_context_length)
         return batch | dict(truncated=self.tokenizer.truncated - truncated)
 
-    @staticmethod
-    def collate_regions(samples: Sequence[Sample], texts: Texts) -> dict:
-        groups = [group for s in samples for group in s.hard]
+    def collate_regions(self, samples: Sequence[Sample], texts: Texts) -> dict:
+        groups = [group if self.hard else [] for s in samples for group in s.hard]
         kept = [i for i, group in enumerate(groups) if group]
         return dict(
             boxes=[s.boxes for s in samples],
@@ -157,6 +184,32 @@ class Collate:
             hard_regions=torch.tensor(kept, dtype=torch.int64),
             hard_counts=torch.tensor([len(groups[i]) for i in kept], dtype=torch.int64),
         )
+
+
+def make_loader(
+    dataset: Dataset,
+    batches: Iterable[list],
+    collate: Collate,
+    *,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    worker_init_fn: Callable[[int], None] | None = None,
+) -> DataLoader:
+    """Loads `batches`, lists of the data set's keys, in `workers` processes that live as long as the loader.
+
+    Memory is pinned for a CUDA device. The loader draws from a generator of its own, so that iterating it does not
+    change the caller's random state.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.device(device).type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=worker_init_fn,
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 def to_device(batch: dict, device: torch.device | str) -> dict:
@@ -201,13 +254,16 @@ class DataStatistics:
 
 def data_statistics(
     records: Iterable[Record],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     *,
     context_length: int = 77,
     long_context_length: int | None = 248,
     progress: Callable[[Iterable[Record]], Iterable[Record]] = iter,
 ) -> DataStatistics:
-    """Reads every record given, which also finds the first that does not follow its schema (InputError)."""
+    """Reads every record given, which also finds the first that does not follow its schema (InputError).
+
+    Without a tokenizer the length of the texts is left out.
+    """
     found, lengths = DataStatistics(), {}
 
     def cut(text: str, limit: int) -> bool:
@@ -226,6 +282,8 @@ def data_statistics(
             found.phrases.update(region.phrases)
             found.regions_with_negatives += bool(region.negatives)
             found.negatives += len(region.negatives)
+        if tokenizer is None:
+            continue
         texts = [*record.short, *(text for r in regions for text in (*r.phrases, *r.negatives))]
         found.truncated_short += sum(cut(text, context_length) for text in texts)
         if long_context_length is not None:

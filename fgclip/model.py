@@ -62,6 +62,12 @@ class FGCLIP(nn.Module):
         self.logit_scale_finegraind = nn.Parameter(torch.tensor(float(logit_scale)))  # the published spelling
         self.logit_scale_hardneg = nn.Parameter(torch.tensor(float(logit_scale)))
 
+    def with_roi_projection(self) -> "FGCLIP":
+        """The same model with a projection for the regions, at first a copy of the image's."""
+        model = FGCLIP(**self.config | dict(roi_projection=True)).to(self.logit_scale.device)
+        model.load_state_dict(self.state_dict() | {"roi_projection.weight": self.visual_projection.weight})
+        return model
+
     def set_checkpointing(self, enabled: bool) -> None:
         """Whether the blocks' activations are recomputed in the backward pass: less memory, about a third more time."""
         self.vision_model.encoder.checkpointing = enabled

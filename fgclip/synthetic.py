@@ -1,6 +1,7 @@
 """Scenes of coloured, textured shapes with captions, drawn from a seed, so that everything runs without a download."""
 
 import random
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 from fgclip.batches import Sample, make_sample
 from fgclip.data import Record, Region
 from fgclip.images import normalise
+from fgclip.tokenizer import learn_merges
 
 COLOURS = {
     "red": (0.9, 0.1, 0.1),
@@ -103,13 +105,23 @@ class SyntheticRegions(Dataset):
 
     Every object has a colour, a texture and a shape (192 phrases), and 10 hard negatives, which differ from its phrase
     in one of them. placement: "grid" puts one object in each quarter, "free" two to four anywhere, in any size.
+    most_regions: of more objects so many, drawn anew for every visit, are the regions of the sample; all are seen.
     Scenes with a red object carry the label 1.
     """
 
-    def __init__(self, count: int, *, seed: int, image_size: int = 64, placement: str = "grid"):
+    def __init__(
+        self,
+        count: int,
+        *,
+        seed: int,
+        image_size: int = 64,
+        placement: str = "grid",
+        most_regions: int | None = None,
+    ):
         if placement not in PLACEMENTS:
             raise ValueError(f"placement {placement!r} is not one of {', '.join(PLACEMENTS)}")
         self.count, self.seed, self.image_size, self.placement = count, seed, image_size, placement
+        self.most_regions = most_regions
 
     def __len__(self) -> int:
         return self.count
@@ -122,7 +134,10 @@ class SyntheticRegions(Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         plan = self._plan(index)
         draw = random.Random(f"{self.seed} {epoch} {index}")
-        return make_sample(self._record(index, *plan), normalise(self._draw(index, *plan)), draw, None)
+        record = self._record(index, *plan)
+        if self.most_regions is not None and self.most_regions < len(record.regions):
+            record = replace(record, regions=tuple(draw.sample(record.regions, self.most_regions)))
+        return make_sample(record, normalise(self._draw(index, *plan)), draw, None)
 
     def _plan(self, index: int) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
         """Boxes (n, 4) and what is in them; no two objects of a scene are of the same kind."""
@@ -164,3 +179,9 @@ class SyntheticRegions(Dataset):
             inside = shape_mask(shape, u, v)
             image[rows, columns][inside] = (shade * np.array(COLOURS[colour]))[inside]
         return torch.from_numpy(image.clip(0, 1)).permute(2, 0, 1).float()
+
+
+def vocabulary(scenes: int = 100) -> list[tuple[str, str]]:
+    """Merges of a tokenizer for which every word of the scenes is one token."""
+    records = map(SyntheticRegions(scenes, seed=0).record, range(scenes))
+    return learn_merges([*PHRASES, *(text for record in records for text in (record.long, *record.short))])

@@ -172,6 +172,13 @@ def prepare_run(
     return folder
 
 
+def recorded_flags(resume: str | Path) -> dict:
+    """The flags that the run of a checkpoint, or in a folder, began with; none where it left no args.json."""
+    path = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+    path = path / "args.json"
+    return json.loads(path.read_text(encoding="utf-8"))["arguments"] if path.is_file() else {}
+
+
 def _open_folder(output: str | None, script: str, resumed: Path | None, runs_root: Path, again: bool) -> Path:
     if output is None and resumed is None:
         started = time.strftime("%Y%m%d-%H%M%S")

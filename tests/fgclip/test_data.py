@@ -10,7 +10,16 @@ import torch
 from PIL import Image
 
 from fgclip import Tokenizer
-from fgclip.batches import Collate, RegionDataset, data_statistics, to_device, usable_regions
+from fgclip.batches import (
+    Collate,
+    RegionDataset,
+    data_statistics,
+    evenly,
+    hold_out,
+    make_loader,
+    to_device,
+    usable_regions,
+)
 from fgclip.data import COCO, FGOVD, FineHARD, JsonItems, Record, Region
 from fgclip.errors import InputError
 from fgclip.images import preprocess, read_image
@@ -284,6 +293,31 @@ def test_collate(tmp_path, images):
     assert moved["pixels"].is_meta and moved["boxes"][0].is_meta and moved["sources"] == batch["sources"]
     without = Collate(tokenizer, regions=False, long_context_length=None)([dataset[0]])
     assert not {"boxes", "region", "hard", "long", "long_texts"} & without.keys() and len(without["short_texts"]) == 1
+    easy = Collate(tokenizer, hard=False, context_length=24)([dataset[i] for i in range(3)])
+    assert len(easy["region"]) == 4 and len(easy["short_texts"]) == len(texts) - 3
+    assert not len(easy["hard"]) and not len(easy["hard_counts"]) and not len(easy["hard_regions"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_gives_the_batches_it_was_told_to(tmp_path, images, workers):
+    dataset = RegionDataset(FineHARD(finehard(tmp_path)), images, image_size=16)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    loader = make_loader(dataset, [[(0, 3), (0, 1)], [(0, 0)]], Collate(Tokenizer("bytes")), workers=workers)
+    sources = [[source[-6:] for source in batch["sources"]] for batch in loader]
+    assert sources == [["item 3", "item 1"], ["item 0"]]
+    assert torch.get_rng_state().equal(state)
+
+
+def test_held_out_records_are_spread_and_apart():
+    records = [f"record {i}" for i in range(100)]
+    train, held_out = hold_out(records, 0.1, 1000)
+    assert len(held_out) == 10 and sorted([*train, *held_out]) == sorted(records)
+    assert held_out[0] == "record 0" and held_out[9] == "record 99"
+    assert len(hold_out(records, 0.5, 3)[1]) == 3 and len(hold_out(records, 0.0, 3)[1]) == 1
+    with pytest.raises(InputError, match="100 annotated images are too few"):
+        hold_out(records, 1.0, 1000)
+    assert [*evenly(records, 3)] == ["record 0", "record 50", "record 99"] and evenly(records, 100) is records
 
 
 def test_a_batch_runs_through_the_model(tmp_path, images, small_model):
@@ -320,6 +354,8 @@ def test_data_statistics(tmp_path):
     assert found.phrases == {"box 0", "a long box 0", "all"} and len(found.captions) == 3
     assert (found.truncated_short, found.truncated_long) == (3, 1)
     assert "1 (25.00%) dropped" in str(found)
+    quick = data_statistics(records, None)
+    assert quick.boxes == found.boxes and quick.regions == 3 and quick.truncated_short == 0
 
 
 def test_golden_pixels(golden):

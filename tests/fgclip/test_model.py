@@ -193,9 +193,11 @@ def test_regions_of_none_one_and_outside(small_model):
 
 def test_roi_projection_starts_as_the_images(small_model):
     torch.manual_seed(0)
-    model = FGCLIP(**small_model.config | dict(roi_projection=True))
+    model = small_model.with_roi_projection()
+    assert model.config == small_model.config | dict(roi_projection=True)
     pixels, boxes = torch.randn(1, 3, 32, 32), [torch.tensor([[0.1, 0.2, 0.7, 0.9]])]
-    before = model.encode_regions(pixels, boxes)
+    before = small_model.encode_regions(pixels, boxes)
+    assert model.encode_regions(pixels, boxes).equal(before) and model.encode_image(pixels).any()
     with torch.no_grad():
         model.visual_projection.weight.zero_()
     assert model.encode_regions(pixels, boxes).equal(before)

@@ -35,6 +35,17 @@ def test_scenes(placement):
     assert statistics.boxes.invalid == 0 and statistics.truncated_short == statistics.truncated_long == 0
 
 
+def test_some_regions_of_a_scene():
+    """Others at every visit; the picture and the captions are those of the whole scene."""
+    whole, few = SyntheticRegions(8, seed=5), SyntheticRegions(8, seed=5, most_regions=1)
+    assert whole[2].pixels.equal(few[2].pixels) and whole[2].long == few[2].long
+    drawn = {few[epoch, 2].phrases[0] for epoch in range(20)}
+    assert drawn == set(whole[2].phrases) and few[3, 2].phrases == few[3, 2].phrases
+    sample = few[7, 2]
+    assert sample.boxes.equal(whole[2].boxes[[whole[2].phrases.index(sample.phrases[0])]])
+    assert len(sample.hard) == 1 and sample.hard[0][0] == sample.phrases[0]
+
+
 def test_negatives_differ_in_one_attribute():
     scenes = SyntheticRegions(20, seed=1)
     for region in (region for i in range(20) for region in scenes.record(i).regions):

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from training import arguments
-from training.arguments import add_optimisation_flags, add_shared_flags, make_parser, prepare_run
+from training.arguments import (
+    add_optimisation_flags,
+    add_shared_flags,
+    make_parser,
+    prepare_run,
+    recorded_flags,
+)
 from training.checkpoint import save
 from training.errors import InputError, one_sentence
 
@@ -123,6 +129,8 @@ def test_resume_continues_in_the_folder_of_the_checkpoint(tmp_path):
         args, again = prepare(tmp_path, "--epochs", "40", "--resume", *flags)
         assert again == folder and args.resume == str(folder / "last.pt")
     record = json.loads((folder / "args.json").read_text())
+    assert recorded_flags(folder) == recorded_flags(folder / "last.pt") == record["arguments"]
+    assert recorded_flags(tmp_path / "nothing") == {}
     assert record["arguments"]["epochs"] == 12 and len(record["resumed"]) == 4
     with pytest.raises(InputError, match="--init-from: a resumed run"):
         prepare(tmp_path, "--resume", str(folder), "--init-from", "other.pt")

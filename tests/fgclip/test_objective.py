@@ -1,0 +1,196 @@
+"""The losses of a step: two gloo processes against one, micro-batches against one batch, and the figures.
+
+This file starts itself twice, each process writes what it saw, the tests compare.
+"""
+
+import copy
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from fgclip import FGCLIP, Tokenizer
+from fgclip.batches import Collate
+from fgclip.losses import PairBank, symmetric_loss
+from fgclip.model import unit
+from fgclip.objective import Objective, freeze_unreached
+from fgclip.synthetic import SyntheticRegions, vocabulary
+from training import distributed
+from training.step import Stepper
+
+WEIGHTS = dict(loss_long=1.0, loss_short=1.0, loss_region=0.5, loss_hard=0.7)
+# Images of the two micro-batches of a step: of one process, and of each of two.
+ALONE = ((0, 1, 2, 3, 4, 5), (6, 7, 8, 9))
+SPLITS = {
+    "even": (((0, 1, 2), (6, 7)), ((3, 4, 5), (8, 9))),
+    "ragged": (((0,), (6, 7, 8)), ((1, 2, 3, 4, 5), (9,))),
+}
+
+CASES = (("even", 1), ("ragged", 2))  # split, and classes of the banks
+
+
+def make_model(vocab_size):
+    torch.manual_seed(0)
+    return FGCLIP(
+        vision=dict(image_size=16, patch_size=8, width=16, layers=2, heads=2, mlp_width=16),
+        text=dict(vocab_size=vocab_size, context_length=24, width=12, layers=2, heads=2, mlp_width=16),
+        embed_dim=8,
+        logit_scale=2.0,
+    ).double()
+
+
+def make_batches(micro_batches, **options):
+    """Scenes of two to four regions; image 0 has none, those of image 8 have no negatives, and 1 and 2 are the same."""
+    scenes = SyntheticRegions(10, seed=3, image_size=16, placement="free")
+    samples = [scenes[i] for i in range(10)]
+    samples[0].boxes, samples[0].phrases, samples[0].hard = torch.zeros(0, 4), [], []
+    samples[8].hard = [[] for _ in samples[8].hard]
+    samples[2] = copy.copy(samples[1])
+    collate = Collate(Tokenizer(vocabulary()), context_length=24, long_context_length=36, **options)
+    batches = [collate([samples[i] for i in images]) for images in micro_batches]
+    for batch in batches:
+        batch["pixels"] = batch["pixels"].double()
+    return batches
+
+
+def steps(wrap, micro_batches, classes=1):
+    """Three steps on the same images, the last two with the banks that the first has begun to fill."""
+    bare = make_model(Tokenizer(vocabulary()).vocab_size)
+    model = wrap(bare)
+    sizes = dict(region=6, long=4, short=4)
+    banks = torch.nn.ModuleDict({name: PairBank(size, 8, classes=classes) for name, size in sizes.items()}).double()
+    objective = Objective(model, names=("long", "short", "region", "hard"), banks=banks, device="cpu")
+    stepper = Stepper(
+        model, torch.optim.SGD(model.parameters(), lr=0.05), weights=WEIGHTS, describe=lambda batch: batch["sources"],
+        losses_of=lambda batch: objective(batch, use_banks=stepper.steps >= 1), device="cpu",
+    )  # fmt: skip
+    seen = []
+    for _ in range(3):
+        batches = make_batches(micro_batches)
+        objective.begin(batches)
+        result = stepper(batches, keep_gradients=True)
+        seen.append(
+            dict(
+                losses=result.losses,
+                figures=objective.figures(),
+                gradients={name: p.grad.clone() for name, p in bare.named_parameters()},
+                banks={name: value.clone() for name, value in banks.state_dict().items()},
+            )
+        )
+    return seen
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distributed.start("cpu")
+    observed = {
+        (name, classes): steps(DistributedDataParallel, SPLITS[name][distributed.rank()], classes)
+        for name, classes in CASES
+    }
+    torch.save(observed, Path(sys.argv[1]) / f"rank{distributed.rank()}.pt")
+    distributed.stop()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, two_ranks):
+    return two_ranks(__file__, tmp_path_factory.mktemp("two-ranks"))
+
+
+@pytest.mark.parametrize(("split", "classes"), CASES)
+def test_two_ranks_are_one_process(ranks, split, classes):
+    """Losses, figures, gradients and banks, over micro-batches of unequal content."""
+    for step, alone in enumerate(steps(lambda model: model, ALONE, classes)):
+        first, second = (seen[split, classes][step] for seen in ranks)
+        for name, loss in alone["losses"].items():
+            assert first["losses"][name] == pytest.approx(loss, rel=1e-9), name
+        for name, figure in alone["figures"].items():
+            if not name.endswith("_unmatched"):  # the pairs of one rank only
+                assert first["figures"][name] == pytest.approx(figure, rel=1e-6), name
+            assert first["figures"][name] == pytest.approx(second["figures"][name], nan_ok=True), name
+        for part in ("gradients", "banks"):
+            for name, value in alone[part].items():
+                torch.testing.assert_close(first[part][name], value, msg=name)
+                assert first[part][name].equal(second[part][name]), name
+    assert alone["figures"]["region_candidates"] > 6
+
+
+def one_step(micro_batches, names, **options):
+    model = make_model(Tokenizer(vocabulary()).vocab_size)
+    freeze_unreached(model, names)
+    objective = Objective(model, names=names, banks={}, device="cpu")
+    batches = make_batches(micro_batches, **options)
+    objective.begin(batches)
+    total = 0.0
+    for batch in batches:
+        loss = sum(objective(batch).values()) / len(batches)
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, objective.figures()
+
+
+def test_micro_batches_are_one_batch_where_there_are_no_other_negatives():
+    whole, gradients, figures = one_step([range(10)], ["hard"])
+    parts, others, of_parts = one_step([(0, 1), (2, 3, 4, 5, 6), (7, 8, 9)], ["hard"])
+    assert parts == pytest.approx(whole, rel=1e-12) and of_parts == pytest.approx(figures, nan_ok=True)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("names", [["long"], ["short"], ["region"], ["hard"], ["long", "hard"], ["short", "region"]])
+def test_what_is_not_frozen_is_reached(names):
+    gradients = one_step([range(10)], names)[1]
+    assert gradients and all(gradient is not None for gradient in gradients.values()), names
+    every = {name for name, _ in make_model(Tokenizer(vocabulary()).vocab_size).named_parameters()}
+    scales = {"long": "logit_scale", "region": "logit_scale_finegraind", "hard": "logit_scale_hardneg"}
+    for loss, scale in scales.items():
+        assert (scale in gradients) == (loss in names or (loss == "long" and "short" in names))
+    assert every - gradients.keys()
+
+
+def test_a_batch_without_regions_or_negatives():
+    loss, gradients, figures = one_step([(0,)], ["region", "hard"])
+    assert loss == 0 and math.isnan(figures["region_r1"]) and math.isnan(figures["hard_r1"])
+    assert all(gradient is not None and not gradient.any() for gradient in gradients.values())
+
+
+def test_figures_are_what_they_say():
+    """Against the definitions, spelt out."""
+    torch.manual_seed(0)
+    model = make_model(Tokenizer(vocabulary()).vocab_size)
+    bank = PairBank(50, 8).double()
+    stale = unit(torch.randn(50, 8, dtype=torch.float64))
+    (batch,) = make_batches([range(10)])
+    ids = batch["short_ids"][batch["region"]]
+    bank.enqueue(stale, stale.flip(0), torch.cat([ids[:3], torch.arange(47)]))
+    stale_ids = bank.negatives().ids.clone()
+    features = {name: value.detach() for name, value in model(batch).items()}
+    region, text = unit(features["regions"]), unit(features["region_texts"])
+    scale, count = features["scale_region"], len(region)
+    expected, _ = symmetric_loss(region, text, scale, ids=ids, bank=bank, with_stats=True)
+
+    objective = Objective(model, names=["region"], banks={"region": bank}, device="cpu")
+    objective.begin([batch])
+    losses = objective(batch)
+    figures = objective.figures()
+    assert losses["loss_region"].item() == pytest.approx(expected.item())
+    same = ids[:, None] == ids
+    wrong = {}
+    for name, query, key in (("text", region, text), ("region", text, region)):
+        logits = scale * query @ key.T
+        wrong[name] = logits.masked_fill(same & ~torch.eye(count, dtype=torch.bool), -torch.inf)
+    r1 = sum((w.argmax(1) == torch.arange(count)).double().mean() for w in wrong.values()) / 2
+    loss = sum(-w.log_softmax(1).diagonal().mean() for w in wrong.values()) / 2
+    assert figures["region_in_batch"] == pytest.approx(loss.item())
+    assert figures["region_in_batch_r1"] == pytest.approx(r1.item())
+    assert figures["region_candidates"] == count + 50 and figures["region_bank"] == 50
+    masked = (same.sum(1) - 1 + (ids[:, None] == stale_ids).sum(1)).double().mean().item()
+    assert masked > 0 and figures["region_unmasked"] == pytest.approx(count + 50 - masked)
+    cosines = region @ text.T
+    assert figures["region_cosine"] == pytest.approx(cosines.diagonal().mean().item())
+    assert figures["region_cosine_unmatched"] == pytest.approx(cosines[~same].mean().item())
+    assert objective.ranges["region"].tolist() == pytest.approx([(scale * c).item() for c in cosines.aminmax()])
+    assert figures["norm_regions"] == pytest.approx(features["regions"].norm(dim=1).mean().item())
+    assert bank.images[0].features[: count % 50].equal(region[: count % 50])

@@ -1,0 +1,571 @@
+"""FG-CLIP: train image, long text and region contrast, on your captions and boxes or on scenes that it draws itself.
+
+    python train_fgclip.py                                              # drawn scenes, minutes on two CPU cores
+    python train_fgclip.py --data-root FineHARD --init-from clip-vit-base-patch16 --amp bf16
+    python train_fgclip.py --data-root coco --format coco --init-from runs/NAME/best.pt --stage global
+    python train_fgclip.py --annotations mine.json --image-root images --init-from WEIGHTS --bank-size 128
+    torchrun --nproc-per-node 4 train_fgclip.py --data-root FineHARD --init-from WEIGHTS --amp bf16
+    python train_fgclip.py --resume auto                                # go on after Ctrl-C
+    python train_fgclip.py --annotations mine.json --image-root images --check
+
+The defaults are those for fine-tuning published weights. Without data they are those of the drawn scenes, and without
+--init-from those of a start from nothing; add --help to see the defaults of just that command.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from fgclip import FGCLIP, Tokenizer, load_model
+from fgclip.batches import (
+    Collate,
+    DataStatistics,
+    RegionDataset,
+    data_statistics,
+    evenly,
+    hold_out,
+    make_loader,
+)
+from fgclip.data import COCO, FineHARD
+from fgclip.errors import InputError
+from fgclip.losses import PairBank
+from fgclip.model import MAX_LOGIT_SCALE
+from fgclip.objective import Objective, freeze_unreached
+from fgclip.synthetic import PLACEMENTS, SyntheticRegions, vocabulary
+from fgclip.transformer import ACTIVATIONS
+from fgclip.validation import best_figure, embed, validation_figures, validation_text
+from training import checkpoint, distributed
+from training.arguments import (
+    add_optimisation_flags,
+    add_shared_flags,
+    fraction,
+    int_list,
+    make_parser,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    prepare_run,
+    recorded_flags,
+)
+from training.errors import one_sentence
+from training.log import RunLog, Throughput, peak_memory
+from training.movement import Movement
+from training.optimizer import build_optimizer, build_schedule, ema, parameter_groups, scale_lr
+from training.sampler import ResumableSampler
+from training.state import TrainingState
+from training.step import Stepper, micro_batches, module_gradient_norms
+
+SCRIPT = "fgclip"
+VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
+LOOKED_AT = 2000  # records whose boxes are looked at before a run begins
+CHECKED = 100_000  # records that --check reads
+FAR = math.log(2)  # a scale twice or half of what the flag says is worth a word
+# What the console shows of a step's figures; the others are in metrics.jsonl.
+PRINTED = (
+    *("region_in_batch", "region_in_batch_r1", "region_relative", "region_candidates"),
+    *("logit_scale_global", "logit_scale_region", "logit_scale_hard"),
+)
+# What reads a format, and where its annotations and images lie below --data-root.
+LAYOUTS = {
+    "finehard": (FineHARD, "jsonfiles", "."),
+    "coco": (COCO, "annotations/captions_train2017.json", "train2017"),
+}
+
+# The recipe for fine-tuning published weights: the defaults of the flags. Then what differs for a start from nothing,
+# and on top of that for the drawn scenes.
+FINE_TUNING_RECIPE = dict(
+    epochs=1, batch_size=32, workers=4, optimizer="adamw", lr=1e-6, weight_decay=1e-3, schedule="cosine",
+    warmup_steps=200, clip_norm=1.0, ema_decay=0.999,
+)  # fmt: skip
+SIZES = dict(
+    patch_size=16, vision_width=768, vision_layers=12, vision_heads=12, text_width=512, text_layers=12, text_heads=8,
+    embed_dim=512, context_length=77, activation="quick_gelu",
+)  # fmt: skip
+FROM_NOTHING_RECIPE = dict(image_size=224, lr=5e-4, weight_decay=0.2, warmup_steps=2000, **SIZES)
+SYNTHETIC_RECIPE = dict(
+    epochs=4, batch_size=48, workers=1, lr=1.5e-3, weight_decay=0.01, warmup_steps=50, ema_decay=0.98,
+    logit_scale_init=math.log(1 / 0.07), region_weight=1.0, image_size=64, patch_size=8, vision_width=128,
+    vision_layers=4, vision_heads=4, text_width=128, text_layers=4, text_heads=4, embed_dim=128,
+)  # fmt: skip
+
+# Drawn scenes with a bank, which is for small batches: one region an image, and a rate that follows the batch.
+BANK_RECIPE = dict(most_regions=1, lr_base_batch=48, warmup_steps=500, region_weight=0.1)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The flags, with the defaults of the data, the weights or the resumed run that they name."""
+    parser = make_parser(__doc__)
+    shared = ("epochs", "batch_size", "workers")
+    add_shared_flags(parser, SCRIPT, **{k: FINE_TUNING_RECIPE[k] for k in shared})
+    add_optimisation_flags(parser, **{k: v for k, v in FINE_TUNING_RECIPE.items() if k not in shared})
+    add_data_flags(parser)
+    add_model_flags(parser)
+    add_loss_flags(parser)
+    add_run_flags(parser)
+
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--data-root", "--annotations", "--init-from", "--resume", "--format", "--stage", "--bank-size"):
+        named.add_argument(flag)
+    named, _ = named.parse_known_args(arguments)
+    synthetic = named.data_root is None and named.annotations is None
+    if synthetic or named.init_from is None:
+        parser.set_defaults(**FROM_NOTHING_RECIPE)
+    if synthetic:
+        parser.set_defaults(**SYNTHETIC_RECIPE)
+        if named.bank_size not in (None, "0"):
+            parser.set_defaults(**BANK_RECIPE)
+    if named.init_from is not None:
+        parser.set_defaults(image_size=None, **dict.fromkeys(SIZES))
+    if named.format == "coco" and not synthetic:
+        parser.set_defaults(hard_weight=0.0)
+    if named.stage == "global":
+        parser.set_defaults(region_weight=0.0, hard_weight=0.0, best_by="captions")
+    if named.resume not in (None, "auto"):
+        own = ("resume", "output", "init_from", "max_steps", "check", "device", "reset_logit_scales")
+        parser.set_defaults(**{k: v for k, v in recorded_flags(named.resume).items() if k not in own})
+    return parser.parse_args(arguments)
+
+
+# fmt: off
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("which images, captions and regions").add_argument
+    add("--annotations", metavar="PATH", help="file, folder or list of files; without it where --data-root has them")
+    add("--image-root", metavar="PATH", help="folder that the paths in the annotations start from")
+    add("--format", choices=tuple(LAYOUTS), default="finehard", help="of the annotations; coco: captions_*.json, with "
+        "the boxes of the instances_*.json beside it")
+    add("--val-annotations", metavar="PATH", help="validate on these; without them on a share of the training records")
+    add("--val-image-root", metavar="PATH", help="folder of their images; without it --image-root")
+    add("--val-share", type=fraction, default=0.02, metavar="X", help="share of the records that is held out")
+    add("--val-images", type=positive_int, default=1000, metavar="N", help="at most so many images to validate on")
+    add("--most-regions", type=positive_int, default=4, metavar="N", help="regions of an image, the first usable ones; "
+        "drawn scenes: any of them, 1 where there is a bank")
+    add("--vocab", metavar="PATH", help="merges of the tokenizer: bpe_simple_vocab_16e6.txt.gz, merges.txt, "
+        "tokenizer.json, or bytes for none; without it beside the weights, then in an installed CLIP package")
+    add("--synthetic-train", type=positive_int, default=6000, metavar="N", help="drawn training scenes")
+    add("--synthetic-val", type=positive_int, default=150, metavar="N", help="drawn validation scenes")
+    add("--placement", choices=PLACEMENTS, default="grid", help="drawn objects: one a quarter, or anywhere (harder)")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model: with --init-from the weights say all but the image size").add_argument
+    add("--image-size", type=positive_int, metavar="PIXELS", help="side of the square that images are resized to; "
+        "with --init-from that of the weights, and of another size their positions are interpolated")
+    add("--patch-size", type=positive_int, metavar="PIXELS", help="side of a patch")
+    add("--vision-width", type=positive_int, metavar="N", help="width of the image tower, a quarter of its MLPs'")
+    add("--vision-layers", type=positive_int, metavar="N", help="its blocks")
+    add("--vision-heads", type=positive_int, metavar="N", help="its attention heads")
+    add("--text-width", type=positive_int, metavar="N", help="width of the text tower, a quarter of its MLPs'")
+    add("--text-layers", type=positive_int, metavar="N", help="its blocks")
+    add("--text-heads", type=positive_int, metavar="N", help="its attention heads")
+    add("--embed-dim", type=positive_int, metavar="N", help="width of the features of both towers")
+    add("--context-length", type=positive_int, metavar="TOKENS", help="of short texts; long ones: 4 N - 60")
+    add("--activation", choices=tuple(ACTIVATIONS), help="of the MLPs")
+    add("--roi-projection", action="store_true", help="give regions a projection of their own")
+    add("--trust-torchscript", action="store_true", help="read OpenAI's archives, which can hold code")
+    add("--logit-scale-init", type=non_negative_float, default=MAX_LOGIT_SCALE, metavar="X",
+        help="logarithm of the three logit scales at the start; published weights bring their own")
+    add("--reset-logit-scales", action="store_true", help="set the scales of --init-from or --resume to it")
+
+
+def add_loss_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("losses").add_argument
+    add("--stage", choices=("global", "region"), default="region", help="captions alone, or regions and hard negatives")
+    add("--long-weight", type=non_negative_float, default=1.0, metavar="X", help="images and long captions")
+    add("--short-weight", type=non_negative_float, default=1.0, metavar="X", help="images and short captions")
+    add("--region-weight", type=non_negative_float, default=0.1, metavar="X", help="regions and phrases")
+    add("--hard-weight", type=non_negative_float, default=0.5, metavar="X", help="regions and altered phrases")
+    add = parser.add_argument_group("memory bank: negatives from earlier steps").add_argument
+    add("--bank-size", type=non_negative_int, default=0, metavar="N", help="regions, of all GPUs; 0 is FG-CLIP")
+    add("--global-bank-size", type=non_negative_int, default=0, metavar="N", help="images, for each kind of caption")
+    add("--bank-warmup-steps", type=non_negative_int, default=50, metavar="N",
+        help="optimizer steps before the banks are used; they fill meanwhile")
+    add("--bank-classes", type=int, choices=(1, 2), default=1, help="2: half of the places for images with label 1")
+    add = parser.add_argument_group("learning rates of parts; without them --lr").add_argument
+    add("--vision-lr", type=positive_float, metavar="X", help="image tower")
+    add("--text-lr", type=positive_float, metavar="X", help="text tower")
+    add("--projection-lr", type=positive_float, metavar="X", help="projections of both")
+    add("--roi-projection-lr", type=positive_float, metavar="X", help="projection of the regions, --roi-projection")
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("validation, speed and memory").add_argument
+    add("--best-by", choices=("region", "hard", "captions"), default="region",
+        help="what chooses best.pt: R@1 of regions, accuracy among hard negatives, R@1 of captions")
+    add("--validate-every", type=positive_int, default=1, metavar="EPOCHS", help="and after the last")
+    add("--validate-at", type=int_list, default="50,200,500", metavar="STEPS", help="and after these")
+    add("--log-every", type=positive_int, default=20, metavar="STEPS", help="steps between printed lines")
+    add("--diagnostics", type=non_negative_int, default=0, metavar="STEPS",
+        help="steps between printed figures, logit ranges and how far each part moved; 0 prints none")
+    add("--checkpoint-activations", action="store_true", help="less memory, about a third more time")
+    add("--compile", action="store_true", help="torch.compile the blocks of both towers")
+# fmt: on
+
+
+def open_data(args: argparse.Namespace, image_size: int):
+    """Training and validation data, and a sentence about each."""
+    drawn = dict(image_size=image_size, placement=args.placement)
+    if args.data_root is None and args.annotations is None:
+        train = SyntheticRegions(args.synthetic_train, seed=args.seed, most_regions=args.most_regions, **drawn)
+        validation = SyntheticRegions(args.synthetic_val, seed=VALIDATION_SEED + args.seed, **drawn)
+        return train, validation, [
+            f"training on {len(train)} scenes drawn from seed {args.seed}, placement {args.placement}, at most "
+            f"{args.most_regions} regions each (neither --data-root nor --annotations was given)",
+            f"validating on {len(validation)} scenes drawn from seed {validation.seed}",
+        ]  # fmt: skip
+    if args.data_root is None and args.image_root is None:
+        raise InputError("--image-root is missing: expected the folder that the paths in --annotations start from")
+    read, *layout = LAYOUTS[args.format]
+    annotations, image_root = (
+        Path(path or Path(args.data_root) / below)
+        for path, below in zip((args.annotations, args.image_root), layout, strict=True)
+    )
+    records, val_root = read(annotations), image_root
+    if args.val_annotations is not None:
+        held_out, val_root = evenly(read(args.val_annotations), args.val_images), args.val_image_root or image_root
+        sentence = f"validating on {len(held_out)} images of {args.val_annotations}"
+    else:
+        whole = len(records)
+        records, held_out = hold_out(records, args.val_share, args.val_images)
+        sentence = f"held out for validation: {len(held_out)} of the {whole} images (--val-annotations names others)"
+    for name, images in ((annotations, records), (args.val_annotations, held_out)):
+        if not len(images):
+            raise InputError(f"{name} has no image with captions")
+    sizes = dict(image_size=image_size, most_regions=args.most_regions, seed=args.seed)
+    train, validation = RegionDataset(records, image_root, **sizes), RegionDataset(held_out, val_root, **sizes)
+    return train, validation, [f"training on {len(train)} images of {annotations}, below {image_root}", sentence]
+
+
+def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]:
+    """The model, with the weights of --init-from, its tokenizer, and what there is to say about them."""
+    given = {name: getattr(args, name) for name in SIZES}
+    if args.resume not in (None, "auto"):
+        model, tokenizer = load_model(checkpoint.find_resume(args.resume, args.output, SCRIPT), weights="raw")
+        said = []
+    elif args.init_from is not None:
+        named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+        if named:
+            raise InputError(f"{named[0]} comes with the weights of --init-from: leave it out")
+        model, tokenizer = load_model(args.init_from, args.vocab, trust_torchscript=args.trust_torchscript)
+        said = [f"weights of {getattr(model, 'load_report', args.init_from)}"]
+        if args.roi_projection and not model.config["roi_projection"]:
+            model = model.with_roi_projection()
+    else:
+        drawn = args.vocab is None and args.data_root is None and args.annotations is None
+        tokenizer = Tokenizer(vocabulary() if drawn else args.vocab)
+        vision = dict(image_size=args.image_size, patch_size=args.patch_size)
+        text = dict(vocab_size=tokenizer.vocab_size, context_length=args.context_length)
+        for name, tower in (("vision", vision), ("text", text)):
+            tower |= {key: given[f"{name}_{key}"] for key in ("width", "layers", "heads")}
+            tower |= dict(mlp_width=4 * tower["width"], activation=args.activation)
+        try:
+            model = FGCLIP(
+                vision=vision, text=text, embed_dim=args.embed_dim, logit_scale=args.logit_scale_init,
+                roi_projection=args.roi_projection,
+            )  # fmt: skip
+        except ValueError as error:
+            raise InputError(f"the model's flags do not fit together: {error}") from error
+        said = ["training from random weights"]
+        if args.data_root or args.annotations:
+            said[0] += "; --init-from takes published CLIP and FG-CLIP weights, or a checkpoint of a run"
+    patch = model.vision_model.patch_size
+    if args.image_size is not None and args.image_size % patch:
+        raise InputError(f"--image-size {args.image_size}: expected a multiple of the patch size, {patch}")
+    if args.long_weight and model.text_model.long_context_length is None:
+        raise InputError("--long-weight: the model has no long text path, its short one being too short; expected 0")
+    if args.roi_projection_lr and not model.config["roi_projection"]:
+        raise InputError("--roi-projection-lr needs --roi-projection")
+    return model, tokenizer, [*said, f"tokenizer: {tokenizer.description}"]
+
+
+def loss_weights(args: argparse.Namespace) -> dict[str, float]:
+    """The one place where losses are weighted; `Stepper` applies it once."""
+    return {f"loss_{name}": getattr(args, f"{name}_weight") for name in ("long", "short", "region", "hard")}
+
+
+def refuse_what_has_nothing_to_learn(args: argparse.Namespace, found: DataStatistics) -> None:
+    """Raises InputError where an enabled loss would be constant, by the records that were looked at."""
+    where = f"none of {found.images} images looked at"
+    if (args.region_weight or args.hard_weight) and not found.regions:
+        raise InputError(f"{where} has a usable region: use --stage global, or another file of --annotations")
+    if args.hard_weight and not found.regions_with_negatives:
+        raise InputError(f"{where} has a region with hard negatives: --hard-weight 0 goes without them")
+    if args.bank_classes == 2 and found.abnormal in (0, found.images):
+        raise InputError(f"--bank-classes 2: {where} is labelled {0 if found.abnormal else 1}")
+
+
+def refuse_what_cannot_train(args: argparse.Namespace) -> None:
+    """Raises InputError for flags that contradict each other, have no effect, or leave a loss constant."""
+    images = args.batch_size * distributed.world_size()
+    captions = args.long_weight or args.short_weight
+    if args.stage == "global" and (args.region_weight or args.hard_weight or args.bank_size):
+        raise InputError("--stage global has no regions: --region-weight, --hard-weight and --bank-size are for region")
+    if not (captions or args.region_weight or args.hard_weight):
+        raise InputError("no loss has a weight above 0, nothing would be learnt")
+    if captions and images == 1 and not args.global_bank_size:
+        raise InputError(
+            "one image a step has no other caption to be told from: raise --batch-size, give --global-bank-size, or "
+            "set --long-weight and --short-weight to 0"
+        )
+    if args.region_weight and images * args.most_regions == 1 and not args.bank_size:
+        raise InputError("one region a step has no other phrase to be told from: raise --batch-size or --bank-size")
+    for flag, size, weight in (
+        ("--bank-size", args.bank_size, args.region_weight),
+        ("--global-bank-size", args.global_bank_size, captions),
+    ):
+        if size and not weight:
+            raise InputError(f"{flag} {size}: the loss that the bank is for has no weight")
+        if size % args.bank_classes:
+            raise InputError(f"{flag} {size} does not divide among the {args.bank_classes} of --bank-classes")
+    if args.bank_classes > 1 and not (args.bank_size or args.global_bank_size):
+        raise InputError("--bank-classes needs --bank-size or --global-bank-size")
+    for flag, value in (("--image-root", args.image_root), ("--val-annotations", args.val_annotations)):
+        if value and not (args.annotations or args.data_root):
+            raise InputError(f"{flag} needs --annotations or --data-root")
+    if args.val_image_root and not args.val_annotations:
+        raise InputError("--val-image-root needs --val-annotations")
+    if args.trust_torchscript and not args.init_from:
+        raise InputError("--trust-torchscript is for the weights of --init-from")
+    if args.reset_logit_scales and not (args.init_from or args.resume):
+        raise InputError("--reset-logit-scales is for the scales of --init-from or --resume; --logit-scale-init is not")
+    if args.logit_scale_init > MAX_LOGIT_SCALE:
+        raise InputError(f"--logit-scale-init {args.logit_scale_init}: expected at most ln 100, {MAX_LOGIT_SCALE:.4f}")
+    if args.best_by in ("region", "hard") and not (args.region_weight or args.hard_weight):
+        raise InputError(f"--best-by {args.best_by} needs a loss of regions; --best-by captions does not")
+
+
+def build_optimisation(args: argparse.Namespace, model: FGCLIP, steps_per_epoch: int):
+    """The optimizer and the schedule of its learning rates, which is stepped after each optimizer step."""
+    rates = {
+        "vision_model": args.vision_lr, "text_model": args.text_lr, "visual_projection": args.projection_lr,
+        "text_projection": args.projection_lr, "text_filip_projection": args.projection_lr,
+        "roi_projection": args.roi_projection_lr,
+    }  # fmt: skip
+    lr = args.lr
+    if args.lr_base_batch:
+        lr = scale_lr(lr, args.batch_size, distributed.world_size(), args.accumulate, args.lr_base_batch)
+    tables = [f"position_embedding{kind}.weight" for kind in ("", "_res", "_ori")]
+    groups = parameter_groups(
+        model, lr=lr, weight_decay=args.weight_decay, no_decay=tables,  # scales have no dimension, and are spared
+        lr_scale={part: (rate or args.lr) / args.lr for part, rate in rates.items() if hasattr(model, part)},
+    )  # fmt: skip
+    optimizer = build_optimizer(args.optimizer, groups, momentum=args.momentum)
+    schedule = build_schedule(
+        optimizer, args.schedule, total_steps=args.epochs * steps_per_epoch, warmup_steps=args.warmup_steps,
+        warmup_factor=args.warmup_factor, milestones=[epoch * steps_per_epoch for epoch in args.milestones],
+        gamma=args.gamma, final_factor=args.final_factor,
+    )  # fmt: skip
+    return optimizer, schedule
+
+
+def logit_scales(args: argparse.Namespace, models: list[FGCLIP], optimizer: torch.optim.Optimizer) -> list[str]:
+    """Resets the scales of a loaded model and its average where that is asked; says which are far from the flag's."""
+    if args.reset_logit_scales:
+        for parameter in (p for model in models for p in model.log_scales().values()):
+            parameter.data.fill_(args.logit_scale_init)
+            optimizer.state.pop(parameter, None)
+        return [f"all logit scales reset to {args.logit_scale_init:.4f}"]
+    return [
+        f"logit scale {name} is {scale.item():.4f}, far from --logit-scale-init {args.logit_scale_init:.4f}; "
+        "--reset-logit-scales sets it to that"
+        for name, scale in models[0].log_scales().items()
+        if abs(scale.item() - args.logit_scale_init) > FAR
+    ]
+
+
+def diagnostics_text(figures: dict, objective: Objective, movement: Movement) -> list[str]:
+    """--diagnostics: the step's figures, the range of the logits, and what moved since the last time."""
+    ranges = {name: ends.tolist() for name, ends in objective.ranges.items()}
+    return [
+        "  figures: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()),
+        "  logits: " + ", ".join("{} {:.3g} to {:.3g}".format(name, *ends) for name, ends in ranges.items()),
+        *(
+            f"  moved: {part} by {relative:.2e} of its length, {moved} of {count} parameters"
+            for part, (relative, moved, count) in movement.since().items()
+        ),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    device = distributed.start(args.device)
+    refuse_what_cannot_train(args)
+    torch.manual_seed(args.seed)
+    bare, tokenizer, about_model = build_model(args)
+    train_data, val_data, said = open_data(args, args.image_size or bare.vision_model.image_size)
+    found = data_statistics(map(train_data.record, evenly(range(len(train_data)), LOOKED_AT)), None)
+    refuse_what_has_nothing_to_learn(args, found)
+    said.append(f"of {found.images} images looked at: {found.boxes}")
+    sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
+    steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
+    total_steps = args.epochs * steps_per_epoch
+    if (args.bank_size or args.global_bank_size) and args.bank_warmup_steps >= total_steps:
+        raise InputError(f"--bank-warmup-steps {args.bank_warmup_steps}: the run has only {total_steps} steps")
+    resumed = None
+    if not args.check:  # the folder comes last, so that bad input leaves none behind
+        free = "log_every validate_every validate_at best_by diagnostics reset_logit_scales logit_scale_init"
+        free += " annotations image_root val_annotations val_image_root"
+        folder = prepare_run(args, SCRIPT, may_change=tuple(free.split()))
+        resumed = checkpoint.load(args.resume) if args.resume else None
+        if resumed is not None and resumed["merges"] != tokenizer.merges:
+            raise InputError("--vocab: the run was trained with other merges; resume with the same")
+    weights = loss_weights(args)
+    enabled = [name.removeprefix("loss_") for name, weight in weights.items() if weight]
+    freeze_unreached(bare, enabled)
+    bare.set_checkpointing(args.checkpoint_activations)
+    bare = bare.to(device).train()
+    if args.compile:
+        for tower in (bare.vision_model, bare.text_model):
+            for block in tower.encoder.layers[:-1]:
+                block.compile()
+    average = ema(bare, args.ema_decay) if args.ema_decay else None
+    models = [bare] if average is None else [bare, average.module]
+    model = DistributedDataParallel(bare) if distributed.world_size() > 1 else bare
+
+    lengths = dict(context_length=bare.text_model.context_length)
+    lengths |= dict(long_context_length=bare.text_model.long_context_length if args.long_weight else None)
+    regions = bool(args.region_weight or args.hard_weight)
+    loader = make_loader(
+        train_data, sampler, Collate(tokenizer, regions=regions, hard=bool(args.hard_weight), **lengths),
+        workers=args.workers, device=device, worker_init_fn=checkpoint.ignore_signals,
+    )  # fmt: skip
+    optimizer, schedule = build_optimisation(args, bare, steps_per_epoch)
+
+    sizes = dict(region=args.bank_size, long=args.global_bank_size, short=args.global_bank_size)
+    banks = torch.nn.ModuleDict({
+        name: PairBank(size, bare.visual_projection.out_features, classes=args.bank_classes, device=device)
+        for name, size in sizes.items() if size and name in enabled
+    })  # fmt: skip
+    objective = Objective(model, names=enabled, banks=banks, device=device)
+    stepper = Stepper(
+        model, optimizer, weights=weights, describe=lambda batch: batch["sources"], device=device, schedule=schedule,
+        losses_of=lambda batch: objective(batch, use_banks=stepper.steps >= args.bank_warmup_steps),
+        average=average, amp=args.amp, clip_norm=args.clip_norm,
+    )  # fmt: skip
+    if args.check:
+        check([*said, *about_model], train_data, val_data, tokenizer, lengths, stepper, objective, loader, bare)
+        return
+    state = TrainingState(SCRIPT, bare, average, optimizer, schedule, stepper, sampler)
+    best, validated = -math.inf, None
+    if resumed is not None:
+        state.load_state_dict(resumed)
+        banks.load_state_dict(resumed["banks"])
+        best, validated = resumed["best"], resumed["validated"]
+    if resumed is not None or args.init_from is not None:
+        about_model += logit_scales(args, models, optimizer)
+    log = RunLog(folder, total_steps=total_steps, resume_step=stepper.steps if resumed else None, every=args.log_every)
+    for line in [*said, *about_model, about_losses(args, bare, banks), f"writing to {folder}"]:
+        log.say(line)
+    if resumed is not None:
+        log.say(f"resumed from {args.resume} at step {stepper.steps}, epoch {sampler.epoch}")
+
+    def save(name: str) -> None:
+        checkpoint.save(folder / name, {
+            **state.state_dict(), "model_kwargs": bare.config, "merges": tokenizer.merges,
+            "banks": banks.state_dict(), "best": best, "validated": validated,
+        })  # fmt: skip
+
+    def validate(epoch: int) -> None:
+        nonlocal best, validated
+        if validated == stepper.steps:
+            return
+        validated = stepper.steps
+        found = embed(
+            models[-1], val_data, Collate(tokenizer, regions=regions, **lengths), device=device,
+            batch_size=args.batch_size, workers=args.workers, amp=args.amp,
+        )  # fmt: skip
+        figures = validation_figures(found, models[-1].logit_scales()["region"].item())
+        log.validation(stepper.steps, {"epoch": epoch, **figures}, validation_text(figures))
+        if stepper.steps and best_figure(figures, args.best_by) > best:
+            best = best_figure(figures, args.best_by)
+            save("best.pt")
+            log.say(f"best so far by --best-by {args.best_by}: {best:.4f}, kept in {folder / 'best.pt'}")
+        throughput.restart()
+
+    throughput, movement = Throughput(), Movement(bare) if args.diagnostics else None
+    if resumed is None:
+        validate(0)
+    with checkpoint.Signals() as signals:
+        for epoch in range(sampler.epoch, args.epochs):
+            sampler.set_epoch(epoch)
+            done = False
+            for batches in micro_batches(loader, args.accumulate) if len(sampler) else ():
+                objective.begin(batches)
+                result = stepper(batches)
+                for each in models:
+                    each.clamp_logit_scales()
+                sampler.advance(len(batches))
+                images = sum(len(batch["sources"]) for batch in batches) * distributed.world_size()
+                figures = objective.figures()
+                figures |= {f"logit_scale_{name}": scale.item() for name, scale in bare.log_scales().items()}
+                if not result.skipped:
+                    printed = {name: figures.pop(name) for name in PRINTED if name in figures}
+                    log.train(stepper.steps, {
+                        "epoch": epoch + 1, "loss": result.total, **result.losses, **printed, "lr": result.lr,
+                        "grad_norm": result.grad_norm, "images_per_second": throughput.update(images),
+                    }, unprinted=figures | {"memory_gib": peak_memory(device)})  # fmt: skip
+                    if args.diagnostics and stepper.steps % args.diagnostics == 0:
+                        for line in diagnostics_text(printed | figures, objective, movement):
+                            log.say(line)
+                if stepper.steps in args.validate_at:
+                    validate(epoch + 1)
+                stop = signals.stop_requested()
+                done = args.max_steps is not None and stepper.steps >= args.max_steps
+                if stop or stepper.steps % args.save_every == 0:
+                    save("last.pt")
+                if stop:
+                    log.say(f"stopped at step {stepper.steps}; go on with --resume {folder}")
+                    log.close()
+                    raise SystemExit(signals.exit_status)
+                if done:
+                    break
+            last = done or epoch + 1 == args.epochs
+            if last or (epoch + 1) % args.validate_every == 0:
+                validate(epoch + 1)
+            if len(sampler) == 0:
+                sampler.set_epoch(epoch + 1)  # a run resumed here goes straight on
+            save("last.pt")
+            if args.keep_every and (epoch + 1) % args.keep_every == 0:
+                save(f"epoch-{epoch + 1}.pt")
+            if last:
+                break
+    log.close()
+    distributed.stop()
+
+
+def about_losses(args: argparse.Namespace, model: FGCLIP, banks: torch.nn.ModuleDict) -> str:
+    """What is trained: size, weights of the losses, scales, and banks."""
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    weights = ", ".join(f"{name.removeprefix('loss_')} {weight:g}" for name, weight in loss_weights(args).items())
+    scales = ", ".join(f"{name} {scale.item():.4f}" for name, scale in model.log_scales().items())
+    said = f"{count / 1e6:.1f} M trainable parameters; loss weights: {weights}; logarithms of the scales: {scales}"
+    if banks:
+        sizes = ", ".join(f"{name} {args.bank_size if name == 'region' else args.global_bank_size}" for name in banks)
+        said += f"; memory bank: {sizes}, used after {args.bank_warmup_steps} steps"
+    return said
+
+
+def check(said: list[str], train_data, val_data, tokenizer, lengths, stepper, objective, loader, model) -> None:
+    """--check: what the data holds, one step, and whether a gradient reaches every part."""
+    for line in said:
+        print(line)
+    for name, data in (("training", train_data), ("validation", val_data)):
+        indices = evenly(range(len(data)), CHECKED)
+        print(f"{name}, {len(indices)} of {len(data)} records read:")
+        statistics = data_statistics(map(data.record, indices), tokenizer, **lengths)
+        print("  " + str(statistics).replace("\n", "\n  "))
+    batches = [next(iter(loader))]
+    objective.begin(batches)
+    result = stepper(batches, keep_gradients=True)
+    print("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items()))
+    print("figures: " + ", ".join(f"{name} {value:.4g}" for name, value in objective.figures().items()))
+    for name, norm in module_gradient_norms(model).items():
+        print(f"gradient norm of {name}: " + ("no gradient" if norm is None else f"{norm:.4g}"))
+
+
+if __name__ == "__main__":
+    with one_sentence(InputError):
+        main()
