@@ -72,7 +72,7 @@ KAIST_RECIPE = dict(
 )  # fmt: skip
 SYNTHETIC_RECIPE = dict(
     epochs=3, workers=1, lr=5e-4, warmup_steps=30, clip_norm=0.0, ema_decay=0.99, freeze_stages=[1, 0],
-    lr_scale=[("backbone", 0.5)], best_by="ap50", macl_weight=1.0, ramp_steps=100, dhn_size=512, dhn_k=[16, 32],
+    lr_scale=[], best_by="ap50", macl_weight=0.2, ramp_steps=100, dhn_size=512, dhn_k=[16, 32],
     dhn_active=[512], dhn_milestones=[1],
 )  # fmt: skip
 
