@@ -99,10 +99,8 @@ def _plan(shapes, rois, pooling):
     integer = torch.int32 if max(total, most_taps) < 2**31 else torch.int64
     base = starts[level] + rois[:, 0].long() * height * width
     row = (base[:, None, None] + y * width[:, None, None]).to(integer)  # (R, ph, I)
-    pixel = row[:, :, None, :, None] + x.to(integer)[:, None, :, None, :]  # (R, ph, pw, I, J)
-    weight = weight_y[:, :, None, :, None] * weight_x[:, None, :, None, :]
-    bins, taps = pixel.shape[0] * pixel.shape[1] * pixel.shape[2], pixel.shape[3] * pixel.shape[4]
-    pixel, weight = pixel.view(bins, taps), weight.view(bins, taps)
+    pixel, weight = _pairs(torch.add, row, x.to(integer)), _pairs(torch.mul, weight_y, weight_x)
+    bins, taps = pixel.shape
     if pooling.sampling_ratio > 0:
         offset = torch.arange(0, bins * taps + 1, taps, dtype=integer, device=rois.device)
         return Taps(pixel.view(-1), weight.view(-1), offset, taps)
@@ -112,6 +110,13 @@ def _plan(shapes, rois, pooling):
     return Taps(
         pixel[used], weight[used], offset, torch.repeat_interleave(torch.arange(bins, device=rois.device), count)
     )
+
+
+def _pairs(combine, y, x):
+    """`combine` of every y (R, ph, I) with every x (R, pw, J) of its RoI: (R * ph * pw, I * J)."""
+    taps = y.shape[2], x.shape[2]
+    y, x = (part.expand(-1, -1, *taps).flatten(2) for part in (y[:, :, :, None], x[:, :, None, :]))
+    return combine(y[:, :, None], x[:, None]).flatten(0, 2)  # the pairs of a bin lie together: one long inner loop
 
 
 def _both_axes(rois, scale, height, width, pooling):
