@@ -3,10 +3,14 @@
     python benchmarks/kernels.py                     every case of this machine; table and csv in benchmarks/results/
     python benchmarks/kernels.py --cases box_head    only cases whose name contains one of the words
     python benchmarks/kernels.py --tune              on a GPU: block sizes of the kernels, best first
+    pip install memeff inf_cl siglip-kernel liger-kernel     to have these in the table (GPU; each is optional)
 
 Providers of a case take turns, round after round, so that what else runs on the machine hits all of them; a case whose
 baseline spreads by more than 20 % is run again, at most twice. On a GPU the L2 cache is overwritten before every run,
-and times are CUDA events. Gradients state their error against float64 beside their time.
+times are CUDA events, and what can be captured is also replayed as a CUDA graph, without the host's share. First of all
+the machine's own ceilings are measured, copies and matrix products; `roofline` is the least time that a pass needs by
+them, for its products or for touching every tensor once, over the time taken. Gradients state their error against
+float64 beside their time.
 """
 
 import argparse
@@ -19,161 +23,60 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.nn.functional as F
-import torchvision
-from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from kernels import contrastive_loss, multiscale_roi_align, roi_align_project
+from benchmarks.kernel_cases import RIVALS, Provider, cases
 
-SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 SPREAD = 1.2
 L2_BYTES = 180 * 2**20
 MEMORY_PEAK = Path("/proc/self/clear_refs")
+EXPLANATION = (
+    "Ratio: the baseline's time over the provider's (min and median). Spread: the 80th percentile of the provider's "
+    "times over their minimum. Graph: median of a CUDA graph's replays. Roofline: see the script's head. Error: the "
+    "largest relative Frobenius error of a gradient against float64. Extra MB: growth of the peak memory in one pass "
+    "(on a CPU of a fresh process)."
+)
 
 
-def box_head(device, dtype, images, rois, channels_last, size=(512, 640), channels=256):
-    """A pyramid of the image size and `rois` boxes of 12 to 400 pixels, dealt out to the images in turn."""
-    generator = torch.Generator().manual_seed(0)
-    features = [torch.randn(images, channels, int(size[0] * s), int(size[1] * s), generator=generator) for s in SCALES]
-    form = torch.channels_last if channels_last else torch.contiguous_format
-    features = [part.to(device, dtype).contiguous(memory_format=form).requires_grad_() for part in features]
-    center = torch.rand(rois, 2, generator=generator) * torch.tensor([size[1], size[0]])
-    half = torch.exp(torch.rand(rois, 2, generator=generator) * 3.5 + 2.5) / 2
-    limit = torch.tensor([size[1], size[0]])
-    boxes = torch.cat([(center - half).clamp(min=0), torch.minimum(center + half, limit)], 1)
-    image = torch.arange(rois) * images // rois  # in order, as torchvision returns them
-    return features, torch.cat([image[:, None], boxes], 1).to(device)
-
-
-def pool_providers(features, rois, *linear):
-    """name -> function that pools (and projects), and the inputs whose gradients are taken."""
-    size = [(int(features[0].shape[2] / SCALES[0]), int(features[0].shape[3] / SCALES[0]))] * len(features[0])
-    named = {str(level): feature for level, feature in enumerate(features)}
-    boxes = [rois[rois[:, 0] == image, 1:] for image in range(len(features[0]))]
-    pooler = MultiScaleRoIAlign(list(named), 7, 2)
-    pooling = dict(scales=SCALES, output_size=7)
-    if not linear:
-        providers = {
-            "torchvision": lambda: pooler(named, boxes, size),
-            "ours": lambda: multiscale_roi_align(features, rois, **pooling),
-        }
-        return providers, list(features)
-    providers = {
-        "torchvision": lambda: F.linear(pooler(named, boxes, size).flatten(1), *linear),
-        "ours": lambda: roi_align_project(features, rois, *linear, **pooling),
-    }
-    return providers, [*features, *linear]
-
-
-def regions(device, dtype, images, side, channels, rois):
-    """A map in a vision transformer's memory order, tokens first, and boxes of random corners."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(images, side * side + 1, channels, generator=generator).to(device, dtype)
-    feature = tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side)).requires_grad_()
-    corners = torch.rand(rois, 2, 2, generator=generator) * side
-    boxes = torch.cat([corners.amin(1), corners.amax(1)], 1)
-    return feature, torch.cat([(torch.arange(rois) % images)[:, None], boxes], 1).to(device)
-
-
-def region_providers(feature, rois):
-    pooling = dict(scales=[1.0], output_size=1, sampling_ratio=-1, aligned=True)
-    providers = {
-        "torchvision": lambda: roi_align(feature, rois.to(feature.dtype), (1, 1), 1.0, -1, True),
-        "ours": lambda: multiscale_roi_align([feature], rois, **pooling),
-    }
-    return providers, [feature]
-
-
-def contrast_inputs(device, dtype, queries, bank_rows, dim=512):
-    generator = torch.Generator().manual_seed(0)
-    rows = [F.normalize(torch.randn(n, dim, generator=generator), dim=1) for n in (queries, queries, bank_rows)]
-    query, key, bank = (part.to(device, dtype) for part in rows)
-    scale = torch.tensor(14.3, device=device, requires_grad=True)
-    return query.requires_grad_(), key.requires_grad_(), scale, bank if bank_rows else None
-
-
-def naive_contrast(query, key, scale, bank):
-    candidates = key if bank is None else torch.cat([key, bank])
-    logits = scale * (query @ candidates.T)
-    return F.cross_entropy(logits.float(), torch.arange(len(query), device=query.device))
-
-
-def contrast_providers(query, key, scale, bank):
-    providers = {
-        "naive": lambda: naive_contrast(query, key, scale, bank),
-        "ours": lambda: contrastive_loss(query, key, scale, bank=bank),
-    }
-    return providers, [query, key, scale]
-
-
-def cases(device):
-    """(name, function that makes providers and inputs, its arguments). A GPU takes bfloat16 besides float32."""
-    gpu = device != "cpu"
-    dtypes = [torch.float32, torch.bfloat16] if gpu else [torch.float32]
-    boxes = [(1, 512), (2, 1024), (1, 64)] + ([(16, 1024), (16, 8192)] if gpu else [])
-    for dtype, (images, rois), last in itertools.product(dtypes, boxes, (False, True)):
-        kind = f"{str(dtype)[6:]} B{images} R{rois} {'channels-last' if last else 'NCHW'}"
-        make = lambda dtype=dtype, images=images, rois=rois, last=last: box_head(device, dtype, images, rois, last)  # noqa: E731
-        yield f"box_head {kind}", pool_providers, make
-        yield (
-            f"box_head+linear {kind}",
-            pool_providers,
-            lambda make=make, dtype=dtype: (*make(), *linear(device, dtype)),
-        )
-    maps = [(4, 14, 768, 64), (4, 37, 768, 64), (8, 24, 1024, 512)] + ([(64, 24, 1024, 1024)] if gpu else [])
-    for dtype, shape in itertools.product(dtypes, maps):
-        name = "regions {} B{} {}x{}x{} R{}".format(str(dtype)[6:], shape[0], shape[1], shape[1], *shape[2:])
-        yield name, region_providers, lambda dtype=dtype, shape=shape: regions(device, dtype, *shape)
-    losses = [(4, 128), (16, 4096), (64, 16384), (256, 65536), (1024, 65536), (4096, 0)]
-    losses += [(4, 65536), (64, 65536), (4096, 65536), (32768, 128)] if gpu else []
-    for dtype, shape in itertools.product(dtypes, losses):
-        name = "contrastive {} N{} K{} D512".format(str(dtype)[6:], *shape)
-        yield name, contrast_providers, lambda dtype=dtype, shape=shape: contrast_inputs(device, dtype, *shape)
-
-
-def linear(device, dtype):
-    generator = torch.Generator().manual_seed(1)
-    weight = (torch.randn(1024, 256 * 49, generator=generator) * 0.01).to(device, dtype).requires_grad_()
-    return weight, torch.zeros(1024, device=device, dtype=dtype, requires_grad=True)
-
-
-def with_gpu_baselines(providers):
-    """The baseline compiled (graph breaks allowed) and, for pooling, in torchvision's deterministic mode."""
+def with_compiled(providers):
+    """The baseline compiled too (graph breaks allowed) and, for torchvision, in its deterministic mode."""
     name, eager = next(iter(providers.items()))
-    providers = providers | {f"{name}, compiled": torch.compile(eager)}
+    providers = providers | {f"{name}, compiled": eager._replace(call=torch.compile(eager.call), waits=True)}
     if name == "torchvision":
 
         def deterministic():
             torch.use_deterministic_algorithms(True)
-            result = eager()
-            torch.use_deterministic_algorithms(False)
-            return result
+            try:
+                return eager.call()
+            finally:
+                torch.use_deterministic_algorithms(False)
 
-        providers |= {"torchvision, deterministic": deterministic}
+        providers |= {"torchvision, deterministic": eager._replace(call=deterministic, waits=True)}
     return providers
 
 
-def steps(providers, inputs):
+def passes(providers, inputs):
     """Per pass, name -> function: the forward alone, and forward with all gradients."""
 
-    def forward(function):
+    def forward(provider):
         with torch.no_grad():
-            return function()
+            return provider.call()
 
-    def training(function):
-        output = function()
+    def training(provider):
+        output = provider.call()
         generator = torch.Generator().manual_seed(2)
         upstream = torch.randn(output.shape, generator=generator) if output.ndim else torch.ones(())
-        upstream = upstream.to(output)
-        return lambda: torch.autograd.grad(function(), inputs, upstream)
+        upstream, wanted = upstream.to(output), provider.inputs or inputs
+        return lambda: torch.autograd.grad(provider.call(), wanted, upstream, allow_unused=provider.twin)
 
-    yield "forward", {name: lambda function=function: forward(function) for name, function in providers.items()}
-    yield "forward+backward", {name: training(function) for name, function in providers.items()}
+    yield "forward", {name: lambda provider=provider: forward(provider) for name, provider in providers.items()}
+    yield "forward+backward", {name: training(provider) for name, provider in providers.items()}
 
 
 def measure(functions, device):
@@ -203,6 +106,50 @@ def seconds(function, flush):
     return start.elapsed_time(end) / 1e3
 
 
+def replayed(function, flush, rounds=50):
+    """Median seconds of a CUDA graph of the function."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return statistics.median(seconds(graph.replay, flush) for _ in range(rounds))
+
+
+def ceilings(device):
+    """Bytes a second of a copy, and floating-point operations a second of a matrix product by dtype."""
+    gpu = device != "cpu"
+    source = torch.empty(2**30 if gpu else 2**28, dtype=torch.int8, device=device)
+    side = 8192 if gpu else 2048
+    target = torch.empty_like(source)
+    functions = {"copy": lambda: target.copy_(source)}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16) if gpu else (torch.float32,):
+        square = torch.randn(side, side, device=device).to(dtype)
+        functions[dtype] = lambda square=square: square @ square
+    best = {name: min(taken) for name, taken in measure(functions, device).items()}
+    return {name: (2 * source.numel() if name == "copy" else 2 * side**3) / taken for name, taken in best.items()}
+
+
+def touched(arguments, output, kind):
+    """Bytes of every tensor of a pass once: arguments and output, and in the backward their gradients."""
+    flat = [part for argument in arguments for part in (argument if isinstance(argument, list) else [argument])]
+    flat = [part for part in flat if part is not None]
+    total = sum(part.numel() * part.element_size() for part in (*flat, output))
+    if kind == "forward":
+        return total
+    return total + sum(part.numel() * part.element_size() for part in (*flat, output) if part.requires_grad)
+
+
+def floor(case, arguments, output, kind, limits):
+    """The least seconds that the machine's ceilings allow for a pass."""
+    first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
+    return max(touched(arguments, output, kind) / limits["copy"], case.products(*arguments)[kind] / limits[first.dtype])
+
+
 def in_double(parts):
     """The same arguments in float64, gradients included."""
     return [
@@ -213,27 +160,36 @@ def in_double(parts):
     ]
 
 
-def errors(functions, exact):
-    """name -> the largest relative Frobenius error of its results (gradients) against `exact`."""
-    found = {}
-    for name, function in functions.items():
-        pairs = zip(function(), exact, strict=True)
-        found[name] = max(((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in pairs)
-    return found
+def exact_gradients(case, arguments):
+    providers, inputs = case.providers(*in_double(arguments))
+    name, baseline = next(iter(providers.items()))
+    return dict(passes({name: baseline}, inputs))["forward+backward"][name]()
 
 
-def extra_memory(name, provider):
-    """Bytes by which one forward and backward raises the peak of a fresh process (CPU)."""
-    command = [sys.executable, __file__, "--memory-of", name, provider]
+def error(gradients, exact):
+    """The largest relative Frobenius error."""
+    pairs = zip(gradients, exact, strict=True)
+    return max(((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in pairs)
+
+
+def extra_memory(case, provider, function, device):
+    """Bytes by which one forward and backward raises the peak: on a GPU here, on a CPU that of a fresh process."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    command = [sys.executable, __file__, "--memory-of", case.name, provider]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def report_memory(name, provider):
-    _, providers, make = next(case for case in cases("cpu") if case[0] == name)
-    functions, inputs = providers(*make())
+    case = next(case for case in cases("cpu") if case.name == name)
+    providers, inputs = case.providers(*case.make())
     MEMORY_PEAK.write_text("5")  # the peak starts again from what is in use now
     before = resident("VmRSS")
-    torch.autograd.grad(functions[provider](), inputs)
+    torch.autograd.grad(providers[provider].call(), inputs)
     print(resident("VmHWM") - before)
 
 
@@ -243,61 +199,65 @@ def resident(field):
     return next(int(text.split()[1]) * 1024 for text in lines if text.startswith(field))
 
 
-def run_case(name, providers, make, device):
+def run_case(case, device, limits, compiled):
     """One row a pass and provider."""
-    arguments = make()
-    functions, inputs = providers(*arguments)
-    baseline = next(iter(functions))
-    exact_functions, exact_inputs = providers(*in_double(arguments))
-    exact = next(
-        function for kind, function in steps({"": exact_functions[baseline]}, exact_inputs) if kind != "forward"
-    )
-    exact = exact[""]()
-    functions = functions if device == "cpu" else with_gpu_baselines(functions)
-    for kind, timed in steps(functions, inputs):
+    torch.compiler.reset()  # or the cases together exceed the recompilations that it allows a function
+    arguments = case.make()
+    providers, inputs = case.providers(*arguments)
+    exact = exact_gradients(case, arguments)
+    baseline = next(iter(providers))
+    with torch.no_grad():
+        output = providers["ours"].call().requires_grad_()
+    providers = with_compiled(providers) if compiled else providers
+    for kind, timed in passes(providers, inputs):
+        least = floor(case, arguments, output, kind, limits)
         for _ in range(3):
             times = measure(timed, device)
-            middle = statistics.median(times[baseline])
-            spread = statistics.quantiles(times[baseline], n=5)[-1] / min(times[baseline])
-            if spread <= SPREAD:
+            if spread(times[baseline]) <= SPREAD:
                 break
-        error = errors(timed, exact) if kind != "forward" else {}
-        for provider, taken in times.items():
-            row = dict(case=name, kind=kind, provider=provider, milliseconds=min(taken) * 1e3)
-            row |= dict(median=statistics.median(taken) * 1e3, ratio=min(times[baseline]) / min(taken))
-            row |= dict(median_ratio=middle / statistics.median(taken), baseline_spread=spread)
-            row |= dict(error=error.get(provider, ""), extra_megabytes="")
-            large = kind != "forward" and "K65536" in name and device == "cpu"
-            if large and Path("/proc/self/clear_refs").exists():
-                row["extra_megabytes"] = round(extra_memory(name, provider) / 1e6, 1)
+        for name, taken in times.items():
+            row = dict(case=case.name, kind=kind, provider=name)
+            row |= figures(taken, times[baseline], least, providers[name])
+            row |= dict(error="", extra_megabytes="", graph="")
+            if kind != "forward":
+                if not providers[name].twin:
+                    row["error"] = error(timed[name](), exact)
+                if device != "cpu" or ("K65536" in case.name and name in ("naive", "ours") and MEMORY_PEAK.exists()):
+                    row["extra_megabytes"] = round(extra_memory(case, name, timed[name], device) / 1e6, 1)
+            if device != "cpu" and not providers[name].waits and not providers[name].twin:
+                flush = torch.empty(L2_BYTES, dtype=torch.int8, device=device)
+                row["graph"] = replayed(timed[name], flush) * 1e3
             yield row
+
+
+def spread(taken):
+    return statistics.quantiles(taken, n=5)[-1] / min(taken)
+
+
+def figures(taken, baseline, least, provider: Provider):
+    middle = statistics.median(taken)
+    return dict(
+        milliseconds=min(taken) * 1e3,
+        median=middle * 1e3,
+        ratio=min(baseline) / min(taken),
+        median_ratio=statistics.median(baseline) / middle,
+        spread=spread(taken),
+        roofline="" if provider.twin else least / middle,
+    )
 
 
 def machine(device):
     """What a reader needs to place the figures; no names of hosts."""
     chip = torch.cuda.get_device_name() if device != "cpu" else f"{platform.machine()} CPU"
-    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    packages = ["torch", "torchvision", "triton", *(package for name, package in RIVALS.items() if find_spec(name))]
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
     load = f"load average {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
     return f"{chip}, {torch.get_num_threads()} threads, {versions}, {datetime.date.today()}, {load}"
 
 
-def tune(device):
-    """Time of every block size of the RoIAlign kernels on this GPU, best first, to be written into their tables."""
-    from kernels import roi_align_triton as triton_kernels
-
-    features, rois = box_head(device, torch.bfloat16, 2, 1024, True)
-    providers, inputs = pool_providers(features, rois)
-    timed = dict(steps({"ours": providers["ours"]}, inputs))
-    results = []
-    for channels, warps in itertools.product((32, 64, 128, 256), (4, 8)):
-        launch = triton_kernels.Launch(rows=0, columns=0, channels=channels, warps=warps, stages=1)
-        triton_kernels.FORWARD = launch
-        forward = min(measure(timed["forward"], device)["ours"])
-        triton_kernels.BACKWARD = {"default": launch}
-        results.append((min(measure(timed["forward+backward"], device)["ours"]) - forward, forward, launch))
-    for place, name in ((1, "FORWARD"), (0, "BACKWARD")):
-        for row in sorted(results, key=lambda row: row[place]):
-            print(f"{name:9} {row[place] * 1e6:8.1f} us  {row[2]}")
+def describe(limits):
+    rates = ", ".join(f"{str(name)[6:]} {rate / 1e12:.3g} TFLOP/s" for name, rate in limits.items() if name != "copy")
+    return f"Ceilings: copies {limits['copy'] / 1e9:.4g} GB/s, products {rates}"
 
 
 def main():
@@ -307,6 +267,9 @@ def main():
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the tables")
     parser.add_argument(
         "--note", default="", help="a sentence for the head of the table, such as who shared the machine"
+    )
+    parser.add_argument(
+        "--compiled", action="store_true", help="compiled baselines on a CPU too; a GPU always has them"
     )
     parser.add_argument("--tune", action="store_true", help="GPU only: time the block sizes of the kernels")
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "PROVIDER"), help=argparse.SUPPRESS)
@@ -318,43 +281,41 @@ def main():
     if arguments.tune:
         if device == "cpu":
             parser.error("--tune needs a GPU")
-        return tune(device)
-    head, rows = machine(device), []
-    print(head)
-    for case in cases(device):
-        if any(word in case[0] for word in arguments.cases):
-            for row in run_case(*case, device):
-                rows.append(row)
-                print(line(row), flush=True)
-            write(arguments.output / f"kernels-{device}", head, arguments.note, rows)  # what stands survives a Ctrl-C
-    if not rows:
+        from benchmarks.kernel_tuning import tune  # needs triton
+
+        return tune(lambda functions: measure(functions, device), device)
+    chosen = [case for case in cases(device) if any(word in case.name for word in arguments.cases)]
+    if not chosen:
         parser.error(f"--cases: no case contains {arguments.cases!r}")
+    limits, rows = ceilings(device), []
+    head = [machine(device) + (f". {arguments.note}" if arguments.note else ""), describe(limits)]
+    if device != "cpu":
+        absent = [package for name, package in RIVALS.items() if not find_spec(name)]
+        head += [f"Not installed and left out: {', '.join(absent)}"] if absent else []
+    print("\n".join(head))
+    for case in chosen:
+        for row in run_case(case, device, limits, compiled=arguments.compiled or device != "cpu"):
+            rows.append(row)
+            print(line(row), flush=True)
+        write(arguments.output / f"kernels-{device}", head, rows)  # what stands survives a Ctrl-C
 
 
 def line(row):
-    error = f"{row['error']:.1e}" if row["error"] != "" else ""
-    figures = f"{row['milliseconds']:.2f} | {row['median']:.2f} | {row['ratio']:.2f} | {row['median_ratio']:.2f}"
-    tail = f"{row['baseline_spread']:.2f} | {error} | {row['extra_megabytes']}"
-    return f"| {row['case']} | {row['kind']} | {row['provider']} | {figures} | {tail} |"
+    def short(name, form):
+        return f"{row[name]:{form}}" if row[name] != "" else ""
+
+    numbers = [short(name, ".3f") for name in ("milliseconds", "median", "graph")]
+    numbers += [short(name, ".2f") for name in ("ratio", "median_ratio", "spread", "roofline")]
+    cells = [row["case"], row["kind"], row["provider"], *numbers, short("error", ".1e"), str(row["extra_megabytes"])]
+    return "| " + " | ".join(cells) + " |"
 
 
-def write(path, head, note, rows):
+def write(path, head, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    title = (
-        "| case | pass | provider | ms (min) | ms (median) | ratio (min) | ratio (median) | spread | error | extra MB |"
-    )
-    explanation = (
-        "Ratio: the baseline's time over the provider's. Spread: the baseline's 80th percentile over its minimum. "
-        "Error: the largest relative Frobenius error of a gradient against float64. Extra MB: growth of the peak "
-        "memory of a fresh process in one forward and backward."
-    )
-    text = [
-        "# Kernels",
-        head + (f". {note}" if note else ""),
-        explanation,
-        "\n".join([title, "|---" * 10 + "|", *map(line, rows)]),
-    ]
-    path.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+    columns = "case, pass, provider, ms (min), ms (median), ms (graph), ratio (min), ratio (median), spread, roofline"
+    columns = [*columns.split(", "), "error", "extra MB"]
+    table = "\n".join(["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *map(line, rows)])
+    path.with_suffix(".md").write_text("\n\n".join(["# Kernels", *head, EXPLANATION, table]) + "\n")
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()

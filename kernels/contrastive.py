@@ -70,24 +70,26 @@ def contrastive_loss(
         _check_target(target, key.shape[0])
     if not isinstance(logit_scale, torch.Tensor):
         logit_scale = torch.full((), logit_scale, device=query.device)
-    if bank is not None:
-        bank, bank_ids, bank_valid = _bank_in_use(bank.detach(), bank_ids, bank_valid)
+    if bank is not None and bank.requires_grad:
+        bank = bank.detach()
+    if bank is not None and bank_valid is not None:
+        bank, bank_ids, bank_valid = _bank_in_use(bank, bank_ids, bank_valid)
+    problem = Problem(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
+    plain = implementation == "torch" and reduction != "none" and not recompute and not with_stats
+    if plain and contrastive_cpu.is_small(problem):
+        loss = contrastive_cpu.small_loss(problem, reduction)
+        if loss is not None:
+            return loss
     wanted = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, logit_scale))
     keep = wanted and not recompute and reduction != "none"
-    problem = Problem(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
-    plain = implementation == "torch" and (keep or not wanted) and reduction != "none" and not with_stats
     with torch.autocast(query.device.type, enabled=False):  # logits are float32
-        if plain and contrastive_cpu.is_tiny(problem, with_gradient=keep):
-            loss = contrastive_cpu.tiny_loss(problem, reduction)
-            if loss is not None:
-                return loss
         loss, *stats = _contrast(*problem, reduction, keep, implementation)[:5]
     return (loss, ContrastiveStats(*stats)) if with_stats else loss
 
 
 def _bank_in_use(bank, ids, valid):
     """Bank, ids and the valid count that a kernel must still look at: a number only cuts the view."""
-    if valid is None or isinstance(valid, torch.Tensor):
+    if isinstance(valid, torch.Tensor):
         return bank, ids, valid
     if valid < 0:
         raise ValueError(f"bank_valid must not be negative, got {valid}")
@@ -205,24 +207,30 @@ def _check_target(target, keys):
 
 
 def _check(query, key, target, bank, query_ids, key_ids, bank_ids, reduction):
-    rows = {"query": query, "key": key} | ({} if bank is None else {"bank": bank})
-    for name, tensor in rows.items():
-        if tensor.ndim != 2 or tensor.shape[1] != query.shape[1]:
-            raise ValueError(f"{name} must be (rows, D) with D = {query.shape[-1]}, got {tuple(tensor.shape)}")
+    device, dim = query.device, query.shape[-1]
+    for name, tensor in (("query", query), ("key", key), ("bank", bank)):
+        if tensor is None:
+            continue
+        if tensor.ndim != 2 or tensor.shape[1] != dim:
+            raise ValueError(f"{name} must be (rows, D) with D = {dim}, got {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-    if target is None and len(query) > len(key):
+        if tensor.device != device:
+            raise TypeError(f"all tensors must be on {device}, got {name} on {tensor.device}")
+    if target is None and query.shape[0] > key.shape[0]:
         raise ValueError(f"without target, query i belongs to key i: got {len(query)} queries and {len(key)} keys")
-    columns = {"target": (target, query), "query_ids": (query_ids, query), "key_ids": (key_ids, key)}
-    if bank is not None:
-        columns["bank_ids"] = (bank_ids, bank)
-    for name, (tensor, side) in columns.items():
-        if tensor is not None and tensor.shape != side.shape[:1]:
-            raise ValueError(f"{name} must be ({len(side)},), got {tuple(tensor.shape)}")
-        if tensor is not None and tensor.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, got {tensor.dtype}")
-    given = [*rows.values(), *(tensor for tensor, _ in columns.values() if tensor is not None)]
-    if any(tensor.device != query.device for tensor in given):
-        raise TypeError(f"all tensors must be on {query.device}, got {[str(tensor.device) for tensor in given]}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    if target is None and query_ids is None and key_ids is None and bank_ids is None:
+        return
+    bank_ids = None if bank is None else bank_ids
+    for name, tensor in dict(target=target, query_ids=query_ids, key_ids=key_ids, bank_ids=bank_ids).items():
+        if tensor is None:
+            continue
+        side = dict(key_ids=key, bank_ids=bank).get(name, query)
+        if tensor.shape != side.shape[:1]:
+            raise ValueError(f"{name} must be ({len(side)},), got {tuple(tensor.shape)}")
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {tensor.dtype}")
+        if tensor.device != device:
+            raise TypeError(f"all tensors must be on {device}, got {name} on {tensor.device}")

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 
 from kernels.reference import NO_NEGATIVE
 
-TINY = 2**16  # logits up to which dispatching an operator costs more than they do
 COARSE = 0.01  # mean loss above which the rounding of softmax - 1 is far below the gradient
-SMALL = 2**20  # logits below which a separate pass over the bank costs more than it saves
+SMALL = 2**20  # logits up to which they are held at once, and where that is exact left to autograd
 CHUNK = 2**21  # logits held at a time
 
 
@@ -100,23 +99,28 @@ def contrast(problem, weight=None):
     return result, Gradients(for_query.mul_(scale), for_key.mul_(scale), for_scale)
 
 
-def is_tiny(problem, with_gradient):
-    """Whether dispatching an operator would cost more than the arithmetic."""
-    device = problem.query.device.type
-    if device != "cpu" or torch.compiler.is_compiling():
+def is_small(problem):
+    """Whether all logits at once, by autograd, cost less than an operator that never holds them."""
+    query, key, bank = problem.query, problem.key, problem.bank
+    columns = key.shape[0] if bank is None else key.shape[0] + bank.shape[0]
+    if not (query.is_cpu and 0 < query.shape[0] * columns <= SMALL):
         return False
-    rows = [problem.query, problem.key] + ([] if problem.bank is None else [problem.bank])
-    columns = sum(part.shape[0] for part in rows[1:])
-    limit = TINY if with_gradient else SMALL
-    return 0 < problem.query.shape[0] * columns <= limit and all(part.dtype == torch.float32 for part in rows)
+    float32 = query.dtype == key.dtype == torch.float32 and (bank is None or bank.dtype == torch.float32)
+    return float32 and not torch.compiler.is_compiling()
 
 
-def tiny_loss(problem, reduction):
+def small_loss(problem, reduction):
     """The loss by autograd from all logits at once; None where softmax - 1 would round its gradient away."""
-    query, key, logit_scale, target, bank, *_ = problem = _in_use(problem)
-    candidates = key if bank is None else torch.cat([key, bank])
-    logits = logit_scale * (query @ candidates.T)  # (N, M + K)
-    same = _same_ids(problem)
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return small_loss(problem, reduction)
+    query, key, logit_scale, target, bank, _, query_ids, *_ = problem = _in_use(problem)
+    products = F.linear(query, key)
+    if bank is not None:
+        kept = bank.clone() if torch.is_grad_enabled() else bank  # autograd keeps it; it may change before the backward
+        products = torch.cat([products, F.linear(query, kept)], 1)
+    logits = logit_scale * products  # (N, M + K)
+    same = None if query_ids is None else _same_ids(problem)
     if same is not None:
         logits = logits.masked_fill(same.scatter_(1, target[:, None], False), -torch.inf)
     loss = F.cross_entropy(logits, target, reduction=reduction)

@@ -41,7 +41,7 @@ class Launch(NamedTuple):
 STREAM = {
     "default": {
         64: Launch(rows=64, columns=32, warps=4, stages=2),
-        128: Launch(rows=64, columns=64, warps=8, stages=2),
+        128: Launch(rows=64, columns=32, warps=8, stages=2),
         256: Launch(rows=64, columns=32, warps=8, stages=2),
         512: Launch(rows=32, columns=32, warps=8, stages=2),
     },

@@ -14,6 +14,8 @@ def choose(implementation, tensors):
     """
     if implementation not in ("auto", "triton", "torch"):
         raise ValueError(f'implementation must be "auto", "triton" or "torch", got {implementation!r}')
+    if implementation in ("auto", "torch") and tensors[0].is_cpu:
+        return "torch"
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
     device = tensors[0].device.type
     if implementation == "auto":

@@ -43,10 +43,11 @@ def multiscale_roi_align(
     when an image index is outside [0, B); on a GPU such a row comes out as NaN, since looking would stall it.
     """
     features, output_size = _checked(features, rois, scales, output_size)
-    implementation = choose(implementation, features)
-    pooling = [float(scale) for scale in scales], output_size, sampling_ratio, aligned, implementation
+    implementation, rois = choose(implementation, features), rois.detach()
+    pooling = Pooling([float(scale) for scale in scales], output_size, sampling_ratio, aligned)
     with torch.autocast(features[0].device.type, enabled=False):  # its casts are done
-        return _pool(features, rois.detach(), *pooling)
+        pooled = _pool_plainly(features, rois, pooling, implementation)
+        return _pool(features, rois, *pooling, implementation) if pooled is None else pooled
 
 
 def roi_align_project(
@@ -78,10 +79,23 @@ def roi_align_project(
         if part is not None and (part.dtype != features[0].dtype or part.device != features[0].device):
             expected = f"{features[0].dtype} on {features[0].device}"
             raise TypeError(f"{name} must be {expected} like the features, got {part.dtype} on {part.device}")
-    implementation = choose(implementation, features)
-    pooling = [float(scale) for scale in scales], output_size, sampling_ratio, aligned, implementation
+    implementation, rois = choose(implementation, features), rois.detach()
+    pooling = Pooling([float(scale) for scale in scales], output_size, sampling_ratio, aligned)
     with torch.autocast(features[0].device.type, enabled=False):
-        return _pool_project(features, rois.detach(), weight, bias, *pooling)[0]
+        pooled = _pool_plainly(features, rois, pooling, implementation)
+        if pooled is not None:
+            return _linear(pooled.flatten(1), weight, bias)
+        return _pool_project(features, rois, weight, bias, *pooling, implementation)[0]
+
+
+def _pool_plainly(features, rois, pooling, implementation):
+    """The pooling without an operator, where that costs less: eager, on the CPU, one bin on a small map. Else None."""
+    if implementation != "torch" or features[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    if len(rois) == 0 or not roi_align_cpu.is_dense([feature.shape for feature in features], pooling):
+        return None
+    _check_image_index(rois, len(features[0]))
+    return roi_align_cpu.pool_dense(features[0], rois, pooling)
 
 
 def _autocast(tensor):

@@ -29,7 +29,7 @@ def gather(features, rois, pooling):
     channels, (height, width) = features[0].shape[1], pooling.output_size
     if len(rois) == 0:
         pooled = features[0].new_zeros(0, height, width, channels)
-    elif _is_dense([feature.shape for feature in features], pooling):
+    elif is_dense([feature.shape for feature in features], pooling):
         pooled = _gather_dense(features[0], rois, pooling)
     else:
         dtype = coordinate_dtype(features)
@@ -47,7 +47,7 @@ def scatter(grad, rois, shapes, pooling):
     dtype, channels = coordinate_dtype([grad]), grad.shape[1]
     if len(rois) == 0:
         return [grad.new_zeros(batch, height, width, channels, dtype=dtype) for batch, _, height, width in shapes]
-    if _is_dense(shapes, pooling):
+    if is_dense(shapes, pooling):
         return [_scatter_dense(grad, rois, shapes[0], pooling)]
     taps = _plan(shapes, rois.to(dtype), pooling)
     bins = grad.permute(0, 2, 3, 1).reshape(-1, channels).to(dtype)  # (R * ph * pw, C)
@@ -99,10 +99,8 @@ def _plan(shapes, rois, pooling):
     integer = torch.int32 if max(total, most_taps) < 2**31 else torch.int64
     base = starts[level] + rois[:, 0].long() * height * width
     row = (base[:, None, None] + y * width[:, None, None]).to(integer)  # (R, ph, I)
-    pixel = row[:, :, None, :, None] + x.to(integer)[:, None, :, None, :]  # (R, ph, pw, I, J)
-    weight = weight_y[:, :, None, :, None] * weight_x[:, None, :, None, :]
-    bins, taps = pixel.shape[0] * pixel.shape[1] * pixel.shape[2], pixel.shape[3] * pixel.shape[4]
-    pixel, weight = pixel.view(bins, taps), weight.view(bins, taps)
+    pixel, weight = _pairs(torch.add, row, x.to(integer)), _pairs(torch.mul, weight_y, weight_x)
+    bins, taps = pixel.shape
     if pooling.sampling_ratio > 0:
         offset = torch.arange(0, bins * taps + 1, taps, dtype=integer, device=rois.device)
         return Taps(pixel.view(-1), weight.view(-1), offset, taps)
@@ -112,6 +110,13 @@ def _plan(shapes, rois, pooling):
     return Taps(
         pixel[used], weight[used], offset, torch.repeat_interleave(torch.arange(bins, device=rois.device), count)
     )
+
+
+def _pairs(combine, y, x):
+    """`combine` of every y (R, ph, I) with every x (R, pw, J) of its RoI: (R * ph * pw, I * J)."""
+    taps = y.shape[2], x.shape[2]
+    y, x = (part.expand(-1, -1, *taps).flatten(2) for part in (y[:, :, :, None], x[:, :, None, :]))
+    return combine(y[:, :, None], x[:, None]).flatten(0, 2)  # the pairs of a bin lie together: one long inner loop
 
 
 def _both_axes(rois, scale, height, width, pooling):
@@ -137,44 +142,67 @@ def _merge(index, weight):
     return torch.where(merged != 0, low + window, 0), merged
 
 
-def _is_dense(shapes, pooling):
+def is_dense(shapes, pooling):
     """One bin on one small map: a matrix product beats the gather."""
     return len(shapes) == 1 and pooling.output_size == (1, 1) and shapes[0][2] * shapes[0][3] <= 64 * 64
 
 
 def _dense_weights(rois, height, width, pooling):
     """(R, H * W) weights of a single bin, the outer product of both axes."""
-    scale = rois.new_full((len(rois),), pooling.scales[0])
-    extent = torch.ones(len(rois), dtype=torch.int64, device=rois.device)
-    y, weight_y, x, weight_x = _both_axes(rois, scale, extent * height, extent * width, pooling)
-    weight_y = weight_y * finite_rois(rois)[:, None, None]
-    along_y = rois.new_zeros(len(rois), height).scatter_add_(1, y.squeeze(1), weight_y.squeeze(1))
-    along_x = rois.new_zeros(len(rois), width).scatter_add_(1, x.squeeze(1), weight_x.squeeze(1))
-    return (along_y[:, :, None] * along_x[:, None, :]).flatten(1)
+    count, longest = len(rois), max(height, width)
+    x1, y1, x2, y2 = (torch.where(rois[:, 1:].isfinite(), rois[:, 1:], 0) * pooling.scales[0]).T
+    low, high = torch.cat([y1, x1]) - 0.5 * pooling.aligned, torch.cat([y2, x2]) - 0.5 * pooling.aligned
+    extent = rois.new_tensor([height, width]).repeat_interleave(count)
+    index, weight, samples = sample_axis(low, high, 1, extent, pooling.sampling_ratio, pooling.aligned)
+    along = rois.new_zeros(2 * count, longest).scatter_add_(1, index.flatten(1), weight.flatten(1))
+    samples = (samples[:count] * samples[count:]).clamp(min=1)
+    along_y = along[:count, :height] * (finite_rois(rois) / samples)[:, None]
+    return (along_y[:, :, None] * along[count:, None, :width]).flatten(1)
 
 
-def _rows_of_images(rois, batch):
-    """Per image the indices of its RoIs, a list of (r_b,) int64."""
+def _by_image(rois, batch):
+    """The order of the RoIs by image, (R,) int64, and how many each image has."""
     image = rois[:, 0].long()
-    return torch.argsort(image, stable=True).split(torch.bincount(image, minlength=batch).tolist())
+    return torch.argsort(image, stable=True), torch.bincount(image, minlength=batch).tolist()
 
 
 def _gather_dense(feature, rois, pooling):
     dtype = coordinate_dtype([feature])
-    weight = _dense_weights(rois.to(dtype), feature.shape[2], feature.shape[3], pooling)
+    order, counts = _by_image(rois, len(feature))
+    weight = _dense_weights(rois[order].to(dtype), feature.shape[2], feature.shape[3], pooling)
     pooled = weight.new_empty(len(rois), feature.shape[1])
-    for image, rows in enumerate(_rows_of_images(rois, feature.shape[0])):
-        if len(rows):
-            pooled[rows] = weight[rows] @ feature[image].flatten(1).T.to(dtype)  # (r, H W) @ (H W, C)
-    return pooled.to(feature.dtype)
+    for pixels, own, out in zip(feature, weight.split(counts), pooled.split(counts), strict=True):
+        torch.mm(own, pixels.flatten(1).T.to(dtype), out=out)  # (r, H W) @ (H W, C)
+    return torch.empty_like(pooled).index_copy_(0, order, pooled).to(feature.dtype)
 
 
 def _scatter_dense(grad, rois, shape, pooling):
     dtype, (batch, channels, height, width) = coordinate_dtype([grad]), shape
-    weight = _dense_weights(rois.to(dtype), height, width, pooling)
-    grad = grad.flatten(1).to(dtype)  # (R, C)
-    gradient = grad.new_zeros(batch, height * width, channels, dtype=dtype)
-    for image, rows in enumerate(_rows_of_images(rois, batch)):
-        if len(rows):
-            torch.mm(weight[rows].T, grad[rows], out=gradient[image])  # (H W, r) @ (r, C)
+    order, counts = _by_image(rois, batch)
+    weight = _dense_weights(rois[order].to(dtype), height, width, pooling)
+    grad = grad.flatten(1)[order].to(dtype)  # (R, C)
+    gradient = grad.new_empty(batch, height * width, channels)
+    for own, upstream, out in zip(weight.split(counts), grad.split(counts), gradient, strict=True):
+        torch.mm(own.T, upstream, out=out)  # (H W, r) @ (r, C): zeros where an image has no RoI
     return gradient.view(batch, height, width, channels)
+
+
+def pool_dense(feature, rois, pooling):
+    """(B, C, H, W), (R, 5) -> (R, C, 1, 1) as one batched product, (B, most, H W) @ (B, H W, C).
+
+    Made of operations that PyTorch differentiates itself, which on the CPU costs less than an operator of our own.
+    None where one image has so many more RoIs than the others that it would be a product of zeros.
+    """
+    dtype, (batch, channels, height, width) = coordinate_dtype([feature]), feature.shape
+    order, counts = _by_image(rois, batch)
+    most = max(counts)  # every image gets room for as many RoIs
+    if batch * most > 2 * len(rois) + 64:
+        return None
+    image = rois[order, 0].long()
+    first = rois.new_tensor([0, *counts[:-1]], dtype=torch.int64).cumsum(0)
+    place = image * most + torch.arange(len(rois)) - first[image]  # of the RoIs in the order of their images
+    place = torch.empty_like(place).index_copy_(0, order, place)
+    weight = _dense_weights(rois.to(dtype), height, width, pooling)
+    weight = weight.new_zeros(batch * most, height * width).index_copy_(0, place, weight).view(batch, most, -1)
+    pooled = torch.bmm(weight, feature.flatten(2).transpose(1, 2).to(dtype)).flatten(0, 1)
+    return pooled.index_select(0, place).to(feature.dtype).view(len(rois), channels, 1, 1)

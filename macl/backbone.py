@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-BACKBONES = {"resnet18": (64, 128, 256, 512), "resnet34": (64, 128, 256, 512)} | {
-    name: (256, 512, 1024, 2048) for name in ("resnet50", "resnet101")
-}
 NORMS = ("frozen_batch", "batch", "sync_batch", "group", "modality_batch")
 MODALITIES = {"visible": "visible", "infrared": "infrared", "lwir": "infrared", "thermal": "infrared"}
 
@@ -64,6 +62,44 @@ def norm_layer(kind: str, *, eps: float = 1e-5):
     return constructors[kind]
 
 
+def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """norm(conv(x)); the factors of a frozen norm go into the convolution's weight where that is the smaller tensor."""
+    if not isinstance(norm, FrozenBatchNorm2d) or conv.weight.numel() > x.numel():
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    bias = norm.bias - norm.running_mean * scale
+    return F.conv2d(x, conv.weight * scale[:, None, None, None], bias, conv.stride, conv.padding)
+
+
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's, with `conv_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(conv_norm(x, self.conv1, self.bn1))
+        out = conv_norm(out, self.conv2, self.bn2)
+        out += x if self.downsample is None else conv_norm(x, *self.downsample)
+        return self.relu(out)
+
+
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's, with `conv_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(conv_norm(x, self.conv1, self.bn1))
+        out = self.relu(conv_norm(out, self.conv2, self.bn2))
+        out = conv_norm(out, self.conv3, self.bn3)
+        out += x if self.downsample is None else conv_norm(x, *self.downsample)
+        return self.relu(out)
+
+
+BACKBONES = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+}
+
+
 class Backbone(nn.Module):
     """torchvision's ResNet up to the last stage that is asked for, run once over the images of both modalities.
 
@@ -77,13 +113,14 @@ class Backbone(nn.Module):
             raise ValueError(f"backbone {name!r} is none of {', '.join(BACKBONES)}")
         if not 0 <= frozen_stages <= 4:
             raise ValueError(f"frozen_stages is {frozen_stages}, must be 0 to 4")
-        body = getattr(resnet, name)(weights=None, norm_layer=norm_layer(norm, eps=norm_eps))
+        block, layers = BACKBONES[name]
+        body = resnet.ResNet(block, list(layers), norm_layer=norm_layer(norm, eps=norm_eps))
         for stem in ("conv1", "bn1", "relu", "maxpool"):
             setattr(self, stem, getattr(body, stem))
         for stage in range(1, stages + 1):
             setattr(self, f"layer{stage}", getattr(body, f"layer{stage}"))
         self.stages = stages
-        self.out_channels = list(BACKBONES[name][:stages])
+        self.out_channels = [width * block.expansion for width in (64, 128, 256, 512)[:stages]]
         self.freeze(frozen_stages)
 
     def freeze(self, stages: int) -> None:
@@ -113,7 +150,7 @@ class Backbone(nn.Module):
         for module in self.modules():
             if isinstance(module, ModalityBatchNorm2d):
                 module.set_layout(layout)
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(self.relu(conv_norm(images, self.conv1, self.bn1)))
         maps = []
         for stage in range(1, self.stages + 1):
             x = getattr(self, f"layer{stage}")(x)

@@ -35,6 +35,38 @@ class RPNHead(nn.Module):
             offsets.append(at_least_float32(self.bbox_pred(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1, 4)))
         return objectness, offsets
 
+    def at(self, features: list[Tensor], image: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` says of single anchors, with gradients that cost no more than these anchors.
+
+        image, anchor (n,): which image, and which row of the anchors of all levels one after the other.
+        -> objectness (n,) and offsets (n, 4), float32.
+        """
+        anchors = self.cls_logits.out_channels
+        ends = torch.tensor([level.shape[2] * level.shape[3] * anchors for level in features]).cumsum(0).tolist()
+        windows = features[0].new_zeros(len(anchor), 9, features[0].shape[1])
+        for feature, start, end in zip(features, [0, *ends], ends, strict=False):
+            (here,) = torch.where((anchor >= start) & (anchor < end))
+            seen = windows_of_three(feature, image[here], (anchor[here] - start) // anchors)
+            windows = windows.index_copy(0, here, seen)
+        hidden = F.relu(F.linear(windows.transpose(1, 2).flatten(1), self.conv.weight.flatten(1), self.conv.bias))
+        shape = anchor % anchors  # every level has a multiple of `anchors`
+        objectness, offsets = (
+            F.linear(hidden, layer.weight.flatten(1), layer.bias).unflatten(1, (anchors, -1))
+            for layer in (self.cls_logits, self.bbox_pred)
+        )
+        row = torch.arange(len(anchor), device=anchor.device)
+        return at_least_float32(objectness[row, shape, 0]), at_least_float32(offsets[row, shape])
+
+
+def windows_of_three(feature: Tensor, image: Tensor, pixel: Tensor) -> Tensor:
+    """What a 3x3 convolution sees of a map (B, C, H, W) at n pixels, row * W + column: (n, 9, C), zeros outside."""
+    height, width = feature.shape[-2:]
+    step = torch.arange(-1, 2, device=pixel.device)
+    y = (pixel // width)[:, None] + step.repeat_interleave(3)  # (n, 9)
+    x = (pixel % width)[:, None] + step.repeat(3)
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    return feature[image[:, None], :, y.clamp(0, height - 1), x.clamp(0, width - 1)] * inside[..., None]
+
 
 class RPN(nn.Module):
     """Anchors, head, proposals and losses.
@@ -76,13 +108,13 @@ class RPN(nn.Module):
 
         -> proposals (n_i, 4) an image, and the losses loss_objectness and loss_rpn_box_reg when there are targets.
         """
-        objectness, offsets = self.head(features)
         anchors = self.anchors(features, batch_size)
+        # The losses look at few anchors: they run the head again there, so that its backward is theirs alone.
         with torch.no_grad():
-            proposals = self.propose(objectness, offsets, anchors, image_sizes)
+            proposals = self.propose(*self.head(features), anchors, image_sizes)
         if targets is None:
             return proposals, {}
-        return proposals, self.losses(torch.cat(objectness, 1), torch.cat(offsets, 1), torch.cat(anchors), targets)
+        return proposals, self.losses(features, torch.cat(anchors), targets)
 
     def propose(
         self, objectness: list[Tensor], offsets: list[Tensor], anchors: list[Tensor], image_sizes: list[tuple[int, int]]
@@ -105,11 +137,10 @@ class RPN(nn.Module):
             proposals.append(image_boxes[large][keep])
         return proposals
 
-    def losses(self, objectness: Tensor, offsets: Tensor, anchors: Tensor, targets: list[dict]) -> dict[str, Tensor]:
-        """objectness (B, N), offsets (B, N, 4), anchors (N, 4)."""
-        sums = {"loss_objectness": objectness.sum() * 0, "loss_rpn_box_reg": offsets.sum() * 0}
-        sampled = 0
-        for logits, deltas, target in zip(objectness, offsets, targets, strict=True):
+    def losses(self, features: list[Tensor], anchors: Tensor, targets: list[dict]) -> dict[str, Tensor]:
+        """features: (B, C, H_l, W_l); anchors: (N, 4), of all levels."""
+        image, anchor, labels, boxes = [], [], [], []
+        for number, target in enumerate(targets):
             matched = match(
                 anchors,
                 target["boxes"],
@@ -118,19 +149,18 @@ class RPN(nn.Module):
                 keep_best=True,
                 ignore=target.get("ignored"),
             )
-            positive, negative = sample(matched, count=self.samples, positive_fraction=self.positive_fraction)
-            chosen = torch.cat([positive, negative])
-            labels = torch.cat([torch.ones_like(logits[positive]), torch.zeros_like(logits[negative])])
-            sums["loss_objectness"] = sums["loss_objectness"] + F.binary_cross_entropy_with_logits(
-                logits[chosen], labels, reduction="sum"
-            )
-            sums["loss_rpn_box_reg"] = sums["loss_rpn_box_reg"] + box_regression_loss(
-                "smooth_l1",
-                deltas[positive],
-                target["boxes"][matched[positive]],
-                anchors[positive],
-                self.coder,
-                self.beta,
-            )
-            sampled += chosen.numel()
-        return {name: global_mean(total, sampled) for name, total in sums.items()}
+            chosen = torch.cat(sample(matched, count=self.samples, positive_fraction=self.positive_fraction))
+            matched = matched[chosen]
+            image.append(torch.full_like(chosen, number))
+            anchor.append(chosen)
+            labels.append(matched >= 0)
+            boxes.append(target["boxes"][matched[matched >= 0]])
+        image, anchor, labels, boxes = (torch.cat(part) for part in (image, anchor, labels, boxes))
+        logits, deltas = self.head.at(features, image, anchor)
+        sums = {
+            "loss_objectness": F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum"),
+            "loss_rpn_box_reg": box_regression_loss(
+                "smooth_l1", deltas[labels], boxes, anchors[anchor[labels]], self.coder, self.beta
+            ),
+        }
+        return {name: global_mean(total, len(labels)) for name, total in sums.items()}

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_LIMIT = dict(sm_80=166912, sm_90=232448, sm_100=232448, gfx942=65536)
-PRODUCTS = ("pool_backward", "pool_project", "stream_64", "stream_128", "stream_256", "key_gradient_128")
+PRODUCTS = ("pool_backward", "pool_project", "stream_64", "stream_128", "stream_256")
 BEST = dict(sm_80="mma.sync", sm_90="wgmma.mma_async", sm_100="tcgen05.mma", gfx942="mfma")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 

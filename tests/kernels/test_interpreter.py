@@ -4,7 +4,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,6 @@ import pytest
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_in_the_interpreter():
-    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
-    if triton <= (3, 6) and numpy >= (2, 4):
-        pytest.skip("the interpreter of triton 3.6 cannot loop to a run-time bound with numpy 2.4")
     tests = Path(__file__).with_name("interpreted.py")
     environment = os.environ | dict(TRITON_INTERPRET="1")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]

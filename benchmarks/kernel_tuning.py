@@ -1,0 +1,99 @@
+"""Times of the kernels' block sizes on a GPU, best first, to be written into their tables (kernels.py --tune)."""
+
+import itertools
+
+import torch
+from triton.runtime.errors import TritonError
+
+from benchmarks.kernel_cases import box_head, contrast_inputs, regions
+from kernels import contrastive_triton, roi_align_triton
+from kernels.contrastive_cpu import Problem
+from kernels.roi_align import Pooling
+
+SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
+def tune(measure, device, *, size=(512, 640), rois=1024, channels=256, bank_rows=65536, dtype=torch.bfloat16):
+    """measure: name -> function to name -> seconds of its runs. A launch that does not fit the GPU is said to fail."""
+    for title, functions in (
+        *pooling_launches(device, dtype, size, rois, channels),
+        *projection_launches(device, dtype, rois),
+        *loss_engines(device, dtype, bank_rows),
+    ):
+        print(f"\n{title}")
+        for seconds, name in sorted(timed(measure, functions)):
+            print(f"{seconds * 1e6:10.1f} us  {name}")
+
+
+def timed(measure, functions):
+    """(best seconds, name) of each function on its own; infinite where it fails."""
+    for name, function in functions.items():
+        try:
+            yield min(measure({"": function})[""]), name
+        except (RuntimeError, TritonError) as error:  # out of shared memory or registers
+            yield float("inf"), f"{name}: {str(error).splitlines()[0]}"
+
+
+def pooling_launches(device, dtype, size, rois, channels):
+    """FORWARD and BACKWARD of roi_align_triton."""
+    features, boxes = box_head(device, dtype, 2, rois, True, size, channels)
+    features = [part.detach() for part in features]
+    shapes, pooling = [tuple(part.shape) for part in features], Pooling(SCALES, (7, 7), 2, False)
+    upstream = roi_align_triton.gather(features, boxes, pooling)
+
+    def forward(launch):
+        roi_align_triton.FORWARD = launch
+        return roi_align_triton.gather(features, boxes, pooling)
+
+    def backward(launch):
+        roi_align_triton.BACKWARD = {"default": launch}
+        return roi_align_triton.scatter(upstream, boxes, shapes, pooling)
+
+    launches = [
+        roi_align_triton.Launch(rows=0, columns=0, channels=block, warps=warps, stages=stages)
+        for block, warps, stages in itertools.product((32, 64, 128, 256), (4, 8), (1, 2))
+    ]
+    for name, function in (("FORWARD", forward), ("BACKWARD", backward)):
+        yield name, {str(launch): lambda launch=launch, function=function: function(launch) for launch in launches}
+
+
+def projection_launches(device, dtype, rois):
+    """PROJECT, beside gather and product apart: what `roi_align._in_one_launch` is to be set by."""
+    feature, boxes = regions(device, dtype, 8, 24, 256, rois)
+    feature, pooling = feature.detach(), Pooling([1.0], (1, 1), 2, True)
+    for outputs in (64, 256, 1024):
+        weight = torch.randn(outputs, 256, device=device).to(dtype)
+
+        def apart(weight=weight):
+            return roi_align_triton.gather([feature], boxes, pooling).flatten(1) @ weight.T
+
+        def together(launch, weight=weight):
+            roi_align_triton.PROJECT = {"default": launch}
+            return roi_align_triton.project([feature], boxes, weight, None, pooling)
+
+        functions = {"gather, then product": apart}
+        for rows, columns, block, warps in itertools.product((16, 32, 64), (32, 64, 128), (32, 64), (4, 8)):
+            launch = roi_align_triton.Launch(rows=rows, columns=columns, channels=block, warps=warps, stages=2)
+            functions[str(launch)] = lambda launch=launch, together=together: together(launch)
+        yield f"PROJECT, one bin, {outputs} outputs", functions
+
+
+def loss_engines(device, dtype, bank_rows):
+    """STREAM by width and, beside the chunked engine, by number of queries: what STREAM_ROWS is to be set by."""
+    for dim, queries in itertools.product((64, 128, 256, 512), (16, 64, 128, 256)):
+        query, key, scale, bank = (part.detach() for part in contrast_inputs(device, dtype, queries, bank_rows, dim))
+        problem = Problem(query, key, scale, torch.arange(queries, device=device), bank, None, None, None, None)
+        weight = torch.full((queries,), 1 / queries, device=device)
+
+        def chunked(problem=problem, weight=weight):
+            return contrastive_triton.contrast(problem, weight, "chunked")
+
+        def streamed(launch, problem=problem, weight=weight, dim=dim):
+            contrastive_triton.STREAM = {"default": {dim: launch}}
+            return contrastive_triton.contrast(problem, weight, "stream")
+
+        functions = {"chunked": chunked}
+        for rows, columns, warps, stages in itertools.product((16, 32, 64), (32, 64, 128), (4, 8), (1, 2, 3)):
+            launch = contrastive_triton.Launch(rows=rows, columns=columns, warps=warps, stages=stages)
+            functions[str(launch)] = lambda launch=launch, streamed=streamed: streamed(launch)
+        yield f"STREAM, width {dim}, {queries} queries", functions

@@ -1,0 +1,61 @@
+"""The region proposal network runs its head a second time where the losses look: that must be the same head."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from macl.boxes import AnchorGenerator
+from macl.rpn import RPN, RPNHead
+
+SIZES = ((6, 9), (3, 4), (1, 1))
+
+
+@pytest.fixture
+def rpn():
+    torch.manual_seed(0)
+    anchors = AnchorGenerator(sizes=((16.0,), (32.0,), (64.0,)), aspect_ratios=(0.5, 1.0, 2.0))
+    rpn = RPN(head=RPNHead(8, anchors.per_location), anchors=anchors, samples=40)
+    for parameter in rpn.head.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return rpn.double()
+
+
+def features(requires_grad=True):
+    generator = torch.Generator().manual_seed(1)
+    maps = [torch.randn(2, 8, *size, generator=generator, dtype=torch.float64) for size in SIZES]
+    return [part.requires_grad_(requires_grad) for part in maps]
+
+
+def test_single_anchors_equal_the_dense_head_with_all_gradients(rpn):
+    maps = features()
+    dense = [torch.cat(parts, 1) for parts in rpn.head(maps)]  # (2, N), (2, N, 4)
+    image = torch.arange(2).repeat_interleave(dense[0].shape[1])
+    anchor = torch.arange(dense[0].shape[1]).repeat(2)
+    order = torch.randperm(len(anchor), generator=torch.Generator().manual_seed(2))[:-7]
+    single = rpn.head.at(maps, image[order], anchor[order])
+    inputs = [*maps, *rpn.head.parameters()]
+    results = []
+    for logits, offsets in ((part[image[order], anchor[order]] for part in dense), single):
+        loss = F.softplus(logits).sum() + (offsets.sin() * torch.arange(1.0, 5)).sum()
+        results.append([logits, offsets, *torch.autograd.grad(loss, inputs)])
+    for expected, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("boxes", [torch.zeros(0, 4), torch.tensor([[4.0, 4.0, 30.0, 34.0]])])
+def test_every_parameter_of_the_head_has_a_gradient(rpn, boxes):
+    targets = [{"boxes": boxes.double()}, {"boxes": torch.zeros(0, 4, dtype=torch.float64)}]
+    _, losses = rpn(features(False), [(48, 72)] * 2, (48, 72), targets)
+    sum(losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in rpn.head.parameters())
+    assert (rpn.head.cls_logits.weight.grad != 0).any()
+
+
+def test_under_autocast_the_losses_train_the_head(rpn):
+    """The dense pass without gradient must leave no cast weights behind that the losses would take."""
+    targets = [{"boxes": torch.tensor([[4.0, 4.0, 30.0, 34.0]])}] * 2
+    rpn.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, losses = rpn([part.float() for part in features(False)], [(48, 72)] * 2, (48, 72), targets)
+    sum(losses.values()).backward()
+    assert all((parameter.grad != 0).any() for parameter in rpn.head.parameters())
