@@ -39,8 +39,7 @@ from fgclip.transformer import ACTIVATIONS
 from fgclip.validation import best_figure, embed, validation_figures, validation_text
 from training import checkpoint, distributed
 from training.arguments import (
-    add_optimisation_flags,
-    add_shared_flags,
+    add_recipe_flags,
     fraction,
     int_list,
     make_parser,
@@ -99,9 +98,7 @@ BANK_RECIPE = dict(most_regions=1, lr_base_batch=48, warmup_steps=500, region_we
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The flags, with the defaults of the data, the weights or the resumed run that they name."""
     parser = make_parser(__doc__)
-    shared = ("epochs", "batch_size", "workers")
-    add_shared_flags(parser, SCRIPT, **{k: FINE_TUNING_RECIPE[k] for k in shared})
-    add_optimisation_flags(parser, **{k: v for k, v in FINE_TUNING_RECIPE.items() if k not in shared})
+    add_recipe_flags(parser, SCRIPT, FINE_TUNING_RECIPE)
     add_data_flags(parser)
     add_model_flags(parser)
     add_loss_flags(parser)

@@ -26,8 +26,7 @@ from macl.validation import alignment_figures, detection_figures, draw_validatio
 from macl.weights import has_old_names, read_state
 from training import checkpoint, distributed
 from training.arguments import (
-    add_optimisation_flags,
-    add_shared_flags,
+    add_recipe_flags,
     float_list,
     fraction,
     int_list,
@@ -64,10 +63,7 @@ SYNTHETIC_RECIPE = dict(
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The flags, with the defaults of the data set and of the checkpoint that they name."""
     parser = make_parser(__doc__)
-    add_shared_flags(parser, SCRIPT, **{k: LLVIP_RECIPE[k] for k in ("epochs", "batch_size", "workers")})
-    add_optimisation_flags(
-        parser, **{k: v for k, v in LLVIP_RECIPE.items() if k not in ("epochs", "batch_size", "workers")}
-    )
+    add_recipe_flags(parser, SCRIPT, LLVIP_RECIPE)
     add_data_flags(parser)
     add_augmentation_flags(parser)
     add_model_flags(parser)

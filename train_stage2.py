@@ -41,8 +41,7 @@ from train_stage1 import (
 )
 from training import checkpoint, distributed
 from training.arguments import (
-    add_optimisation_flags,
-    add_shared_flags,
+    add_recipe_flags,
     float_list,
     fraction,
     int_list,
@@ -80,10 +79,7 @@ SYNTHETIC_RECIPE = dict(
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The flags, with the defaults of the data set that they name."""
     parser = make_parser(__doc__)
-    add_shared_flags(parser, SCRIPT, **{k: KAIST_RECIPE[k] for k in ("epochs", "batch_size", "workers")})
-    add_optimisation_flags(
-        parser, **{k: v for k, v in KAIST_RECIPE.items() if k not in ("epochs", "batch_size", "workers")}
-    )
+    add_recipe_flags(parser, SCRIPT, KAIST_RECIPE)
     add_data_flags(parser)
     add_augmentation_flags(parser)
     add_model_flags(parser)

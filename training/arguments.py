@@ -149,6 +149,13 @@ def add_optimisation_flags(parser: argparse.ArgumentParser, **defaults) -> None:
     _all_used(defaults)
 
 
+def add_recipe_flags(parser: argparse.ArgumentParser, script: str, recipe: dict) -> None:
+    """The flags of `add_shared_flags` and `add_optimisation_flags`, with the defaults that `recipe` has for them."""
+    shared = {name: value for name, value in recipe.items() if name in ("epochs", "batch_size", "workers")}
+    add_shared_flags(parser, script, **shared)
+    add_optimisation_flags(parser, **{name: value for name, value in recipe.items() if name not in shared})
+
+
 def prepare_run(
     args: argparse.Namespace, script: str, *, runs_root: str | Path = "runs", may_change: tuple[str, ...] = ()
 ) -> Path:
