@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+import training.distributed as distributed
 from fgclip.batches import Sample, Texts, usable_regions
 from fgclip.data import Record
 from fgclip.errors import InputError
 from fgclip.images import inside, preprocess, read_image
 from fgclip.model import FGCLIP, unit
 from fgclip.tokenizer import Tokenizer
-from training import distributed
 
 AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -69,6 +69,7 @@ def find_layout(root: Path) -> tuple[Path, Layout]:
 
 
 def find_list(root: Path, layout: Layout, image_set: str | Path) -> Path:
+    """The file of a list: of the tree's own by its name, any other by its path. Raises InputError that names those."""
     name = str(image_set).removesuffix(".txt")
     folders = [root / folder for folder in layout.lists if (root / folder).is_dir()]
     for folder in folders if Path(name).name == name else ():
