@@ -55,6 +55,9 @@ ARMS = {
     "macl": Arm(
         STAGE_1, "--no-msp", "contrast between the modalities (MACL)", against=("detector", "probe"), seeds=5
     ),
+    "light": Arm(
+        STAGE_1, "--no-msp --macl-weight 0.1", "MACL with a tenth of the weight", against=("detector", "macl"), seeds=3
+    ),
     "msp": Arm(STAGE_1, "--macl-weight 0", "multi-scale pyramid reweighting (MSP)", against=("detector",)),
     "undropped": Arm(
         STAGE_1, "--no-msp --macl-weight 0 --modality-dropout 0 0", "the detector alone, no modality ever masked",
