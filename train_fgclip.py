@@ -12,6 +12,8 @@ The defaults are those for fine-tuning published weights. Without data they are 
 --init-from those of a start from nothing; add --help to see the defaults of just that command.
 """
 
+import training.host  # noqa: F401, I001  before torch
+
 import argparse
 import math
 from pathlib import Path

@@ -10,6 +10,8 @@ Without --data-root the defaults are those of the drawn scenes: small images and
 --init-from a checkpoint, they are others; add --help to see the defaults of just that command.
 """
 
+import training.host  # noqa: F401, I001  before torch
+
 import argparse
 import math
 

@@ -11,6 +11,8 @@ join it; each has its weight, its warm-up, and can be switched off. Without --da
 drawn scenes, with it those of KAIST; add --help to see the defaults of just that command.
 """
 
+import training.host  # noqa: F401, I001  before torch
+
 import argparse
 import bisect
 import math

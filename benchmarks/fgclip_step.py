@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import training.threads  # noqa: F401  before torch
+import training.host  # noqa: F401  before torch
 
 import torch
 import torch.nn.functional as F

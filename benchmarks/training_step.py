@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import training.threads  # noqa: F401  before torch
+import training.host  # noqa: F401  before torch
 
 import torch
 from torchvision.models.detection import FasterRCNN

@@ -39,9 +39,14 @@ def test_imports_run_one_way(room):
             assert fits, f"{path.relative_to(ROOT)}:{line} imports {name}"
 
 
+@pytest.mark.parametrize("script", sorted(ROOT.glob("train_*.py")), ids=lambda path: path.name)
+def test_scripts_set_up_the_host_before_torch(script):
+    assert next(imported(script))[0] == "training.host"
+
+
 def test_only_one_module_reads_the_environment():
     for room in ROOMS:
         for path in (ROOT / room).rglob("*.py"):
             reads = "os.environ" in path.read_text(encoding="utf-8")
-            known = path.relative_to(ROOT).as_posix() in ("training/distributed.py", "training/threads.py")
+            known = path.relative_to(ROOT).as_posix() in ("training/distributed.py", "training/host.py")
             assert not reads or known, f"{path.relative_to(ROOT)} reads the process environment"
