@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from kernels import roi_align_cpu
 from kernels.implementation import choose
+from kernels.products import linear, product
 
 
 class Pooling(NamedTuple):
@@ -84,7 +85,7 @@ def roi_align_project(
     with torch.autocast(features[0].device.type, enabled=False):
         pooled = _pool_plainly(features, rois, pooling, implementation)
         if pooled is not None:
-            return _linear(pooled.flatten(1), weight, bias)
+            return F.linear(pooled.flatten(1), weight, bias)
         return _pool_project(features, rois, weight, bias, *pooling, implementation)[0]
 
 
@@ -233,7 +234,7 @@ def _pool_project(
         projected = _engine(implementation).project(features, rois, weight, bias, pooling)
         return projected, projected.new_empty(0, weight.shape[1])
     pooled = _engine(implementation).gather(features, rois, pooling).flatten(1).contiguous()
-    return _linear(pooled, weight, bias), pooled
+    return linear(pooled, weight, bias), pooled
 
 
 @_pool_project.register_fake
@@ -248,14 +249,6 @@ def _in_one_launch(implementation, weight, output_size):
     Expected of one bin and few outputs, not measured; `python benchmarks/kernels.py` compares both on a GPU.
     """
     return implementation == "triton" and output_size[0] * output_size[1] == 1 and weight.shape[0] <= 256
-
-
-def _linear(rows, weight, bias):
-    """F.linear, on the CPU in at least float32: most have no fast half-precision product."""
-    if rows.device.type == "cpu" and rows.dtype in (torch.float16, torch.bfloat16):
-        with torch.autocast("cpu", enabled=False):
-            return F.linear(rows.float(), weight.float(), None if bias is None else bias.float()).to(rows.dtype)
-    return F.linear(rows, weight, bias)
 
 
 def _remember_projection(ctx, inputs, output):
@@ -274,13 +267,13 @@ def _projection_gradients(ctx, grad, _):
     need_features, _, need_weight, need_bias, *_ = ctx.needs_input_grad
     for_features, for_weight, for_bias = [None] * len(need_features), None, None
     if any(need_features):
-        for_bins = _linear(grad, weight.T, None).view(-1, *ctx.bins)  # (R, C, ph, pw)
+        for_bins = product(grad, weight.T).view(-1, *ctx.bins)  # (R, C, ph, pw)
         for_features = _pool_backward(for_bins, rois, *ctx.maps, *ctx.pooling)
     if need_weight:
         if features:
             scales, *rest = ctx.pooling
             pooled = _pool(features, rois, scales, ctx.bins[1:], *rest).flatten(1)
-        for_weight = _linear(grad.T, pooled.T, None)
+        for_weight = product(grad.T, pooled.T)
     if need_bias:
         for_bias = grad.sum(0)
     return for_features, None, for_weight, for_bias, None, None, None, None, None
