@@ -43,29 +43,25 @@ def sample_axis(low, high, bins, extent, sampling_ratio, aligned):
     size = high - low
     if not aligned:
         size = size.clamp(min=1)
-    extent = extent.to(low.dtype)
-    bin_size = size / bins
-    bin_index = torch.arange(bins, device=low.device, dtype=low.dtype)
-    bin_start = low[:, None] + bin_index * bin_size[:, None]  # (R, bins)
+    extent = extent.to(low.dtype)[:, None]
+    bin_size = (size / bins)[:, None]
+    bin_start = low[:, None] + torch.arange(bins, device=low.device, dtype=low.dtype) * bin_size  # (R, bins)
     if sampling_ratio > 0:
-        count = torch.full_like(low, sampling_ratio)
-        sample = torch.arange(sampling_ratio, device=low.device, dtype=low.dtype).expand(len(low), bins, -1)
+        count, most, first = torch.full_like(bin_size, sampling_ratio), sampling_ratio, bin_start.new_zeros(())
+        step = bin_size / sampling_ratio
     else:
-        count = torch.ceil(bin_size)
-        most = _most_samples(count, extent)
-        step = bin_size / count.clamp(min=1)
-        first = torch.ceil((-1 - bin_start) / step[:, None].clamp(min=1e-6) - 0.5).clamp(min=0) - 1
-        sample = first.clamp(min=0)[..., None] + torch.arange(most, device=low.device, dtype=low.dtype)
-    divisor = count.clamp(min=1)[:, None, None]
-    position = bin_start[..., None] + (sample + 0.5) * bin_size[:, None, None] / divisor  # (R, bins, S)
-    edge = extent[:, None, None]
-    inside = (sample < count[:, None, None]) & (position >= -1) & (position <= edge)
-    position = torch.where(inside, position, 0).clamp(min=0)
-    lower = torch.minimum(position.floor(), edge - 1)
-    upper = torch.minimum(lower + 1, edge - 1)
-    fraction = torch.where(lower == edge - 1, 0, position - lower)
-    weight = torch.stack([1 - fraction, fraction], -1) * inside[..., None]
-    return torch.stack([lower, upper], -1).long(), weight, count
+        count = bin_size.ceil()
+        most, step = _most_samples(count, extent), bin_size / count.clamp(min=1)
+        first = ((-1 - bin_start) / step.clamp(min=1e-6) - 0.5).ceil().sub(1).clamp(min=0)
+    sample = first[..., None] + torch.arange(most, device=low.device, dtype=low.dtype)
+    position = bin_start[..., None] + (sample + 0.5) * step[..., None]  # (R, bins, S)
+    inside = (sample < count[..., None]) & (position >= -1) & (position <= extent[..., None])
+    last = extent[..., None] - 1
+    position = torch.where(inside, position, 0).clamp(min=0).minimum(last)
+    lower, inside = position.floor(), inside.to(low.dtype)
+    beyond = (position - lower) * inside
+    index = torch.stack([lower, torch.minimum(lower + 1, last)], -1).long()
+    return index, torch.stack([inside - beyond, beyond], -1), count.squeeze(1)
 
 
 def _most_samples(count, extent):

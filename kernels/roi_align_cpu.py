@@ -147,17 +147,22 @@ def is_dense(shapes, pooling):
     return len(shapes) == 1 and pooling.output_size == (1, 1) and shapes[0][2] * shapes[0][3] <= 64 * 64
 
 
-def _dense_weights(rois, height, width, pooling):
-    """(R, H * W) weights of a single bin, the outer product of both axes."""
-    count, longest = len(rois), max(height, width)
-    x1, y1, x2, y2 = (torch.where(rois[:, 1:].isfinite(), rois[:, 1:], 0) * pooling.scales[0]).T
-    low, high = torch.cat([y1, x1]) - 0.5 * pooling.aligned, torch.cat([y2, x2]) - 0.5 * pooling.aligned
-    extent = rois.new_tensor([height, width]).repeat_interleave(count)
+def _dense_axes(rois, height, width, pooling):
+    """What each pixel of an axis weighs in a single bin: x and y, (R, 2, max(H, W)); the mean's division is in x."""
+    finite = finite_rois(rois)
+    edges = torch.where(finite[:, None], rois[:, 1:] * pooling.scales[0] - 0.5 * pooling.aligned, 0).view(-1, 2, 2)
+    low, high = edges[:, 0].reshape(-1), edges[:, 1].reshape(-1)  # x and y of a RoI side by side
+    extent = rois.new_tensor([width, height]).repeat(len(rois))
     index, weight, samples = sample_axis(low, high, 1, extent, pooling.sampling_ratio, pooling.aligned)
-    along = rois.new_zeros(2 * count, longest).scatter_add_(1, index.flatten(1), weight.flatten(1))
-    samples = (samples[:count] * samples[count:]).clamp(min=1)
-    along_y = along[:count, :height] * (finite_rois(rois) / samples)[:, None]
-    return (along_y[:, :, None] * along[count:, None, :width]).flatten(1)
+    along = rois.new_zeros(len(low), max(height, width)).scatter_add_(1, index.flatten(1), weight.flatten(1))
+    along = along.view(len(rois), 2, -1)
+    along[:, 0] *= (finite / samples.view(-1, 2).prod(1).clamp(min=1))[:, None]
+    return along
+
+
+def _dense_weights(along, height, width):
+    """(R, H * W) weights of a single bin, the outer product of both axes."""
+    return (along[:, 1, :height, None] * along[:, 0, None, :width]).flatten(1)
 
 
 def _by_image(rois, batch):
@@ -167,10 +172,10 @@ def _by_image(rois, batch):
 
 
 def _gather_dense(feature, rois, pooling):
-    dtype = coordinate_dtype([feature])
+    dtype, (_, channels, height, width) = coordinate_dtype([feature]), feature.shape
     order, counts = _by_image(rois, len(feature))
-    weight = _dense_weights(rois[order].to(dtype), feature.shape[2], feature.shape[3], pooling)
-    pooled = weight.new_empty(len(rois), feature.shape[1])
+    weight = _dense_weights(_dense_axes(rois[order].to(dtype), height, width, pooling), height, width)
+    pooled = weight.new_empty(len(rois), channels)
     for pixels, own, out in zip(feature, weight.split(counts), pooled.split(counts), strict=True):
         torch.mm(own, pixels.flatten(1).T.to(dtype), out=out)  # (r, H W) @ (H W, C)
     return torch.empty_like(pooled).index_copy_(0, order, pooled).to(feature.dtype)
@@ -179,7 +184,7 @@ def _gather_dense(feature, rois, pooling):
 def _scatter_dense(grad, rois, shape, pooling):
     dtype, (batch, channels, height, width) = coordinate_dtype([grad]), shape
     order, counts = _by_image(rois, batch)
-    weight = _dense_weights(rois[order].to(dtype), height, width, pooling)
+    weight = _dense_weights(_dense_axes(rois[order].to(dtype), height, width, pooling), height, width)
     grad = grad.flatten(1)[order].to(dtype)  # (R, C)
     gradient = grad.new_empty(batch, height * width, channels)
     for own, upstream, out in zip(weight.split(counts), grad.split(counts), gradient, strict=True):
@@ -194,15 +199,14 @@ def pool_dense(feature, rois, pooling):
     None where one image has so many more RoIs than the others that it would be a product of zeros.
     """
     dtype, (batch, channels, height, width) = coordinate_dtype([feature]), feature.shape
-    order, counts = _by_image(rois, batch)
-    most = max(counts)  # every image gets room for as many RoIs
+    image = rois[:, :1].long()
+    rank = (image == torch.arange(batch)).cumsum(0)  # (R, B), how many RoIs of each image up to this one
+    most = int(rank[-1].max())  # every image gets room for as many RoIs
     if batch * most > 2 * len(rois) + 64:
         return None
-    image = rois[order, 0].long()
-    first = rois.new_tensor([0, *counts[:-1]], dtype=torch.int64).cumsum(0)
-    place = image * most + torch.arange(len(rois)) - first[image]  # of the RoIs in the order of their images
-    place = torch.empty_like(place).index_copy_(0, order, place)
-    weight = _dense_weights(rois.to(dtype), height, width, pooling)
-    weight = weight.new_zeros(batch * most, height * width).index_copy_(0, place, weight).view(batch, most, -1)
+    place = (image * most + rank.gather(1, image) - 1).squeeze(1)
+    along = _dense_axes(rois.to(dtype), height, width, pooling)
+    along = along.new_zeros(batch * most, *along.shape[1:]).index_copy_(0, place, along)
+    weight = _dense_weights(along, height, width).view(batch, most, -1)
     pooled = torch.bmm(weight, feature.flatten(2).transpose(1, 2).to(dtype)).flatten(0, 1)
     return pooled.index_select(0, place).to(feature.dtype).view(len(rois), channels, 1, 1)
