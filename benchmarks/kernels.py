@@ -2,15 +2,16 @@
 
     python benchmarks/kernels.py                     every case of this machine; table and csv in benchmarks/results/
     python benchmarks/kernels.py --cases box_head    only cases whose name contains one of the words
+    python benchmarks/kernels.py --keep-memory       in a process that keeps freed memory, as the training scripts do
     python benchmarks/kernels.py --tune              on a GPU: block sizes of the kernels, best first
     pip install memeff inf_cl siglip-kernel liger-kernel     to have these in the table (GPU; each is optional)
 
 Providers of a case take turns, round after round, so that what else runs on the machine hits all of them; a case whose
-baseline spreads by more than 20 % is run again, at most twice. On a GPU the L2 cache is overwritten before every run,
-times are CUDA events, and what can be captured is also replayed as a CUDA graph, without the host's share. First of all
-the machine's own ceilings are measured, copies and matrix products; `roofline` is the least time that a pass needs by
-them, for its products or for touching every tensor once, over the time taken. Gradients state their error against
-float64 beside their time.
+baseline spreads by more than 20 % is run again, at most twice. On a GPU times are CUDA events, the L2 cache is
+overwritten before every run but those of `warm L2`, and what can be captured is also replayed as a CUDA graph, without
+the host's share. First of all the machine's own ceilings are measured, copies and matrix products; `roofline` is the
+least time that a pass needs by them, for its products or for touching every tensor once, over the time taken. Gradients
+state their error against float64 beside their time.
 """
 
 import argparse
@@ -32,15 +33,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.kernel_cases import RIVALS, Provider, cases
+from kernels.products import linear
 
 SPREAD = 1.2
-L2_BYTES = 180 * 2**20
+L2_BYTES = 180 * 2**20  # three times what the largest of today's GPUs has
+CACHED_BYTES = 8 * 2**20  # of a copy that stays in the last cache
 MEMORY_PEAK = Path("/proc/self/clear_refs")
 EXPLANATION = (
     "Ratio: the baseline's time over the provider's (min and median). Spread: the 80th percentile of the provider's "
-    "times over their minimum. Graph: median of a CUDA graph's replays. Roofline: see the script's head. Error: the "
-    "largest relative Frobenius error of a gradient against float64. Extra MB: growth of the peak memory in one pass "
-    "(on a CPU of a fresh process)."
+    "times over their minimum. Warm L2, graph: medians without overwriting that cache, and of a CUDA graph's replays. "
+    "Roofline: see the script's head. Error: the largest relative Frobenius error of a gradient against float64. Extra "
+    "MB: growth of the peak memory in one pass (on a CPU of a fresh process)."
 )
 
 
@@ -79,13 +82,13 @@ def passes(providers, inputs):
     yield "forward+backward", {name: training(provider) for name, provider in providers.items()}
 
 
-def measure(functions, device):
-    """name -> seconds of every round, providers taking turns."""
+def measure(functions, device, cold=True):
+    """name -> seconds of every round, providers taking turns. cold: with the L2 cache of a GPU overwritten before."""
     start = time.perf_counter()
     for function in functions.values():
         function()
     rounds = int(min(300, max(5, 3 / (time.perf_counter() - start))))
-    flush = None if device == "cpu" else torch.empty(L2_BYTES, dtype=torch.int8, device=device)
+    flush = None if device == "cpu" else torch.empty(L2_BYTES if cold else 0, dtype=torch.int8, device=device)
     times = {name: [] for name in functions}
     for _, (name, function) in itertools.product(range(rounds), functions.items()):
         times[name].append(seconds(function, flush))
@@ -126,12 +129,15 @@ def ceilings(device):
     source = torch.empty(2**30 if gpu else 2**28, dtype=torch.int8, device=device)
     side = 8192 if gpu else 2048
     target = torch.empty_like(source)
+    cached = source[:CACHED_BYTES], target[:CACHED_BYTES]
     functions = {"copy": lambda: target.copy_(source)}
     for dtype in (torch.float32, torch.bfloat16, torch.float16) if gpu else (torch.float32,):
         square = torch.randn(side, side, device=device).to(dtype)
-        functions[dtype] = lambda square=square: square @ square
+        functions[dtype] = lambda square=square: linear(square, square)
     best = {name: min(taken) for name, taken in measure(functions, device).items()}
-    return {name: (2 * source.numel() if name == "copy" else 2 * side**3) / taken for name, taken in best.items()}
+    limits = {name: (2 * source.numel() if name == "copy" else 2 * side**3) / taken for name, taken in best.items()}
+    within = measure({"cached copy": lambda: cached[1].copy_(cached[0])}, device, cold=False)["cached copy"]
+    return {"cached copy": 2 * CACHED_BYTES / min(within), **limits}
 
 
 def touched(arguments, output, kind):
@@ -218,12 +224,14 @@ def run_case(case, device, limits, compiled):
         for name, taken in times.items():
             row = dict(case=case.name, kind=kind, provider=name)
             row |= figures(taken, times[baseline], least, providers[name])
-            row |= dict(error="", extra_megabytes="", graph="")
+            row |= dict(error="", extra_megabytes="", graph="", warm="")
             if kind != "forward":
                 if not providers[name].twin:
                     row["error"] = error(timed[name](), exact)
                 if device != "cpu" or ("K65536" in case.name and name in ("naive", "ours") and MEMORY_PEAK.exists()):
                     row["extra_megabytes"] = round(extra_memory(case, name, timed[name], device) / 1e6, 1)
+            if device != "cpu":
+                row["warm"] = statistics.median(measure({name: timed[name]}, device, cold=False)[name]) * 1e3
             if device != "cpu" and not providers[name].waits and not providers[name].twin:
                 flush = torch.empty(L2_BYTES, dtype=torch.int8, device=device)
                 row["graph"] = replayed(timed[name], flush) * 1e3
@@ -256,8 +264,10 @@ def machine(device):
 
 
 def describe(limits):
-    rates = ", ".join(f"{str(name)[6:]} {rate / 1e12:.3g} TFLOP/s" for name, rate in limits.items() if name != "copy")
-    return f"Ceilings: copies {limits['copy'] / 1e9:.4g} GB/s, products {rates}"
+    products = {name: rate for name, rate in limits.items() if isinstance(name, torch.dtype)}
+    rates = ", ".join(f"{str(name)[6:]} {rate / 1e12:.3g} TFLOP/s" for name, rate in products.items())
+    copies, cached = (limits[name] / 1e9 for name in ("copy", "cached copy"))
+    return f"Ceilings: copies {copies:.4g} GB/s ({cached:.4g} GB/s within the last cache), products {rates}"
 
 
 def main():
@@ -271,10 +281,15 @@ def main():
     parser.add_argument(
         "--compiled", action="store_true", help="compiled baselines on a CPU too; a GPU always has them"
     )
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="freed memory stays with the process, as in the training scripts"
+    )
     parser.add_argument("--tune", action="store_true", help="GPU only: time the block sizes of the kernels")
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "PROVIDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.keep_memory:
+        import training.host  # noqa: F401  importing it is what it is for
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.memory_of:
         return report_memory(*arguments.memory_of)
@@ -288,7 +303,9 @@ def main():
     if not chosen:
         parser.error(f"--cases: no case contains {arguments.cases!r}")
     limits, rows = ceilings(device), []
-    head = [machine(device) + (f". {arguments.note}" if arguments.note else ""), describe(limits)]
+    name = f"kernels-{device}-keep-memory" if arguments.keep_memory else f"kernels-{device}"
+    note = ["The process keeps freed memory"] if arguments.keep_memory else []
+    head = [". ".join([machine(device), *note, *([arguments.note] if arguments.note else [])]), describe(limits)]
     if device != "cpu":
         absent = [package for name, package in RIVALS.items() if not find_spec(name)]
         head += [f"Not installed and left out: {', '.join(absent)}"] if absent else []
@@ -297,14 +314,14 @@ def main():
         for row in run_case(case, device, limits, compiled=arguments.compiled or device != "cpu"):
             rows.append(row)
             print(line(row), flush=True)
-        write(arguments.output / f"kernels-{device}", head, rows)  # what stands survives a Ctrl-C
+        write(arguments.output / name, head, rows)  # what stands survives a Ctrl-C
 
 
 def line(row):
     def short(name, form):
         return f"{row[name]:{form}}" if row[name] != "" else ""
 
-    numbers = [short(name, ".3f") for name in ("milliseconds", "median", "graph")]
+    numbers = [short(name, ".3f") for name in ("milliseconds", "median", "warm", "graph")]
     numbers += [short(name, ".2f") for name in ("ratio", "median_ratio", "spread", "roofline")]
     cells = [row["case"], row["kind"], row["provider"], *numbers, short("error", ".1e"), str(row["extra_megabytes"])]
     return "| " + " | ".join(cells) + " |"
@@ -312,8 +329,8 @@ def line(row):
 
 def write(path, head, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = "case, pass, provider, ms (min), ms (median), ms (graph), ratio (min), ratio (median), spread, roofline"
-    columns = [*columns.split(", "), "error", "extra MB"]
+    columns = "case, pass, provider, ms (min), ms (median), ms (warm L2), ms (graph), ratio (min), ratio (median), "
+    columns = (columns + "spread, roofline, error, extra MB").split(", ")
     table = "\n".join(["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *map(line, rows)])
     path.with_suffix(".md").write_text("\n\n".join(["# Kernels", *head, EXPLANATION, table]) + "\n")
     with path.with_suffix(".csv").open("w", newline="") as file:

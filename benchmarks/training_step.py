@@ -4,9 +4,10 @@
     python benchmarks/training_step.py --device cuda --amp bf16 --batch-size 8
 
 Both detectors are ResNet-50 FPN with frozen batch norms and the same weights, see the same images and boxes, keep the
-same numbers of proposals and sample the same number of RoIs. Their steps (forward, backward; no optimizer) take turns
-in one process, so that whatever else the machine does meets both: what counts is the ratio. Peak memory is measured in
-a process of its own each.
+same numbers of proposals and sample the same number of RoIs. Each runs in a process of its own; their steps (forward,
+backward; no optimizer) take turns, so that whatever else the machine does meets all: what counts is the ratio. On a CPU
+torchvision's runs twice: in a process set up as our training scripts set up theirs (training/host.py), and in one as it
+comes.
 """
 
 import argparse
@@ -19,7 +20,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import training.host  # noqa: F401  before torch
+PLAIN = "torchvision, process as it comes"
+if PLAIN not in sys.argv:
+    import training.host  # noqa: F401  before torch
 
 import torch
 from torchvision.models.detection import FasterRCNN
@@ -79,29 +82,46 @@ def step(model, losses, images, targets, dtype) -> float:
     return time.perf_counter() - began
 
 
-def peak_memory(args: argparse.Namespace, name: str) -> float:
-    """GiB at the most, of a process that does nothing but three steps of one detector."""
-    command = [sys.executable, __file__, "--memory-of", name]
-    for flag in ("batch_size", "height", "width", "rois", "device", "amp", "threads"):
-        command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def measure_memory(args: argparse.Namespace) -> None:
+def serve(args: argparse.Namespace) -> None:
+    """One detector's process: a step for every line that comes in, then the peak memory in GiB."""
     both = models(args)
-    model, losses = both.pop(args.memory_of)
+    model, losses = both.pop(args.serve.split(",")[0])
     both.clear()
     images, targets = data(args)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(3):
-        step(model, losses, images, targets, AMP[args.amp])
+    for _ in sys.stdin:
+        print(step(model, losses, images, targets, AMP[args.amp]), flush=True)
     if args.device == "cuda":
         print(torch.cuda.max_memory_allocated() / 2**30)
         return
     # Not ru_maxrss, which a process inherits from the one that started it (getrusage(2), Linux).
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     print(int(status["VmHWM"].split()[0]) / 2**20)
+
+
+def start(args: argparse.Namespace, name: str) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--serve", name]
+    for flag in ("batch_size", "height", "width", "rois", "device", "amp", "threads"):
+        command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def take_turns(args: argparse.Namespace, names: list[str]) -> tuple[dict, dict]:
+    """name -> the seconds of its steps, and name -> its peak memory in GiB."""
+    with contextlib.ExitStack() as stack:
+        processes = {name: stack.enter_context(start(args, name)) for name in names}
+        seconds = {name: [] for name in names}
+        for round_ in range(args.rounds + 2):
+            for name, process in processes.items():
+                process.stdin.write("\n")
+                process.stdin.flush()
+                taken = process.stdout.readline()
+                if not taken:
+                    sys.exit(f"the process of {name} stopped: see above")
+                if round_ >= 2:  # the first two warm up
+                    seconds[name].append(float(taken))
+        return seconds, {name: float(process.communicate()[0]) for name, process in processes.items()}
 
 
 def main() -> None:
@@ -115,21 +135,13 @@ def main() -> None:
     parser.add_argument("--amp", choices=tuple(AMP), default="none")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
-    parser.add_argument("--memory-of", choices=("macl", "torchvision"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=("macl", "torchvision", PLAIN), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.memory_of:
-        return measure_memory(args)
+    if args.serve:
+        return serve(args)
 
-    both, (images, targets) = models(args), data(args)
-    seconds = {name: [] for name in both}
-    for round_ in range(args.rounds + 2):
-        for name, (model, losses) in both.items():
-            taken = step(model, losses, images, targets, AMP[args.amp])
-            if round_ >= 2:  # the first two warm up
-                seconds[name].append(taken)
-    ratios = sorted(t / m for t, m in zip(seconds["torchvision"], seconds["macl"], strict=True))
-    memory = {name: peak_memory(args, name) for name in both}
+    seconds, memory = take_turns(args, ["macl", "torchvision"] + ([PLAIN] if args.device == "cpu" else []))
     machine = (
         torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads, {platform.machine()}"
     )
@@ -137,7 +149,7 @@ def main() -> None:
     lines = [
         f"# Training step, {size}, amp {args.amp}",
         "",
-        f"{machine}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; {args.rounds} interleaved rounds",
+        f"{machine}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; {args.rounds} rounds of turns",
         "",
         "| detector | median s | min s | max s | peak GiB |",
         "|---|---|---|---|---|",
@@ -145,11 +157,13 @@ def main() -> None:
     for name, values in seconds.items():
         row = (statistics.median(values), min(values), max(values), memory[name])
         lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
-    lines += [
-        "",
-        f"speed: {statistics.median(ratios):.2f}x torchvision (median of the rounds, "
-        f"{ratios[0]:.2f} to {ratios[-1]:.2f}), peak memory {memory['macl'] / memory['torchvision']:.2f}x",
-    ]
+    for name in list(seconds)[1:]:
+        ratios = sorted(theirs / ours for theirs, ours in zip(seconds[name], seconds["macl"], strict=True))
+        lines += [
+            "",
+            f"{statistics.median(ratios):.2f}x as fast as {name} (median of the rounds, {ratios[0]:.2f} to "
+            f"{ratios[-1]:.2f}), peak memory {memory['macl'] / memory[name]:.2f}x",
+        ]
     print("\n".join(lines))
     if args.write:
         name = f"training-step-{args.device}-{args.amp}.md"
