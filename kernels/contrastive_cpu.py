@@ -20,7 +20,7 @@ from kernels.reference import NO_NEGATIVE
 COARSE = 0.01  # mean loss above which the rounding of softmax - 1 is far below the gradient
 SMALL = 2**27  # multiplications up to which logits are left to autograd, where that is exact,
 SMALL_COLUMNS = 2**21  # and numbers in keys and bank, which autograd copies
-CHUNK = 2**21  # logits held at a time
+CHUNK = 2**22  # logits held at a time
 LN_2 = math.log(2)
 
 
@@ -179,7 +179,7 @@ def _stream(scaled, ids, problem, with_mean):
         (scaled.new_zeros(rows, dim) if with_mean else None),
         torch.zeros(rows, dtype=torch.int64, device=scaled.device),
     )
-    width = max(512, min(2048, CHUNK // 4 // rows))
+    width = max(512, min(8192, CHUNK // 4 // rows))
     for start in range(0, len(problem.bank), width):
         block = problem.bank[start : start + width].to(scaled.dtype)
         logits = linear(scaled, block)
