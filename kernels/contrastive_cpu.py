@@ -20,7 +20,7 @@ from kernels.reference import NO_NEGATIVE
 COARSE = 0.01  # mean loss above which the rounding of softmax - 1 is far below the gradient
 SMALL = 2**27  # multiplications up to which logits are left to autograd, where that is exact,
 SMALL_COLUMNS = 2**21  # and numbers in keys and bank, which autograd copies
-CHUNK = 2**22  # logits held at a time
+CHUNK = 2**21  # logits held at a time
 LN_2 = math.log(2)
 
 
