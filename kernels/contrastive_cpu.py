@@ -106,7 +106,9 @@ def is_small(problem):
     """Whether all logits at once, by autograd, cost less than an operator that never holds them."""
     query, key, bank = problem.query, problem.key, problem.bank
     columns = key.numel() if bank is None else key.numel() + bank.numel()
-    if not (query.is_cpu and columns <= SMALL_COLUMNS and 0 < query.shape[0] * columns <= SMALL):
+    if not (query.is_cpu and 0 < query.shape[0] * columns <= SMALL):
+        return False
+    if columns > SMALL_COLUMNS and torch.is_grad_enabled():
         return False
     float32 = query.dtype == key.dtype == torch.float32 and (bank is None or bank.dtype == torch.float32)
     return float32 and not torch.compiler.is_compiling()
@@ -179,7 +181,7 @@ def _stream(scaled, ids, problem, with_mean):
         (scaled.new_zeros(rows, dim) if with_mean else None),
         torch.zeros(rows, dtype=torch.int64, device=scaled.device),
     )
-    width = max(512, min(2048, CHUNK // 4 // rows))
+    width = max(512, min(8192, CHUNK // 4 // rows))
     for start in range(0, len(problem.bank), width):
         block = problem.bank[start : start + width].to(scaled.dtype)
         logits = linear(scaled, block)
