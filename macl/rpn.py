@@ -38,7 +38,8 @@ class RPNHead(nn.Module):
     def at(self, features: list[Tensor], image: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` says of single anchors, with gradients that cost no more than these anchors.
 
-        image, anchor (n,): which image, and which row of the anchors of all levels one after the other.
+        image, anchor (n,): which image, in ascending order, and which row of the anchors of all levels one after the
+        other.
         -> objectness (n,) and offsets (n, 4), float32.
         """
         anchors = self.cls_logits.out_channels
@@ -59,13 +60,25 @@ class RPNHead(nn.Module):
 
 
 def windows_of_three(feature: Tensor, image: Tensor, pixel: Tensor) -> Tensor:
-    """What a 3x3 convolution sees of a map (B, C, H, W) at n pixels, row * W + column: (n, 9, C), zeros outside."""
-    height, width = feature.shape[-2:]
+    """What a 3x3 convolution sees of a map (B, C, H, W) at n pixels, row * W + column: (n, 9, C), zeros outside.
+
+    image, pixel (n,); the images in ascending order.
+    """
+    channels, height, width = feature.shape[1:]
     step = torch.arange(-1, 2, device=pixel.device)
     y = (pixel // width)[:, None] + step.repeat_interleave(3)  # (n, 9)
     x = (pixel % width)[:, None] + step.repeat(3)
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    return feature[image[:, None], :, y.clamp(0, height - 1), x.clamp(0, width - 1)] * inside[..., None]
+    y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
+    if not feature.is_cpu:
+        return feature[image[:, None], :, y, x] * inside[..., None]
+    # The gradient of that indexing adds up in whatever order a CPU's threads come; that of `gather` does not.
+    counts = torch.bincount(image, minlength=len(feature)).tolist()
+    windows = [
+        pixels.flatten(1).gather(1, own.reshape(1, -1).expand(channels, -1)).T.reshape(len(own), 9, channels)
+        for pixels, own in zip(feature, (y * width + x).split(counts), strict=True)
+    ]
+    return torch.cat(windows) * inside[..., None]
 
 
 class RPN(nn.Module):

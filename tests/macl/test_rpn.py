@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from macl.boxes import AnchorGenerator
-from macl.rpn import RPN, RPNHead
+from macl.rpn import RPN, RPNHead, windows_of_three
 
 SIZES = ((6, 9), (3, 4), (1, 1))
 
@@ -32,6 +32,7 @@ def test_single_anchors_equal_the_dense_head_with_all_gradients(rpn):
     image = torch.arange(2).repeat_interleave(dense[0].shape[1])
     anchor = torch.arange(dense[0].shape[1]).repeat(2)
     order = torch.randperm(len(anchor), generator=torch.Generator().manual_seed(2))[:-7]
+    order = order[image[order].argsort(stable=True)]  # image by image, their anchors in any order
     single = rpn.head.at(maps, image[order], anchor[order])
     inputs = [*maps, *rpn.head.parameters()]
     results = []
@@ -59,3 +60,24 @@ def test_under_autocast_the_losses_train_the_head(rpn):
         _, losses = rpn([part.float() for part in features(False)], [(48, 72)] * 2, (48, 72), targets)
     sum(losses.values()).backward()
     assert all((parameter.grad != 0).any() for parameter in rpn.head.parameters())
+
+
+def backward_nodes(tensor):
+    """The names of all nodes that a gradient of the tensor passes."""
+    seen, ahead = set(), [tensor.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [function for function, _ in node.next_functions]
+    return {node.name() for node in seen}
+
+
+def test_the_backward_of_the_losses_is_that_of_few_anchors_and_of_one_order(rpn):
+    target = {"boxes": torch.tensor([[4.0, 4.0, 30.0, 34.0]], dtype=torch.float64)}
+    _, losses = rpn(features(), [(48, 72)] * 2, (48, 72), [target, target])
+    nodes = backward_nodes(sum(losses.values()))
+    assert not any("Convolution" in name for name in nodes)  # of all anchors
+    windows = windows_of_three(features()[0], torch.tensor([0, 1, 1]), torch.tensor([5, 5, 6]))
+    assert "GatherBackward0" in backward_nodes(windows)  # threads add up what indexing reads in any order
+    assert "IndexBackward0" not in backward_nodes(windows)
