@@ -161,7 +161,7 @@ def hard_negative_loss(
     owner = torch.repeat_interleave(counts)  # (H,)
     column = torch.arange(len(text), device=text.device) - (counts.cumsum(0) - counts)[owner]
     with torch.autocast(region.device.type, enabled=False):
-        scores = logit_scale * (region[owner] * text).sum(-1)  # (H,)
+        scores = logit_scale * (F.embedding(owner, region) * text).sum(-1)  # (H,); repeats add up in one order
     if ids is not None:
         own = ids[column == 0]
         scores = scores.masked_fill((ids == own[owner]) & (column > 0) & (ids != -1), -torch.inf)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fgclip.regions import pool_regions
@@ -145,7 +146,7 @@ class FGCLIP(nn.Module):
             short = self.encode_text(batch["short_texts"])
             for name, index in (("short", "short"), ("region_texts", "region"), ("hard_texts", "hard")):
                 if index in batch:
-                    features[name] = short[batch[index]]
+                    features[name] = F.embedding(batch[index], short)  # unlike indexing, repeats add up in one order
         if "long_texts" in batch:
-            features["long"] = self.encode_text(batch["long_texts"], long=True)[batch["long"]]
+            features["long"] = F.embedding(batch["long"], self.encode_text(batch["long_texts"], long=True))
         return features | {f"scale_{name}": scale for name, scale in self.logit_scales().items()}
