@@ -87,7 +87,8 @@ def measure(functions, device, cold=True):
     start = time.perf_counter()
     for function in functions.values():
         function()
-    rounds = int(min(300, max(5, 3 / (time.perf_counter() - start))))
+    budget = 3 if device == "cpu" else 0.5  # seconds: a GPU's times spread less, and there are more cases
+    rounds = int(min(300, max(5, budget / (time.perf_counter() - start))))
     flush = None if device == "cpu" else torch.empty(L2_BYTES if cold else 0, dtype=torch.int8, device=device)
     times = {name: [] for name in functions}
     for _, (name, function) in itertools.product(range(rounds), functions.items()):
@@ -221,6 +222,7 @@ def run_case(case, device, limits, compiled):
             times = measure(timed, device)
             if spread(times[baseline]) <= SPREAD:
                 break
+        warm = measure(timed, device, cold=False) if device != "cpu" else None
         for name, taken in times.items():
             row = dict(case=case.name, kind=kind, provider=name)
             row |= figures(taken, times[baseline], least, providers[name])
@@ -230,8 +232,8 @@ def run_case(case, device, limits, compiled):
                     row["error"] = error(timed[name](), exact)
                 if device != "cpu" or ("K65536" in case.name and name in ("naive", "ours") and MEMORY_PEAK.exists()):
                     row["extra_megabytes"] = round(extra_memory(case, name, timed[name], device) / 1e6, 1)
-            if device != "cpu":
-                row["warm"] = statistics.median(measure({name: timed[name]}, device, cold=False)[name]) * 1e3
+            if warm:
+                row["warm"] = statistics.median(warm[name]) * 1e3
             if device != "cpu" and not providers[name].waits and not providers[name].twin:
                 flush = torch.empty(L2_BYTES, dtype=torch.int8, device=device)
                 row["graph"] = replayed(timed[name], flush) * 1e3
