@@ -36,7 +36,7 @@ from benchmarks.kernel_cases import RIVALS, Provider, cases
 from kernels.products import linear
 
 SPREAD = 1.2
-L2_BYTES = 180 * 2**20  # three times what the largest of today's GPUs has
+L2_BYTES = 180 * 2**20  # three times the cache of an H200
 CACHED_BYTES = 8 * 2**20  # of a copy that stays in the last cache
 MEMORY_PEAK = Path("/proc/self/clear_refs")
 EXPLANATION = (

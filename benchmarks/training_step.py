@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 PLAIN = "torchvision, process as it comes"
-if PLAIN not in sys.argv:
+if "--serve" in sys.argv and PLAIN not in sys.argv:  # not in the process that starts them: they inherit its environment
     import training.host  # noqa: F401  before torch
 
 import torch

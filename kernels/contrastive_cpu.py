@@ -4,8 +4,8 @@ Rows go in chunks. A chunk streams over the bank in blocks of columns with the r
 an online softmax (Milakov and Gimelshein, 2018), so that one pass gives both the loss and the query's gradient; then it
 sees all in-batch keys at once, which settles its normaliser and gives the keys' gradient.
 
-Exponentials are powers of two, of logits times log2(e): `exp2` takes a third of the time of `exp`, which on some
-processors takes tens of times longer still where its results underflow, as most do for a trained model.
+Exponentials are powers of two, of logits times log2(e): `exp2` took a third of the time of `exp`, and a twentieth where
+results underflow, as most do for a trained model (an AMD processor, where `exp` is MKL's).
 """
 
 import math
@@ -218,7 +218,7 @@ def _settle(scaled, key, target, ids, key_ids, running, weight, rows):
         shrink = torch.exp2(running.maximum - maximum)
         total = total + running.total * shrink
     lse = maximum + total.log2()
-    margin, lse, positive = ((part * LN_2) for part in (lse - positive, lse, positive))
+    margin, lse, positive = (part * LN_2 for part in (lse - positive, lse, positive))
     largest = torch.where(maximum <= NO_NEGATIVE / 2, -torch.inf, maximum * LN_2)
     result = Rows(F.softplus(margin, threshold=50), torch.logaddexp(lse, positive), positive, largest, count)
     if weight is None:

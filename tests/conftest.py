@@ -54,3 +54,19 @@ def two_ranks():
         return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(2)]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def backward_nodes():
+    """backward_nodes(tensor): the names of all nodes that a gradient of the tensor passes."""
+
+    def names(tensor: torch.Tensor) -> set[str]:
+        seen, ahead = set(), [tensor.grad_fn]
+        while ahead:
+            node = ahead.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                ahead += [function for function, _ in node.next_functions]
+        return {node.name() for node in seen}
+
+    return names

@@ -207,3 +207,9 @@ def test_pairs_of_a_batch():
     assert contrast_pairs(features, batch, mask_same_caption=False)["region"].ids is None
     del features["regions"], features["long"]
     assert contrast_pairs(features, batch).keys() == {"short"}
+
+
+def test_gradients_of_rows_that_repeat_add_up_in_one_order(backward_nodes):
+    """Those of indexing do not: threads of a CPU add them up as they come."""
+    region, text = rows(4, 0).requires_grad_(), rows(12, 1)
+    assert "IndexBackward0" not in backward_nodes(hard_negative_loss(region, text, torch.tensor(10.0)))

@@ -237,6 +237,8 @@ def test_forward_equals_the_single_encoders(small_model, tokens):
     assert features.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(features[name], expected[name], msg=name)
+    for name in ("short", "region_texts", "hard_texts", "long"):  # of indexing, repeats add up as a CPU's threads come
+        assert features[name].grad_fn.name() == "EmbeddingBackward0", name
     assert small_model(dict(pixels=batch["pixels"])).keys() == {"image", "scale_global", "scale_region", "scale_hard"}
 
 

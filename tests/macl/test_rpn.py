@@ -62,18 +62,7 @@ def test_under_autocast_the_losses_train_the_head(rpn):
     assert all((parameter.grad != 0).any() for parameter in rpn.head.parameters())
 
 
-def backward_nodes(tensor):
-    """The names of all nodes that a gradient of the tensor passes."""
-    seen, ahead = set(), [tensor.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            ahead += [function for function, _ in node.next_functions]
-    return {node.name() for node in seen}
-
-
-def test_the_backward_of_the_losses_is_that_of_few_anchors_and_of_one_order(rpn):
+def test_the_backward_of_the_losses_is_that_of_few_anchors_and_of_one_order(rpn, backward_nodes):
     target = {"boxes": torch.tensor([[4.0, 4.0, 30.0, 34.0]], dtype=torch.float64)}
     _, losses = rpn(features(), [(48, 72)] * 2, (48, 72), [target, target])
     nodes = backward_nodes(sum(losses.values()))
