@@ -54,11 +54,12 @@ from training.arguments import (
 )
 from training.errors import one_sentence
 from training.log import RunLog, Throughput, peak_memory
+from training.loop import run_epochs
 from training.movement import Movement
-from training.optimizer import build_optimizer, build_schedule, ema, parameter_groups, scale_lr
+from training.optimizer import build_optimisation, ema
 from training.sampler import ResumableSampler
 from training.state import TrainingState
-from training.step import Stepper, micro_batches, module_gradient_norms
+from training.step import Stepper, module_gradient_norms
 
 SCRIPT = "fgclip"
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
@@ -336,28 +337,17 @@ def refuse_what_cannot_train(args: argparse.Namespace) -> None:
         raise InputError(f"--best-by {args.best_by} needs a loss of regions; --best-by captions does not")
 
 
-def build_optimisation(args: argparse.Namespace, model: FGCLIP, steps_per_epoch: int):
-    """The optimizer and the schedule of its learning rates, which is stepped after each optimizer step."""
+def grouping(args: argparse.Namespace, model: FGCLIP) -> dict:
+    """What the optimizer does otherwise than everywhere: rates of parts, and tables without weight decay."""
     rates = {
         "vision_model": args.vision_lr, "text_model": args.text_lr, "visual_projection": args.projection_lr,
         "text_projection": args.projection_lr, "text_filip_projection": args.projection_lr,
         "roi_projection": args.roi_projection_lr,
     }  # fmt: skip
-    lr = args.lr
-    if args.lr_base_batch:
-        lr = scale_lr(lr, args.batch_size, distributed.world_size(), args.accumulate, args.lr_base_batch)
-    tables = [f"position_embedding{kind}.weight" for kind in ("", "_res", "_ori")]
-    groups = parameter_groups(
-        model, lr=lr, weight_decay=args.weight_decay, no_decay=tables,  # scales have no dimension, and are spared
+    return dict(
         lr_scale={part: (rate or args.lr) / args.lr for part, rate in rates.items() if hasattr(model, part)},
-    )  # fmt: skip
-    optimizer = build_optimizer(args.optimizer, groups, momentum=args.momentum)
-    schedule = build_schedule(
-        optimizer, args.schedule, total_steps=args.epochs * steps_per_epoch, warmup_steps=args.warmup_steps,
-        warmup_factor=args.warmup_factor, milestones=[epoch * steps_per_epoch for epoch in args.milestones],
-        gamma=args.gamma, final_factor=args.final_factor,
-    )  # fmt: skip
-    return optimizer, schedule
+        no_decay=[f"position_embedding{kind}.weight" for kind in ("", "_res", "_ori")],  # scales are spared anyway
+    )
 
 
 def logit_scales(args: argparse.Namespace, models: list[FGCLIP], optimizer: torch.optim.Optimizer) -> list[str]:
@@ -431,7 +421,7 @@ def main(arguments: list[str] | None = None) -> None:
         train_data, sampler, Collate(tokenizer, regions=regions, hard=bool(args.hard_weight), **lengths),
         workers=args.workers, device=device, worker_init_fn=checkpoint.ignore_signals,
     )  # fmt: skip
-    optimizer, schedule = build_optimisation(args, bare, steps_per_epoch)
+    optimizer, schedule = build_optimisation(args, bare, steps_per_epoch, **grouping(args, bare))
 
     sizes = dict(region=args.bank_size, long=args.global_bank_size, short=args.global_bank_size)
     banks = torch.nn.ModuleDict({
@@ -485,54 +475,30 @@ def main(arguments: list[str] | None = None) -> None:
         throughput.restart()
 
     throughput, movement = Throughput(), Movement(bare) if args.diagnostics else None
+
+    def step(batches: list, epoch: int) -> None:
+        objective.begin(batches)
+        result = stepper(batches)
+        for each in models:
+            each.clamp_logit_scales()
+        images = sum(len(batch["sources"]) for batch in batches) * distributed.world_size()
+        figures = objective.figures()
+        figures |= {f"logit_scale_{name}": scale.item() for name, scale in bare.log_scales().items()}
+        if not result.skipped:
+            printed = {name: figures.pop(name) for name in PRINTED if name in figures}
+            log.train(stepper.steps, {
+                "epoch": epoch, "loss": result.total, **result.losses, **printed, "lr": result.lr,
+                "grad_norm": result.grad_norm, "images_per_second": throughput.update(images),
+            }, unprinted=figures | {"memory_gib": peak_memory(device)})  # fmt: skip
+            if args.diagnostics and stepper.steps % args.diagnostics == 0:
+                for line in diagnostics_text(printed | figures, objective, movement):
+                    log.say(line)
+        if stepper.steps in args.validate_at:
+            validate(epoch)
+
     if resumed is None:
         validate(0)
-    with checkpoint.Signals() as signals:
-        for epoch in range(sampler.epoch, args.epochs):
-            sampler.set_epoch(epoch)
-            done = False
-            for batches in micro_batches(loader, args.accumulate) if len(sampler) else ():
-                objective.begin(batches)
-                result = stepper(batches)
-                for each in models:
-                    each.clamp_logit_scales()
-                sampler.advance(len(batches))
-                images = sum(len(batch["sources"]) for batch in batches) * distributed.world_size()
-                figures = objective.figures()
-                figures |= {f"logit_scale_{name}": scale.item() for name, scale in bare.log_scales().items()}
-                if not result.skipped:
-                    printed = {name: figures.pop(name) for name in PRINTED if name in figures}
-                    log.train(stepper.steps, {
-                        "epoch": epoch + 1, "loss": result.total, **result.losses, **printed, "lr": result.lr,
-                        "grad_norm": result.grad_norm, "images_per_second": throughput.update(images),
-                    }, unprinted=figures | {"memory_gib": peak_memory(device)})  # fmt: skip
-                    if args.diagnostics and stepper.steps % args.diagnostics == 0:
-                        for line in diagnostics_text(printed | figures, objective, movement):
-                            log.say(line)
-                if stepper.steps in args.validate_at:
-                    validate(epoch + 1)
-                stop = signals.stop_requested()
-                done = args.max_steps is not None and stepper.steps >= args.max_steps
-                if stop or stepper.steps % args.save_every == 0:
-                    save("last.pt")
-                if stop:
-                    log.say(f"stopped at step {stepper.steps}; go on with --resume {folder}")
-                    log.close()
-                    raise SystemExit(signals.exit_status)
-                if done:
-                    break
-            last = done or epoch + 1 == args.epochs
-            if last or (epoch + 1) % args.validate_every == 0:
-                validate(epoch + 1)
-            if len(sampler) == 0:
-                sampler.set_epoch(epoch + 1)  # a run resumed here goes straight on
-            save("last.pt")
-            if args.keep_every and (epoch + 1) % args.keep_every == 0:
-                save(f"epoch-{epoch + 1}.pt")
-            if last:
-                break
-    log.close()
-    distributed.stop()
+    run_epochs(args, loader, sampler, stepper, log, step=step, validate=validate, save=save)
 
 
 def about_losses(args: argparse.Namespace, model: FGCLIP, banks: torch.nn.ModuleDict) -> str:

@@ -40,10 +40,11 @@ from training.arguments import (
 )
 from training.errors import InputError, one_sentence
 from training.log import RunLog, Throughput, peak_memory
-from training.optimizer import build_optimizer, build_schedule, ema, parameter_groups, scale_lr
+from training.loop import run_epochs
+from training.optimizer import build_optimisation, ema
 from training.sampler import ResumableSampler
 from training.state import TrainingState
-from training.step import Stepper, micro_batches, module_gradient_norms
+from training.step import Stepper, module_gradient_norms
 
 SCRIPT = "stage1"
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
@@ -308,21 +309,6 @@ def to_device(batch: dict, device: torch.device) -> dict:
     return images | {"targets": [{k: value.to(device) for k, value in target.items()} for target in batch["targets"]]}
 
 
-def build_optimisation(args: argparse.Namespace, detector, steps_per_epoch: int, lr_scale: dict | None = None):
-    """The optimizer and the schedule of its learning rate, which is stepped after each optimizer step."""
-    lr = args.lr
-    if args.lr_base_batch:
-        lr = scale_lr(lr, args.batch_size, distributed.world_size(), args.accumulate, args.lr_base_batch)
-    groups = parameter_groups(detector, lr=lr, weight_decay=args.weight_decay, lr_scale=lr_scale)
-    optimizer = build_optimizer(args.optimizer, groups, momentum=args.momentum)
-    schedule = build_schedule(
-        optimizer, args.schedule, total_steps=args.epochs * steps_per_epoch, warmup_steps=args.warmup_steps,
-        warmup_factor=args.warmup_factor, milestones=[epoch * steps_per_epoch for epoch in args.milestones],
-        gamma=args.gamma, final_factor=args.final_factor,
-    )  # fmt: skip
-    return optimizer, schedule
-
-
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     device = distributed.start(args.device)
@@ -379,51 +365,30 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint.save(folder / name, state.state_dict() | run)
 
     throughput = Throughput()
-    with checkpoint.Signals() as signals:
-        for epoch in range(sampler.epoch, args.epochs):
-            sampler.set_epoch(epoch)
-            done = False
-            for batches in micro_batches(loader, args.accumulate) if len(sampler) else ():
-                result = stepper(batches)
-                sampler.advance(len(batches))
-                images = sum(len(batch["path"]) for batch in batches) * distributed.world_size()
-                if not result.skipped:
-                    log.train(stepper.steps, {
-                        "epoch": epoch + 1, "loss": result.total, **result.losses, "lr": result.lr,
-                        "grad_norm": result.grad_norm,
-                        **{name: value.item() for name, value in detector.monitor.items()},
-                        "images_per_second": throughput.update(images), "memory_gib": peak_memory(device),
-                    })  # fmt: skip
-                stop = signals.stop_requested()
-                done = args.max_steps is not None and stepper.steps >= args.max_steps
-                if stop or stepper.steps % args.save_every == 0:
-                    save("last.pt")
-                if stop:
-                    log.say(f"stopped at step {stepper.steps}; go on with --resume {folder}")
-                    log.close()
-                    raise SystemExit(signals.exit_status)
-                if done:
-                    break
-            last = done or epoch + 1 == args.epochs
-            if last or (epoch + 1) % args.validate_every == 0:
-                figures, results = validate(detector if average is None else average.module, val_data, args, device)
-                log.validation(stepper.steps, {"epoch": epoch + 1, **figures}, validation_text(figures, untrained))
-                if distributed.is_main():
-                    draw_validation(folder, epoch + 1, val_data, results, args.classes)
-                if best_figure(figures, args.best_by) > best:
-                    best = best_figure(figures, args.best_by)
-                    save("best.pt")
-                    log.say(f"best {args.best_by} so far: {best:.4f}, kept in {folder / 'best.pt'}")
-                throughput.restart()
-            if len(sampler) == 0:
-                sampler.set_epoch(epoch + 1)  # a run resumed here goes straight on
-            save("last.pt")
-            if args.keep_every and (epoch + 1) % args.keep_every == 0:
-                save(f"epoch-{epoch + 1}.pt")
-            if last:
-                break
-    log.close()
-    distributed.stop()
+
+    def step(batches: list, epoch: int) -> None:
+        result = stepper(batches)
+        images = sum(len(batch["path"]) for batch in batches) * distributed.world_size()
+        if not result.skipped:
+            log.train(stepper.steps, {
+                "epoch": epoch, "loss": result.total, **result.losses, "lr": result.lr,
+                "grad_norm": result.grad_norm, **{name: value.item() for name, value in detector.monitor.items()},
+                "images_per_second": throughput.update(images), "memory_gib": peak_memory(device),
+            })  # fmt: skip
+
+    def validate_epoch(epoch: int) -> None:
+        nonlocal best
+        figures, results = validate(detector if average is None else average.module, val_data, args, device)
+        log.validation(stepper.steps, {"epoch": epoch, **figures}, validation_text(figures, untrained))
+        if distributed.is_main():
+            draw_validation(folder, epoch, val_data, results, args.classes)
+        if best_figure(figures, args.best_by) > best:
+            best = best_figure(figures, args.best_by)
+            save("best.pt")
+            log.say(f"best {args.best_by} so far: {best:.4f}, kept in {folder / 'best.pt'}")
+        throughput.restart()
+
+    run_epochs(args, loader, sampler, stepper, log, step=step, validate=validate_epoch, save=save)
 
 
 def check(said: list[str], data: dict, stepper: Stepper, loader, detector) -> None:

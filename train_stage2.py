@@ -34,7 +34,6 @@ from train_stage1 import (
     add_detection_weight_flags,
     best_figure,
     build_loader,
-    build_optimisation,
     check,
     loss_weights,
     refuse_augmentation,
@@ -56,11 +55,12 @@ from training.arguments import (
 )
 from training.errors import InputError, one_sentence
 from training.log import RunLog, Throughput, peak_memory
-from training.optimizer import ema
+from training.loop import run_epochs
+from training.optimizer import build_optimisation, ema
 from training.ramp import RAMPS, ramped
 from training.sampler import BalancedSampler, ResumableSampler
 from training.state import TrainingState
-from training.step import Stepper, micro_batches
+from training.step import Stepper
 
 SCRIPT = "stage2"
 MISS_RATES = ("reasonable all", "reasonable day", "reasonable night", "all")  # rows of the table that are printed
@@ -285,7 +285,7 @@ def set_course(args: argparse.Namespace, detector, full: dict[str, float], *, st
     kinds["loss_mmd_domains"] = args.mmd_ramp
     detector.reversal_scale = dann_scale(step / total)
     if args.dhn_size:
-        stage = bisect.bisect_right(args.dhn_milestones, epoch)
+        stage = bisect.bisect_left(args.dhn_milestones, epoch)  # milestones that are over, epochs counting from 1
         detector.macl.hard.k = args.dhn_k[min(stage, len(args.dhn_k) - 1)]
         detector.macl.hard.active = args.dhn_active[min(stage, len(args.dhn_active) - 1)]
     return {name: ramped(weight, kinds.get(name, "constant"), step, args.ramp_steps) for name, weight in full.items()}
@@ -377,7 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(args.seed * 1000 + distributed.rank())  # each process samples its own RoIs
 
     if args.check:
-        stepper.weights |= set_course(args, detector, full, step=1, total=total_steps, epoch=0)
+        stepper.weights |= set_course(args, detector, full, step=1, total=total_steps, epoch=1)
         parts = getattr(train_data, "parts", (train_data,))
         data = dict(zip(("training", "training, old domain"), parts, strict=False)) | {"validation": val_data}
         check(said + about_model, data, stepper, loader, detector)
@@ -394,7 +394,34 @@ def main(arguments: list[str] | None = None) -> None:
         run = {"model_kwargs": detector.kwargs, "best": best, "stale": stale}
         checkpoint.save(folder / name, state.state_dict() | run)
 
-    def validated(epoch: int) -> None:
+    watch, throughput = ZeroWatch(), Throughput()
+
+    def begin_epoch(epoch: int) -> bool:
+        if args.patience and stale >= args.patience:
+            log.say(f"no better {args.best_by} in {stale} validations (--patience): stopped after epoch {epoch - 1}")
+            return False
+        log.say(freeze(args, detector, stepper, epoch))
+        return True
+
+    def step(batches: list, epoch: int) -> None:
+        number = stepper.steps + 1
+        stepper.weights |= set_course(args, detector, full, step=number, total=total_steps, epoch=epoch)
+        report = args.gradient_report and number % args.gradient_report == 0
+        parts = {"backbone": detector.backbone, "neck": detector.neck} if report else None
+        result = stepper(batches, parts=parts)
+        images = sum(len(batch["path"]) for batch in batches) * distributed.world_size()
+        if result.skipped:
+            return
+        watch(result.losses)
+        log.train(stepper.steps, {
+            "epoch": epoch, "loss": result.total, **result.losses, "lr": result.lr,
+            "grad_norm": result.grad_norm, **{name: float(value) for name, value in detector.monitor.items()},
+            "images_per_second": throughput.update(images), "memory_gib": peak_memory(device),
+        }, unprinted={"weights": stepper.weights})  # fmt: skip
+        if result.gradients:
+            log.gradients(stepper.steps, epoch, result.gradients)
+
+    def validate_epoch(epoch: int) -> None:
         nonlocal best, stale
         bare = detector if average is None or stepper.steps == 0 else average.module
         figures, results = validate_both(bare, val_data, old_val_data, args, device)
@@ -407,73 +434,26 @@ def main(arguments: list[str] | None = None) -> None:
             save("best.pt")
             shown = f"{abs(best):.4f}" if math.isfinite(best) else "none to measure"
             log.say(f"best {args.best_by} so far: {shown}, kept in {folder / 'best.pt'}")
+        throughput.restart()
 
     if resumed is not None:
         log.say(f"resumed from {args.resume} at step {stepper.steps}, epoch {sampler.epoch}")
     else:
         log.say("before fine-tuning:")
-        validated(0)
-    watch, throughput = ZeroWatch(), Throughput()
-    with checkpoint.Signals() as signals:
-        for epoch in range(sampler.epoch, args.epochs):
-            if args.patience and stale >= args.patience:
-                log.say(f"no better {args.best_by} in {stale} validations (--patience): stopped after epoch {epoch}")
-                break
-            sampler.set_epoch(epoch)
-            log.say(begin_epoch(args, detector, stepper, epoch))
-            done = False
-            for batches in micro_batches(loader, args.accumulate) if len(sampler) else ():
-                step = stepper.steps + 1
-                stepper.weights |= set_course(args, detector, full, step=step, total=total_steps, epoch=epoch)
-                report = args.gradient_report and step % args.gradient_report == 0
-                parts = {"backbone": detector.backbone, "neck": detector.neck} if report else None
-                result = stepper(batches, parts=parts)
-                sampler.advance(len(batches))
-                images = sum(len(batch["path"]) for batch in batches) * distributed.world_size()
-                if not result.skipped:
-                    watch(result.losses)
-                    log.train(stepper.steps, {
-                        "epoch": epoch + 1, "loss": result.total, **result.losses, "lr": result.lr,
-                        "grad_norm": result.grad_norm,
-                        **{name: float(value) for name, value in detector.monitor.items()},
-                        "images_per_second": throughput.update(images), "memory_gib": peak_memory(device),
-                    }, unprinted={"weights": stepper.weights})  # fmt: skip
-                    if result.gradients:
-                        log.gradients(stepper.steps, epoch + 1, result.gradients)
-                stop = signals.stop_requested()
-                done = args.max_steps is not None and stepper.steps >= args.max_steps
-                if stop or stepper.steps % args.save_every == 0:
-                    save("last.pt")
-                if stop:
-                    log.say(f"stopped at step {stepper.steps}; go on with --resume {folder}")
-                    log.close()
-                    raise SystemExit(signals.exit_status)
-                if done:
-                    break
-            last = done or epoch + 1 == args.epochs
-            if last or (epoch + 1) % args.validate_every == 0:
-                validated(epoch + 1)
-                throughput.restart()
-            if len(sampler) == 0:
-                sampler.set_epoch(epoch + 1)  # a run resumed here goes straight on
-            save("last.pt")
-            if args.keep_every and (epoch + 1) % args.keep_every == 0:
-                save(f"epoch-{epoch + 1}.pt")
-            if last:
-                break
-    log.close()
-    distributed.stop()
+        validate_epoch(0)
+    hooks = dict(step=step, validate=validate_epoch, save=save, begin_epoch=begin_epoch)
+    run_epochs(args, loader, sampler, stepper, log, **hooks)
 
 
-def begin_epoch(args: argparse.Namespace, detector, stepper: Stepper, epoch: int) -> str:
+def freeze(args: argparse.Namespace, detector, stepper: Stepper, epoch: int) -> str:
     """Freeze what is frozen in this epoch, for DDP too, and say what is trained."""
-    frozen = args.freeze_stages[min(epoch, len(args.freeze_stages) - 1)]
+    frozen = args.freeze_stages[min(epoch, len(args.freeze_stages)) - 1]
     detector.backbone.freeze(frozen)
     if distributed.world_size() > 1:
         stepper.model = DistributedDataParallel(detector)  # anew: it notes what is trained when it is made
     trained = sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
     what = f"the stem and {frozen} of the backbone's stages frozen" if frozen else "nothing frozen"
-    return f"epoch {epoch + 1}: {what}, {trained / 1e6:.2f} M parameters trained"
+    return f"epoch {epoch}: {what}, {trained / 1e6:.2f} M parameters trained"
 
 
 if __name__ == "__main__":

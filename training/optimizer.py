@@ -1,5 +1,6 @@
 """Parameter groups, optimizer, learning-rate schedule and weight averaging."""
 
+import argparse
 import bisect
 import functools
 import math
@@ -10,6 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from training import distributed
 from training.errors import InputError
 
 # The parameters of all other norm layers have one dimension, and are spared for that.
@@ -165,3 +167,21 @@ def ema(model: nn.Module, decay: float) -> AveragedModel:
     if not 0 <= decay < 1:
         raise InputError(f"--ema-decay {decay}: expected at least 0 and below 1.")
     return _WarmedAverage(model, decay)
+
+
+def build_optimisation(args: argparse.Namespace, model: nn.Module, steps_per_epoch: int, **grouping):
+    """Optimizer of all that `model` trains, and its schedule, as the flags of `add_optimisation_flags` say.
+
+    grouping: lr_scale and no_decay of `parameter_groups`. The schedule is stepped after each optimizer step.
+    """
+    lr = args.lr
+    if args.lr_base_batch:
+        lr = scale_lr(lr, args.batch_size, distributed.world_size(), args.accumulate, args.lr_base_batch)
+    groups = parameter_groups(model, lr=lr, weight_decay=args.weight_decay, **grouping)
+    optimizer = build_optimizer(args.optimizer, groups, momentum=args.momentum)
+    schedule = build_schedule(
+        optimizer, args.schedule, total_steps=args.epochs * steps_per_epoch, warmup_steps=args.warmup_steps,
+        warmup_factor=args.warmup_factor, milestones=[epoch * steps_per_epoch for epoch in args.milestones],
+        gamma=args.gamma, final_factor=args.final_factor,
+    )  # fmt: skip
+    return optimizer, schedule
