@@ -60,7 +60,9 @@ def test_every_batch_of_every_epoch_comes_once():
 
 
 def test_batches_are_accumulated_and_the_rest_of_an_epoch_makes_a_step():
-    assert [len(keys) for _, keys in Run(accumulate=3, epochs=2)().steps()] == [6, 2, 6, 2]
+    run = Run(accumulate=3, epochs=2, save_every=1)()
+    assert [len(keys) for _, keys in run.steps()] == [6, 2, 6, 2]
+    assert run.others()[:2] == [("last.pt", 1, 3), ("last.pt", 2, 4)]  # all of a step's batches count as done
 
 
 def test_checkpoints_and_validation_come_when_they_are_due():
