@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from kernels.contrastive_cpu import Gradients, Rows
+from kernels.gpu import INTERPRETED, PRECISION, launch_for
 
-INTERPRETED = triton.knobs.runtime.interpret
 NO_NEGATIVE = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -40,13 +40,14 @@ class Launch(NamedTuple):
 # row. Wider rows go to the chunked engine.
 STREAM = {
     "default": {
-        64: Launch(rows=64, columns=32, warps=4, stages=2),
+        64: Launch(rows=64, columns=32, warps=8, stages=2),
         128: Launch(rows=64, columns=32, warps=8, stages=2),
-        256: Launch(rows=64, columns=32, warps=8, stages=2),
+        256: Launch(rows=32, columns=32, warps=8, stages=2),
         512: Launch(rows=32, columns=32, warps=8, stages=2),
     },
     "gfx942": dict.fromkeys((64, 128, 256, 512), Launch(rows=32, columns=32, warps=4, stages=1)),
 }
+STREAM |= dict.fromkeys(("sm_90", "sm_100"), STREAM["default"] | {256: Launch(rows=64, columns=32, warps=8, stages=2)})
 STREAM_ROWS = 128  # queries up to which reading the bank, not multiplying, is expected to be the cost
 SPLITS = 128  # shares of the columns, about one a multiprocessor
 ROW_BLOCK, ROW_WARPS = 4096, 16
@@ -366,18 +367,6 @@ def _is_negative(m, own, my_id, limit, keys, key_ids, bank_ids, KEY_IDS: tl.cons
     return negative
 
 
-def stream_launch(target, padded):
-    """Block sizes of the streaming engine on a target such as "sm_90", for rows padded to a power of two."""
-    return STREAM.get(target, STREAM["default"])[max(64, padded)]
-
-
-def _target(device):
-    if device.type != "cuda" or torch.version.hip:
-        return "default"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
 def engine(rows, dim, dtype):
     """Which engine serves a shape; a guess until it is measured (see STREAM)."""
     small = rows <= STREAM_ROWS and dim <= max(STREAM["default"])
@@ -416,10 +405,6 @@ def _flags(problem):
     return pointers, dict(KEY_IDS=key_ids, BANK_IDS=bank_ids and problem.bank is not None)
 
 
-def _precision():
-    return "ieee" if torch.version.hip else "tf32x3"
-
-
 def _empty_rows(query):
     stats = [query.new_empty(len(query), dtype=torch.float32) for _ in range(4)]
     return Rows(*stats, query.new_empty(len(query), dtype=torch.int64))
@@ -430,7 +415,7 @@ def _stream(problem, weight):
     rows, dim = query.shape
     bank_rows = 0 if bank is None else len(bank)
     padded = max(16, triton.next_power_of_2(dim))
-    launch = stream_launch(_target(query.device), padded)
+    launch = launch_for(STREAM, query.device)[max(64, padded)]
     blocks = [triton.cdiv(count, launch.columns) for count in (len(key), bank_rows)]
     a_split = max(1, triton.cdiv(sum(blocks), SPLITS))
     key_splits, bank_splits = (triton.cdiv(count, a_split) for count in blocks)
@@ -440,7 +425,7 @@ def _stream(problem, weight):
     counts = query.new_empty(splits, rows, dtype=torch.int32)
     means = query.new_empty((splits, rows, dim) if with_gradient else (1,), dtype=torch.float32)
     pointers, flags = _flags(problem)
-    tile = dict(UPCAST=INTERPRETED, PRECISION=_precision(), BLOCK_N=launch.rows, BLOCK_M=launch.columns, BLOCK_D=padded)
+    tile = dict(UPCAST=INTERPRETED, PRECISION=PRECISION, BLOCK_N=launch.rows, BLOCK_M=launch.columns, BLOCK_D=padded)
     options = dict(num_warps=launch.warps, num_stages=launch.stages)
     stream[(triton.cdiv(rows, launch.rows), splits)](
         query,

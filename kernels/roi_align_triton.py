@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret
+from kernels.gpu import INTERPRETED, PRECISION, launch_for
+
 TILE = 8  # pixels a side of a backward tile
 SCAN = 128  # RoIs looked at together in the backward
 
@@ -39,12 +40,11 @@ FORWARD = Launch(rows=0, columns=0, channels=256, warps=4, stages=2)
 BACKWARD = {
     "default": Launch(rows=0, columns=0, channels=32, warps=4, stages=1),
     "sm_90": Launch(rows=0, columns=0, channels=128, warps=4, stages=1),
-    "sm_100": Launch(rows=0, columns=0, channels=64, warps=4, stages=1),
 }
 PROJECT = {
-    "default": Launch(rows=32, columns=64, channels=32, warps=8, stages=2),
+    "default": Launch(rows=32, columns=64, channels=64, warps=8, stages=2),
     "sm_90": Launch(rows=64, columns=64, channels=32, warps=8, stages=2),
-    "sm_100": Launch(rows=64, columns=64, channels=32, warps=8, stages=2),
+    "sm_100": Launch(rows=64, columns=64, channels=64, warps=8, stages=2),
 }
 
 
@@ -429,19 +429,6 @@ def _padded(size):
     return triton.next_power_of_2(size)
 
 
-def _precision(tensor):
-    """How float32 products run: three TensorFloat-32 passes keep float32's accuracy; AMD has only exact ones."""
-    return "ieee" if torch.version.hip else "tf32x3"
-
-
-def _launch(table, device):
-    """The block sizes for a device."""
-    if device.type != "cuda" or torch.version.hip:
-        return table["default"]
-    major, minor = torch.cuda.get_device_capability(device)
-    return table.get(f"sm_{major}{minor}", table["default"])
-
-
 def _maps(features, scales):
     """The kernels' description of the levels: pointers, sizes and strides as tuples."""
     strides = [tuple(feature.stride(axis) for feature in features) for axis in range(4)]
@@ -482,7 +469,7 @@ def scatter(grad, rois, shapes, pooling):
     gradients = tuple(grad.new_empty(batch, height, width, channels) for _, _, height, width in shapes)
     tiles = [batch * triton.cdiv(shape[2], TILE) * triton.cdiv(shape[3], TILE) for shape in shapes]
     first_tiles = tuple(sum(tiles[:index]) for index in range(len(tiles)))
-    launch = _launch(BACKWARD, grad.device)
+    launch = launch_for(BACKWARD, grad.device)
     block = max(16, min(launch.channels, _padded(channels)))
     padded, scales = _padded(pooling.output_size[1]), tuple(pooling.scales)
     if batch:
@@ -506,7 +493,7 @@ def scatter(grad, rois, shapes, pooling):
             SAMPLES=max(0, pooling.sampling_ratio),
             ALIGNED=pooling.aligned,
             UPCAST=INTERPRETED,
-            PRECISION=_precision(grad),
+            PRECISION=PRECISION,
             TILE=TILE,
             SCAN=SCAN,
             BLOCK_C=block,
@@ -529,7 +516,7 @@ def project(features, rois, weight, bias, pooling):
     if len(rois) == 0:
         return out
     by_bin = weight.view(len(weight), channels, height * width).permute(2, 1, 0).contiguous()  # (ph * pw, C, D)
-    launch = _launch(PROJECT, weight.device)
+    launch = launch_for(PROJECT, weight.device)
     block = max(16, min(launch.channels, _padded(channels)))
     pool_project[(triton.cdiv(len(rois), launch.rows), triton.cdiv(len(weight), launch.columns))](
         *_maps(features, pooling.scales),
@@ -549,7 +536,7 @@ def project(features, rois, weight, bias, pooling):
         CHANNELS_LAST=all(feature.stride(1) == 1 for feature in features),
         BIASED=bias is not None,
         UPCAST=INTERPRETED,
-        PRECISION=_precision(weight),
+        PRECISION=PRECISION,
         BLOCK_R=launch.rows,
         BLOCK_D=launch.columns,
         BLOCK_C=block,

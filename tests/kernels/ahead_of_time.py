@@ -107,7 +107,7 @@ def loss_types(kernel, dtype):
 
 def streamed(kernel, dim):
     def build(dtype, target):
-        launch = contrastive.stream_launch(target, dim)
+        launch = contrastive.STREAM.get(target, contrastive.STREAM["default"])[dim]
         constants = loss_constants(target, launch, dim)
         if kernel is contrastive.stream:
             constants |= dict(HAS_VALID=True, BANK_IDS=True, WITH_MEAN=True)

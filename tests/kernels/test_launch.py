@@ -1,0 +1,30 @@
+"""Which block sizes a GPU gets: those of its architecture, by the name that compilers give it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kernels.gpu import launch_for
+
+TABLE = {"default": 0, "sm_90": 1, "gfx942": 2}
+
+
+@pytest.mark.parametrize(("capability", "launch"), [((9, 0), 1), ((8, 6), 0)])
+def test_nvidia(monkeypatch, capability, launch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert launch_for(TABLE, torch.device("cuda")) == launch
+
+
+@pytest.mark.parametrize(("name", "launch"), [("gfx942:sramecc+:xnack-", 2), ("gfx90a", 0)])
+def test_amd(monkeypatch, name, launch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
+    assert launch_for(TABLE, torch.device("cuda")) == launch
+
+
+def test_the_interpreter_has_the_default():
+    assert launch_for(TABLE, torch.device("cpu")) == 0
