@@ -274,6 +274,8 @@ def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]
     patch = model.vision_model.patch_size
     if args.image_size is not None and args.image_size % patch:
         raise InputError(f"--image-size {args.image_size}: expected a multiple of the patch size, {patch}")
+    if args.image_size not in (None, model.vision_model.image_size):
+        model = model.with_image_size(args.image_size)  # so that its checkpoints say what it was trained on
     if args.long_weight and model.text_model.long_context_length is None:
         raise InputError("--long-weight: the model has no long text path, its short one being too short; expected 0")
     if args.roi_projection_lr and not model.config["roi_projection"]:
@@ -384,7 +386,7 @@ def main(arguments: list[str] | None = None) -> None:
     refuse_what_cannot_train(args)
     torch.manual_seed(args.seed)
     bare, tokenizer, about_model = build_model(args)
-    train_data, val_data, said = open_data(args, args.image_size or bare.vision_model.image_size)
+    train_data, val_data, said = open_data(args, bare.vision_model.image_size)
     found = data_statistics(map(train_data.record, evenly(range(len(train_data)), LOOKED_AT)), None)
     refuse_what_has_nothing_to_learn(args, found)
     said.append(f"of {found.images} images looked at: {found.boxes}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fgclip.regions import pool_regions
 from fgclip.text import TextTower
-from fgclip.vision import VisionTower
+from fgclip.vision import VisionTower, interpolate_positions
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -68,6 +68,15 @@ class FGCLIP(nn.Module):
         model = FGCLIP(**self.config | dict(roi_projection=True)).to(self.logit_scale.device)
         model.load_state_dict(self.state_dict() | {"roi_projection.weight": self.visual_projection.weight})
         return model
+
+    def with_image_size(self, image_size: int) -> "FGCLIP":
+        """The same model with a position table for square images of that side in pixels, interpolated from its own."""
+        patch, table = self.vision_model.patch_size, "vision_model.embeddings.position_embedding.weight"
+        model = FGCLIP(**self.config | dict(vision=self.config["vision"] | dict(image_size=image_size)))
+        state = self.state_dict()
+        state[table] = interpolate_positions(state[table], (image_size // patch,) * 2)
+        model.load_state_dict(state)
+        return model.to(self.logit_scale.device)
 
     def set_checkpointing(self, enabled: bool) -> None:
         """Whether the blocks' activations are recomputed in the backward pass: less memory, about a third more time."""

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import train_fgclip
-from fgclip import FGCLIP, save_clip_weights
+from fgclip import FGCLIP, load_model, save_clip_weights
 from fgclip.synthetic import SyntheticRegions
 from training.errors import one_sentence
 
@@ -265,6 +265,9 @@ def test_published_weights_and_their_scales(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "FG-CLIP" in said and "all logit scales reset to 3.0000" in said
     assert metrics(tmp_path / "reset")[0]["logit_scale_region"] == pytest.approx(3, abs=0.01)
+    assert (
+        load_model(tmp_path / "reset" / "last.pt")[0].vision_model.image_size == 48
+    )  # what it was trained on, not what it was
     train(tmp_path / "kept", *flags[:-1], "--max-steps", 1, tiny=tiny)
     said = capsys.readouterr().out
     assert "logit scale region is 6.0000, far from --logit-scale-init 2.6593; --reset-logit-scales" in said

@@ -166,6 +166,17 @@ def test_other_image_sizes(small_model):
         small_model.encode_image(torch.randn(1, 3, 30, 32))
 
 
+def test_a_model_for_another_image_size_sees_such_images_as_before(small_model):
+    model, pixels = small_model.with_image_size(48), torch.randn(2, 3, 48, 48)
+    assert model.vision_model.image_size == model.config["vision"]["image_size"] == 48
+    assert (
+        len(model.vision_model.embeddings.position_embedding.weight) == 1 + (48 // model.vision_model.patch_size) ** 2
+    )
+    torch.testing.assert_close(model.encode_image(pixels), small_model.encode_image(pixels))
+    torch.testing.assert_close(model.log_scales(), small_model.log_scales())
+    FGCLIP(**model.config).load_state_dict(model.state_dict())
+
+
 def test_interpolated_positions_keep_their_axes():
     rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
     table = torch.cat([torch.full((1, 2), 9.0), torch.stack([rows, columns], -1).flatten(0, 1)])
