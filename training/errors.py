@@ -1,4 +1,4 @@
-"""Bad input ends a script with one sentence and exit status 2, never with a traceback."""
+"""Bad input ends a script with one sentence and exit status 2, Ctrl-C with 130, and neither with a traceback."""
 
 import contextlib
 import sys
@@ -13,6 +13,7 @@ def one_sentence(*kinds: type[Exception]):
     """Print an `InputError`, an `OSError` or one of `kinds` as one sentence on standard error and exit with status 2.
 
     An exception from a DataLoader worker carries the worker's traceback in its message; only its last sentence shows.
+    A KeyboardInterrupt that comes so far exits with status 130, as shells have it.
     """
     try:
         yield
@@ -21,3 +22,6 @@ def one_sentence(*kinds: type[Exception]):
         sentence = str(error).rsplit(f"{name}: ", 1)[-1].strip()
         print(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -122,6 +122,13 @@ def test_a_folder_in_use_is_refused(tmp_path, capsys):
         prepare(tmp_path, "--output", str(folder / "args.json"))
 
 
+def test_ctrl_c_ends_without_a_traceback(capsys):
+    with pytest.raises(SystemExit) as stopped, one_sentence():
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130 and stopped.value.__suppress_context__
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_resume_continues_in_the_folder_of_the_checkpoint(tmp_path):
     _, folder = prepare(tmp_path)
     save(folder / "last.pt", {"step": 5})
