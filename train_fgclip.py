@@ -45,6 +45,7 @@ from training.arguments import (
     fraction,
     int_list,
     make_parser,
+    named_flags,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -107,10 +108,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_loss_flags(parser)
     add_run_flags(parser)
 
-    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--data-root", "--annotations", "--init-from", "--resume", "--format", "--stage", "--bank-size"):
-        named.add_argument(flag)
-    named, _ = named.parse_known_args(arguments)
+    choosing = "--data-root --annotations --init-from --resume --format --stage --bank-size"
+    named = named_flags(arguments, *choosing.split())
     synthetic = named.data_root is None and named.annotations is None
     if synthetic or named.init_from is None:
         parser.set_defaults(**FROM_NOTHING_RECIPE)

@@ -33,6 +33,7 @@ from training.arguments import (
     fraction,
     int_list,
     make_parser,
+    named_flags,
     non_negative_float,
     positive_float,
     positive_int,
@@ -72,10 +73,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_model_flags(parser)
     add_loss_flags(parser)
 
-    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    named.add_argument("--data-root")
-    named.add_argument("--init-from")
-    named, _ = named.parse_known_args(arguments)
+    named = named_flags(arguments, "--data-root", "--init-from")
     if named.data_root is None:
         parser.set_defaults(**SYNTHETIC_RECIPE)
     if named.init_from is not None:

@@ -47,6 +47,7 @@ from training.arguments import (
     fraction,
     int_list,
     make_parser,
+    named_flags,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -86,9 +87,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_augmentation_flags(parser)
     add_model_flags(parser)
     add_loss_flags(parser)
-    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    named.add_argument("--data-root")
-    if named.parse_known_args(arguments)[0].data_root is None:
+    if named_flags(arguments, "--data-root").data_root is None:
         parser.set_defaults(**SYNTHETIC_RECIPE)
     return parser.parse_args(arguments)
 

@@ -65,6 +65,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `python -m fgclip.evaluate` besides those of the model."""
     add = parser.add_argument_group("data").add_argument
     add("--task", choices=tuple(TASKS), help="what to evaluate; without it and without data: synthetic")
     add("--annotations", nargs="+", metavar="PATH", help="annotation file or folder; of fg-ovd one or several")
@@ -218,6 +219,7 @@ def table(figures: dict[str, dict[str, float]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """`python -m fgclip.evaluate`: print the figures of one task; `arguments` without the program's name."""
     parser = make_parser(__doc__)
     add_model_flags(parser)
     add_arguments(parser)

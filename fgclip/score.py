@@ -41,6 +41,7 @@ def box(text: str) -> tuple[float, ...]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `python -m fgclip.score`."""
     add_model_flags(parser)
     # fmt: off
     add = parser.add_argument_group("what to score").add_argument
@@ -133,6 +134,7 @@ def as_text(found: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """`python -m fgclip.score`: print how well captions fit an image or its boxes."""
     parser = make_parser(__doc__)
     add_arguments(parser)
     args = parser.parse_args(arguments)

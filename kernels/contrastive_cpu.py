@@ -4,7 +4,7 @@ Rows go in chunks. A chunk streams over the bank in blocks of columns with the r
 an online softmax (Milakov and Gimelshein, 2018), so that one pass gives both the loss and the query's gradient; then it
 sees all in-batch keys at once, which settles its normaliser and gives the keys' gradient.
 
-Exponentials are powers of two, of logits times log2(e): `exp2` took a third of the time of `exp`, and a twentieth where
+Exponentials are powers of two, of logits times log2(e): `exp2` took a third of the time of `exp`, and a fortieth where
 results underflow, as most do for a trained model (an AMD processor, where `exp` is MKL's).
 """
 

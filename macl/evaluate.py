@@ -46,6 +46,7 @@ SUFFIXES = {"save_detections": (".txt", ".json"), "save_curve": (".json",), "plo
 
 # fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `python -m macl.evaluate`."""
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", metavar="PATH", help="best.pt or last.pt of a run")
     add("--weights", choices=("ema", "raw"), help="averaged (EMA) weights where there are any (default), or raw ones")
@@ -104,6 +105,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
+    """Raises InputError where a file that is to be written has a name or a data set that does not fit."""
     for name, suffixes in SUFFIXES.items():
         path = getattr(args, name)
         if path is not None and Path(path).suffix not in suffixes:
@@ -174,6 +176,7 @@ def detect(args: argparse.Namespace, device: torch.device) -> tuple[list[dict], 
 
 
 def write_files(args: argparse.Namespace, results: list[dict], figures: dict) -> None:
+    """Whatever files the flags ask for: figures, the detections of every mode, the curve of the miss rate."""
     if args.output:
         Path(args.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     for count, mode in enumerate(results[0]["found"] if args.save_detections else ()):
@@ -193,6 +196,7 @@ def write_files(args: argparse.Namespace, results: list[dict], figures: dict) ->
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """`python -m macl.evaluate`: print a detector's figures; `arguments` without the program's name."""
     parser = make_parser(__doc__)
     add_arguments(parser)
     args = parser.parse_args(arguments)

@@ -28,6 +28,7 @@ def detect_pair(detector: torch.nn.Module, sample: dict, device: str) -> dict[st
 
 
 def check_modalities(detector: torch.nn.Module, given: list[str]) -> None:
+    """Raises InputError where the detector sees with one modality alone and that one is not given."""
     needed = detector.fusion.kind
     if needed in ("visible", "infrared") and needed not in given:
         raise InputError(f"this detector sees with {needed} images alone: give --{needed}")
@@ -45,6 +46,7 @@ def as_json(path: str, detections: dict[str, torch.Tensor], classes: list[str]) 
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """`python -m macl.predict`: detect in pictures of one's own, draw them and write detections.json."""
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="best.pt or last.pt of a run")
     parser.add_argument("--visible", metavar="FILE_OR_DIR", help="visible image, or a folder of them")

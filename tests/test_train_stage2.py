@@ -6,6 +6,7 @@ Run as a script, it is one of two processes that fine-tune together.
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -236,3 +237,13 @@ def main_of_a_rank(folder: Path) -> None:
 
 if __name__ == "__main__":
     main_of_a_rank(Path(sys.argv[1]))
+
+
+def test_hard_negatives_grow_from_stage_to_stage():
+    args = train_stage2.parse_arguments("--dhn-k 4,8,16 --dhn-active 32,64 --dhn-milestones 1,3".split())
+    hard = SimpleNamespace()
+    detector, seen = SimpleNamespace(macl=SimpleNamespace(hard=hard)), []
+    for epoch in (1, 2, 3, 4):
+        train_stage2.set_course(args, detector, {}, step=epoch, total=4, epoch=epoch)
+        seen.append((hard.k, hard.active))
+    assert seen == [(4, 32), (8, 64), (8, 64), (16, 64)]  # one epoch, two, and the rest

@@ -149,6 +149,14 @@ def add_optimisation_flags(parser: argparse.ArgumentParser, **defaults) -> None:
     _all_used(defaults)
 
 
+def named_flags(arguments: list[str] | None, *flags: str) -> argparse.Namespace:
+    """The text given for some flags, None where a flag is not given: what a script chooses its defaults by."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in flags:
+        parser.add_argument(flag)
+    return parser.parse_known_args(arguments)[0]
+
+
 def add_recipe_flags(parser: argparse.ArgumentParser, script: str, recipe: dict) -> None:
     """The flags of `add_shared_flags` and `add_optimisation_flags`, with the defaults that `recipe` has for them."""
     shared = {name: value for name, value in recipe.items() if name in ("epochs", "batch_size", "workers")}

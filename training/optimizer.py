@@ -170,7 +170,7 @@ def ema(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def build_optimisation(args: argparse.Namespace, model: nn.Module, steps_per_epoch: int, **grouping):
-    """Optimizer of all that `model` trains, and its schedule, as the flags of `add_optimisation_flags` say.
+    """Optimizer of all that `model` trains, and its schedule, as the flags of `add_recipe_flags` say.
 
     grouping: lr_scale and no_decay of `parameter_groups`. The schedule is stepped after each optimizer step.
     """

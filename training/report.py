@@ -36,6 +36,7 @@ LOGARITHMIC = ("grad_norm", "norm")
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """`python -m training.report`: write the page of one or several runs."""
     parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--output", metavar="FILE.html", help="the page; without it report.html in the first RUN")

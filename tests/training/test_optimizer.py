@@ -4,8 +4,16 @@ import pytest
 import torch
 from torch import nn
 
+from training.arguments import add_recipe_flags, make_parser
 from training.errors import InputError
-from training.optimizer import build_optimizer, build_schedule, ema, parameter_groups, scale_lr
+from training.optimizer import (
+    build_optimisation,
+    build_optimizer,
+    build_schedule,
+    ema,
+    parameter_groups,
+    scale_lr,
+)
 
 
 class Model(nn.Module):
@@ -174,3 +182,18 @@ def test_ema_warms_up_and_copies_buffers():
 
 def test_learning_rate_scales_with_the_samples_of_a_step():
     assert scale_lr(0.02, batch=2, world=4, accumulate=3, base_batch=16) == pytest.approx(0.03)
+
+
+def test_flags_become_optimizer_and_schedule():
+    parser = make_parser("a script")
+    add_recipe_flags(parser, "script", dict(epochs=4, batch_size=8))
+    flags = "--optimizer sgd --lr 0.1 --lr-base-batch 4 --accumulate 3 --schedule multistep --milestones 2 --gamma 0.5"
+    model = nn.ModuleDict(dict(body=nn.Linear(2, 2), head=nn.Linear(2, 2)))
+    optimizer, schedule = build_optimisation(parser.parse_args(flags.split()), model, 5, lr_scale={"body": 0.1})
+    rates = {group["name"].split(",")[0]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"body": 0.06, "base": 0.6})  # 8 * 3 samples a step instead of 4
+    for _ in range(10):  # two epochs of 5 steps
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.6)
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.3)
