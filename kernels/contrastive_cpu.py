@@ -116,9 +116,6 @@ def is_small(problem):
 
 def small_loss(problem, reduction):
     """The loss by autograd from all logits at once; None where softmax - 1 would round its gradient away."""
-    if torch.is_autocast_enabled("cpu"):
-        with torch.autocast("cpu", enabled=False):
-            return small_loss(problem, reduction)
     query, key, logit_scale, target, bank, _, query_ids, *_ = problem = _in_use(problem)
     products = F.linear(query, key)
     if bank is not None:

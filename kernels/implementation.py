@@ -1,5 +1,6 @@
-"""Which implementation an operator runs."""
+"""Which implementation an operator runs, and with which casts."""
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import torch
@@ -28,6 +29,12 @@ def choose(implementation, tensors):
         if device != "cuda" and not _interpreted():
             raise ValueError(f'implementation="triton" needs tensors on a GPU, got {device}')
     return implementation
+
+
+def uncast(tensor):
+    """A context in which autocast leaves everything as it is; costs next to nothing where it is off."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _interpreted():

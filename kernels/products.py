@@ -8,21 +8,21 @@ most processors have no fast ones.
 import torch
 import torch.nn.functional as F
 
+from kernels.implementation import uncast
+
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 LARGE = 2**23  # multiplications that make up for what oneDNN needs to start
 
 
 def linear(rows, weight, bias=None):
     """(M, K), (N, K), (N,) or None -> rows @ weight.T + bias, (M, N). Autograd does not see it."""
-    if torch.is_autocast_enabled(rows.device.type):
-        with torch.autocast(rows.device.type, enabled=False):
-            return linear(rows, weight, bias)
     if rows.is_cpu and rows.dtype in (torch.float16, torch.bfloat16):
         return linear(rows.float(), weight.float(), None if bias is None else bias.float()).to(rows.dtype)
     large = rows.is_cpu and rows.dtype == torch.float32 and rows.shape[0] * weight.numel() >= LARGE
-    if large and ONEDNN and torch.backends.mkldnn.enabled:
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")  # as compiled models call it
-    return F.linear(rows, weight, bias)
+    with uncast(rows):
+        if large and ONEDNN and torch.backends.mkldnn.enabled:
+            return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")  # as compiled models call it
+        return F.linear(rows, weight, bias)
 
 
 @torch.library.custom_op("macl_fgclip::product", mutates_args=())

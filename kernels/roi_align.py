@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels import roi_align_cpu
-from kernels.implementation import choose
+from kernels.implementation import choose, uncast
 from kernels.products import linear, product
+from kernels.reference import coordinate_dtype
 
 
 class Pooling(NamedTuple):
@@ -46,7 +47,7 @@ def multiscale_roi_align(
     features, output_size = _checked(features, rois, scales, output_size)
     implementation, rois = choose(implementation, features), rois.detach()
     pooling = Pooling([float(scale) for scale in scales], output_size, sampling_ratio, aligned)
-    with torch.autocast(features[0].device.type, enabled=False):  # its casts are done
+    with uncast(features[0]):  # its casts are done
         pooled = _pool_plainly(features, rois, pooling, implementation)
         return _pool(features, rois, *pooling, implementation) if pooled is None else pooled
 
@@ -82,7 +83,7 @@ def roi_align_project(
             raise TypeError(f"{name} must be {expected} like the features, got {part.dtype} on {part.device}")
     implementation, rois = choose(implementation, features), rois.detach()
     pooling = Pooling([float(scale) for scale in scales], output_size, sampling_ratio, aligned)
-    with torch.autocast(features[0].device.type, enabled=False):
+    with uncast(features[0]):
         pooled = _pool_plainly(features, rois, pooling, implementation)
         if pooled is not None:
             return F.linear(pooled.flatten(1), weight, bias)
@@ -90,13 +91,16 @@ def roi_align_project(
 
 
 def _pool_plainly(features, rois, pooling, implementation):
-    """The pooling without an operator, where that costs less: eager, on the CPU, one bin on a small map. Else None."""
-    if implementation != "torch" or features[0].device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    if len(rois) == 0 or not roi_align_cpu.is_dense([feature.shape for feature in features], pooling):
+    """The pooling without a registered operator, where that costs less: eager, on the CPU, one bin on a small map.
+
+    None elsewhere.
+    """
+    if implementation != "torch" or torch.compiler.is_compiling():
         return None
     _check_image_index(rois, len(features[0]))
-    return roi_align_cpu.pool_dense(features[0], rois, pooling)
+    rois = rois.to(coordinate_dtype(features))
+    plan = roi_align_cpu.plan_dense([feature.shape for feature in features], rois, pooling)
+    return None if plan is None else roi_align_cpu.PoolDense.apply(features[0], plan)
 
 
 def _autocast(tensor):
@@ -292,5 +296,8 @@ def _engine(implementation):
 
 
 def _check_image_index(rois, images):
-    if rois.device.type == "cpu" and not ((rois[:, 0] >= 0) & (rois[:, 0] < images)).all():
+    if not rois.is_cpu:
+        return
+    index = rois.numpy()[:, 0]  # looking at so few numbers costs PyTorch several times as much
+    if len(index) and not (index.min() >= 0 and index.max() < images):
         raise ValueError(f"the image index of every roi must be in [0, {images})")

@@ -10,6 +10,7 @@ product is faster: (R, H W) weights, the outer product of both axes, times the (
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from kernels.reference import assign_levels, coordinate_dtype, finite_rois, sample_axis
@@ -26,14 +27,15 @@ class Taps(NamedTuple):
 
 def gather(features, rois, pooling):
     """features, rois -> (R, C, ph, pw), channels-last in memory, in the features' dtype."""
-    channels, (height, width) = features[0].shape[1], pooling.output_size
+    shapes, dtype = [feature.shape for feature in features], coordinate_dtype(features)
+    channels, (height, width) = shapes[0][1], pooling.output_size
+    rois = rois.to(dtype)
     if len(rois) == 0:
         pooled = features[0].new_zeros(0, height, width, channels)
-    elif is_dense([feature.shape for feature in features], pooling):
-        pooled = _gather_dense(features[0], rois, pooling)
+    elif plan := plan_dense(shapes, rois, pooling):
+        pooled = _gather_dense(features[0], plan)
     else:
-        dtype = coordinate_dtype(features)
-        taps = _plan([feature.shape for feature in features], rois.to(dtype), pooling)
+        taps = _plan(shapes, rois, pooling)
         pooled = _bag(_table(features, dtype), taps.pixel, taps.offset, taps.weight)  # (R * ph * pw, C)
         pooled = pooled.to(features[0].dtype)
     return pooled.view(len(rois), height, width, channels).permute(0, 3, 1, 2)
@@ -45,11 +47,12 @@ def scatter(grad, rois, shapes, pooling):
     grad: (R, C, ph, pw); shapes: the levels' (B, C, H, W).
     """
     dtype, channels = coordinate_dtype([grad]), grad.shape[1]
+    rois = rois.to(dtype)
     if len(rois) == 0:
         return [grad.new_zeros(batch, height, width, channels, dtype=dtype) for batch, _, height, width in shapes]
-    if is_dense(shapes, pooling):
-        return [_scatter_dense(grad, rois, shapes[0], pooling)]
-    taps = _plan(shapes, rois.to(dtype), pooling)
+    if plan := plan_dense(shapes, rois, pooling):
+        return [_scatter_dense(grad.flatten(1), plan, *shapes[0][2:])]
+    taps = _plan(shapes, rois, pooling)
     bins = grad.permute(0, 2, 3, 1).reshape(-1, channels).to(dtype)  # (R * ph * pw, C)
     pixel, order = torch.sort(taps.pixel, stable=True)
     weight = taps.weight[order]
@@ -142,71 +145,94 @@ def _merge(index, weight):
     return torch.where(merged != 0, low + window, 0), merged
 
 
-def is_dense(shapes, pooling):
-    """One bin on one small map: a matrix product beats the gather."""
-    return len(shapes) == 1 and pooling.output_size == (1, 1) and shapes[0][2] * shapes[0][3] <= 64 * 64
+class DensePlan(NamedTuple):
+    """Single bins on one small map as a matrix product: every image has the same number of rows, some of them empty."""
+
+    weight: torch.Tensor  # (B, rows, H * W), what a pixel weighs in a RoI
+    row: torch.Tensor  # (R,) int64, where a RoI stands in (B * rows)
 
 
-def _dense_axes(rois, height, width, pooling):
-    """What each pixel of an axis weighs in a single bin: x and y, (R, 2, max(H, W)); the mean's division is in x."""
-    finite = finite_rois(rois)
-    edges = torch.where(finite[:, None], rois[:, 1:] * pooling.scales[0] - 0.5 * pooling.aligned, 0).view(-1, 2, 2)
-    low, high = edges[:, 0].reshape(-1), edges[:, 1].reshape(-1)  # x and y of a RoI side by side
-    extent = rois.new_tensor([width, height]).repeat(len(rois))
-    index, weight, samples = sample_axis(low, high, 1, extent, pooling.sampling_ratio, pooling.aligned)
-    along = rois.new_zeros(len(low), max(height, width)).scatter_add_(1, index.flatten(1), weight.flatten(1))
-    along = along.view(len(rois), 2, -1)
-    along[:, 0] *= (finite / samples.view(-1, 2).prod(1).clamp(min=1))[:, None]
+def plan_dense(shapes, rois, pooling):
+    """The DensePlan of RoIs on the CPU. None where the gather is faster: several bins or levels, a large map, or one
+    image with so many more RoIs than the others that the product would be one of zeros.
+
+    The arrays are tiny, and what NumPy needs to start an operation is a fraction of what PyTorch needs.
+    """
+    (batch, _, height, width), *others = shapes
+    if others or pooling.output_size != (1, 1) or height * width > 64 * 64 or not rois.is_cpu or len(rois) == 0:
+        return None
+    rois = rois.numpy()
+    image = rois[:, 0].astype(np.int64)
+    counts = np.bincount(image, minlength=batch)
+    rows = int(counts.max())
+    if batch * rows > 2 * len(rois) + 64:
+        return None
+    row = np.empty_like(image)
+    row[np.argsort(image, kind="stable")] = np.arange(len(rois))  # the RoI's place in the order of images ...
+    row += image * rows - (np.cumsum(counts) - counts)[image]  # ... where every image takes `rows` places
+    along = np.zeros((batch * rows, 2, max(height, width)), rois.dtype)
+    along[row] = _weights_along_axes(rois, height, width, pooling)
+    weight = along[:, 1, :height, None] * along[:, 0, None, :width]
+    return DensePlan(torch.from_numpy(weight.reshape(batch, rows, -1)), torch.from_numpy(row))
+
+
+def _weights_along_axes(rois, height, width, pooling):
+    """What each pixel of an axis weighs in a single bin: x and y, (R, 2, max(H, W)); the mean's division is in x.
+
+    The sampling rules of `sample_axis`, for one bin and in NumPy.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # boxes that are huge or not finite, which weigh nothing
+        corners = (rois[:, 1:] * pooling.scales[0] - 0.5 * pooling.aligned)[..., None]
+        low, size = corners[:, :2], corners[:, 2:] - corners[:, :2]  # (R, 2, 1)
+        if not pooling.aligned:
+            size = np.maximum(size, 1)
+        extent = np.array([[width], [height]], rois.dtype)
+        if pooling.sampling_ratio > 0:
+            count, most, first = np.full_like(size, pooling.sampling_ratio), pooling.sampling_ratio, 0
+            step = size / count
+        else:
+            count = np.ceil(size)
+            most, first, step = count.max(initial=1), 0, size / np.maximum(count, 1)
+            if not most <= 2 * max(height, width) + 6:  # of a huge box, only the samples that can lie on the map
+                most = np.fmin(count, 2 * extent + 6).max(initial=1)
+                first = np.maximum(np.ceil((-1 - low) / np.maximum(step, 1e-6) - 0.5) - 1, 0)
+        sample = first + np.arange(int(most), dtype=rois.dtype)
+        position = low + (sample + 0.5) * step  # (R, 2, S)
+        inside = (sample < count) & (position >= -1) & (position <= extent)
+        position = np.where(inside, position, 0).clip(0, extent - 1)
+        share = np.isfinite(corners).all(1) / np.fmax(count.prod(1), 1)  # (R, 1)
+    lower = position.astype(np.int64)
+    beyond = (position - lower) * inside
+    side = max(height, width) + 1  # one pixel more takes the zeros beyond the last
+    cell = (lower + side * np.arange(2 * len(rois)).reshape(-1, 2, 1)).ravel()
+    cells = 2 * len(rois) * side
+    along = np.bincount(cell, (inside - beyond).ravel(), cells) + np.bincount(cell + 1, beyond.ravel(), cells)
+    along = along.reshape(-1, 2, side)[..., :-1]
+    along[:, 0] *= share
     return along
 
 
-def _dense_weights(along, height, width):
-    """(R, H * W) weights of a single bin, the outer product of both axes."""
-    return (along[:, 1, :height, None] * along[:, 0, None, :width]).flatten(1)
+def _gather_dense(feature, plan):
+    """(B, C, H, W) -> (R, C) as one batched product, (B, rows, H * W) @ (B, H * W, C)."""
+    pooled = torch.bmm(plan.weight, feature.flatten(2).transpose(1, 2).to(plan.weight.dtype))
+    return pooled.flatten(0, 1).index_select(0, plan.row).to(feature.dtype)
 
 
-def _by_image(rois, batch):
-    """The order of the RoIs by image, (R,) int64, and how many each image has."""
-    image = rois[:, 0].long()
-    return torch.argsort(image, stable=True), torch.bincount(image, minlength=batch).tolist()
+def _scatter_dense(grad, plan, height, width):
+    """(R, C) -> (B, H, W, C), its transposed product."""
+    batch, rows, _ = plan.weight.shape
+    upstream = plan.weight.new_zeros(batch * rows, grad.shape[1]).index_copy_(0, plan.row, grad.to(plan.weight.dtype))
+    return torch.bmm(plan.weight.transpose(1, 2), upstream.view(batch, rows, -1)).view(batch, height, width, -1)
 
 
-def _gather_dense(feature, rois, pooling):
-    dtype, (_, channels, height, width) = coordinate_dtype([feature]), feature.shape
-    order, counts = _by_image(rois, len(feature))
-    weight = _dense_weights(_dense_axes(rois[order].to(dtype), height, width, pooling), height, width)
-    pooled = weight.new_empty(len(rois), channels)
-    for pixels, own, out in zip(feature, weight.split(counts), pooled.split(counts), strict=True):
-        torch.mm(own, pixels.flatten(1).T.to(dtype), out=out)  # (r, H W) @ (H W, C)
-    return torch.empty_like(pooled).index_copy_(0, order, pooled).to(feature.dtype)
+class PoolDense(torch.autograd.Function):
+    """(B, C, H, W), a DensePlan -> (R, C, 1, 1). On problems this small a registered operator would cost more."""
 
+    @staticmethod
+    def forward(ctx, feature, plan):
+        ctx.plan, ctx.size = plan, feature.shape[2:]
+        return _gather_dense(feature, plan).view(-1, feature.shape[1], 1, 1)
 
-def _scatter_dense(grad, rois, shape, pooling):
-    dtype, (batch, channels, height, width) = coordinate_dtype([grad]), shape
-    order, counts = _by_image(rois, batch)
-    weight = _dense_weights(_dense_axes(rois[order].to(dtype), height, width, pooling), height, width)
-    grad = grad.flatten(1)[order].to(dtype)  # (R, C)
-    gradient = grad.new_empty(batch, height * width, channels)
-    for own, upstream, out in zip(weight.split(counts), grad.split(counts), gradient, strict=True):
-        torch.mm(own.T, upstream, out=out)  # (H W, r) @ (r, C): zeros where an image has no RoI
-    return gradient.view(batch, height, width, channels)
-
-
-def pool_dense(feature, rois, pooling):
-    """(B, C, H, W), (R, 5) -> (R, C, 1, 1) as one batched product, (B, most, H W) @ (B, H W, C).
-
-    Made of operations that PyTorch differentiates itself, which on the CPU costs less than an operator of our own.
-    None where one image has so many more RoIs than the others that it would be a product of zeros.
-    """
-    dtype, (batch, channels, height, width) = coordinate_dtype([feature]), feature.shape
-    image = rois[:, :1].long()
-    rank = (image == torch.arange(batch)).cumsum(0)  # (R, B), how many RoIs of each image up to this one
-    most = int(rank[-1].max())  # every image gets room for as many RoIs
-    if batch * most > 2 * len(rois) + 64:
-        return None
-    place = (image * most + rank.gather(1, image) - 1).squeeze(1)
-    along = _dense_axes(rois.to(dtype), height, width, pooling)
-    along = along.new_zeros(batch * most, *along.shape[1:]).index_copy_(0, place, along)
-    weight = _dense_weights(along, height, width).view(batch, most, -1)
-    pooled = torch.bmm(weight, feature.flatten(2).transpose(1, 2).to(dtype)).flatten(0, 1)
-    return pooled.index_select(0, place).to(feature.dtype).view(len(rois), channels, 1, 1)
+    @staticmethod
+    def backward(ctx, grad):
+        return _scatter_dense(grad.flatten(1), ctx.plan, *ctx.size).permute(0, 3, 1, 2).to(grad.dtype), None

@@ -87,9 +87,12 @@ ODD = torch.tensor(
         [1, 10, 10, 10, 10],  # no area
         [1, 40, 30, 20, 10],  # corners swapped
         [0, -5, -5, 30, 30],  # across an edge
+        [1, -300, -200, 2000, 1000],  # most of its samples beside the map
         [0, 0, 0, 1e6, 1e6],  # far larger than the map
         [0, torch.nan, 0, 9, 9],
         [1, 0, -torch.inf, 9, 9],
+        [1, 0, 0, 9, -torch.inf],
+        [0, 0, 0, torch.inf, 9],
     ]
 )
 
@@ -100,11 +103,12 @@ def test_odd_boxes(aligned, output_size, sampling_ratio):
     feature = maps(torch.float64)[0].requires_grad_()
     pooling = dict(scales=[0.25], output_size=output_size, sampling_ratio=sampling_ratio, aligned=aligned)
     ours = multiscale_roi_align([feature], ODD, **pooling)
-    assert (ours[[0, 1, -1, -2]] == 0).all()
-    regular = ODD[:5].double()
+    zero = [0, 1, -4, -3, -2, -1]
+    assert (ours[zero] == 0).all()
+    regular = ODD[:6].double()
     expected = roi_align(feature, regular, output_size, 0.25, sampling_ratio, aligned)
-    torch.testing.assert_close(ours[:5], expected, rtol=1e-9, atol=1e-9)
-    (gradient,) = torch.autograd.grad(ours[[0, 1, -1, -2]].sum(), feature)
+    torch.testing.assert_close(ours[:6], expected, rtol=1e-9, atol=1e-9)
+    (gradient,) = torch.autograd.grad(ours[zero].sum(), feature)
     assert (gradient == 0).all()
 
 
