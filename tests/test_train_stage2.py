@@ -17,7 +17,7 @@ from training.errors import one_sentence
 
 STAGE_1 = (
     "--synthetic-train 8 --synthetic-val 2 --batch-size 2 --epochs 1 --workers 0 --device cpu --fpn-channels 16 "
-    "--head-width 16 --macl-dim 8 --macl-hidden 16"
+    "--head-width 16 --macl-dim 8 --macl-hidden 16 --min-size 96"
 ).split()
 STAGE_2 = (
     "--synthetic-train 6 --synthetic-val 2 --batch-size 4 --epochs 3 --workers 0 --device cpu --old-share 0.5 "

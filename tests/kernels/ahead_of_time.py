@@ -186,8 +186,10 @@ def needs(compiled, target):
 def main(target, *names):
     for name in names or KERNELS:
         build = spilling if name == "spilling" else KERNELS[name]
-        streaming = name.startswith(("stream", "key_gradient"))  # float32 goes to the chunked engine
-        for dtype in (torch.bfloat16, torch.float16) if streaming else NAMES:
+        dtypes = [torch.bfloat16, torch.float16, torch.float32]
+        if name.startswith(("stream", "key_gradient")):
+            dtypes.remove(torch.float32)  # goes to the chunked engine
+        for dtype in dtypes[:1] if name == "spilling" else dtypes:
             built = build(NAMES[dtype], target)
             figures = needs(compile_for(target, *built), target)
             print(json.dumps(dict(kernel=name, dtype=NAMES[dtype], target=target) | figures), flush=True)

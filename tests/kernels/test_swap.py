@@ -3,7 +3,8 @@
 import pytest
 import torch
 from torch import nn
-from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from kernels import multiscale_roi_align, roi_align_project
 
@@ -60,7 +61,8 @@ def detector():
     """torchvision's detector with random weights under which it finds something, in float64: in float32 the rounding
     of two summation orders swaps near-equal scores."""
     torch.manual_seed(0)
-    model = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=5, min_size=96, max_size=128)
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
+    model = FasterRCNN(backbone, num_classes=5, min_size=96, max_size=128)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.constant_(module.weight, 0.5)
