@@ -170,46 +170,41 @@ def plan_dense(shapes, rois, pooling):
     row = np.empty_like(image)
     row[np.argsort(image, kind="stable")] = np.arange(len(rois))  # the RoI's place in the order of images ...
     row += image * rows - (np.cumsum(counts) - counts)[image]  # ... where every image takes `rows` places
-    along = np.zeros((batch * rows, 2, max(height, width)), rois.dtype)
-    along[row] = _weights_along_axes(rois, height, width, pooling)
+    side = max(height, width) + 1  # one pixel more takes the zeros beyond the last
+    pixel, beyond, weight = _samples_along_axes(rois, height, width, pooling)
+    cell = ((2 * row[:, None] + [0, 1])[..., None] * side + pixel).ravel()
+    beyond, cells = (beyond * weight).ravel(), batch * rows * 2 * side
+    along = np.bincount(cell, weight.ravel() - beyond, cells) + np.bincount(cell + 1, beyond, cells)
+    along = along.astype(rois.dtype).reshape(-1, 2, side)  # what each pixel of an axis, x and y, weighs in a row
     weight = along[:, 1, :height, None] * along[:, 0, None, :width]
     return DensePlan(torch.from_numpy(weight.reshape(batch, rows, -1)), torch.from_numpy(row))
 
 
-def _weights_along_axes(rois, height, width, pooling):
-    """What each pixel of an axis weighs in a single bin: x and y, (R, 2, max(H, W)); the mean's division is in x.
-
-    The sampling rules of `sample_axis`, for one bin and in NumPy.
+def _samples_along_axes(rois, height, width, pooling):
+    """Where the samples of a single bin lie on both axes, x and y: the pixel below each, int64, how far beyond that one
+    it lies, and its weight in the mean, (R, 2, S) each. The rules are those of `sample_axis`.
     """
-    with np.errstate(over="ignore", invalid="ignore"):  # boxes that are huge or not finite, which weigh nothing
+    with np.errstate(over="ignore", invalid="ignore"):  # boxes that are huge or not finite
         corners = (rois[:, 1:] * pooling.scales[0] - 0.5 * pooling.aligned)[..., None]
         low, size = corners[:, :2], corners[:, 2:] - corners[:, :2]  # (R, 2, 1)
         if not pooling.aligned:
             size = np.maximum(size, 1)
+        adaptive = pooling.sampling_ratio <= 0
+        count = np.ceil(size) if adaptive else np.full_like(size, pooling.sampling_ratio)
+        divisor = np.fmax(count, 1)
+        step = size / divisor
         extent = np.array([[width], [height]], rois.dtype)
-        if pooling.sampling_ratio > 0:
-            count, most, first = np.full_like(size, pooling.sampling_ratio), pooling.sampling_ratio, 0
-            step = size / count
-        else:
-            count = np.ceil(size)
-            most, first, step = count.max(initial=1), 0, size / np.maximum(count, 1)
-            if not most <= 2 * max(height, width) + 6:  # of a huge box, only the samples that can lie on the map
-                most = np.fmin(count, 2 * extent + 6).max(initial=1)
-                first = np.maximum(np.ceil((-1 - low) / np.maximum(step, 1e-6) - 0.5) - 1, 0)
-        sample = first + np.arange(int(most), dtype=rois.dtype)
-        position = low + (sample + 0.5) * step  # (R, 2, S)
+        most, first = count.max(), 0
+        if adaptive and not most <= 2 * max(height, width) + 6:  # of a huge box, only what can lie on the map
+            most = np.fmin(count, 2 * extent + 6).max()
+            first = np.maximum(np.ceil((-1 - low) / np.maximum(step, 1e-6) - 0.5) - 1, 0)
+        sample = first + np.arange(max(1, int(most)), dtype=rois.dtype)
+        position = low + (sample + 0.5) * step
         inside = (sample < count) & (position >= -1) & (position <= extent)
-        position = np.where(inside, position, 0).clip(0, extent - 1)
-        share = np.isfinite(corners).all(1) / np.fmax(count.prod(1), 1)  # (R, 1)
-    lower = position.astype(np.int64)
-    beyond = (position - lower) * inside
-    side = max(height, width) + 1  # one pixel more takes the zeros beyond the last
-    cell = (lower + side * np.arange(2 * len(rois)).reshape(-1, 2, 1)).ravel()
-    cells = 2 * len(rois) * side
-    along = np.bincount(cell, (inside - beyond).ravel(), cells) + np.bincount(cell + 1, beyond.ravel(), cells)
-    along = along.reshape(-1, 2, side)[..., :-1]
-    along[:, 0] *= share
-    return along
+        weight = inside * (np.isfinite(corners).all(1, keepdims=True) / divisor)
+    position = np.fmin(np.fmax(position, 0), extent - 1)
+    pixel = position.astype(np.int64)
+    return pixel, position - pixel, weight
 
 
 def _gather_dense(feature, plan):

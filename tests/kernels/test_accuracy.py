@@ -98,7 +98,9 @@ ODD = torch.tensor(
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-@pytest.mark.parametrize("output_size, sampling_ratio", [((2, 3), 2), ((2, 2), 0), ((1, 1), -1), ((1, 1), 2)])
+@pytest.mark.parametrize(
+    "output_size, sampling_ratio", [((2, 3), 2), ((2, 2), 0), ((1, 1), -1), ((1, 1), 2), ((1, 1), 99)]
+)
 def test_odd_boxes(aligned, output_size, sampling_ratio):
     feature = maps(torch.float64)[0].requires_grad_()
     pooling = dict(scales=[0.25], output_size=output_size, sampling_ratio=sampling_ratio, aligned=aligned)
