@@ -68,10 +68,15 @@ def as_torchvision(function, sample):
     return under_autocast
 
 
+def as_torchvision_boxes(boxes, sample):
+    """torchvision wants boxes in the dtype of the maps, except under autocast."""
+    return boxes if sample.dtype == torch.bfloat16 else boxes.to(sample.dtype)
+
+
 def pool_providers(features, rois, *linear):
     size = [(int(features[0].shape[2] / SCALES[0]), int(features[0].shape[3] / SCALES[0]))] * len(features[0])
     named = {str(level): feature for level, feature in enumerate(features)}
-    boxes = [rois[rois[:, 0] == image, 1:] for image in range(len(features[0]))]
+    boxes = [as_torchvision_boxes(rois[rois[:, 0] == image, 1:], features[0]) for image in range(len(features[0]))]
     pooler, pooling = MultiScaleRoIAlign(list(named), 7, 2), dict(scales=SCALES, output_size=7)
     if not linear:
         providers = {
@@ -107,7 +112,8 @@ def regions(device, dtype, images, side, channels, rois):
 
 def region_providers(feature, rois):
     pooling = dict(scales=[1.0], output_size=1, sampling_ratio=-1, aligned=True)
-    theirs = as_torchvision(lambda: roi_align(feature, rois.to(feature.dtype), (1, 1), 1.0, -1, True), feature)
+    boxes = as_torchvision_boxes(rois, feature)
+    theirs = as_torchvision(lambda: roi_align(feature, boxes, (1, 1), 1.0, -1, True), feature)
     ours = Provider(lambda: multiscale_roi_align([feature], rois, **pooling))
     return {"torchvision": Provider(theirs), "ours": ours}, [feature]
 
@@ -126,7 +132,8 @@ def candidates(key, bank):
 
 def naive_contrast(query, key, scale, bank):
     logits = scale * (query @ candidates(key, bank).T)
-    return F.cross_entropy(logits.float(), torch.arange(len(query), device=query.device))
+    target = torch.arange(len(query), device=query.device)
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), target)
 
 
 def contrast_providers(query, key, scale, bank):
@@ -144,7 +151,8 @@ def rivals(query, key, scale, bank):
     found, target = {}, torch.arange(len(query), device=query.device)
     if find_spec("liger_kernel"):
         fused = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
-        found["Liger"] = Provider(lambda: fused(candidates(key, bank), (scale * query).to(query.dtype), target))
+        call = lambda: fused(candidates(key, bank), (scale * query).to(query.dtype), target)  # noqa: E731
+        found["Liger"] = Provider(call, waits=True)
     if find_spec("inf_cl") and query.shape[1] % 256 == 0:
         flash = import_module("inf_cl").cal_flash_loss
         found["inf_cl"] = Provider(lambda: flash(query, candidates(key, bank), target, scale).mean())

@@ -13,23 +13,28 @@ from kernels.roi_align import Pooling
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
 
-def tune(measure, device, *, size=(512, 640), rois=1024, channels=256, bank_rows=65536, dtype=torch.bfloat16):
-    """measure: name -> function to name -> seconds of its runs. A launch that does not fit the GPU is said to fail."""
+def tune(measure, device, words, *, size=(512, 640), rois=1024, channels=256, bank_rows=65536, dtype=torch.bfloat16):
+    """measure: function -> seconds; words: one of them is in the title of what is tuned.
+
+    A launch that does not fit the GPU is said to fail.
+    """
     for title, functions in (
         *pooling_launches(device, dtype, size, rois, channels),
         *projection_launches(device, dtype, rois),
         *loss_engines(device, dtype, bank_rows),
     ):
+        if not any(word in title for word in words):
+            continue
         print(f"\n{title}")
         for seconds, name in sorted(timed(measure, functions)):
             print(f"{seconds * 1e6:10.1f} us  {name}")
 
 
 def timed(measure, functions):
-    """(best seconds, name) of each function on its own; infinite where it fails."""
+    """(seconds, name) of each function on its own; infinite where it fails."""
     for name, function in functions.items():
         try:
-            yield min(measure({"": function})[""]), name
+            yield measure(function), name
         except (RuntimeError, TritonError) as error:  # out of shared memory or registers
             yield float("inf"), f"{name}: {str(error).splitlines()[0]}"
 

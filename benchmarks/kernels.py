@@ -3,6 +3,7 @@
     python benchmarks/kernels.py                     every case of this machine; table and csv in benchmarks/results/
     python benchmarks/kernels.py --cases box_head    only cases whose name contains one of the words
     python benchmarks/kernels.py --keep-memory       in a process that keeps freed memory, as the training scripts do
+    python benchmarks/kernels.py --no-compiled       without torch.compile, which takes most of the time on a GPU
     python benchmarks/kernels.py --tune              on a GPU: block sizes of the kernels, best first
     pip install memeff inf_cl siglip-kernel liger-kernel     to have these in the table (GPU; each is optional)
 
@@ -47,11 +48,11 @@ EXPLANATION = (
 )
 
 
-def with_compiled(providers):
-    """The baseline compiled too (graph breaks allowed) and, for torchvision, in its deterministic mode."""
+def with_compiled(providers, deterministic_too):
+    """The baseline compiled too (graph breaks allowed) and, where asked, in PyTorch's deterministic mode."""
     name, eager = next(iter(providers.items()))
     providers = providers | {f"{name}, compiled": eager._replace(call=torch.compile(eager.call), waits=True)}
-    if name == "torchvision":
+    if deterministic_too:
 
         def deterministic():
             torch.use_deterministic_algorithms(True)
@@ -60,8 +61,20 @@ def with_compiled(providers):
             finally:
                 torch.use_deterministic_algorithms(False)
 
-        providers |= {"torchvision, deterministic": eager._replace(call=deterministic, waits=True)}
+        providers |= {f"{name}, deterministic": eager._replace(call=deterministic, waits=True)}
     return providers
+
+
+def able(providers, inputs):
+    """The providers that get through one forward and backward here; of the others is said why not."""
+    kept = {}
+    for name, provider in providers.items():
+        try:
+            torch.autograd.grad(provider.call().sum(), provider.inputs or inputs, allow_unused=provider.twin)
+            kept[name] = provider
+        except RuntimeError as error:  # out of memory, or what it does not support
+            print(f"left out: {name}: {(str(error).splitlines() or [type(error).__name__])[0]}", flush=True)
+    return kept
 
 
 def passes(providers, inputs):
@@ -75,6 +88,7 @@ def passes(providers, inputs):
         output = provider.call()
         generator = torch.Generator().manual_seed(2)
         upstream = torch.randn(output.shape, generator=generator) if output.ndim else torch.ones(())
+        upstream = upstream.bfloat16()  # the same numbers whatever the dtype of a pass
         upstream, wanted = upstream.to(output), provider.inputs or inputs
         return lambda: torch.autograd.grad(provider.call(), wanted, upstream, allow_unused=provider.twin)
 
@@ -84,9 +98,16 @@ def passes(providers, inputs):
 
 def measure(functions, device, cold=True):
     """name -> seconds of every round, providers taking turns. cold: with the L2 cache of a GPU overwritten before."""
+
+    def once():
+        for function in functions.values():
+            function()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    once()  # compiles
     start = time.perf_counter()
-    for function in functions.values():
-        function()
+    once()
     budget = 3 if device == "cpu" else 0.5  # seconds: a GPU's times spread less, and there are more cases
     rounds = int(min(300, max(5, budget / (time.perf_counter() - start))))
     flush = None if device == "cpu" else torch.empty(L2_BYTES if cold else 0, dtype=torch.int8, device=device)
@@ -215,7 +236,8 @@ def run_case(case, device, limits, compiled):
     baseline = next(iter(providers))
     with torch.no_grad():
         output = providers["ours"].call().requires_grad_()
-    providers = with_compiled(providers) if compiled else providers
+    if compiled:
+        providers = able(with_compiled(providers, deterministic_too="box_head" in case.name), inputs)
     for kind, timed in passes(providers, inputs):
         least = floor(case, arguments, output, kind, limits)
         for _ in range(3):
@@ -281,8 +303,9 @@ def main():
         "--note", default="", help="a sentence for the head of the table, such as who shared the machine"
     )
     parser.add_argument(
-        "--compiled", action="store_true", help="compiled baselines on a CPU too; a GPU always has them"
-    )
+        "--compiled", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+        help="compiled and deterministic baselines too (default: on a GPU)",
+    )  # fmt: skip
     parser.add_argument(
         "--keep-memory", action="store_true", help="freed memory stays with the process, as in the training scripts"
     )
@@ -300,7 +323,8 @@ def main():
             parser.error("--tune needs a GPU")
         from benchmarks.kernel_tuning import tune  # needs triton
 
-        return tune(lambda functions: measure(functions, device), device)
+        flush = torch.empty(L2_BYTES, dtype=torch.int8, device=device)
+        return tune(lambda function: replayed(function, flush), device, arguments.cases)
     chosen = [case for case in cases(device) if any(word in case.name for word in arguments.cases)]
     if not chosen:
         parser.error(f"--cases: no case contains {arguments.cases!r}")
@@ -313,7 +337,7 @@ def main():
         head += [f"Not installed and left out: {', '.join(absent)}"] if absent else []
     print("\n".join(head))
     for case in chosen:
-        for row in run_case(case, device, limits, compiled=arguments.compiled or device != "cpu"):
+        for row in run_case(case, device, limits, compiled=arguments.compiled):
             rows.append(row)
             print(line(row), flush=True)
         write(arguments.output / name, head, rows)  # what stands survives a Ctrl-C

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from kernels.contrastive_cpu import Gradients, Rows
-from kernels.gpu import INTERPRETED, PRECISION, launch_for
+from kernels.gpu import INTERPRETED, PRECISION, launch_for, on_its_device
 
 NO_NEGATIVE = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -50,7 +50,7 @@ STREAM = {
 STREAM |= dict.fromkeys(("sm_90", "sm_100"), STREAM["default"] | {256: Launch(rows=64, columns=32, warps=8, stages=2)})
 STREAM_ROWS = 128  # queries up to which reading the bank, not multiplying, is expected to be the cost
 SPLITS = 128  # shares of the columns, about one a multiprocessor
-ROW_BLOCK, ROW_WARPS = 4096, 16
+ROW_BLOCK, ROW_WARPS = 2048, 16
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def _logits(query, block, scale, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     return product * (scale * LOG2_E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "keys", "key_splits", "blocks_a_split"])
 def stream(
     query,
     key,
@@ -156,7 +156,7 @@ def stream(
         tl.store(mean_out + out[:, None] * dim + d[None, :], mean, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "keys", "splits"])
 def combine(
     query,
     key,
@@ -227,7 +227,7 @@ def combine(
         tl.store(query_grad + n * dim + d, direction * multiplier, mask=d < dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "keys"])
 def key_gradient(
     query,
     key,
@@ -280,9 +280,11 @@ def key_gradient(
     tl.store(key_grad + m.to(tl.int64)[:, None] * dim + d[None, :], total * multiplier, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keys"])
 def settle_rows(
-    logits,
+    key_products,
+    bank_products,
+    scale,
     coefficient,
     target,
     weight,
@@ -298,22 +300,25 @@ def settle_rows(
     pull_out,
     unit,
     keys,
-    columns,
+    bank_rows,
     HAS_VALID: tl.constexpr,
     KEY_IDS: tl.constexpr,
     BANK_IDS: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row of float32 logits (n, columns): loss, statistics, and the row's part in the gradient.
+    """One row of float32 products with keys and bank: loss, statistics, and the row's part in the gradient.
 
     That is the weight `pull` times the coefficients / unit: the negatives' softmax, and -1 for the target.
     """
     n = tl.program_id(0).to(tl.int64)
-    row = logits + n * columns
+    columns = keys + bank_rows
+    key_row = key_products + n * keys
+    bank_row = bank_products + n * bank_rows
+    multiplier = tl.load(scale).to(tl.float32)
     own = tl.load(target + n)
     exists = (own >= 0) & (own < keys)
-    positive = tl.load(row + tl.where(exists, own, 0)) + tl.where(exists, 0.0, float("nan"))
+    positive = tl.load(key_row + tl.where(exists, own, 0)) * multiplier + tl.where(exists, 0.0, float("nan"))
     my_id = tl.zeros_like(own) - 1
     if KEY_IDS or BANK_IDS:
         my_id = tl.load(query_ids + n)
@@ -326,7 +331,7 @@ def settle_rows(
     for start in range(0, columns, BLOCK):
         m = start + tl.arange(0, BLOCK)
         negative = _is_negative(m, own, my_id, limit, keys, key_ids, bank_ids, KEY_IDS, BANK_IDS)
-        values = tl.where(negative, tl.load(row + m, mask=m < columns, other=0.0), NO_NEGATIVE)
+        values = tl.where(negative, _row_logits(key_row, bank_row, multiplier, m, keys, columns), NO_NEGATIVE)
         higher = tl.maximum(maximum, tl.max(values, axis=0))
         total = total * tl.exp(maximum - higher)
         total += tl.sum(tl.where(negative, tl.exp(values - higher), 0.0), axis=0)
@@ -349,9 +354,17 @@ def settle_rows(
         for start in range(0, columns, BLOCK):
             m = start + tl.arange(0, BLOCK)
             negative = _is_negative(m, own, my_id, limit, keys, key_ids, bank_ids, KEY_IDS, BANK_IDS)
-            values = tl.where(negative, tl.load(row + m, mask=m < columns, other=0.0), maximum)
+            values = tl.where(negative, _row_logits(key_row, bank_row, multiplier, m, keys, columns), maximum)
             share = tl.where(negative, tl.exp(values - maximum) / safe, tl.where(m == own, -1.0, 0.0)) * unit
             tl.store(coefficient + n * columns + m, share.to(coefficient.dtype.element_ty), mask=m < columns)
+
+
+@triton.jit
+def _row_logits(key_row, bank_row, multiplier, m, keys, columns):
+    """The logits of a row at the columns m of [key; bank]."""
+    products = tl.load(key_row + m, mask=m < keys, other=0.0)
+    products += tl.load(bank_row + (m - keys), mask=(m >= keys) & (m < columns), other=0.0)
+    return products * multiplier
 
 
 @triton.jit
@@ -373,6 +386,7 @@ def engine(rows, dim, dtype):
     return "stream" if small and dtype != torch.float32 else "chunked"
 
 
+@on_its_device
 def contrast(problem, weight=None, engine_name=None):
     """As `contrastive_cpu.contrast`: Rows, and the Gradients of the weighted sum of losses where weight is given."""
     operands = [problem.query, problem.key] + ([] if problem.bank is None else [problem.bank])
@@ -513,7 +527,6 @@ def _chunked(problem, weight):
     size = min(rows, max(16, CHUNK_BYTES // (columns * 6)))
     scale = problem.logit_scale.float()
     result = _empty_rows(query)
-    logits = query.new_empty(size, columns, dtype=torch.float32)
     coefficient = query.new_empty((size, columns) if with_gradient else (1,), dtype=query.dtype)
     pull = query.new_empty(rows, dtype=torch.float32)
     for_query = query.new_empty(rows, dim, dtype=torch.float32)
@@ -523,14 +536,14 @@ def _chunked(problem, weight):
     for start in range(0, rows, size):
         part = slice(start, min(rows, start + size))
         count = part.stop - start
-        for side, where in sides:
-            logits[:count, where] = _product(query[part], side.T)
-        logits[:count].mul_(scale)
+        products = [_product(query[part], side.T) for side, _ in sides]
         settle_rows[(count,)](
-            logits,
+            products[0],
+            products[-1],
+            scale,
             coefficient,
             problem.target[part],
-            weight[part] if with_gradient else logits,
+            weight[part] if with_gradient else scale,
             pointers["bank_valid"],
             pointers["query_ids"][part],
             pointers["key_ids"],
@@ -539,7 +552,7 @@ def _chunked(problem, weight):
             pull[part],
             unit,
             len(key),
-            columns,
+            columns - len(key),
             HAS_VALID=problem.bank_valid is not None,
             WITH_GRADIENT=with_gradient,
             BLOCK=min(ROW_BLOCK, triton.next_power_of_2(columns)),

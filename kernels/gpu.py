@@ -1,5 +1,7 @@
 """What the Triton kernels need to know of the machine."""
 
+import functools
+
 import torch
 import triton
 
@@ -20,3 +22,15 @@ def architecture(device):
 def launch_for(table, device):
     """The entry of a table by architecture for a device, "default" where it has none of its own."""
     return table.get(architecture(device), table["default"])
+
+
+def on_its_device(function):
+    """A function that launches kernels, which Triton does on the current GPU, on that of its first argument instead:
+    a tensor, or a list or tuple that starts with one."""
+
+    @functools.wraps(function)
+    def launch(first, *others, **options):
+        with torch.cuda.device_of(first if isinstance(first, torch.Tensor) else first[0]):
+            return function(first, *others, **options)
+
+    return launch

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu import INTERPRETED, PRECISION, launch_for
+from kernels.gpu import INTERPRETED, PRECISION, launch_for, on_its_device
 
 TILE = 8  # pixels a side of a backward tile
 SCAN = 128  # RoIs looked at together in the backward
@@ -88,7 +88,7 @@ def _axis(low, high, extent, BINS: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED:
     size = high - low
     if not ALIGNED:
         size = tl.maximum(size, 1.0)
-    length = size / BINS
+    length = tl.div_rn(size, tl.zeros_like(size) + BINS)  # a plain division is off by a bit on a GPU: ceil(3.0000002)
     if SAMPLES > 0:
         count = tl.zeros_like(length) + SAMPLES
         steps = tl.zeros_like(length) + SAMPLES
@@ -112,12 +112,12 @@ def _first(start, length, count, SAMPLES: tl.constexpr):
 @triton.jit
 def _position(start, length, count, total, sample, extent):
     """Where a sample lies on an axis, clamped to the map, and whether it counts."""
-    position = start + (sample + 0.5) * length / count
+    position = start + tl.div_rn((sample + 0.5) * length, count)
     inside = (sample < total) & (position >= -1.0) & (position <= extent)
     return tl.minimum(tl.maximum(tl.where(inside, position, 0.0), 0.0), extent - 1.0), inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def pool_forward(
     features,
     heights,
@@ -206,7 +206,7 @@ def _axis_weights(pixel, low, length, count, total, steps, bins, extent, SAMPLES
     return weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count_rois", "batch"])
 def pool_backward(
     gradients,
     heights,
@@ -310,7 +310,7 @@ def pool_backward(
     tl.store(place, total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count_rois", "batch"])
 def pool_project(
     features,
     heights,
@@ -437,6 +437,7 @@ def _maps(features, scales):
     return tuple(features), heights, widths, *strides, scales, level_thresholds(scales)
 
 
+@on_its_device
 def gather(features, rois, pooling):
     """features, rois -> (R, C, ph, pw), channels-last in memory, in the features' dtype."""
     channels, (height, width) = features[0].shape[1], pooling.output_size
@@ -463,6 +464,7 @@ def gather(features, rois, pooling):
     return out.permute(0, 3, 1, 2)
 
 
+@on_its_device
 def scatter(grad, rois, shapes, pooling):
     """The sums over RoIs at every pixel, one (B, H, W, C) tensor a level, in the gradient's dtype."""
     batch, channels = shapes[0][:2]
@@ -509,6 +511,7 @@ def bin_rows(output_size):
     return max(1, 16 // padded, min(_padded(output_size[0]), 64 // padded))
 
 
+@on_its_device
 def project(features, rois, weight, bias, pooling):
     """Gather and projection in one launch: weight (D, C * ph * pw) -> (R, D)."""
     channels, (height, width) = features[0].shape[1], pooling.output_size

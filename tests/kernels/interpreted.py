@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from triton.runtime import interpreter
 
+from benchmarks.kernel_tuning import tune
 from kernels import (
     contrastive_loss,
     contrastive_triton,
@@ -204,3 +205,17 @@ def test_the_public_loss_takes_the_kernels():
 def test_float64_is_refused():
     with pytest.raises(TypeError, match="float64"):
         multiscale_roi_align(pyramid(torch.float64), ROIS, scales=SCALES, output_size=2, implementation="triton")
+
+
+def test_the_tuner_tries_every_launch(monkeypatch, capsys):
+    """`benchmarks/kernels.py --tune`, which is at home on a GPU alone."""
+    monkeypatch.setattr(roi_align_triton, "FORWARD", roi_align_triton.FORWARD)  # it writes there
+    small = dict(size=(64, 64), rois=1, channels=16, bank_rows=40, dtype=torch.float32)
+
+    def measure(function):
+        function()
+        return 1.0
+
+    tune(measure, "cpu", ["FORWARD"], **small)
+    said = capsys.readouterr().out
+    assert said.count("Launch(") == 16 and "FORWARD" in said and "STREAM" not in said and "inf" not in said

@@ -37,3 +37,14 @@ def test_a_case_becomes_rows(kind, monkeypatch, tmp_path):
 def test_the_case_names_are_distinct():
     names = [case.name for case in kernel_cases.cases("cuda")]
     assert len(names) == len(set(names))
+
+
+def test_what_cannot_run_here_is_left_out(capsys):
+    x = torch.ones(3, requires_grad=True)
+
+    def fail():
+        raise RuntimeError("out of memory\nmore")
+
+    providers = {"naive": kernel_cases.Provider(lambda: x * 2), "naive, compiled": kernel_cases.Provider(fail)}
+    assert list(kernels.able(providers, [x])) == ["naive"]
+    assert capsys.readouterr().out == "left out: naive, compiled: out of memory\n"

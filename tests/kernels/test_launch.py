@@ -1,5 +1,6 @@
 """Which block sizes a GPU gets: those of its architecture, by the name that compilers give it."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernels.gpu import launch_for
+from kernels.gpu import launch_for, on_its_device
 
 TABLE = {"default": 0, "sm_90": 1, "gfx942": 2}
 
@@ -28,3 +29,11 @@ def test_amd(monkeypatch, name, launch):
 
 def test_the_interpreter_has_the_default():
     assert launch_for(TABLE, torch.device("cpu")) == 0
+
+
+@pytest.mark.parametrize("wrap", [lambda tensor: tensor, lambda tensor: [tensor]])
+def test_a_launch_is_on_the_device_of_its_first_argument(monkeypatch, wrap):
+    seen, tensor = [], torch.zeros(1)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda of: seen.append(of) or contextlib.nullcontext())
+    assert on_its_device(lambda first, other: other)(wrap(tensor), other=3) == 3
+    assert seen == [tensor]
