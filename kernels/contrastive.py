@@ -76,13 +76,13 @@ def contrastive_loss(
         bank, bank_ids, bank_valid = _bank_in_use(bank, bank_ids, bank_valid)
     problem = Problem(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
     plain = implementation == "torch" and reduction != "none" and not recompute and not with_stats
-    wanted = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, logit_scale))
-    keep = wanted and not recompute and reduction != "none"
     with uncast(query):  # logits are float32
         if plain and contrastive_cpu.is_small(problem):
             loss = contrastive_cpu.small_loss(problem, reduction)
             if loss is not None:
                 return loss
+        wanted = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, logit_scale))
+        keep = wanted and not recompute and reduction != "none"
         loss, *stats = _contrast(*problem, reduction, keep, implementation)[:5]
     return (loss, ContrastiveStats(*stats)) if with_stats else loss
 
