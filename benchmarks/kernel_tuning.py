@@ -16,15 +16,17 @@ SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 def tune(measure, device, words, *, size=(512, 640), rois=1024, channels=256, bank_rows=65536, dtype=torch.bfloat16):
     """measure: function -> seconds; words: one of them is in the title of what is tuned.
 
-    A launch that does not fit the GPU is said to fail.
+    A launch that does not fit the GPU is said to fail. Raises ValueError where no title has one of the words.
     """
-    for title, functions in (
+    tables = dict([
         *pooling_launches(device, dtype, size, rois, channels),
         *projection_launches(device, dtype, rois),
         *loss_engines(device, dtype, bank_rows),
-    ):
-        if not any(word in title for word in words):
-            continue
+    ])  # fmt: skip
+    chosen = {title: functions for title, functions in tables.items() if any(word in title for word in words)}
+    if not chosen:
+        raise ValueError(f"no table's title contains {words!r}: there are {', '.join(tables)}")
+    for title, functions in chosen.items():
         print(f"\n{title}")
         for seconds, name in sorted(timed(measure, functions)):
             print(f"{seconds * 1e6:10.1f} us  {name}")

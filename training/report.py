@@ -80,6 +80,7 @@ def report(runs: list[Run], *, pictures: int = 6, log: tuple[str, ...] = LOGARIT
 
 
 def overview(runs: list[Run]) -> str:
+    """A table of one row a run: what ran, how far it came, its last loss, and what is odd about it."""
     rows = []
     for run in runs:
         _, loss = run.curves.get("train", {}).get(("loss",), ((), ()))

@@ -218,4 +218,6 @@ def test_the_tuner_tries_every_launch(monkeypatch, capsys):
 
     tune(measure, "cpu", ["FORWARD"], **small)
     said = capsys.readouterr().out
+    with pytest.raises(ValueError, match="FORWARD, BACKWARD, PROJECT"):
+        tune(measure, "cpu", ["FORWRAD"], **small)
     assert said.count("Launch(") == 16 and "FORWARD" in said and "STREAM" not in said and "inf" not in said

@@ -8,7 +8,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from kernels.contrastive_triton import contrast
 from kernels.gpu import launch_for, on_its_device
+from kernels.roi_align_triton import gather, project, scatter
 
 TABLE = {"default": 0, "sm_90": 1, "gfx942": 2}
 
@@ -37,3 +39,16 @@ def test_a_launch_is_on_the_device_of_its_first_argument(monkeypatch, wrap):
     monkeypatch.setattr(torch.cuda, "device_of", lambda of: seen.append(of) or contextlib.nullcontext())
     assert on_its_device(lambda first, other: other)(wrap(tensor), other=3) == 3
     assert seen == [tensor]
+
+
+@pytest.mark.parametrize("function", [gather, scatter, project, contrast])
+def test_every_launching_function_looks_for_its_device(monkeypatch, function):
+    class Asked(Exception):
+        pass
+
+    def device_of(tensor):
+        raise Asked
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    with pytest.raises(Asked):
+        function([torch.zeros(1)])

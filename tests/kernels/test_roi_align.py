@@ -139,3 +139,13 @@ def test_one_bin_plainly_by_the_operator_and_by_torchvision(images):
     for pooled in (plain, registered):
         torch.testing.assert_close(pooled, expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(torch.autograd.grad(pooled, feature, upstream)[0], right, rtol=1e-10, atol=1e-10)
+
+
+def test_one_bin_is_differentiated_twice():
+    """In eager mode on the CPU; the registered operator refuses."""
+    feature = pyramid()[3].requires_grad_()
+
+    def pool(feature):
+        return multiscale_roi_align([feature], random_rois(3), scales=[1 / 32], output_size=1, sampling_ratio=-1)
+
+    assert torch.autograd.gradcheck(pool, feature) and torch.autograd.gradgradcheck(pool, feature)
