@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from kernels import roi_align_cpu
 from kernels.implementation import choose, uncast
-from kernels.products import linear, product
+from kernels.products import linear, product, transposed
 from kernels.reference import coordinate_dtype
 
 
@@ -190,10 +190,7 @@ def _as_map(pixels, channels_last):
     if channels_last:
         return pixels.permute(0, 3, 1, 2)
     batch, height, width, channels = pixels.shape
-    maps = pixels.new_empty(batch, channels, height, width)
-    for image in range(batch):  # two-dimensional transposes have a fast path of their own
-        maps[image].flatten(1).copy_(pixels[image].flatten(0, 1).T)
-    return maps
+    return transposed(pixels.flatten(1, 2)).view(batch, channels, height, width)
 
 
 def _remember(ctx, inputs, output):
@@ -237,7 +234,8 @@ def _pool_project(
     if _in_one_launch(implementation, weight, output_size):
         projected = _engine(implementation).project(features, rois, weight, bias, pooling)
         return projected, projected.new_empty(0, weight.shape[1])
-    pooled = _engine(implementation).gather(features, rois, pooling).flatten(1).contiguous()
+    bins = _engine(implementation).gather(features, rois, pooling).flatten(2).transpose(1, 2)  # (R, ph * pw, C)
+    pooled = transposed(bins).flatten(1)
     return linear(pooled, weight, bias), pooled
 
 

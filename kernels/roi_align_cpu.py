@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from kernels.products import transposed
 from kernels.reference import assign_levels, coordinate_dtype, finite_rois, sample_axis
 
 
@@ -53,7 +54,7 @@ def scatter(grad, rois, shapes, pooling):
     if plan := plan_dense(shapes, rois, pooling):
         return [_scatter_dense(grad.flatten(1), plan, *shapes[0][2:])]
     taps = _plan(shapes, rois, pooling)
-    bins = grad.permute(0, 2, 3, 1).reshape(-1, channels).to(dtype)  # (R * ph * pw, C)
+    bins = transposed(grad.flatten(2)).flatten(0, 1).to(dtype)  # (R * ph * pw, C)
     pixel, order = torch.sort(taps.pixel, stable=True)
     weight = taps.weight[order]
     owner = taps.owner[order] if isinstance(taps.owner, torch.Tensor) else order // taps.owner
@@ -82,8 +83,8 @@ def _table(features, dtype):
     sizes = [feature.shape[0] * feature.shape[2] * feature.shape[3] for feature in features]
     table = features[0].new_empty(sum(sizes), channels, dtype=dtype)
     for feature, rows in zip(features, table.split(sizes), strict=True):
-        for image, pixels in zip(feature, rows.chunk(len(feature)), strict=True):
-            pixels.copy_(image.flatten(1).T)  # two-dimensional transposes have a fast path of their own
+        for image, pixels in zip(feature, rows.chunk(len(feature)), strict=True):  # one at a time: a smaller copy
+            pixels.copy_(transposed(image.flatten(1)[None])[0])
     return table
 
 
