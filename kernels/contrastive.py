@@ -76,11 +76,11 @@ def contrastive_loss(
         bank, bank_ids, bank_valid = _bank_in_use(bank, bank_ids, bank_valid)
     problem = Problem(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
     plain = implementation == "torch" and reduction != "none" and not recompute and not with_stats
+    if plain and contrastive_cpu.is_small(problem):
+        loss = contrastive_cpu.small_loss(problem, reduction)
+        if loss is not None:
+            return loss
     with uncast(query):  # logits are float32
-        if plain and contrastive_cpu.is_small(problem):
-            loss = contrastive_cpu.small_loss(problem, reduction)
-            if loss is not None:
-                return loss
         wanted = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, logit_scale))
         keep = wanted and not recompute and reduction != "none"
         loss, *stats = _contrast(*problem, reduction, keep, implementation)[:5]
@@ -211,8 +211,9 @@ def _check(query, key, target, bank, query_ids, key_ids, bank_ids, reduction):
     for name, tensor in (("query", query), ("key", key), ("bank", bank)):
         if tensor is None:
             continue
-        if tensor.ndim != 2 or tensor.shape[1] != dim:
-            raise ValueError(f"{name} must be (rows, D) with D = {dim}, got {tuple(tensor.shape)}")
+        shape = tensor.shape
+        if len(shape) != 2 or shape[1] != dim:
+            raise ValueError(f"{name} must be (rows, D) with D = {dim}, got {tuple(shape)}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
         if tensor.device != device:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from kernels.implementation import uncast
 from kernels.products import linear
 from kernels.reference import NO_NEGATIVE
 
@@ -110,17 +111,20 @@ def is_small(problem):
         return False
     if columns > SMALL_COLUMNS and torch.is_grad_enabled():
         return False
-    float32 = query.dtype == key.dtype == torch.float32 and (bank is None or bank.dtype == torch.float32)
+    float32 = query.dtype is key.dtype is torch.float32 and (bank is None or bank.dtype is torch.float32)
     return float32 and not torch.compiler.is_compiling()
 
 
 def small_loss(problem, reduction):
     """The loss by autograd from all logits at once; None where softmax - 1 would round its gradient away."""
     query, key, logit_scale, target, bank, _, query_ids, *_ = problem = _in_use(problem)
-    products = F.linear(query, key)
+    products = torch.mm(query, key.t())
+    if products.dtype is not torch.float32:  # seen here, autocast costs nothing where it is off
+        with uncast(query):
+            return small_loss(problem, reduction)
     if bank is not None:
         kept = bank.clone() if torch.is_grad_enabled() else bank  # autograd keeps it; it may change before the backward
-        products = torch.cat([products, F.linear(query, kept)], 1)
+        products = torch.cat([products, torch.mm(query, kept.t())], 1)
     logits = logit_scale * products  # (N, M + K)
     same = None if query_ids is None else _same_ids(problem)
     if same is not None:
@@ -178,7 +182,7 @@ def _stream(scaled, ids, problem, with_mean):
         (scaled.new_zeros(rows, dim) if with_mean else None),
         torch.zeros(rows, dtype=torch.int64, device=scaled.device),
     )
-    width = max(512, min(8192, CHUNK // 4 // rows))
+    width = max(512, min(2048, CHUNK // 8 // rows))  # a megabyte of logits: several passes go over them
     for start in range(0, len(problem.bank), width):
         block = problem.bank[start : start + width].to(scaled.dtype)
         logits = linear(scaled, block)

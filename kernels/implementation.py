@@ -33,7 +33,7 @@ def choose(implementation, tensors):
 
 def uncast(tensor):
     """A context in which autocast leaves everything as it is; costs next to nothing where it is off."""
-    device = tensor.device.type
+    device = "cpu" if tensor.is_cpu else tensor.device.type  # the name of a device costs as much as a small product
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 

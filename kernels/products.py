@@ -10,11 +10,8 @@ import torch.nn.functional as F
 
 from kernels.implementation import uncast
 
-ONEDNN = (
-    torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
-)
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN = HAS_ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
 LARGE = 2**23  # multiplications that make up for what oneDNN needs to start
 
 
@@ -50,5 +47,6 @@ def transposed(matrices):
     if turned.is_contiguous() or not matrices.is_cpu:
         return turned.contiguous()
     count, groups, size = matrices.shape
-    pixels = matrices.reshape(1, count, 1, groups * size).permute(0, 3, 1, 2)  # (1, A * B, N, 1), channels-last
-    return torch.channel_shuffle(pixels, groups).permute(0, 2, 3, 1).reshape(count, size, groups)
+    pixels = matrices.contiguous().view(1, count, 1, groups * size)
+    shuffled = torch.channel_shuffle(pixels.permute(0, 3, 1, 2), groups)  # (1, B * A, N, 1), channels-last
+    return shuffled.permute(0, 2, 3, 1).reshape(count, size, groups)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import products, roi_align_project
-from kernels.products import linear, product
+from kernels.products import linear, product, transposed
 
 LARGE = dict(rows=96, inputs=320, outputs=300)  # multiplications: more than products.LARGE
 SMALL = dict(rows=3, inputs=5, outputs=4)
@@ -18,9 +18,9 @@ def problem(rows, inputs, outputs, dtype=torch.float32):
 
 @pytest.mark.parametrize("size", [LARGE, SMALL, dict(rows=0, inputs=5, outputs=4)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("enabled", [True, False])
-def test_linear(size, dtype, enabled, monkeypatch):
-    monkeypatch.setattr(products, "ONEDNN", products.ONEDNN and enabled)
+@pytest.mark.parametrize("onednn", [True, False])
+def test_linear(size, dtype, onednn, monkeypatch):
+    monkeypatch.setattr(products, "ONEDNN", products.HAS_ONEDNN and onednn)
     rows, weight, bias = problem(**size, dtype=dtype)
     exact = rows.double() @ weight.double().T
     rounding = torch.finfo(dtype).eps * max(1.0, exact.abs().max().item() if exact.numel() else 1.0)
@@ -30,8 +30,9 @@ def test_linear(size, dtype, enabled, monkeypatch):
 
 
 def test_large_products_go_to_onednn(monkeypatch):
-    if not products.ONEDNN:
+    if not products.HAS_ONEDNN:
         pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(products, "ONEDNN", True)
     seen = []
     theirs = torch.ops.mkldnn._linear_pointwise
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *given: seen.append(1) or theirs(*given))
@@ -39,14 +40,36 @@ def test_large_products_go_to_onednn(monkeypatch):
     assert not seen
     linear(*problem(**LARGE))
     assert seen
+    monkeypatch.setattr(products, "ONEDNN", False)  # as on a processor without AVX-512
+    linear(*problem(**LARGE))
+    assert len(seen) == 1
 
 
-def test_strides():
+@pytest.mark.parametrize("onednn", [True, False])
+def test_strides(onednn, monkeypatch):
+    monkeypatch.setattr(products, "ONEDNN", products.HAS_ONEDNN and onednn)
     rows, weight, _ = problem(**LARGE)
     exact = rows.double() @ weight.double().T
     transposed, sliced = rows.T.contiguous().T, torch.stack([weight, weight], 1)[:, 1]
     for left, right in ((transposed, weight), (rows, sliced), (transposed, sliced)):
         torch.testing.assert_close(linear(left, right).double(), exact, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", [(5, 49, 24), (1, 30, 7), (2, 1, 6), (2, 6, 1), (0, 3, 4), (3, 0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_transposed(shape, dtype):
+    count, height, width = shape
+    whole = torch.randn(count, height, width + 1).to(dtype)
+    layouts = (
+        whole[..., 1:],  # strided
+        whole[..., 1:].contiguous(),
+        whole[..., 1:].transpose(1, 2).contiguous().transpose(1, 2),  # lies transposed already
+        whole[:, :1, :1].expand(shape) if height else whole[..., 1:],  # the gradient of a sum
+    )
+    for matrices in layouts:
+        turned = transposed(matrices)
+        assert turned.is_contiguous() and turned.dtype == dtype
+        assert torch.equal(turned, matrices.transpose(1, 2))
 
 
 def test_float32_stays_float32_under_autocast():
