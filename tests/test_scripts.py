@@ -19,7 +19,7 @@ from training.errors import one_sentence
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "--synthetic-train 12 --synthetic-val 4 --batch-size 2 --epochs 2 --workers 0 --device cpu --fpn-channels 16 "
-    "--head-width 16 --macl-dim 8 --macl-hidden 16 --macl-weight 0.3 --warmup-steps 2 --min-size 96"
+    "--head-width 16 --macl-dim 8 --macl-hidden 16 --macl-weight 0.3 --warmup-steps 2 --min-size 64"
 ).split()
 
 
@@ -135,10 +135,11 @@ def test_check_reports_and_writes_nothing(tmp_path, capsys, monkeypatch):
 def test_every_option_of_the_model_trains_a_step(tmp_path):
     options = [
         "--norm batch --frozen-stages 1 --fusion gated --fpn-levels 5 --msp-hidden 8 --box-loss giou",
-        "--norm modality_batch --macl-level image --macl-norm batch --macl-dropout 0.1 --optimizer sgd --amp bf16",
+        "--norm modality_batch --macl-level image --macl-norm batch --macl-dropout 0.1 --optimizer sgd --amp bf16 "
+        "--min-size 48 --synthetic-val 1",  # a processor takes long for half precision
         "--fusion visible --no-msp --macl-weight 0 --schedule one-cycle --ema-decay 0 --min-size 96,128 --max-size 200",
         "--crop 1 --mosaic 0.5 --erase-visible 1 --erase-infrared 1 --hue 0.1 --accumulate 2 --clip-norm 1",
-        "--amp fp16 --min-size 48 --synthetic-val 1",  # a processor takes long for these numbers
+        "--amp fp16 --min-size 48 --synthetic-val 1",
         "--macl-direction visible_to_infrared --macl-norm group --macl-norm-groups 4 --label-smoothing 0.1 "
         "--schedule multistep --milestones 1 --lr-base-batch 8 --statistics imagenet --best-by ap",
     ]

@@ -17,7 +17,7 @@ from training.errors import one_sentence
 
 STAGE_1 = (
     "--synthetic-train 8 --synthetic-val 2 --batch-size 2 --epochs 1 --workers 0 --device cpu --fpn-channels 16 "
-    "--head-width 16 --macl-dim 8 --macl-hidden 16 --min-size 96"
+    "--head-width 16 --macl-dim 8 --macl-hidden 16 --min-size 64"
 ).split()
 STAGE_2 = (
     "--synthetic-train 6 --synthetic-val 2 --batch-size 4 --epochs 3 --workers 0 --device cpu --old-share 0.5 "
@@ -155,7 +155,7 @@ def test_each_part_can_be_left_out(begun, tmp_path):
         "--old-share 0 --dhn-size 0 --mmd-level none --macl-weight 0",
         "--from-scratch --adversary modality --mmd-sigmas 0.5,1 --no-mmd-unbiased --adversary-ramp exponential",
         "--old-share 0 --lr-scale backbone=0.1 neck=0.5 --modality-dropout 0.5 0.5 --amp bf16 --accumulate 2 "
-        "--best-by miss-rate --optimizer sgd --min-size 96 --max-size 160",
+        "--best-by miss-rate --optimizer sgd --min-size 48 --max-size 80 --synthetic-val 1",
     ]
     for number, flags in enumerate(options):
         tune(begun, tmp_path / str(number), *flags.split(), "--max-steps", 1)
