@@ -47,7 +47,8 @@ STREAM = {
     },
     "gfx942": dict.fromkeys((64, 128, 256, 512), Launch(rows=32, columns=32, warps=4, stages=1)),
 }
-STREAM |= dict.fromkeys(("sm_90", "sm_100"), STREAM["default"] | {256: Launch(rows=64, columns=32, warps=8, stages=2)})
+STREAM["sm_90"] = STREAM["default"] | {256: Launch(rows=64, columns=32, warps=8, stages=2)}
+STREAM["sm_100"] = STREAM["sm_90"] | {128: Launch(rows=64, columns=64, warps=8, stages=2)}
 STREAM_ROWS = 128  # queries up to which reading the bank, not multiplying, is expected to be the cost
 SPLITS = 128  # shares of the columns, about one a multiprocessor
 ROW_BLOCK, ROW_WARPS = 2048, 16

@@ -44,7 +44,7 @@ BACKWARD = {
 PROJECT = {
     "default": Launch(rows=32, columns=64, channels=64, warps=8, stages=2),
     "sm_90": Launch(rows=64, columns=64, channels=16, warps=8, stages=2),
-    "sm_100": Launch(rows=64, columns=128, channels=16, warps=8, stages=2),
+    "sm_100": Launch(rows=128, columns=64, channels=16, warps=4, stages=2),
 }
 
 
