@@ -147,8 +147,8 @@ def pool_forward(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     image, level, x1, y1, x2, y2, finite, exists = _box(rois, row, True, thresholds, batch, LEVELS)
     scale = _select(scales, level, LEVELS)
-    height = _select(heights, level, LEVELS).to(tl.float32)
-    width = _select(widths, level, LEVELS).to(tl.float32)
+    height = _select(heights, level, LEVELS)
+    width = _select(widths, level, LEVELS)
     stride_h = _select(strides_h, level, LEVELS).to(tl.int64)
     stride_w = _select(strides_w, level, LEVELS).to(tl.int64)
     base = _select(features, level, LEVELS) + image * _select(strides_b, level, LEVELS).to(tl.int64)
@@ -206,12 +206,17 @@ def _axis_weights(pixel, low, length, count, total, steps, bins, extent, SAMPLES
     return weight
 
 
+@triton.jit
+def _tiles(extent, TILE: tl.constexpr):
+    """How many tiles cover an axis."""
+    return (tl.cast(extent, tl.int32) + TILE - 1) // TILE
+
+
 @triton.jit(do_not_specialize=["count_rois", "batch"])
 def pool_backward(
     gradients,
     heights,
     widths,
-    first_tiles,
     scales,
     thresholds,
     rois,
@@ -235,21 +240,23 @@ def pool_backward(
     """gradients[l] (B, H, W, C) from grad (R, PH, PW, C): one tile of one image and level, BLOCK_C channels."""
     tile = tl.program_id(0)
     my_level = 0
+    ahead = 0  # tiles of the levels before
+    skipped = 0
     for index in tl.static_range(1, LEVELS):
-        my_level += (tile >= first_tiles[index]).to(tl.int32)
-    tile -= _select(first_tiles, my_level, LEVELS)
-    height = _select(heights, my_level, LEVELS)
-    width = _select(widths, my_level, LEVELS)
+        ahead += batch * _tiles(heights[index - 1], TILE) * _tiles(widths[index - 1], TILE)
+        my_level += (tile >= ahead).to(tl.int32)
+        skipped = tl.where(tile >= ahead, ahead, skipped)
+    tile -= skipped
+    extent_y = _select(heights, my_level, LEVELS)
+    extent_x = _select(widths, my_level, LEVELS)
     scale = _select(scales, my_level, LEVELS)
-    across = (width + TILE - 1) // TILE
-    down = (height + TILE - 1) // TILE
+    across = _tiles(extent_x, TILE)
+    down = _tiles(extent_y, TILE)
     my_image = tile // (across * down)
     top = (tile % (across * down)) // across * TILE
     left = tile % across * TILE
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     shift = 0.5 if ALIGNED else 0.0
-    extent_y = height.to(tl.float32)
-    extent_x = width.to(tl.float32)
     pixel_y = (top + tl.arange(0, TILE)).to(tl.float32)
     pixel_x = (left + tl.arange(0, TILE)).to(tl.float32)
     q = tl.arange(0, PW_PAD)
@@ -304,6 +311,8 @@ def pool_backward(
     lanes = tl.arange(0, TILE * TILE)
     y = top + lanes // TILE
     x = left + lanes % TILE
+    height = tl.cast(extent_y, tl.int32)
+    width = tl.cast(extent_x, tl.int32)
     mask = ((y < height) & (x < width))[:, None] & (c < channels)[None, :]
     out = _select(gradients, my_level, LEVELS)
     place = out + ((my_image.to(tl.int64) * height + y) * width + x)[:, None] * channels + c[None, :]
@@ -347,8 +356,8 @@ def pool_project(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     image, level, x1, y1, x2, y2, finite, exists = _box(rois, row, row < count_rois, thresholds, batch, LEVELS)
     scale = _select(scales, level, LEVELS)
-    height = _select(heights, level, LEVELS).to(tl.float32)
-    width = _select(widths, level, LEVELS).to(tl.float32)
+    height = _select(heights, level, LEVELS)
+    width = _select(widths, level, LEVELS)
     stride_h = _select(strides_h, level, LEVELS).to(tl.int64)
     stride_w = _select(strides_w, level, LEVELS).to(tl.int64)
     base = _select(features, level, LEVELS) + image * _select(strides_b, level, LEVELS).to(tl.int64)
@@ -429,12 +438,17 @@ def _padded(size):
     return triton.next_power_of_2(size)
 
 
+def _sizes(shapes):
+    """Heights and widths of the levels, for the kernels as floats: whole numbers in a tuple would be compiled for anew
+    whenever one becomes or ceases to be a multiple of 16, as they do in training on images of several sizes."""
+    return tuple(tuple(float(shape[axis]) for shape in shapes) for axis in (2, 3))
+
+
 def _maps(features, scales):
     """The kernels' description of the levels: pointers, sizes and strides as tuples."""
     strides = [tuple(feature.stride(axis) for feature in features) for axis in range(4)]
-    heights, widths = (tuple(feature.shape[axis] for feature in features) for axis in (2, 3))
     scales = tuple(scales)
-    return tuple(features), heights, widths, *strides, scales, level_thresholds(scales)
+    return tuple(features), *_sizes([part.shape for part in features]), *strides, scales, level_thresholds(scales)
 
 
 @on_its_device
@@ -469,17 +483,14 @@ def scatter(grad, rois, shapes, pooling):
     """The sums over RoIs at every pixel, one (B, H, W, C) tensor a level, in the gradient's dtype."""
     batch, channels = shapes[0][:2]
     gradients = tuple(grad.new_empty(batch, height, width, channels) for _, _, height, width in shapes)
-    tiles = [batch * triton.cdiv(shape[2], TILE) * triton.cdiv(shape[3], TILE) for shape in shapes]
-    first_tiles = tuple(sum(tiles[:index]) for index in range(len(tiles)))
+    tiles = sum(batch * triton.cdiv(shape[2], TILE) * triton.cdiv(shape[3], TILE) for shape in shapes)
     launch = launch_for(BACKWARD, grad.device)
     block = max(16, min(launch.channels, _padded(channels)))
     padded, scales = _padded(pooling.output_size[1]), tuple(pooling.scales)
     if batch:
-        pool_backward[(sum(tiles), triton.cdiv(channels, block))](
+        pool_backward[(tiles, triton.cdiv(channels, block))](
             gradients,
-            tuple(shape[2] for shape in shapes),
-            tuple(shape[3] for shape in shapes),
-            first_tiles,
+            *_sizes(shapes),
             scales,
             level_thresholds(scales),
             rois.float().contiguous(),

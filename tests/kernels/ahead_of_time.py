@@ -43,7 +43,7 @@ def map_types(dtype):
         "scales",
         "thresholds",
     ]
-    kinds = [f"*{dtype}", *["i32"] * 6, "fp32", "fp32"]
+    kinds = [f"*{dtype}", "fp32", "fp32", *["i32"] * 4, "fp32", "fp32"]
     return dict(zip(names, map(levels, kinds), strict=True))
 
 
@@ -61,9 +61,8 @@ def pool_backward(dtype, target, launch=None):
     launch = launch or roi.BACKWARD.get(target, roi.BACKWARD["default"])
     types = dict(
         gradients=levels(f"*{dtype}"),
-        heights=levels("i32"),
-        widths=levels("i32"),
-        first_tiles=levels("i32"),
+        heights=levels("fp32"),
+        widths=levels("fp32"),
         scales=levels("fp32"),
         thresholds=levels("fp32"),
         rois="*fp32",

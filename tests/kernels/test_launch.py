@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from kernels.contrastive_triton import contrast
 from kernels.gpu import launch_for, on_its_device
-from kernels.roi_align_triton import gather, project, scatter
+from kernels.roi_align_triton import _maps, _sizes, gather, project, scatter
 
 TABLE = {"default": 0, "sm_90": 1, "gfx942": 2}
 
@@ -52,3 +52,21 @@ def test_every_launching_function_looks_for_its_device(monkeypatch, function):
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     with pytest.raises(Asked):
         function([torch.zeros(1)])
+
+
+def compiled_for(value):
+    """What of an argument Triton compiles a kernel for: of a whole number whether it is 1 and a multiple of 16."""
+    if isinstance(value, tuple):
+        return tuple(map(compiled_for, value))
+    return (value == 1, value % 16 == 0) if isinstance(value, int) else type(value)
+
+
+def test_images_of_another_size_do_not_compile_again():
+    def pyramid(height, width):
+        shapes = [(2, 256, height // stride, width // stride) for stride in (4, 8, 16, 32)]
+        return [torch.zeros(shape).contiguous(memory_format=torch.channels_last) for shape in shapes]
+
+    one, other = pyramid(128, 160), pyramid(96, 224)
+    scales = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
+    assert compiled_for(_maps(one, scales)) == compiled_for(_maps(other, scales))
+    assert _sizes([part.shape for part in other]) == ((24, 12, 6, 3), (56, 28, 14, 7))
