@@ -156,16 +156,18 @@ def hard_negative_loss(
         if len(text) % max(len(region), 1):
             raise ValueError(f"{len(text)} phrases do not divide among {len(region)} regions; counts is needed")
         counts = torch.full((len(region),), len(text) // max(len(region), 1), device=region.device)
-    if len(counts) != len(region) or counts.sum() != len(text) or (counts < 1).any():
+    # One look at a GPU's numbers instead of one a question.
+    fewest, width, whole = torch.stack([*counts.aminmax(), counts.sum()]).tolist() if len(counts) else (1, 1, 0)
+    if len(counts) != len(region) or whole != len(text) or fewest < 1:
         raise ValueError(f"counts {counts.tolist()} are not those of {len(region)} regions and {len(text)} phrases")
-    owner = torch.repeat_interleave(counts)  # (H,)
-    column = torch.arange(len(text), device=text.device) - (counts.cumsum(0) - counts)[owner]
+    owner = torch.repeat_interleave(counts, output_size=len(text))  # (H,)
+    own = counts.cumsum(0) - counts  # (K,), where each region's own phrase stands
+    column = torch.arange(len(text), device=text.device) - own[owner]
     with torch.autocast(region.device.type, enabled=False):
         scores = logit_scale * (F.embedding(owner, region) * text).sum(-1)  # (H,); repeats add up in one order
     if ids is not None:
-        own = ids[column == 0]
-        scores = scores.masked_fill((ids == own[owner]) & (column > 0) & (ids != -1), -torch.inf)
-    width = int(counts.max()) if len(counts) else 1
+        same = (ids == ids[own][owner]) & (column > 0) & (ids != -1)
+        scores = scores.masked_fill(same, -torch.inf)
     table = scores.new_full((len(region), width), -torch.inf).index_put((owner, column), scores)  # (K, most phrases)
     total = F.cross_entropy(table, torch.zeros_like(counts), reduction="sum")
     loss = _reduce(total, len(region), reduction)

@@ -125,8 +125,8 @@ class Objective:
         _bank: pairs in the bank. Of the hard negatives: hard_relative, hard_r1. norm_*: mean length of the features.
         """
         keys = list(self.sums)
-        values = torch.stack([torch.as_tensor(self.sums[key], dtype=torch.float64).cpu() for key in keys])
-        total = dict(zip(keys, distributed.sum_across(values).tolist(), strict=True))
+        values = [torch.as_tensor(self.sums[key], dtype=torch.float64, device=self.device) for key in keys]
+        total = dict(zip(keys, distributed.sum_across(torch.stack(values).cpu()).tolist(), strict=True))
 
         def mean(group: str, value: str, count: str) -> float:
             return total[group, value] / total[group, count] if total[group, count] else float("nan")
