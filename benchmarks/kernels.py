@@ -283,7 +283,8 @@ def figures(taken, baseline, least, provider: Provider):
 
 def machine(device):
     """What a reader needs to place the figures; no names of hosts."""
-    chip = torch.cuda.get_device_name() if device != "cpu" else f"{platform.machine()} CPU"
+    processor = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
+    chip = torch.cuda.get_device_name() if device != "cpu" else processor
     packages = ["torch", "torchvision", "triton", *(package for name, package in RIVALS.items() if find_spec(name))]
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     load = f"load average {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
