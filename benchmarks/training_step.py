@@ -142,9 +142,8 @@ def main() -> None:
         return serve(args)
 
     seconds, memory = take_turns(args, ["macl", "torchvision"] + ([PLAIN] if args.device == "cpu" else []))
-    machine = (
-        torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads, {platform.machine()}"
-    )
+    processor = f"{args.threads} CPU threads, {platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else processor
     size = f"{args.height}x{args.width}, batch {args.batch_size}, {args.rois} RoIs an image"
     lines = [
         f"# Training step, {size}, amp {args.amp}",

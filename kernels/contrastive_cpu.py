@@ -182,7 +182,7 @@ def _stream(scaled, ids, problem, with_mean):
         (scaled.new_zeros(rows, dim) if with_mean else None),
         torch.zeros(rows, dtype=torch.int64, device=scaled.device),
     )
-    width = max(512, min(2048, CHUNK // 8 // rows))  # a megabyte of logits: several passes go over them
+    width = max(512, min(2048, CHUNK // 8 // rows))  # at most a megabyte: several passes go over it
     for start in range(0, len(problem.bank), width):
         block = problem.bank[start : start + width].to(scaled.dtype)
         logits = linear(scaled, block)

@@ -1,5 +1,10 @@
 """Products of the CPU paths: whichever library computes them, the same product."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -43,6 +48,14 @@ def test_large_products_go_to_onednn(monkeypatch):
     monkeypatch.setattr(products, "ONEDNN", False)  # as on a processor without AVX-512
     linear(*problem(**LARGE))
     assert len(seen) == 1
+
+
+def test_without_avx512_onednn_is_left_alone():
+    code = "from kernels import products; print(products.ONEDNN)"
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | dict(ATEN_CPU_CAPABILITY="avx2")  # what PyTorch then takes the processor for
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 @pytest.mark.parametrize("onednn", [True, False])
