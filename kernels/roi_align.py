@@ -91,16 +91,14 @@ def roi_align_project(
 
 
 def _pool_plainly(features, rois, pooling, implementation):
-    """The pooling without a registered operator, where that costs less: eager, on the CPU, one bin on a small map.
-
-    None elsewhere.
+    """The pooling without a registered operator, which costs problems this small more than the work itself: eager, on
+    the CPU, one bin on a small map. None elsewhere.
     """
     if implementation != "torch" or torch.compiler.is_compiling():
         return None
-    _check_image_index(rois, len(features[0]))
     rois = rois.to(coordinate_dtype(features))
     plan = roi_align_cpu.plan_dense([feature.shape for feature in features], rois, pooling)
-    return None if plan is None else roi_align_cpu.PoolDense.apply(features[0], plan)
+    return None if plan is None else roi_align_cpu.gather_dense(features[0], plan)
 
 
 def _autocast(tensor):

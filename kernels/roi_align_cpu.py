@@ -31,10 +31,10 @@ def gather(features, rois, pooling):
     shapes, dtype = [feature.shape for feature in features], coordinate_dtype(features)
     channels, (height, width) = shapes[0][1], pooling.output_size
     rois = rois.to(dtype)
+    if plan := plan_dense(shapes, rois, pooling):
+        return gather_dense(features[0], plan)
     if len(rois) == 0:
         pooled = features[0].new_zeros(0, height, width, channels)
-    elif plan := plan_dense(shapes, rois, pooling):
-        pooled = _gather_dense(features[0], plan)
     else:
         taps = _plan(shapes, rois, pooling)
         pooled = _bag(_table(features, dtype), taps.pixel, taps.offset, taps.weight)  # (R * ph * pw, C)
@@ -155,7 +155,8 @@ class DensePlan(NamedTuple):
 
 def plan_dense(shapes, rois, pooling):
     """The DensePlan of RoIs on the CPU. None where the gather is faster: several bins or levels, a large map, or one
-    image with so many more RoIs than the others that the product would be one of zeros.
+    image with so many more RoIs than the others that the product would be one of zeros. None too where an image index
+    is outside [0, B), which the operators refuse.
 
     The arrays are tiny, and what NumPy needs to start an operation is a fraction of what PyTorch needs.
     """
@@ -163,13 +164,16 @@ def plan_dense(shapes, rois, pooling):
     if others or pooling.output_size != (1, 1) or height * width > 64 * 64 or not rois.is_cpu or len(rois) == 0:
         return None
     rois = rois.numpy()
+    order = np.argsort(rois[:, 0], kind="stable")
+    if not (rois[order[0], 0] >= 0 and rois[order[-1], 0] < batch):  # nan comes last
+        return None
     image = rois[:, 0].astype(np.int64)
     counts = np.bincount(image, minlength=batch)
     rows = int(counts.max())
     if batch * rows > 2 * len(rois) + 64:
         return None
-    row = np.empty_like(image)
-    row[np.argsort(image, kind="stable")] = np.arange(len(rois))  # the RoI's place in the order of images ...
+    row = np.empty_like(order)
+    row[order] = np.arange(len(rois))  # the RoI's place in the order of images ...
     row += image * rows - (np.cumsum(counts) - counts)[image]  # ... where every image takes `rows` places
     side = max(height, width) + 1  # one pixel more takes the zeros beyond the last
     pixel, beyond, weight = _samples_along_axes(rois, height, width, pooling)
@@ -208,10 +212,11 @@ def _samples_along_axes(rois, height, width, pooling):
     return pixel, position - pixel, weight
 
 
-def _gather_dense(feature, plan):
-    """(B, C, H, W) -> (R, C) as one batched product, (B, rows, H * W) @ (B, H * W, C)."""
+def gather_dense(feature, plan):
+    """(B, C, H, W) -> (R, C, 1, 1) as one batched product, (B, rows, H * W) @ (B, H * W, C), open to autograd."""
     pooled = torch.bmm(plan.weight, feature.flatten(2).transpose(1, 2).to(plan.weight.dtype))
-    return pooled.flatten(0, 1).index_select(0, plan.row).to(feature.dtype)
+    pooled = pooled.flatten(0, 1).index_select(0, plan.row)
+    return pooled.to(feature.dtype)[:, :, None, None]
 
 
 def _scatter_dense(grad, plan, height, width):
@@ -219,16 +224,3 @@ def _scatter_dense(grad, plan, height, width):
     batch, rows, _ = plan.weight.shape
     upstream = plan.weight.new_zeros(batch * rows, grad.shape[1]).index_copy_(0, plan.row, grad.to(plan.weight.dtype))
     return torch.bmm(plan.weight.transpose(1, 2), upstream.view(batch, rows, -1)).view(batch, height, width, -1)
-
-
-class PoolDense(torch.autograd.Function):
-    """(B, C, H, W), a DensePlan -> (R, C, 1, 1). On problems this small a registered operator would cost more."""
-
-    @staticmethod
-    def forward(ctx, feature, plan):
-        ctx.plan, ctx.size = plan, feature.shape[2:]
-        return _gather_dense(feature, plan).view(-1, feature.shape[1], 1, 1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _scatter_dense(grad.flatten(1), ctx.plan, *ctx.size).permute(0, 3, 1, 2).to(grad.dtype), None
