@@ -75,8 +75,7 @@ def contrastive_loss(
     if bank is not None and bank_valid is not None:
         bank, bank_ids, bank_valid = _bank_in_use(bank, bank_ids, bank_valid)
     problem = Problem(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
-    plain = implementation == "torch" and reduction != "none" and not recompute and not with_stats
-    if plain and contrastive_cpu.is_small(problem):
+    if implementation == "torch" and reduction != "none" and not recompute and not with_stats:
         loss = contrastive_cpu.small_loss(problem, reduction)
         if loss is not None:
             return loss

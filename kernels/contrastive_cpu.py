@@ -103,29 +103,29 @@ def contrast(problem, weight=None):
     return result, Gradients(for_query.mul_(scale), for_key.mul_(scale), for_scale)
 
 
-def is_small(problem):
-    """Whether all logits at once, by autograd, cost less than an operator that never holds them."""
-    query, key, bank = problem.query, problem.key, problem.bank
-    columns = key.numel() if bank is None else key.numel() + bank.numel()
-    if not (query.is_cpu and 0 < query.shape[0] * columns <= SMALL):
-        return False
-    if columns > SMALL_COLUMNS and torch.is_grad_enabled():
-        return False
-    float32 = query.dtype is key.dtype is torch.float32 and (bank is None or bank.dtype is torch.float32)
-    return float32 and not torch.compiler.is_compiling()
-
-
 def small_loss(problem, reduction):
-    """The loss by autograd from all logits at once; None where softmax - 1 would round its gradient away."""
-    query, key, logit_scale, target, bank, _, query_ids, *_ = problem = _in_use(problem)
-    products = torch.mm(query, key.t())
-    if products.dtype is not torch.float32:  # seen here, autocast costs nothing where it is off
+    """The loss by autograd from all logits at once, where that costs less than an operator that never holds them.
+
+    None elsewhere, and where softmax - 1 would round the gradient away.
+    """
+    if not problem.query.is_cpu or torch.compiler.is_compiling():
+        return None
+    if problem.bank_valid is not None:
+        problem = _in_use(problem)
+    query, key, logit_scale, target, bank, _, query_ids, *_ = problem
+    columns = key.numel() if bank is None else key.numel() + bank.numel()
+    if not 0 < query.shape[0] * columns <= SMALL or (columns > SMALL_COLUMNS and torch.is_grad_enabled()):
+        return None
+    if not (query.dtype is key.dtype is torch.float32 and (bank is None or bank.dtype is torch.float32)):
+        return None
+    scaled = logit_scale * query
+    logits = torch.mm(scaled, key.t())
+    if logits.dtype is not torch.float32:  # seen here, autocast costs nothing where it is off
         with uncast(query):
             return small_loss(problem, reduction)
     if bank is not None:
         kept = bank.clone() if torch.is_grad_enabled() else bank  # autograd keeps it; it may change before the backward
-        products = torch.cat([products, torch.mm(query, kept.t())], 1)
-    logits = logit_scale * products  # (N, M + K)
+        logits = torch.cat([logits, torch.mm(scaled, kept.t())], 1)  # (N, M + K)
     same = None if query_ids is None else _same_ids(problem)
     if same is not None:
         logits = logits.masked_fill(same.scatter_(1, target[:, None], False), -torch.inf)
