@@ -142,7 +142,8 @@ def main() -> None:
         return serve(args)
 
     seconds, memory = take_turns(args, ["macl", "torchvision"] + ([PLAIN] if args.device == "cpu" else []))
-    processor = f"{args.threads} CPU threads, {platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    processor = f"{args.threads} CPU threads, {platform.machine()} with {instructions}"
     machine = torch.cuda.get_device_name() if args.device == "cuda" else processor
     size = f"{args.height}x{args.width}, batch {args.batch_size}, {args.rois} RoIs an image"
     lines = [
@@ -165,7 +166,8 @@ def main() -> None:
         ]
     print("\n".join(lines))
     if args.write:
-        name = f"training-step-{args.device}-{args.amp}.md"
+        kind = f"-{instructions.lower()}" if args.device == "cpu" else ""
+        name = f"training-step-{args.device}-{args.amp}{kind}.md"
         path = Path(__file__).resolve().parent / "results" / name
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
