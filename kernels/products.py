@@ -13,6 +13,7 @@ from kernels.implementation import uncast
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ONEDNN = HAS_ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
 LARGE = 2**23  # multiplications that make up for what oneDNN needs to start
+COLUMNS = 2048  # transposed at once, so that the copy in between stays in the cache
 
 
 def linear(rows, weight, bias=None):
@@ -50,3 +51,15 @@ def transposed(matrices):
     pixels = matrices.contiguous().view(1, count, 1, groups * size)
     shuffled = torch.channel_shuffle(pixels.permute(0, 3, 1, 2), groups)  # (1, B * A, N, 1), channels-last
     return shuffled.permute(0, 2, 3, 1).reshape(count, size, groups)
+
+
+def transpose_into(out, matrix):
+    """Writes matrix (A, B) to out (B, A) of any dtype, some columns at a time, shared out among the threads."""
+    if matrix.stride(0) == 1:
+        out.copy_(matrix.t())
+        return
+    threads = torch.get_num_threads()
+    for rows, columns in zip(out.split(COLUMNS), matrix.split(COLUMNS, 1), strict=True):
+        parts = threads if len(rows) % threads == 0 else 1
+        columns = columns.unflatten(1, (parts, -1)).transpose(0, 1)  # (parts, A, COLUMNS / parts)
+        rows.unflatten(0, (parts, -1)).copy_(transposed(columns))

@@ -8,13 +8,16 @@ Where each RoI pools to a single bin, as FG-CLIP's regions do, most pixels of th
 product is faster: (R, H W) weights, the outer product of both axes, times the (H W, C) map of each image.
 """
 
+import threading
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from kernels.products import transposed
+from kernels.products import transpose_into, transposed
 from kernels.reference import assign_levels, coordinate_dtype, finite_rois, sample_axis
+
+KEPT = 2**27  # bytes of the largest table whose memory a thread keeps
 
 
 class Taps(NamedTuple):
@@ -54,7 +57,7 @@ def scatter(grad, rois, shapes, pooling):
     if plan := plan_dense(shapes, rois, pooling):
         return [_scatter_dense(grad.flatten(1), plan, *shapes[0][2:])]
     taps = _plan(shapes, rois, pooling)
-    bins = transposed(grad.flatten(2)).flatten(0, 1).to(dtype)  # (R * ph * pw, C)
+    bins = _bins(grad.flatten(2), dtype)
     pixel, order = torch.sort(taps.pixel, stable=True)
     weight = taps.weight[order]
     owner = taps.owner[order] if isinstance(taps.owner, torch.Tensor) else order // taps.owner
@@ -81,11 +84,44 @@ def _table(features, dtype):
     if len(features) == 1 and features[0].stride(1) == 1:
         return features[0].permute(0, 2, 3, 1).reshape(-1, channels).to(dtype)
     sizes = [feature.shape[0] * feature.shape[2] * feature.shape[3] for feature in features]
-    table = features[0].new_empty(sum(sizes), channels, dtype=dtype)
+    table = _scratch(features[0], sum(sizes), channels, dtype)
     for feature, rows in zip(features, table.split(sizes), strict=True):
-        for image, pixels in zip(feature, rows.chunk(len(feature)), strict=True):  # one at a time: a smaller copy
-            pixels.copy_(transposed(image.flatten(1)[None])[0])
+        for image, pixels in zip(feature, rows.chunk(len(feature)), strict=True):
+            transpose_into(pixels, image.flatten(1))
     return table
+
+
+def _bins(grad, dtype):
+    """The gradients of all bins as rows, (R, C, bins) -> (R * bins, C): no copy where they lie so already."""
+    rois, channels, bins = grad.shape
+    rows = grad.transpose(1, 2)
+    if rows.is_contiguous():
+        return rows.flatten(0, 1).to(dtype)
+    table = _scratch(grad, rois * bins, channels, dtype)
+    step = max(1, 2**19 // grad[0].numel())  # a few megabytes at a time
+    for target, part in zip(table.view(rois, bins, channels).split(step), grad.split(step), strict=True):
+        target.copy_(transposed(part))
+    return table
+
+
+class _Kept(threading.local):
+    """Memory for tables, one for each thread. As new memory, which the system clears page by page, a table took a third
+    to a half of the forward's time."""
+
+    memory = torch.empty(0, dtype=torch.uint8)
+
+
+_kept = _Kept()
+
+
+def _scratch(like, rows, channels, dtype):
+    """An uninitialised (rows, channels) on the device of `like`, which the next call on this thread overwrites."""
+    size = rows * channels * dtype.itemsize
+    if not like.is_cpu or size > KEPT:
+        return like.new_empty(rows, channels, dtype=dtype)
+    if size > len(_kept.memory):
+        _kept.memory = torch.empty(size, dtype=torch.uint8)
+    return _kept.memory[:size].view(dtype).view(rows, channels)
 
 
 def _plan(shapes, rois, pooling):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels import products, roi_align_project
-from kernels.products import linear, product, transposed
+from kernels.products import linear, product, transpose_into, transposed
 
 LARGE = dict(rows=96, inputs=320, outputs=300)  # multiplications: more than products.LARGE
 SMALL = dict(rows=3, inputs=5, outputs=4)
@@ -106,3 +106,16 @@ def test_a_second_derivative_of_a_projection_is_refused():
     with pytest.raises(RuntimeError, match="macl_fgclip.product"):
         torch.autograd.grad(first.square().sum(), weight)
     assert product(weight.detach(), weight.detach()).shape == (3, 3)
+
+
+@pytest.mark.parametrize("shape", [(3, 50), (3, 17), (1, 20), (20, 1), (0, 4), (4, 0)])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_transpose_into(shape, threads, monkeypatch):
+    """In blocks that do and do not divide the columns, and the columns among the threads."""
+    monkeypatch.setattr(products, "COLUMNS", 12)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    matrix = torch.randn(shape)
+    for layout in (matrix, matrix.t().contiguous().t(), torch.stack([matrix, matrix], 2)[..., 1]):
+        out = torch.full(shape[::-1], float("nan"), dtype=torch.float64)
+        transpose_into(out, layout)
+        assert torch.equal(out, matrix.t().double())

@@ -1,11 +1,13 @@
 """multiscale_roi_align and roi_align_project against torchvision, in values, levels and gradients."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from kernels import multiscale_roi_align, roi_align_project
+from kernels import multiscale_roi_align, roi_align_cpu, roi_align_project
 
 SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 IMAGE = (96, 128)
@@ -150,3 +152,29 @@ def test_one_bin_is_differentiated_twice():
         return multiscale_roi_align([feature], random_rois(3), scales=[1 / 32], output_size=1, sampling_ratio=-1)
 
     assert torch.autograd.gradcheck(pool, feature) and torch.autograd.gradgradcheck(pool, feature)
+
+
+def pool_and_differentiate(features):
+    features = [feature.clone().requires_grad_() for feature in features]
+    pooled = multiscale_roi_align(features, random_rois(30, dtype=features[0].dtype), scales=SCALES, output_size=7)
+    return pooled.detach(), *torch.autograd.grad(pooled.square().sum(), features)
+
+
+def test_memory_kept_between_calls_is_part_of_no_result(monkeypatch):
+    """In a thread of its own, whose first memory comes from inference mode."""
+    problems = [pyramid(seed=0, dtype=torch.float32), pyramid(seed=1), pyramid(seed=2, dtype=torch.float32)]
+    monkeypatch.setattr(roi_align_cpu, "KEPT", 0)
+    expected = [pool_and_differentiate(features) for features in problems]
+    monkeypatch.undo()
+
+    def all_again():
+        with torch.inference_mode():
+            multiscale_roi_align(problems[0], random_rois(3), scales=SCALES, output_size=7)
+        return [pool_and_differentiate(features) for features in problems], roi_align_cpu._kept.memory
+
+    with ThreadPoolExecutor(1) as executor:
+        found, kept = executor.submit(all_again).result()
+    assert len(kept) >= sum(feature.nbytes for feature in problems[1])
+    assert kept is not roi_align_cpu._kept.memory
+    for parts, rights in zip(found, expected, strict=True):
+        assert all(torch.equal(part, right) for part, right in zip(parts, rights, strict=True))
