@@ -25,7 +25,7 @@ def tune(measure, device, words, *, size=(512, 640), rois=1024, channels=256, ba
     ])  # fmt: skip
     chosen = {title: functions for title, functions in tables.items() if any(word in title for word in words)}
     if not chosen:
-        raise ValueError(f"no table's title contains {words!r}: there are {', '.join(tables)}")
+        raise ValueError(f"no table's title contains {words!r}: there are {'; '.join(tables)}")
     for title, functions in chosen.items():
         print(f"\n{title}")
         for seconds, name in sorted(timed(measure, functions)):
@@ -42,26 +42,39 @@ def timed(measure, functions):
 
 
 def pooling_launches(device, dtype, size, rois, channels):
-    """FORWARD and BACKWARD of roi_align_triton."""
-    features, boxes = box_head(device, dtype, 2, rois, True, size, channels)
-    features = [part.detach() for part in features]
-    shapes, pooling = [tuple(part.shape) for part in features], Pooling(SCALES, (7, 7), 2, False)
-    upstream = roi_align_triton.gather(features, boxes, pooling)
-
-    def forward(launch):
-        roi_align_triton.FORWARD = launch
-        return roi_align_triton.gather(features, boxes, pooling)
-
-    def backward(launch):
-        roi_align_triton.BACKWARD = {"default": launch}
-        return roi_align_triton.scatter(upstream, boxes, shapes, pooling)
-
+    """FORWARD and BACKWARD of roi_align_triton, for a detector's pyramid and for regions of one bin."""
+    pyramid, boxes = box_head(device, dtype, 2, rois, True, size, channels)
+    feature, corners = regions(device, dtype, 64, 24, 4 * channels, rois)
+    problems = {
+        "pyramid": ([part.detach() for part in pyramid], boxes, Pooling(SCALES, (7, 7), 2, False)),
+        "one bin": ([feature.detach()], corners, Pooling([1.0], (1, 1), -1, True)),
+    }
     launches = [
         roi_align_triton.Launch(rows=0, columns=0, channels=block, warps=warps, stages=stages)
-        for block, warps, stages in itertools.product((32, 64, 128, 256), (4, 8), (1, 2))
+        for block, warps, stages in itertools.product((32, 64, 128, 256), (1, 2, 4, 8), (1, 2))
     ]
-    for name, function in (("FORWARD", forward), ("BACKWARD", backward)):
-        yield name, {str(launch): lambda launch=launch, function=function: function(launch) for launch in launches}
+    for kind, problem in problems.items():
+        for name, function in (("FORWARD", pool_forward(*problem)), ("BACKWARD", pool_backward(*problem))):
+            named = {str(launch): lambda launch=launch, function=function: function(launch) for launch in launches}
+            yield f"{name}, {kind}", named
+
+
+def pool_forward(features, boxes, pooling):
+    def with_launch(launch):
+        roi_align_triton.FORWARD = roi_align_triton.FORWARD_ONE_BIN = launch
+        return roi_align_triton.gather(features, boxes, pooling)
+
+    return with_launch
+
+
+def pool_backward(features, boxes, pooling):
+    shapes, upstream = [tuple(part.shape) for part in features], roi_align_triton.gather(features, boxes, pooling)
+
+    def with_launch(launch):
+        roi_align_triton.BACKWARD = roi_align_triton.BACKWARD_ONE_BIN = {"default": launch}
+        return roi_align_triton.scatter(upstream, boxes, shapes, pooling)
+
+    return with_launch
 
 
 def projection_launches(device, dtype, rois):

@@ -37,14 +37,20 @@ class Launch(NamedTuple):
 # Expected, not measured: chosen by what compiles without spills (tests/kernels/test_ahead_of_time.py); to be filled by
 # `python benchmarks/kernels.py --tune` on the GPU in question.
 FORWARD = Launch(rows=0, columns=0, channels=256, warps=4, stages=2)
+FORWARD_ONE_BIN = Launch(rows=0, columns=0, channels=256, warps=1, stages=2)  # 8 channels a thread: 16-byte loads
 BACKWARD = {
     "default": Launch(rows=0, columns=0, channels=32, warps=4, stages=1),
     "sm_90": Launch(rows=0, columns=0, channels=128, warps=4, stages=1),
 }
+BACKWARD_ONE_BIN = {
+    "default": Launch(rows=0, columns=0, channels=64, warps=4, stages=1),
+    "sm_90": Launch(rows=0, columns=0, channels=128, warps=4, stages=1),
+    "sm_100": Launch(rows=0, columns=0, channels=128, warps=8, stages=1),
+}
 PROJECT = {
     "default": Launch(rows=32, columns=64, channels=64, warps=8, stages=2),
     "sm_90": Launch(rows=64, columns=64, channels=16, warps=8, stages=2),
-    "sm_100": Launch(rows=128, columns=64, channels=16, warps=4, stages=2),
+    "sm_100": Launch(rows=64, columns=128, channels=16, warps=8, stages=2),
 }
 
 
@@ -377,9 +383,9 @@ def pool_project(
         first_x = _first(start_x, length_x, count_x, SAMPLES)
         for c_start in range(0, channels, BLOCK_C):
             c = c_start + tl.arange(0, BLOCK_C)
-            offset = c.to(tl.int64)[None, :] + tl.zeros_like(stride_h)[:, None]
-            if not CHANNELS_LAST:
-                offset *= _select(strides_c, level, LEVELS).to(tl.int64)[:, None]
+            offset = c.to(tl.int64)[None, :] + tl.zeros_like(row)[:, None]
+            if not CHANNELS_LAST:  # of one level the stride is a number, of several one a RoI
+                offset *= (tl.zeros_like(row) + _select(strides_c, level, LEVELS).to(tl.int64))[:, None]
             pooled = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
             for i in range(0, most_y):
                 y, inside_y = _position(start_y, length_y, count_y, total_y, first_y + i, height)
@@ -457,7 +463,8 @@ def gather(features, rois, pooling):
     channels, (height, width) = features[0].shape[1], pooling.output_size
     out = features[0].new_empty(len(rois), height, width, channels)
     if len(rois):
-        block = min(FORWARD.channels, _padded(channels))
+        launch = FORWARD_ONE_BIN if width == 1 else FORWARD
+        block = min(launch.channels, _padded(channels))
         pool_forward[(len(rois) * height, triton.cdiv(channels, block))](
             *_maps(features, pooling.scales),
             rois.float().contiguous(),
@@ -472,8 +479,8 @@ def gather(features, rois, pooling):
             ALIGNED=pooling.aligned,
             CHANNELS_LAST=all(feature.stride(1) == 1 for feature in features),
             BLOCK_C=block,
-            num_warps=FORWARD.warps,
-            num_stages=FORWARD.stages,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
         )
     return out.permute(0, 3, 1, 2)
 
@@ -484,9 +491,9 @@ def scatter(grad, rois, shapes, pooling):
     batch, channels = shapes[0][:2]
     gradients = tuple(grad.new_empty(batch, height, width, channels) for _, _, height, width in shapes)
     tiles = sum(batch * triton.cdiv(shape[2], TILE) * triton.cdiv(shape[3], TILE) for shape in shapes)
-    launch = launch_for(BACKWARD, grad.device)
-    block = max(16, min(launch.channels, _padded(channels)))
     padded, scales = _padded(pooling.output_size[1]), tuple(pooling.scales)
+    launch = launch_for(BACKWARD_ONE_BIN if padded == 1 else BACKWARD, grad.device)
+    block = max(16, min(launch.channels, _padded(channels)))
     if batch:
         pool_backward[(tiles, triton.cdiv(channels, block))](
             gradients,

@@ -18,7 +18,8 @@ from triton.compiler import ASTSource
 from kernels import contrastive_triton as contrastive
 from kernels import roi_align_triton as roi
 
-LEVELS = 4
+PYRAMID = dict(LEVELS=4, PH=7, PW=7, SAMPLES=2, ALIGNED=False)  # a detector's box head
+REGIONS = dict(LEVELS=1, PH=1, PW=1, SAMPLES=0, ALIGNED=True)  # FG-CLIP's regions
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -26,11 +27,7 @@ def target_of(name):
     return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
 
 
-def levels(kind):
-    return (kind,) * LEVELS
-
-
-def map_types(dtype):
+def map_types(dtype, pooling):
     """The types of the levels' description, in the order in which every gathering kernel takes it."""
     names = [
         "features",
@@ -44,47 +41,50 @@ def map_types(dtype):
         "thresholds",
     ]
     kinds = [f"*{dtype}", "fp32", "fp32", *["i32"] * 4, "fp32", "fp32"]
-    return dict(zip(names, map(levels, kinds), strict=True))
+    return {name: (kind,) * pooling["LEVELS"] for name, kind in zip(names, kinds, strict=True)}
 
 
-def pooling_constants(output_size):
-    return dict(LEVELS=LEVELS, PH=output_size[0], PW=output_size[1], SAMPLES=2, ALIGNED=False)
+def padded(pooling):
+    return triton.next_power_of_2(pooling["PW"])
 
 
-def pool_forward(dtype, target):
-    types = map_types(dtype) | dict(rois="*fp32", out=f"*{dtype}", batch="i32", channels="i32")
-    constants = pooling_constants((7, 7)) | dict(PW_PAD=8, CHANNELS_LAST=True, BLOCK_C=roi.FORWARD.channels)
-    return roi.pool_forward, types, constants, roi.FORWARD
+def pool_forward(pooling, last=True):
+    def build(dtype, target):
+        types = map_types(dtype, pooling) | dict(rois="*fp32", out=f"*{dtype}", batch="i32", channels="i32")
+        launch = roi.FORWARD_ONE_BIN if pooling["PW"] == 1 else roi.FORWARD
+        constants = pooling | dict(PW_PAD=padded(pooling), CHANNELS_LAST=last, BLOCK_C=launch.channels)
+        return roi.pool_forward, types, constants, launch
+
+    return build
 
 
-def pool_backward(dtype, target, launch=None):
-    launch = launch or roi.BACKWARD.get(target, roi.BACKWARD["default"])
-    types = dict(
-        gradients=levels(f"*{dtype}"),
-        heights=levels("fp32"),
-        widths=levels("fp32"),
-        scales=levels("fp32"),
-        thresholds=levels("fp32"),
-        rois="*fp32",
-        grad=f"*{dtype}",
-        count_rois="i32",
-        batch="i32",
-        channels="i32",
-    )
-    precision = "ieee" if target.startswith("gfx") else "tf32x3"
-    tile = dict(UPCAST=False, PRECISION=precision, TILE=roi.TILE, SCAN=roi.SCAN, BLOCK_C=launch.channels)
-    constants = pooling_constants((7, 7)) | dict(PW_PAD=8, BIN_ROWS=roi.bin_rows((7, 7))) | tile
-    return roi.pool_backward, types, constants, launch
+def pool_backward(pooling, launch=None):
+    def build(dtype, target):
+        table = roi.BACKWARD_ONE_BIN if pooling["PW"] == 1 else roi.BACKWARD
+        chosen = launch or table.get(target, table["default"])
+        maps = map_types(dtype, pooling)
+        types = {name: maps[name] for name in ("heights", "widths", "scales", "thresholds")}
+        types |= dict(gradients=maps["features"], rois="*fp32", grad=f"*{dtype}")
+        types |= dict.fromkeys(("count_rois", "batch", "channels"), "i32")
+        precision = "ieee" if target.startswith("gfx") else "tf32x3"
+        rows = roi.bin_rows((pooling["PH"], pooling["PW"]))
+        tile = dict(UPCAST=False, PRECISION=precision, TILE=roi.TILE, SCAN=roi.SCAN, BLOCK_C=chosen.channels)
+        return roi.pool_backward, types, pooling | dict(PW_PAD=padded(pooling), BIN_ROWS=rows) | tile, chosen
+
+    return build
 
 
-def pool_project(dtype, target):
-    pointers = dict(rois="*fp32", weight=f"*{dtype}", bias=f"*{dtype}", out=f"*{dtype}")
-    types = map_types(dtype) | pointers | dict.fromkeys(("count_rois", "batch", "channels", "dim"), "i32")
-    launch = roi.PROJECT.get(target, roi.PROJECT["default"])
-    blocks = dict(BLOCK_R=launch.rows, BLOCK_D=launch.columns, BLOCK_C=launch.channels)
-    precision = "ieee" if target.startswith("gfx") else "tf32x3"
-    flags = dict(CHANNELS_LAST=True, BIASED=True, UPCAST=False, PRECISION=precision)
-    return roi.pool_project, types, pooling_constants((7, 7)) | flags | blocks, launch
+def pool_project(pooling, last=True):
+    def build(dtype, target):
+        pointers = dict(rois="*fp32", weight=f"*{dtype}", bias=f"*{dtype}", out=f"*{dtype}")
+        sizes = dict.fromkeys(("count_rois", "batch", "channels", "dim"), "i32")
+        launch = roi.PROJECT.get(target, roi.PROJECT["default"])
+        blocks = dict(BLOCK_R=launch.rows, BLOCK_D=launch.columns, BLOCK_C=launch.channels)
+        precision = "ieee" if target.startswith("gfx") else "tf32x3"
+        flags = dict(CHANNELS_LAST=last, BIASED=True, UPCAST=False, PRECISION=precision)
+        return roi.pool_project, map_types(dtype, pooling) | pointers | sizes, pooling | flags | blocks, launch
+
+    return build
 
 
 def loss_constants(target, launch, dim):
@@ -127,12 +127,15 @@ def settle_rows(dtype, target):
     return contrastive.settle_rows, loss_types(contrastive.settle_rows, dtype), flags, launch
 
 
-def spilling(dtype, target):
-    """Known to be bad: twice the channels a tile's accumulator has registers for."""
-    return pool_backward(dtype, target, roi.Launch(rows=0, columns=0, channels=512, warps=4, stages=1))
+# Known to be bad: twice the channels a tile's accumulator has registers for.
+spilling = pool_backward(PYRAMID, roi.Launch(rows=0, columns=0, channels=512, warps=4, stages=1))
 
-
-KERNELS = dict(pool_forward=pool_forward, pool_backward=pool_backward, pool_project=pool_project)
+KERNELS = {}
+for kind, pooling in dict(pyramid=PYRAMID, regions=REGIONS).items():
+    KERNELS[f"pool_forward_{kind}"] = pool_forward(pooling)
+    KERNELS[f"pool_forward_nchw_{kind}"] = pool_forward(pooling, last=False)
+    KERNELS[f"pool_backward_{kind}"] = pool_backward(pooling)
+KERNELS["pool_project"], KERNELS["pool_project_nchw"] = pool_project(REGIONS), pool_project(REGIONS, last=False)
 for width in contrastive.STREAM["default"]:
     KERNELS[f"stream_{width}"] = streamed(contrastive.stream, width)
     KERNELS[f"key_gradient_{width}"] = streamed(contrastive.key_gradient, width)

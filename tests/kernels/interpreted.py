@@ -209,15 +209,16 @@ def test_float64_is_refused():
 
 def test_the_tuner_tries_every_launch(monkeypatch, capsys):
     """`benchmarks/kernels.py --tune`, which is at home on a GPU alone."""
-    monkeypatch.setattr(roi_align_triton, "FORWARD", roi_align_triton.FORWARD)  # it writes there
+    for table in ("FORWARD", "FORWARD_ONE_BIN"):  # it writes there
+        monkeypatch.setattr(roi_align_triton, table, getattr(roi_align_triton, table))
     small = dict(size=(64, 64), rois=1, channels=16, bank_rows=40, dtype=torch.float32)
 
     def measure(function):
         function()
         return 1.0
 
-    tune(measure, "cpu", ["FORWARD"], **small)
+    tune(measure, "cpu", ["FORWARD, pyramid"], **small)
     said = capsys.readouterr().out
-    with pytest.raises(ValueError, match="FORWARD, BACKWARD, PROJECT"):
+    with pytest.raises(ValueError, match="FORWARD, pyramid; BACKWARD, pyramid; FORWARD, one bin"):
         tune(measure, "cpu", ["FORWRAD"], **small)
-    assert said.count("Launch(") == 16 and "FORWARD" in said and "STREAM" not in said and "inf" not in said
+    assert said.count("Launch(") == 32 and "FORWARD" in said and "STREAM" not in said and "inf" not in said

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_LIMIT = dict(sm_80=166912, sm_90=232448, sm_100=232448, gfx942=65536)
-PRODUCTS = ("pool_backward", "pool_project", "stream_64", "stream_128", "stream_256")
+PRODUCTS = ("pool_backward", "pool_project", "stream_64", "stream_128", "stream_256")  # how their names begin
 BEST = dict(sm_80="mma.sync", sm_90="wgmma.mma_async", sm_100="tcgen05.mma", gfx942="mfma")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -31,30 +31,35 @@ def compiled(target, tmp_path, *names):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def check(line):
-    target = line["target"]
-    assert line["stack"] == 0 and line["shared"] <= SHARED_LIMIT[target], line
-    if line["kernel"] in PRODUCTS:
-        assert line["mma"] == BEST.get(target, line["mma"]) is not None, line
-    if line["kernel"] == "pool_forward" and not target.startswith("gfx"):
-        assert line["wide_loads"] >= 8, line
+def fits(line):
+    target, kernel = line["target"], line["kernel"]
+    if line["stack"] or line["shared"] > SHARED_LIMIT[target]:
+        return False
+    if kernel.startswith(PRODUCTS) and (line["mma"] is None or line["mma"] != BEST.get(target, line["mma"])):
+        return False
+    taps = dict(pool_forward_pyramid=8, pool_forward_regions=4).get(kernel)  # loads of the four, channels-last
+    return taps is None or target.startswith("gfx") or line["wide_loads"] >= taps
 
 
 def test_kernels_fit_hopper(tmp_path):
-    for line in compiled("sm_90", tmp_path, "pool_forward", "pool_backward", "stream_512", "combine", "settle_rows"):
-        check(line)
+    names = (
+        "pool_forward_pyramid",
+        "pool_backward_pyramid",
+        "pool_forward_regions",
+        "stream_512",
+        "combine",
+        "settle_rows",
+    )
+    lines = compiled("sm_90", tmp_path, *names)
+    assert lines and not [line for line in lines if not fits(line)]
 
 
 def test_a_spilling_configuration_is_caught(tmp_path):
-    for line in compiled("sm_90", tmp_path, "spilling"):
-        with pytest.raises(AssertionError):
-            check(line)
+    assert [fits(line) for line in compiled("sm_90", tmp_path, "spilling")] == [False]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", SHARED_LIMIT)
 def test_every_configuration_fits(target, tmp_path):
     lines = compiled(target, tmp_path)
-    assert lines
-    for line in lines:
-        check(line)
+    assert lines and not [line for line in lines if not fits(line)]
