@@ -45,15 +45,16 @@ def pooling_launches(device, dtype, size, rois, channels):
     """FORWARD and BACKWARD of roi_align_triton, for a detector's pyramid and for regions of one bin."""
     pyramid, boxes = box_head(device, dtype, 2, rois, True, size, channels)
     feature, corners = regions(device, dtype, 64, 24, 4 * channels, rois)
+    pyramid, feature = [part.detach() for part in pyramid], feature.detach()
     problems = {
-        "pyramid": ([part.detach() for part in pyramid], boxes, Pooling(SCALES, (7, 7), 2, False)),
-        "one bin": ([feature.detach()], corners, Pooling([1.0], (1, 1), -1, True)),
+        "pyramid": ((pyramid, boxes, Pooling(SCALES, (7, 7), 2, False)), (4, 8)),
+        "one bin": (([feature], corners, Pooling([1.0], (1, 1), -1, True)), (1, 2, 4)),
     }
-    launches = [
-        roi_align_triton.Launch(rows=0, columns=0, channels=block, warps=warps, stages=stages)
-        for block, warps, stages in itertools.product((32, 64, 128, 256), (1, 2, 4, 8), (1, 2))
-    ]
-    for kind, problem in problems.items():
+    for kind, (problem, warps) in problems.items():
+        launches = [
+            roi_align_triton.Launch(rows=0, columns=0, channels=block, warps=count, stages=stages)
+            for block, count, stages in itertools.product((32, 64, 128, 256), warps, (1, 2))
+        ]
         for name, function in (("FORWARD", pool_forward(*problem)), ("BACKWARD", pool_backward(*problem))):
             named = {str(launch): lambda launch=launch, function=function: function(launch) for launch in launches}
             yield f"{name}, {kind}", named
