@@ -61,6 +61,8 @@ def pooling_launches(device, dtype, size, rois, channels):
 
 
 def pool_forward(features, boxes, pooling):
+    """launch -> the pooled bins with it."""
+
     def with_launch(launch):
         roi_align_triton.FORWARD = roi_align_triton.FORWARD_ONE_BIN = launch
         return roi_align_triton.gather(features, boxes, pooling)
@@ -69,6 +71,7 @@ def pool_forward(features, boxes, pooling):
 
 
 def pool_backward(features, boxes, pooling):
+    """launch -> the gradients of the features with it."""
     shapes, upstream = [tuple(part.shape) for part in features], roi_align_triton.gather(features, boxes, pooling)
 
     def with_launch(launch):

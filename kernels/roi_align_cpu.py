@@ -105,8 +105,8 @@ def _bins(grad, dtype):
 
 
 class _Kept(threading.local):
-    """Memory for tables, one for each thread. As new memory, which the system clears page by page, a table took a third
-    to a half of the forward's time."""
+    """Memory for tables, one for each thread. As new memory, which the system clears page by page, a table took up to
+    half of the forward's time."""
 
     memory = torch.empty(0, dtype=torch.uint8)
 

@@ -36,9 +36,10 @@ def test_loss_and_gradients_equal_cross_entropy(n, m, k, reduction):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("valid", [0, 3, torch.tensor(10)])
-def test_only_the_valid_rows_of_the_bank_count(valid):
-    query, key, bank = rows(4), rows(4, seed=1), rows(10, seed=2)
+@pytest.mark.parametrize("valid", [0, 3, *map(torch.tensor, (0, 3, 10))])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # float32 takes the way of small losses
+def test_only_the_valid_rows_of_the_bank_count(valid, dtype):
+    query, key, bank = (rows(count, seed=seed, dtype=dtype) for seed, count in enumerate((4, 4, 10)))
     ours = contrastive_loss(query, key, 10.0, bank=bank, bank_valid=valid)
     torch.testing.assert_close(ours, cross_entropy(query, key, 10.0, bank=bank[: int(valid)]))
 
