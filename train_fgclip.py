@@ -533,5 +533,5 @@ def check(said: list[str], train_data, val_data, tokenizer, lengths, stepper, ob
 
 
 if __name__ == "__main__":
-    with one_sentence(InputError):
+    with one_sentence():
         main()

@@ -402,5 +402,5 @@ def check(said: list[str], data: dict, stepper: Stepper, loader, detector) -> No
 
 
 if __name__ == "__main__":
-    with one_sentence(macl.InputError):
+    with one_sentence():
         main()

@@ -456,5 +456,5 @@ def freeze(args: argparse.Namespace, detector, stepper: Stepper, epoch: int) -> 
 
 
 if __name__ == "__main__":
-    with one_sentence(macl.InputError):
+    with one_sentence():
         main()

@@ -1,5 +1,5 @@
 """What a person can mend: bad files, folders, values."""
 
+from training.errors import InputError
 
-class InputError(ValueError):
-    """Bad input. The message is one sentence that names the file, flag or key and what was expected."""
+__all__ = ["InputError"]

@@ -1,6 +1,5 @@
 """Image files to pixels, as CLIP wants them."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,33 +7,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fgclip.errors import InputError
 from fgclip.model import PIXEL_MEAN, PIXEL_STD
+from training.files import inside, open_image
 
-
-def inside(root: Path, name: str, source: str) -> Path:
-    """root / name. Raises InputError where the name, which stands in a data file, is absolute or leaves the root."""
-    if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise InputError(f"{source}: the path {name!r} must be relative and stay below {root}")
-    return root / name
+__all__ = ["inside", "normalise", "preprocess", "read_image"]
 
 
 def read_image(path: str | Path, source: str = "") -> Image.Image:
-    """An RGB image. Raises InputError on a file that is missing, damaged or oversized; `source` says what named it."""
-    named = f"{path} (named by {source})" if source else str(path)
-    try:
-        with (
-            warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
-            Image.open(path) as image,
-        ):
-            # A palette with transparency cannot become RGB directly.
-            return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
-    except FileNotFoundError as error:
-        raise InputError(f"{named} does not exist{'; is the image root right?' if source else ''}") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise InputError(f"{named} is too large; expected at most {Image.MAX_IMAGE_PIXELS} pixels") from error
-    except (OSError, SyntaxError, EOFError) as error:
-        raise InputError(f"{named} is not a readable image ({type(error).__name__})") from error
+    """An RGB image; `source` says what named it. Raises InputError as `training.files.open_image` does."""
+    return open_image(path, source)
 
 
 def preprocess(image: Image.Image, size: int, crop: bool = False) -> Tensor:

@@ -150,5 +150,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence(InputError):
+    with one_sentence():
         main()

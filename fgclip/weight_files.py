@@ -1,27 +1,20 @@
 """Tensors from files and folders. Nothing but a TorchScript archive that the caller trusts can run code."""
 
-import json
-import pickle
-import struct
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fgclip.errors import InputError
+import training.files as files
+from training.errors import InputError
+from training.files import read_torch, state_dict_of
 
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
-)
-# What torch.load raises, depending on where a file is damaged.
-DAMAGE = (
-    *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, struct.error),
-    *(ValueError, LookupError, AttributeError, TypeError, AssertionError),
 )
 
 
@@ -43,26 +36,15 @@ def read_weights(path: Path, trust_torchscript: bool = False) -> dict[str, Tenso
         return read_safetensors(path)
     if is_torchscript(path):
         return read_torchscript(path, trust_torchscript)
-    state = read_saved(path)
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"{path} holds other things than named tensors; expected a state dict")
-    return dict(state)
+    return state_dict_of(read_torch(path, "weights"), path)
 
 
 def read_run(path: Path) -> dict | None:
     """A training run's checkpoint, None where the path is anything else that exists. Raises InputError."""
     if not path.is_file() or is_safetensors(path) or is_torchscript(path):
         return None
-    content = read_saved(path)
+    content = read_torch(path, "a checkpoint or weights")
     return content if isinstance(content, dict) and "model_kwargs" in content else None
-
-
-def read_saved(path: Path):
-    """What torch.save wrote: tensors and plain values, or InputError."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGE as error:
-        raise InputError(f"{path} is not a readable file of weights ({type(error).__name__})") from error
 
 
 def is_safetensors(path: Path) -> bool:
@@ -106,12 +88,9 @@ def read_torchscript(path: Path, trusted: bool) -> dict[str, Tensor]:
 
 def read_json(path: Path, *keys: str) -> dict:
     """The JSON object in the file, or what lies under its one key; InputError where a key is not there."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a readable JSON file ({error})") from error
+    content = files.read_json(path, kind=dict)
     for key in keys:
-        if not isinstance(content, dict) or not isinstance(content.get(key), dict):
+        if not isinstance(content.get(key), dict):
             raise InputError(f"{path}: expected an object under the key {key}")
     return content[keys[0]] if len(keys) == 1 else content
 

@@ -2,7 +2,6 @@
 where.
 """
 
-import pickle
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from macl.errors import InputError
+from training.errors import InputError
+from training.files import read_torch, state_dict_of
 
 # torchvision's names -> ours; the first two rows bring its names from before version 0.14 to the later ones.
 RENAMES = [
@@ -56,19 +56,9 @@ def summarise(names: list[str], shown: int = 6) -> str:
 
 
 def read_state(path: str | Path) -> dict:
-    """A file of tensors and plain values as a dict. Raises InputError where it is missing, damaged or something
-    else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is not a file of PyTorch weights, or is damaged ({type(error).__name__})") from error
-    if not isinstance(state, dict):
-        raise InputError(f"{path} holds a {type(state).__name__}, not a dict of weights")
-    return state
+    """A run's checkpoint, told by its model_kwargs, or a state dict. Raises InputError where it is neither."""
+    content = read_torch(path, "a checkpoint or weights")
+    return content if isinstance(content, dict) and "model_kwargs" in content else state_dict_of(content, path)
 
 
 def has_old_names(state: dict[str, Tensor]) -> bool:

@@ -7,11 +7,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "training", "macl", "fgclip")
+SHARED = ("training.distributed", "training.errors", "training.files", "training.loader")
 ALLOWED = {
     "kernels": (),
     "training": (),
-    "macl": ("kernels", "training.distributed"),
-    "fgclip": ("kernels", "training.distributed"),
+    "macl": ("kernels", *SHARED),
+    "fgclip": ("kernels", *SHARED),
 }
 COMMANDS = {"evaluate.py", "predict.py", "score.py", "report.py"}  # `python -m` modules may import like scripts
 

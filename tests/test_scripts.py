@@ -37,7 +37,7 @@ def train(output, *flags, tiny=TINY):
 
 def refused(capsys, command, *flags) -> str:
     """The one sentence with which a command ends that has bad input, and its exit status is 2."""
-    with pytest.raises(SystemExit) as stop, one_sentence(train_stage1.macl.InputError):
+    with pytest.raises(SystemExit) as stop, one_sentence():
         command([str(flag) for flag in flags])
     assert stop.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]

@@ -178,7 +178,7 @@ def test_an_alignment_loss_that_stays_zero_stops_the_run():
 
 def test_wrong_flags_end_in_one_sentence(begun, run, tmp_path, capsys):
     def say(*flags):
-        with pytest.raises(SystemExit) as stop, one_sentence(train_stage2.macl.InputError):
+        with pytest.raises(SystemExit) as stop, one_sentence():
             tune(begun, tmp_path / "run", *flags)
         assert stop.value.code == 2
         return capsys.readouterr().err.strip().splitlines()[-1]

@@ -1,7 +1,6 @@
 """Checkpoints: written whole or not at all, read without running code, found again by --resume; and stop signals."""
 
 import os
-import pickle
 import random
 import signal
 import threading
@@ -12,40 +11,22 @@ import torch
 
 from training import distributed
 from training.errors import InputError
+from training.files import read_torch, whole_file
 
 _PLAIN = (bool, int, float, str, type(None))
-# Every file that torch.save wrote starts with one of these: a zip archive, or the pickled number of the older layout.
-_FIRST_BYTES = (b"PK\x03\x04", b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19")
-# What reading a damaged file raises: its bytes are taken for a directory, names, numbers and indices.
-_DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, AssertionError)
-_DAMAGE += (ValueError, LookupError, AttributeError, TypeError)
 
 
 def save(path: str | Path, state: dict) -> None:
     """Write `state` (tensors and plain Python only) from rank 0; the other ranks return at once.
 
-    The file gets its name when it is complete: temporary file in the same folder, flushed to the disk, renamed. What
-    interrupts the writing leaves the previous file as it was. Raises TypeError for anything that
-    `torch.load(weights_only=True)` may refuse, naming its place in `state`.
+    What interrupts the writing leaves the previous file as it was. Raises TypeError for anything that
+    `torch.load(weights_only=True)` may refuse, naming its place in `state`, and InputError where the disk is full.
     """
     if not distributed.is_main():
         return
     check_plain(state)
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, must outlive a power cut
-    finally:
-        os.close(folder)
+    with whole_file(path) as file:
+        torch.save(state, file)
 
 
 def check_plain(value, place: str = "state") -> None:
@@ -67,19 +48,9 @@ def load(path: str | Path) -> dict:
 
     Raises InputError where the file is missing, is no checkpoint, or is cut short.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint file.")
-    with path.open("rb") as file:
-        first = file.read(max(map(len, _FIRST_BYTES)))
-    if not first.startswith(_FIRST_BYTES):
-        raise InputError(f"{path}: not a checkpoint; expected a file written by torch.save.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGE as error:
-        raise InputError(f"{path}: a checkpoint that is cut short, damaged, or holds more than tensors.") from error
+    state = read_torch(path, "a checkpoint")
     if not isinstance(state, dict):
-        raise InputError(f"{path}: not a checkpoint; expected a dictionary, found a {type(state).__name__}.")
+        raise InputError(f"{path} is not a checkpoint; expected a dictionary, found a {type(state).__name__}")
     return state
 
 

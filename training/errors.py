@@ -3,24 +3,46 @@
 import contextlib
 import sys
 
+MAX_MESSAGE = 480  # characters of a sentence
+
 
 class InputError(ValueError):
-    """Bad input. The message is one sentence that names the file, flag or key and what was expected."""
+    """Bad input. The message is one sentence that names the file, flag or key and what was expected.
+
+    It is kept on one printable line of at most MAX_MESSAGE characters, whatever a damaged file put into it. A loader
+    that raises a worker's InputError again puts the worker's traceback in front: of that the sentence alone stays.
+    """
+
+    def __init__(self, message: object = ""):
+        text = str(message)
+        if text.startswith("Caught InputError in "):
+            text = text.rstrip("\n").rpartition("\n")[2].partition("InputError: ")[2]
+        super().__init__(one_line(text, MAX_MESSAGE))
+
+
+def one_line(text: str, limit: int) -> str:
+    """`text` with what cannot be printed written as an escape, and without its middle where it is longer."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= limit else f"{text[: limit * 3 // 4]} ... {text[5 - limit // 4 :]}"
 
 
 @contextlib.contextmanager
-def one_sentence(*kinds: type[Exception]):
-    """Print an `InputError`, an `OSError` or one of `kinds` as one sentence on standard error and exit with status 2.
+def one_sentence():
+    """Print an `InputError` or `OSError` as one sentence on standard error and exit with status 2.
 
-    An exception from a DataLoader worker carries the worker's traceback in its message; only its last sentence shows.
-    A KeyboardInterrupt that comes so far exits with status 130, as shells have it.
+    A KeyboardInterrupt that comes so far exits with status 130, as shells have it. Characters that the terminal does
+    not know are printed as escapes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (InputError, OSError, *kinds) as error:
-        name = type(error).__name__
-        sentence = str(error).rsplit(f"{name}: ", 1)[-1].strip()
-        print(f"error: {sentence}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        named = isinstance(error, OSError) and error.filename is not None and error.strerror
+        sentence = f"{error.filename}: {error.strerror}" if named else str(error)
+        print(f"error: {one_line(sentence, MAX_MESSAGE)}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

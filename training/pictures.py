@@ -4,18 +4,16 @@ import base64
 import collections
 import io
 import re
-import warnings
 from html import escape
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from training.files import natural, open_image
 from training.page import figure, html
 from training.runs import Run
 
 LARGEST_SIDE = 900  # pixels of a picture on the page
-MOST_PIXELS = 50_000_000  # of a picture file; one that says it has more is left out
 
 
 def pictures_section(runs: list[Run], most: int) -> str:
@@ -55,11 +53,6 @@ def embedded(run: Run, name: str, remark: str = "") -> str:
         return ""
 
 
-def natural(name: str) -> list:
-    """A key by which 34 comes before 102."""
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
-
-
 def evenly_spaced(items: list, most: int) -> list:
     """At most so many of them, the first and the last among them."""
     if len(items) <= most:
@@ -68,23 +61,8 @@ def evenly_spaced(items: list, most: int) -> list:
 
 
 def picture(path: Path) -> str:
-    """The picture as an <img> that holds it, as JPEG and no larger than LARGEST_SIDE.
-
-    Raises ValueError where the file is no picture, breaks off, or has more than MOST_PIXELS.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-        if image.width * image.height > MOST_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels are too many")
-        image = image.convert("RGBA") if image.mode in ("RGBA", "LA", "PA", "P") else image.convert("RGB")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError("it has too many pixels") from error
-    except (OSError, SyntaxError) as error:  # Pillow's words for a broken PNG are a SyntaxError
-        raise ValueError(f"{type(error).__name__}: {error}") from error
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    """The picture as an <img> that holds it, as JPEG and no larger than LARGEST_SIDE. Raises InputError."""
+    image = open_image(path)
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     data = io.BytesIO()
     image.save(data, "JPEG", quality=85)

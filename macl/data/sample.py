@@ -23,42 +23,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from macl.errors import InputError
+from training.errors import InputError
+from training.files import IMAGE_SUFFIXES, MAX_PIXELS, is_image, open_image
+
+__all__ = ["MAX_PIXELS", "PER_BOX", "check_same_size", "find_pairs", "read_image", "read_pair"]
 
 PER_BOX = ("boxes", "labels", "ignore", "visible_in", "occlusion")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-MAX_PIXELS = 50_000_000
 
 
 def read_image(path: str | Path) -> Tensor:
     """Decodes an image file of 8 bits a channel to (3, H, W) uint8 RGB; grey is repeated three times.
 
-    Raises InputError for a missing, undecodable or truncated file, one of more than MAX_PIXELS pixels (told from its
-    header, before anything is decoded) and one of more than 8 bits a channel.
+    Raises InputError as `training.files.open_image` does.
     """
-    try:
-        with Image.open(path) as image:
-            _check_header(image, path)
-            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; expected an image") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{path} has more than {MAX_PIXELS} pixels, the most that are read") from error
-    except (OSError, SyntaxError) as error:  # what Pillow raises for broken files
-        reason = getattr(error, "strerror", None) or "broken, cut short or of an unknown format"
-        raise InputError(f"{path} cannot be decoded as an image: {reason}") from error
+    pixels = np.array(open_image(path))  # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W), channels last in memory, which resizes fastest
-
-
-def _check_header(image: Image.Image, path: str | Path) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise InputError(f"{path} has {width} x {height} pixels; at most {MAX_PIXELS} are read")
-    if image.mode.startswith(("I", "F")):
-        raise InputError(f"{path} has more than 8 bits a channel; scale it to 8 bits first")
 
 
 def check_same_size(*, visible: Tensor, infrared: Tensor, visible_path: str | Path, infrared_path: str | Path) -> None:
@@ -124,7 +105,7 @@ def find_pairs(visible: str | Path | None, infrared: str | Path | None) -> list[
 def _images_by_stem(folder: Path) -> dict[str, Path]:
     images = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+        if is_image(path):
             if path.stem in images:
                 raise InputError(f"{folder} holds both {images[path.stem].name} and {path.name}; expected one a name")
             images[path.stem] = path

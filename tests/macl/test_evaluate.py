@@ -83,7 +83,7 @@ def run(capsys, *flags):
 
 def refused(capsys, *flags) -> str:
     """The one sentence with which the command ends, its exit status being 2."""
-    with pytest.raises(SystemExit) as stop, one_sentence(macl.InputError):
+    with pytest.raises(SystemExit) as stop, one_sentence():
         evaluate.main([*map(str, flags)])
     assert stop.value.code == 2
     said = capsys.readouterr()
