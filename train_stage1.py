@@ -130,7 +130,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--modality-dropout", type=fraction, nargs=2, default=[0.1, 0.1], metavar=("VISIBLE", "INFRARED"),
         help="probability that a modality of a training image is masked")
     add("--min-size", type=int_list, default="480,544,512", metavar="PIXELS",
-        help="short side; of several a random one in training and the last in evaluation")
+        help="short side; of several a random one for each training batch and the last in evaluation")
     add("--max-size", type=positive_int, default=704, metavar="PIXELS", help="longest side after resizing")
     add("--anchor-sizes", type=int_list, default="32,64,128,256,512", metavar="PIXELS", help="one a pyramid map")
     add("--aspect-ratios", type=float_list, default="0.5,1,2", metavar="X,X", help="height / width of the anchors")

@@ -125,7 +125,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--from-scratch", action="store_true", help="only its architecture, with random weights: to compare with")
     add("--modality-dropout", type=fraction, nargs=2, metavar=("VISIBLE", "INFRARED"),
         help="probability that a modality of a training image is masked")
-    add("--min-size", type=int_list, metavar="PIXELS", help="short side; of several the last one in evaluation")
+    add("--min-size", type=int_list, metavar="PIXELS", help="short side; of several one a batch, to evaluate the last")
     add("--max-size", type=positive_int, metavar="PIXELS", help="longest side after resizing")
     add("--freeze-stages", type=int_list, default="2,1", metavar="N,N",
         help="backbone stages frozen in epoch 1, 2, ...; the last number holds from there on")

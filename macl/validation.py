@@ -81,9 +81,9 @@ def to_cpu(detections: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in detections.items()}
 
 
-def embed(detector: PairedFasterRCNN, extracted: Extracted, targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
+def embed(detector: PairedFasterRCNN, extracted: list[Extracted], targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
     """The (visible, infrared) embeddings of each image's boxes that are not ignored, or of the image; on the CPU."""
-    boxes = [target["boxes"][~target["ignore"]].to(extracted.pyramids["visible"][0].device) for target in targets]
+    boxes = [target["boxes"][~target["ignore"]].to(extracted[0].pyramids["visible"][0].device) for target in targets]
     rows = [len(box) if detector.macl_level == "roi" else 1 for box in boxes]
     visible, infrared = (part.float().cpu().split(rows) for part in detector.embed(extracted, boxes))
     return list(zip(visible, infrared, strict=True))
