@@ -1,0 +1,36 @@
+"""Classes that occur: what nobody has can neither be learnt nor measured."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from training.errors import InputError
+from training.files import shown
+
+
+def label_of_people(classes: Sequence[str], source: str) -> int:
+    """The label of person, wherever it stands among the classes. Raises InputError where it does not."""
+    if "person" not in classes:
+        raise InputError(f"{source} hold people, named person; the classes are {', '.join(map(shown, classes))}")
+    return 1 + list(classes).index("person")
+
+
+def refuse_absent_classes(dataset, *, every: bool) -> None:
+    """Raises InputError, with the names that occur, where no object that is not ignored has one of a data set's classes.
+
+    dataset: its `classes`, `source` and `objects(index)` are asked, the latter until all has been seen. every: each of
+    the classes has to occur, as in training; otherwise one will do.
+    """
+    classes = dataset.classes
+    names, seen = Counter(), set()
+    for index in range(len(dataset)):
+        found, labels = dataset.objects(index)
+        names.update(found)
+        seen |= labels
+        if len(seen) == len(classes) or (seen and not every):
+            return
+    absent = ", ".join(shown(name) for label, name in enumerate(classes, 1) if label not in seen)
+    known = ", ".join(f"{shown(name)} {count}" for name, count in names.most_common(12)) or "nothing at all"
+    raise InputError(
+        f"no object counts that has the class {absent} (is it spelt so, named once, and not always ignored?); those that "
+        f"occur are {known}, in {dataset.source}"
+    )
