@@ -13,7 +13,8 @@ from macl.errors import InputError
 
 COLOURS = {"detection": (255, 158, 44), "ground truth": (70, 200, 255), "ignored": (165, 165, 165)}
 BACKGROUND, TEXT, DIVIDER_COLOUR = (24, 26, 30), (232, 232, 232), (110, 112, 118)
-MIN_SIDE = 384  # smaller images are enlarged by a whole factor until their shorter side reaches it
+MIN_SIDE = 384  # smaller images are enlarged by a whole factor until their shorter side reaches it, ...
+MAX_SIDE = 4096  # ... or their longer side this
 DIVIDER = 4  # pixels between the two images
 
 
@@ -35,7 +36,7 @@ def draw_detections(visible, infrared, detections, ground_truth=None, *, min_sco
     if len(sizes) > 1:
         raise ValueError(f"the two images differ in size: {' and '.join(f'{w}x{h}' for w, h in sorted(sizes))}")
     (width, height), *_ = sizes
-    factor = max(1, math.ceil(MIN_SIDE / min(width, height)))
+    factor = max(1, min(math.ceil(MIN_SIDE / min(width, height)), MAX_SIDE // max(width, height)))
     side = min(width, height) * factor
     line, font = max(2, round(side / 300)), ImageFont.load_default(size=6 + side // 50)
     boxes = _truth_boxes(ground_truth, factor) + _detection_boxes(detections, factor, min_score, classes)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import training.files as files
-from macl.data.occurrence import label_of_people
+from macl.data.occurrence import label_of_people, refuse_absent
 from macl.data.voc import as_float32, clip, corners, flag, object_name, parse_voc
 from training.errors import InputError
 from training.files import MAX_ID, image_size, number, numbers, plain_text, read_text, shown
@@ -159,7 +159,11 @@ def read_ground_truth(path: str | Path, classes: Sequence[str] = ("person",)) ->
         raise InputError(f"{path} is not an annotation json; with a folder of annotations give the data's root as well")
     frames, version = read_json(path)
     truth = [as_truth(frame, labels, size=labels.size, classes=classes, **NO_RULES) for frame, labels in frames.items()]
-    return truth, f"KAIST: {len(truth)} frames of {path} ({version})"
+    source = f"KAIST: {len(truth)} frames of {path} ({version})"
+    objects = zip(frames.values(), truth, strict=True)
+    objects = ((labels.names, set(one["labels"][~one["ignore"]].tolist())) for labels, one in objects)
+    refuse_absent(classes, objects, source, every=False)
+    return truth, source
 
 
 def read_labels(path: Path) -> Labels:

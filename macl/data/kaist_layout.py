@@ -64,8 +64,8 @@ def find_layout(root: Path) -> tuple[Path, Layout]:
     half = [folder for folder in ("visible", "infrared") if (root / folder).is_dir()]
     missing = root / {"visible": "infrared", "infrared": "visible"}[half[0]] if half else root / "images"
     raise InputError(
-        f"{missing} does not exist; expected KAIST's images/, or visible/ and infrared/ with its names; {OWN_DATA}, read "
-        "as LLVIP"
+        f"{missing} does not exist; expected KAIST's images/, or visible/ and infrared/ with its names; {OWN_DATA}, "
+        "read as LLVIP"
     )
 
 

@@ -1,7 +1,7 @@
 """Classes that occur: what nobody has can neither be learnt nor measured."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from training.errors import InputError
 from training.files import shown
@@ -15,22 +15,27 @@ def label_of_people(classes: Sequence[str], source: str) -> int:
 
 
 def refuse_absent_classes(dataset, *, every: bool) -> None:
-    """Raises InputError, with the names that occur, where no object that is not ignored has one of a data set's classes.
+    """`refuse_absent` of a data set's `classes`, `source` and `objects(index)`."""
+    refuse_absent(dataset.classes, map(dataset.objects, range(len(dataset))), dataset.source, every=every)
 
-    dataset: its `classes`, `source` and `objects(index)` are asked, the latter until all has been seen. every: each of
-    the classes has to occur, as in training; otherwise one will do.
+
+def refuse_absent(
+    classes: Sequence[str], objects: Iterable[tuple[list[str], set[int]]], source: str, *, every: bool
+) -> None:
+    """Raises InputError, with the names that occur, where no object that is not ignored has one of the classes.
+
+    objects: of each image the names of all objects, and the labels that one of them has that is not ignored; asked for
+    until all has been seen. every: each of the classes has to occur, as in training; otherwise one will do.
     """
-    classes = dataset.classes
     names, seen = Counter(), set()
-    for index in range(len(dataset)):
-        found, labels = dataset.objects(index)
+    for found, labels in objects:
         names.update(found)
         seen |= labels
         if len(seen) == len(classes) or (seen and not every):
             return
     absent = ", ".join(shown(name) for label, name in enumerate(classes, 1) if label not in seen)
-    known = ", ".join(f"{shown(name)} {count}" for name, count in names.most_common(12)) or "nothing at all"
+    known = ", ".join(f"{shown(name)} {count}" for name, count in names.most_common(12)) or "none at all"
     raise InputError(
-        f"no object counts that has the class {absent} (is it spelt so, named once, and not always ignored?); those that "
-        f"occur are {known}, in {dataset.source}"
+        f"no object counts that has the class {absent} (is it spelt so, named once, and not always ignored?); the "
+        f"names that occur: {known}; read was {source}"
     )

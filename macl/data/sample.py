@@ -19,7 +19,6 @@ and, where the data set knows them,
     daytime     bool
 """
 
-import filecmp
 import os
 from pathlib import Path
 
@@ -100,11 +99,11 @@ def find_pairs(visible: str | Path | None, infrared: str | Path | None) -> list[
                 if stem not in found[other]:
                     raise InputError(f"{folder / name} has no partner named {stem}.* in {other}")
         pairs = [
-            tuple(None if folder is None else Path(folder) / found[Path(folder)][stem] for folder in (visible, infrared))
+            tuple(folder and Path(folder) / found[Path(folder)][stem] for folder in (visible, infrared))
             for stem in found[given[0]]
         ]
-    if len(given) == 2 and all(filecmp.cmp(*pair, shallow=False) for pair in pairs):  # through links, or copies
-        raise InputError(f"{given[0]} and {given[1]} hold the same pictures; expected visible and infrared ones")
+    if len(given) == 2 and all(os.path.samefile(*pair) for pair in pairs):  # whatever links lead there
+        raise InputError(f"{given[0]} and {given[1]} are the same pictures; expected visible and infrared ones")
     return pairs
 
 

@@ -105,7 +105,5 @@ def as_float32(box: Sequence[float]) -> tuple[float, ...]:
 
 def clip(box: Sequence[float], width: float, height: float, least: float = 0) -> tuple[float, ...] | None:
     """What of a box x1, y1, x2, y2 lies within least..width and least..height, as float32 holds it; None if nothing."""
-    x1, y1, x2, y2 = as_float32(
-        (max(box[0], least), max(box[1], least), min(box[2], width), min(box[3], height))
-    )
+    x1, y1, x2, y2 = as_float32((max(box[0], least), max(box[1], least), min(box[2], width), min(box[3], height)))
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
