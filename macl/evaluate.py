@@ -176,9 +176,7 @@ def detect(args: argparse.Namespace, device: torch.device, most: int) -> tuple[l
     detector.roi_head.max_detections = most
     classes = detector.kwargs["classes"]
     if len(classes) > 1 and str(args.save_detections).endswith(".txt"):
-        raise InputError(
-            f"--save-detections {args.save_detections}: lines have no classes, the detector several: .json"
-        )
+        raise InputError(f"--save-detections {args.save_detections}: lines know no class, this detector has several")
     modes = chosen_modes(detector, args.modality or "all")
     if args.misalign is not None and "both" not in modes:
         raise InputError(f"--misalign needs detections with both modalities, not with {', '.join(modes)} alone")
@@ -189,7 +187,7 @@ def detect(args: argparse.Namespace, device: torch.device, most: int) -> tuple[l
     lines = []
     if args.misalign is not None:
         moved = args.misalign_modality or "infrared"
-        run |= {"modality": moved, "pixels": args.misalign, "max_detections": most}
+        run |= {"modality": moved, "pixels": args.misalign, "most": most}
         lines = misalignment_figures(detector, dataset, results, **run)
     return results, dataset.source, lines
 

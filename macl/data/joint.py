@@ -22,15 +22,12 @@ class Joint(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         index = range(len(self))[index]
-        domain = self.domain(index)
+        domain = bisect.bisect(self.starts, index) - 1
         sample = self.parts[domain][index - self.starts[domain]]
         scene = sample["scene"]
         return sample | {"domain": domain, "scene": scene if scene < 0 else scene * len(self.parts) + domain}
 
-    def domain(self, index: int) -> int:
-        return bisect.bisect(self.starts, index) - 1
-
     def beside(self, index: int) -> range:
         """The indices of the data set that `index` belongs to."""
-        domain = self.domain(index)
-        return range(self.starts[domain], self.starts[domain + 1])
+        stop = bisect.bisect(self.starts, index)
+        return range(self.starts[stop - 1], self.starts[stop])

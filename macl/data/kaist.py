@@ -16,15 +16,14 @@ import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from macl.data.kaist_labels import PLACES, Frame, Labels, People, apply_rules, as_truth, read_json, read_labels
-from macl.data.kaist_layout import FORMS, find_annotations, find_layout, find_list, names_in, read_list
-from macl.data.occurrence import label_of_people
-from macl.data.sample import check_same_size, images_by_stem, read_image
+from macl.data.kaist_layout import FORMS, find_annotations, find_layout, find_list, read_list
+from macl.data.occurrence import label_of_people, summary
+from macl.data.sample import check_same_size, files_in, images_by_stem, read_image
 from training.errors import InputError
 
 DAYTIMES = ("all", "day", "night")
@@ -197,28 +196,17 @@ class KAIST(torch.utils.data.Dataset):
             labels = self.labels(index)
             names.update(labels.names)
             everyone.append(apply_rules(labels, classes=self.classes, clip_to=self.size, **self.rules))
-        boxes, occlusion = (torch.cat([getattr(people, key) for people in everyone]) for key in ("boxes", "occlusion"))
-        heights = (boxes[:, 3] - boxes[:, 1]).sort().values.tolist()
-        return {
-            "pairs": len(self),
+        occlusion = torch.cat([people.occlusion for people in everyone])
+        return summary(self.scenes, everyone) | {
             "day": sum(frame.daytime for frame in self.frames),
             "night": sum(not frame.daytime for frame in self.frames),
-            "scenes": len(set(self.scenes)),
-            "boxes": len(boxes),
-            "ignored": sum(int(people.ignore.sum()) for people in everyone),
-            "clipped": sum(people.clipped for people in everyone),
-            "dropped": sum(people.dropped for people in everyone),
-            "empty_images": sum(len(people.boxes) == 0 for people in everyone),
-            "min_height": heights[0] if heights else None,
-            "median_height": heights[len(heights) // 2] if heights else None,
-            "max_height": heights[-1] if heights else None,
             **{f"named_{name}": count for name, count in sorted(names.items())},
             **{name: int((occlusion == level).sum()) for level, name in enumerate(("whole", "partial", "heavy"))},
         }
 
     def _find_images(self, file: Path) -> tuple[list[str], list[str]]:
         """Checks that every pair is there; returns the files' names of the visible and of the infrared images."""
-        listing = functools.cache(lambda folder: images_by_stem(folder) if folder.is_dir() else {})
+        listing = functools.cache(images_by_stem)
         found = []
         for template in (self.layout.visible, self.layout.infrared):
             names = []
@@ -240,13 +228,14 @@ class KAIST(torch.utils.data.Dataset):
                     raise InputError(f"{source} holds {len(frames)} frames but not {frame.name}; expected all listed")
             return frames.__getitem__, f"{source} ({version})"
         form = next((form for form in FORMS if (source / form.format(**self.frames[0].parts)).is_file()), FORMS[0])
-        listing = functools.cache(names_in)
+        listing = functools.cache(files_in)
         for frame in self.frames:
             path = source / form.format(**frame.parts)
             if path.name not in listing(path.parent):
                 raise InputError(f"{path} does not exist; expected the boxes of {frame.name} (bbGt text or XML)")
         which = "visible image" if "/visible/" in form else "frame"
-        return _Folder(source, form), f"{source}, one {form[-3:]} file a {which} (which do not say of which revision)"
+        about = f"{source}, one {form[-3:]} file a {which} (which do not say of which revision)"
+        return functools.partial(read_labels, source, form), about
 
     def _describe(self, file: Path, listed: int, stride: int, daytime: str, place: str, about_labels: str) -> str:
         day = sum(frame.daytime for frame in self.frames)
@@ -256,17 +245,6 @@ class KAIST(torch.utils.data.Dataset):
             f"KAIST {file.stem}: {len(self)} pairs ({day} by day, {len(self) - day} by night) of {self.root}, "
             f"{self.layout.name}, listed in {file}{kept}; labels of {about_labels}"
         )
-
-
-@dataclass(frozen=True)
-class _Folder:
-    """Reads a frame's labels out of a folder of annotations."""
-
-    folder: Path
-    form: str
-
-    def __call__(self, frame: Frame) -> Labels:
-        return read_labels(self.folder / self.form.format(**frame.parts))
 
 
 def _check_choices(stride: int, daytime: str, place: str, max_occlusion: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import training.files as files
 from macl.data.occurrence import label_of_people, refuse_absent
-from macl.data.voc import as_float32, clip, corners, flag, object_name, parse_voc
+from macl.data.voc import clip, corners, flag, object_name, parse_voc
 from training.errors import InputError
 from training.files import MAX_ID, image_size, number, numbers, plain_text, read_text, shown
 
@@ -120,11 +120,11 @@ def apply_rules(
             known = ", ".join(dict.fromkeys((*classes, *IGNORED_NAMES)))
             raise InputError(f"{labels.place} names an object {shown(name)}; expected KAIST's own: {known}")
         box = (x, y, x + w, y + h)
-        inside = clip(box, *limits)
+        inside, cut = clip(box, *limits)
         if inside is None:
             dropped += 1
             continue
-        clipped += inside != as_float32(box)
+        clipped += cut
         boxes.append(inside)
         numbers.append(1 + classes.index(name) if name in classes else person)
         ignore.append(ignored or name not in classes or h < min_height or hidden > max_occlusion)
@@ -166,8 +166,9 @@ def read_ground_truth(path: str | Path, classes: Sequence[str] = ("person",)) ->
     return truth, source
 
 
-def read_labels(path: Path) -> Labels:
+def read_labels(folder: Path, form: str, frame: Frame) -> Labels:
     """One frame's labels from its .txt or .xml file; raises InputError for another version of either."""
+    path = folder / form.format(**frame.parts)
     return _read_bbgt(path) if path.suffix == ".txt" else _read_xml(path)
 
 

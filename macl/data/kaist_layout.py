@@ -1,6 +1,5 @@
 """Where KAIST's images, lists and annotations lie, in each of its layouts."""
 
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +46,6 @@ FORMS = (
     "{set}_{video}_visible_{image}.xml",
     "{set}/{video}/visible/{image}.txt",  # KAIST-Paired (Zhang et al., 2019), which labels lwir by itself as well
 )
-
-
-def names_in(folder: Path) -> set[str]:
-    """The names in a folder; none where it does not exist."""
-    return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
 def find_layout(root: Path) -> tuple[Path, Layout]:

@@ -7,14 +7,14 @@ LLVIP/ImageSets/Main/{train,test}.txt       optional
 """
 
 import copy
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from macl.data.sample import check_same_size, images_by_stem, read_image
+from macl.data.occurrence import summary
+from macl.data.sample import check_same_size, files_in, images_by_stem, read_image
 from macl.data.voc import read_voc
 from training.errors import InputError
 from training.files import inside, read_lines, shown
@@ -116,22 +116,8 @@ class LLVIP(torch.utils.data.Dataset):
         """Counts over the annotations alone (no image is decoded): pairs, scenes, boxes, ignored, clipped, dropped,
         other_classes, empty_images, and min_height, median_height, max_height of the boxes in pixels (None without
         boxes)."""
-        annotations = [read_voc(self.paths(index)[2], classes=self.classes) for index in range(len(self))]
-        boxes = torch.cat([annotation.boxes for annotation in annotations])
-        heights = (boxes[:, 3] - boxes[:, 1]).sort().values.tolist()
-        return {
-            "pairs": len(self),
-            "scenes": len(set(self.scenes)),
-            "boxes": len(boxes),
-            "ignored": sum(int(annotation.ignore.sum()) for annotation in annotations),
-            "clipped": sum(annotation.clipped for annotation in annotations),
-            "dropped": sum(annotation.dropped for annotation in annotations),
-            "other_classes": sum(annotation.other_classes for annotation in annotations),
-            "empty_images": sum(len(annotation.boxes) == 0 for annotation in annotations),
-            "min_height": heights[0] if heights else None,
-            "median_height": heights[len(heights) // 2] if heights else None,
-            "max_height": heights[-1] if heights else None,
-        }
+        everyone = [read_voc(self.paths(index)[2], classes=self.classes) for index in range(len(self))]
+        return summary(self.scenes, everyone) | {"other_classes": sum(one.other_classes for one in everyone)}
 
     def _list_names(self, lists: str | Path | None) -> tuple[list[str], str]:
         folders = [self.root / "ImageSets" / "Main", self.root / "ImageSets"] if lists is None else [Path(lists)]
@@ -142,21 +128,21 @@ class LLVIP(torch.utils.data.Dataset):
         if lists is not None:
             raise InputError(f"{file} does not exist; expected a list of image names")
         folder = self.root / "visible" / self.split
-        names = list(_images(folder))
+        names = list(images_by_stem(folder))
         if not names:
             raise InputError(f"{folder} holds no image such as NAME.jpg; {OWN_DATA}")
         return names, f"LLVIP {self.split}: {len(names)} pairs found in {folder} (no list in ImageSets)"
 
     def _find_files(self) -> dict[str, dict[str, str]]:
         """Checks that every listed pair is complete; returns the images' files by modality and name."""
-        images = {modality: _images(self.root / modality / self.split) for modality in ("visible", "infrared")}
+        images = {modality: images_by_stem(self.root / modality / self.split) for modality in ("visible", "infrared")}
         annotations = self.root / "Annotations"
+        known = files_in(annotations)
         for modality, found in images.items():
             for name in self.names:
                 if name not in found:
                     path = self.root / modality / self.split / name
                     raise InputError(f"{path}.jpg does not exist; expected an image there ({self.source})")
-        known = set(os.listdir(_folder(annotations)))
         for name in self.names:
             if f"{name}.xml" not in known:
                 raise InputError(f"{annotations / name}.xml does not exist; expected the boxes of {name}")
@@ -169,16 +155,6 @@ def _find_root(root: Path) -> Path:
             return candidate
     missing = root / ("infrared" if (root / "visible").is_dir() else "visible")
     raise InputError(f"{missing} does not exist; expected LLVIP's own folders visible/ and infrared/; {OWN_DATA}")
-
-
-def _folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise InputError(f"{path} does not exist; {OWN_DATA}")
-    return path
-
-
-def _images(folder: Path) -> dict[str, str]:
-    return images_by_stem(_folder(folder))
 
 
 def _read_list(file: Path, root: Path) -> list[str]:

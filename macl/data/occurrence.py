@@ -1,7 +1,9 @@
-"""Classes that occur: what nobody has can neither be learnt nor measured."""
+"""What occurs in a data set: counts, and classes that nobody has, which can neither be learnt nor measured."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+
+import torch
 
 from training.errors import InputError
 from training.files import shown
@@ -39,3 +41,21 @@ def refuse_absent(
         f"no object counts that has the class {absent} (is it spelt so, named once, and not always ignored?); the "
         f"names that occur: {known}; read was {source}"
     )
+
+
+def summary(scenes: Sequence[int], everyone: list) -> dict:
+    """Counts over the annotations of all pairs: `boxes`, `ignore`, `clipped` and `dropped` of each are asked."""
+    boxes = torch.cat([one.boxes for one in everyone])
+    heights = (boxes[:, 3] - boxes[:, 1]).sort().values.tolist()
+    return {
+        "pairs": len(everyone),
+        "scenes": len(set(scenes)),
+        "boxes": len(boxes),
+        "ignored": sum(int(one.ignore.sum()) for one in everyone),
+        "clipped": sum(one.clipped for one in everyone),
+        "dropped": sum(one.dropped for one in everyone),
+        "empty_images": sum(len(one.boxes) == 0 for one in everyone),
+        "min_height": heights[0] if heights else None,
+        "median_height": heights[len(heights) // 2] if heights else None,
+        "max_height": heights[-1] if heights else None,
+    }

@@ -12,7 +12,7 @@ from torch import Tensor
 from training.errors import InputError
 from training.files import image_size, number, reason, regular_file, shown
 
-_YES, _NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no", "")
+_FLAGS = {"true": 1, "yes": 1, "false": 0, "no": 0, "": 0}
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ def read_voc(path: str | Path, *, classes: Sequence[str]) -> Annotation:
             continue
         x1, y1, x2, y2 = corners(item, path)
         box = (x1 - 1, y1 - 1, x2, y2)
-        inside = clip(box, *size)
+        inside, cut = clip(box, *size)
         if inside is None:
             dropped += 1
             continue
-        clipped += inside != as_float32(box)
+        clipped += cut
         boxes.append(inside)
         labels.append(1 + classes.index(names[-1]))
         ignore.append(flag(item.findtext("difficult", ""), f"{path}, <difficult>"))
@@ -92,18 +92,14 @@ def corners(item: ElementTree.Element, path: str | Path, sides: Sequence[str] = 
 
 
 def flag(value, place: str) -> bool:
-    """Whether an annotation marks something: 1, true or yes, 0, false or no, however spelt; nothing is no."""
-    word = str(value).strip().lower() if isinstance(value, str | int | float) else None
-    if word not in (*_YES, *_NO):
-        raise InputError(f"{place}: expected 0 or 1, got {shown(value)}")
-    return word in _YES
+    """Whether an annotation marks something: true, yes or a number from 1; not false, no, 0 or nothing."""
+    word = str(value).strip().lower() if isinstance(value, str | bool) else value
+    return number(_FLAGS.get(word, word) if isinstance(word, str) else word, place, 0, 9, whole=True) > 0
 
 
-def as_float32(box: Sequence[float]) -> tuple[float, ...]:
-    return tuple(array("f", box))
-
-
-def clip(box: Sequence[float], width: float, height: float, least: float = 0) -> tuple[float, ...] | None:
-    """What of a box x1, y1, x2, y2 lies within least..width and least..height, as float32 holds it; None if nothing."""
-    x1, y1, x2, y2 = as_float32((max(box[0], least), max(box[1], least), min(box[2], width), min(box[3], height)))
-    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+def clip(box: Sequence[float], width: float, height: float, least: float = 0) -> tuple[tuple | None, bool]:
+    """What of a box x1, y1, x2, y2 lies within least..width and least..height, as float32 has it, and whether that is
+    less than all; None where nothing remains."""
+    inside = (max(box[0], least), max(box[1], least), min(box[2], width), min(box[3], height))
+    x1, y1, x2, y2 = rounded = tuple(array("f", inside))
+    return (rounded if x1 < x2 and y1 < y2 else None), inside != box
