@@ -20,6 +20,7 @@ from macl.metrics import alignment, average_precision, ignore_all_but, miss_rate
 from macl.metrics.average_precision import MAX_DETECTIONS, MEASURES
 from macl.metrics.miss_rate import DAYTIMES, FRAME
 from macl.plots import draw_detections, tsne_picture
+from training.files import whole_file
 
 SCORE_THRESHOLD = 0.001  # for figures; below a detector's own, which is for looking at
 AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -281,9 +282,9 @@ def draw_validation(folder: Path, epoch: int, data, results: list[dict], classes
         sample, result = data[index], results[index]
         found = next(iter(result["found"].values()))
         images = {name: to_float(sample[name]) for name in ("visible", "infrared")}
-        draw_detections(**images, detections=found, ground_truth=result["truth"], classes=classes).save(
-            pictures / f"validation-{index}.png"
-        )
+        picture = draw_detections(**images, detections=found, ground_truth=result["truth"], classes=classes)
+        with whole_file(pictures / f"validation-{index}.png") as file:
+            picture.save(file, "PNG")
     if "embeddings" in results[0] and find_spec("matplotlib") and find_spec("sklearn"):
         both = torch.cat([seen_in_both(result) for result in results])
         visible, infrared = (torch.cat([result["embeddings"][i] for result in results])[both] for i in (0, 1))
