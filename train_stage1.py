@@ -22,7 +22,8 @@ import macl
 from macl.backbone import BACKBONES, NORMS
 from macl.build import IMAGENET_MEAN, IMAGENET_STD, MACL_LEVELS, load_initial_weights
 from macl.contrast import DIRECTIONS, PROJECTOR_NORMS
-from macl.data import LLVIP, Augmented, PairedAugmentation, SyntheticPairs, hold_out, make_loader, to_float
+from macl.data import LLVIP, Augmented, PairedAugmentation, SyntheticPairs, hold_out, make_loader
+from macl.data import refuse_absent_classes, to_float
 from macl.fusion import FUSIONS
 from macl.validation import alignment_figures, detection_figures, draw_validation, predict, validation_text
 from macl.weights import has_old_names, read_state
@@ -178,20 +179,22 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
 
 def open_data(args: argparse.Namespace):
     """Training and validation data, and a sentence about each."""
+    classes = dict(classes=args.classes)
     if args.data_root is None:
-        train = SyntheticPairs(args.synthetic_train, args.seed)
-        validation = SyntheticPairs(args.synthetic_val, VALIDATION_SEED + args.seed)
-        return (
-            train,
-            validation,
-            [f"training on {train.source} (no --data-root was given)", f"validating on {validation.source}"],
-        )
-    train = LLVIP(args.data_root, "train", classes=args.classes)
-    if args.val_split == "test":
-        validation = LLVIP(args.data_root, "test", classes=args.classes)
-        return train, validation, [f"training on {train.source}", f"validating on {validation.source}"]
-    train, validation, sentence = hold_out(train)
-    return train, validation, [f"training on {train.source}", sentence]
+        train = SyntheticPairs(args.synthetic_train, args.seed, **classes)
+        validation = SyntheticPairs(args.synthetic_val, VALIDATION_SEED + args.seed, **classes)
+        said = [f"training on {train.source} (no --data-root was given)", f"validating on {validation.source}"]
+    else:
+        train = LLVIP(args.data_root, "train", **classes)
+        if args.val_split == "test":
+            validation = LLVIP(args.data_root, "test", **classes)
+            sentence = f"validating on {validation.source}"
+        else:
+            train, validation, sentence = hold_out(train)
+        said = [f"training on {train.source}", sentence]
+    refuse_absent_classes(train, every=True)
+    refuse_absent_classes(validation, every=False)
+    return train, validation, said
 
 
 def measure_statistics(dataset, count: int = 64) -> dict[str, list[float]]:

@@ -16,6 +16,7 @@ import training.host  # noqa: F401, I001  before torch
 import argparse
 import bisect
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import macl
 from macl.build import load_initial_weights
-from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, Joint, SyntheticPairs, hold_out
+from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, Joint, SyntheticPairs, hold_out, refuse_absent_classes
 from macl.data.kaist import TRAINING_RULES
 from macl.domain import dann_scale
 from macl.validation import draw_validation, miss_rate_figures, validation_text
@@ -179,36 +180,47 @@ def newest_stage1(runs_root: Path = Path("runs")) -> str:
     return str(max(found, key=lambda path: path.stat().st_mtime_ns))
 
 
-def open_data(args: argparse.Namespace):
-    """Training data, validation data by domain ("old" where there is one), and a sentence about each.
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether pairs of the old domain are mixed in."""
+    return args.old_share > 0 and (args.data_root is None or args.llvip_root is not None)
 
-    -> training data (a Joint with an old domain), the new domain's validation data, the old one's or None, sentences.
+
+def open_data(args: argparse.Namespace, classes: Sequence[str]):
+    """Training data, validation data of the new and of the old domain (or None), and sentences about them.
+
+    classes: the detector's, which every data set is opened with.
     """
+    old = old_validation = None
     if args.data_root is None:
-        new = SyntheticPairs(args.synthetic_train, args.seed, domain=DAY_AND_NIGHT)
-        old = SyntheticPairs(args.synthetic_train, args.seed, domain=NIGHT)
-        validation = SyntheticPairs(args.synthetic_val, VALIDATION_SEED + args.seed, domain=DAY_AND_NIGHT)
-        old_validation = SyntheticPairs(args.synthetic_val, VALIDATION_SEED + args.seed, domain=NIGHT)
+        seed = VALIDATION_SEED + args.seed
+        new = SyntheticPairs(args.synthetic_train, args.seed, domain=DAY_AND_NIGHT, classes=classes)
+        old = SyntheticPairs(args.synthetic_train, args.seed, domain=NIGHT, classes=classes)
+        validation = SyntheticPairs(args.synthetic_val, seed, domain=DAY_AND_NIGHT, classes=classes)
+        old_validation = SyntheticPairs(args.synthetic_val, seed, domain=NIGHT, classes=classes)
         said = [f"validating on {validation.source}"]
     else:
-        new, validation, said = open_kaist(args)
-        old = old_validation = None
+        new, validation, said = open_kaist(args, classes)
         if args.llvip_root is not None:
-            old, old_validation, sentence = hold_out(LLVIP(args.llvip_root, "train"))
+            old, old_validation, sentence = hold_out(LLVIP(args.llvip_root, "train", classes=classes))
             said.append(f"old domain: {sentence}")
-    train = Joint(new, old) if old is not None and args.old_share else new
+    for dataset in filter(None, (new, old, validation, old_validation)):
+        refuse_absent_classes(dataset, every=False)
+    others = [name for name in classes if name != "person"]
+    if others:
+        said.append(f"Warning: only person is sure to be in the new domain; {', '.join(others)} may be unlearnt")
+    train = Joint(new, old) if mixes(args) else new
     source = train.source + (" (no --data-root was given)" if args.data_root is None else "")
     share = f", {args.old_share:.0%} of each batch from the latter" if train is not new else ""
     return train, validation, old_validation, [f"training on {source}{share}", *said]
 
 
-def open_kaist(args: argparse.Namespace):
+def open_kaist(args: argparse.Namespace, classes: Sequence[str]):
     """Training and validation frames of KAIST, and sentences about the latter; the rules are for training alone."""
-    train = KAIST(args.data_root, args.image_set, args.annotations, args.stride)
+    train = KAIST(args.data_root, args.image_set, args.annotations, args.stride, classes=classes)
     if args.val_image_set is None:
         train, validation, sentence = hold_out(train)
     else:
-        validation = KAIST(args.data_root, args.val_image_set, args.val_annotations)
+        validation = KAIST(args.data_root, args.val_image_set, args.val_annotations, classes=classes)
         sentence = f"validating on {validation.source}"
     return train.with_rules(min_height=args.min_height, max_occlusion=args.max_occlusion), validation, [sentence]
 
@@ -343,9 +355,9 @@ def main(arguments: list[str] | None = None) -> None:
     again = checkpoint.find_resume(args.resume, args.output, SCRIPT)
     if again is None and args.init_from is None:
         args.init_from = newest_stage1()
-    train_data, val_data, old_val_data, said = open_data(args)
     torch.manual_seed(args.seed)
-    detector, about_model = build_model(args, args.init_from, again, domains=1 + isinstance(train_data, Joint))
+    detector, about_model = build_model(args, args.init_from, again, domains=1 + mixes(args))
+    train_data, val_data, old_val_data, said = open_data(args, detector.kwargs["classes"])
     resumed = None
     if not args.check:  # the folder comes last, so that bad input leaves none behind
         folder = prepare_run(args, SCRIPT, may_change=("log_every", "validate_every", "best_by", "gradient_report"))

@@ -14,6 +14,7 @@ from macl.errors import InputError
 from macl.fpn import FPN
 from macl.fusion import Fusion
 from macl.msp import MSPReweight
+from macl.precision import check_finite
 from macl.roi_head import RoIHead
 from macl.rpn import RPN, RPNHead
 from macl.weights import load_torchvision_weights, read_state
@@ -177,7 +178,7 @@ def load_detector(path: str | Path, *, weights: str = "ema") -> PairedFasterRCNN
     """Rebuild a detector, architecture and weights, from a training checkpoint alone.
 
     weights: "ema" takes the averaged weights where the checkpoint has them, "raw" the trained ones. Raises InputError
-    for a file that is no checkpoint of a detector.
+    for a file that is no checkpoint of a detector, and for weights that are not finite.
     """
     checkpoint = read_state(path)
     if "model_kwargs" not in checkpoint or "model" not in checkpoint:
@@ -191,6 +192,7 @@ def load_detector(path: str | Path, *, weights: str = "ema") -> PairedFasterRCNN
         detector.load_state_dict(state)
     except RuntimeError as error:
         raise InputError(f"the weights in {path} do not fit its own model_kwargs: {first_difference(error)}") from error
+    check_finite([*detector.parameters(), *detector.buffers()], f"the weights in {path}")
     return detector.eval()
 
 
