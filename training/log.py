@@ -25,7 +25,8 @@ class RunLog:
     files, where it is installed, lie in the folder.
 
     resume_step: the step of the checkpoint that is resumed; later lines of metrics.jsonl are removed, as they will come
-    again. None begins the file anew. Raises InputError where the file to resume is not what this class writes.
+    again, and validations after the step `validated`, the last one that the checkpoint knows of. None begins the file
+    anew. Raises InputError where the file to resume is not what this class writes.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class RunLog:
         *,
         total_steps: int,
         resume_step: int | None = None,
+        validated: int = -1,
         tensorboard: bool = True,
         every: int = 20,
     ):
@@ -42,7 +44,7 @@ class RunLog:
             return
         path = Path(folder) / "metrics.jsonl"
         if resume_step is not None and path.exists():
-            _cut(path, resume_step)
+            _cut(path, resume_step, validated)
         self._total, self._first, self._every = total_steps, resume_step or 0, every
         self._file = path.open("w" if resume_step is None else "a", encoding="utf-8")
         if sys.stderr.isatty():
@@ -143,18 +145,19 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def _cut(path: Path, last_step: int) -> None:
-    """Remove the lines after `last_step`, and a last one that a killed run left unfinished."""
+def _cut(path: Path, last_step: int, validated: int) -> None:
+    """Remove the lines after `last_step`, validations after `validated`, and a last line that was left unfinished."""
     lines = path.read_text(encoding="utf-8").splitlines()
     kept = []
     for number, line in enumerate(lines, 1):
         try:
-            step = json.loads(line)["step"]
+            record = json.loads(line)
+            step = record["step"]
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 continue
             raise InputError(f"{path}: line {number} is not a json object with a step.") from error
-        if step <= last_step:
+        if step <= (validated if record.get("kind") == "validation" else last_step):
             kept.append(line + "\n")
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept), encoding="utf-8")
