@@ -5,7 +5,7 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,14 +39,15 @@ def predict(
     workers: int = 0,
     amp: str = "none",
     score_threshold: float = SCORE_THRESHOLD,
+    between: Callable[[], None] | None = None,
 ) -> list[dict]:
     """What the detector finds in every image of a data set of paired samples, each image on exactly one process.
 
     modes: name -> modalities to detect with (see `PairedFasterRCNN.modes`); none to embed only. Features are computed
-    once for all. -> on every process, one dict an image, in order: image_id, path, size (H, W), classes (the names of
-    labels 1, 2, ...), `found` (mode -> detections, on the CPU), `truth` (the boxes with labels, ignore and what else is
-    known), and, of a detector with a contrastive head, `embeddings`: (visible, infrared), each (n, out_dim), of the
-    boxes that are not ignored or of the image.
+    once for all. between: see `distributed.in_step`. -> on every process, one dict an image, in order: image_id, path,
+    size (H, W), classes (the names of labels 1, 2, ...), `found` (mode -> detections, on the CPU), `truth` (the boxes
+    with labels, ignore and what else is known), and, of a detector with a contrastive head, `embeddings`: (visible,
+    infrared), each (n, out_dim), of the boxes that are not ignored or of the image.
     """
     was_training = detector.training
     detector.eval()
@@ -54,7 +55,8 @@ def predict(
     batches = [sum(own[i : i + batch_size], []) for i in range(0, len(own), batch_size)]
     dtype = AUTOCAST[amp]
     results = []
-    for batch in make_loader(Plain(dataset), batches, workers=workers, device=device):
+    loader = make_loader(Plain(dataset), batches, workers=workers, device=device)
+    for batch in distributed.in_step(loader, len(batches), between):
         images = {name: [image.to(device) for image in batch[name]] for name in ("visible", "infrared")}
         with torch.autocast(torch.device(device).type, dtype=dtype) if dtype else contextlib.nullcontext():
             extracted = detector.extract(images)

@@ -122,8 +122,9 @@ class Signals:
                     checkpoint.save(...)
                     raise SystemExit(signals.exit_status)
 
-    A second signal stops at once. Terminals and schedulers send the signal to DataLoader workers as well, and a worker
-    that dies of it takes the loop with it: give the loader `worker_init_fn=ignore_signals`.
+    A second signal stops at once, except under `torchrun`. Terminals and schedulers send the signal to DataLoader
+    workers as well, and a worker that dies of it takes the loop with it: give the loader
+    `worker_init_fn=ignore_signals`.
     """
 
     def __init__(self):
@@ -138,13 +139,14 @@ class Signals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame) -> None:
-        if self.received is not None:
+        # A batch system tells every process, and `torchrun` passes on to its own what it is told.
+        if self.received is not None and not distributed.launched():
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.received = number
 
     def stop_requested(self) -> bool:
-        """Whether any rank was asked to stop. A collective: every rank asks at the same place."""
-        return distributed.any_across(self.received is not None)
+        """Whether any rank was asked to stop, or has lost its `torchrun`. A collective: all ask at the same place."""
+        return distributed.any_across(self.received is not None or distributed.orphaned())
 
     @property
     def exit_status(self) -> int:

@@ -28,7 +28,8 @@ class RunLog:
     files, where it is installed, lie in the folder.
 
     resume_step: the step of the checkpoint that is resumed; later lines of metrics.jsonl are removed, as they will come
-    again. None begins the file anew. Raises InputError where the file to resume is not what this class writes.
+    again, and validations after the step `validated`, the last one that the checkpoint knows of. None begins the file
+    anew. Raises InputError where the file to resume is not what this class writes.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class RunLog:
         *,
         total_steps: int,
         resume_step: int | None = None,
+        validated: int = -1,
         tensorboard: bool = True,
         every: int = 20,
     ):
@@ -45,7 +47,7 @@ class RunLog:
         if not distributed.is_main():
             return
         if resume_step is not None and os.path.lexists(path):
-            _cut(path, resume_step)
+            _cut(path, resume_step, validated)
         self._total, self._first, self._every = total_steps, resume_step or 0, every
         with writing(path):
             self._file = path.open("wb" if resume_step is None else "ab", buffering=0)
@@ -153,15 +155,17 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def _cut(path: Path, last_step: int) -> None:
-    """Remove the lines after `last_step`, and a last one that a killed run left unfinished."""
+def _cut(path: Path, last_step: int, validated: int) -> None:
+    """Remove the lines after `last_step`, validations after `validated`, and a last line that was left unfinished."""
     lines = read_text(path, "the log of a run").split("\n")
     with whole_file(path, "w") as file:
         for place, line in enumerate(lines, 1):
             record = step_record(line)
             if record is None and place < len(lines):
                 raise InputError(f"{path}: line {place} is not a json object with a step.")
-            if record is not None and record["step"] <= last_step:
+            if record is not None and record["step"] <= (
+                validated if record.get("kind") == "validation" else last_step
+            ):
                 file.write(line + "\n")
 
 
