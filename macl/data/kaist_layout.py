@@ -57,10 +57,7 @@ def find_layout(root: Path) -> tuple[Path, Layout]:
                 return candidate, layout
     half = [folder for folder in ("visible", "infrared") if (root / folder).is_dir()]
     missing = root / {"visible": "infrared", "infrared": "visible"}[half[0]] if half else root / "images"
-    raise InputError(
-        f"{missing} does not exist; expected KAIST's images/, or visible/ and infrared/ with its names; {OWN_DATA}, "
-        "read as LLVIP"
-    )
+    raise InputError(f"{missing} does not exist; expected KAIST's images/, or visible/ and infrared/; {OWN_DATA}")
 
 
 def find_list(root: Path, layout: Layout, image_set: str | Path) -> Path:
@@ -75,7 +72,7 @@ def find_list(root: Path, layout: Layout, image_set: str | Path) -> Path:
     known = sorted({file.stem for folder in folders for file in folder.glob("*.txt")})
     raise InputError(
         f"{(folders or [root / layout.lists[0]])[0] / name}.txt does not exist, and {image_set} is no list's path; "
-        f"expected one of {', '.join(known) or 'the lists of KAIST (none is there)'}"
+        f"expected one of {', '.join(known) or 'the lists of KAIST'}; {OWN_DATA}"
     )
 
 

@@ -21,8 +21,8 @@ from training.files import inside, read_lines, shown
 
 SPLITS = ("train", "test")
 OWN_DATA = (
-    "data of your own goes into visible/{train,test}/NAME.jpg, infrared/{train,test}/NAME.jpg and Annotations/NAME.xml "
-    "in VOC form"
+    "data of your own goes into LLVIP's layout: visible/{train,test}/NAME.jpg, infrared/{train,test}/NAME.jpg, and "
+    "Annotations/NAME.xml in VOC form"
 )
 
 
@@ -154,7 +154,7 @@ def _find_root(root: Path) -> Path:
         if (candidate / "visible").is_dir() and (candidate / "infrared").is_dir():
             return candidate
     missing = root / ("infrared" if (root / "visible").is_dir() else "visible")
-    raise InputError(f"{missing} does not exist; expected LLVIP's own folders visible/ and infrared/; {OWN_DATA}")
+    raise InputError(f"{missing} does not exist; expected visible/ and infrared/; {OWN_DATA}")
 
 
 def _read_list(file: Path, root: Path) -> list[str]:

@@ -35,11 +35,11 @@ def refuse_absent(
         seen |= labels
         if len(seen) == len(classes) or (seen and not every):
             return
-    absent = ", ".join(shown(name) for label, name in enumerate(classes, 1) if label not in seen)
+    absent = " or ".join(shown(name) for label, name in enumerate(classes, 1) if label not in seen)
     known = ", ".join(f"{shown(name)} {count}" for name, count in names.most_common(12)) or "none at all"
     raise InputError(
-        f"no object counts that has the class {absent} (is it spelt so, named once, and not always ignored?); the "
-        f"names that occur: {known}; read was {source}"
+        f"no object that counts is of the class {absent} (spelt so? given once? not always ignored?); the names that "
+        f"occur are {known}; read was {source}"
     )
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from macl.data import KAIST, Misaligned, Plain, make_loader, read_ground_truth
 from macl.data.kaist import TRAINING_RULES
-from macl.errors import InputError
+from training.errors import InputError
 
 FRAMES = ["set00/V000/I00001", "set00/V000/I00003", "set04/V002/I00019", "set06/V000/I00019", "set11/V001/I00039"]
 PERSON = ("person", 10, 20, 30, 60, 0)  # name, x, y, width, height, occlusion
@@ -156,6 +156,28 @@ def test_boxes_of_other_names_are_kept_and_ignored(tree):
     assert sample["labels"].tolist() == [1, 1, 2, 1, 1]
 
 
+def test_person_may_stand_anywhere_among_the_classes_but_has_to(tree, tmp_path):
+    objects = [("people", *PERSON[1:]), PERSON, ("cyclist", *PERSON[1:])]
+    write(tree / "annotations" / f"{FRAMES[0]}.txt", bbgt(*objects))
+    sample = KAIST(tree, "all", classes=("car", "person"))[0]
+    assert sample["labels"].tolist() == [2, 2, 2] and sample["ignore"].tolist() == [True, False, True]
+    refused(lambda: KAIST(tree, "all", classes=("car", "cyclist")), "named person", "'car', 'cyclist'")
+    people = write(tmp_path / "people.json", published({FRAMES[0]: objects[::2]}))
+    refused(lambda: read_ground_truth(people), people, "'person'", "'cyclist' 1", "'people' 1")
+
+
+def test_suffixes_of_windows_and_label_folders_of_both_cameras(tree):
+    for image in tree.rglob("*.jpg"):
+        image.rename(image.with_suffix(".JPG"))
+    for frame in FRAMES:
+        video, image = frame.rsplit("/", 1)
+        write(tree / "paired" / video / "visible" / f"{image}.txt", "\ufeff" + bbgt(PERSON).replace("\n", "\r\n"))
+        write(tree / "paired" / video / "lwir" / f"{image}.txt", bbgt(("person", 1, 1, 9, 9, 0)))
+    data = KAIST(tree, "all", "paired")
+    assert data[0]["path"].endswith(".JPG") and data[0]["boxes"].tolist() == [[10, 20, 40, 80]]
+    assert "one txt file a visible image" in data.source
+
+
 def test_small_and_occluded_people_are_ignored_by_rule(tree):
     objects = [("person", 1, 1, 10, 19, 0), ("person", 1, 1, 10, 20, 1), ("person", 1, 1, 10, 60, 2)]
     write(tree / "annotations" / f"{FRAMES[0]}.txt", bbgt(*objects))
@@ -285,7 +307,7 @@ def test_lists_of_unknown_frames(root, tmp_path, line, word):
 def test_lists_that_are_none(root, tmp_path):
     refused(lambda: KAIST(root, write(tmp_path / "a.txt", " \n")), "a.txt is empty")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
-    refused(lambda: KAIST(root, tmp_path / "b.txt"), "b.txt cannot be read as a list")
+    refused(lambda: KAIST(root, tmp_path / "b.txt"), "b.txt is not UTF-8")
 
 
 @pytest.mark.parametrize("part", ["visible", "lwir", "annotations"])
@@ -299,6 +321,7 @@ def test_the_first_missing_file_is_named(tree, part):
 
 def test_missing_folders_are_named(tree, tmp_path):
     refused(lambda: KAIST(tmp_path / "nowhere", "all"), "nowhere does not exist")
+    refused(lambda: KAIST(tmp_path, "all"), "images does not exist", "data of your own", "VOC form")
     refused(lambda: KAIST(tmp_path / "kaist" / "imageSets", "all"), "imageSets/images does not exist")
     half = processed(tmp_path / "half")
     (half / "infrared").rename(half / "thermal")
@@ -315,9 +338,10 @@ def test_missing_folders_are_named(tree, tmp_path):
         (bbgt(PERSON, version=2), "expected '% bbGt version=3'"),
         ("", "starts with ''"),
         ("person 10 20 30 60 0 0 0 0 0 0 0\n", "starts with 'person"),
-        ("% bbGt version=3\nperson 10 20 30 60\n", "line 2: expected a name and 11 numbers"),
+        ("% bbGt version=3\nperson 10 20 30 60\n", "line 2 (a name and 11 numbers): expected 11 numbers"),
         ("% bbGt version=3\nperson 10 20 30 nan 0 0 0 0 0 0 0\n", "line 2"),
-        ("% bbGt version=3\nperson 10 20 30 60 3 0 0 0 0 0 0\n", "occlusion is 3"),
+        ("% bbGt version=3\nperson 10 20 30 60 3 0 0 0 0 0 0\n", "heavy): expected a whole number from 0 to 2, got 3"),
+        ("% bbGt version=3\nperson 10 20 2147483647 60 0 0 0 0 0 0 0\n", "expected a number from"),
         (bbgt(("pedestrian", *PERSON[1:])), "'pedestrian'; expected KAIST's own: person"),
     ],
 )
@@ -336,7 +360,9 @@ def test_text_of_another_version(tree, content, word):
         (xml(PERSON).replace("<w>30</w>", ""), "<bndbox><w>"),
         (xml(PERSON).replace("<x>10</x>", ""), "<bndbox><xmin>"),
         (xml(("person", 1, 2, 3, "tall", 0)), "'tall'"),
-        (xml(("person", 1, 2, 3, 4, 5)), "occlusion is 5"),
+        (xml(("person", 1, 2, 3, 4, 5)), "heavy): expected a whole number from 0 to 2, got 5"),
+        (xml(("person", 1, 2, 3, "1.7e308", 0)), "<bndbox><h>: expected a number"),
+        (xml(PERSON).replace("</object>", "<difficult>maybe</difficult></object>"), "ignore: expected"),
     ],
 )
 def test_xml_of_another_version(tree, content, word):
@@ -354,21 +380,33 @@ def changed(**changes):
     return published({FRAMES[0]: [PERSON]}) | changes
 
 
+def box(**changes):
+    return changed(annotations=[changed()["annotations"][0] | changes])
+
+
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        ("{", "is not json"),
-        ([], "the file: TypeError"),
-        ({"images": []}, "'categories'"),
-        (changed(images=[]), "annotation 0: KeyError"),
+        ("{", "is not valid JSON"),
+        ("[" * 9000, "is not valid JSON"),
+        ('{"images": ' + "9" * 5000 + "}", "is not valid JSON"),
+        ([], "holds []; expected KAIST's annotations, an object"),
+        ({"images": []}, "a list of objects under categories"),
+        (changed(images=[]), "holds no images"),
         (changed(images=[], annotations=[]), "holds no images"),
-        (changed(images=[{"id": 0, "im_name": "../x", "width": 96, "height": 112}]), "image 0 names '../x'"),
+        (changed(images=[{"id": 0, "im_name": "../x", "width": 96, "height": 112}]), "images 0 names '../x'"),
         (changed(images=changed()["images"] * 2), "twice"),
-        (changed(annotations=[{"image_id": 7}]), "annotation 0: KeyError 7"),
-        (changed(annotations=[{"image_id": 0, "bbox": [1, 2, 3]}]), "annotation 0: expected a bbox"),
-        (changed(annotations=[{"image_id": 0, "bbox": [1, 2, 3, 4]}]), "annotation 0: KeyError 'occlusion'"),
-        (changed(annotations=[changed()["annotations"][0] | {"occlusion": 9}]), "annotation 0: occlusion is 9"),
-        (changed(annotations=[changed()["annotations"][0] | {"ignore": "0"}]), "annotation 0: ignore is '0'"),
+        (changed(images=[changed()["images"][0] | {"width": 1e30}]), "images 0, width: expected a whole number"),
+        (box(image_id=7), "annotations 0: no image has the id 7"),
+        (box(image_id=[[]]), "annotations 0, image_id: expected a whole number"),
+        (box(category_id=9), "annotations 0: no image has the id 0, or no category the id 9"),
+        (box(bbox=[1, 2, 3]), "annotations 0, bbox (x, y, width, height): expected 4 numbers"),
+        (box(bbox=[1, 2, 3, 10**400]), "annotations 0, bbox"),
+        (box(bbox=[1, 2, float("inf"), 4]), "annotations 0, bbox"),
+        (box(occlusion=None), "annotations 0, occlusion"),
+        (box(occlusion=9), "from 0 to 2, got 9"),
+        (box(ignore="perhaps"), "annotations 0, ignore"),
+        (changed(annotations=[{"id": 3, **changed()["annotations"][0]}] * 2), "holds an annotation id twice"),
         (published({FRAMES[1]: [PERSON]}), "holds 1 frames but not set00/V000/I00001"),
     ],
 )

@@ -1,14 +1,16 @@
 """LLVIP's layout: what is read, what is held out, and what each kind of bad input says."""
 
+import os
 import pickle
 
 import pytest
 import torch
 from PIL import Image, ImageFile
 
-from macl.data import LLVIP, find_pairs, hold_out, read_image, read_pair
-from macl.data import sample as sample_module
-from macl.errors import InputError
+from macl.data import LLVIP, find_pairs, hold_out, read_image, read_pair, refuse_absent_classes
+from macl.data.voc import read_voc
+from training import files
+from training.errors import InputError
 
 OBJECT = (
     "<object><name>{}</name>{}<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
@@ -93,6 +95,40 @@ def test_boxes_are_clipped_and_dropped_and_counted(root):
         "median_height": None,
         "max_height": 20.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("written", "marked"), [("1", 1), (" True ", 1), ("true", 1), ("YES", 1), ("2", 1), ("0", 0), ("False", 0), ("", 0)]
+)
+def test_difficult_however_it_is_spelt(root, written, marked):
+    (root / "Annotations" / "010001.xml").write_text(voc(person(1, 1, 10, 20, difficult=written)))
+    assert LLVIP(root, "train")[0]["ignore"].tolist() == [bool(marked)]
+
+
+def test_a_box_that_has_no_area_as_float32_is_dropped(root):
+    (root / "Annotations" / "010001.xml").write_text(voc(person(30.00000001, 1, 29.00000002, 9), person(1, 1, 9, 9)))
+    data = LLVIP(root, "train")
+    assert data[0]["boxes"].tolist() == [[0, 0, 9, 9]] and data.statistics()["dropped"] == 1
+
+
+def test_a_class_that_nobody_has_is_refused_with_the_names_that_occur(root):
+    other = voc(OBJECT.format("People", "", 1, 1, 5, 5), person(1, 1, 9, 9, difficult=1), person(30, 9, 20, 10))
+    for file in (root / "Annotations").iterdir():
+        file.write_text(other)
+    train = LLVIP(root, "train")
+    said = refused(lambda: refuse_absent_classes(train, every=False), "'person'", "'People' 3", "'person' 6")
+    assert str(root / "visible" / "train") in said
+    refuse_absent_classes(LLVIP(root, "train", classes=("person", "People")), every=False)
+    refused(lambda: refuse_absent_classes(LLVIP(root, "train", classes=("person", "People")), every=True), "'person'")
+    refused(lambda: refuse_absent_classes(LLVIP(root, "train", classes=("People",) * 2), every=True), "given once")
+    for file in (root / "Annotations").iterdir():
+        file.write_text(voc())
+    refused(lambda: refuse_absent_classes(train, every=False), "none at all")
+
+
+def test_annotations_are_read_no_further_than_a_class_is_seen(root):
+    (root / "Annotations" / "010002.xml").write_text("not xml")
+    refuse_absent_classes(LLVIP(root, "train"), every=True)
 
 
 def test_other_classes_take_their_position_as_label(root):
@@ -187,6 +223,55 @@ def test_bad_lists(root, content, word):
     refused(lambda: LLVIP(root, "train"), "train.txt", word)
 
 
+def test_lists_of_windows(root):
+    (root / "ImageSets").mkdir()
+    (root / "ImageSets" / "train.txt").write_bytes(b"\xef\xbb\xbf010001\r\n\r\n020001\r\n")
+    assert LLVIP(root, "train").names == ["010001", "020001"]
+
+
+def test_what_macos_leaves_beside_each_file_is_no_picture(root):
+    for file in list(root.rglob("*.*")):
+        (file.parent / f"._{file.name}").write_bytes(b"\0\5\26\7")
+    assert LLVIP(root, "train").names == ["010001", "010002", "020001"]
+    assert len(find_pairs(root / "visible/train", root / "infrared/train")) == 3
+
+
+def test_names_that_are_not_utf_8(root):
+    name = b"19" + "行人".encode("gbk")
+    for folder in (root / "visible/test", root / "infrared/test", root / "Annotations"):
+        file = next(folder.glob("190001*"))
+        os.rename(file, os.fsencode(folder) + b"/" + name + os.fsencode(file.suffix))
+    sample = LLVIP(root, "test")[0]
+    assert os.fsencode(sample["path"]).endswith(name + b".jpg") and len(sample["boxes"]) == 1
+    (root / "Annotations" / os.fsdecode(name + b".xml")).write_text("broken")
+    refused(lambda: LLVIP(root, "test")[0], "\\udcd0").encode("utf-8")
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "loop", "dangling"])
+def test_no_file_in_the_place_of_one(root, kind):
+    make = {"folder": os.mkdir, "fifo": os.mkfifo, "loop": lambda file: os.symlink(file, file)}
+    make["dangling"] = lambda file: os.symlink(root / "nowhere", file)
+    picture, annotation = root / "visible/train/010001.jpg", root / "Annotations/010002.xml"
+    for file in (picture, annotation):
+        file.unlink()
+        make[kind](file)
+    refused(lambda: LLVIP(root, "train"), str(annotation), "does not exist")  # the picture is none of the names
+    refused(lambda: read_image(picture), str(picture))
+    refused(lambda: read_voc(annotation, classes=()), str(annotation))
+    make[kind](root / "train.txt")
+    refused(lambda: LLVIP(root, "train", lists=root), str(root / "train.txt"))
+
+
+def test_two_pictures_of_one_name(root):
+    Image.new("RGB", (40, 30)).save(root / "visible/train/010001.PNG")
+    refused(lambda: LLVIP(root, "train"), "010001.PNG", "010001.jpg", "expected one a name")
+
+
+def test_the_layout_for_data_of_ones_own_is_told(root):
+    for place in (root.parent.parent, root / "visible", root / "Annotations" / "010001.xml"):
+        refused(lambda place=place: LLVIP(place, "train"), str(place), "infrared/{train,test}/NAME.jpg", "VOC")
+
+
 def test_an_unknown_split(root):
     refused(lambda: LLVIP(root, "val"), "'val'", "train", "test")
 
@@ -204,18 +289,36 @@ def test_a_folder_without_images(root):
         ("<annotation><size>", "not XML"),
         ('<?xml version="1.0" encoding="nonsense"?><annotation/>', "not XML"),
         ("<kml/>", "<kml>"),
-        (voc(size=""), "<size><width>"),
-        (voc(size="<size><width>0</width><height>30</height></size>"), "0 x 30"),
+        ('<!DOCTYPE a [<!ENTITY b "' + 50000 * "x" + '">]>' + voc().replace("40", 2000 * "&b;"), "not XML"),
+        (voc(size=""), "<size>, width: expected a whole number"),
+        (voc(size="<size><width>0</width><height>30</height></size>"), "from 1 to 65535, got 0"),
+        (voc(size="<size><width>40</width><height>1e30</height></size>"), "height: expected a whole number"),
         (voc("<object/>"), "<name>"),
         (voc("<object><name>person</name></object>"), "<bndbox><xmin>"),
-        (voc(person("nan", 1, 5, 5)), "'nan'"),
+        (voc(person("nan", 1, 5, 5)), "<bndbox><xmin>: expected a number"),
         (voc(person("one", 1, 5, 5)), "'one'"),
+        (voc(person(1, 1, 5, "9" * 400)), "<ymax>: expected a number"),
+        (voc(person(1, 1, 5, 5, difficult="perhaps")), "<difficult>: expected"),
         (voc(size="<size><width>41</width><height>30</height></size>"), "41 x 30"),
     ],
 )
 def test_bad_annotations(root, annotation, word):
     (root / "Annotations" / "010001.xml").write_text(annotation)
     refused(lambda: LLVIP(root, "train")[0], str(root / "Annotations" / "010001.xml"), word)
+
+
+def test_a_picture_that_is_stored_turned_is_seen_as_shown(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    for modality in ("visible", "infrared"):
+        file = root / modality / "train" / "010001.jpg"
+        Image.open(file).transpose(Image.Transpose.ROTATE_90).save(file, exif=exif)
+    sample = LLVIP(root, "train")[0]
+    assert sample["visible"].shape == sample["infrared"].shape == (3, 30, 40)
+    for modality in ("visible", "infrared"):
+        file = root / modality / "train" / "010001.jpg"
+        Image.open(file).convert("L").save(file, exif=b"")
+    refused(lambda: LLVIP(root, "train")[0], "40 x 30", "30 x 40")
 
 
 def test_sizes_that_differ_between_the_modalities(root):
@@ -232,7 +335,7 @@ def test_undecodable_images(root, modality, content):
 
 
 def test_oversized_images_are_refused_before_decoding(root, monkeypatch):
-    monkeypatch.setattr(sample_module, "MAX_PIXELS", 1199)
+    monkeypatch.setattr(files, "MAX_PIXELS", 1199)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
     refused(lambda: LLVIP(root, "train")[0], "40 x 30", "1199")
 
@@ -290,6 +393,15 @@ def test_find_pairs_refuses_what_it_cannot_match(root):
     refused(lambda: find_pairs(root / "Annotations", None), "no image")
     (visible / "010001.png").write_bytes(b"")
     refused(lambda: find_pairs(visible, None), "010001.jpg", "010001.png")
+
+
+def test_a_picture_is_not_its_own_partner(root, tmp_path):
+    visible, link = root / "visible/train", tmp_path / "link"
+    link.symlink_to(visible)
+    for other in (visible, link, root / "infrared/../visible/train"):
+        refused(lambda other=other: find_pairs(visible, other), str(visible), "same pictures")
+        refused(lambda other=other: find_pairs(visible / "010001.jpg", other / "010001.jpg"), "same pictures")
+    assert find_pairs(visible / "010001.jpg", link / "010002.jpg")
 
 
 def test_real_pairs(shared):

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from macl.errors import InputError
 from macl.metrics import read_detections, write_detections
+from training.errors import InputError
 
 
 def sample():
@@ -36,7 +36,7 @@ def test_what_is_written_is_read(tmp_path, suffix):
 
 def test_text_lines_count_frames_from_one(tmp_path):
     path = tmp_path / "detections.txt"
-    path.write_text("2,10,20,30,40,0.5\n\n2,1.5,2,3,4,0.75\n")
+    path.write_bytes(b"\xef\xbb\xbf2,10,20,30,40,0.5\r\n\n2,1.5,2,3,4,0.75\r\n")  # as Windows writes it
     empty, frame = read_detections(path, 2)
     assert empty["boxes"].shape == (0, 4) and empty["scores"].shape == (0,)
     assert frame["boxes"].tolist() == [[10, 20, 40, 60], [1.5, 2, 4.5, 6]] and frame["scores"].tolist() == [0.5, 0.75]
@@ -65,18 +65,26 @@ def test_labels_are_kept_by_json(tmp_path):
     [
         ("a.txt", "1,1,1,1,1,0.5\n3,1,1,1,1,0.5\n", "line 2: image id 3 is out of range, expected 1 to 2 for 2 frames"),
         ("a.txt", "0,1,1,1,1,0.5\n", "line 1: image id 0 is out of range"),
-        ("a.txt", "1,1,1,1,0.5\n", "line 1: expected six numbers"),
-        ("a.txt", "1 1 1 1 1 0.5\n", "line 1: expected six numbers"),
-        ("a.txt", "1,1,1,1,x,0.5\n", "line 1: expected six numbers"),
-        ("a.txt", "1,1,1,1,1,nan\n", "line 1: expected finite numbers"),
-        ("a.txt", "1.5,1,1,1,1,1\n", "line 1: expected a whole number"),
-        ("a.json", "{", "is not json"),
-        ("a.json", "{}", "expected a list of detections, got dict"),
+        ("a.txt", "1,1,1,1,0.5\n", r"line 1 \(image_id,x,y,width,height,score\): expected"),
+        ("a.txt", "1 1 1 1 1 0.5\n", r"line 1 \(image_id,x,y,width,height,score\): expected"),
+        ("a.txt", "1,1,1,1,x,0.5\n", r"line 1 \(image_id,x,y,width,height,score\): expected"),
+        ("a.txt", "1,1,1,1,1,nan\n", r"line 1 .*: expected a number"),
+        ("a.txt", "1.5,1,1,1,1,1\n", "line 1, image_id: expected a whole number"),
+        ("a.json", "{", "is not valid JSON"),
+        ("a.json", "{}", "holds {}; expected a file of detections, a list"),
         ("a.json", "[3]", "entry 0: expected image_id"),
-        ("a.json", '[{"image_id": 1, "bbox": [1, 2, 3], "score": 1}]', "entry 0: expected image_id"),
-        ("a.json", '[{"image_id": 1, "bbox": [1, 2, 3, null], "score": 1}]', "entry 0: expected image_id"),
-        ("a.json", '[{"image_id": 1, "bbox": [1, 2, 3, Infinity], "score": 1}]', "entry 0: expected finite numbers"),
+        ("a.json", '[{"image_id": 1, "bbox": [1, 2, 3], "score": 1}]', "entry 0, bbox .*: expected"),
+        ("a.json", '[{"image_id": 1, "bbox": [1, 2, 3, null], "score": 1}]', "entry 0, bbox .*: expected"),
+        ("a.json", '[{"image_id": 1, "bbox": [1, 2, 3, Infinity], "score": 1}]', "entry 0, bbox .*: expected a number"),
         ("a.json", '[{"image_id": 9, "bbox": [1, 2, 3, 4], "score": 1}]', "entry 0: image id 9 is out of range"),
+        ("a.txt", "1,1,1,-4,5,0.5\n", "line 1, width or height: expected a number from 0"),
+        ("a.json", '[{"image_id": 1, "bbox": [1, 2, 3, -4], "score": 1}]', "entry 0, width or height"),
+        ("a.json", '[{"image_id": 1, "bbox": [1, 2, 3, 1e308], "score": 1}]', "entry 0, bbox"),
+        ("a.json", '[{"image_id": 1, "bbox": [1, 2, 3, 4], "score": true}]', "entry 0, score"),
+        ("a.json", '[{"image_id": 1, "bbox": [1, 2, 3, 4], "score": 1, "category_id": 1e39}]', "entry 0, category_id"),
+        ("a.json", f'[{{"image_id": {10**400}, "bbox": [1, 2, 3, 4], "score": 1}}]', "entry 0, image_id"),
+        ("a.json", "[" * 9000, "is not valid JSON"),
+        ("a.json", "9" * 5000, "is not valid JSON"),
         ("a.csv", "", "detections are .txt or .json files"),
     ],
 )
@@ -88,10 +96,10 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
 
 
 def test_places_that_cannot_be_read_or_written(tmp_path):
-    with pytest.raises(InputError, match=r"missing\.txt: cannot be read"):
+    with pytest.raises(InputError, match=r"missing\.txt does not exist"):
         read_detections(tmp_path / "missing.txt", 2)
     (tmp_path / "image.txt").write_bytes(b"\xff\xd8\xff\xe0")
-    with pytest.raises(InputError, match=r"image\.txt: cannot be read"):
+    with pytest.raises(InputError, match=r"image\.txt is not UTF-8"):
         read_detections(tmp_path / "image.txt", 2)
     with pytest.raises(InputError, match="cannot be written"):
         write_detections(tmp_path / "missing" / "a.txt", sample())

@@ -2,19 +2,31 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
 from PIL import Image
 
 import macl
-from macl import evaluate
+import train_stage1
+import train_stage2
+from macl import evaluate, predict
 from macl.data import SyntheticPairs
 from macl.metrics import miss_rate_curve, read_detections
 from macl.metrics.miss_rate import REFERENCE_FPPI
 from macl.misalignment import misalignment_figures, misalignment_text
-from macl.validation import miss_rate_curves, miss_rate_figures, miss_rate_tables, miss_rate_text, predict
-from training.errors import one_sentence
+from macl.validation import (
+    detection_figures,
+    miss_rate_curves,
+    miss_rate_figures,
+    miss_rate_tables,
+    miss_rate_text,
+    table,
+    validation_text,
+)
+from macl.validation import predict as predict_all
+from training.errors import InputError, one_sentence
 
 ROWS = ["reasonable all", "reasonable day", "reasonable night", "near", "medium", "far", "none", "partial", "heavy"]
 ROWS += ["all"]
@@ -27,14 +39,17 @@ FRAMES = ["set06/V000/I00019", "set09/V000/I00019", "set11/V001/I00039"]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "best.pt")
+
+
+def save_checkpoint(path, **changes):
     """An untrained detector of a few thousand weights, in the form of a run's checkpoint."""
     torch.manual_seed(0)
     kwargs = dict(
         backbone="resnet18", norm="group", fpn_channels=8, fpn_levels=3, anchor_sizes=(16, 32, 64), head_width=8,
         aspect_ratios=(2.0,), rpn_pre_nms=(20, 10), rpn_post_nms=(10, 5), macl_hidden=(8,), macl_dim=8,
     )  # fmt: skip
-    detector = macl.build_detector(**kwargs)
-    path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
+    detector = macl.build_detector(**kwargs | changes)
     torch.save({"model_kwargs": detector.kwargs, "model": detector.state_dict(), "ema": None}, path)
     return path
 
@@ -166,7 +181,7 @@ class SeesShift(torch.nn.Module):
     """Finds the box that its data set marks with a white column, as many pixels off as infrared is."""
 
     modes = {"both": ("visible", "infrared"), "visible": ("visible",)}
-    macl = None
+    macl, kwargs = None, {}
 
     def extract(self, images):
         return images
@@ -191,7 +206,7 @@ class Marked(SyntheticPairs):
 
 def test_what_is_moved_is_seen_moved_and_the_boxes_are_not():
     detector, data, options = SeesShift(), Marked(3, 0), {"device": "cpu"}
-    results = predict(detector, data, modes=detector.modes, **options)
+    results = predict_all(detector, data, modes=detector.modes, **options)
     lines = misalignment_figures(detector, data, results, modality="infrared", pixels=[3, 15], **options)
     assert [(line["name"], line["ap50"]) for line in lines] == [
         ("0 pixels", 1), ("3 pixels", 1), ("15 pixels", 0), ("visible alone", 1)
@@ -227,7 +242,7 @@ def test_images_of_another_size_are_stretched_to_kaists():
     assert figures["reasonable all"] is None and figures["far"] == pytest.approx(0, abs=1e-6)
 
 
-def test_classes_but_the_first_are_ignored():
+def test_classes_but_person_are_ignored():
     box, cyclist, nothing = [100, 100, 140, 200], [300, 100, 340, 200], [400, 100, 440, 200]
     frame = results([nothing, box], [box, cyclist])
     frame["truth"]["labels"][1] = frame["found"]["both"]["labels"][0] = 2
@@ -235,6 +250,29 @@ def test_classes_but_the_first_are_ignored():
     assert "1       1" in miss_rate_text(miss_rate_tables([frame])).splitlines()[1]
     frame["found"]["both"]["labels"][0] = 1
     assert miss_rate_figures([frame])["both"]["reasonable all"] > 1
+    frame["classes"] = ["cyclist", "person"]
+    frame["truth"]["labels"] = 3 - frame["truth"]["labels"]
+    frame["found"]["both"]["labels"] = torch.tensor([1, 2])
+    assert miss_rate_figures([frame])["both"]["reasonable all"] == pytest.approx(0, abs=1e-6)
+
+
+def test_figures_of_each_class():
+    box, cyclist = [100, 100, 140, 200], [300, 100, 340, 200]
+    frame = results([box], [box, cyclist]) | {"classes": ["person", "cyclist", "car"]}
+    frame["truth"]["labels"][1] = 2
+    figures = detection_figures([frame])
+    own = {name: values["ap50"] for name, values in figures["both"]["per_class"].items()}
+    assert figures["both"]["ap50"] == pytest.approx(0.5) and own == {"person": 1, "cyclist": 0, "car": None}
+    rows = [line.split()[:2] for line in table(figures).splitlines()]
+    assert rows[1:] == [["both", "50.0"], ["person", "100.0"], ["cyclist", "0.0"], ["car", "-"]]
+    assert "cyclist" in validation_text(figures | {"alignment": None}, None)
+    assert "per_class" not in detection_figures([frame | {"classes": ["person"]}])["both"]
+
+
+def test_average_precision_looks_at_as_many_detections_as_is_said():
+    boxes = [[10 * i, 0, 10 * i + 9, 9] for i in range(160)]
+    frame = results(boxes, boxes)
+    assert detection_figures([frame], 160)["both"]["ap50"] == 1 > detection_figures([frame])["both"]["ap50"] > 0.6
 
 
 def test_no_miss_rates_where_daytime_or_occlusion_is_not_known():
@@ -280,8 +318,12 @@ def test_whatever_category_a_file_of_others_gives_is_a_person(annotations, tmp_p
     found = tmp_path / "found.json"
     box = {"category_id": 7, "bbox": [160, 80, 120, 320], "score": 0.9}
     found.write_text(json.dumps([{"image_id": 1, **box}, {"image_id": 2, **box}]))
-    said = run(capsys, "--dataset", "kaist", "--detections", found, "--annotations", annotations)
+    flags = ["--dataset", "kaist", "--detections", found, "--annotations", annotations]
+    said = run(capsys, *flags)
     assert rows_of(said)["reasonable all"][:2] == ["0.00", "100.00"] and "detections of" in said
+    assert "of the best 1000 detections" in said and "best 7 d" in run(capsys, *flags, "--max-detections", 7)
+    found.write_text(json.dumps([{"image_id": 1, **box}, {"image_id": 2, **box, "category_id": 2}]))
+    assert "found.json holds the categories [2, 7]" in refused(capsys, *flags)
 
 
 @pytest.mark.parametrize(
@@ -324,11 +366,11 @@ def test_flags_that_do_not_fit(capsys, flags, words):
 def test_bad_files_are_named(checkpoint, kaist, annotations, tmp_path, capsys):
     found = tmp_path / "found.txt"
     common = ["--dataset", "kaist", "--detections", found, "--annotations", annotations]
-    assert "found.txt: cannot be read" in refused(capsys, *common)
+    assert "found.txt does not exist" in refused(capsys, *common)
     found.write_text("4,1,1,5,5,0.5\n")
     assert "line 1: image id 4 is out of range, expected 1 to 3" in refused(capsys, *common)
     found.write_text("1 1 1 5 5 0.5\n")
-    assert "line 1: expected six numbers" in refused(capsys, *common)
+    assert "image_id,x,y,width,height,score" in refused(capsys, *common)
     annotations.write_text("[]")
     assert "test.json" in refused(capsys, *common)
     model = ["--checkpoint", checkpoint, "--dataset", "kaist", "--data-root", kaist, "--device", "cpu", "--workers", 0]
@@ -353,3 +395,114 @@ def test_published_detections_from_the_command_line(shared, tmp_path, capsys, na
     assert [rows_of(said)[row][0] for row in ROWS] == [f"{value:.2f}" for value in PUBLISHED[name]]
     rows = json.loads((tmp_path / "figures.json").read_text())["miss_rate"][file.stem]
     assert [round(rows[row]["miss_rate"], 2) for row in ROWS] == PUBLISHED[name]
+
+
+def llvip(root, *names):
+    """A pair in each split, with an object of each name."""
+    rows = "".join(
+        f"<object><name>{name}</name><bndbox><xmin>9</xmin><ymin>9</ymin><xmax>30</xmax><ymax>50</ymax></bndbox></object>"
+        for name in names
+    )
+    (root / "Annotations").mkdir(parents=True)
+    for split, name in (("train", "010001"), ("train", "020001"), ("test", "190001")):
+        for modality in ("visible", "infrared"):
+            (root / modality / split).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (80, 64)).save(root / modality / split / f"{name}.jpg")
+        (root / f"Annotations/{name}.xml").write_text(
+            f"<annotation><size><width>80</width><height>64</height></size>{rows}</annotation>"
+        )
+    return root
+
+
+def test_data_is_opened_with_the_classes_of_the_checkpoint(kaist, tmp_path, capsys):
+    two = save_checkpoint(tmp_path / "two.pt", classes=["car", "person"])
+    root, names = llvip(tmp_path / "L", "person", "car"), ["--output", tmp_path / "a.json"]
+    flags = ["--checkpoint", two, "--modality", "both"]
+    run(capsys, *flags, "--dataset", "llvip", "--data-root", root, *names)
+    own = json.loads((tmp_path / "a.json").read_text())["detection"]["both"]["per_class"]
+    assert all(own[name]["ap50"] is not None for name in ("car", "person"))
+    for more in (["--dataset", "kaist", "--data-root", kaist], ["--count", 2]):
+        said = run(capsys, *flags, *more, *names)
+        own = json.loads((tmp_path / "a.json").read_text())["detection"]["both"]["per_class"]
+        assert own["car"]["ap50"] is None is not own["person"]["ap50"] and rows_of(said)["reasonable all"][2] != "0"
+    lines = ["--save-detections", tmp_path / "a.txt"]
+    assert "lines know no class" in refused(capsys, *flags, "--count", 2, "--device", "cpu", *lines)
+    other = save_checkpoint(tmp_path / "other.pt", classes=["car"])
+    for more in (["--dataset", "kaist", "--data-root", kaist], ["--count", 2]):
+        assert "named person; the classes are 'car'" in refused(capsys, "--checkpoint", other, *more, "--device", "cpu")
+    bikes = llvip(tmp_path / "bikes", "Person", "bike")
+    said = refused(capsys, *flags, "--dataset", "llvip", "--data-root", bikes, "--device", "cpu")
+    assert "'car' or 'person'" in said and "'Person' 1, 'bike' 1" in said
+
+
+def test_scripts_train_on_no_class_that_nobody_has(kaist, tmp_path):
+    root, bikes = llvip(tmp_path / "L", "person", "car"), llvip(tmp_path / "bikes", "Person")
+    stage1, stage2 = train_stage1.parse_arguments, train_stage2.parse_arguments
+    for flags in (["--data-root", bikes], ["--data-root", root, "--classes", "person", "bike"], ["--classes", "car"]):
+        with pytest.raises(InputError, match="'Person' 2|'person' 1, 'car' 1|named person"):
+            train_stage1.open_data(stage1([*map(str, flags)]))
+    train_stage1.open_data(stage1(["--data-root", str(root), "--classes", "car", "person"]))
+    kaist_flags = ["--data-root", kaist, "--image-set", "mine", "--min-height", 1]
+    args = stage2([*map(str, kaist_flags), "--llvip-root", str(root)])
+    train, validation, old, said = train_stage2.open_data(args, ["car", "person"])
+    assert train.parts[0].classes == train.parts[1].classes == validation.classes == old.classes == ("car", "person")
+    assert any("car may be unlearnt" in line for line in said)
+    with pytest.raises(InputError, match="named person"):
+        train_stage2.open_data(args, ["car"])
+    with pytest.raises(InputError, match="'Person' 1"):
+        train_stage2.open_data(stage2([*map(str, kaist_flags), "--llvip-root", str(bikes)]), ["person"])
+    assert [
+        part[0]["labels"].unique().tolist() for part in train_stage2.open_data(stage2([]), "ab person".split())[0].parts
+    ] == [[2], [2]]
+
+
+def test_which_scenes_are_drawn(checkpoint, tmp_path, capsys):
+    stage2 = torch.load(checkpoint, weights_only=True) | {"script": "stage2"}
+    torch.save(stage2, tmp_path / "last.pt")
+    for path, flags, by_day in (
+        (checkpoint, [], False),
+        (checkpoint, ["--domain", "day-and-night"], True),
+        (tmp_path / "last.pt", [], True),
+        (tmp_path / "last.pt", ["--domain", "night"], False),
+    ):
+        said = run(capsys, "--checkpoint", path, "--count", 2, "--modality", "both", *flags)
+        assert ("of them by day" in said) == by_day
+
+
+@pytest.mark.parametrize("part", ["backbone.conv1.weight", "rpn.head.bbox_pred.bias", "roi_head.cls_score.weight"])
+def test_what_is_not_finite_stops_evaluation_and_prediction(checkpoint, tmp_path, capsys, part):
+    held = torch.load(checkpoint, weights_only=True)
+    for value, words in ((math.nan, "weights in"), (3e38, "proposals|scores")):
+        held["model"][part].view(-1)[:] = value
+        torch.save(held, tmp_path / "bad.pt")
+        if value == 3e38 and part.startswith("rpn"):
+            continue  # such proposals are clipped to the picture
+        with pytest.raises(InputError, match=f"({words}).* not finite"):
+            evaluate.main([*map(str, ["--checkpoint", tmp_path / "bad.pt", "--count", 2, "--workers", 0])])
+        Image.new("RGB", (80, 64), (9, 99, 200)).save(tmp_path / "a.png")
+        flags = ["--checkpoint", tmp_path / "bad.pt", "--visible", tmp_path / "a.png", "--output", tmp_path / "out"]
+        with pytest.raises(InputError, match=f"({words}).* not finite"):
+            predict.main([*map(str, flags)])
+
+
+@pytest.mark.parametrize("size", [(2000, 3), (3, 2000), (1, 1)])
+def test_prediction_in_pictures_that_are_all_but_a_line(tmp_path, size):
+    path = save_checkpoint(tmp_path / "small.pt", min_size=96, max_size=96)
+    Image.new("RGB", size, (9, 99, 200)).save(tmp_path / "a.png")
+    flags = ["--checkpoint", path, "--visible", tmp_path / "a.png", "--output", tmp_path / "out", "--device", "cpu"]
+    predict.main([*map(str, flags)])
+    assert max(Image.open(tmp_path / "out/a.png").size) < 9000
+    assert len(json.loads((tmp_path / "out/detections.json").read_text())) == 1
+
+
+def test_prediction_names_pictures_as_they_are_named(checkpoint, tmp_path, capsys):
+    folder, name = tmp_path / "in", os.fsdecode(b"a\nb" + "行人".encode("gbk"))
+    folder.mkdir()
+    Image.new("RGB", (80, 64)).save(folder / "x.png")
+    (folder / "x.png").rename(folder / f"{name}.png")
+    (folder / f"._{name}.png").write_bytes(b"\0\5\26\7")
+    flags = ["--checkpoint", checkpoint, "--infrared", folder, "--output", tmp_path / "out", "--device", "cpu"]
+    predict.main([*map(str, flags)])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}.png", "detections.json"}
+    assert json.loads((tmp_path / "out/detections.json").read_text())[0]["image"] == str(folder / f"{name}.png")
+    assert capsys.readouterr().out.startswith("a\\nb\\udcd0")
