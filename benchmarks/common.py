@@ -16,6 +16,7 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 AMP = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+TIME_COLUMNS = ["model", "median s", "min s", "max s", "time over ours (all rounds)"]
 
 
 def make_parser(description: str, *, rounds: int, threads: int | None = None) -> argparse.ArgumentParser:
@@ -69,6 +70,15 @@ def ratio(times: list[float], reference: list[float]) -> str:
     """times / reference by round: the median, and the range in brackets."""
     ratios = [a / b for a, b in zip(times, reference, strict=True)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def time_rows(times: dict[str, list[float]], reference: str) -> list[list[str]]:
+    """Rows for TIME_COLUMNS; times as from `take_turns`."""
+    rows = []
+    for name, taken in times.items():
+        seconds = [f"{value:.3f}" for value in (statistics.median(taken), min(taken), max(taken))]
+        rows.append([name, *seconds, ratio(taken, times[reference])])
+    return rows
 
 
 def memory(device: str, peak: bool = False) -> float:

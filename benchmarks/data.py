@@ -22,7 +22,7 @@ from PIL import Image
 from torchvision.transforms import ColorJitter
 from torchvision.transforms import functional as v1
 
-from benchmarks.common import finish, machine, make_parser, processor, ratio, table, take_turns
+from benchmarks import common
 from macl.data import LLVIP, Augmented, PairedAugmentation, SyntheticPairs
 from macl.data.voc import read_voc
 
@@ -77,21 +77,21 @@ def measure(dataset: LLVIP, count: int, size: int, rounds: int) -> list[str]:
         "this project": lambda: [ours[0, index] for index in range(count)],
         "of which read and decoded": lambda: [dataset[index] for index in range(count)],
     }
-    times = take_turns(functions, rounds)
+    times = common.take_turns(functions, rounds)
     medians = {name: statistics.median(taken) / count for name, taken in times.items()}
     rows = [[name, f"{1000 * seconds:.1f}", f"{1 / seconds:.1f}"] for name, seconds in medians.items()]
     height, width = dataset[0]["visible"].shape[-2:]
     kilobytes = statistics.mean(path.stat().st_size for i in range(count) for path in dataset.paths(i)[:2]) / 1024
     return [
-        f"{count} pairs of {width} x {height} pixels, {kilobytes:.0f} KiB per image on average, shorter side to {size}; "
-        f"medians of {rounds} rounds.",
-        table(["pipeline", "ms per pair", "pairs per second"], rows),
-        f"PIL + torchvision v1 takes {ratio(times['PIL + torchvision v1'], times['this project'])} times as long.",
+        f"{count} pairs of {width} x {height} pixels, {kilobytes:.0f} KiB per image on average, shorter side to "
+        f"{size}; medians of {rounds} rounds.",
+        common.table(["pipeline", "ms per pair", "pairs per second"], rows),
+        f"PIL + torchvision takes {common.ratio(times['PIL + torchvision v1'], times['this project'])} times as long.",
     ]
 
 
 def main() -> None:
-    parser = make_parser(__doc__, rounds=9, threads=1)
+    parser = common.make_parser(__doc__, rounds=9, threads=1)
     parser.add_argument("--root", type=Path, help="LLVIP's folder (default: temporary files of its size)")
     parser.add_argument("--pairs", type=int, default=12, help="pairs per round (default: 12)")
     parser.add_argument("--size", type=int, default=512, help="shorter side after resizing, pixels (default: 512)")
@@ -103,9 +103,9 @@ def main() -> None:
         dataset = LLVIP(args.root or folder, "train")
         paragraphs = measure(dataset, min(args.pairs, len(dataset)), args.size, args.rounds)
     files = "LLVIP's own files" if args.root else "temporary files"
-    head = f"{machine(packages=('torchvision', 'Pillow'))}; {files}."
-    name = f"data-{re.sub(r'[^a-z0-9]+', '-', processor().lower()).strip('-')}{'-llvip' if args.root else ''}"
-    finish(["# Loading pairs", head, *paragraphs], name, args.write)
+    head = f"{common.machine(packages=('torchvision', 'Pillow'))}; {files}."
+    name = f"data-{re.sub(r'[^a-z0-9]+', '-', common.processor().lower()).strip('-')}{'-llvip' if args.root else ''}"
+    common.finish(["# Loading pairs", head, *paragraphs], name, args.write)
 
 
 if __name__ == "__main__":
