@@ -3,23 +3,16 @@
     python benchmarks/fgclip_step.py                          # drawn scenes, batch 32, all four losses, a bank of 128
     python benchmarks/fgclip_step.py --device cuda --amp bf16 --size base --batch-size 64 --bank-sizes 0,4096,65536
 
-The plain form has the same weights in nn.TransformerEncoder, torchvision's roi_align and F.cross_entropy over the whole
-matrix of logits; it is given the same batch, each distinct text once and no longer than need be, and gives the same
-losses. Where open_clip is installed, its model and loss on images and short captions stand against ours on the same.
-The steps (forward, losses, backward, AdamW, and the bank's new entries) take turns in one process, so that whatever
-else the machine does meets all: what counts is the ratio. Peak memory is measured in a process of its own each, above
-what the process held before its first step, the bank's own rows among that.
+The plain form has the same weights in nn.TransformerEncoder, torchvision's roi_align, and F.cross_entropy over the
+whole matrix of logits. It gets the same batch, with each distinct text once, and gives the same losses. Where open_clip
+is installed, its model and loss are compared too, on images and short captions. The steps (forward, losses, backward,
+AdamW, and the bank's new entries) take turns in one process. Peak memory is measured in a fresh process each, above
+what the process held before its first step, which includes the bank.
 """
 
 import argparse
-import contextlib
 import copy
-import platform
-import statistics
-import subprocess
 import sys
-import time
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,6 +25,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 import fgclip
+from benchmarks import common
 from fgclip.batches import Collate, to_device
 from fgclip.losses import PairBank, contrast_pairs, hard_negative_loss, symmetric_loss
 from fgclip.model import unit
@@ -40,7 +34,6 @@ from fgclip.tokenizer import learn_merges
 from fgclip.transformer import quick_gelu
 from training.arguments import int_list
 
-AMP = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 SIZES = {
     "small": dict(
         vision=dict(image_size=64, patch_size=8, width=128, layers=4, heads=4, mlp_width=512),
@@ -49,7 +42,6 @@ SIZES = {
     ),
     "base": dict(),  # FG-CLIP's published one
 }
-EMBED_DIM = {"small": 128, "base": 512}
 WEIGHTS = dict(long=1.0, short=1.0, region=0.1, hard=0.5)
 LR = 1e-4
 
@@ -74,7 +66,7 @@ def plain_encoder(encoder: nn.Module) -> nn.TransformerEncoder:
     return plain
 
 
-class Plain(nn.Module):
+class PlainFGCLIP(nn.Module):
     """FG-CLIP as one would write it down, with the weights of `model`."""
 
     def __init__(self, model: fgclip.FGCLIP):
@@ -118,7 +110,7 @@ class Plain(nn.Module):
         return features | {f"scale_{name}": scale for name, scale in self.rest.logit_scales().items()}
 
 
-def plain_contrast(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor, bank: PairBank | None) -> Tensor:
+def plain_symmetric_loss(image: Tensor, text: Tensor, scale: Tensor, *, ids: Tensor, bank: PairBank | None) -> Tensor:
     """`symmetric_loss` by way of the whole matrix of logits."""
     target, total = torch.arange(len(image), device=image.device), 0.0
     own = torch.eye(len(image), dtype=torch.bool, device=image.device)
@@ -132,31 +124,25 @@ def plain_contrast(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor, bank
     return total
 
 
-def plain_hard(region: Tensor, text: Tensor, scale: Tensor, counts: Tensor) -> Tensor:
+def plain_hard_loss(region: Tensor, text: Tensor, scale: Tensor, *, counts: Tensor, ids: Tensor) -> Tensor:
     """`hard_negative_loss` of the drawn scenes, in which all groups are of one size and no alteration is the phrase."""
     logits = scale * torch.einsum("kd,kmd->km", region, text.unflatten(0, (len(counts), -1)))
     return F.cross_entropy(logits, torch.zeros_like(counts))
 
 
-def losses_of(features: dict, batch: dict, bank: PairBank | None, plain: bool) -> dict[str, Tensor]:
-    """The named losses of a batch; afterwards its regions are in the bank."""
+def losses_of(features: dict, batch: dict, bank: PairBank | None, symmetric, hard) -> dict[str, Tensor]:
+    """The named losses of a batch; afterwards its regions are in the bank.
+
+    symmetric, hard: `symmetric_loss` and `hard_negative_loss`, or their plain forms.
+    """
     pairs = contrast_pairs(features, batch)
     losses = {}
     for name, (image, text, scale, ids, _) in pairs.items():
-        own_bank = bank if name == "region" else None
-        if plain:
-            losses[name] = plain_contrast(image, text, scale, ids, own_bank)
-        else:
-            losses[name] = symmetric_loss(image, text, scale, ids=ids, bank=own_bank)
+        losses[name] = symmetric(image, text, scale, ids=ids, bank=bank if name == "region" else None)
     if "hard_texts" in features:
         region, text = unit(features["regions"])[batch["hard_regions"]], unit(features["hard_texts"])
-        scale, counts = features["scale_hard"], batch["hard_counts"]
-        if plain:
-            losses["hard"] = plain_hard(region, text, scale, counts)
-        else:
-            losses["hard"] = hard_negative_loss(
-                region, text, scale, counts=counts, ids=batch["short_ids"][batch["hard"]]
-            )
+        ids = batch["short_ids"][batch["hard"]]
+        losses["hard"] = hard(region, text, features["scale_hard"], counts=batch["hard_counts"], ids=ids)
     if bank is not None and "region" in pairs:
         bank.enqueue(pairs["region"].image, pairs["region"].text, pairs["region"].ids)
     return losses
@@ -188,47 +174,45 @@ class OpenCLIP(nn.Module):
         )  # fmt: skip
         self.loss = open_clip.ClipLoss()
 
-    def losses(self, batch: dict) -> dict[str, Tensor]:
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """The losses of a batch."""
         return {"short": self.loss(*self.model(batch["pixels"], batch["short_texts"][batch["short"]])[:3])}
 
 
 class Contender:
-    """A model with its optimizer and bank, and the step that they make of a batch."""
+    """A model, "fgclip", "plain" or "open_clip", with its optimizer and a full bank."""
 
     def __init__(self, name: str, args: argparse.Namespace, batch: dict, bank_size: int = 0):
-        self.name, self.device, self.dtype = name, args.device, AMP[args.amp]
+        self.name, self.device, self.amp, self.batch, self.bank = name, args.device, args.amp, batch, None
         torch.manual_seed(0)
         model = fgclip.FGCLIP(**SIZES[args.size])
+        dim = model.visual_projection.out_features
         if name == "plain":
-            model = Plain(model)
+            model = PlainFGCLIP(model)
         elif name == "open_clip":
             model = OpenCLIP(model, batch["short_texts"].shape[1])
         self.model = model.to(args.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR)
-        self.bank = None
         if bank_size:
-            self.bank = PairBank(bank_size, EMBED_DIM[args.size], device=args.device)
-            generator = torch.Generator().manual_seed(1)
-            for rows in torch.arange(bank_size).split(1024):  # in pieces, so that filling it is not the peak
-                pairs = unit(torch.randn(2, len(rows), EMBED_DIM[args.size], generator=generator)).to(args.device)
-                self.bank.enqueue(*pairs, rows.to(args.device) + 2**40)
+            self.bank = PairBank(bank_size, dim, device=args.device)
+            torch.manual_seed(1)  # the forms draw different amounts when they are built
+            for rows in torch.arange(bank_size, device=args.device).split(1024):
+                pairs = unit(torch.randn(2, len(rows), dim, device=args.device))
+                self.bank.enqueue(*pairs, rows + 2**40)
 
-    def losses(self, batch: dict) -> dict[str, Tensor]:
-        if self.name == "open_clip":
-            return self.model.losses(batch)
-        return losses_of(self.model(batch), batch, self.bank, plain=self.name == "plain")
+    def losses(self) -> dict[str, Tensor]:
+        with common.autocast(self.device, self.amp):
+            output = self.model(self.batch)
+            if self.name == "open_clip":
+                return output
+            plain = self.name == "plain"
+            forms = (plain_symmetric_loss, plain_hard_loss) if plain else (symmetric_loss, hard_negative_loss)
+            return losses_of(output, self.batch, self.bank, *forms)
 
-    def step(self, batch: dict) -> tuple[float, dict[str, float]]:
-        """Seconds of one step, and its losses."""
-        began = time.perf_counter()
-        with torch.autocast(self.device, dtype=self.dtype) if self.dtype else contextlib.nullcontext():
-            losses = self.losses(batch)
-        sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()
+    def step(self) -> None:
+        sum(WEIGHTS[name] * loss for name, loss in self.losses().items()).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began, {name: loss.item() for name, loss in losses.items()}
 
 
 def make_batch(args: argparse.Namespace, regions: bool) -> dict:
@@ -240,116 +224,57 @@ def make_batch(args: argparse.Namespace, regions: bool) -> dict:
     return to_device(collate([scenes[i] for i in range(args.batch_size)]), args.device)
 
 
-def interleave(contenders: list[Contender], batch: dict, rounds: int) -> dict[str, list[float]]:
-    """Seconds of the steps of each, which take turns. The first losses of ours and of the plain form must agree."""
-    tolerance = 1e-4 if contenders[0].dtype is None else 0.02
-    seconds = {one.name: [] for one in contenders}
-    for round_ in range(rounds + 2):
-        losses = {}
-        for one in contenders:
-            taken, losses[one.name] = one.step(batch)
-            if round_ >= 2:  # the first two warm up
-                seconds[one.name].append(taken)
-        if round_ == 0:
-            for name, value in losses["fgclip"].items():
-                theirs = losses["plain"][name]
-                if abs(value - theirs) > tolerance * abs(theirs):
-                    raise SystemExit(f"the loss {name} is {value} here and {theirs} in plain form; it must be the same")
-    return seconds
+def check_equal(ours: Contender, plain: Contender) -> None:
+    """Exit where both do not give the same losses."""
+    tolerance = 1e-4 if ours.amp == "none" else 0.02
+    with torch.no_grad():
+        expected = plain.losses()
+        for name, loss in ours.losses().items():
+            if abs(loss - expected[name]) > tolerance * abs(expected[name]):
+                raise SystemExit(f"the loss {name} is {loss} here and {expected[name]} in plain form")
 
 
-def status(field: str) -> float:
-    """MiB, of this process."""
-    # Not ru_maxrss, which a process inherits from the one that started it (getrusage(2), Linux).
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) / 2**10
-
-
-def measure_memory(args: argparse.Namespace) -> None:
-    """Print the MiB at the most, above what is held before, of three steps of one contender."""
-    name, bank_size = args.memory_of.split(",")
-    batch = make_batch(args, regions=True)
-    one = Contender(name, args, batch, int(bank_size))
-    cuda = args.device == "cuda"
-    before = torch.cuda.memory_allocated() / 2**20 if cuda else status("VmRSS")
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(3):
-        one.step(batch)
-    print((torch.cuda.max_memory_allocated() / 2**20 if cuda else status("VmHWM")) - before)
-
-
-def peak_memory(args: argparse.Namespace, name: str, bank_size: int) -> float:
-    command = [sys.executable, __file__, "--memory-of", f"{name},{bank_size}"]
-    for flag in ("batch_size", "size", "device", "amp", "threads"):
-        command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def speed_rows(seconds: dict[str, list[float]], case: str) -> list[str]:
-    rows = []
-    for name, values in seconds.items():
-        ratios = sorted(t / own for t, own in zip(values, seconds["fgclip"], strict=True))
-        against = "" if name == "fgclip" else f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        times = " | ".join(f"{v:.3f}" for v in (statistics.median(values), min(values), max(values)))
-        rows.append(f"| {case} | {name} | {times} | {against} |")
-    return rows
-
-
-def report(args: argparse.Namespace) -> list[str]:
-    machine = (
-        torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads, {platform.machine()}"
-    )
-    batch = make_batch(args, regions=True)
-    counts = f"{len(batch['region'])} regions, {len(batch['short_texts'])} distinct short and "
-    counts += f"{len(batch['long_texts'])} long texts"
-    lines = [
-        f"# FG-CLIP training step, {args.size} towers, batch {args.batch_size}, amp {args.amp}",
-        "",
-        f"{counts}; {machine}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}; "
-        f"{args.rounds} interleaved rounds",
-        "",
-        "| losses | form | median s | min s | max s | time over ours, median of the rounds (all) |",
-        "|---|---|---|---|---|---|",
-    ]
-    whole = [Contender(name, args, batch, args.bank_size) for name in ("fgclip", "plain")]
-    lines += speed_rows(interleave(whole, batch, args.rounds), f"all four, bank {args.bank_size}")
-    installed = find_spec("open_clip") is not None
-    names = ["fgclip", "plain"] + (["open_clip"] if installed else [])
-    batch = make_batch(args, regions=False)
-    short = [Contender(name, args, batch) for name in names]
-    lines += speed_rows(interleave(short, batch, args.rounds), "short captions")
-    lines += ["", f"open_clip {version('open_clip_torch')}" if installed else "open_clip is not installed"]
-    lines += ["", "Peak memory of a step with all four losses, in MiB above what is held before it:", ""]
-    lines += ["| places in the bank | its own rows | fgclip | plain |", "|---|---|---|---|"]
-    for size in args.bank_sizes:
-        own = 2 * size * (4 * EMBED_DIM[args.size] + 8) / 2**20
-        peaks = " | ".join(f"{peak_memory(args, name, size):.1f}" for name in ("fgclip", "plain"))
-        lines.append(f"| {size} | {own:.1f} | {peaks} |")
-    return lines
+def speed_rows(case: str, names: list[str], args: argparse.Namespace, batch: dict, bank_size: int) -> list[list[str]]:
+    contenders = {name: Contender(name, args, batch, bank_size) for name in names}
+    check_equal(contenders["fgclip"], contenders["plain"])
+    times = common.take_turns({name: contender.step for name, contender in contenders.items()}, args.rounds, warmup=2)
+    return [[case, *row] for row in common.time_rows(times, "fgclip")]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=32, help="images a step")
-    parser.add_argument("--size", choices=tuple(SIZES), default="small", help="of the towers")
-    parser.add_argument("--bank-size", type=int, default=128, help="places in the bank, when speed is measured")
+    parser = common.make_parser(__doc__, rounds=7)
+    common.add_step_flags(parser, batch_size=32)
+    parser.add_argument("--size", choices=tuple(SIZES), default="small", help="of the towers (default: small)")
+    parser.add_argument("--bank-size", type=int, default=128, help="places in the bank when speed is measured")
     parser.add_argument("--bank-sizes", type=int_list, default="0,4096,65536", help="when memory is measured")
-    parser.add_argument("--rounds", type=int, default=7, help="steps of each that count")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--amp", choices=tuple(AMP), default="none")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", nargs=2, metavar=("NAME", "BANK_SIZE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    batch = make_batch(args, regions=True)
     if args.memory_of:
-        return measure_memory(args)
-    lines = report(args)
-    print("\n".join(lines))
-    if args.write:
-        path = Path(__file__).resolve().parent / "results" / f"fgclip-step-{args.device}-{args.amp}.md"
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        contender = Contender(args.memory_of[0], args, batch, int(args.memory_of[1]))
+        return print(common.extra_memory(lambda: [contender.step() for _ in range(3)], args.device))
+
+    texts = f"{len(batch['short_texts'])} distinct short and {len(batch['long_texts'])} long texts"
+    packages = ("torchvision", "open_clip_torch") if find_spec("open_clip") else ("torchvision",)
+    speed = speed_rows(f"all four, bank {args.bank_size}", ["fgclip", "plain"], args, batch, args.bank_size)
+    names = ["fgclip", "plain", "open_clip"] if find_spec("open_clip") else ["fgclip", "plain"]
+    speed += speed_rows("short captions", names, args, make_batch(args, regions=False), 0)
+    peaks = [
+        [str(size), *(f"{common.in_fresh_process('--memory-of', name, str(size)):.1f}" for name in ("fgclip", "plain"))]
+        for size in args.bank_sizes
+    ]
+    common.finish(
+        [
+            f"# FG-CLIP training step, {args.size} towers, batch {args.batch_size}, amp {args.amp}",
+            f"{len(batch['region'])} regions, {texts}; {common.machine(args.device, packages)}; {args.rounds} rounds",
+            common.table(["losses", *common.TIME_COLUMNS], speed),
+            "Peak memory of a step with all four losses, in MiB above what is held before it:",
+            common.table(["places in the bank", "fgclip", "plain"], peaks),
+        ],
+        f"fgclip-step-{args.device}-{args.amp}",
+        args.write,
+    )
 
 
 if __name__ == "__main__":

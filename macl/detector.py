@@ -1,5 +1,6 @@
 """The paired detector: Faster R-CNN over the fused pyramids of a visible and an infrared image."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+import training.distributed as distributed
 from macl.backbone import Backbone
 from macl.contrast import MACLHead
 from macl.domain import DomainAlignment, pool
@@ -23,20 +25,31 @@ MODALITIES = ("visible", "infrared")
 
 
 class Extracted(NamedTuple):
-    """What backbone and neck made of a batch: all that detection, embedding and losses start from."""
+    """What backbone and neck made of those images of a batch that have one padded size.
+
+    A list of them, one a size, is what detection, embedding and losses start from. Images of several sizes stay apart
+    as far as the regions of interest: padded to a common size, a norm, a border or a stride would change with the other
+    images of the batch.
+    """
 
     pyramids: dict[str, list[Tensor]]  # (B, C, H_l, W_l) a level, for each modality given
     original_sizes: list[tuple[int, int]]  # (height, width) of the images as given
     sizes: list[tuple[int, int]]  # as resized
-    batch_size: tuple[int, int]  # of the padded batch
+    batch_size: tuple[int, int]  # as padded
+    places: list[int]  # of the images in the batch
+
+    def images(self) -> Iterator[tuple[int, tuple[int, int], tuple[int, int]]]:
+        """Place, original size and size of each image."""
+        return zip(self.places, self.original_sizes, self.sizes, strict=True)
 
 
 class PairedFasterRCNN(nn.Module):
     """Faster R-CNN with one backbone and neck for both modalities, and the contrastive heads that train them.
 
     modality_dropout: probabilities that the visible, or the infrared, features of a training image are masked before
-    the fusion (never both). min_size, max_size: resize so that the short side is min_size (of several, a random one in
-    training and the last in evaluation) unless the long one would exceed max_size; None leaves the size alone.
+    the fusion (never both). min_size, max_size: resize so that the short side is min_size (of several, a random one for
+    each batch in training and the last in evaluation) unless the long one would exceed max_size; None leaves the size
+    alone.
     macl_level: what the contrastive head embeds, "roi", every ground-truth box (pooled to macl_roi_size x
     macl_roi_size), or "image", the mean over all positions and levels. alignment: the losses between the modalities, or
     data sets, where there are any; `reversal_scale` scales the reversed gradient of its classifier and may be changed
@@ -107,26 +120,33 @@ class PairedFasterRCNN(nn.Module):
         extracted = self.extract(images)
         return self.losses(extracted, targets) if self.training else self.detect(extracted)
 
-    def losses(self, extracted: Extracted, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def losses(self, extracted: list[Extracted], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The unweighted losses; also refreshes `monitor`."""
-        pyramids, original_sizes, sizes, batch_size = extracted
-        targets = [prepare_target(t, old, new) for t, old, new in zip(targets, original_sizes, sizes, strict=True)]
-        fused = self.fusion(pyramids, self.draw_present(pyramids))
-        proposals, rpn_losses = self.rpn(fused, sizes, batch_size, targets)
-        losses = rpn_losses | self.roi_head.losses(fused, proposals, targets)
+        prepared, terms = [], {}
+        for group in extracted:
+            own = [prepare_target(targets[place], old, new) for place, old, new in group.images()]
+            fused = self.fusion(group.pyramids, self.draw_present(group.pyramids))
+            proposals, found = self.rpn(fused, group.sizes, group.batch_size, own)
+            for name, term in (found | self.roi_head.losses(fused, proposals, own)).items():
+                terms.setdefault(name, []).append(term)
+            prepared += own
+        losses = {name: distributed.global_mean(*map(sum, zip(*term, strict=True))) for name, term in terms.items()}
         self.monitor = {}
-        for found, said in self.alignment_losses(extracted, targets):
+        for found, said in self.alignment_losses(extracted, prepared):
             losses |= found
             self.monitor |= said
         return losses
 
     def alignment_losses(
-        self, extracted: Extracted, targets: list[dict]
+        self, extracted: list[Extracted], targets: list[dict]
     ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """Losses and figures of what brings the modalities together: the contrastive head, and the alignment."""
+        """Losses and figures of what brings the modalities together: the contrastive head, and the alignment.
+
+        targets: prepared, in the order of `extracted`.
+        """
         if self.macl is None and self.alignment is None:
             return
-        if len(extracted.pyramids) < 2:
+        if len(extracted[0].pyramids) < 2:
             raise ValueError(
                 "contrast and alignment need both modalities in training; build the detector with macl_level='none', "
                 "mmd_level='none' and adversary='none'"
@@ -134,7 +154,7 @@ class PairedFasterRCNN(nn.Module):
         boxes, embeddings = contrast_boxes(targets), None
         if self.macl is not None:
             scenes = None if self.macl.hard is None else self.per_row(stack_labels(targets, "scene"), boxes)
-            contrast = self.macl.compare(*self.contrast_features(extracted.pyramids, boxes), scenes)
+            contrast = self.macl.compare(*self.contrast_features(extracted, boxes), scenes)
             embeddings = {"visible": contrast.visible, "infrared": contrast.infrared}
             yield contrast.losses, contrast.statistics
         if self.alignment is not None:
@@ -144,27 +164,33 @@ class PairedFasterRCNN(nn.Module):
                 domains = torch.zeros(len(targets), dtype=torch.int64, device=boxes[0].device)
             pooled = None
             if self.alignment.pools:
-                where = extracted.sizes, extracted.batch_size
-                pooled = {name: pool(pyramid, *where) for name, pyramid in extracted.pyramids.items()}
+                pooled = {
+                    name: torch.cat([pool(group.pyramids[name], group.sizes, group.batch_size) for group in extracted])
+                    for name in MODALITIES
+                }
             yield self.alignment(
                 pooled, domains, embeddings, self.per_row(domains, boxes), reversal_scale=self.reversal_scale
             )
 
     def detect(
-        self, extracted: Extracted, modalities: tuple[str, ...] = MODALITIES, *, score_threshold: float | None = None
+        self,
+        extracted: list[Extracted],
+        modalities: tuple[str, ...] = MODALITIES,
+        *,
+        score_threshold: float | None = None,
     ) -> list[dict[str, Tensor]]:
         """Detections from the pyramids of `modalities` alone: one extraction serves both cameras and each by itself.
 
         score_threshold: None takes the detector's own.
         """
-        pyramids, original_sizes, sizes, batch_size = extracted
-        fused = self.fusion({name: pyramids[name] for name in modalities if name in pyramids})
-        proposals, _ = self.rpn(fused, sizes, batch_size, None)
-        detections = self.roi_head.detect(fused, proposals, sizes, score_threshold=score_threshold)
-        return [
-            found | {"boxes": rescale(found["boxes"], size, original)}
-            for found, size, original in zip(detections, sizes, original_sizes, strict=True)
-        ]
+        detections = {}
+        for group in extracted:
+            fused = self.fusion({name: group.pyramids[name] for name in modalities if name in group.pyramids})
+            proposals, _ = self.rpn(fused, group.sizes, group.batch_size, None)
+            found = self.roi_head.detect(fused, proposals, group.sizes, score_threshold=score_threshold)
+            for (place, original, size), one in zip(group.images(), found, strict=True):
+                detections[place] = one | {"boxes": rescale(one["boxes"], size, original)}
+        return [detections[place] for place in sorted(detections)]
 
     @property
     def modes(self) -> dict[str, tuple[str, ...]]:
@@ -173,36 +199,60 @@ class PairedFasterRCNN(nn.Module):
             return {self.fusion.kind: (self.fusion.kind,)}
         return {"both": MODALITIES, **{name: (name,) for name in MODALITIES}}
 
-    def embed(self, extracted: Extracted, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def embed(self, extracted: list[Extracted], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The contrastive embeddings in the visible and in the infrared image, (N, out_dim) each.
 
         One row a given box (n_i, 4 an image); of a detector with macl_level "image" one row an image.
         """
-        sizes = zip(extracted.original_sizes, extracted.sizes, strict=True)
-        boxes = [rescale(box, *pair) for box, pair in zip(boxes, sizes, strict=True)]
-        return tuple(self.macl.embed(features) for features in self.contrast_features(extracted.pyramids, boxes))
+        where = [image for group in extracted for image in group.images()]
+        boxes = [rescale(boxes[place], old, new) for place, old, new in where]
+        counts = [1 if self.macl_level == "image" else len(box) for box in boxes]
+        order = sorted(range(len(where)), key=lambda i: where[i][0])
+        embedded = (self.macl.embed(rows).split(counts) for rows in self.contrast_features(extracted, boxes))
+        return tuple(torch.cat([parts[i] for i in order]) for parts in embedded)
 
-    def extract(self, images: dict[str, list[Tensor]]) -> Extracted:
-        """Resize, normalise and pad the images of each modality, and run all of them through backbone and neck as one
-        batch.
+    def extract(self, images: dict[str, list[Tensor]]) -> list[Extracted]:
+        """Resize, normalise and pad the images of each modality, and run both of each size through backbone and neck as
+        one batch.
         """
         original_sizes = [tuple(image.shape[-2:]) for image in next(iter(images.values()))]
-        drawn = [self.draw_min_size() for _ in original_sizes]  # the same for both images of a pair
-        resized = {
-            name: [self.resize(*pair) for pair in zip(given, drawn, strict=True)] for name, given in images.items()
-        }
-        sizes = [tuple(image.shape[-2:]) for image in next(iter(resized.values()))]
-        layout = [(name, len(sizes)) for name in images]
-        batch = torch.cat([self.batch(given, name) for name, given in resized.items()])
+        min_size = self.draw_min_size()
+        images = {name: [self.resize(image, min_size) for image in given] for name, given in images.items()}
+        sizes = [tuple(image.shape[-2:]) for image in next(iter(images.values()))]
+        groups = {}  # padded size -> places
+        for place, size in enumerate(sizes):
+            groups.setdefault(tuple(math.ceil(side / MULTIPLE) * MULTIPLE for side in size), []).append(place)
+        extracted = []
+        for batch_size, places in groups.items():
+            own = {name: [given[place] for place in places] for name, given in images.items()}
+            known = ([of[place] for place in places] for of in (original_sizes, sizes))
+            extracted.append(Extracted(self.pyramids(own, batch_size), *known, batch_size, places))
+        if self.training and isinstance(self.backbone.bn1, nn.SyncBatchNorm):
+            self.wait_for_all(extracted)
+        return extracted
+
+    def pyramids(self, images: dict[str, list[Tensor]], size: tuple[int, int]) -> dict[str, list[Tensor]]:
+        """Maps (B, C, H_l, W_l) of the images of each modality, padded to `size`."""
+        batch = torch.cat([self.batch(given, name, size) for name, given in images.items()])
         # The layout in which convolutions are fastest: on a CPU their backward takes half as long again channels-last.
         layout_in_memory = torch.channels_last if batch.is_cuda else torch.contiguous_format
+        layout = [(name, len(given)) for name, given in images.items()]
         maps = self.neck(self.backbone(batch.contiguous(memory_format=layout_in_memory), layout))
-        split = [level.split(len(sizes)) for level in maps]
-        pyramids = {name: [level[i] for level in split] for i, name in enumerate(images)}
-        return Extracted(pyramids, original_sizes, sizes, tuple(batch.shape[-2:]))
+        split = [level.chunk(len(images)) for level in maps]
+        return {name: [level[i] for level in split] for i, name in enumerate(images)}
+
+    def wait_for_all(self, extracted: list[Extracted]) -> None:
+        """As many passes as the process that has most sizes makes: in each the norms wait for one another, and so do
+        their gradients, for which what is empty joins the first map.
+        """
+        most = int(distributed.gather(torch.tensor([len(extracted)])).max())
+        for pyramids in [extracted[0].pyramids] * (most - len(extracted)):
+            empty = self.pyramids(dict.fromkeys(pyramids, []), (MULTIPLE, MULTIPLE))
+            first = next(iter(pyramids.values()))
+            first[0] = first[0] + sum(level.sum() for levels in empty.values() for level in levels)
 
     def draw_min_size(self) -> int | None:
-        """The short side to resize to: a random one of several in training, the last in evaluation."""
+        """The short side to resize a batch to: a random one of several in training, the last in evaluation."""
         if not self.min_sizes:
             return None
         which = int(torch.randint(len(self.min_sizes), ())) if self.training and len(self.min_sizes) > 1 else -1
@@ -218,13 +268,10 @@ class PairedFasterRCNN(nn.Module):
         size = [max(1, math.floor(side * factor)) for side in (height, width)]
         return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
 
-    def batch(self, images: list[Tensor], modality: str) -> Tensor:
-        """Normalise and zero-pad to one size, a multiple of 32. -> (B, 3, H, W)."""
+    def batch(self, images: list[Tensor], modality: str, size: tuple[int, int]) -> Tensor:
+        """Normalise and zero-pad to one size (height, width). -> (B, 3, H, W)."""
         mean, std = getattr(self, f"{modality}_mean"), getattr(self, f"{modality}_std")
-        height, width = (
-            math.ceil(max(image.shape[axis] for image in images) / MULTIPLE) * MULTIPLE for axis in (-2, -1)
-        )
-        batch = mean.new_zeros(len(images), 3, height, width)
+        batch = mean.new_zeros(len(images), 3, *size)
         for row, image in zip(batch, images, strict=True):
             row[:, : image.shape[-2], : image.shape[-1]] = (image - mean) / std
         return batch
@@ -238,16 +285,22 @@ class PairedFasterRCNN(nn.Module):
         draw = torch.rand(len(finest))
         return torch.stack([draw >= drop_visible, draw < 1 - drop_infrared], dim=1).to(finest.device)
 
-    def contrast_features(self, pyramids: dict[str, list[Tensor]], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """What the contrastive head compares: (N, in_dim) of the visible and of the infrared pyramid.
+    def contrast_features(self, extracted: list[Extracted], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What the contrastive head compares: (N, in_dim) of the visible and of the infrared pyramids.
 
-        One row for each of the boxes (n_i, 4) of the images, in pixels of the batch; at image level for each image.
+        One row for each of the boxes (n_i, 4) of the images, in the order of `extracted` and in pixels as resized; at
+        image level for each image.
         """
-        if self.macl_level == "image":
-            return tuple(
-                torch.stack([level.mean(dim=(2, 3)) for level in pyramids[name]]).mean(dim=0) for name in MODALITIES
-            )
-        return tuple(self.roi_features(pyramids[name], boxes) for name in MODALITIES)
+        rows, boxes = {name: [] for name in MODALITIES}, iter(boxes)
+        for group in extracted:
+            own = list(itertools.islice(boxes, len(group.places)))
+            for name, found in rows.items():
+                levels = group.pyramids[name]
+                if self.macl_level == "image":
+                    found.append(torch.stack([level.mean(dim=(2, 3)) for level in levels]).mean(dim=0))
+                else:
+                    found.append(self.roi_features(levels, own))
+        return tuple(map(torch.cat, rows.values()))
 
     def per_row(self, labels: Tensor, boxes: list[Tensor]) -> Tensor:
         """Labels (B,) of the images as those of the rows that `contrast_features` makes of them, (N,)."""

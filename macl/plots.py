@@ -4,12 +4,14 @@ draw_detections needs Pillow alone; the other two need matplotlib and scikit-lea
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from macl.errors import InputError
+from training.errors import InputError
+from training.files import whole_file
 
 COLOURS = {"detection": (255, 158, 44), "ground truth": (70, 200, 255), "ignored": (165, 165, 165)}
 BACKGROUND, TEXT, DIVIDER_COLOUR = (24, 26, 30), (232, 232, 232), (110, 112, 118)
@@ -93,7 +95,7 @@ def tsne_picture(path, visible_embeddings, infrared_embeddings, *, title="", see
         axes.scatter(*points.T, s=22, c=colour, marker=marker, edgecolors="white", linewidths=0.4, label=name, zorder=2)
     axes.set(title=title or f"t-SNE of {len(chosen)} pairs", xticks=[], yticks=[])
     axes.legend(loc="best", framealpha=0.9)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
     return True
 
 
@@ -126,7 +128,12 @@ def miss_rate_plot(path, curves: dict[str, dict], *, title="") -> None:
     axes.grid(True, color="#000000", alpha=0.12, lw=0.6)
     if measured:
         axes.legend(loc="lower left", title="log-average miss rate", alignment="left", framealpha=0.9)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure, path) -> None:
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or None)
 
 
 def _missing(what: str, error: ImportError) -> str:

@@ -8,7 +8,6 @@ from torchvision import ops
 import kernels
 from macl.boxes import BoxCoder, box_regression_loss, match, sample
 from macl.precision import at_least_float32, check_finite
-from training.distributed import global_mean
 
 SMALLEST_SIDE = 1e-2  # pixels; detections below it are dropped
 
@@ -58,8 +57,13 @@ class RoIHead(nn.Module):
         self.box_loss, self.box_beta, self.label_smoothing = box_loss, box_beta, label_smoothing
         self.score_threshold, self.nms_iou, self.max_detections = score_threshold, nms_iou, max_detections
 
-    def losses(self, features: list[Tensor], proposals: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
-        """features: (B, C, H_l, W_l); proposals: (n_i, 4) an image. -> loss_classifier and loss_box_reg."""
+    def losses(
+        self, features: list[Tensor], proposals: list[Tensor], targets: list[dict]
+    ) -> dict[str, tuple[Tensor, int]]:
+        """features: (B, C, H_l, W_l); proposals: (n_i, 4) an image.
+
+        -> loss_classifier and loss_box_reg, each as (sum, number of terms).
+        """
         proposals, labels, boxes = self.choose(proposals, targets)
         logits, offsets = self.predict(features, proposals)
         proposals, labels, boxes = torch.cat(proposals), torch.cat(labels), torch.cat(boxes)
@@ -71,8 +75,8 @@ class RoIHead(nn.Module):
         )
         count = labels.numel()
         return {
-            "loss_classifier": global_mean(classification, count),
-            "loss_box_reg": global_mean(regression + offsets.sum() * 0, count),
+            "loss_classifier": (classification, count),
+            "loss_box_reg": (regression + offsets.sum() * 0, count),
         }
 
     def detect(

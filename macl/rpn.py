@@ -7,7 +7,6 @@ from torchvision import ops
 
 from macl.boxes import AnchorGenerator, BoxCoder, box_regression_loss, match, sample
 from macl.precision import at_least_float32, check_finite
-from training.distributed import global_mean
 
 SMALLEST_SIDE = 1e-3  # pixels; proposals below it are dropped
 
@@ -116,10 +115,11 @@ class RPN(nn.Module):
         image_sizes: list[tuple[int, int]],
         batch_size: tuple[int, int],
         targets: list[dict] | None,
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+    ) -> tuple[list[Tensor], dict[str, tuple[Tensor, int]]]:
         """features: (B, C, H_l, W_l); image_sizes: (height, width) of each image without padding; batch_size: with it.
 
-        -> proposals (n_i, 4) an image, and the losses loss_objectness and loss_rpn_box_reg when there are targets.
+        -> proposals (n_i, 4) an image, and when there are targets the losses loss_objectness and loss_rpn_box_reg, each
+        as (sum, number of terms).
         """
         anchors = self.anchors(features, batch_size)
         # The losses look at few anchors: they run the head again there, so that its backward is theirs alone.
@@ -152,8 +152,8 @@ class RPN(nn.Module):
             proposals.append(image_boxes[large][keep])
         return proposals
 
-    def losses(self, features: list[Tensor], anchors: Tensor, targets: list[dict]) -> dict[str, Tensor]:
-        """features: (B, C, H_l, W_l); anchors: (N, 4), of all levels."""
+    def losses(self, features: list[Tensor], anchors: Tensor, targets: list[dict]) -> dict[str, tuple[Tensor, int]]:
+        """features: (B, C, H_l, W_l); anchors: (N, 4), of all levels. -> the losses, as `forward` gives them."""
         image, anchor, labels, boxes = [], [], [], []
         for number, target in enumerate(targets):
             matched = match(
@@ -178,4 +178,4 @@ class RPN(nn.Module):
                 "smooth_l1", deltas[labels], boxes, anchors[anchor[labels]], self.coder, self.beta
             ),
         }
-        return {name: global_mean(total, len(labels)) for name, total in sums.items()}
+        return {name: (total, len(labels)) for name, total in sums.items()}

@@ -5,7 +5,7 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from macl.metrics import alignment, average_precision, ignore_all_but, miss_rate
 from macl.metrics.average_precision import MAX_DETECTIONS, MEASURES
 from macl.metrics.miss_rate import DAYTIMES, FRAME
 from macl.plots import draw_detections, tsne_picture
+from training.files import whole_file
 
 SCORE_THRESHOLD = 0.001  # for figures; below a detector's own, which is for looking at
 AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -38,14 +39,15 @@ def predict(
     workers: int = 0,
     amp: str = "none",
     score_threshold: float = SCORE_THRESHOLD,
+    between: Callable[[], None] | None = None,
 ) -> list[dict]:
     """What the detector finds in every image of a data set of paired samples, each image on exactly one process.
 
     modes: name -> modalities to detect with (see `PairedFasterRCNN.modes`); none to embed only. Features are computed
-    once for all. -> on every process, one dict an image, in order: image_id, path, size (H, W), classes (the names of
-    labels 1, 2, ...), `found` (mode -> detections, on the CPU), `truth` (the boxes with labels, ignore and what else is
-    known), and, of a detector with a contrastive head, `embeddings`: (visible, infrared), each (n, out_dim), of the
-    boxes that are not ignored or of the image.
+    once for all. between: see `distributed.in_step`. -> on every process, one dict an image, in order: image_id, path,
+    size (H, W), classes (the names of labels 1, 2, ...), `found` (mode -> detections, on the CPU), `truth` (the boxes
+    with labels, ignore and what else is known), and, of a detector with a contrastive head, `embeddings`: (visible,
+    infrared), each (n, out_dim), of the boxes that are not ignored or of the image.
     """
     was_training = detector.training
     detector.eval()
@@ -53,7 +55,8 @@ def predict(
     batches = [sum(own[i : i + batch_size], []) for i in range(0, len(own), batch_size)]
     dtype = AUTOCAST[amp]
     results = []
-    for batch in make_loader(Plain(dataset), batches, workers=workers, device=device):
+    loader = make_loader(Plain(dataset), batches, workers=workers, device=device)
+    for batch in distributed.in_step(loader, len(batches), between):
         images = {name: [image.to(device) for image in batch[name]] for name in ("visible", "infrared")}
         with torch.autocast(torch.device(device).type, dtype=dtype) if dtype else contextlib.nullcontext():
             extracted = detector.extract(images)
@@ -85,9 +88,9 @@ def to_cpu(detections: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in detections.items()}
 
 
-def embed(detector: PairedFasterRCNN, extracted: Extracted, targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
+def embed(detector: PairedFasterRCNN, extracted: list[Extracted], targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
     """The (visible, infrared) embeddings of each image's boxes that are not ignored, or of the image; on the CPU."""
-    boxes = [target["boxes"][~target["ignore"]].to(extracted.pyramids["visible"][0].device) for target in targets]
+    boxes = [target["boxes"][~target["ignore"]].to(extracted[0].pyramids["visible"][0].device) for target in targets]
     rows = [len(box) if detector.macl_level == "roi" else 1 for box in boxes]
     visible, infrared = (part.float().cpu().split(rows) for part in detector.embed(extracted, boxes))
     return list(zip(visible, infrared, strict=True))
@@ -281,9 +284,9 @@ def draw_validation(folder: Path, epoch: int, data, results: list[dict], classes
         sample, result = data[index], results[index]
         found = next(iter(result["found"].values()))
         images = {name: to_float(sample[name]) for name in ("visible", "infrared")}
-        draw_detections(**images, detections=found, ground_truth=result["truth"], classes=classes).save(
-            pictures / f"validation-{index}.png"
-        )
+        picture = draw_detections(**images, detections=found, ground_truth=result["truth"], classes=classes)
+        with whole_file(pictures / f"validation-{index}.png") as file:
+            picture.save(file, "PNG")
     if "embeddings" in results[0] and find_spec("matplotlib") and find_spec("sklearn"):
         both = torch.cat([seen_in_both(result) for result in results])
         visible, infrared = (torch.cat([result["embeddings"][i] for result in results])[both] for i in (0, 1))

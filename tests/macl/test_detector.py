@@ -4,8 +4,11 @@ import pytest
 import torch
 
 import macl
+from macl.backbone import NORMS
 from macl.boxes import BELOW, BETWEEN, match
+from macl.detector import MODALITIES
 from macl.fusion import FUSIONS, Fusion
+from training import distributed
 
 DETECTION_LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
 
@@ -130,14 +133,77 @@ def test_image_level_contrast_compares_images(build, batch):
 def test_resizing_gives_detections_in_pixels_of_the_given_image(build, batch):
     model = build(min_size=(48, 64), max_size=96, score_threshold=0.0).eval()
     extracted = model.extract({"visible": batch["visible"]})
-    assert extracted.sizes == [(64, 96), (64, 85)]  # the last of several sizes
+    assert [group.sizes for group in extracted] == [[(64, 96), (64, 85)]]  # the last of several sizes
     model.train()
     torch.manual_seed(0)
-    assert {model.draw_min_size() for _ in range(20)} == {48, 64}
+    drawn = [model.extract({"visible": batch["visible"][:1] * 3})[0].sizes for _ in range(9)]
+    assert {min(size) for sizes in drawn for size in sizes} == {48, 64}
+    assert all(len(set(sizes)) == 1 for sizes in drawn)  # one for the batch
     large = [torch.nn.functional.interpolate(image[None], scale_factor=4)[0] for image in batch["visible"]]
     for found, image in zip(detect(model, visible=large), large, strict=True):
         assert found["boxes"][:, 2].max() > image.shape[-1] * 0.9
         assert found["boxes"].min() >= 0 and found["boxes"][:, 3].max() <= image.shape[-2]
+
+
+@pytest.fixture
+def unequal():
+    """Four images, the first and the last of one padded size, a box each; boxes of people grow with the image."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = ((64, 96), (97, 60), (32, 130), (60, 80))
+    images = {name: [torch.rand(3, *size, generator=generator).double() for size in sizes] for name in MODALITIES}
+    boxes = [torch.tensor([[w / 3, 2, w / 2, h - 1]], dtype=torch.float64) for h, w in sizes]
+    return images | {"targets": [{"boxes": box, "labels": torch.ones(1, dtype=torch.int64)} for box in boxes]}
+
+
+def alone(batch):
+    """The images of a batch, each as a batch."""
+    return [{name: given[i : i + 1] for name, given in batch.items()} for i in range(len(batch["targets"]))]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("level", ["roi", "image"])
+def test_an_image_is_seen_as_it_is_alone_whatever_the_batch_holds(build, unequal, norm, level):
+    model = build(norm=norm, macl_level=level, fusion="gated", fpn_levels=5, score_threshold=0.0).double().eval()
+    torch.nn.init.constant_(model.neck.msp.gate, 0.7)
+    torch.nn.init.normal_(model.fusion.gate.weight, std=0.1)
+
+    @torch.no_grad()
+    def seen(visible, infrared, targets):
+        extracted = model.extract({"visible": visible, "infrared": infrared})
+        embedded = model.embed(extracted, [target["boxes"] for target in targets])
+        return model.detect(extracted), list(zip(*embedded, strict=True))
+
+    each = [seen(**one) for one in alone(unequal)]
+    detections, embeddings = seen(**unequal)
+    assert min(len(found["boxes"]) for found in detections) > 5
+    torch.testing.assert_close(detections, [found for (found,), _ in each], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(embeddings, [pair for _, (pair,) in each], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "modality_batch"])
+def test_an_image_trains_as_it_does_alone(build, unequal, norm, monkeypatch):
+    """Every anchor and RoI is in the losses, whose sums are looked at: none may lie in another image's padding."""
+    monkeypatch.setattr(distributed, "global_mean", lambda total, count: torch.stack([total, total * 0 + count]))
+    unequal = {name: given[:3] for name, given in unequal.items()}  # statistics of a batch are of one size
+    everything = dict(rpn_samples=10**6, roi_samples=10**6, rpn_positive_fraction=1.0, roi_positive_fraction=1.0)
+    model = build(norm=norm, macl_level="none", fpn_levels=5, **everything).double().train()
+    each = [model(**one) for one in alone(unequal)]
+    for name, total in model(**unequal).items():
+        torch.testing.assert_close(total, sum(losses[name] for losses in each), rtol=1e-6, atol=1e-6)
+
+
+def test_synchronised_norms_make_as_many_passes_on_every_process(build, unequal, monkeypatch):
+    model, forwards, backwards = build(norm="sync_batch").double().train(), [], []
+
+    def count(_, inputs, out):
+        forwards.append(len(out))
+        out.register_hook(lambda gradient: backwards.append(len(gradient)))
+
+    model.backbone.bn1.register_forward_hook(count)
+    monkeypatch.setattr(distributed, "gather", lambda own: torch.cat([own, own + 2]))  # elsewhere are two sizes more
+    extracted = model.extract({name: unequal[name] for name in MODALITIES})
+    sum(group.pyramids["visible"][0].sum() for group in extracted).backward()
+    assert forwards == [4, 2, 2, 0, 0] and backwards == forwards[::-1]  # in one order
 
 
 def test_pairs_of_different_size_or_form_are_refused(build, batch):

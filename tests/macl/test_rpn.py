@@ -47,7 +47,7 @@ def test_single_anchors_equal_the_dense_head_with_all_gradients(rpn):
 def test_every_parameter_of_the_head_has_a_gradient(rpn, boxes):
     targets = [{"boxes": boxes.double()}, {"boxes": torch.zeros(0, 4, dtype=torch.float64)}]
     _, losses = rpn(features(False), [(48, 72)] * 2, (48, 72), targets)
-    sum(losses.values()).backward()
+    sum(total for total, _ in losses.values()).backward()
     assert all(parameter.grad is not None for parameter in rpn.head.parameters())
     assert (rpn.head.cls_logits.weight.grad != 0).any()
 
@@ -58,14 +58,14 @@ def test_under_autocast_the_losses_train_the_head(rpn):
     rpn.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, losses = rpn([part.float() for part in features(False)], [(48, 72)] * 2, (48, 72), targets)
-    sum(losses.values()).backward()
+    sum(total for total, _ in losses.values()).backward()
     assert all((parameter.grad != 0).any() for parameter in rpn.head.parameters())
 
 
 def test_the_backward_of_the_losses_is_that_of_few_anchors_and_of_one_order(rpn, backward_nodes):
     target = {"boxes": torch.tensor([[4.0, 4.0, 30.0, 34.0]], dtype=torch.float64)}
     _, losses = rpn(features(), [(48, 72)] * 2, (48, 72), [target, target])
-    nodes = backward_nodes(sum(losses.values()))
+    nodes = backward_nodes(sum(total for total, _ in losses.values()))
     assert not any("Convolution" in name for name in nodes)  # of all anchors
     windows = windows_of_three(features()[0], torch.tensor([0, 1, 1]), torch.tensor([5, 5, 6]))
     assert "GatherBackward0" in backward_nodes(windows)  # threads add up what indexing reads in any order

@@ -76,8 +76,8 @@ def test_proposals_are_torchvisions(ours, theirs, image, in_float64):
     with torch.no_grad():
         batch, _ = theirs.transform([image])
         expected, _ = theirs.rpn(batch, theirs.backbone(batch.tensors))
-        pyramids, _, sizes, batch_size = ours.extract({"visible": [image]})
-        found, _ = ours.rpn(ours.fusion(pyramids), sizes, batch_size, None)
+        (extracted,) = ours.extract({"visible": [image]})
+        found, _ = ours.rpn(ours.fusion(extracted.pyramids), extracted.sizes, extracted.batch_size, None)
     assert len(expected[0]) > 100
     torch.testing.assert_close(found[0], expected[0], atol=1e-4, rtol=1e-4)
 
