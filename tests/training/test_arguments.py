@@ -105,7 +105,7 @@ def test_each_run_gets_a_folder_that_says_how_it_began(tmp_path):
     assert record["script"] == "toy" and record["world_size"] == 1 and record["versions"]["torch"] == torch.__version__
     assert record["arguments"]["lr"] == 0.5 and record["arguments"]["milestones"] == [3, 4]
     assert record["arguments"]["output"] == args.output == str(first)
-    assert [path.name for path in first.iterdir()] == ["args.json"]
+    assert {path.name for path in first.iterdir()} == {".lock", "args.json"}
 
 
 def test_a_folder_in_use_is_refused(tmp_path, capsys):

@@ -149,8 +149,8 @@ def test_everything_plain_comes_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_an_interrupted_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize(("error", "seen"), [(KeyboardInterrupt, KeyboardInterrupt), (OSError, InputError)])
+def test_an_interrupted_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch, error, seen):
     save(tmp_path / "last.pt", {"step": 1})
 
     def half_written(state, file):
@@ -158,7 +158,7 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint(tmp_path, monkeypatc
         raise error
 
     monkeypatch.setattr(torch, "save", half_written)
-    with pytest.raises(error):
+    with pytest.raises(seen, match="" if seen is error else "last.pt cannot be written"):
         save(tmp_path / "last.pt", {"step": 2})
     assert load(tmp_path / "last.pt") == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
@@ -184,11 +184,11 @@ def test_a_killed_run_leaves_a_whole_checkpoint(tmp_path):
 
 def test_files_that_are_no_checkpoint_get_one_sentence(tmp_path):
     path = tmp_path / "last.pt"
-    with pytest.raises(InputError, match="no such checkpoint"):
+    with pytest.raises(InputError, match="last.pt does not exist"):
         load(path)
     for content in (b"", b"not a checkpoint", pickle.dumps({"step": 1})):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="last.pt: not a checkpoint"):
+        with pytest.raises(InputError, match="last.pt was not written by torch.save"):
             load(path)
     torch.save([1, 2], path)
     with pytest.raises(InputError, match="expected a dictionary, found a list"):
@@ -206,7 +206,7 @@ def test_a_truncated_checkpoint_gets_one_sentence(tmp_path, zipped):
     content = path.read_bytes()
     for length in range(20, len(content), len(content) // 40):
         path.write_bytes(content[:length])
-        with pytest.raises(InputError, match="cut short|not a checkpoint"):
+        with pytest.raises(InputError, match="cut short|not written by"):
             load(path)
 
 
