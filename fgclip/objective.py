@@ -38,7 +38,7 @@ class Objective:
     ):
         self.model, self.names, self.device = model, list(names), device
         self.banks = dict(banks.items())
-        self.ranges: dict[str, Tensor] = {}  # smallest and largest logit (2,) in the last micro-batch of this rank
+        self.ranges: dict[str, Tensor] = {}  # smallest and largest logit (2,) in the step's micro-batches of this rank
 
     def begin(self, batches: list[dict]) -> None:
         """Count what the step's micro-batches hold, over all ranks, and forget the last step's figures."""
@@ -46,7 +46,7 @@ class Objective:
         self.counts = distributed.sum_across(counts)  # (micro-batches, 3)
         totals = self.counts.sum(0)
         self.factors = torch.where(totals > 0, distributed.world_size() * len(batches) / totals, 0.0).tolist()
-        self.micro_batch, self.sums = 0, {}
+        self.micro_batch, self.sums, self.ranges = 0, {}, {}
 
     def __call__(self, batch: dict, *, use_banks: bool = True) -> dict[str, Tensor]:
         """The losses () of the next micro-batch. Afterwards its pairs are in the banks, `use_banks` or not."""
@@ -93,7 +93,8 @@ class Objective:
         matched = dict(matched=cosines.diagonal().sum(), pairs=len(image))
         self.add(name, **matched, unmatched=cosines[other].sum(), other_pairs=other.sum())
         if len(image):
-            self.ranges[name] = scale * torch.stack(cosines.aminmax())
+            ends = scale * torch.stack(cosines.aminmax())
+            self.ranges[name] = torch.stack(torch.stack([ends, self.ranges.get(name, ends)]).aminmax())
 
     def choose(self, features: dict[str, Tensor], batch: dict) -> Tensor:
         """The summed loss of each region's own phrase among its alterations."""

@@ -1,5 +1,6 @@
 """The scripts as a person runs them: a short run, resume, a stop signal, wrong flags, broken data."""
 
+import itertools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import train_stage1
-from macl import evaluate, predict
+from macl import evaluate, predict, validation
 from training.errors import one_sentence
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +96,29 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(run, tmp_path):
         assert {k: v for k, v in one.items() if k not in timing} == {k: v for k, v in other.items() if k not in timing}
 
 
+def test_a_signal_gives_up_a_validation_and_the_run_goes_on_with_it(run, tmp_path, monkeypatch):
+    """In the first one and at the end of another: no line is lost, and none comes twice."""
+    calls, embed = itertools.count(1), validation.embed
+
+    def told_to_end(*args):
+        if next(calls) in (1, 5):  # two batches a validation
+            signal.raise_signal(signal.SIGTERM)
+        return embed(*args)
+
+    monkeypatch.setattr(validation, "embed", told_to_end)
+    for validated in (-1, 0):
+        with pytest.raises(SystemExit) as stop:
+            train(tmp_path / "run", "--resume", "auto")
+        assert stop.value.code == 143
+        assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["stepper"]["validated"] == validated
+    train(tmp_path / "run", "--resume", "auto")
+    whole, parts = (torch.load(folder / "last.pt", weights_only=True) for folder in (run, tmp_path / "run"))
+    for part in ("model", "ema", "optimizer", "schedule", "stepper", "sampler", "rng", "best", "untrained"):
+        assert equal(whole[part], parts[part]), part
+    assert metrics(run, "validation") == metrics(tmp_path / "run", "validation")
+    assert len(metrics(tmp_path / "run")) == 12
+
+
 def test_workers_do_not_change_the_numbers(run, tmp_path):
     train(tmp_path / "workers", "--workers", 2, "--max-steps", 3)
     assert [line["loss"] for line in metrics(tmp_path / "workers")] == [line["loss"] for line in metrics(run)[:3]]
@@ -122,6 +146,26 @@ def test_a_stop_signal_leaves_a_checkpoint_to_go_on_from(tmp_path, number):
     tiny = [*TINY, "--epochs", "50", "--workers", "1"]
     train(tmp_path / "run", "--resume", "auto", "--max-steps", steps + 1, tiny=tiny)
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, steps + 2))
+
+
+def test_a_signal_before_the_first_step_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_stage1, "open_data", lambda args: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop, one_sentence():
+        train(tmp_path / "run")
+    assert stop.value.code == 143 and capsys.readouterr().err == "terminated\n"
+
+
+def test_figures_of_a_step_are_those_of_all_its_micro_batches(run, tmp_path):
+    """At a rate of 0 the two batches of a step say what they say as steps of their own."""
+    flags = ["--epochs", 1, "--lr", 1e-30, "--max-steps"]
+    train(tmp_path / "one", *flags, 4)
+    train(tmp_path / "two", *flags, 2, "--accumulate", 2)
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for name in ("loss_macl", "macl_recall", "macl_relative", "macl_candidates"):
+        for i in range(2):
+            mean = (one[2 * i][name] + one[2 * i + 1][name]) / 2
+            assert two[i][name] == pytest.approx(mean, rel=1e-5), name
+    assert len({line["macl_candidates"] for line in one}) > 1
 
 
 def test_check_reports_and_writes_nothing(tmp_path, capsys, monkeypatch):

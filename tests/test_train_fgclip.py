@@ -1,5 +1,6 @@
 """train_fgclip.py as a person runs it: on drawn scenes, on files, with banks, resumed, and with wrong flags."""
 
+import itertools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import train_fgclip
-from fgclip import FGCLIP, load_model, save_clip_weights
+from fgclip import FGCLIP, load_model, save_clip_weights, validation
 from fgclip.synthetic import SyntheticRegions
 from training.errors import one_sentence
 
@@ -123,6 +124,27 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(bank_run, tmp_path):
     timing = {"images_per_second", "memory_gib"}
     for one, other in zip(metrics(bank_run), metrics(halves), strict=True):
         assert {k: v for k, v in one.items() if k not in timing} == {k: v for k, v in other.items() if k not in timing}
+
+
+def test_a_signal_gives_up_a_validation_and_the_run_goes_on_with_it(run, tmp_path, monkeypatch):
+    """In one before the first step, in the middle and at the end of an epoch: no line is lost, and none comes twice."""
+    calls, to_device = itertools.count(1), validation.to_device
+
+    def told_to_end(*args):
+        if next(calls) in (1, 6, 10):  # three batches a validation
+            signal.raise_signal(signal.SIGTERM)
+        return to_device(*args)
+
+    monkeypatch.setattr(validation, "to_device", told_to_end)
+    for steps in (0, 3, 6):
+        with pytest.raises(SystemExit) as stop:
+            train(tmp_path / "run", "--validate-at", "3", "--resume", "auto")
+        assert stop.value.code == 143 and load(tmp_path / "run")["stepper"]["steps"] == steps
+    train(tmp_path / "run", "--validate-at", "3", "--resume", "auto")
+    whole, parts = load(run), load(tmp_path / "run")
+    for part in ("model", "ema", "optimizer", "schedule", "stepper", "sampler", "rng", "best"):
+        assert equal(whole[part], parts[part]), part
+    assert metrics(run, "validation") == metrics(tmp_path / "run", "validation")
 
 
 def test_workers_do_not_change_the_numbers(run, tmp_path):

@@ -3,7 +3,9 @@
 Run as a script, it is one of two processes that fine-tune together.
 """
 
+import itertools
 import json
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import macl
 import train_stage1
 import train_stage2
+from macl import validation
 from training.errors import one_sentence
+from training.gradients import _leaves
 
 STAGE_1 = (
     "--synthetic-train 8 --synthetic-val 2 --batch-size 2 --epochs 1 --workers 0 --device cpu --fpn-channels 16 "
@@ -130,6 +135,40 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(begun, run, tmp_path):
         assert {k: v for k, v in one.items() if k not in timing} == {k: v for k, v in other.items() if k not in timing}
 
 
+def test_a_signal_gives_up_a_validation_and_the_run_goes_on_with_it(begun, run, tmp_path, monkeypatch):
+    """Between the two domains, in the first validation and in a later one: no line is lost, and none comes twice."""
+    extra = [*STAGE_2, *map(str, [*EVERYTHING, "--gradient-report", 4, "--save-every", 2, "--keep-every", 1])]
+    calls, embed = itertools.count(1), validation.embed
+
+    def told_to_end(*args):
+        if next(calls) in (1, 4):  # a batch for each domain
+            signal.raise_signal(signal.SIGINT)
+        return embed(*args)
+
+    monkeypatch.setattr(validation, "embed", told_to_end)
+    for start in (["--init-from", str(begun)], ["--resume", "auto"]):
+        with pytest.raises(SystemExit) as stop:
+            train_stage2.main([*extra, *start, "--output", str(tmp_path / "run")])
+        assert stop.value.code == 130
+    train_stage2.main([*extra, "--output", str(tmp_path / "run"), "--resume", "auto"])
+    for name in ("last.pt", "best.pt", "epoch-1.pt"):
+        whole, parts = load(run / name), load(tmp_path / "run" / name)
+        assert all(torch.equal(value, parts["model"][key]) for key, value in whole["model"].items())
+        assert (whole["best"], whole["stale"], whole["stepper"]) == (parts["best"], parts["stale"], parts["stepper"])
+    assert metrics(run, "validation") == metrics(tmp_path / "run", "validation")
+
+
+def test_stage_1_starts_from_a_run_of_stage_2(run, tmp_path, capsys):
+    """With the detector, without what stage 2 added to it."""
+    flags = "--synthetic-train 4 --synthetic-val 2 --batch-size 2 --epochs 1 --workers 0 --device cpu --max-steps 1"
+    train_stage1.main([*flags.split(), "--init-from", str(run / "best.pt"), "--output", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert "left out: macl.hard; left out: alignment" in said
+    assert {name for name in metrics(tmp_path / "run")[0] if name.startswith("loss_")} == {
+        "loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_macl"
+    }  # fmt: skip
+
+
 def test_without_flags_the_newest_run_is_tuned_and_without_one_it_says_so(begun, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop, one_sentence():
@@ -165,6 +204,45 @@ def test_each_part_can_be_left_out(begun, tmp_path):
     assert "loss_adversary" in metrics(tmp_path / "1")[0]
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(mmd_level="embedding", adversary="modality", dhn_size=8, dhn_k=2, dhn_mode="softplus"),
+        dict(mmd_level="pyramid", adversary="dataset", domains=2, fusion="visible", macl_level="image", fpn_levels=5),
+        dict(macl_level="none", mmd_level="pyramid", fusion="mean"),
+    ],
+)
+def test_what_is_trained_is_what_losses_with_a_weight_reach(kwargs):
+    """For every choice of weights of 0; DistributedDataParallel would wait for the gradient of what is not reached."""
+    torch.manual_seed(0)
+    small = dict(backbone="resnet18", norm="group", fpn_channels=8, fpn_levels=3, head_width=8, macl_hidden=(8,))
+    detector = macl.build_detector(**small | dict(macl_dim=8, msp=True, fusion="gated") | kwargs)
+    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
+    boxes = torch.tensor([[5.0, 5, 25, 50], [30, 10, 50, 55]])
+    targets = [
+        {
+            "boxes": boxes,
+            "labels": torch.ones(2, dtype=torch.int64),
+            "scene": torch.tensor(i),
+            "domain": torch.tensor(i),
+        }
+        for i in range(2)
+    ]
+    losses = detector(visible=images, infrared=images, targets=targets)
+    reached = {name: set(map(id, _leaves(loss))) for name, loss in losses.items()}
+    tied = {"loss_rpn_box_reg": "loss_objectness", "loss_mmd_domains": "loss_mmd"}  # one flag each
+    choices = [name for name in losses if name not in tied]
+    for count in range(1, len(choices) + 1):
+        for enabled in itertools.combinations(choices, count):
+            detector.requires_grad_(True)
+            train_stage1.freeze_unreached(detector, {name: tied.get(name, name) in enabled for name in losses})
+            trained = {id(parameter) for parameter in detector.parameters() if parameter.requires_grad}
+            wanted = set().union(*(reached[name] for name in losses if tied.get(name, name) in enabled))
+            if detector.macl is not None and "loss_macl" not in enabled:  # the projector stands still for the others
+                wanted -= set(map(id, detector.macl.parameters()))
+            assert trained == wanted, enabled
+
+
 def test_an_alignment_loss_that_stays_zero_stops_the_run():
     watch = train_stage2.ZeroWatch()
     for _ in range(train_stage2.MOST_ZEROS - 1):
@@ -192,6 +270,10 @@ def test_wrong_flags_end_in_one_sentence(begun, run, tmp_path, capsys):
     assert "--compile" in say("--gradient-report", 5, "--compile")
     assert "expected NAME=FACTOR" in say("--lr-scale", "backbone")
     assert "parts are backbone, neck" in say("--lr-scale", "bakbone=0.1")
+    headless = tmp_path / "headless.pt"
+    torch.save(load(begun) | {"model_kwargs": load(begun)["model_kwargs"] | {"macl_level": "none"}}, headless)
+    without = "--dhn-size 0 --mmd-level none --old-share 0".split()
+    assert "--best-by r1 needs" in say("--best-by", "r1", *without, "--init-from", headless)
     assert "fit together" in say("--adversary", "dataset", "--old-share", 0)
     assert "does not exist" in say("--data-root", tmp_path / "nothing")
     assert "missing.pt does not exist" in say("--init-from", tmp_path / "missing.pt")
@@ -219,6 +301,13 @@ def test_two_processes_fine_tune_together(begun, tmp_path, two_ranks):
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["macl.hard.banks.visible.valid"] > 0
     assert len(metrics(tmp_path / "run")) == 6
+    assert all(len(metrics(tmp_path / script)) == 2 for script in WITHOUT)
+
+
+WITHOUT = {  # losses of weight 0; DistributedDataParallel says in its second step what it waits for
+    "stage1": "--rpn-weight 0 --fusion gated --macl-weight 0 --epochs 2 --max-steps 2",
+    "stage2": "--box-weight 0 --adversary modality --adversary-weight 0 --mmd-weight 0 --batch-size 2 --max-steps 2",
+}
 
 
 def main_of_a_rank(folder: Path) -> None:
@@ -233,6 +322,9 @@ def main_of_a_rank(folder: Path) -> None:
     train_stage2.distributed.stop = lambda: None
     tune(folder / "begun.pt", folder / "run", "--batch-size", 2, "--epochs", 2, "--freeze-stages", "2,0")
     torch.save(held["detector"].state_dict(), folder / f"rank{train_stage2.distributed.rank()}.pt")
+    train_stage2.distributed.start = torch.device  # there is a process group already
+    train_stage1.main([*STAGE_1, *WITHOUT["stage1"].split(), "--output", str(folder / "stage1")])
+    tune(folder / "begun.pt", folder / "stage2", *WITHOUT["stage2"].split())
 
 
 if __name__ == "__main__":

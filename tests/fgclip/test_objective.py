@@ -4,6 +4,7 @@ This file starts itself twice, each process writes what it saw, the tests compar
 """
 
 import copy
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -117,8 +118,9 @@ def test_two_ranks_are_one_process(ranks, split, classes):
     assert alone["figures"]["region_candidates"] > 6
 
 
-def one_step(micro_batches, names, **options):
+def one_step(micro_batches, names, roi_projection=False, **options):
     model = make_model(Tokenizer(vocabulary()).vocab_size)
+    model = model.with_roi_projection().double() if roi_projection else model
     freeze_unreached(model, names)
     objective = Objective(model, names=names, banks={}, device="cpu")
     batches = make_batches(micro_batches, **options)
@@ -139,15 +141,32 @@ def test_micro_batches_are_one_batch_where_there_are_no_other_negatives():
         torch.testing.assert_close(others[name], gradient, msg=name)
 
 
-@pytest.mark.parametrize("names", [["long"], ["short"], ["region"], ["hard"], ["long", "hard"], ["short", "region"]])
-def test_what_is_not_frozen_is_reached(names):
-    gradients = one_step([range(10)], names)[1]
+NAMES = ("long", "short", "region", "hard")
+
+
+@pytest.mark.parametrize("roi_projection", [False, True])
+@pytest.mark.parametrize("names", [names for n in (1, 2, 3, 4) for names in itertools.combinations(NAMES, n)])
+def test_what_is_not_frozen_is_reached(names, roi_projection):
+    gradients = one_step([range(10)], names, roi_projection)[1]
     assert gradients and all(gradient is not None for gradient in gradients.values()), names
     every = {name for name, _ in make_model(Tokenizer(vocabulary()).vocab_size).named_parameters()}
     scales = {"long": "logit_scale", "region": "logit_scale_finegraind", "hard": "logit_scale_hardneg"}
     for loss, scale in scales.items():
         assert (scale in gradients) == (loss in names or (loss == "long" and "short" in names))
-    assert every - gradients.keys()
+    assert len(names) < 4 or not every - gradients.keys()
+
+
+def test_ranges_are_those_of_all_micro_batches():
+    ends = []
+    for micro_batches in ([range(5)], [range(5, 10)], [range(5), range(5, 10)]):
+        objective = Objective(make_model(Tokenizer(vocabulary()).vocab_size), names=["long"], banks={}, device="cpu")
+        batches = make_batches(micro_batches)
+        objective.begin(batches)
+        for batch in batches:
+            objective(batch)
+        ends.append(objective.ranges["long"])
+    low, high = torch.stack(ends[:2]).T
+    assert ends[2].tolist() == [low.min(), high.max()]
 
 
 def test_a_batch_without_regions_or_negatives():

@@ -69,6 +69,19 @@ def test_micro_batches_make_the_step_of_one_big_batch():
         torch.testing.assert_close(ours, theirs)
 
 
+def test_figures_are_means_over_the_micro_batches():
+    _, step = make()
+    told = iter([1.0, 2.0, 6.0])
+    forward, figures = step.losses_of, {}
+
+    def losses_of(batch):
+        figures["recall"] = torch.tensor(next(told))
+        return forward(batch)
+
+    step.losses_of, step.figures_of = losses_of, lambda: figures
+    assert step(list(batch(6).split(2))).figures == {"recall": 3.0}
+
+
 def test_micro_batches_keep_the_remainder():
     assert list(micro_batches(range(5), 2)) == [[0, 1], [2, 3], [4]]
 

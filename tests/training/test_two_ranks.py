@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from kernels import MemoryBank
 from training import checkpoint, distributed
 from training.arguments import add_shared_flags, make_parser, prepare_run
 from training.errors import InputError
@@ -119,6 +121,31 @@ def asked_to_stop() -> tuple[bool, bool]:
         return before, signals.stop_requested()
 
 
+def ended_between_batches() -> tuple[list, list]:
+    """One rank has two batches and the other one; what ends it comes between two batches of the first alone."""
+    own, seen, calls = range(2 - distributed.rank()), [], []
+
+    def between() -> None:
+        calls.append(distributed.any_across(False))
+
+    for batch in distributed.in_step(own, len(own), between):
+        seen.append(batch)
+    return seen, calls
+
+
+def buffers() -> dict:
+    """What is in the buffers of a model, the ranks having filled them otherwise, before and after a forward in DDP."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), MemoryBank(4, 2)).double()
+    wrapped = distributed.parallel(model)
+    mean, bank = model[0].running_mean, model[2].buffer
+    mean += distributed.rank()
+    bank += distributed.rank()
+    model.eval()
+    model.forward = lambda x: model[1](model[0](x))
+    wrapped(inputs(2))
+    return {"mean": mean, "bank": bank}
+
+
 def mismatch() -> str:
     rows = torch.zeros(2, 3, dtype=torch.float16 if distributed.is_main() else torch.float32)
     with pytest.raises(ValueError) as raised:
@@ -130,7 +157,9 @@ def gathered() -> list[torch.Tensor]:
     r = distributed.rank()
     ids = torch.arange(3 * r, dtype=torch.int64)
     half = torch.full((1 + r, 2), float(r), dtype=torch.bfloat16)
-    return [distributed.gather(ids), distributed.gather(half), distributed.gather(ids > 0)]
+    rows, first = distributed.gather_and_place(half)
+    assert torch.equal(rows, distributed.gather(half)) and first == r
+    return [distributed.gather(ids), rows, distributed.gather(ids > 0)]
 
 
 def means() -> list[float]:
@@ -158,6 +187,8 @@ def observe(folder: Path) -> dict:
         "non-finite": non_finite(),
         "folder": run_folder(folder),
         "stop": asked_to_stop(),
+        "between": ended_between_batches(),
+        "buffers": buffers(),
         "any": [distributed.any_across(distributed.rank() == 1), distributed.any_across(False)],
         "objects": [
             distributed.gather_objects(distributed.rank()),
@@ -258,3 +289,12 @@ def test_a_signal_to_one_rank_and_objects_reach_all(seen):
         assert rank["stop"] == (False, True)
         assert rank["any"] == [True, False]
         assert rank["objects"] == [[0, 1], 1]
+
+
+def test_ranks_pause_equally_often_between_their_batches(seen):
+    assert [rank["between"] for rank in seen] == [([0, 1], [False] * 2), ([0], [False] * 2)]
+
+
+def test_of_all_buffers_only_running_statistics_are_sent_to_the_other_ranks(seen):
+    for number, rank in enumerate(seen):
+        assert rank["buffers"]["mean"].abs().max() == 0 and rank["buffers"]["bank"].unique().tolist() == [number]
