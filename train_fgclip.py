@@ -54,12 +54,13 @@ from training.arguments import (
     recorded_flags,
 )
 from training.errors import one_sentence
+from training.files import check_like
 from training.log import RunLog, Throughput, peak_memory
 from training.loop import run_epochs
 from training.movement import Movement
 from training.optimizer import build_optimisation, ema
 from training.sampler import ResumableSampler
-from training.state import TrainingState
+from training.state import TrainingState, best_of, restoring
 from training.step import Stepper, module_gradient_norms
 
 SCRIPT = "fgclip"
@@ -400,7 +401,7 @@ def main(arguments: list[str] | None = None) -> None:
         free += " annotations image_root val_annotations val_image_root"
         folder = prepare_run(args, SCRIPT, may_change=tuple(free.split()))
         resumed = checkpoint.load(args.resume) if args.resume else None
-        if resumed is not None and resumed["merges"] != tokenizer.merges:
+        if resumed is not None and resumed.get("merges") != tokenizer.merges:
             raise InputError("--vocab: the run was trained with other merges; resume with the same")
     weights = loss_weights(args)
     enabled = [name.removeprefix("loss_") for name, weight in weights.items() if weight]
@@ -439,11 +440,13 @@ def main(arguments: list[str] | None = None) -> None:
         check([*said, *about_model], train_data, val_data, tokenizer, lengths, stepper, objective, loader, bare)
         return
     state = TrainingState(SCRIPT, bare, average, optimizer, schedule, stepper, sampler)
-    best = -math.inf
+    best = (-math.inf, -math.inf)
     if resumed is not None:
-        state.load_state_dict(resumed)
-        banks.load_state_dict(resumed["banks"])
-        best = resumed["best"]
+        with restoring(args.resume):
+            state.load_state_dict(resumed)
+            check_like(resumed["banks"], banks.state_dict(), "banks")
+            banks.load_state_dict(resumed["banks"])
+            best = best_of(resumed)
     if resumed is not None or args.init_from is not None:
         about_model += logit_scales(args, models, optimizer)
     log = RunLog(
@@ -472,7 +475,7 @@ def main(arguments: list[str] | None = None) -> None:
         throughput.restart()
         if stepper.steps and best_figure(figures, args.best_by) > best:
             best = best_figure(figures, args.best_by)
-            return f"best so far by --best-by {args.best_by}: {best:.4f}"
+            return f"best so far by --best-by {args.best_by}: {best[0]:.4f}"
 
     throughput, movement = Throughput(), Movement(bare) if args.diagnostics else None
 

@@ -20,13 +20,13 @@ import torch
 
 import macl
 from macl.backbone import BACKBONES, NORMS
-from macl.build import IMAGENET_MEAN, IMAGENET_STD, MACL_LEVELS, load_initial_weights
+from macl.build import IMAGENET_MEAN, IMAGENET_STD, MACL_LEVELS, load_initial_weights, read_checkpoint
 from macl.contrast import DIRECTIONS, PROJECTOR_NORMS
 from macl.data import LLVIP, Augmented, PairedAugmentation, SyntheticPairs, hold_out, make_loader
 from macl.data import refuse_absent_classes, to_float
 from macl.fusion import FUSIONS
 from macl.validation import alignment_figures, detection_figures, draw_validation, predict, validation_text
-from macl.weights import has_old_names, read_state
+from macl.weights import has_old_names
 from training import checkpoint, distributed
 from training.arguments import (
     add_recipe_flags,
@@ -41,11 +41,12 @@ from training.arguments import (
     prepare_run,
 )
 from training.errors import InputError, one_sentence
+from training.files import number
 from training.log import RunLog, Throughput, peak_memory
 from training.loop import run_epochs
 from training.optimizer import build_optimisation, ema
 from training.sampler import ResumableSampler
-from training.state import TrainingState
+from training.state import TrainingState, best_of, restoring
 from training.step import Stepper, module_gradient_norms
 
 SCRIPT = "stage1"
@@ -79,7 +80,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if named.data_root is None:
         parser.set_defaults(**SYNTHETIC_RECIPE)
     if named.init_from is not None:
-        source = read_state(named.init_from)
+        source = read_checkpoint(named.init_from)
         if "model_kwargs" in source:
             kwargs = {k: v for k, v in source["model_kwargs"].items() if not k.startswith(STAGE_2_ADDS)}
             parser.set_defaults(**kwargs, statistics="given")
@@ -307,10 +308,14 @@ def validate(detector, data, args, device, between, *, modes=None) -> tuple[dict
     return {**detection_figures(results), "alignment": alignment_figures(results)}, results
 
 
-def best_figure(figures: dict, by: str) -> float:
-    """The figure that chooses best.pt, with both cameras where the detector has both; -1 where there is none."""
-    value = figures["alignment"]["r1"] if by == "r1" else next(iter(figures.values()))[by]
-    return -1.0 if value is None else value
+def best_figure(figures: dict, by: str) -> tuple[float, float]:
+    """The figure that chooses best.pt, with both cameras where the detector has both, and AP50:95, which breaks ties.
+
+    -1 where there is none.
+    """
+    shown = next(iter(figures.values()))
+    values = figures["alignment"]["r1"] if by == "r1" else shown[by], shown["ap"]
+    return tuple(-1.0 if value is None else value for value in values)
 
 
 def build_loader(args: argparse.Namespace, data, sampler: ResumableSampler, device: torch.device):
@@ -365,15 +370,18 @@ def main(arguments: list[str] | None = None) -> None:
         schedule=schedule, average=average, amp=args.amp, clip_norm=args.clip_norm,
     )  # fmt: skip
     torch.manual_seed(args.seed * 1000 + distributed.rank())  # each process samples its own RoIs
-    best, untrained = -math.inf, None
+    best, untrained = (-math.inf, -math.inf), None
 
     if args.check:
         check(said + about_model, {"training": train_data, "validation": val_data}, stepper, loader, detector)
         return
     state = TrainingState(SCRIPT, detector, average, optimizer, schedule, stepper, sampler)
     if resumed is not None:
-        state.load_state_dict(resumed)
-        best, untrained = resumed["best"], resumed["untrained"]
+        with restoring(args.resume):
+            state.load_state_dict(resumed)
+            best, untrained = best_of(resumed), resumed["untrained"]
+            if untrained is not None:
+                number(untrained, "untrained", 0, 1)
     log = RunLog(
         folder, total_steps=total_steps, resume_step=stepper.steps if resumed else None, validated=stepper.validated,
         every=args.log_every,
@@ -416,7 +424,7 @@ def main(arguments: list[str] | None = None) -> None:
         throughput.restart()
         if best_figure(figures, args.best_by) > best:
             best = best_figure(figures, args.best_by)
-            return f"best {args.best_by} so far: {best:.4f}"
+            return f"best {args.best_by} so far: {best[0]:.4f}"
 
     run_epochs(args, loader, sampler, stepper, log, step=step, validate=validate_epoch, save=save)
 

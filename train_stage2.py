@@ -22,12 +22,11 @@ from pathlib import Path
 import torch
 
 import macl
-from macl.build import load_initial_weights
+from macl.build import load_initial_weights, read_checkpoint
 from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, Joint, SyntheticPairs, hold_out, refuse_absent_classes
 from macl.data.kaist import TRAINING_RULES
 from macl.domain import dann_scale
 from macl.validation import draw_validation, miss_rate_figures, validation_text
-from macl.weights import read_state
 from train_stage1 import (
     VALIDATION_SEED,
     add_augmentation_flags,
@@ -56,12 +55,13 @@ from training.arguments import (
     prepare_run,
 )
 from training.errors import InputError, one_sentence
+from training.files import number
 from training.log import RunLog, Throughput, peak_memory
 from training.loop import run_epochs
 from training.optimizer import build_optimisation, ema
 from training.ramp import RAMPS, ramped
 from training.sampler import BalancedSampler, ResumableSampler
-from training.state import TrainingState
+from training.state import TrainingState, best_of, restoring
 from training.step import Stepper
 
 SCRIPT = "stage2"
@@ -232,7 +232,7 @@ def build_model(
 
     Of a run that is resumed the architecture alone; its weights come with the rest of its state.
     """
-    initial = read_state(resumed or source)
+    initial = read_checkpoint(resumed or source)
     if "model_kwargs" not in initial:
         raise InputError(f"--init-from {source}: expected best.pt or last.pt of a run of train_stage1.py")
     kwargs = dict(initial["model_kwargs"])
@@ -321,12 +321,12 @@ def both_text(figures: dict) -> str:
     return "\n".join(lines)
 
 
-def figure_to_raise(figures: dict, by: str) -> float:
-    """The figure on the new domain that chooses best.pt and ends the run, with both cameras; more is better."""
+def figure_to_raise(figures: dict, by: str) -> tuple[float, float]:
+    """The figure on the new domain that chooses best.pt and ends the run, with both cameras, and what breaks ties."""
     if by != "miss-rate":
         return best_figure(figures, by)
-    rates = next(iter(figures["miss_rate"].values()), {})
-    return -math.inf if rates.get("reasonable all") is None else -rates["reasonable all"]
+    rate = next(iter(figures["miss_rate"].values()), {}).get("reasonable all")
+    return -math.inf if rate is None else -rate, best_figure(figures, "ap")[1]
 
 
 class ZeroWatch:
@@ -394,10 +394,11 @@ def main(arguments: list[str] | None = None) -> None:
         data = dict(zip(("training", "training, old domain"), parts, strict=False)) | {"validation": val_data}
         check(said + about_model, data, stepper, loader, detector)
         return
-    best, stale = -math.inf, 0  # the best figure, and validations since then
+    best, stale = (-math.inf, -math.inf), 0  # the best figure, and validations since then
     if resumed is not None:
-        state.load_state_dict(resumed)
-        best, stale = resumed["best"], resumed["stale"]
+        with restoring(args.resume):
+            state.load_state_dict(resumed)
+            best, stale = best_of(resumed), number(resumed["stale"], "stale", 0, whole=True)
     log = RunLog(
         folder, total_steps=total_steps, resume_step=stepper.steps if resumed else None, validated=stepper.validated,
         every=args.log_every,
@@ -449,7 +450,9 @@ def main(arguments: list[str] | None = None) -> None:
         figure, stale = figure_to_raise(figures, args.best_by), stale + 1
         if figure > best or stepper.steps == 0:
             best, stale = figure, 0
-            return f"best {args.best_by} so far: " + (f"{abs(best):.4f}" if math.isfinite(best) else "none to measure")
+            return f"best {args.best_by} so far: " + (
+                f"{abs(best[0]):.4f}" if math.isfinite(best[0]) else "none to measure"
+            )
 
     if resumed is not None:
         log.say(f"resumed from {args.resume} at step {stepper.steps}, epoch {sampler.epoch}")

@@ -144,9 +144,11 @@ def validation_text(figures: dict[str, dict[str, float]]) -> str:
     return "; ".join(said) or "nothing to choose from"
 
 
-def best_figure(figures: dict[str, dict[str, float]], by: str) -> float:
-    """The figure that chooses a checkpoint: R@1 of "region", accuracy of "hard", or R@1 of "captions"; -1 without."""
+def best_figure(figures: dict[str, dict[str, float]], by: str) -> tuple[float, float]:
+    """What chooses a checkpoint: R@1 of "region", accuracy of "hard", or R@1 of "captions", -1 without; and, to break
+    ties, the regions' loss turned round."""
+    tie = -figures["region"]["loss"] if "region" in figures else 0.0
     if by == "captions":
         found = [figures[name]["r1"] for name in ("short", "long") if name in figures]
-        return sum(found) / len(found) if found else -1.0
-    return figures[by]["r1" if by == "region" else "accuracy"] if by in figures else -1.0
+        return sum(found) / len(found) if found else -1.0, tie
+    return figures[by]["r1" if by == "region" else "accuracy"] if by in figures else -1.0, tie

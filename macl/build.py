@@ -1,7 +1,11 @@
 """Detectors out of plain values, and out of checkpoints."""
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from kernels import MemoryBank
@@ -10,14 +14,14 @@ from macl.boxes import AnchorGenerator
 from macl.contrast import MACLHead
 from macl.detector import PairedFasterRCNN
 from macl.domain import DomainAlignment, DomainClassifier
-from macl.errors import InputError
 from macl.fpn import FPN
 from macl.fusion import Fusion
 from macl.msp import MSPReweight
-from macl.precision import check_finite
 from macl.roi_head import RoIHead
 from macl.rpn import RPN, RPNHead
 from macl.weights import load_torchvision_weights, read_state
+from training.errors import InputError
+from training.files import check_like, number, shown
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MACL_LEVELS = ("roi", "image", "none")
@@ -175,25 +179,76 @@ def build_alignment(**values) -> DomainAlignment | None:
     return alignment if alignment.mmd_level != "none" or alignment.classifier is not None else None
 
 
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint of a run or published weights, as `read_state` reads them.
+
+    A checkpoint's keywords build a detector with the very tensors that it holds; this is tried without memory for them,
+    so that a damaged file cannot ask for more than its own size. Raises InputError.
+    """
+    source = read_state(path)
+    if "model_kwargs" not in source:
+        return source
+    _check_keywords(source["model_kwargs"], path)
+    states = {key: source.get(key) for key in ("model", "ema")}
+    with _building(path), torch.device("meta"):
+        own = build_detector(**source["model_kwargs"]).state_dict()
+    for key, state in states.items():
+        if state is None and key == "ema":
+            continue
+        if not isinstance(state, dict) or own.keys() != state.keys():
+            named = own.keys() ^ (state.keys() if isinstance(state, dict) else set())
+            raise InputError(f"the weights in {path} do not fit its own model_kwargs: {shown(min(named, key=str))}")
+        for name, tensor in own.items():
+            check_like(state[name], tensor, f"{path}, {name}")
+    return source
+
+
+def _check_keywords(kwargs, path: str | Path) -> None:
+    """InputError unless these are keywords of `build_detector`, each of the kind of its default."""
+    known = build_detector.__kwdefaults__
+    if not isinstance(kwargs, dict) or kwargs.keys() - known.keys():
+        raise InputError(f"{path} was written by another version of the detector; its keywords are {shown(kwargs)}")
+    for name, value in kwargs.items():
+        default, place = known[name], f"{path}, model_kwargs: {name}"
+        several = isinstance(value, list | tuple)
+        if value is None and default is None:
+            continue
+        if several != isinstance(default, tuple) and default is not None:
+            raise InputError(f"{place}: expected {shown(default)} or the like, got {shown(value)}")
+        like = default[0] if isinstance(default, tuple) else default
+        for item in value if several else [value]:
+            if isinstance(like, bool | str):
+                if type(item) is not type(like):
+                    raise InputError(f"{place}: expected a {type(like).__name__}, got {shown(item)}")
+            else:
+                number(None if isinstance(item, str) else item, place, 0, 2**20, whole=isinstance(default, int))
+
+
+@contextlib.contextmanager
+def _building(path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong while a detector is built of a file's values is one sentence with its path."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of parts without a single number
+            yield
+    except InputError:
+        raise
+    except Exception as error:  # values that do not fit together meet whatever uses them first
+        raise InputError(f"{path}: its model_kwargs build no detector: {first_difference(error)}") from error
+
+
 def load_detector(path: str | Path, *, weights: str = "ema") -> PairedFasterRCNN:
     """Rebuild a detector, architecture and weights, from a training checkpoint alone.
 
     weights: "ema" takes the averaged weights where the checkpoint has them, "raw" the trained ones. Raises InputError
     for a file that is no checkpoint of a detector, and for weights that are not finite.
     """
-    checkpoint = read_state(path)
-    if "model_kwargs" not in checkpoint or "model" not in checkpoint:
+    checkpoint = read_checkpoint(path)
+    if "model_kwargs" not in checkpoint:
         raise InputError(f"{path} is not a checkpoint of this project's detector: it has no model_kwargs")
-    try:
-        detector = build_detector(**checkpoint["model_kwargs"])
-    except TypeError as error:
-        raise InputError(f"{path} was written by another version of the detector: {error}") from error
     state = checkpoint["model"] if weights == "raw" or checkpoint.get("ema") is None else checkpoint["ema"]
-    try:
+    with _building(path):
+        detector = build_detector(**checkpoint["model_kwargs"])
         detector.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(f"the weights in {path} do not fit its own model_kwargs: {first_difference(error)}") from error
-    check_finite([*detector.parameters(), *detector.buffers()], f"the weights in {path}")
     return detector.eval()
 
 
@@ -204,7 +259,7 @@ def load_initial_weights(detector: PairedFasterRCNN, path: str | Path) -> str:
     the adversary may be new to the checkpoint or left out, and memory banks of another size. -> what was loaded, for
     people. Raises InputError for a checkpoint of another architecture.
     """
-    source = read_state(path)
+    source = read_checkpoint(path)
     if "model_kwargs" not in source:
         return str(load_torchvision_weights(detector, source))
     averaged = source.get("ema") is not None

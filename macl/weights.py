@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
+from macl.backbone import BACKBONES, Bottleneck
 from training.errors import InputError
 from training.files import read_torch, state_dict_of
 
@@ -24,6 +25,7 @@ RENAMES = [
     (r"^roi_heads\.box_head\.", "roi_head."),
     (r"^roi_heads\.box_predictor\.", "roi_head."),
 ]
+ENOUGH = 0.9  # of the backbone's tensors
 IMAGENET_KEY = re.compile(r"^(conv1|bn1|layer[1-4]|fc)\.")
 
 
@@ -72,7 +74,7 @@ def load_torchvision_weights(detector: torch.nn.Module, source: str | Path | dic
 
     With COCO's 91 classes the rows of the detector's own classes are kept, by name (background, then "person", ...).
     Both the frozen (295 keys) and the BatchNorm (348 keys) form fit any batch norm of the detector. Raises InputError
-    where nothing fits.
+    where nothing fits, or less than nine tenths of the backbone, whose rest would stay random.
     """
     state = dict(read_state(source) if isinstance(source, str | Path) else source)
     name = str(source) if isinstance(source, str | Path) else "the state dict"
@@ -97,10 +99,27 @@ def load_torchvision_weights(detector: torch.nn.Module, source: str | Path | dic
                 filled[target] = tensor
     if not filled:
         raise InputError(f"nothing in {name} fits this detector; expected torchvision's Faster R-CNN or ResNet weights")
+    body = [key for key in own if key.startswith("backbone.") and not key.endswith("num_batches_tracked")]
+    if sum(key in filled for key in body) < ENOUGH * len(body):
+        raise InputError(
+            f"{name} looks like {architecture(groups)}, and fills {sum(key in filled for key in body)} of the "
+            f"{len(body)} tensors of this detector's backbone, {detector.kwargs.get('backbone')}: choose --backbone by it"
+        )
     report.loaded = sorted(filled)
     report.missing = [key for key in own if key not in filled and not key.endswith("num_batches_tracked")]
     detector.load_state_dict(own | filled)
     return report
+
+
+def architecture(tensors: dict[str, Tensor]) -> str:
+    """Which ResNet these tensors, under our names, are of."""
+    blocks = {tuple(key.split(".")[1:3]) for key in tensors if key.startswith("backbone.layer")}
+    stages = tuple(sum(stage == f"layer{n}" for stage, _ in blocks) for n in range(1, 5))
+    deep, first = "backbone.layer1.0.conv3.weight" in tensors, tensors.get("backbone.layer1.0.conv2.weight")
+    for known, (block, layers) in BACKBONES.items():
+        if layers == stages and deep == (block is Bottleneck) and first is not None and first.shape[:2] == (64, 64):
+            return known
+    return "another ResNet" if any(stages) else "no ResNet"
 
 
 def modality_copy(key: str, modality: str) -> str:

@@ -27,6 +27,7 @@ MAX_TEXT = 2**32  # bytes of a file of text
 MAX_PIXELS = 50_000_000  # of a picture
 MAX_SIDE = 65_535  # pixels, a JPEG's longest
 MAX_COORDINATE = 1e6  # of a box, in pixels or fractions
+MAX_WEIGHT = 1e18  # of a tensor's number; products of two are still finite in float32
 MAX_ID = 2**53  # up to here json's numbers are whole in every reader
 # Pillow knows more formats, one of which starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "AVIF")
@@ -267,7 +268,7 @@ def check_like(value, own, place: str) -> None:
     """Refuse a `value` out of a file that is not what `own`, this program's, is; place: file and key, for the message.
 
     The same keys (torch's private ones may come and go), lengths, shapes and dtypes, whole numbers where they are
-    whole, nothing below 0 and nothing that is not finite.
+    whole, nothing below 0 unless `own` is, and nothing that is not finite.
     """
     if isinstance(own, Mapping):
         if not isinstance(value, Mapping):
@@ -285,13 +286,14 @@ def check_like(value, own, place: str) -> None:
     elif isinstance(own, Tensor):
         if not isinstance(value, Tensor) or (value.shape, value.dtype) != (own.shape, own.dtype):
             raise InputError(f"{place}: expected {_form(own)}, got {_form(value)}")
-        if not value.isfinite().all():
-            raise InputError(f"{place} holds numbers that are not finite")
+        if value.is_floating_point() and not (value.abs() < MAX_WEIGHT).all():
+            raise InputError(f"{place} holds numbers that are not finite, or beyond all reason")
     elif isinstance(own, bool | str | None):
         if type(value) is not type(own):
             raise InputError(f"{place}: expected a {type(own).__name__}, got {shown(value)}")
     else:
-        number(None if isinstance(value, str) else value, place, 0, MAX_ID, whole=isinstance(own, int))
+        low = min(0, own)
+        number(None if isinstance(value, str) else value, place, low, MAX_ID, whole=isinstance(own, int))
 
 
 def _form(value) -> str:

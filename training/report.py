@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     for run in runs:
         for note in run.notes:
             print(f"{run.folder}: {note}", file=sys.stderr)
-    print(f"{output}: {len(runs)} run{'s' * (len(runs) > 1)}, {len(text.encode()) / 2**20:.1f} MiB")
+    print(f"{output}: {len(runs)} run{'s' * (len(runs) > 1)}, {output.stat().st_size / 2**20:.1f} MiB")
 
 
 def report(runs: list[Run], *, pictures: int = 6, log: tuple[str, ...] = LOGARITHMIC) -> str:

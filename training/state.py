@@ -1,6 +1,7 @@
 """Everything of a run that moves while it trains: into a checkpoint and back, bit for bit."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,12 @@ def restoring(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path} cannot be resumed: {type(error).__name__}: {' '.join(lines[:2])}") from error
 
 
-def figure_of(state: dict, name: str) -> float | None:
-    """A number that a script keeps in its checkpoints beside the rest, such as its best figure; None where it is."""
-    value = state[name]
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value != value):
-        raise InputError(f"{name}: expected a number, got {shown(value)}")
-    return value
+def best_of(state: dict) -> tuple[float, float]:
+    """What chose the best checkpoint so far, and what breaks ties; an older checkpoint holds the former alone."""
+    best = state["best"] if isinstance(state["best"], list | tuple) else (state["best"], -math.inf)
+    if len(best) != 2 or not all(isinstance(value, float) and not math.isnan(value) for value in best):
+        raise InputError(f"best: expected two numbers, got {shown(best)}")
+    return tuple(best)
 
 
 @dataclass

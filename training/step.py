@@ -252,7 +252,8 @@ class Stepper:
             raise InputError(f"--amp {self.amp}: the checkpoint was trained with {trained}; resume with the same.")
         self.scaler.load_state_dict(state["scaler"])
         self.steps, self.skipped = state["steps"], state["skipped"]
-        self._skipped_in_a_row, self.validated = state["skipped_in_a_row"], state["validated"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self.validated = state.get("validated", self.steps)  # checkpoints of before it was counted were validated
 
 
 def _wide(loss: torch.Tensor) -> torch.Tensor:
