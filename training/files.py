@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import functools
 import json
+import logging
 import os
 import re
 import reprlib
@@ -32,6 +33,7 @@ MAX_ID = 2**53  # up to here json's numbers are whole in every reader
 # Pillow knows more formats, one of which starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "AVIF")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of damage reaches the terminal
 _EXIF_ORIENTATION = 0x0112
 _TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # orientation -> Image.Transpose
 # Every file that torch.save wrote starts with one of these: a zip archive, or the pickled number of the older layout.

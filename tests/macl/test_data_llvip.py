@@ -1,7 +1,9 @@
 """LLVIP's layout: what is read, what is held out, and what each kind of bad input says."""
 
+import logging
 import os
 import pickle
+import struct
 
 import pytest
 import torch
@@ -356,6 +358,20 @@ def test_formats_and_modes_come_out_as_three_channels(tmp_path, suffix, mode):
 def test_more_than_eight_bits_are_refused(tmp_path):
     Image.new("I;16", (8, 6), 40000).save(tmp_path / "deep.png")
     refused(lambda: read_image(tmp_path / "deep.png"), "deep.png", "8 bits")
+
+
+def test_what_pillow_logs_of_damage_does_not_reach_the_terminal(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.tif")
+    data = (tmp_path / "a.tif").read_bytes()
+    samples = struct.pack("<HHI", 277, 3, 1)  # tag, type and count of the samples per pixel, before their number
+    assert samples in data
+    (tmp_path / "a.tif").write_bytes(data.replace(samples + b"\3\0", samples + b"\0\x08"))
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(logging, "lastResort", logging.Handler())  # where a record without any handler goes
+    said = []
+    logging.lastResort.emit = said.append
+    refused(lambda: read_image(tmp_path / "a.tif"), "a.tif")
+    assert not said
 
 
 def test_read_pair_of_one_or_two_images(root):
