@@ -29,7 +29,6 @@ from fgclip.batches import (
     data_statistics,
     evenly,
     hold_out,
-    make_loader,
 )
 from fgclip.data import COCO, FineHARD
 from fgclip.errors import InputError
@@ -55,6 +54,7 @@ from training.arguments import (
 )
 from training.errors import one_sentence
 from training.files import check_like
+from training.loader import make_loader
 from training.log import RunLog, Throughput, peak_memory
 from training.loop import run_epochs
 from training.movement import Movement
@@ -421,7 +421,7 @@ def main(arguments: list[str] | None = None) -> None:
     regions = bool(args.region_weight or args.hard_weight)
     loader = make_loader(
         train_data, sampler, Collate(tokenizer, regions=regions, hard=bool(args.hard_weight), **lengths),
-        workers=args.workers, device=device, worker_init_fn=checkpoint.ignore_signals,
+        workers=args.workers, device=device,
     )  # fmt: skip
     optimizer, schedule = build_optimisation(args, bare, steps_per_epoch, **grouping(args, bare))
 

@@ -22,7 +22,7 @@ import macl
 from macl.backbone import BACKBONES, NORMS
 from macl.build import IMAGENET_MEAN, IMAGENET_STD, MACL_LEVELS, load_initial_weights, read_checkpoint
 from macl.contrast import DIRECTIONS, PROJECTOR_NORMS
-from macl.data import LLVIP, Augmented, PairedAugmentation, SyntheticPairs, hold_out, make_loader
+from macl.data import LLVIP, Augmented, PairedAugmentation, SyntheticPairs, hold_out, collate
 from macl.data import refuse_absent_classes, to_float
 from macl.fusion import FUSIONS
 from macl.validation import alignment_figures, detection_figures, draw_validation, predict, validation_text
@@ -42,6 +42,7 @@ from training.arguments import (
 )
 from training.errors import InputError, one_sentence
 from training.files import number
+from training.loader import make_loader, to_device
 from training.log import RunLog, Throughput, peak_memory
 from training.loop import run_epochs
 from training.optimizer import build_optimisation, ema
@@ -327,15 +328,14 @@ def build_loader(args: argparse.Namespace, data, sampler: ResumableSampler, devi
         erase_visible=args.erase_visible, erase_infrared=args.erase_infrared,
     )  # fmt: skip
     return make_loader(
-        Augmented(data, augmentation, seed=args.seed), sampler,
-        workers=args.workers, device=device, worker_init_fn=checkpoint.ignore_signals,
+        Augmented(data, augmentation, seed=args.seed), sampler, collate,
+        workers=args.workers, device=device,
     )  # fmt: skip
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
+def detector_inputs(batch: dict, device: torch.device) -> dict:
     """The keywords of the detector's forward out of a batch."""
-    images = {name: [image.to(device, non_blocking=True) for image in batch[name]] for name in ("visible", "infrared")}
-    return images | {"targets": [{k: value.to(device) for k, value in target.items()} for target in batch["targets"]]}
+    return to_device({name: batch[name] for name in ("visible", "infrared", "targets")}, device)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -365,7 +365,7 @@ def main(arguments: list[str] | None = None) -> None:
     optimizer, schedule = build_optimisation(args, detector, steps_per_epoch)
 
     stepper = Stepper(
-        model, optimizer, losses_of=lambda batch: model(**to_device(batch, device)),
+        model, optimizer, losses_of=lambda batch: model(**detector_inputs(batch, device)),
         weights=weights, describe=lambda batch: batch["path"], figures_of=lambda: detector.monitor, device=device,
         schedule=schedule, average=average, amp=args.amp, clip_norm=args.clip_norm,
     )  # fmt: skip

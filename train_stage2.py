@@ -37,7 +37,7 @@ from train_stage1 import (
     freeze_unreached,
     loss_weights,
     refuse_augmentation,
-    to_device,
+    detector_inputs,
     validate,
 )
 from training import checkpoint, distributed
@@ -381,7 +381,7 @@ def main(arguments: list[str] | None = None) -> None:
     detector.backbone.freeze(min(args.freeze_stages))  # the optimizer knows all that is ever trained
     optimizer, schedule = build_optimisation(args, detector, steps_per_epoch, lr_scale=dict(args.lr_scale))
     stepper = Stepper(
-        detector, optimizer, losses_of=lambda batch: stepper.model(**to_device(batch, device)), weights=full,
+        detector, optimizer, losses_of=lambda batch: stepper.model(**detector_inputs(batch, device)), weights=full,
         describe=lambda batch: batch["path"], figures_of=lambda: detector.monitor, device=device, schedule=schedule,
         average=average, amp=args.amp, clip_norm=args.clip_norm,
     )  # fmt: skip

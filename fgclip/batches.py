@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from fgclip.data import Record, Region
 from fgclip.errors import InputError
@@ -184,43 +184,6 @@ class Collate:
             hard_regions=torch.tensor(kept, dtype=torch.int64),
             hard_counts=torch.tensor([len(groups[i]) for i in kept], dtype=torch.int64),
         )
-
-
-def make_loader(
-    dataset: Dataset,
-    batches: Iterable[list],
-    collate: Collate,
-    *,
-    workers: int = 0,
-    device: torch.device | str = "cpu",
-    worker_init_fn: Callable[[int], None] | None = None,
-) -> DataLoader:
-    """Loads `batches`, lists of the data set's keys, in `workers` processes that live as long as the loader.
-
-    Memory is pinned for a CUDA device. The loader draws from a generator of its own, so that iterating it does not
-    change the caller's random state.
-    """
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.device(device).type == "cuda",
-        persistent_workers=workers > 0,
-        worker_init_fn=worker_init_fn,
-        generator=torch.Generator().manual_seed(0),
-    )
-
-
-def to_device(batch: dict, device: torch.device | str) -> dict:
-    """The batch with its tensors, those in lists included, on the device."""
-
-    def moved(value):
-        if isinstance(value, Tensor):
-            return value.to(device, non_blocking=True)
-        return [moved(v) for v in value] if isinstance(value, list) else value
-
-    return {name: moved(value) for name, value in batch.items()}
 
 
 @dataclass

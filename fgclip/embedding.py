@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
 import training.distributed as distributed
 from fgclip.batches import Sample, Texts, usable_regions
@@ -15,6 +15,7 @@ from fgclip.errors import InputError
 from fgclip.images import inside, preprocess, read_image
 from fgclip.model import FGCLIP, unit
 from fgclip.tokenizer import Tokenizer
+from training.loader import make_loader, to_device
 
 AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -75,16 +76,10 @@ class Embedder:
         dataset: `Views`, or of samples. Each image is read and encoded on one process.
         """
         own = torch.arange(distributed.rank(), len(dataset), distributed.world_size())
-        loader = DataLoader(
-            Subset(dataset, own.tolist()),
-            self.batch_size,
-            num_workers=self.workers,
-            collate_fn=collate,
-            pin_memory=self.device.type == "cuda",
-        )
+        batches = [part.tolist() for part in own.split(self.batch_size)] if len(own) else []
         images, boxes, counts = [self.nothing()], [self.nothing()], []
-        for batch in loader:
-            inputs = dict(pixels=batch["pixels"].to(self.device, non_blocking=True))
+        for batch in make_loader(dataset, batches, collate, workers=self.workers, device=self.device):
+            inputs = dict(pixels=to_device(batch["pixels"], self.device))
             if regions:
                 inputs["boxes"] = batch["boxes"]
                 counts += map(len, batch["boxes"])

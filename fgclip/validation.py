@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import training.distributed as distributed
-from fgclip.batches import Collate, make_loader, to_device
+from fgclip.batches import Collate
 from fgclip.metrics import choice_accuracy, effective_rank, pair_cosines, retrieval_recall
 from fgclip.model import FGCLIP, unit
+from training.loader import make_loader, to_device
 
 AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 CANDIDATES = 132  # captions that a region is held against, its own among them

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import training.distributed as distributed
-from macl.data import Plain, make_loader, to_float
+from macl.data import Plain, collate, to_float
 from macl.detector import Extracted, PairedFasterRCNN
 from macl.metrics import alignment, average_precision, ignore_all_but, miss_rate_curve, miss_rate_table, seen_in
 from macl.metrics.average_precision import MAX_DETECTIONS, MEASURES
 from macl.metrics.miss_rate import DAYTIMES, FRAME
 from macl.plots import draw_detections, tsne_picture
 from training.files import whole_file
+from training.loader import make_loader
 
 SCORE_THRESHOLD = 0.001  # for figures; below a detector's own, which is for looking at
 AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -55,7 +56,7 @@ def predict(
     batches = [sum(own[i : i + batch_size], []) for i in range(0, len(own), batch_size)]
     dtype = AUTOCAST[amp]
     results = []
-    loader = make_loader(Plain(dataset), batches, workers=workers, device=device)
+    loader = make_loader(Plain(dataset), batches, collate, workers=workers, device=device)
     for batch in distributed.in_step(loader, len(batches), between):
         images = {name: [image.to(device) for image in batch[name]] for name in ("visible", "infrared")}
         with torch.autocast(torch.device(device).type, dtype=dtype) if dtype else contextlib.nullcontext():

@@ -100,10 +100,11 @@ def load_torchvision_weights(detector: torch.nn.Module, source: str | Path | dic
     if not filled:
         raise InputError(f"nothing in {name} fits this detector; expected torchvision's Faster R-CNN or ResNet weights")
     body = [key for key in own if key.startswith("backbone.") and not key.endswith("num_batches_tracked")]
-    if sum(key in filled for key in body) < ENOUGH * len(body):
+    count = sum(key in filled for key in body)
+    if count < ENOUGH * len(body):
         raise InputError(
-            f"{name} looks like {architecture(groups)}, and fills {sum(key in filled for key in body)} of the "
-            f"{len(body)} tensors of this detector's backbone, {detector.kwargs.get('backbone')}: choose --backbone by it"
+            f"{name} looks like {architecture(groups)}, and fills {count} of the {len(body)} tensors of this "
+            f"detector's backbone, {detector.kwargs.get('backbone')}: choose --backbone by it"
         )
     report.loaded = sorted(filled)
     report.missing = [key for key in own if key not in filled and not key.endswith("num_batches_tracked")]

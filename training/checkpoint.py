@@ -1,9 +1,7 @@
 """Checkpoints: written whole or not at all, read without running code, found again by --resume; and stop signals."""
 
-import os
 import random
 import signal
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +122,7 @@ class Signals:
 
     A second signal stops at once, except under `torchrun`. Terminals and schedulers send the signal to DataLoader
     workers as well, and a worker that dies of it takes the loop with it: give the loader
-    `worker_init_fn=ignore_signals`.
+    `loader.ignore_signals`.
     """
 
     def __init__(self):
@@ -152,22 +150,3 @@ class Signals:
     def exit_status(self) -> int:
         """130 after Ctrl-C and 143 after SIGTERM, as shells have it; 143 too on a rank that got no signal itself."""
         return 128 + (self.received or signal.SIGTERM)
-
-
-def ignore_signals(worker: int) -> None:
-    """For DataLoader's `worker_init_fn`: workers live until their training process lets them go, or is gone itself.
-
-    Ctrl-C, `timeout` and batch systems signal every process of a run. A worker leaves that to its training process, and
-    ends by SIGTERM only where that process sent it, as it does when it leaves without having emptied the loader.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS: there a worker told to end takes the step with it
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def end_when_the_parent_says_so() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=end_when_the_parent_says_so, daemon=True).start()

@@ -3,8 +3,13 @@
 import contextlib
 import signal
 import sys
+from pickle import UnpicklingError
 
 MAX_MESSAGE = 480  # characters of a sentence
+LOST_PROCESS = (
+    "a loading process was lost ({}): memory, room in /dev/shm or open files (ulimit -n) ran out; "
+    "use fewer --workers or a smaller --batch-size"
+)
 
 
 class InputError(ValueError):
@@ -28,6 +33,16 @@ def one_line(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit * 3 // 4]} ... {text[5 - limit // 4 :]}"
 
 
+def lost_process(error: BaseException) -> str | None:
+    """The sentence where `error` says that a process of a DataLoader is gone, or cannot hand over what it loaded."""
+    text = str(error).strip()
+    signs = ("DataLoader worker (pid", "items of ancdata", "can't allocate memory")
+    gone = isinstance(error, OSError | EOFError | UnpicklingError) and "in DataLoader worker process" not in text
+    if gone or (isinstance(error, RuntimeError) and any(sign in text for sign in signs)):
+        return LOST_PROCESS.format((text or type(error).__name__).splitlines()[-1].rstrip(". "))
+    return None
+
+
 @contextlib.contextmanager
 def one_sentence():
     """Print an `InputError` or `OSError` as one sentence on standard error and exit with status 2.
@@ -41,9 +56,13 @@ def one_sentence():
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (InputError, OSError) as error:
+    except (InputError, OSError, RuntimeError) as error:
+        # A loading process that is killed interrupts its parent with a RuntimeError wherever that is at the moment.
+        lost = lost_process(error) if isinstance(error, RuntimeError) else None
+        if lost is None and isinstance(error, RuntimeError):
+            raise
         named = isinstance(error, OSError) and error.filename is not None and error.strerror
-        sentence = f"{error.filename}: {error.strerror}" if named else str(error)
+        sentence = f"{error.filename}: {error.strerror}" if named else lost or str(error)
         print(f"error: {one_line(sentence, MAX_MESSAGE)}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as stopped:

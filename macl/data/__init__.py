@@ -5,7 +5,7 @@ from macl.data.joint import Joint
 from macl.data.kaist import KAIST
 from macl.data.kaist_labels import read_ground_truth
 from macl.data.llvip import LLVIP
-from macl.data.loader import collate, make_loader
+from macl.data.loader import collate
 from macl.data.occurrence import refuse_absent_classes
 from macl.data.sample import find_pairs, read_image, read_pair
 from macl.data.scenes import DAY_AND_NIGHT, NIGHT, Domain

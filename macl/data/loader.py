@@ -1,9 +1,6 @@
 """Batches of paired samples: lists, since images of a batch may differ in size until the model pads them."""
 
-from collections.abc import Callable, Iterable
-
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from macl.data.sample import PER_BOX
 
@@ -24,28 +21,3 @@ def collate(samples: list[dict]) -> dict:
         for sample in samples
     ]
     return batch
-
-
-def make_loader(
-    dataset: Dataset,
-    batches: Iterable[list],
-    *,
-    workers: int = 0,
-    device: torch.device | str = "cpu",
-    worker_init_fn: Callable[[int], None] | None = None,
-) -> DataLoader:
-    """Loads `batches`, lists of the data set's keys, in `workers` processes that live as long as the loader.
-
-    Memory is pinned for a CUDA device. The loader draws from a generator of its own, so that iterating it does not
-    change the caller's random state; the data sets of this package draw from their own seeds alone.
-    """
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.device(device).type == "cuda",
-        persistent_workers=workers > 0,
-        worker_init_fn=worker_init_fn,
-        generator=torch.Generator().manual_seed(0),
-    )

@@ -16,14 +16,13 @@ from fgclip.batches import (
     data_statistics,
     evenly,
     hold_out,
-    make_loader,
-    to_device,
     usable_regions,
 )
 from fgclip.data import COCO, FGOVD, FineHARD, JsonItems, Record, Region
 from fgclip.errors import InputError
 from fgclip.images import preprocess, read_image
 from fgclip.regions import BoxStatistics, boxes_to_rois, from_xywh, usable_boxes
+from training.loader import make_loader, to_device
 
 
 def item(i, **changes):

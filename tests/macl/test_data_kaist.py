@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from macl.data import KAIST, Misaligned, Plain, make_loader, read_ground_truth
+from macl.data import KAIST, Misaligned, Plain, collate, read_ground_truth
 from macl.data.kaist import TRAINING_RULES
 from training.errors import InputError
+from training.loader import make_loader
 
 FRAMES = ["set00/V000/I00001", "set00/V000/I00003", "set04/V002/I00019", "set06/V000/I00019", "set11/V001/I00039"]
 PERSON = ("person", 10, 20, 30, 60, 0)  # name, x, y, width, height, occlusion
@@ -453,7 +454,7 @@ def test_it_is_lazy_and_can_be_pickled(tree, tmp_path, annotations):
         (tree / "images" / video / "visible" / f"{image}.jpg").write_bytes(b"")
     again = pickle.loads(pickle.dumps(KAIST(tree, "all", annotations)))
     assert again[0]["boxes"].tolist() == [[10, 20, 40, 80]]
-    batch = next(iter(make_loader(Plain(again), [[0, 0]])))
+    batch = next(iter(make_loader(Plain(again), [[0, 0]], collate)))
     assert batch["daytime"] == [True, True] and batch["targets"][0]["occlusion"].tolist() == [0]
 
 

@@ -5,8 +5,9 @@ import pickle
 import pytest
 import torch
 
-from macl.data import Augmented, PairedAugmentation, Plain, SyntheticPairs, collate, make_loader
+from macl.data import Augmented, PairedAugmentation, Plain, SyntheticPairs, collate
 from macl.data.transforms import paired_mosaic
+from training.loader import make_loader
 
 GEOMETRY = {"flip": 0.5, "sizes": (96, 128, 150), "max_size": 190, "crop": 0.7, "crop_scale": (0.5, 0.9)}
 EVERYTHING = GEOMETRY | {
@@ -208,7 +209,7 @@ def test_workers_change_nothing():
     data = Augmented(SyntheticPairs(8, seed=0), PairedAugmentation(**EVERYTHING), seed=0)
     batches = [[(0, 3), (0, 1)], [(0, 7)], [(1, 3), (1, 0)]]
     state = torch.get_rng_state()
-    alone, helped = (list(make_loader(data, batches, workers=workers)) for workers in (0, 2))
+    alone, helped = (list(make_loader(data, batches, collate, workers=workers)) for workers in (0, 2))
     assert torch.equal(torch.get_rng_state(), state)
     for left, right in zip(alone, helped, strict=True):
         for key in ("visible", "infrared"):
