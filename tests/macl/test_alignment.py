@@ -7,6 +7,7 @@ import torch
 
 from macl.metrics import alignment
 from macl.metrics.alignment import CHUNK, MEASURES
+from training.errors import InputError
 
 
 def test_identical_and_distinct_embeddings():
@@ -97,7 +98,7 @@ def test_fewer_than_two_rows_say_nothing(count):
 def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"embeddings are \(2, 3\) and \(3, 3\)"):
         alignment(torch.ones(2, 3), torch.ones(3, 3))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(InputError, match="not finite"):
         alignment(torch.full((2, 3), float("nan")), torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"mask of rows is \(3,\), expected \(2,\)"):
         alignment(torch.ones(2, 3), torch.ones(2, 3), rows=[True] * 3)
