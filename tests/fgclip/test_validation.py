@@ -74,7 +74,7 @@ def test_embedding_a_data_set(small_model):
 
 
 def test_the_figure_that_chooses_a_checkpoint():
-    figures = {"region": {"r1": 0.5}, "hard": {"accuracy": 0.3}, "short": {"r1": 0.2}, "long": {"r1": 0.4}}
+    figures = {"region": {"r1": 0.5, "loss": 0.9}, "hard": {"accuracy": 0.3}, "short": {"r1": 0.2}, "long": {"r1": 0.4}}
     assert best_figure(figures, "region") == (0.5, -0.9) and best_figure(figures, "hard")[0] == 0.3
     assert best_figure(figures, "captions")[0] == pytest.approx(0.3)
     assert best_figure({}, "region") == best_figure({}, "captions") == (-1, 0)
