@@ -29,9 +29,10 @@ from fgclip.batches import (
     data_statistics,
     evenly,
     hold_out,
+    image_ids,
 )
 from fgclip.data import COCO, FineHARD
-from fgclip.errors import InputError
+from fgclip.loading import check_image_size
 from fgclip.losses import PairBank
 from fgclip.model import MAX_LOGIT_SCALE
 from fgclip.objective import Objective, freeze_unreached
@@ -52,7 +53,7 @@ from training.arguments import (
     prepare_run,
     recorded_flags,
 )
-from training.errors import one_sentence
+from training.errors import InputError, one_sentence
 from training.files import check_like
 from training.loader import make_loader
 from training.log import RunLog, Throughput, peak_memory
@@ -67,6 +68,7 @@ SCRIPT = "fgclip"
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
 LOOKED_AT = 2000  # records whose boxes are looked at before a run begins
 CHECKED = 100_000  # records that --check reads
+MAX_PARAMETERS = 1e11
 FAR = math.log(2)  # a scale twice or half of what the flag says is worth a word
 # What the console shows of a step's figures; the others are in metrics.jsonl.
 PRINTED = (
@@ -163,7 +165,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--text-heads", type=positive_int, metavar="N", help="its attention heads")
     add("--embed-dim", type=positive_int, metavar="N", help="width of the features of both towers")
     add("--context-length", type=positive_int, metavar="TOKENS", help="of short texts; long ones: 4 N - 60")
-    add("--activation", choices=tuple(ACTIVATIONS), help="of the MLPs")
+    add("--activation", choices=tuple(ACTIVATIONS), help="of the MLPs; with --init-from where no config tells")
+    add("--heads", type=positive_int, nargs=2, metavar=("VISION", "TEXT"), help="of --init-from, where no config tells")
     add("--roi-projection", action="store_true", help="give regions a projection of their own")
     add("--trust-torchscript", action="store_true", help="read OpenAI's archives, which can hold code")
     add("--logit-scale-init", type=non_negative_float, default=MAX_LOGIT_SCALE, metavar="X",
@@ -227,6 +230,8 @@ def open_data(args: argparse.Namespace, image_size: int):
     if args.val_annotations is not None:
         held_out, val_root = evenly(read(args.val_annotations), args.val_images), args.val_image_root or image_root
         sentence = f"validating on {len(held_out)} images of {args.val_annotations}"
+        both = set(image_ids(records, image_root).tolist()).intersection(image_ids(held_out, val_root).tolist())
+        sentence += f"; {len(both)} of them are trained on too" if both else ""
     else:
         whole = len(records)
         records, held_out = hold_out(records, args.val_share, args.val_images)
@@ -246,11 +251,15 @@ def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]
         model, tokenizer = load_model(checkpoint.find_resume(args.resume, args.output, SCRIPT), weights="raw")
         said = []
     elif args.init_from is not None:
+        activation = given.pop("activation")
         named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
         if named:
             raise InputError(f"{named[0]} comes with the weights of --init-from: leave it out")
-        model, tokenizer = load_model(args.init_from, args.vocab, trust_torchscript=args.trust_torchscript)
-        said = [f"weights of {getattr(model, 'load_report', args.init_from)}"]
+        model, tokenizer = load_model(
+            args.init_from, args.vocab, trust_torchscript=args.trust_torchscript, heads=args.heads,
+            activation=activation,
+        )  # fmt: skip
+        said = [f"weights of {model.load_report}"]
         if args.roi_projection and not model.config["roi_projection"]:
             model = model.with_roi_projection()
     else:
@@ -261,19 +270,19 @@ def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]
         for name, tower in (("vision", vision), ("text", text)):
             tower |= {key: given[f"{name}_{key}"] for key in ("width", "layers", "heads")}
             tower |= dict(mlp_width=4 * tower["width"], activation=args.activation)
+        if sum(12 * tower["layers"] * tower["width"] ** 2 for tower in (vision, text)) > MAX_PARAMETERS:
+            raise InputError(f"the model's flags ask for more than {MAX_PARAMETERS:g} parameters")
         try:
             model = FGCLIP(
                 vision=vision, text=text, embed_dim=args.embed_dim, logit_scale=args.logit_scale_init,
                 roi_projection=args.roi_projection,
             )  # fmt: skip
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # RuntimeError: there is not so much memory
             raise InputError(f"the model's flags do not fit together: {error}") from error
         said = ["training from random weights"]
         if args.data_root or args.annotations:
             said[0] += "; --init-from takes published CLIP and FG-CLIP weights, or a checkpoint of a run"
-    patch = model.vision_model.patch_size
-    if args.image_size is not None and args.image_size % patch:
-        raise InputError(f"--image-size {args.image_size}: expected a multiple of the patch size, {patch}")
+    check_image_size(model, args.image_size or model.vision_model.image_size)
     if args.image_size not in (None, model.vision_model.image_size):
         model = model.with_image_size(args.image_size)  # so that its checkpoints say what it was trained on
     if args.long_weight and model.text_model.long_context_length is None:
@@ -329,8 +338,9 @@ def refuse_what_cannot_train(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} needs --annotations or --data-root")
     if args.val_image_root and not args.val_annotations:
         raise InputError("--val-image-root needs --val-annotations")
-    if args.trust_torchscript and not args.init_from:
-        raise InputError("--trust-torchscript is for the weights of --init-from")
+    for flag in ("trust_torchscript", "heads"):
+        if getattr(args, flag) and not (args.init_from or args.resume):
+            raise InputError(f"--{flag.replace('_', '-')} is for the weights of --init-from")
     if args.reset_logit_scales and not (args.init_from or args.resume):
         raise InputError("--reset-logit-scales is for the scales of --init-from or --resume; --logit-scale-init is not")
     if args.logit_scale_init > MAX_LOGIT_SCALE:

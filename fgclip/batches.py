@@ -1,5 +1,6 @@
 """Records to samples to batches: images read, boxes checked, every distinct text tokenised once."""
 
+import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from fgclip.data import Record, Region
-from fgclip.errors import InputError
-from fgclip.images import inside, preprocess, read_image
+from fgclip.images import preprocess
 from fgclip.losses import caption_ids
 from fgclip.regions import BoxStatistics, usable_boxes
 from fgclip.tokenizer import Tokenizer
+from training.errors import InputError
 
 
 @dataclass
@@ -71,8 +72,7 @@ class RegionDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         record = self.record(index)
-        path = inside(self.image_root, record.image, record.source)
-        pixels = preprocess(read_image(path, record.source), self.image_size)
+        pixels = preprocess(record.picture(self.image_root), self.image_size)
         return make_sample(record, pixels, random.Random(f"{self.seed} {epoch} {index}"), self.most_regions)
 
 
@@ -101,16 +101,25 @@ def evenly(records: Sequence, most: int) -> Sequence:
     return Subset(records, np.linspace(0, len(records) - 1, most).round().astype(np.int64))
 
 
-def hold_out(records: Sequence, share: float, most: int) -> tuple[Sequence, Sequence]:
-    """Training and validation records: the latter are this share, evenly spaced, at least 1 and at most so many.
+def image_ids(records: Sequence[Record], image_root: str | Path = "") -> np.ndarray:
+    """A number (n,) int64 for each record, the same for the same image below the folder, however its path is spelt."""
+    root, image = os.path.realpath(image_root), getattr(records, "image", lambda index: records[index].image)
+    paths = (os.path.normpath(os.path.join(root, image(i))) for i in range(len(records)))
+    return np.fromiter(map(hash, paths), dtype=np.int64, count=len(records))
+
+
+def hold_out(records: Sequence[Record], share: float, most: int) -> tuple[Sequence, Sequence]:
+    """Training and validation records: the latter show this share of the images, evenly spaced, at least 1 and at most
+    so many, each in one record; no record of the former shows one of them.
 
     Raises InputError where that leaves none to train on.
     """
-    count = min(most, max(1, round(share * len(records))))
-    if count >= len(records):
-        raise InputError(f"{len(records)} annotated images are too few to train on and hold {count} out")
-    held_out = np.linspace(0, len(records) - 1, count).round().astype(np.int64)
-    rest = np.delete(np.arange(len(records)), held_out)
+    _, first, image = np.unique(image_ids(records), return_index=True, return_inverse=True)
+    count = min(most, max(1, round(share * len(first))))
+    if count >= len(first):
+        raise InputError(f"{len(first)} annotated images are too few to train on and hold {count} out")
+    held_out = np.sort(first)[np.linspace(0, len(first) - 1, count).round().astype(np.int64)]
+    rest = np.flatnonzero(~np.isin(image, image[held_out]))
     return Subset(records, rest), Subset(records, held_out)
 
 

@@ -1,8 +1,9 @@
 """Annotation files, one record an image: FineHARD, COCO captions with instances, and FG-OVD."""
 
-import json
+import os
 import re
 from bisect import bisect_right
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,15 +13,31 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from PIL import Image
 
-from fgclip.errors import InputError
-from fgclip.images import inside
+from fgclip.images import read_image
 from fgclip.regions import from_xywh
+from training.errors import InputError
+from training.files import (
+    MAX_ID,
+    image_size,
+    inside,
+    number,
+    numbers,
+    parse_json,
+    plain_text,
+    read_json,
+    read_lines,
+    reason,
+    regular_file,
+    shown,
+)
 
 # Up to a brace outside of strings. Possessive throughout, so that a damaged file costs one pass and no more.
 TO_NEXT_BRACE = re.compile(rb'[^{}"]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^{}"]*+)*+([{}])', re.DOTALL)
 FINEHARD_PREFIX = "grit-20m/data-12m/"  # the published annotations begin every path with it
 SHORT_PROMPT = "a photo of "  # FG-CLIP puts it before FineHARD's short captions
+FAR = 1.5  # a box that reaches so far is none of fractions, and one that does not is none of pixels
 
 
 @dataclass(frozen=True)
@@ -39,7 +56,8 @@ class Region:
 class Record:
     """One image: its path below the image root, short captions (any of them will do), a long one, and its regions.
 
-    label is the class for memory banks of two classes (1: abnormal). source names the record in messages.
+    label is the class for memory banks of two classes (1: abnormal). source names the record in messages. size is the
+    image's width and height in pixels, where boxes were scaled by it. found: the path comes from the folder itself.
     """
 
     image: str
@@ -48,6 +66,16 @@ class Record:
     regions: tuple[Region, ...] = ()
     label: int = 0
     source: str = ""
+    size: tuple[int, int] | None = None
+    found: bool = False
+
+    def picture(self, root: Path) -> Image.Image:
+        """The image as RGB. Raises InputError where it cannot be read, or is of another size than was written."""
+        image = read_image(root / self.image if self.found else inside(root, self.image, self.source), self.source)
+        if self.size not in (None, image.size):
+            written, found = ("{} x {}".format(*size) for size in (self.size, image.size))
+            raise InputError(f"{root / self.image} is {found} pixels, but its boxes are for {written} ({self.source})")
+        return image
 
 
 class JsonItems(Sequence):
@@ -76,10 +104,7 @@ class JsonItems(Sequence):
         with path.open("rb") as file:
             file.seek(offset)
             content = file.read(length)
-        try:
-            item = json.loads(content)
-        except ValueError as error:
-            raise InputError(f"{source} is not valid JSON ({error})") from error
+        item = parse_json(content, source)
         if not isinstance(item, dict):
             raise InputError(f"{source}: expected a JSON object")
         return item, source
@@ -88,8 +113,8 @@ class JsonItems(Sequence):
 def index_file(path: Path) -> np.ndarray:
     """Offset and length in bytes (n, 2) int64 of every object in a JSON list or a JSON-lines file."""
     try:
-        with path.open("rb") as file:
-            first = next((byte for line in file if (byte := line.strip()[:1])), b"")
+        with regular_file(path, "annotations").open("rb") as file:
+            first = file.read(2**16).removeprefix(BOM_UTF8).lstrip()[:1]
             file.seek(0)
             if first == b"[":
                 with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
@@ -99,7 +124,7 @@ def index_file(path: Path) -> np.ndarray:
             else:
                 raise InputError(f"{path}: expected a JSON list of objects, or one object a line")
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+        raise InputError(f"{path} cannot be read ({reason(error)})") from error
     return np.array(spans, dtype=np.int64).reshape(-1, 2)
 
 
@@ -135,42 +160,48 @@ def annotation_files(path: str | Path) -> list[Path]:
     Listed paths are relative to the list and stay below its folder. Raises InputError where there are none.
     """
     path = Path(path)
-    if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".jsonl"))
-    elif path.suffix == ".txt":
-        names = read_text(path).split("\n")
-        files = [inside(path.parent, name.strip(), str(path)) for name in names if name.strip()]
-    else:
-        files = [path]
+    if os.path.isdir(path):
+        return files_in(path, ".json", ".jsonl")
+    if path.suffix != ".txt":
+        return [path]
+    files = [inside(path.parent, name, str(path)) for name in read_lines(path)]
     if not files:
         raise InputError(f"{path} names no .json or .jsonl file")
-    if absent := [f for f in files if not f.is_file()]:
-        raise InputError(f"{absent[0]} is not a file of annotations")
     return files
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({error})") from error
+def files_in(folder: Path, *suffixes: str) -> list[Path]:
+    """The files of a folder with one of the endings, those that macOS leaves beside each (._name) left out."""
+    found = sorted(f for f in folder.iterdir() if f.suffix in suffixes and not f.name.startswith("."))
+    if not found:
+        raise InputError(f"{folder} holds no {' or '.join(suffixes)} file")
+    return found
 
 
-def field(item: dict, key: str, kind: type | tuple[type, ...], source: str):
-    """item[key], of the given type. Raises InputError naming source and key."""
-    value = item.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise InputError(f"{source}: expected {names} under the key {key}, got {type(value).__name__}")
+def field(item: dict, key: str, kind: type, source: str):
+    """item[key], a str, whole int, list or dict. Raises InputError naming source and key."""
+    value, place = item.get(key), f"{source}, {key}"
+    if kind is str:
+        return plain_text(value, place)
+    if kind is int:
+        return number(value, place, -MAX_ID, MAX_ID, whole=True)
+    if not isinstance(value, kind):
+        raise InputError(f"{place}: expected a {kind.__name__}, got {shown(value)}")
     return value
+
+
+def objects(item: dict, key: str, source: str) -> list[tuple[dict, str]]:
+    """The objects in the list under a key, with what names each in messages."""
+    found = [(entry, f"{source}, {key}[{i}]") for i, entry in enumerate(field(item, key, list, source))]
+    for entry, place in found:
+        if not isinstance(entry, dict):
+            raise InputError(f"{place}: expected an object, got {shown(entry)}")
+    return found
 
 
 def box_of(item: dict, source: str) -> tuple[float, float, float, float]:
     """The first four numbers under the key bbox."""
-    box = field(item, "bbox", list, source)[:4]
-    if len(box) < 4 or not all(isinstance(x, int | float) and not isinstance(x, bool) for x in box):
-        raise InputError(f"{source}: expected four numbers under the key bbox")
-    return tuple(float(x) for x in box)
+    return numbers(field(item, "bbox", list, source)[:4], f"{source}, bbox")
 
 
 class FineHARD(Sequence):
@@ -189,28 +220,35 @@ class FineHARD(Sequence):
 
     def __getitem__(self, index: int) -> Record:
         item, source = self.items[index]
-        infos = item.get("bbox_info") or []
-        if not isinstance(infos, list) or not all(isinstance(info, dict) for info in infos):
-            raise InputError(f"{source}: expected a list of objects under the key bbox_info")
+        infos = objects(item, "bbox_info", source) if item.get("bbox_info") else []
         return Record(
-            image=field(item, "f_path", str, source).removeprefix(FINEHARD_PREFIX),
+            image=self.path(item, source),
             short=(SHORT_PROMPT + field(item, "short_caption", str, source),),
             long=field(item, "caption", str, source),
-            regions=tuple(self.region(info, f"{source}, bbox_info[{i}]") for i, info in enumerate(infos)),
+            regions=tuple(self.region(*info) for info in infos),
             label=field(item, "label", int, source) if "label" in item else 0,
             source=source,
         )
 
+    def image(self, index: int) -> str:
+        """The path of the image of a record, in a third of the record's time."""
+        return self.path(*self.items[index])
+
+    @staticmethod
+    def path(item: dict, source: str) -> str:
+        return field(item, "f_path", str, source).removeprefix(FINEHARD_PREFIX)
+
     @staticmethod
     def region(info: dict, source: str) -> Region:
-        phrases = [field(info, key, str, source) for key in ("short_expr", "long_expr") if key in info]
-        negatives = ()
+        box, phrases, negatives = box_of(info, source), [field(info, "short_expr", str, source)], ()
+        if max(map(abs, box)) > FAR:
+            raise InputError(f"{source}: the box {shown(box)} looks like pixels; expected fractions of the sides")
+        if "long_expr" in info:
+            phrases.append(field(info, "long_expr", str, source))
         if info.get("flag_short_neg") == 1:
             negatives = field(info, "short_expr_negs", dict, source)
             negatives = tuple(field(negatives, key, str, f"{source}, short_expr_negs") for key in negatives)
-        if "short_expr" not in info:
-            raise InputError(f"{source}: expected str under the key short_expr")
-        return Region(box_of(info, source), tuple(dict.fromkeys(phrases)), negatives)
+        return Region(box, tuple(dict.fromkeys(phrases)), negatives)
 
 
 class FGOVD(Sequence):
@@ -227,33 +265,51 @@ class FGOVD(Sequence):
 
     def __getitem__(self, index: int) -> Record:
         item, source = self.items[index]
-        positive, negatives = (field(item, key, list, source) for key in ("pos_expression", "neg_expression"))
-        if len(positive) != 1 or not negatives or not all(isinstance(text, str) for text in positive + negatives):
+        positive, negatives = (
+            tuple(plain_text(text, f"{source}, {key}") for text in field(item, key, list, source))
+            for key in ("pos_expression", "neg_expression")
+        )
+        if len(positive) != 1 or not negatives:
             raise InputError(f"{source}: expected one text under pos_expression and some under neg_expression")
-        size = [field(item, key, (int, float), source) for key in ("width", "height")]
-        region = Region(scale_box(box_of(item, source), *size, source), tuple(positive), tuple(negatives))
-        return Record(field(item, "img_path", str, source), (), "", (region,), source=source)
+        box, size = box_of(item, source), size_of(item, source)
+        refuse_fractions([box], source)
+        regions = scaled([(box, positive)], size, negatives)
+        return Record(field(item, "img_path", str, source), (), "", regions, source=source, size=size)
 
 
-def scale_box(box: tuple, width: float, height: float, source: str) -> tuple[float, float, float, float]:
-    """xywh in pixels to xyxy in fractions."""
-    if width <= 0 or height <= 0:
-        raise InputError(f"{source}: expected a positive width and height")
-    return tuple(from_xywh(torch.tensor([box], dtype=torch.float64), width, height)[0].tolist())
+def size_of(item: dict, source: str) -> tuple[int, int]:
+    """Width and height in pixels, as they stand beside a box."""
+    return image_size(item.get("width"), item.get("height"), source)
 
 
-def read_coco(path: Path, *keys: str) -> dict:
-    """The JSON object of a COCO file, which holds lists of objects under the keys. Raises InputError."""
-    try:
-        content = json.loads(read_text(path))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from error
-    for key in keys:
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise InputError(f"{path}: expected a COCO file with a list under the key {key}")
-        if not all(isinstance(entry, dict) for entry in content[key]):
-            raise InputError(f"{path}: expected objects in the list under the key {key}")
-    return content
+def refuse_fractions(boxes: Sequence[tuple], source: str) -> None:
+    """Raises InputError where most boxes that should be xywh in pixels lie within the first of them."""
+    within = [(x, y, w, h) for x, y, w, h in boxes if max(x + w, y + h) <= FAR]
+    if 2 * len(within) > len(boxes):
+        raise InputError(f"{source}: the box {shown(within[0])} looks like fractions; expected xywh in pixels")
+
+
+def scaled(boxes: Sequence[tuple[tuple, tuple]], size: tuple[int, int], negatives: tuple = ()) -> tuple[Region, ...]:
+    """Regions of boxes, xywh in pixels of an image of that width and height, each with its phrases."""
+    corners = from_xywh(torch.tensor([box for box, _ in boxes], dtype=torch.float64).view(-1, 4), *size)
+    return tuple(Region(tuple(b), texts, negatives) for b, (_, texts) in zip(corners.tolist(), boxes, strict=True))
+
+
+def read_coco(path: Path, *keys: str) -> list[list[tuple[dict, str]]]:
+    """Of a COCO file the objects in the list under each key, with what names each. Raises InputError.
+
+    Their ids become whole numbers; no two of a list have the same.
+    """
+    content = read_json(path, "a COCO file", dict)
+    found = [objects(content, key, str(path)) for key in keys]
+    for entries in found:
+        seen = {}
+        for entry, place in entries:
+            if "id" in entry:
+                entry["id"] = field(entry, "id", int, place)
+                if place != seen.setdefault(entry["id"], place):
+                    raise InputError(f"{place}: the id {entry['id']} occurs twice, first in {seen[entry['id']]}")
+    return found
 
 
 def read_instances(path: Path) -> tuple[tuple[str, ...], dict[int, list[tuple[tuple, str]]]]:
@@ -261,20 +317,18 @@ def read_instances(path: Path) -> tuple[tuple[str, ...], dict[int, list[tuple[tu
 
     Crowds are left out.
     """
-    content = read_coco(path, "annotations", "categories")
-    names, found = {}, {}
-    for i, category in enumerate(content["categories"]):
-        source = f"{path}, categories[{i}]"
-        names[field(category, "id", int, source)] = field(category, "name", str, source)
-    for i, annotation in enumerate(content["annotations"]):
-        if annotation.get("iscrowd"):
+    annotations, categories = read_coco(path, "annotations", "categories")
+    names = {field(entry, "id", int, place): field(entry, "name", str, place) for entry, place in categories}
+    found, boxes = {}, []
+    for entry, place in annotations:
+        if entry.get("iscrowd"):
             continue
-        source = f"{path}, annotations[{i}]"
-        category = field(annotation, "category_id", int, source)
+        category = field(entry, "category_id", int, place)
         if category not in names:
-            raise InputError(f"{source}: category_id {category} is not among the categories")
-        image_id = field(annotation, "image_id", int, source)
-        found.setdefault(image_id, []).append((box_of(annotation, source), names[category]))
+            raise InputError(f"{place}: category_id {category} is not among the categories")
+        boxes.append(box_of(entry, place))
+        found.setdefault(field(entry, "image_id", int, place), []).append((boxes[-1], names[category]))
+    refuse_fractions(boxes, str(path))
     return tuple(names.values()), found
 
 
@@ -288,18 +342,13 @@ class COCO(Sequence):
 
     def __init__(self, captions: str | Path, instances: str | Path | None = None, *, most_captions: int | None = None):
         path = Path(captions)
-        content = read_coco(path, "images", "annotations")
-        self.path = path
+        images, annotations = read_coco(path, "images", "annotations")
         self.captions: dict[int, list[str]] = {}
-        for i, annotation in enumerate(content["annotations"]):
-            source = f"{path}, annotations[{i}]"
-            image_id = field(annotation, "image_id", int, source)
-            self.captions.setdefault(image_id, []).append(field(annotation, "caption", str, source).strip())
+        for entry, place in annotations:
+            texts = self.captions.setdefault(field(entry, "image_id", int, place), [])
+            texts.append(field(entry, "caption", str, place).strip())
         self.captions = {k: texts[:most_captions] for k, texts in self.captions.items()}
-        images = enumerate(content["images"])
-        self.images = [
-            (i, image) for i, image in images if field(image, "id", int, f"{path}, images[{i}]") in self.captions
-        ]
+        self.images = [(entry, place) for entry, place in images if field(entry, "id", int, place) in self.captions]
         beside = path.with_name(path.name.replace("captions", "instances"))
         self.categories: tuple[str, ...] = ()
         self.regions: dict[int, list[tuple[tuple, str]]] = {}
@@ -310,11 +359,9 @@ class COCO(Sequence):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Record:
-        i, image = self.images[index]
-        source = f"{self.path}, images[{i}]"
-        size = [field(image, key, int, source) for key in ("width", "height")]
+        image, source = self.images[index]
         texts = self.captions[image["id"]]
-        regions = tuple(
-            Region(scale_box(box, *size, source), (f"a {name}",)) for box, name in self.regions.get(image["id"], [])
-        )
-        return Record(field(image, "file_name", str, source), tuple(texts), " ".join(texts), regions, source=source)
+        boxes = [(box, (f"a {name}",)) for box, name in self.regions.get(image["id"], ())]
+        size = size_of(image, source) if boxes else None
+        regions = scaled(boxes, size) if boxes else ()
+        return Record(field(image, "file_name", str, source), tuple(texts), " ".join(texts), regions, 0, source, size)

@@ -11,10 +11,10 @@ from torch.utils.data import Dataset
 import training.distributed as distributed
 from fgclip.batches import Sample, Texts, usable_regions
 from fgclip.data import Record
-from fgclip.errors import InputError
-from fgclip.images import inside, preprocess, read_image
+from fgclip.images import preprocess
 from fgclip.model import FGCLIP, unit
 from fgclip.tokenizer import Tokenizer
+from training.errors import InputError
 from training.loader import make_loader, to_device
 
 AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -35,9 +35,8 @@ class Views(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         record = self.records[index]
-        path = inside(self.image_root, record.image, record.source)
         boxes = torch.empty(0, 4) if self.crop else usable_regions(record)[0]
-        return preprocess(read_image(path, record.source), self.image_size, self.crop), boxes
+        return preprocess(record.picture(self.image_root), self.image_size, self.crop), boxes
 
 
 def collate(samples: Sequence[Sample | tuple[Tensor, Tensor]]) -> dict:
@@ -90,7 +89,7 @@ class Embedder:
                 boxes.append(unit(features["regions"]).cpu())
         owner = own.repeat_interleave(torch.tensor(counts)) if counts else own[:0]
         image, region = _in_order(torch.cat(images), own), _in_order(torch.cat(boxes), owner)
-        return _finite(image, "images"), _finite(region, "boxes")
+        return self.finite(image, "images"), self.finite(region, "boxes")
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str], long: bool = False) -> Tensor:
@@ -111,20 +110,20 @@ class Embedder:
             with self.autocast():
                 features = self.model.encode_text(tokens[part, : int(ends[part].max()) + 1].to(self.device), long=long)
             found.append(unit(features).cpu())
-        return _finite(_in_order(torch.cat(found), own)[rows], "texts")
+        return self.finite(_in_order(torch.cat(found), own)[rows], "texts")
 
     def nothing(self) -> Tensor:
         return torch.empty(0, self.model.visual_projection.out_features)
+
+    def finite(self, features: Tensor, what: str) -> Tensor:
+        if not features.isfinite().all():
+            source = self.model.load_report.source if hasattr(self.model, "load_report") else "the model"
+            raise InputError(
+                f"{source}: the features of some {what} are not finite; the weights are damaged, or --amp is too narrow"
+            )
+        return features
 
 
 def _in_order(rows: Tensor, places: Tensor) -> Tensor:
     """The rows (n, D) of every process, sorted by their places (n,)."""
     return distributed.gather(rows)[distributed.gather(places).argsort(stable=True)]
-
-
-def _finite(features: Tensor, what: str) -> Tensor:
-    if not features.isfinite().all():
-        raise InputError(
-            f"the features of some {what} are not finite; the weights are damaged, or --amp is too narrow for them"
-        )
-    return features

@@ -12,25 +12,26 @@ where they lie neither beside the weights nor in an installed CLIP package.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from fgclip.data import COCO, FGOVD, FineHARD, Record
+from fgclip.data import COCO, FGOVD, FineHARD, Record, files_in
 from fgclip.embedding import AUTOCAST, Embedder, Views
-from fgclip.errors import InputError
 from fgclip.evaluation_data import DCI, ClassFolders, COCOBoxes, Flickr30k, ShareGPT4V, by_image
 from fgclip.held_out import held_out_figures
-from fgclip.loading import load_model
+from fgclip.loading import check_image_size, load_model
 from fgclip.model import FGCLIP
 from fgclip.prompts import TEMPLATES, read_templates
 from fgclip.synthetic import PLACEMENTS, SyntheticRegions
 from fgclip.tokenizer import Tokenizer
+from fgclip.transformer import ACTIVATIONS
 from fgclip.zero_shot import box_figures, choice_figures, folder_figures, retrieval_figures
 from training import distributed
 from training.arguments import make_parser, non_negative_int, positive_int
-from training.errors import one_sentence
+from training.errors import InputError, one_sentence
 from training.files import write_json
 
 FORMATS = ("coco", "flickr30k", "finehard", "sharegpt4v", "dci")
@@ -59,6 +60,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--vocab", metavar="FILE", help="published weights: bpe_simple_vocab_16e6.txt.gz, merges.txt or "
         "tokenizer.json; bytes goes without, to no good where they were trained on merges")
     add("--trust-torchscript", action="store_true", help="read OpenAI's archives, which can hold code")
+    add("--heads", type=positive_int, nargs=2, metavar=("VISION", "TEXT"), help="published weights without a config: "
+        "attention heads of both towers; without it, of published sizes, width / 64")
+    add("--activation", choices=tuple(ACTIVATIONS), help="published weights without a config; without it quick_gelu")
     add("--image-size", type=positive_int, metavar="PIXELS", help="side of the square that images are resized to, "
         "instead of that of the weights, whose positions are then interpolated")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -74,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", metavar="NAME", help="flickr30k: which split (test)")
     add("--captions", type=positive_int, metavar="N", help="retrieval: most short captions an image (5)")
     add("--templates", metavar="FILE", help="boxes, folder: sentences with {} for the class name, one a line")
-    add("--class-names", metavar="FILE", help="folder: a name a line for the sorted folders; else their own names")
+    add("--class-names", metavar="FILE", help="folder: a name a line for the folders, 2 before 10; else their own")
     add("--limit", type=positive_int, metavar="N", help="only the first N records; folder: N images evenly among all")
     add("--crop", action="store_true", default=None, help="scale the short side and cut out the centre, as CLIP does; "
         "otherwise images are squashed to a square, as FG-CLIP does")
@@ -93,12 +97,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def open_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer]:
     """The model and tokenizer that `add_model_flags` name; args.image_size becomes the one to use."""
     model, tokenizer = load_model(
-        args.checkpoint, args.vocab, weights=args.weights, trust_torchscript=args.trust_torchscript
-    )
-    tower = model.vision_model
-    args.image_size = args.image_size or tower.image_size
-    if args.image_size % tower.patch_size:
-        raise InputError(f"--image-size {args.image_size}: expected a multiple of the patch size, {tower.patch_size}")
+        args.checkpoint, args.vocab, weights=args.weights, trust_torchscript=args.trust_torchscript,
+        heads=args.heads, activation=args.activation,
+    )  # fmt: skip
+    if model.load_report.guessed and distributed.is_main():
+        print(model.load_report, file=sys.stderr)
+    args.image_size = args.image_size or model.vision_model.image_size
+    check_image_size(model, args.image_size)
     return model, tokenizer
 
 
@@ -153,9 +158,7 @@ def fgovd_level(path: Path) -> str:
 
 
 def fgovd_files(paths: list[str]) -> dict[str, Path]:
-    files = [f for p in map(Path, paths) for f in (sorted(p.glob("*.jsonl")) if p.is_dir() else [p])]
-    if not files:
-        raise InputError(f"--annotations {paths[0]}: the folder holds no .jsonl file")
+    files = [f for p in map(Path, paths) for f in (files_in(p, ".jsonl") if p.is_dir() else [p])]
     names = [fgovd_level(file) for file in files]
     order = list(dict.fromkeys(LEVELS.values()))
     named = {name if names.count(name) == 1 else str(file): file for name, file in zip(names, files, strict=True)}
@@ -192,6 +195,9 @@ def evaluate(args: argparse.Namespace, embedder: Embedder) -> tuple[dict[str, di
         count = min(args.limit or len(data), len(data))
         records, figures_of = [data[i * len(data) // count] for i in range(count)], folder_figures
     figures, said = figures_of(embedder, records, views(records), data.categories, templates)
+    if args.class_names:
+        pairs = zip(data.folders, data.categories, strict=True)
+        said += "; folders: " + ", ".join(f"{folder} = {name}" for folder, name in pairs)
     return figures, [said]
 
 

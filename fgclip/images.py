@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from fgclip.model import PIXEL_MEAN, PIXEL_STD
-from training.files import inside, open_image
+from training.files import MAX_PIXELS, inside, open_image
 
 __all__ = ["inside", "normalise", "preprocess", "read_image"]
 
@@ -27,9 +27,15 @@ def preprocess(image: Image.Image, size: int, crop: bool = False) -> Tensor:
     if crop:
         short, long = sorted(image.size)
         other = int(size * long / short)
-        image = image.resize((size, other) if image.width <= image.height else (other, size), Image.Resampling.BICUBIC)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
+        width, height = (size, other) if image.width <= image.height else (other, size)
+        left, top = round((width - size) / 2), round((height - size) / 2)  # halves to the even side, as in torchvision
+        box = (left, top, left + size, top + size)
+        if width * height <= MAX_PIXELS:
+            image = image.resize((width, height), Image.Resampling.BICUBIC).crop(box)
+        else:  # so long a strip that only its centre is made, off by rounding from what the whole would give
+            across, down = image.width / width, image.height / height
+            box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+            image = image.resize((size, size), Image.Resampling.BICUBIC, box)
     else:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (3, S, S)

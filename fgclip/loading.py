@@ -1,17 +1,17 @@
 """A model and the tokenizer that belongs to it, from a training run's checkpoint or from published weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
-from fgclip.errors import InputError
 from fgclip.model import FGCLIP
-from fgclip.tokenizer import Tokenizer
+from fgclip.tokenizer import Tokenizer, checked_merges
 from fgclip.weight_files import read_run
-from fgclip.weights import load_clip_weights
+from fgclip.weights import LoadReport, build_empty, fill, load_clip_weights
+from training.errors import InputError
+from training.files import state_dict_of
 
 SCRIPT = "fgclip"  # what a run's checkpoint calls the script that wrote it
+MAX_IMAGE_SIZE = 4096  # pixels, of the square that a model is shown
 MERGE_FILES = ("tokenizer.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 
 
@@ -21,6 +21,8 @@ def load_model(
     *,
     weights: str = "ema",
     trust_torchscript: bool = False,
+    heads: Sequence[int] | None = None,
+    activation: str | None = None,
 ) -> tuple[FGCLIP, Tokenizer]:
     """The model, in evaluation mode on the CPU, and its tokenizer.
 
@@ -29,6 +31,7 @@ def load_model(
         of an installed CLIP package. "bytes" goes without any, with weights that were trained on merges to no good.
     weights: of a run, "ema" takes the averaged weights where there are any, "raw" the trained ones.
     trust_torchscript: read TorchScript archives too, whose code torch.jit.load may run.
+    heads, activation: of published weights, as in `load_clip_weights`.
     Raises InputError on files of another kind, and where tokenizer and weights do not have the same vocabulary.
     """
     path = Path(path)
@@ -36,11 +39,20 @@ def load_model(
     if run is not None:
         if vocab is not None:
             raise InputError(f"--vocab {vocab}: the run's checkpoint {path} brings its own tokenizer")
+        if heads or activation:
+            raise InputError(f"--heads, --activation: the run's checkpoint {path} brings its own")
         model, tokenizer = restore(run, path, weights)
     else:
-        model = load_clip_weights(path, trust_torchscript=trust_torchscript)
+        model = load_clip_weights(path, trust_torchscript=trust_torchscript, heads=heads, activation=activation)
         tokenizer = published_tokenizer(path, vocab, model.text_model.vocab_size)
     return model.eval(), tokenizer
+
+
+def check_image_size(model: FGCLIP, image_size: int) -> None:
+    patch = model.vision_model.patch_size
+    if image_size % patch or image_size > MAX_IMAGE_SIZE:
+        expected = f"a multiple of the patch size, {patch}, of at most {MAX_IMAGE_SIZE}"
+        raise InputError(f"--image-size {image_size}: expected {expected}")
 
 
 def restore(run: Mapping, path: Path, weights: str = "ema") -> tuple[FGCLIP, Tokenizer]:
@@ -55,14 +67,15 @@ def restore(run: Mapping, path: Path, weights: str = "ema") -> tuple[FGCLIP, Tok
         raise InputError(f"{path} is a checkpoint of train_{run.get('script')}.py; expected one of train_fgclip.py")
     if lacking := [key for key in ("model", "merges") if key not in run]:
         raise InputError(f"{path} lacks {', '.join(lacking)}, which a checkpoint of train_fgclip.py holds")
-    state: dict[str, Tensor] = run["ema"] if weights == "ema" and run.get("ema") is not None else run["model"]
-    try:
-        model = FGCLIP(**run["model_kwargs"])
-        model.load_state_dict(state)
-    except (TypeError, RuntimeError) as error:
-        first = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
-        raise InputError(f"{path} was written by another version of the model: {first}") from error
-    return model, Tokenizer(run["merges"], vocab_size=model.text_model.vocab_size)
+    state = state_dict_of(run["ema"] if weights == "ema" and run.get("ema") is not None else run["model"], path)
+    source = f"{path} (damaged, or written by another version of the model)"
+    model = build_empty(run["model_kwargs"], state, source)
+    fill(model, state, source)
+    model.load_report = LoadReport(str(path), "a run's checkpoint", tuple(state), {}, ())
+    tokenizer = Tokenizer(checked_merges(run["merges"], str(path)))
+    if tokenizer.vocab_size > model.text_model.vocab_size:
+        raise InputError(f"{path}: merges for {tokenizer.vocab_size} tokens, but the model has fewer")
+    return model, Tokenizer(tokenizer.merges, vocab_size=model.text_model.vocab_size)
 
 
 def published_tokenizer(path: Path, vocab: str | Path | None, vocab_size: int) -> Tokenizer:

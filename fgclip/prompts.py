@@ -5,8 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fgclip.errors import InputError
 from fgclip.model import unit
+from training.errors import InputError
+from training.files import read_lines, shown
 
 PHOTO = "a photo of a {}."
 TEMPLATES = (
@@ -29,13 +30,10 @@ TEMPLATES = (
 
 def read_templates(path: str | Path) -> tuple[str, ...]:
     """Templates from a text file, one a line, each with one {} for the class name. Raises InputError."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a readable text file of templates ({error})") from error
+    lines = read_lines(path, f"templates such as {PHOTO!r}, one a line")
     for line in lines:
         if line.count("{}") != 1:
-            raise InputError(f"{path}: expected one {{}} in each line, got {line!r}")
+            raise InputError(f"{path}: expected one {{}} in each line, got {shown(line)}")
     if not lines:
         raise InputError(f"{path} holds no template; expected lines such as {PHOTO!r}")
     return tuple(lines)

@@ -10,15 +10,12 @@ given: the softmax at the scale that the model learned, for images or for boxes.
 import argparse
 import json
 import math
-from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fgclip.data import read_text
 from fgclip.embedding import Embedder
-from fgclip.errors import InputError
 from fgclip.evaluate import add_model_flags, open_model
 from fgclip.images import preprocess, read_image
 from fgclip.model import FGCLIP, unit
@@ -26,7 +23,8 @@ from fgclip.regions import usable_boxes
 from fgclip.tokenizer import Tokenizer
 from training import distributed
 from training.arguments import make_parser
-from training.errors import one_sentence
+from training.errors import InputError, one_sentence
+from training.files import read_lines
 
 
 def box(text: str) -> tuple[float, ...]:
@@ -49,13 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text", action="append", default=[], metavar="CAPTION", help="a caption; may be given several times")
     add("--text-file", metavar="FILE", help="captions, one a line")
     add("--box", type=box, action="append", default=[], metavar="X1,Y1,X2,Y2",
-        help="score this box, in pixels of the image, instead of the whole; may be given several times")
+        help="score this box, in pixels of the image as it is shown, instead of the whole; may be given several times")
     add("--json", action="store_true", help="print json instead of a table")
     # fmt: on
 
 
 def captions(args: argparse.Namespace) -> list[str]:
-    lines = read_text(Path(args.text_file)).splitlines() if args.text_file else []
+    lines = read_lines(args.text_file, "captions, one a line") if args.text_file else []
     texts = [text.strip() for text in [*args.text, *lines] if text.strip()]
     if not texts:
         raise InputError("give captions with --text or --text-file")
@@ -77,6 +75,9 @@ def text_features(embedder: Embedder, texts: list[str]) -> tuple[Tensor, list[bo
 def fractions(boxes: list[tuple[float, ...]], image: Image.Image) -> Tensor:
     """Boxes (n, 4) of pixels in fractions of the image, clipped to it."""
     kept, usable = usable_boxes(torch.tensor(boxes, dtype=torch.float64) / torch.tensor(image.size * 2))
+    for sides in boxes:
+        if max(map(abs, sides)) <= 1:
+            raise InputError(f"--box {','.join(map(str, sides))} looks like fractions; expected x1,y1,x2,y2 in pixels")
     if not usable.all():
         wrong = ",".join(f"{side:g}" for side in boxes[usable.tolist().index(False)])
         raise InputError(

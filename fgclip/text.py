@@ -78,6 +78,8 @@ class TextTower(nn.Module):
         eos_id: int | None = None,
     ):
         super().__init__()
+        if context_length < 2:
+            raise ValueError(f"context_length {context_length} has no room for the start and end tokens")
         self.context_length, self.long_context_length = context_length, stretched_length(context_length)
         self.vocab_size, self.width, self.eos_id = vocab_size, width, eos_id
         self.embeddings = TextEmbeddings(vocab_size, context_length, width)

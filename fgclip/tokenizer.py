@@ -2,7 +2,6 @@
 
 import gzip
 import html
-import json
 import re
 import sys
 import unicodedata
@@ -17,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fgclip.errors import InputError
+from training.errors import InputError
+from training.files import parse_json, reason, regular_file, shown
 
 try:
     import ftfy
@@ -30,6 +30,7 @@ except ImportError:
 
 PUBLISHED_MERGES = 49152 - 256 - 2  # CLIP uses the first 48894 lines of a longer file
 START, END = "<|startoftext|>", "<|endoftext|>"
+MAX_MERGES = 2**26  # bytes of a file of merges, unpacked; the published ones have 3 MB
 WORD_CACHE = 65536
 
 
@@ -61,6 +62,7 @@ def word_pattern():
 
 def clean(text: str) -> str:
     """Repairs mojibake where ftfy is installed, unescapes HTML twice, joins whitespace, lower-cases."""
+    text = re.sub("\ufeff|[0-9]{4000,}", "", text)  # byte-order marks, and digits that int() refuses in &#...;
     if ftfy is not None:
         text = ftfy.fix_text(text)
     text = html.unescape(html.unescape(text))
@@ -83,22 +85,35 @@ def read_merges(path: str | Path) -> list[tuple[str, str]]:
 
     Raises InputError when the file is none of these.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; expected bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json")
+    path = regular_file(path, "bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json")
     try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
-        if path.suffix == ".json":
-            pairs = [tuple(m.split() if isinstance(m, str) else m) for m in json.loads(text)["model"]["merges"]]
-        else:
-            lines = text.split("\n")[1:]  # the first line names the version
-            pairs = [tuple(line.split()) for line in lines[:PUBLISHED_MERGES] if line.strip()]
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} holds no BPE merges: {type(error).__name__}: {error}") from error
-    if not pairs or any(len(pair) != 2 for pair in pairs):
-        raise InputError(f"{path} holds no BPE merges: expected two symbols a line")
-    return pairs
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            content = file.read(MAX_MERGES + 1)
+        text = content.decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} holds no BPE merges ({reason(error)})") from error
+    if len(content) > MAX_MERGES:
+        raise InputError(f"{path} holds more than {MAX_MERGES} bytes, too many for BPE merges")
+    if path.suffix == ".json":
+        found = parse_json(text, str(path))
+        model = found.get("model") if isinstance(found, dict) else None
+        lines = model.get("merges") if isinstance(model, dict) else None
+    else:
+        lines = [line for line in text.split("\n")[1 : PUBLISHED_MERGES + 1] if line.strip()]  # the first: the version
+    if not lines:
+        raise InputError(f"{path} holds no BPE merges")
+    return checked_merges(lines, str(path))
+
+
+def checked_merges(merges, source: str) -> list[tuple[str, str]]:
+    """Pairs of symbols out of a list of pairs, or of lines that hold one. Raises InputError."""
+    if not isinstance(merges, list | tuple):
+        raise InputError(f"{source}, merges: expected a list of pairs, got {shown(merges)}")
+    pairs = [pair.split() if isinstance(pair, str) else pair for pair in merges]
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(s, str) and s for s in pair):
+            raise InputError(f"{source}, merges: expected two symbols, got {shown(pair)}")
+    return [tuple(pair) for pair in pairs]
 
 
 def learn_merges(texts: Iterable[str]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Tensors from files and folders. Nothing but a TorchScript archive that the caller trusts can run code."""
+"""Tensors and configs from files and folders. Nothing but a TorchScript archive that the caller trusts can run code."""
 
 import zipfile
 from pathlib import Path
@@ -8,30 +8,38 @@ from torch import Tensor
 
 import training.files as files
 from training.errors import InputError
-from training.files import read_torch, state_dict_of
+from training.files import inside, number, read_torch, regular_file, shown, state_dict_of
 
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
 )
+# Of open_clip's configs: what heads follow from, with open_clip's defaults, and what says nothing about the features.
+OPEN_CLIP = dict(vision=dict(width=768, layers=12, head_width=64), text=dict(width=512, layers=12, heads=8))
+OPEN_CLIP_FREE = ("patch_size", "image_size", "vocab_size", "context_length", "mlp_ratio", "patch_dropout", "pad_id")
+OPEN_CLIP_FREE += ("output_tokens", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "eos_id")
+OPEN_CLIP_PLAIN = ("tok", "argmax", "default", "linear", "learnable")  # values of other keys that change nothing
 
 
 def read_weights(path: Path, trust_torchscript: bool = False) -> dict[str, Tensor]:
     """The tensors of a directory or file. Raises InputError."""
-    if path.is_dir():
-        file = next((path / f for f in WEIGHT_FILES if (path / f).is_file()), None)
-        if file is None:
-            raise InputError(f"{path} holds none of {', '.join(WEIGHT_FILES)}")
-        if file.suffix != ".json":
-            return read_weights(file, trust_torchscript)
-        shards = sorted(set(read_json(file, "weight_map").values()))
-        if any(not isinstance(s, str) or Path(s).name != s for s in shards):
-            raise InputError(f"{file}: expected the names of files in the same folder under weight_map")
-        return {k: v for shard in shards for k, v in read_weights(path / shard, trust_torchscript).items()}
-    if not path.is_file():
-        raise InputError(f"{path} is neither a file nor a folder of weights")
+    if not path.is_dir():
+        return read_file(path, trust_torchscript)
+    file = next((path / f for f in WEIGHT_FILES if (path / f).is_file()), None)
+    if file is None:
+        raise InputError(f"{path} holds none of {', '.join(WEIGHT_FILES)}")
+    shards = [file]
+    if file.suffix == ".json":
+        shards = sorted({inside(path, name, str(file)) for name in read_json(file, "weight_map").values()})
+    return {k: v for shard in shards for k, v in read_file(shard, trust_torchscript).items()}
+
+
+def read_file(path: Path, trust_torchscript: bool) -> dict[str, Tensor]:
+    regular_file(path, "a file or folder of weights")
     if is_safetensors(path):
         return read_safetensors(path)
     if is_torchscript(path):
@@ -95,6 +103,33 @@ def read_json(path: Path, *keys: str) -> dict:
     return content[keys[0]] if len(keys) == 1 else content
 
 
-def read_config(path: Path) -> dict | None:
-    """A Hugging Face config.json of a CLIP model, None where there is no such file."""
-    return read_json(path, "text_config", "vision_config") if path.is_file() else None
+def read_config(folder: Path, openai: bool) -> dict | None:
+    """What the config.json or open_clip_config.json of a folder says, in the words of the former; None without either.
+
+    openai: the weights have OpenAI's naming, so that the latter goes first, and a config.json may be somebody else's.
+    """
+    own, other = folder / "config.json", folder / "open_clip_config.json"
+    if other.is_file() and (openai or not own.is_file()):
+        return from_open_clip(read_json(other), str(other))
+    if not own.is_file() or (openai and not {"text_config", "vision_config"} <= read_json(own).keys()):
+        return None
+    return read_json(own, "text_config", "vision_config")
+
+
+def from_open_clip(config: dict, source: str) -> dict:
+    """An open_clip_config.json in the words of Hugging Face's. Raises InputError on what is not built here."""
+    model, found = config.get("model_cfg", config), {}
+    for tower, defaults in OPEN_CLIP.items():
+        given = model.get(f"{tower}_cfg") if isinstance(model, dict) else None
+        if not isinstance(given, dict) or not isinstance(model.get("quick_gelu", False), bool):
+            raise InputError(f"{source}: expected an object under the key {tower}_cfg, true or false under quick_gelu")
+        for key, value in given.items():
+            if value and key not in (*defaults, *OPEN_CLIP_FREE) and value not in OPEN_CLIP_PLAIN:
+                raise InputError(f"{source}, {tower}_cfg: no model with {key} = {shown(value)} is built here")
+        sizes = {key: number(given.get(key, value), f"{source}, {tower}_cfg, {key}", 1, 2**20, whole=True)
+                 for key, value in defaults.items()}  # fmt: skip
+        section = {key: given[key] for key in ("patch_size", "image_size", "vocab_size") if key in given}
+        section |= dict(hidden_size=sizes["width"], num_hidden_layers=sizes["layers"])
+        section |= dict(num_attention_heads=sizes.get("heads") or sizes["width"] // sizes["head_width"])
+        found[f"{tower}_config"] = section | dict(hidden_act="quick_gelu" if model.get("quick_gelu") else "gelu")
+    return found

@@ -5,19 +5,19 @@ report as made from another one. Hugging Face's names are the model's own.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fgclip.errors import InputError
 from fgclip.model import FGCLIP
 from fgclip.text import stretch_positions
 from fgclip.transformer import ACTIVATIONS
 from fgclip.weight_files import read_config, read_weights
-from training.files import whole_file, write_json
+from training.errors import InputError
+from training.files import number, reason, shown, whole_file, write_json
 
 VISION, TEXT = "vision_model.embeddings.", "text_model.embeddings."
 OPENAI_TENSORS = {
@@ -44,23 +44,30 @@ OPENAI_BLOCK = {
     "mlp.c_proj": "mlp.fc2",
 }
 OPENAI_FACTS = ("input_resolution", "context_length", "vocab_size")  # numbers beside the weights
+# Width and layers of image and text tower: OpenAI's models, and open_clip's whose heads are 64 wide.
+PUBLISHED = ((768, 12, 512, 12), (1024, 24, 768, 12), (896, 12, 640, 12), (512, 12, 512, 12), (512, 12, 384, 12))
+PUBLISHED += ((384, 12, 384, 12), (384, 12, 256, 10))
+HUGGING_FACE_HEADS = dict(vision=12, text=8)  # of a config that does not say
 
 
 @dataclass(frozen=True)
 class LoadReport:
     """What a load did. loaded: parameters taken from the source; made: parameters new here, with what they were made
-    from; ignored: source tensors that are no weights."""
+    from; ignored: source tensors that are no weights; guessed: what neither tensors nor a config told."""
 
     source: str
     layout: str
     loaded: tuple[str, ...]
     made: dict[str, str]
     ignored: tuple[str, ...]
+    guessed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         made = "; ".join(f"{name} = {origin}" for name, origin in self.made.items())
         ignored = f"; ignored: {', '.join(self.ignored)}" if self.ignored else ""
-        return f"{self.source}: {self.layout}, {len(self.loaded)} tensors loaded, newly made: {made or 'none'}{ignored}"
+        guessed = f"; guessed: {', '.join(self.guessed)}" if self.guessed else ""
+        loaded = f"{len(self.loaded)} tensors loaded, newly made: {made or 'none'}"
+        return f"{self.source}: {self.layout}, {loaded}{ignored}{guessed}"
 
 
 def load_clip_weights(
@@ -69,12 +76,16 @@ def load_clip_weights(
     *,
     roi_projection: bool = False,
     trust_torchscript: bool = False,
+    heads: Sequence[int] | None = None,
+    activation: str | None = None,
 ) -> FGCLIP:
     """The model that the weights describe, in float32 on the CPU, with a `LoadReport` as its `load_report`.
 
     path_or_state_dict: a Hugging Face directory, a file (safetensors, torch.save, OpenAI's TorchScript), or a dict.
-    config: the dict of a Hugging Face config.json; by default read from the directory, or beside the file of a Hugging
-        Face layout. Without one there are width / 64 heads, quick_gelu, and the end token is the largest id.
+    config: the dict of a Hugging Face config.json; by default read from config.json or open_clip_config.json in the
+        directory, or beside the file. Without one the end token is the largest id.
+    heads, activation: attention heads of image and text tower, "gelu" or "quick_gelu", where no config tells. Without
+        them they are guessed of the published sizes that have heads of 64: width / 64, quick_gelu.
     roi_projection: give regions a projection of their own, a copy of the image's where the source has none.
     trust_torchscript: read TorchScript archives too, whose code torch.jit.load may run.
     Raises InputError on a file that is none of these, and on a tensor that is missing, unknown or of another shape.
@@ -85,22 +96,51 @@ def load_clip_weights(
         name, path = str(path_or_state_dict), Path(path_or_state_dict)
         state, found = read_weights(path, trust_torchscript), path if path.is_dir() else path.parent
     layout, state, ignored = to_hugging_face(state, name)
-    if config is None and found is not None and layout != "OpenAI CLIP":
-        config = read_config(found / "config.json")
-    arguments = infer_arguments(state, config or {}, name)
+    if config is None and found is not None:
+        config = read_config(found, layout == "OpenAI CLIP")
+    arguments, guessed = infer_arguments(state, config or {}, name, heads, activation)
     arguments["roi_projection"] = roi_projection or "roi_projection.weight" in state
-    with torch.device("meta"):
-        model = FGCLIP(**arguments)
+    model = build_empty(arguments, state, name)
     made = make_missing(state, model)
-    check_complete(state, model, name)
+    fill(model, state, name)
+    model.config["logit_scale"] = model.logit_scale.item()
+    loaded = tuple(k for k in state if k not in made)
+    model.load_report = LoadReport(name, layout, loaded, made, tuple(ignored), tuple(guessed))
+    return model
+
+
+def build_empty(arguments: Mapping, state: Mapping[str, Tensor], source: str) -> FGCLIP:
+    """FGCLIP(**arguments) on the meta device, of keywords that stand in a file beside so many tensors: however large a
+    model they speak of, it takes no memory. Raises InputError where there is no such model."""
+    try:
+        arguments = dict(arguments)
+        for tower in ("vision", "text"):
+            arguments[tower] = sizes = dict(arguments.get(tower) or {})
+            for key, value in sizes.items():
+                place = f"{source}: {tower}, {key}"
+                if key == "activation":
+                    if value not in tuple(ACTIVATIONS):
+                        raise InputError(f"{place}: expected {' or '.join(ACTIVATIONS)}, got {shown(value)}")
+                elif key == "eps":
+                    sizes[key] = number(value, place, 0, 1)
+                elif key != "eos_id" or value is not None:
+                    most = len(state) if key == "layers" else 2**31
+                    sizes[key] = number(value, place, int(key != "eos_id"), most, whole=True)
+        with torch.device("meta"):
+            return FGCLIP(**arguments)
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{source} describes no model that can be built: {reason(error)}") from error
+
+
+def fill(model: FGCLIP, state: dict[str, Tensor], source: str) -> None:
+    """Puts copies of the tensors in the place of the model's parameters, in float32 on the CPU. Raises InputError."""
+    check_complete(state, model, source)
     own = {
         k: v.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format) for k, v in state.items()
     }
     model.load_state_dict(own, assign=True)
-    model.config["logit_scale"] = model.logit_scale.item()
-    loaded = tuple(k for k in state if k not in made)
-    model.load_report = LoadReport(source=name, layout=layout, loaded=loaded, made=made, ignored=tuple(ignored))
-    return model
 
 
 def to_hugging_face(state: dict[str, Tensor], name: str) -> tuple[str, dict[str, Tensor], list[str]]:
@@ -138,8 +178,11 @@ def from_openai(key: str, tensor: Tensor, name: str) -> dict[str, Tensor]:
     raise InputError(f"{name}: the tensor {key} has no place in CLIP")
 
 
-def infer_arguments(state: dict[str, Tensor], config: dict, name: str) -> dict:
-    """The keywords of FGCLIP from the tensors' shapes and, for what shapes do not tell, the Hugging Face config."""
+def infer_arguments(
+    state: dict[str, Tensor], config: dict, name: str, heads: Sequence[int] | None, activation: str | None
+) -> tuple[dict, list[str]]:
+    """The keywords of FGCLIP from the tensors' shapes and, for what shapes do not tell, the Hugging Face config or what
+    is given; and what neither tells and is guessed."""
 
     def shape(key: str, dims: int) -> torch.Size:
         if key not in state or state[key].ndim != dims:
@@ -152,18 +195,35 @@ def infer_arguments(state: dict[str, Tensor], config: dict, name: str) -> dict:
     length = shape(TEXT + "position_embedding.weight", 2)[0]
     vision, text = dict(width=width, image_size=side * patch, patch_size=patch), dict(width=text_width)
     text |= dict(vocab_size=vocab, context_length=length)
-    for tower, sizes in (("vision", vision), ("text", text)):
-        section = config.get(f"{tower}_config") or {}
+    towers, guessed = dict(vision=vision, text=text), []
+    for tower, sizes in towers.items():
         prefix = f"{tower}_model.encoder.layers."
         sizes["layers"] = len({k.split(".")[3] for k in state if k.startswith(prefix)})
         sizes["mlp_width"] = shape(prefix + "0.mlp.fc1.weight", 2)[0]
-        sizes["heads"] = section.get("num_attention_heads", max(1, sizes["width"] // 64))
-        sizes["activation"] = section.get("hidden_act", "quick_gelu")
+    published = (width, vision["layers"], text_width, text["layers"]) in PUBLISHED
+    for (tower, sizes), own_heads in zip(towers.items(), heads or (None, None), strict=True):
+        section = config.get(f"{tower}_config") or {}
+        said = [section.get("num_attention_heads", HUGGING_FACE_HEADS[tower]), section.get("hidden_act", "quick_gelu")]
+        for key, given, told in zip(("heads", "activation"), (own_heads, activation), said, strict=True):
+            if section and given not in (None, told):
+                raise InputError(f"--{key}: the config of {name} says {shown(told)} for its {tower} tower")
+            sizes[key] = told if section else given
+        if sizes["heads"] is None:
+            if not published:
+                raise InputError(
+                    f"{name}: how many attention heads models of widths {width} and {text_width} have is not known; "
+                    "expected config.json or open_clip_config.json beside it, or --heads VISION TEXT"
+                )
+            sizes["heads"] = sizes["width"] // 64
+            guessed.append(f"{sizes['heads']} heads in the {tower} tower (--heads)")
+        if sizes["activation"] is None:
+            sizes["activation"] = "quick_gelu"
+            guessed.append(f"quick_gelu in the {tower} tower (--activation)")
         sizes["eps"] = section.get("layer_norm_eps", 1e-5)
         check_config(section, sizes, f"{name}, {tower}_config")
     end = (config.get("text_config") or {}).get("eos_token_id")
     text["eos_id"] = None if end == 2 else end  # 2: files of before the id was corrected
-    return dict(vision=vision, text=text, embed_dim=shape("visual_projection.weight", 2)[0])
+    return dict(vision=vision, text=text, embed_dim=shape("visual_projection.weight", 2)[0]), guessed
 
 
 def check_config(section: dict, sizes: dict, name: str) -> None:
@@ -172,11 +232,13 @@ def check_config(section: dict, sizes: dict, name: str) -> None:
     named |= dict(image_size="image_size", patch_size="patch_size", vocab_size="vocab_size")
     for key, ours in named.items():
         if key in section and ours in sizes and section[key] != sizes[ours]:
-            raise InputError(f"{name}: {key} is {section[key]}, but the weights have {sizes[ours]}")
-    if sizes["activation"] not in ACTIVATIONS:
-        raise InputError(f"{name}: hidden_act is {sizes['activation']}; expected one of {', '.join(ACTIVATIONS)}")
-    if not isinstance(sizes["heads"], int) or sizes["heads"] < 1 or sizes["width"] % sizes["heads"]:
-        raise InputError(f"{name}: a width of {sizes['width']} does not divide into {sizes['heads']} attention heads")
+            raise InputError(f"{name}: {key} is {shown(section[key])}, but the weights have {sizes[ours]}")
+    if sizes["activation"] not in tuple(ACTIVATIONS):
+        expected = ", ".join(ACTIVATIONS)
+        raise InputError(f"{name}: hidden_act is {shown(sizes['activation'])}; expected one of {expected}")
+    heads = number(sizes["heads"], f"{name}, num_attention_heads", 1, sizes["width"], whole=True)
+    if sizes["width"] % heads:
+        raise InputError(f"{name}: a width of {sizes['width']} does not divide into {heads} attention heads")
 
 
 def make_missing(state: dict[str, Tensor], model: FGCLIP) -> dict[str, str]:
@@ -198,7 +260,7 @@ def make_missing(state: dict[str, Tensor], model: FGCLIP) -> dict[str, str]:
 
 
 def check_complete(state: dict[str, Tensor], model: FGCLIP, name: str) -> None:
-    """Raises InputError unless the tensors are exactly the model's parameters."""
+    """Raises InputError unless the tensors are exactly the model's parameters, and finite numbers."""
     expected = model.state_dict()
     if missing := [k for k in expected if k not in state]:
         raise InputError(f"{name} lacks {len(missing)} tensors, among them {', '.join(missing[:3])}")
@@ -207,6 +269,8 @@ def check_complete(state: dict[str, Tensor], model: FGCLIP, name: str) -> None:
     for key, tensor in expected.items():
         if state[key].shape != tensor.shape:
             raise InputError(f"{name}: {key} is {tuple(state[key].shape)}, expected {tuple(tensor.shape)}")
+        if not state[key].is_floating_point() or not state[key].isfinite().all():
+            raise InputError(f"{name}: {key} is not of finite floating-point numbers")
 
 
 def hugging_face_config(model: FGCLIP) -> dict:
