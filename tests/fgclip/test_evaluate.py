@@ -246,7 +246,7 @@ def fgovd(path, changes=()):
     line = dict(bbox=[2, 3, 20, 15], pos_expression=["the red"], width=40, height=30)
     lines = [
         line | dict(img_path="0.png", neg_expression=["a", "b"]),
-        line | dict(img_path="1.png", neg_expression=["a", "b", "c", "d"], bbox=[0, 0, 30, 30]),
+        line | dict(img_path="1.png", neg_expression=["a", "b", "c", "d"], bbox=[0, 0, 30, 30], width=41),
         line | dict(img_path="0.png", neg_expression=["the red"], bbox=[10, 10, 10, 10]),
     ]
     return write(path, [one | dict(changes) for one in lines], lines=True)
@@ -261,7 +261,7 @@ def test_fgovd(folder, tmp_path, model, capsys):
     assert list(found["figures"]) == ["hard", "trivial", "mine"]
     assert "hard: 3 regions in 2 images" in capsys.readouterr().out
     text = text_features(model, ["the red", "a", "b", "c", "d"])
-    boxes = [(0, 0.05, 0.1, 0.55, 0.6), (1, 0.0, 0.0, 30 / 40, 1.0), (0, 0.25, 1 / 3, 0.5, 2 / 3)]
+    boxes = [(0, 0.05, 0.1, 0.55, 0.6), (1, 0.0, 0.0, 30 / 41, 1.0), (0, 0.25, 1 / 3, 0.5, 2 / 3)]
     region = [unit(model.encode_regions(pixels(folder)[i : i + 1], [torch.tensor([box])]))[0] for i, *box in boxes]
     hits = [bool((region[0] @ text[:3].T).argmax() == 0), bool((region[1] @ text.T).argmax() == 0), False]
     row = found["figures"]["hard"]
@@ -422,15 +422,15 @@ def test_bad_flags_are_refused(folder, tmp_path, capsys):
 
 def test_bad_data_is_refused(folder, tmp_path, capsys):
     retrieval = ("--task", "retrieval", "--image-root", folder / "images", "--annotations")
-    assert "captions.json: expected a COCO file" in refused(capsys, folder, *retrieval, coco(tmp_path, images={}))
+    assert "captions.json, images: expected a list" in refused(capsys, folder, *retrieval, coco(tmp_path, images={}))
     broken = coco(tmp_path, annotations=[dict(image_id=10, caption="a"), dict(image_id=10)])
-    assert "annotations[1]: expected str under the key caption" in refused(capsys, folder, *retrieval, broken)
+    assert "annotations[1], caption: expected a text" in refused(capsys, folder, *retrieval, broken)
     assert "does not exist" in refused(
         capsys, folder, "--task", "retrieval", "--image-root", tmp_path, "--annotations", coco(tmp_path)
     )
     finehard = write(tmp_path / "x.json", [dict(f_path="0.png", caption="c", short_caption="s"), dict(f_path="0.png")])
     said = refused(capsys, folder, *retrieval, finehard, "--format", "finehard")
-    assert "x.json, item 1: expected str under the key short_caption" in said
+    assert "x.json, item 1, short_caption: expected a text" in said
     share = write(tmp_path / "s.json", [dict(image="0.png", conversations=[{}, dict(value="v")])])
     assert "s.json, item 0: expected a short caption" in refused(
         capsys, folder, *retrieval, share, "--format", "sharegpt4v"
@@ -441,8 +441,8 @@ def test_bad_data_is_refused(folder, tmp_path, capsys):
         capsys, folder, *ovd, fgovd(tmp_path / "e.jsonl", dict(neg_expression=[]))
     )
     assert "at least two" in refused(capsys, folder, "--task", "folder", "--image-root", folder)
-    assert "neither a file nor a folder" in refused(capsys, folder, checkpoint="nothing.pt")
-    assert "is not a readable file of weights" in refused(capsys, folder, checkpoint="images/0.png")
+    assert "expected a file or folder of weights" in refused(capsys, folder, checkpoint="nothing.pt")
+    assert "0.png was not written by torch.save" in refused(capsys, folder, checkpoint="images/0.png")
 
 
 def test_a_damaged_image_is_named_by_a_loading_process(folder, tmp_path, capsys):
@@ -451,7 +451,7 @@ def test_a_damaged_image_is_named_by_a_loading_process(folder, tmp_path, capsys)
         (tmp_path / f"{i}.png").write_bytes(content[:100] if i == 2 else content)
     flags = ("--task", "retrieval", "--annotations", coco(tmp_path), "--image-root", tmp_path, "--workers", 1)
     said = refused(capsys, folder, *flags)
-    assert "2.png (named by" in said and "images[2]) is not a readable image" in said
+    assert "2.png (named by" in said and "images[2]) cannot be decoded as an image: broken" in said
 
 
 @pytest.mark.parametrize("flags", [[], ["--image-size", 64], ["--crop"]])
