@@ -68,7 +68,6 @@ SCRIPT = "fgclip"
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
 LOOKED_AT = 2000  # records whose boxes are looked at before a run begins
 CHECKED = 100_000  # records that --check reads
-MAX_PARAMETERS = 1e11
 FAR = math.log(2)  # a scale twice or half of what the flag says is worth a word
 # What the console shows of a step's figures; the others are in metrics.jsonl.
 PRINTED = (
@@ -270,8 +269,6 @@ def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]
         for name, tower in (("vision", vision), ("text", text)):
             tower |= {key: given[f"{name}_{key}"] for key in ("width", "layers", "heads")}
             tower |= dict(mlp_width=4 * tower["width"], activation=args.activation)
-        if sum(12 * tower["layers"] * tower["width"] ** 2 for tower in (vision, text)) > MAX_PARAMETERS:
-            raise InputError(f"the model's flags ask for more than {MAX_PARAMETERS:g} parameters")
         try:
             model = FGCLIP(
                 vision=vision, text=text, embed_dim=args.embed_dim, logit_scale=args.logit_scale_init,

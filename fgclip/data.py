@@ -15,23 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+import training.files as files
 from fgclip.images import read_image
 from fgclip.regions import from_xywh
 from training.errors import InputError
-from training.files import (
-    MAX_ID,
-    image_size,
-    inside,
-    number,
-    numbers,
-    parse_json,
-    plain_text,
-    read_json,
-    read_lines,
-    reason,
-    regular_file,
-    shown,
-)
 
 # Up to a brace outside of strings. Possessive throughout, so that a damaged file costs one pass and no more.
 TO_NEXT_BRACE = re.compile(rb'[^{}"]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^{}"]*+)*+([{}])', re.DOTALL)
@@ -71,10 +58,11 @@ class Record:
 
     def picture(self, root: Path) -> Image.Image:
         """The image as RGB. Raises InputError where it cannot be read, or is of another size than was written."""
-        image = read_image(root / self.image if self.found else inside(root, self.image, self.source), self.source)
+        path = root / self.image if self.found else files.inside(root, self.image, self.source)
+        image = read_image(path, self.source)
         if self.size not in (None, image.size):
-            written, found = ("{} x {}".format(*size) for size in (self.size, image.size))
-            raise InputError(f"{root / self.image} is {found} pixels, but its boxes are for {written} ({self.source})")
+            found, written = ("{} x {}".format(*size) for size in (image.size, self.size))
+            raise InputError(f"{path} is {found} pixels, but its boxes are for {written} ({self.source})")
         return image
 
 
@@ -104,7 +92,7 @@ class JsonItems(Sequence):
         with path.open("rb") as file:
             file.seek(offset)
             content = file.read(length)
-        item = parse_json(content, source)
+        item = files.parse_json(content, source)
         if not isinstance(item, dict):
             raise InputError(f"{source}: expected a JSON object")
         return item, source
@@ -113,7 +101,7 @@ class JsonItems(Sequence):
 def index_file(path: Path) -> np.ndarray:
     """Offset and length in bytes (n, 2) int64 of every object in a JSON list or a JSON-lines file."""
     try:
-        with regular_file(path, "annotations").open("rb") as file:
+        with files.regular_file(path, "annotations").open("rb") as file:
             first = file.read(2**16).removeprefix(BOM_UTF8).lstrip()[:1]
             file.seek(0)
             if first == b"[":
@@ -124,7 +112,7 @@ def index_file(path: Path) -> np.ndarray:
             else:
                 raise InputError(f"{path}: expected a JSON list of objects, or one object a line")
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({reason(error)})") from error
+        raise InputError(f"{path} cannot be read ({files.reason(error)})") from error
     return np.array(spans, dtype=np.int64).reshape(-1, 2)
 
 
@@ -164,10 +152,10 @@ def annotation_files(path: str | Path) -> list[Path]:
         return files_in(path, ".json", ".jsonl")
     if path.suffix != ".txt":
         return [path]
-    files = [inside(path.parent, name, str(path)) for name in read_lines(path)]
-    if not files:
+    listed = [files.inside(path.parent, name, str(path)) for name in files.read_lines(path)]
+    if not listed:
         raise InputError(f"{path} names no .json or .jsonl file")
-    return files
+    return listed
 
 
 def files_in(folder: Path, *suffixes: str) -> list[Path]:
@@ -182,11 +170,11 @@ def field(item: dict, key: str, kind: type, source: str):
     """item[key], a str, whole int, list or dict. Raises InputError naming source and key."""
     value, place = item.get(key), f"{source}, {key}"
     if kind is str:
-        return plain_text(value, place)
+        return files.plain_text(value, place)
     if kind is int:
-        return number(value, place, -MAX_ID, MAX_ID, whole=True)
+        return files.number(value, place, -files.MAX_ID, files.MAX_ID, whole=True)
     if not isinstance(value, kind):
-        raise InputError(f"{place}: expected a {kind.__name__}, got {shown(value)}")
+        raise InputError(f"{place}: expected a {kind.__name__}, got {files.shown(value)}")
     return value
 
 
@@ -195,13 +183,13 @@ def objects(item: dict, key: str, source: str) -> list[tuple[dict, str]]:
     found = [(entry, f"{source}, {key}[{i}]") for i, entry in enumerate(field(item, key, list, source))]
     for entry, place in found:
         if not isinstance(entry, dict):
-            raise InputError(f"{place}: expected an object, got {shown(entry)}")
+            raise InputError(f"{place}: expected an object, got {files.shown(entry)}")
     return found
 
 
 def box_of(item: dict, source: str) -> tuple[float, float, float, float]:
     """The first four numbers under the key bbox."""
-    return numbers(field(item, "bbox", list, source)[:4], f"{source}, bbox")
+    return files.numbers(field(item, "bbox", list, source)[:4], f"{source}, bbox")
 
 
 class FineHARD(Sequence):
@@ -242,7 +230,7 @@ class FineHARD(Sequence):
     def region(info: dict, source: str) -> Region:
         box, phrases, negatives = box_of(info, source), [field(info, "short_expr", str, source)], ()
         if max(map(abs, box)) > FAR:
-            raise InputError(f"{source}: the box {shown(box)} looks like pixels; expected fractions of the sides")
+            raise InputError(f"{source}: the box {files.shown(box)} looks like pixels; expected fractions of the sides")
         if "long_expr" in info:
             phrases.append(field(info, "long_expr", str, source))
         if info.get("flag_short_neg") == 1:
@@ -266,7 +254,7 @@ class FGOVD(Sequence):
     def __getitem__(self, index: int) -> Record:
         item, source = self.items[index]
         positive, negatives = (
-            tuple(plain_text(text, f"{source}, {key}") for text in field(item, key, list, source))
+            tuple(files.plain_text(text, f"{source}, {key}") for text in field(item, key, list, source))
             for key in ("pos_expression", "neg_expression")
         )
         if len(positive) != 1 or not negatives:
@@ -279,14 +267,14 @@ class FGOVD(Sequence):
 
 def size_of(item: dict, source: str) -> tuple[int, int]:
     """Width and height in pixels, as they stand beside a box."""
-    return image_size(item.get("width"), item.get("height"), source)
+    return files.image_size(item.get("width"), item.get("height"), source)
 
 
 def refuse_fractions(boxes: Sequence[tuple], source: str) -> None:
     """Raises InputError where most boxes that should be xywh in pixels lie within the first of them."""
     within = [(x, y, w, h) for x, y, w, h in boxes if max(x + w, y + h) <= FAR]
     if 2 * len(within) > len(boxes):
-        raise InputError(f"{source}: the box {shown(within[0])} looks like fractions; expected xywh in pixels")
+        raise InputError(f"{source}: the box {files.shown(within[0])} looks like fractions; expected xywh in pixels")
 
 
 def scaled(boxes: Sequence[tuple[tuple, tuple]], size: tuple[int, int], negatives: tuple = ()) -> tuple[Region, ...]:
@@ -300,15 +288,15 @@ def read_coco(path: Path, *keys: str) -> list[list[tuple[dict, str]]]:
 
     Their ids become whole numbers; no two of a list have the same.
     """
-    content = read_json(path, "a COCO file", dict)
+    content = files.read_json(path, "a COCO file", dict)
     found = [objects(content, key, str(path)) for key in keys]
     for entries in found:
         seen = {}
         for entry, place in entries:
             if "id" in entry:
-                entry["id"] = field(entry, "id", int, place)
-                if place != seen.setdefault(entry["id"], place):
-                    raise InputError(f"{place}: the id {entry['id']} occurs twice, first in {seen[entry['id']]}")
+                entry["id"] = own = field(entry, "id", int, place)
+                if seen.setdefault(own, place) != place:
+                    raise InputError(f"{place}: the id {own} occurs twice, first in {seen[own]}")
     return found
 
 

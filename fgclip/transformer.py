@@ -40,7 +40,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
-        if activation not in ACTIVATIONS:
+        if activation not in tuple(ACTIVATIONS):
             raise ValueError(f"activation {activation!r} is not one of {sorted(ACTIVATIONS)}")
         self.activation = ACTIVATIONS[activation]
         self.fc1 = nn.Linear(width, hidden)

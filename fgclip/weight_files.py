@@ -128,8 +128,11 @@ def from_open_clip(config: dict, source: str) -> dict:
                 raise InputError(f"{source}, {tower}_cfg: no model with {key} = {shown(value)} is built here")
         sizes = {key: number(given.get(key, value), f"{source}, {tower}_cfg, {key}", 1, 2**20, whole=True)
                  for key, value in defaults.items()}  # fmt: skip
-        section = {key: given[key] for key in ("patch_size", "image_size", "vocab_size") if key in given}
-        section |= dict(hidden_size=sizes["width"], num_hidden_layers=sizes["layers"])
-        section |= dict(num_attention_heads=sizes.get("heads") or sizes["width"] // sizes["head_width"])
-        found[f"{tower}_config"] = section | dict(hidden_act="quick_gelu" if model.get("quick_gelu") else "gelu")
+        same = ("patch_size", "image_size", "vocab_size")
+        found[f"{tower}_config"] = {key: given[key] for key in same if key in given} | dict(
+            hidden_size=sizes["width"],
+            num_hidden_layers=sizes["layers"],
+            num_attention_heads=sizes.get("heads") or sizes["width"] // sizes["head_width"],
+            hidden_act="quick_gelu" if model.get("quick_gelu") else "gelu",
+        )
     return found

@@ -117,15 +117,11 @@ def build_empty(arguments: Mapping, state: Mapping[str, Tensor], source: str) ->
         for tower in ("vision", "text"):
             arguments[tower] = sizes = dict(arguments.get(tower) or {})
             for key, value in sizes.items():
-                place = f"{source}: {tower}, {key}"
-                if key == "activation":
-                    if value not in tuple(ACTIVATIONS):
-                        raise InputError(f"{place}: expected {' or '.join(ACTIVATIONS)}, got {shown(value)}")
-                elif key == "eps":
-                    sizes[key] = number(value, place, 0, 1)
-                elif key != "eos_id" or value is not None:
+                if key == "eps":
+                    sizes[key] = number(value, f"{source}: {tower}, eps", 0, 1)
+                elif key != "activation" and (key, value) != ("eos_id", None):
                     most = len(state) if key == "layers" else 2**31
-                    sizes[key] = number(value, place, int(key != "eos_id"), most, whole=True)
+                    sizes[key] = number(value, f"{source}: {tower}, {key}", int(key != "eos_id"), most, whole=True)
         with torch.device("meta"):
             return FGCLIP(**arguments)
     except InputError:
@@ -270,7 +266,7 @@ def check_complete(state: dict[str, Tensor], model: FGCLIP, name: str) -> None:
         if state[key].shape != tensor.shape:
             raise InputError(f"{name}: {key} is {tuple(state[key].shape)}, expected {tuple(tensor.shape)}")
         if not state[key].is_floating_point() or not state[key].isfinite().all():
-            raise InputError(f"{name}: {key} is not of finite floating-point numbers")
+            raise InputError(f"{name}: {key} holds whole numbers, or some that are not finite")
 
 
 def hugging_face_config(model: FGCLIP) -> dict:

@@ -282,7 +282,8 @@ def test_published_weights_and_their_scales(tmp_path, capsys):
     )
     save_clip_weights(model, tmp_path / "weights")
     tiny = "--synthetic-train 8 --synthetic-val 4 --batch-size 4 --device cpu --workers 0 --epochs 2".split()
-    flags = ["--init-from", tmp_path / "weights", "--vocab", "bytes", "--image-size", 48, "--reset-logit-scales"]
+    flags = ["--init-from", tmp_path / "weights", "--vocab", "bytes", "--image-size", 48, "--heads", 1, 1]
+    flags += ["--activation", "quick_gelu", "--reset-logit-scales"]
     train(tmp_path / "reset", *flags, "--max-steps", 1, "--logit-scale-init", 3, tiny=tiny)
     said = capsys.readouterr().out
     assert "FG-CLIP" in said and "all logit scales reset to 3.0000" in said
@@ -333,6 +334,7 @@ def test_annotation_files_train(tmp_path, capsys):
     assert len(steps) == 6 and steps[-1]["loss"] < steps[0]["loss"] and steps[0]["region_candidates"] == 12
     assert steps[0]["logit_scale_region"] == pytest.approx(4.6052, abs=0.02)
     again = train(tmp_path / "again", *data, "--val-annotations", data[1], "--max-steps", 1, tiny=FILES)
+    assert "items.json; 12 of them are trained on too" in capsys.readouterr().out
     assert metrics(again, "validation")[0]["region"]["count"] == 36
 
 
@@ -382,8 +384,11 @@ def test_wrong_flags_end_in_one_sentence(run, tmp_path, capsys, monkeypatch):
     assert "no long text path" in say("--context-length 20")
     assert "comes with the weights" in say("--init-from", run / "best.pt")
     assert "brings its own tokenizer" in say("--vocab bytes --device cpu --init-from", run / "best.pt", tiny=[])
-    assert "neither a file nor a folder" in say("--device cpu --init-from nothing.pt", tiny=[])
-    assert "is not a file" in say("--vocab nothing.txt")
+    assert "nothing.pt does not exist" in say("--device cpu --init-from nothing.pt", tiny=[])
+    assert "nothing.txt does not exist" in say("--vocab nothing.txt")
+    assert "--heads is for the weights of --init-from" in say("--heads 1 1")
+    assert "no room for the start and end tokens" in say("--context-length 1 --long-weight 0")
+    assert "of at most 4096" in say("--device cpu --image-size 8192 --init-from", run / "best.pt", tiny=[])
     assert "--resume" in say("--resume nothing")
     assert "is 2, but the run" in say("--most-regions 2 --resume", run)
     assert not list(tmp_path.iterdir())
@@ -402,14 +407,17 @@ def test_wrong_data_ends_in_one_sentence(tmp_path, capsys):
         return refused(capsys, *flags, *output, tiny=FILES)
 
     assert "--image-root is missing" in say(*data[:2])
-    assert "nothing.json is not a file" in say("--annotations", "nothing.json", *data[2:])
-    assert "jsonfiles is not a file" in say("--data-root", tmp_path / "data")
+    assert "nothing.json does not exist" in say("--annotations", "nothing.json", *data[2:])
+    assert "jsonfiles does not exist" in say("--data-root", tmp_path / "data")
     assert "expected a COCO file" in say(*data, "--format", "coco")
     assert "too few" in say(*data, "--val-share", 1)
     assert "--bank-classes 2: none of 11 images looked at is labelled 1" in say(*data, *BANK, "--epochs", 9)
     bare = finehard(tmp_path / "bare", regions=False)
     assert "has a usable region" in say(*bare)
     items = json.loads(Path(data[1]).read_text())
+    in_pixels = [item | dict(bbox_info=[dict(bbox=[0, 0, 30, 20], short_expr="a")]) for item in items]
+    (tmp_path / "data" / "pixels.json").write_text(json.dumps(in_pixels))
+    assert "looks like pixels; expected fractions" in say("--annotations", tmp_path / "data" / "pixels.json", *data[2:])
     for item in items:
         for info in item["bbox_info"]:
             del info["flag_short_neg"]
@@ -418,7 +426,7 @@ def test_wrong_data_ends_in_one_sentence(tmp_path, capsys):
     assert "has a region with hard negatives" in say("--annotations", plain, *data[2:])
     del items[3]["caption"]
     plain.write_text(json.dumps(items))
-    assert "plain.json, item 3: expected str under the key caption" in say("--annotations", plain, *data[2:])
+    assert "plain.json, item 3, caption: expected a text" in say("--annotations", plain, *data[2:])
     assert not (tmp_path / "run").exists()
     (tmp_path / "data" / "images" / "5.jpg").write_bytes(b"no picture")
     assert "5.jpg (named by" in say(*data)

@@ -1,6 +1,7 @@
 """Annotation formats, what they refuse, images, boxes, and batches."""
 
 import json
+import os
 import pickle
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 from fgclip import Tokenizer
 from fgclip.batches import (
@@ -16,11 +18,14 @@ from fgclip.batches import (
     data_statistics,
     evenly,
     hold_out,
+    image_ids,
     usable_regions,
 )
 from fgclip.data import COCO, FGOVD, FineHARD, JsonItems, Record, Region
+from fgclip.embedding import Views
 from fgclip.errors import InputError
-from fgclip.images import preprocess, read_image
+from fgclip.evaluation_data import COCOBoxes
+from fgclip.images import normalise, preprocess, read_image
 from fgclip.regions import BoxStatistics, boxes_to_rois, from_xywh, usable_boxes
 from training.loader import make_loader, to_device
 
@@ -74,6 +79,7 @@ def test_every_layout_of_files_gives_the_same_records(tmp_path, dump):
     finehard(folder, "b.json", expected[3:], **dump)
     finehard(folder, "a.jsonl", expected[:3])
     (folder / "readme.md").write_text("no annotations")
+    (folder / "._a.jsonl").write_bytes(b"\0\5\26\7 what macOS leaves")
     (tmp_path / "list.txt").write_text("folder/a.jsonl\n\nfolder/b.json\n")
     for path in (folder, tmp_path / "list.txt"):
         again = pickle.loads(pickle.dumps(FineHARD(path)))
@@ -121,7 +127,9 @@ CHANGES = {
 }
 REGION_CHANGES = {
     "bbox": dict(bbox=[0, 1, 2]),
-    "four numbers": dict(bbox=[0, 0, "1", 1]),
+    "a number": dict(bbox=[0, 0, "one", 1]),
+    "bbox: expected a number from": dict(bbox=[0, 0, float("nan"), 1]),
+    "looks like pixels; expected fractions": dict(bbox=[0, 0, 30, 30]),
     "short_expr": dict(short_expr=None),
     "long_expr": dict(long_expr=7),
     "short_expr_negs": dict(short_expr_negs=["a"]),
@@ -149,7 +157,7 @@ def test_missing_annotations_are_named(tmp_path):
         ("absent.json", "absent.json"),
         ("list.txt", "absent.json"),
         ("leaves.txt", "leaves.txt.*must be relative"),
-        ("folder", "folder names no"),
+        ("folder", "folder holds no .json or .jsonl"),
     ):
         with pytest.raises(InputError, match=message):
             FineHARD(tmp_path / name)
@@ -179,31 +187,70 @@ def test_coco(tmp_path):
 
     for change, message in (
         (dict(annotations=[captions["annotations"][0], dict(image_id=7)]), r"annotations\[1\].*caption"),
-        (dict(images=None), "under the key images"),
-        (dict(images=[3]), "objects in the list under the key images"),
-        (dict(images=[dict(id=7, file_name="0.png")]), r"images\[0\].*width"),
+        (dict(images=None), "images: expected a list"),
+        (dict(images=[3]), r"images\[0\]: expected an object"),
+        (dict(images=captions["images"] * 2), r"images\[2\]: the id 7 occurs twice, first in .*images\[0\]"),
+        (dict(annotations=[dict(id=1.0, image_id=7, caption="a")] * 2), r"annotations\[1\]: the id 1 occurs twice"),
     ):
         path.write_text(json.dumps(captions | change))
         with pytest.raises(InputError, match=f"captions_val2017.json.*{message}"):
             list(COCO(path))
     coco(tmp_path)
-    instances["annotations"][2]["category_id"] = 5
-    (tmp_path / "instances_val2017.json").write_text(json.dumps(instances))
-    with pytest.raises(InputError, match=r"instances_val2017.json, annotations\[2\]: category_id 5"):
-        COCO(path)
+    path.write_text(json.dumps(captions | dict(images=[dict(id=7, file_name="0.png")])))
+    with pytest.raises(InputError, match=r"captions_val2017.json, images\[0\], width"):
+        list(COCO(path))
+    other, (first, _, last) = instances["categories"][0], instances["annotations"]
+    for change, message in (
+        (dict(annotations=[first, last | dict(category_id=5)]), r"annotations\[1\]: category_id 5"),
+        (dict(annotations=[one | dict(id=3) for one in (first, last)]), r"annotations\[1\]: the id 3 occurs twice"),
+        (dict(categories=[*instances["categories"], other | dict(name="bird")]), "the id 4 occurs twice"),
+        (dict(annotations=[one | dict(bbox=[0.1, 0.2, 0.5, 0.5]) for one in (first, last)]), "looks like fractions"),
+    ):
+        (tmp_path / "instances_val2017.json").write_text(json.dumps(instances | change))
+        with pytest.raises(InputError, match=f"instances_val2017.json.*{message}"):
+            COCO(path)
 
 
 def test_fgovd(tmp_path):
     line = dict(img_path="val2017/0.png", bbox=[3, 5, 15, 10], width=30, height=20, category_id=0)
     line |= dict(pos_expression=["a red cat"], neg_expression=["a blue cat", "a red dog"])
     path = tmp_path / "hard.jsonl"
-    path.write_text(json.dumps(line) + "\n" + json.dumps(line | dict(neg_expression=[])))
+    wrong = [dict(neg_expression=[]), dict(bbox=[0.1, 0.25, 0.5, 0.5]), dict(width=1e30)]
+    path.write_text("\n".join(json.dumps(line | change) for change in ({}, *wrong)))
     records = FGOVD(path)
-    assert len(records) == 2 and records[0].image == "val2017/0.png"
+    assert len(records) == 4 and records[0].image == "val2017/0.png"
     region = Region(pytest.approx((0.1, 0.25, 0.6, 0.75)), ("a red cat",), ("a blue cat", "a red dog"))
     assert records[0].regions == (region,)
-    with pytest.raises(InputError, match="hard.jsonl, item 1.*neg_expression"):
-        records[1]
+    for i, said in enumerate(("neg_expression", "looks like fractions; expected xywh in pixels", "width: expected"), 1):
+        with pytest.raises(InputError, match=f"hard.jsonl, item {i}.*{said}"):
+            records[i]
+
+
+def test_an_image_of_another_size_than_its_boxes_were_scaled_by_is_refused(tmp_path, images):
+    """0.png is 30 x 20. A picture that is turned for showing counts as it is shown; without boxes the size is no
+    matter."""
+    captions, _, path = coco(tmp_path)
+    for record in (COCO(path)[0], COCOBoxes(instances_of(captions, path))[0]):
+        for data in (RegionDataset([record], images, image_size=16), Views([record], images, image_size=16)):
+            assert data[0]
+        wrong = replace(record, size=(20, 30))
+        for data in (RegionDataset([wrong], images, image_size=16), Views([wrong], images, image_size=16)):
+            with pytest.raises(InputError, match=r"0.png is 30 x 20 pixels, .* for 20 x 30 \(.*images\[0"):
+                data[0]
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (20, 30)).save(images / "0.png", exif=turned)
+    assert RegionDataset([COCO(path)[0]], images, image_size=16)[0]
+    captions["images"][0]["width"] = 99
+    path.write_text(json.dumps(captions))
+    (tmp_path / "instances_val2017.json").unlink()
+    assert RegionDataset([COCO(path)[0]], images, image_size=16)[0]
+
+
+def instances_of(captions, path):
+    beside = path.with_name("instances_val2017.json")
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | dict(images=captions["images"])))
+    return beside
 
 
 def test_boxes_are_clipped_dropped_and_counted():
@@ -309,14 +356,25 @@ def test_a_loader_gives_the_batches_it_was_told_to(tmp_path, images, workers):
 
 
 def test_held_out_records_are_spread_and_apart():
-    records = [f"record {i}" for i in range(100)]
+    records = [Record(f"{i}.png", (), "") for i in range(100)]
     train, held_out = hold_out(records, 0.1, 1000)
-    assert len(held_out) == 10 and sorted([*train, *held_out]) == sorted(records)
-    assert held_out[0] == "record 0" and held_out[9] == "record 99"
+    assert len(held_out) == 10 and sorted([*train, *held_out], key=records.index) == records
+    assert held_out[0] == records[0] and held_out[9] == records[99]
     assert len(hold_out(records, 0.5, 3)[1]) == 3 and len(hold_out(records, 0.0, 3)[1]) == 1
     with pytest.raises(InputError, match="100 annotated images are too few"):
         hold_out(records, 1.0, 1000)
-    assert [*evenly(records, 3)] == ["record 0", "record 50", "record 99"] and evenly(records, 100) is records
+    assert [*evenly(records, 3)] == [records[i] for i in (0, 50, 99)] and evenly(records, 100) is records
+
+
+def test_an_image_is_held_out_in_all_its_records(tmp_path):
+    """However its path is spelt; and it is validated on once."""
+    items = [item(i, f_path=f"{('', './', 'grit-20m/data-12m/', 'a/../')[i % 3]}{i // 5:02d}.png") for i in range(50)]
+    train, held_out = hold_out(FineHARD(finehard(tmp_path, items=items)), 0.2, 1000)
+    names = [{os.path.normpath(part[i].image) for i in range(len(part))} for part in (train, held_out)]
+    assert len(held_out) == len(names[1]) == 2 and len(train) == 40 and not names[0] & names[1]
+    both = [Record(name, (), "") for name in ("b/0.png", "1.png")]
+    ids, below = image_ids(both, tmp_path / "a"), image_ids([Record("0.png", (), "")], f"{tmp_path}/./a//b")
+    assert below[0] == ids[0] != ids[1]
 
 
 def test_a_batch_runs_through_the_model(tmp_path, images, small_model):
@@ -355,6 +413,32 @@ def test_data_statistics(tmp_path):
     assert "1 (25.00%) dropped" in str(found)
     quick = data_statistics(records, None)
     assert quick.boxes == found.boxes and quick.regions == 3 and quick.truncated_short == 0
+
+
+@pytest.mark.parametrize("sides", [(224, 37), (32, 33), (336, 17)])
+def test_a_crop_is_that_of_openai(sides):
+    """Resize and CenterCrop of torchvision, for every remainder of the long side, lying and standing."""
+    size, short = sides
+    reference = transforms.Compose([
+        transforms.Resize(size, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size), np.array
+    ])  # fmt: skip
+    rng = np.random.default_rng(0)
+    for long in range(short, short + 12):
+        for shape in ((short, long, 3), (long, short, 3)):
+            image = Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8))
+            expected = normalise(torch.from_numpy(reference(image)).permute(2, 0, 1).float() / 255)
+            assert preprocess(image, size, crop=True).equal(expected), shape
+
+
+@pytest.mark.parametrize("shape", [(3, 2000), (2000, 3), (1, 65535)])
+def test_of_a_strip_only_the_centre_is_made(shape):
+    height, width = shape
+    colours = np.full((height, width, 3), 100, dtype=np.uint8)
+    if width > height:
+        colours[:, : width // 2 - 1000] = 0
+    assert preprocess(Image.fromarray(colours), 336, crop=True).shape == (3, 336, 336)
+    pixels = preprocess(Image.fromarray(colours), 32, crop=True)
+    assert pixels.equal(normalise(torch.full((3, 32, 32), 100 / 255)))
 
 
 def test_golden_pixels(golden):

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from fgclip.errors import InputError
 from fgclip.evaluation_data import DCI, ClassFolders, Flickr30k, ShareGPT4V, by_image
 from fgclip.images import preprocess, read_image
 from fgclip.model import unit
+from fgclip.prompts import read_templates
 from fgclip.zero_shot import choice_figures, class_figures, retrieval_figures
 from training.errors import one_sentence
 
@@ -129,11 +131,42 @@ def test_a_run_without_an_average_gives_the_raw_weights(tmp_path, model):
         (dict(merges=None), "lacks merges"),
         (dict(model_kwargs=dict(SMALL, embed_dim=8)), "another version of the model"),
         (dict(model_kwargs=dict(SMALL, depth=8)), "another version of the model"),
+        (dict(model_kwargs=[1]), "describes no model that can be built"),
+        (dict(model_kwargs=dict(SMALL, vision=3)), "describes no model that can be built"),
+        (dict(model_kwargs=dict(SMALL, embed_dim=2**62)), "describes no model that can be built"),
+        (dict(merges=3), "merges: expected a list of pairs, got 3"),
+        (dict(merges="run.pt"), "merges: expected a list of pairs"),
+        (dict(merges=[["t", torch.ones(2)]]), "merges: expected two symbols"),
+        (dict(merges=[["a", "b"]] * 9), "merges for 523 tokens, but the model has fewer"),
+        (dict(model=3, ema=None), "holds no state dict"),
+        (dict(ema=dict(logit_scale=torch.ones(2))), "another version of the model"),
     ],
 )
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path, model, changes, said):
     torch.save(run_state(model, **changes), tmp_path / "run.pt")
     with pytest.raises(InputError, match=said):
+        load_model(tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("layers", value) for value in (10**9, -1, 1.5, True, "two", float("nan"))),
+        *(("width", value) for value in (10**6, 10**30, 0)),
+        *(("heads", value) for value in (-4, 5, [4], 4.5, torch.ones(2))),
+        *(("eps", value) for value in (-1, "x", None)),
+        ("activation", ["gelu"]),
+        ("mlp_width", 2**31),
+        ("eos_id", "x"),
+        ("context_length", 1),
+        ("image_size", 33),
+    ],
+)
+def test_a_config_in_a_checkpoint_is_checked_before_anything_is_made_of_it(tmp_path, model, tower, key, value):
+    config = SMALL | {tower: SMALL[tower] | {key: value}}
+    torch.save(run_state(model, model_kwargs=config), tmp_path / "run.pt")
+    with pytest.raises(InputError, match="run.pt"):
         load_model(tmp_path / "run.pt")
 
 
@@ -177,12 +210,16 @@ def test_features_do_not_depend_on_batches_and_padding(folder, model):
         torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_features_that_are_not_finite_are_refused(model):
+def test_features_that_are_not_finite_are_refused(tmp_path, model):
     assert unit(torch.tensor([[torch.nan, 1.0], [0.0, 0.0]])).isnan().all(dim=1).tolist() == [True, False]
     broken = FGCLIP(**model.config)
     torch.nn.init.constant_(broken.text_projection.weight, torch.inf)
-    with pytest.raises(InputError, match="features of some texts are not finite"):
+    with pytest.raises(InputError, match="the model: the features of some texts are not finite"):
         Embedder(broken, Tokenizer(MERGES)).texts(["a"])
+    torch.save(run_state(model, model={k: torch.full_like(v, 1e38) for k, v in broken.state_dict().items()}, ema=None),
+               tmp_path / "big.pt")  # fmt: skip
+    with pytest.raises(InputError, match="big.pt: the features of some texts are not finite"):
+        Embedder(*load_model(tmp_path / "big.pt")).texts(["a"])
 
 
 # ---- the tasks
@@ -246,7 +283,7 @@ def fgovd(path, changes=()):
     line = dict(bbox=[2, 3, 20, 15], pos_expression=["the red"], width=40, height=30)
     lines = [
         line | dict(img_path="0.png", neg_expression=["a", "b"]),
-        line | dict(img_path="1.png", neg_expression=["a", "b", "c", "d"], bbox=[0, 0, 30, 30]),
+        line | dict(img_path="1.png", neg_expression=["a", "b", "c", "d"], bbox=[0, 0, 30, 30], width=41),
         line | dict(img_path="0.png", neg_expression=["the red"], bbox=[10, 10, 10, 10]),
     ]
     return write(path, [one | dict(changes) for one in lines], lines=True)
@@ -261,7 +298,7 @@ def test_fgovd(folder, tmp_path, model, capsys):
     assert list(found["figures"]) == ["hard", "trivial", "mine"]
     assert "hard: 3 regions in 2 images" in capsys.readouterr().out
     text = text_features(model, ["the red", "a", "b", "c", "d"])
-    boxes = [(0, 0.05, 0.1, 0.55, 0.6), (1, 0.0, 0.0, 30 / 40, 1.0), (0, 0.25, 1 / 3, 0.5, 2 / 3)]
+    boxes = [(0, 0.05, 0.1, 0.55, 0.6), (1, 0.0, 0.0, 30 / 41, 1.0), (0, 0.25, 1 / 3, 0.5, 2 / 3)]
     region = [unit(model.encode_regions(pixels(folder)[i : i + 1], [torch.tensor([box])]))[0] for i, *box in boxes]
     hits = [bool((region[0] @ text[:3].T).argmax() == 0), bool((region[1] @ text.T).argmax() == 0), False]
     row = found["figures"]["hard"]
@@ -295,6 +332,8 @@ def test_a_region_is_a_hit_when_its_phrase_beats_every_alteration():
 def test_regions_of_one_image_are_encoded_together(tmp_path):
     joined = by_image(FGOVD(fgovd(tmp_path / "x.jsonl")))
     assert [record.image for record in joined] == ["0.png", "1.png"]
+    with pytest.raises(InputError, match="item 1: the size of 0.png is another than in .*item 0"):
+        by_image([replace(record, image="0.png") for record in FGOVD(tmp_path / "x.jsonl")])
     assert [len(record.regions) for record in joined] == [2, 1] and joined[0].regions[1].negatives == ("the red",)
 
 
@@ -351,13 +390,50 @@ def test_folder_of_classes(folder, tmp_path, model):
     assert found["data"][0].endswith("2 images of 2")  # one of each class
 
 
-def test_classes_are_in_alphabetical_order(tmp_path):
-    for name in "cadb":
+def test_classes_are_in_natural_order(tmp_path):
+    """And what macOS leaves is no picture."""
+    for name in ("11", "2", "b", "1", "__MACOSX", ".git"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / f"{name}.JPG").touch()
+        for file in (f"{name}.JPG", "._1.jpg", "notes.pdf", b"caf\xe9.png"):
+            (tmp_path / name / os.fsdecode(file)).touch()
     data = ClassFolders(tmp_path)
-    assert data.categories == tuple("abcd") and [r.image for r in data] == [f"{c}/{c}.JPG" for c in "abcd"]
-    assert [r.label for r in data] == [0, 1, 2, 3]
+    assert data.categories == data.folders == ("1", "2", "11", "b") and [r.label for r in data] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+    ]
+    assert [r.image for r in data][::2] == [f"{c}/{c}.JPG" for c in data.folders]
+    Image.new("RGB", (9, 9)).save(tmp_path / "1" / os.fsdecode(b"caf\xe9.png"))
+    assert Views(data, tmp_path, image_size=8)[1][0].shape == (3, 8, 8)
+
+
+def test_names_are_printed_beside_their_folders(folder, tmp_path):
+    """Lists with a byte-order mark and carriage returns, as Windows' editors write them."""
+    for i, name in enumerate(("10", "9")):
+        (tmp_path / "root" / name).mkdir(parents=True)
+        shutil.copy(folder / "images" / f"{i}.png", tmp_path / "root" / name)
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfnine\r\nten\r\n")
+    (tmp_path / "one.txt").write_bytes(b"\xef\xbb\xbf{}\r\n")
+    flags = ("--class-names", tmp_path / "names.txt", "--templates", tmp_path / "one.txt")
+    found = figures(folder, tmp_path, "--task", "folder", "--image-root", tmp_path / "root", *flags)
+    assert found["data"] == ["2 classes in 1 templates; 2 images of 2; folders: 9 = nine, 10 = ten"]
+    assert read_templates(tmp_path / "one.txt") == ("{}",)
+
+
+def test_a_guess_about_published_weights_is_printed(folder, tmp_path, monkeypatch, capsys, model):
+    save_clip_weights(model, tmp_path)
+    (tmp_path / "config.json").unlink()
+    flags = ("--vocab", "bytes", "--count", 2)
+    assert "--heads VISION TEXT" in refused(capsys, tmp_path, *flags, checkpoint="")
+    run(tmp_path, *flags, "--heads", 4, 4, checkpoint="")
+    assert "guessed: quick_gelu in the vision tower (--activation)" in capsys.readouterr().err
+    run(tmp_path, *flags, "--heads", 4, 4, "--activation", "gelu", checkpoint="")
+    assert "guessed" not in capsys.readouterr().err
 
 
 def test_synthetic_scenes_are_the_default(folder, tmp_path, capsys):
@@ -394,6 +470,8 @@ def test_long_caption_layouts(tmp_path):
     write(tmp_path / "dci" / "b.json", dict(image="b.jpg", extra_caption="bb", short_caption="b"))
     write(tmp_path / "dci" / "a.json", dict(image="a.jpg", extra_caption="aa"))
     assert [(r.image, r.long, r.short) for r in DCI(tmp_path / "dci")] == [("a.jpg", "aa", ()), ("b.jpg", "bb", ("b",))]
+    (tmp_path / "dci" / "._a.json").write_bytes(b"\0\5\26\7")
+    assert len(DCI(tmp_path / "dci")) == 2
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no .json file"):
         DCI(tmp_path / "empty")
@@ -422,15 +500,15 @@ def test_bad_flags_are_refused(folder, tmp_path, capsys):
 
 def test_bad_data_is_refused(folder, tmp_path, capsys):
     retrieval = ("--task", "retrieval", "--image-root", folder / "images", "--annotations")
-    assert "captions.json: expected a COCO file" in refused(capsys, folder, *retrieval, coco(tmp_path, images={}))
+    assert "captions.json, images: expected a list" in refused(capsys, folder, *retrieval, coco(tmp_path, images={}))
     broken = coco(tmp_path, annotations=[dict(image_id=10, caption="a"), dict(image_id=10)])
-    assert "annotations[1]: expected str under the key caption" in refused(capsys, folder, *retrieval, broken)
+    assert "annotations[1], caption: expected a text" in refused(capsys, folder, *retrieval, broken)
     assert "does not exist" in refused(
         capsys, folder, "--task", "retrieval", "--image-root", tmp_path, "--annotations", coco(tmp_path)
     )
     finehard = write(tmp_path / "x.json", [dict(f_path="0.png", caption="c", short_caption="s"), dict(f_path="0.png")])
     said = refused(capsys, folder, *retrieval, finehard, "--format", "finehard")
-    assert "x.json, item 1: expected str under the key short_caption" in said
+    assert "x.json, item 1, short_caption: expected a text" in said
     share = write(tmp_path / "s.json", [dict(image="0.png", conversations=[{}, dict(value="v")])])
     assert "s.json, item 0: expected a short caption" in refused(
         capsys, folder, *retrieval, share, "--format", "sharegpt4v"
@@ -441,8 +519,8 @@ def test_bad_data_is_refused(folder, tmp_path, capsys):
         capsys, folder, *ovd, fgovd(tmp_path / "e.jsonl", dict(neg_expression=[]))
     )
     assert "at least two" in refused(capsys, folder, "--task", "folder", "--image-root", folder)
-    assert "neither a file nor a folder" in refused(capsys, folder, checkpoint="nothing.pt")
-    assert "is not a readable file of weights" in refused(capsys, folder, checkpoint="images/0.png")
+    assert "expected a file or folder of weights" in refused(capsys, folder, checkpoint="nothing.pt")
+    assert "0.png was not written by torch.save" in refused(capsys, folder, checkpoint="images/0.png")
 
 
 def test_a_damaged_image_is_named_by_a_loading_process(folder, tmp_path, capsys):
@@ -451,7 +529,7 @@ def test_a_damaged_image_is_named_by_a_loading_process(folder, tmp_path, capsys)
         (tmp_path / f"{i}.png").write_bytes(content[:100] if i == 2 else content)
     flags = ("--task", "retrieval", "--annotations", coco(tmp_path), "--image-root", tmp_path, "--workers", 1)
     said = refused(capsys, folder, *flags)
-    assert "2.png (named by" in said and "images[2]) is not a readable image" in said
+    assert "2.png (named by" in said and "images[2]) cannot be decoded as an image: broken" in said
 
 
 @pytest.mark.parametrize("flags", [[], ["--image-size", 64], ["--crop"]])

@@ -62,6 +62,9 @@ def test_every_format_of_merges_is_the_same(tmp_path, merges):
     as_pairs.write_text(json.dumps(dict(model=dict(merges=[line.split() for line in lines]))))
     for path in (packed, as_text, as_pairs):
         assert Tokenizer(path).encoder == Tokenizer(merges).encoder, path
+    for path in (merges, as_text, as_pairs):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte-order mark, as Windows' editors write it
+        assert Tokenizer(path).encoder == Tokenizer(packed).encoder, path
 
 
 def test_longer_merge_files_are_cut_where_clip_cuts_them(tmp_path):
@@ -82,6 +85,10 @@ def test_longer_merge_files_are_cut_where_clip_cuts_them(tmp_path):
         ("other.json", b'{"model": {}}'),
         ("numbers.json", b'{"model": {"merges": [1, 2]}}'),
         ("latin.txt", b"version\n\xe9 a\n"),
+        ("lists.json", b'{"model": {"merges": [["a", ["b"]]]}}'),
+        ("text.json", b'{"model": {"merges": "a b"}}'),
+        ("deep.json", b"[" * 10**5),
+        ("bomb.txt.gz", gzip.compress(b"version\n" + b"a b\n" * 2**24, 1, mtime=0)),
     ],
 )
 def test_other_files_are_refused(tmp_path, name, content):
@@ -97,6 +104,8 @@ def test_cleaning(monkeypatch):
         assert tokenizer.clean("cafÃ©") == "café"
     monkeypatch.setattr(tokenizer, "ftfy", None)  # it unescapes once itself
     assert tokenizer.clean("  A\t\nB&amp;lt; ") == "a b<"
+    assert tokenizer.clean("\ufeffa cat \ufeff ") == "a cat"
+    assert tokenizer.clean(f"a&#{'9' * 5000}; &amp;#{'9' * 5000}; b") == "a&#; &#; b"  # more digits than int() takes
 
 
 def test_words():

@@ -152,17 +152,90 @@ def test_half_precision_source_becomes_float32(small_model):
     assert model.visual_projection.weight.equal(small_model.visual_projection.weight.half().float())
 
 
-def test_sizes_without_a_config():
-    """Heads are width / 64, as in every published CLIP."""
+def test_without_a_config_only_published_sizes_are_guessed_and_that_is_said():
+    """Of open_clip's ViT-S-32-alt, whose heads are 64 wide, as OpenAI's are."""
     torch.manual_seed(0)
-    model = FGCLIP(
-        vision=dict(image_size=16, patch_size=8, width=128, layers=1, heads=2, mlp_width=64),
-        text=dict(vocab_size=514, context_length=24, width=64, layers=1, heads=1, mlp_width=64),
-        embed_dim=8,
-    )
+    vision = dict(image_size=32, patch_size=32, width=384, layers=12, heads=6, mlp_width=8)
+    text = dict(vocab_size=514, context_length=24, width=256, layers=10, heads=4, mlp_width=8)
+    model = FGCLIP(vision=vision, text=text, embed_dim=8)
     again = load_clip_weights(model.state_dict())
-    assert again.vision_model.encoder.layers[0].self_attn.heads == 2
     assert again.encode_image(PIXELS).equal(model.encode_image(PIXELS))
+    assert again.encode_text(TOKENS).equal(model.encode_text(TOKENS))
+    said = "guessed: 6 heads in the vision tower (--heads), quick_gelu in the vision tower (--activation), 4 heads"
+    assert said in str(again.load_report)
+    other = load_clip_weights(model.state_dict(), heads=(12, 8), activation="gelu")
+    assert not other.load_report.guessed and "guessed" not in str(other.load_report)
+    assert heads_of(other) == (12, 8) and other.config["text"]["activation"] == "gelu"
+
+
+def heads_of(model):
+    return tuple(tower.encoder.layers[0].self_attn.heads for tower in (model.vision_model, model.text_model))
+
+
+def test_sizes_of_no_published_model_need_heads(small_model):
+    """Though 128 and 64 divide into heads of 64."""
+    vision = dict(image_size=16, patch_size=8, width=128, layers=1, heads=2, mlp_width=64)
+    text = dict(vocab_size=514, context_length=24, width=64, layers=1, heads=1, mlp_width=64)
+    wide = FGCLIP(vision=vision, text=text, embed_dim=8)
+    for model, heads in ((wide, (2, 1)), (small_model, (4, 3))):
+        with pytest.raises(InputError, match="--heads VISION TEXT"):
+            load_clip_weights(model.state_dict())
+        again = load_clip_weights(model.state_dict(), heads=heads)
+        assert again.encode_image(PIXELS).equal(model.encode_image(PIXELS)) and len(again.load_report.guessed) == 2
+    for flag, given in (("--heads", dict(heads=(4, 2))), ("--activation", dict(activation="gelu"))):
+        with pytest.raises(InputError, match=f"{flag}: the config of the state dict says"):
+            load_clip_weights(small_model.state_dict(), hugging_face_config(small_model), **given)
+
+
+def open_clip_config(model):
+    """Written from open_clip's side: heads by their width, GELU where quick_gelu is not said."""
+    vision, text = model.config["vision"], model.config["text"]
+    vision_cfg = dict(image_size=32, layers=3, width=32, patch_size=8, head_width=8, mlp_ratio=2.0)
+    text_cfg = dict(context_length=24, vocab_size=514, width=24, heads=text["heads"], layers=2)
+    quick = {} if vision.get("activation") == "gelu" else dict(quick_gelu=True)
+    return dict(model_cfg=dict(embed_dim=16, vision_cfg=vision_cfg, text_cfg=text_cfg, **quick), preprocess_cfg={})
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_an_open_clip_config_beside_the_weights_is_read(small_model, tmp_path, activation):
+    """For a training checkpoint of open_clip, a folder as it publishes them, and a file in Hugging Face's naming."""
+    towers = {name: small_model.config[name] | dict(activation=activation) for name in ("vision", "text")}
+    model = FGCLIP(**small_model.config | towers)
+    model.load_state_dict(small_model.state_dict())
+    expected = features(model)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(open_clip_config(model)))
+    own = to_openai(small_model.state_dict())
+    torch.save(dict(epoch=3, state_dict={f"module.{k}": v for k, v in own.items()}), tmp_path / "epoch_3.pt")
+    torch.save(own, tmp_path / "open_clip_pytorch_model.bin")
+    torch.save(dict(model=to_clip(small_model.state_dict())), tmp_path / "last.pt")
+    for path in ("epoch_3.pt", "", "last.pt"):
+        found = load_clip_weights(tmp_path / path)
+        assert_same_features(found, expected, ["image", "text", "regions"])
+        assert heads_of(found) == (4, 3) and not found.load_report.guessed
+    (tmp_path / "config.json").write_text("{}")  # somebody else's
+    assert_same_features(load_clip_weights(tmp_path / "epoch_3.pt"), expected, ["image"])
+
+
+@pytest.mark.parametrize(
+    ("tower", "change", "said"),
+    [
+        ("vision", dict(head_width=5), "32 does not divide into 6 attention heads"),
+        ("vision", dict(head_width=0), "head_width: expected a whole number"),
+        ("vision", dict(width=64), "hidden_size is 64, but the weights have 32"),
+        ("vision", dict(pool_type="avg"), "no model with pool_type = 'avg' is built here"),
+        ("text", dict(no_causal_mask=True), "no model with no_causal_mask = True"),
+        ("text", dict(heads="many"), "text_cfg, heads: expected a whole number"),
+        ("text", None, "an object under the key text_cfg"),
+    ],
+)
+def test_an_open_clip_config_of_another_model_is_refused(small_model, tmp_path, tower, change, said):
+    config = open_clip_config(small_model)
+    given = config["model_cfg"][f"{tower}_cfg"]
+    config["model_cfg"][f"{tower}_cfg"] = change and given | change
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    torch.save(to_openai(small_model.state_dict()), tmp_path / "weights.pt")
+    with pytest.raises(InputError, match=said):
+        load_clip_weights(tmp_path / "weights.pt")
 
 
 def test_sharded_directory(small_model, tmp_path):
@@ -175,9 +248,10 @@ def test_sharded_directory(small_model, tmp_path):
     index.write_text(json.dumps(dict(weight_map=weight_map)))
     (tmp_path / "config.json").write_text(json.dumps(hugging_face_config(small_model)))
     assert_same_features(load_clip_weights(tmp_path), features(small_model))
-    index.write_text(json.dumps(dict(weight_map={names[0]: "../one.bin"})))
-    with pytest.raises(InputError, match="same folder"):
-        load_clip_weights(tmp_path)
+    for wrong in ("../one.bin", "..", ".", "", "/etc/passwd", index.name, "absent.bin", 3, None, ["one.bin"], {}):
+        index.write_text(json.dumps(dict(weight_map={names[0]: wrong, names[1]: "one.bin"})))
+        with pytest.raises(InputError, match="index.json|absent.bin"):
+            load_clip_weights(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["visual.transformer.resblocks.1.attn.in_proj_weight", "ln_final.bias", "logit_scale"])
@@ -202,6 +276,9 @@ def test_a_tensor_of_another_shape_is_named(small_model):
     source["text_model.final_layer_norm.bias"] = torch.zeros(7)
     with pytest.raises(InputError, match=r"final_layer_norm.bias is \(7,\), expected \(24,\)"):
         load_clip_weights(source, hugging_face_config(small_model))
+    for wrong in (torch.full((24,), torch.nan), torch.ones(24, dtype=torch.int64)):
+        with pytest.raises(InputError, match="final_layer_norm.bias holds whole numbers, or some that are not finite"):
+            load_clip_weights(source | {"text_model.final_layer_norm.bias": wrong}, hugging_face_config(small_model))
 
 
 @pytest.mark.parametrize(
@@ -212,12 +289,16 @@ def test_a_tensor_of_another_shape_is_named(small_model):
         ("vision", "patch_size", 16),
         ("text", "hidden_act", "relu"),
         ("text", "num_attention_heads", 5),
+        ("text", "num_attention_heads", -1),
+        ("vision", "hidden_act", ["gelu"]),
+        ("vision", "layer_norm_eps", "small"),
+        ("text", "eos_token_id", 1.5),
     ],
 )
 def test_a_config_of_another_model_is_refused(small_model, tower, key, value):
     config = hugging_face_config(small_model)
     config[f"{tower}_config"][key] = value
-    with pytest.raises(InputError, match=f"{tower}_config.*{key if 'heads' not in key else '5 attention heads'}"):
+    with pytest.raises(InputError, match=f"{tower}(_config)?.*({key}|5 attention heads|eps|eos_id)"):
         load_clip_weights(small_model.state_dict(), config)
 
 
