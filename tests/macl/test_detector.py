@@ -236,7 +236,7 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path):
     with pytest.raises(macl.InputError, match="missing.pt does not exist"):
         macl.load_detector(tmp_path / "missing.pt")
     (tmp_path / "text.pt").write_text("no weights")
-    with pytest.raises(macl.InputError, match="text.pt is not a file of PyTorch weights"):
+    with pytest.raises(macl.InputError, match="text.pt was not written by torch.save"):
         macl.load_detector(tmp_path / "text.pt")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(macl.InputError, match="other.pt is not a checkpoint"):
