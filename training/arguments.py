@@ -187,9 +187,10 @@ def prepare_run(
         print(f"--resume auto: no last.pt in {where}, starting fresh", flush=True)
     if args.init_from and args.resume and not again:
         raise InputError("--init-from: a resumed run has its weights from --resume; give one of the two.")
+    distributed.decided_by_main(lambda: _check_flags(args, script, resumed, _MAY_CHANGE | set(may_change)))
     folder = distributed.decided_by_main(lambda: _open_folder(args.output, script, resumed, Path(runs_root), again))
     args.resume, args.output = str(resumed) if resumed else None, str(folder)
-    distributed.decided_by_main(lambda: _record(args, script, folder, resumed, _MAY_CHANGE | set(may_change)))
+    distributed.decided_by_main(lambda: _record(args, script, folder, resumed))
     return folder
 
 
@@ -253,7 +254,22 @@ def _lock(folder: Path) -> None:
         print(f"{folder} cannot be locked ({error.strerror}): see to it that no second run writes there", flush=True)
 
 
-def _record(args: argparse.Namespace, script: str, folder: Path, resumed: Path | None, may_change: set[str]) -> None:
+def _check_flags(args: argparse.Namespace, script: str, resumed: Path | None, may_change: set[str]) -> None:
+    """Refuse a flag that differs from the resumed run's, before a folder is made."""
+    arguments, record = _plain(args), read_record(resumed.parent, script) if resumed else None
+    for name, value in (record["arguments"] if record else {}).items():
+        if name in arguments and arguments[name] != value and name not in may_change:
+            raise InputError(
+                f"--{name.replace('_', '-')} is {shown(arguments[name])}, but the run in {resumed.parent} began "
+                f"with {shown(value)}; resume with the same, or begin a new run with --init-from."
+            )
+
+
+def _plain(args: argparse.Namespace) -> dict:
+    return json.loads(json.dumps(vars(args), default=str))
+
+
+def _record(args: argparse.Namespace, script: str, folder: Path, resumed: Path | None) -> None:
     """Write args.json: how the run was started, and after that how it was resumed."""
     start = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -263,17 +279,10 @@ def _record(args: argparse.Namespace, script: str, folder: Path, resumed: Path |
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
         "versions": {"python": platform.python_version(), **_versions()},
     }
-    arguments = json.loads(json.dumps(vars(args), default=str))
     record = read_record(resumed.parent, script) if resumed else None
     if record is None:
-        record = {"script": script, "arguments": arguments, **start, "resumed": []}
+        record = {"script": script, "arguments": _plain(args), **start, "resumed": []}
     else:
-        for name, value in record["arguments"].items():
-            if name in arguments and arguments[name] != value and name not in may_change:
-                raise InputError(
-                    f"--{name.replace('_', '-')} is {shown(arguments[name])}, but the run in {resumed.parent} began "
-                    f"with {shown(value)}; resume with the same, or begin a new run with --init-from."
-                )
         record["resumed"].append({"from": str(resumed), **start})
     write_json(folder / "args.json", record, indent=2)
 
