@@ -16,10 +16,10 @@ import training.host  # noqa: F401, I001  before torch
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from fgclip import FGCLIP, Tokenizer, load_model
 from fgclip.batches import (
@@ -413,7 +413,7 @@ def main(arguments: list[str] | None = None) -> None:
                 block.compile()
     average = ema(bare, args.ema_decay) if args.ema_decay else None
     models = [bare] if average is None else [bare, average.module]
-    model = DistributedDataParallel(bare) if distributed.world_size() > 1 else bare
+    model = distributed.parallel(bare)
 
     lengths = dict(context_length=bare.text_model.context_length)
     lengths |= dict(long_context_length=bare.text_model.long_context_length if args.long_weight else None)
@@ -439,14 +439,17 @@ def main(arguments: list[str] | None = None) -> None:
         check([*said, *about_model], train_data, val_data, tokenizer, lengths, stepper, objective, loader, bare)
         return
     state = TrainingState(SCRIPT, bare, average, optimizer, schedule, stepper, sampler)
-    best, validated = -math.inf, None
+    best = -math.inf
     if resumed is not None:
         state.load_state_dict(resumed)
         banks.load_state_dict(resumed["banks"])
-        best, validated = resumed["best"], resumed["validated"]
+        best = resumed["best"]
     if resumed is not None or args.init_from is not None:
         about_model += logit_scales(args, models, optimizer)
-    log = RunLog(folder, total_steps=total_steps, resume_step=stepper.steps if resumed else None, every=args.log_every)
+    log = RunLog(
+        folder, total_steps=total_steps, resume_step=stepper.steps if resumed else None, validated=stepper.validated,
+        every=args.log_every,
+    )  # fmt: skip
     for line in [*said, *about_model, about_losses(args, bare, banks), f"writing to {folder}"]:
         log.say(line)
     if resumed is not None:
@@ -455,25 +458,21 @@ def main(arguments: list[str] | None = None) -> None:
     def save(name: str) -> None:
         checkpoint.save(folder / name, {
             **state.state_dict(), "model_kwargs": bare.config, "merges": tokenizer.merges,
-            "banks": banks.state_dict(), "best": best, "validated": validated,
+            "banks": banks.state_dict(), "best": best,
         })  # fmt: skip
 
-    def validate(epoch: int) -> None:
-        nonlocal best, validated
-        if validated == stepper.steps:
-            return
-        validated = stepper.steps
+    def validate(epoch: int, between: Callable[[], None]) -> str | None:
+        nonlocal best
         found = embed(
             models[-1], val_data, Collate(tokenizer, regions=regions, **lengths), device=device,
-            batch_size=args.batch_size, workers=args.workers, amp=args.amp,
+            batch_size=args.batch_size, workers=args.workers, amp=args.amp, between=between,
         )  # fmt: skip
         figures = validation_figures(found, models[-1].logit_scales()["region"].item())
         log.validation(stepper.steps, {"epoch": epoch, **figures}, validation_text(figures))
+        throughput.restart()
         if stepper.steps and best_figure(figures, args.best_by) > best:
             best = best_figure(figures, args.best_by)
-            save("best.pt")
-            log.say(f"best so far by --best-by {args.best_by}: {best:.4f}, kept in {folder / 'best.pt'}")
-        throughput.restart()
+            return f"best so far by --best-by {args.best_by}: {best:.4f}"
 
     throughput, movement = Throughput(), Movement(bare) if args.diagnostics else None
 
@@ -494,11 +493,7 @@ def main(arguments: list[str] | None = None) -> None:
             if args.diagnostics and stepper.steps % args.diagnostics == 0:
                 for line in diagnostics_text(printed | figures, objective, movement):
                     log.say(line)
-        if stepper.steps in args.validate_at:
-            validate(epoch)
 
-    if resumed is None:
-        validate(0)
     run_epochs(args, loader, sampler, stepper, log, step=step, validate=validate, save=save)
 
 

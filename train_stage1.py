@@ -14,15 +14,16 @@ import training.host  # noqa: F401, I001  before torch
 
 import argparse
 import math
+from collections.abc import Callable
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import macl
 from macl.backbone import BACKBONES, NORMS
 from macl.build import IMAGENET_MEAN, IMAGENET_STD, MACL_LEVELS, load_initial_weights
 from macl.contrast import DIRECTIONS, PROJECTOR_NORMS
-from macl.data import LLVIP, Augmented, PairedAugmentation, SyntheticPairs, hold_out, make_loader, to_float
+from macl.data import LLVIP, Augmented, PairedAugmentation, SyntheticPairs, hold_out, make_loader
+from macl.data import refuse_absent_classes, to_float
 from macl.fusion import FUSIONS
 from macl.validation import alignment_figures, detection_figures, draw_validation, predict, validation_text
 from macl.weights import has_old_names, read_state
@@ -49,6 +50,7 @@ from training.step import Stepper, module_gradient_norms
 
 SCRIPT = "stage1"
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
+STAGE_2_ADDS = ("dhn_", "mmd_", "adversary", "domains")  # to the keywords of a detector
 
 # The recipe for LLVIP: the defaults of the flags, and what differs for the drawn scenes.
 LLVIP_RECIPE = dict(
@@ -79,7 +81,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if named.init_from is not None:
         source = read_state(named.init_from)
         if "model_kwargs" in source:
-            parser.set_defaults(**source["model_kwargs"], statistics="given")
+            kwargs = {k: v for k, v in source["model_kwargs"].items() if not k.startswith(STAGE_2_ADDS)}
+            parser.set_defaults(**kwargs, statistics="given")
         else:
             parser.set_defaults(norm="frozen_batch", frozen_stages=1, statistics="imagenet")
             parser.set_defaults(norm_eps=0.0 if has_old_names(source) else 1e-5)
@@ -178,20 +181,22 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
 
 def open_data(args: argparse.Namespace):
     """Training and validation data, and a sentence about each."""
+    classes = dict(classes=args.classes)
     if args.data_root is None:
-        train = SyntheticPairs(args.synthetic_train, args.seed)
-        validation = SyntheticPairs(args.synthetic_val, VALIDATION_SEED + args.seed)
-        return (
-            train,
-            validation,
-            [f"training on {train.source} (no --data-root was given)", f"validating on {validation.source}"],
-        )
-    train = LLVIP(args.data_root, "train", classes=args.classes)
-    if args.val_split == "test":
-        validation = LLVIP(args.data_root, "test", classes=args.classes)
-        return train, validation, [f"training on {train.source}", f"validating on {validation.source}"]
-    train, validation, sentence = hold_out(train)
-    return train, validation, [f"training on {train.source}", sentence]
+        train = SyntheticPairs(args.synthetic_train, args.seed, **classes)
+        validation = SyntheticPairs(args.synthetic_val, VALIDATION_SEED + args.seed, **classes)
+        said = [f"training on {train.source} (no --data-root was given)", f"validating on {validation.source}"]
+    else:
+        train = LLVIP(args.data_root, "train", **classes)
+        if args.val_split == "test":
+            validation = LLVIP(args.data_root, "test", **classes)
+            sentence = f"validating on {validation.source}"
+        else:
+            train, validation, sentence = hold_out(train)
+        said = [f"training on {train.source}", sentence]
+    refuse_absent_classes(train, every=True)
+    refuse_absent_classes(validation, every=False)
+    return train, validation, said
 
 
 def measure_statistics(dataset, count: int = 64) -> dict[str, list[float]]:
@@ -245,6 +250,26 @@ def loss_weights(args: argparse.Namespace, detector: macl.PairedFasterRCNN) -> d
     return weights
 
 
+def freeze_unreached(detector: macl.PairedFasterRCNN, weights: dict[str, float]) -> None:
+    """Freeze what only losses of weight 0 have a path to; DistributedDataParallel waits for the gradient of all else.
+
+    The contrastive head stays in place, so that the checkpoint fits and R@1 is told.
+    """
+    enabled = {name for name, weight in weights.items() if weight}
+    proposing, detecting = {"loss_objectness", "loss_rpn_box_reg"}, {"loss_classifier", "loss_box_reg"}
+    for part, losses in (
+        (detector.rpn, proposing),
+        (detector.fusion, proposing | detecting),
+        (detector.roi_head, detecting),
+        (detector.roi_head.cls_score, {"loss_classifier"}),
+        (detector.roi_head.bbox_pred, {"loss_box_reg"}),
+        (detector.macl, {"loss_macl"}),
+        (detector.alignment, {"loss_adversary"}),
+    ):
+        if part is not None and not losses & enabled:
+            part.requires_grad_(False)
+
+
 def refuse_what_cannot_train(args: argparse.Namespace) -> None:
     world = distributed.world_size()
     if args.macl_weight and args.macl_level == "image" and args.batch_size * world == 1:
@@ -267,7 +292,7 @@ def refuse_augmentation(args: argparse.Namespace) -> None:
         raise InputError(f"--crop-scale {args.crop_scale}: expected two numbers above 0, the smaller one first")
 
 
-def validate(detector, data, args, device, *, modes=None) -> tuple[dict, list[dict]]:
+def validate(detector, data, args, device, between, *, modes=None) -> tuple[dict, list[dict]]:
     """Figures by mode and of the embeddings, and the results they come from; the same on every process."""
     results = predict(
         detector,
@@ -277,6 +302,7 @@ def validate(detector, data, args, device, *, modes=None) -> tuple[dict, list[di
         batch_size=args.batch_size,
         workers=args.workers,
         amp=args.amp,
+        between=between,
     )
     return {**detection_figures(results), "alignment": alignment_figures(results)}, results
 
@@ -323,7 +349,9 @@ def main(arguments: list[str] | None = None) -> None:
         detector.backbone.compile()
         detector.neck.compile()
     average = ema(detector, args.ema_decay) if args.ema_decay else None
-    model = DistributedDataParallel(detector) if distributed.world_size() > 1 else detector
+    weights = loss_weights(args, detector)
+    freeze_unreached(detector, weights)
+    model = distributed.parallel(detector)
 
     sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
     loader = build_loader(args, train_data, sampler, device)
@@ -333,8 +361,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     stepper = Stepper(
         model, optimizer, losses_of=lambda batch: model(**to_device(batch, device)),
-        weights=loss_weights(args, detector), describe=lambda batch: batch["path"], device=device, schedule=schedule,
-        average=average, amp=args.amp, clip_norm=args.clip_norm,
+        weights=weights, describe=lambda batch: batch["path"], figures_of=lambda: detector.monitor, device=device,
+        schedule=schedule, average=average, amp=args.amp, clip_norm=args.clip_norm,
     )  # fmt: skip
     torch.manual_seed(args.seed * 1000 + distributed.rank())  # each process samples its own RoIs
     best, untrained = -math.inf, None
@@ -346,17 +374,14 @@ def main(arguments: list[str] | None = None) -> None:
     if resumed is not None:
         state.load_state_dict(resumed)
         best, untrained = resumed["best"], resumed["untrained"]
-    log = RunLog(folder, total_steps=total_steps, resume_step=stepper.steps if resumed else None, every=args.log_every)
+    log = RunLog(
+        folder, total_steps=total_steps, resume_step=stepper.steps if resumed else None, validated=stepper.validated,
+        every=args.log_every,
+    )  # fmt: skip
     for line in [*said, *about_model, f"writing to {folder}"]:
         log.say(line)
     if resumed is not None:
         log.say(f"resumed from {args.resume} at step {stepper.steps}, epoch {sampler.epoch}")
-    elif detector.macl is not None:
-        before, _ = validate(detector, val_data, args, device, modes={})
-        untrained = before["alignment"]["r1"]
-        log.validation(
-            0, {"epoch": 0, **before}, "" if untrained is None else f"cross-modal retrieval R@1 {untrained:.3f}"
-        )
 
     def save(name: str) -> None:
         run = {"model_kwargs": detector.kwargs, "best": best, "untrained": untrained}
@@ -370,21 +395,28 @@ def main(arguments: list[str] | None = None) -> None:
         if not result.skipped:
             log.train(stepper.steps, {
                 "epoch": epoch, "loss": result.total, **result.losses, "lr": result.lr,
-                "grad_norm": result.grad_norm, **{name: value.item() for name, value in detector.monitor.items()},
+                "grad_norm": result.grad_norm, **result.figures,
                 "images_per_second": throughput.update(images), "memory_gib": peak_memory(device),
             })  # fmt: skip
 
-    def validate_epoch(epoch: int) -> None:
-        nonlocal best
-        figures, results = validate(detector if average is None else average.module, val_data, args, device)
+    def validate_epoch(epoch: int, between: Callable[[], None]) -> str | None:
+        nonlocal best, untrained
+        if epoch == 0:  # what R@1 of the trained head is held against
+            if detector.macl is not None:
+                before, _ = validate(detector, val_data, args, device, between, modes={})
+                untrained = before["alignment"]["r1"]
+                retrieval = "" if untrained is None else f"cross-modal retrieval R@1 {untrained:.3f}"
+                log.validation(0, {"epoch": 0, **before}, retrieval)
+            throughput.restart()
+            return None
+        figures, results = validate(detector if average is None else average.module, val_data, args, device, between)
         log.validation(stepper.steps, {"epoch": epoch, **figures}, validation_text(figures, untrained))
         if distributed.is_main():
             draw_validation(folder, epoch, val_data, results, args.classes)
+        throughput.restart()
         if best_figure(figures, args.best_by) > best:
             best = best_figure(figures, args.best_by)
-            save("best.pt")
-            log.say(f"best {args.best_by} so far: {best:.4f}, kept in {folder / 'best.pt'}")
-        throughput.restart()
+            return f"best {args.best_by} so far: {best:.4f}"
 
     run_epochs(args, loader, sampler, stepper, log, step=step, validate=validate_epoch, save=save)
 

@@ -16,14 +16,14 @@ import training.host  # noqa: F401, I001  before torch
 import argparse
 import bisect
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import macl
 from macl.build import load_initial_weights
-from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, Joint, SyntheticPairs, hold_out
+from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, Joint, SyntheticPairs, hold_out, refuse_absent_classes
 from macl.data.kaist import TRAINING_RULES
 from macl.domain import dann_scale
 from macl.validation import draw_validation, miss_rate_figures, validation_text
@@ -35,6 +35,7 @@ from train_stage1 import (
     best_figure,
     build_loader,
     check,
+    freeze_unreached,
     loss_weights,
     refuse_augmentation,
     to_device,
@@ -179,36 +180,47 @@ def newest_stage1(runs_root: Path = Path("runs")) -> str:
     return str(max(found, key=lambda path: path.stat().st_mtime_ns))
 
 
-def open_data(args: argparse.Namespace):
-    """Training data, validation data by domain ("old" where there is one), and a sentence about each.
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether pairs of the old domain are mixed in."""
+    return args.old_share > 0 and (args.data_root is None or args.llvip_root is not None)
 
-    -> training data (a Joint with an old domain), the new domain's validation data, the old one's or None, sentences.
+
+def open_data(args: argparse.Namespace, classes: Sequence[str]):
+    """Training data, validation data of the new and of the old domain (or None), and sentences about them.
+
+    classes: the detector's, which every data set is opened with.
     """
+    old = old_validation = None
     if args.data_root is None:
-        new = SyntheticPairs(args.synthetic_train, args.seed, domain=DAY_AND_NIGHT)
-        old = SyntheticPairs(args.synthetic_train, args.seed, domain=NIGHT)
-        validation = SyntheticPairs(args.synthetic_val, VALIDATION_SEED + args.seed, domain=DAY_AND_NIGHT)
-        old_validation = SyntheticPairs(args.synthetic_val, VALIDATION_SEED + args.seed, domain=NIGHT)
+        seed = VALIDATION_SEED + args.seed
+        new = SyntheticPairs(args.synthetic_train, args.seed, domain=DAY_AND_NIGHT, classes=classes)
+        old = SyntheticPairs(args.synthetic_train, args.seed, domain=NIGHT, classes=classes)
+        validation = SyntheticPairs(args.synthetic_val, seed, domain=DAY_AND_NIGHT, classes=classes)
+        old_validation = SyntheticPairs(args.synthetic_val, seed, domain=NIGHT, classes=classes)
         said = [f"validating on {validation.source}"]
     else:
-        new, validation, said = open_kaist(args)
-        old = old_validation = None
+        new, validation, said = open_kaist(args, classes)
         if args.llvip_root is not None:
-            old, old_validation, sentence = hold_out(LLVIP(args.llvip_root, "train"))
+            old, old_validation, sentence = hold_out(LLVIP(args.llvip_root, "train", classes=classes))
             said.append(f"old domain: {sentence}")
-    train = Joint(new, old) if old is not None and args.old_share else new
+    for dataset in filter(None, (new, old, validation, old_validation)):
+        refuse_absent_classes(dataset, every=False)
+    others = [name for name in classes if name != "person"]
+    if others:
+        said.append(f"Warning: only person is sure to be in the new domain; {', '.join(others)} may be unlearnt")
+    train = Joint(new, old) if mixes(args) else new
     source = train.source + (" (no --data-root was given)" if args.data_root is None else "")
     share = f", {args.old_share:.0%} of each batch from the latter" if train is not new else ""
     return train, validation, old_validation, [f"training on {source}{share}", *said]
 
 
-def open_kaist(args: argparse.Namespace):
+def open_kaist(args: argparse.Namespace, classes: Sequence[str]):
     """Training and validation frames of KAIST, and sentences about the latter; the rules are for training alone."""
-    train = KAIST(args.data_root, args.image_set, args.annotations, args.stride)
+    train = KAIST(args.data_root, args.image_set, args.annotations, args.stride, classes=classes)
     if args.val_image_set is None:
         train, validation, sentence = hold_out(train)
     else:
-        validation = KAIST(args.data_root, args.val_image_set, args.val_annotations)
+        validation = KAIST(args.data_root, args.val_image_set, args.val_annotations, classes=classes)
         sentence = f"validating on {validation.source}"
     return train.with_rules(min_height=args.min_height, max_occlusion=args.max_occlusion), validation, [sentence]
 
@@ -237,8 +249,8 @@ def build_model(
         if not any(f"{known}.".startswith(f"{name}.") for known, _ in detector.named_parameters()):
             parts = ", ".join(part for part, _ in detector.named_children())
             raise InputError(f"--lr-scale {name}: no parameter's name begins so; the detector's parts are {parts}")
-    if args.macl_weight == 0 and detector.macl is not None:
-        detector.macl.requires_grad_(False)  # kept, so that the checkpoint fits and R@1 is told
+    if args.best_by == "r1" and detector.macl is None:
+        raise InputError("--best-by r1 needs a contrastive head, and the checkpoint's detector has none")
     if resumed is not None:
         return detector, []
     if args.from_scratch:
@@ -290,12 +302,12 @@ def set_course(args: argparse.Namespace, detector, full: dict[str, float], *, st
     return {name: ramped(weight, kinds.get(name, "constant"), step, args.ramp_steps) for name, weight in full.items()}
 
 
-def validate_both(detector, new, old, args, device) -> tuple[dict, list[dict]]:
+def validate_both(detector, new, old, args, device, between) -> tuple[dict, list[dict]]:
     """Figures on the new domain, miss rates among them, those of the old one under "old"; the new one's results."""
-    figures, results = validate(detector, new, args, device)
+    figures, results = validate(detector, new, args, device, between)
     figures["miss_rate"] = miss_rate_figures(results)
     if old is not None:
-        figures["old"], _ = validate(detector, old, args, device)
+        figures["old"], _ = validate(detector, old, args, device, between)
     return figures, results
 
 
@@ -343,9 +355,9 @@ def main(arguments: list[str] | None = None) -> None:
     again = checkpoint.find_resume(args.resume, args.output, SCRIPT)
     if again is None and args.init_from is None:
         args.init_from = newest_stage1()
-    train_data, val_data, old_val_data, said = open_data(args)
     torch.manual_seed(args.seed)
-    detector, about_model = build_model(args, args.init_from, again, domains=1 + isinstance(train_data, Joint))
+    detector, about_model = build_model(args, args.init_from, again, domains=1 + mixes(args))
+    train_data, val_data, old_val_data, said = open_data(args, detector.kwargs["classes"])
     resumed = None
     if not args.check:  # the folder comes last, so that bad input leaves none behind
         folder = prepare_run(args, SCRIPT, may_change=("log_every", "validate_every", "best_by", "gradient_report"))
@@ -364,13 +376,14 @@ def main(arguments: list[str] | None = None) -> None:
     loader = build_loader(args, train_data, sampler, device)
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     total_steps = args.epochs * steps_per_epoch
+    full = full_weights(args, detector)
+    freeze_unreached(detector, full)
     detector.backbone.freeze(min(args.freeze_stages))  # the optimizer knows all that is ever trained
     optimizer, schedule = build_optimisation(args, detector, steps_per_epoch, lr_scale=dict(args.lr_scale))
-    full = full_weights(args, detector)
     stepper = Stepper(
         detector, optimizer, losses_of=lambda batch: stepper.model(**to_device(batch, device)), weights=full,
-        describe=lambda batch: batch["path"], device=device, schedule=schedule, average=average, amp=args.amp,
-        clip_norm=args.clip_norm,
+        describe=lambda batch: batch["path"], figures_of=lambda: detector.monitor, device=device, schedule=schedule,
+        average=average, amp=args.amp, clip_norm=args.clip_norm,
     )  # fmt: skip
     state = TrainingState(SCRIPT, detector, average, optimizer, schedule, stepper, sampler)
     torch.manual_seed(args.seed * 1000 + distributed.rank())  # each process samples its own RoIs
@@ -385,7 +398,10 @@ def main(arguments: list[str] | None = None) -> None:
     if resumed is not None:
         state.load_state_dict(resumed)
         best, stale = resumed["best"], resumed["stale"]
-    log = RunLog(folder, total_steps=total_steps, resume_step=stepper.steps if resumed else None, every=args.log_every)
+    log = RunLog(
+        folder, total_steps=total_steps, resume_step=stepper.steps if resumed else None, validated=stepper.validated,
+        every=args.log_every,
+    )  # fmt: skip
     for line in [*said, *about_model, f"writing to {folder}"]:
         log.say(line)
 
@@ -414,32 +430,29 @@ def main(arguments: list[str] | None = None) -> None:
         watch(result.losses)
         log.train(stepper.steps, {
             "epoch": epoch, "loss": result.total, **result.losses, "lr": result.lr,
-            "grad_norm": result.grad_norm, **{name: float(value) for name, value in detector.monitor.items()},
+            "grad_norm": result.grad_norm, **result.figures,
             "images_per_second": throughput.update(images), "memory_gib": peak_memory(device),
         }, unprinted={"weights": stepper.weights})  # fmt: skip
         if result.gradients:
             log.gradients(stepper.steps, epoch, result.gradients)
 
-    def validate_epoch(epoch: int) -> None:
+    def validate_epoch(epoch: int, between: Callable[[], None]) -> str | None:
         nonlocal best, stale
+        if epoch == 0:
+            log.say("before fine-tuning:")
         bare = detector if average is None or stepper.steps == 0 else average.module
-        figures, results = validate_both(bare, val_data, old_val_data, args, device)
+        figures, results = validate_both(bare, val_data, old_val_data, args, device, between)
         log.validation(stepper.steps, {"epoch": epoch, **figures}, both_text(figures))
         if distributed.is_main():
             draw_validation(folder, epoch, val_data, results, detector.kwargs["classes"])
+        throughput.restart()
         figure, stale = figure_to_raise(figures, args.best_by), stale + 1
         if figure > best or stepper.steps == 0:
             best, stale = figure, 0
-            save("best.pt")
-            shown = f"{abs(best):.4f}" if math.isfinite(best) else "none to measure"
-            log.say(f"best {args.best_by} so far: {shown}, kept in {folder / 'best.pt'}")
-        throughput.restart()
+            return f"best {args.best_by} so far: " + (f"{abs(best):.4f}" if math.isfinite(best) else "none to measure")
 
     if resumed is not None:
         log.say(f"resumed from {args.resume} at step {stepper.steps}, epoch {sampler.epoch}")
-    else:
-        log.say("before fine-tuning:")
-        validate_epoch(0)
     hooks = dict(step=step, validate=validate_epoch, save=save, begin_epoch=begin_epoch)
     run_epochs(args, loader, sampler, stepper, log, **hooks)
 
@@ -448,8 +461,7 @@ def freeze(args: argparse.Namespace, detector, stepper: Stepper, epoch: int) -> 
     """Freeze what is frozen in this epoch, for DDP too, and say what is trained."""
     frozen = args.freeze_stages[min(epoch, len(args.freeze_stages)) - 1]
     detector.backbone.freeze(frozen)
-    if distributed.world_size() > 1:
-        stepper.model = DistributedDataParallel(detector)  # anew: it notes what is trained when it is made
+    stepper.model = distributed.parallel(detector)  # anew: DDP notes what is trained when it is made
     trained = sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
     what = f"the stem and {frozen} of the backbone's stages frozen" if frozen else "nothing frozen"
     return f"epoch {epoch}: {what}, {trained / 1e6:.2f} M parameters trained"

@@ -12,7 +12,6 @@ where they lie neither beside the weights nor in an installed CLIP package.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from fgclip.zero_shot import box_figures, choice_figures, folder_figures, retrie
 from training import distributed
 from training.arguments import make_parser, non_negative_int, positive_int
 from training.errors import one_sentence
+from training.files import write_json
 
 FORMATS = ("coco", "flickr30k", "finehard", "sharegpt4v", "dci")
 # The flags of each task and what they are where they are not given; None: there is no default.
@@ -236,8 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(table(figures))
         if args.output:
             record = dict(checkpoint=args.checkpoint, task=args.task, data=said, truncated=embedder.truncated)
-            text = json.dumps(dict(**record, figures=figures), indent=2)
-            Path(args.output).write_text(text + "\n", encoding="utf-8")
+            write_json(args.output, dict(**record, figures=figures), indent=2)
     distributed.stop()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fgclip.model import unit
 from kernels import MemoryBank, contrastive_loss
-from training.distributed import gather, gather_with_gradient, global_mean, rank
+from training.distributed import gather, gather_and_place, global_mean
 
 
 class Negatives(NamedTuple):
@@ -103,20 +103,19 @@ def symmetric_loss(
     """
     if image.shape != text.shape:
         raise ValueError(f"image {tuple(image.shape)} and text {tuple(text.shape)} are not pairs")
-    own = torch.arange(len(image), device=image.device)
-    own = own + gather(torch.tensor([len(image)]))[: rank()].sum().item()
     all_ids = None if ids is None else gather(ids)
     queued = None if bank is None else bank.negatives()
     total, rows = 0.0, []
     for query, key, side in ((image, text, "texts"), (text, image, "images")):
+        keys, first = gather_and_place(key)
         negatives = {}
         if queued is not None:
             negatives = dict(bank=getattr(queued, side), bank_valid=queued.valid, bank_ids=queued.ids)
         part = contrastive_loss(
             query,
-            gather_with_gradient(key),
+            keys,
             logit_scale,
-            target=own,
+            target=first + torch.arange(len(query), device=query.device),
             query_ids=ids,
             key_ids=all_ids,
             reduction="sum",

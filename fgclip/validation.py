@@ -1,6 +1,7 @@
 """What a model makes of held-out images: their captions, their regions among other captions, and hard negatives."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,17 +27,20 @@ def embed(
     batch_size: int = 32,
     workers: int = 0,
     amp: str = "none",
+    between: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:
     """Unit vectors of all images, captions, regions and phrases of a data set; on every rank, each encoded by one.
 
     image (N, D), short and long (N, D); regions and region_texts (R, D), region_ids (R,), the `caption_ids` of their
     phrases; hard_regions and hard_texts (K, D) and (H, D), hard_counts (K,), as far as the batches have them; CPU.
+    between: see `distributed.in_step`.
     """
     first, last = (len(dataset) * r // distributed.world_size() for r in (distributed.rank(), distributed.rank() + 1))
     batches = [list(range(i, min(i + batch_size, last))) for i in range(first, last, batch_size)]
     dtype = AUTOCAST[amp]
     parts = []
-    for batch in make_loader(dataset, batches, collate, workers=workers, device=device):
+    loader = make_loader(dataset, batches, collate, workers=workers, device=device)
+    for batch in distributed.in_step(loader, len(batches), between):
         batch = to_device(batch, device)
         with torch.autocast(torch.device(device).type, dtype=dtype) if dtype else contextlib.nullcontext():
             features = model(batch)

@@ -4,8 +4,6 @@ Strict: every tensor of the source has a place, every parameter of the model is 
 report as made from another one. Hugging Face's names are the model's own.
 """
 
-import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from fgclip.model import FGCLIP
 from fgclip.text import stretch_positions
 from fgclip.transformer import ACTIVATIONS
 from fgclip.weight_files import read_config, read_weights
+from training.files import whole_file, write_json
 
 VISION, TEXT = "vision_model.embeddings.", "text_model.embeddings."
 OPENAI_TENSORS = {
@@ -247,14 +246,11 @@ def save_clip_weights(model: FGCLIP, directory: str | Path) -> None:
     """
     directory = Path(directory)
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError as error:
         raise InputError(f'{directory} needs the safetensors package: pip install "macl-fgclip[text]"') from error
     directory.mkdir(parents=True, exist_ok=True)
-    part = directory / "model.safetensors.part"
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    save_file(state, part, metadata={"format": "pt"})
-    os.replace(part, directory / "model.safetensors")
-    part = directory / "config.json.part"
-    part.write_text(json.dumps(hugging_face_config(model), indent=1) + "\n", encoding="utf-8")
-    os.replace(part, directory / "config.json")
+    with whole_file(directory / "model.safetensors") as file:
+        file.write(save(state, metadata={"format": "pt"}))
+    write_json(directory / "config.json", hugging_face_config(model), indent=1)

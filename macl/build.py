@@ -14,6 +14,7 @@ from macl.errors import InputError
 from macl.fpn import FPN
 from macl.fusion import Fusion
 from macl.msp import MSPReweight
+from macl.precision import check_finite
 from macl.roi_head import RoIHead
 from macl.rpn import RPN, RPNHead
 from macl.weights import load_torchvision_weights, read_state
@@ -21,6 +22,7 @@ from macl.weights import load_torchvision_weights, read_state
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MACL_LEVELS = ("roi", "image", "none")
 POOLED_LEVELS = 4  # RoIs are pooled from P2 to P5 at most
+ADDED_PARTS = ("macl.hard", "alignment")  # what a detector may have beside a checkpoint, or a checkpoint beside it
 
 
 def build_detector(
@@ -177,7 +179,7 @@ def load_detector(path: str | Path, *, weights: str = "ema") -> PairedFasterRCNN
     """Rebuild a detector, architecture and weights, from a training checkpoint alone.
 
     weights: "ema" takes the averaged weights where the checkpoint has them, "raw" the trained ones. Raises InputError
-    for a file that is no checkpoint of a detector.
+    for a file that is no checkpoint of a detector, and for weights that are not finite.
     """
     checkpoint = read_state(path)
     if "model_kwargs" not in checkpoint or "model" not in checkpoint:
@@ -191,6 +193,7 @@ def load_detector(path: str | Path, *, weights: str = "ema") -> PairedFasterRCNN
         detector.load_state_dict(state)
     except RuntimeError as error:
         raise InputError(f"the weights in {path} do not fit its own model_kwargs: {first_difference(error)}") from error
+    check_finite([*detector.parameters(), *detector.buffers()], f"the weights in {path}")
     return detector.eval()
 
 
@@ -198,15 +201,19 @@ def load_initial_weights(detector: PairedFasterRCNN, path: str | Path) -> str:
     """Start a detector from a training checkpoint, which must fit whole, or from published weights, where they fit.
 
     They are told apart by their keys; a checkpoint's averaged weights are taken where it has them. Hard negatives and
-    the adversary may be new to the checkpoint, and memory banks of another size. -> what was loaded, for people. Raises
-    InputError for a checkpoint of another architecture.
+    the adversary may be new to the checkpoint or left out, and memory banks of another size. -> what was loaded, for
+    people. Raises InputError for a checkpoint of another architecture.
     """
     source = read_state(path)
     if "model_kwargs" not in source:
         return str(load_torchvision_weights(detector, source))
     averaged = source.get("ema") is not None
     state = source["ema"] if averaged else source["model"]
+    own = detector.state_dict().keys()
+    extra = {key for key in state if key.startswith(ADDED_PARTS) and key not in own}
+    state = {key: tensor for key, tensor in state.items() if key not in extra}
     new, notes = new_parts(detector, state)
+    notes += [f"left out: {part}" for part in ADDED_PARTS if any(key.startswith(part) for key in extra)]
     try:
         detector.load_state_dict(state | new)
     except RuntimeError as error:

@@ -121,8 +121,9 @@ class MACLHead(nn.Module):
             self.log_temperature.clamp_(*map(math.log, self.TEMPERATURES))
         features = {"visible": visible, "infrared": infrared}
         embeddings = {name: self.embed(rows) for name, rows in features.items()}
-        keys = {key: distributed.gather_with_gradient(embeddings[key]) for _, key in self.directions}
-        results = [self._one_direction(embeddings[query], keys[key], key, ids) for query, key in self.directions]
+        gathered = {key: distributed.gather_and_place(embeddings[key]) for _, key in self.directions}
+        keys = {key: rows for key, (rows, _) in gathered.items()}
+        results = [self._one_direction(embeddings[query], *gathered[key], key, ids) for query, key in self.directions]
         losses = {name: torch.stack([found[0][name] for found in results]).mean() for name in results[0][0]}
         statistics = self._statistics([sums for _, sums in results], keys)
         if self.hard is not None and self.training:
@@ -130,10 +131,11 @@ class MACLHead(nn.Module):
         return Contrast(**embeddings, losses=losses, statistics=statistics)
 
     def _one_direction(
-        self, query: Tensor, keys: Tensor, modality: str, ids: Tensor | None
+        self, query: Tensor, keys: Tensor, first: int, modality: str, ids: Tensor | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The losses of the queries of this process, and sums over them for the log."""
-        losses, positive, recalled = self._infonce(query, keys)
+        """The losses of the queries of this process, and sums over them for the log. The first one's positive is row
+        `first` of the keys."""
+        losses, positive, recalled = self._infonce(query, keys, first)
         sums = {"loss": losses.detach().sum(), "recalled": recalled}
         found = {}
         if self.hard is not None:
@@ -146,10 +148,8 @@ class MACLHead(nn.Module):
         found["loss_macl"] = distributed.global_mean(losses.sum(), len(query))
         return found, sums
 
-    def _infonce(self, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _infonce(self, query: Tensor, keys: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
         """Losses and positive logits, (N,) each with their graph, and the number of recalled positives."""
-        rows = distributed.gather_objects(len(query))
-        first = sum(rows[: distributed.rank()])
         if len(query) == 0:
             nothing = (query.sum() + keys.sum()) * 0 * self.temperature
             return nothing, nothing, nothing.detach()

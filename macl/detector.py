@@ -215,9 +215,8 @@ class PairedFasterRCNN(nn.Module):
         factor = min_size / min(height, width)
         if self.max_size is not None:
             factor = min(factor, self.max_size / max(height, width))
-        return F.interpolate(
-            image[None], scale_factor=factor, mode="bilinear", recompute_scale_factor=True, align_corners=False
-        )[0]
+        size = [max(1, math.floor(side * factor)) for side in (height, width)]
+        return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
 
     def batch(self, images: list[Tensor], modality: str) -> Tensor:
         """Normalise and zero-pad to one size, a multiple of 32. -> (B, 3, H, W)."""

@@ -10,7 +10,7 @@ Average precision, and where occlusion and daytime are known (kaist, synthetic) 
 """
 
 import argparse
-import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,14 +18,14 @@ import torch
 from torch.utils.data import Dataset
 
 from macl.build import load_detector
-from macl.data import KAIST, LLVIP, SyntheticPairs, read_ground_truth
+from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, SyntheticPairs, read_ground_truth, refuse_absent_classes
 from macl.detector import PairedFasterRCNN
-from macl.errors import InputError
 from macl.metrics import could_count_from_zero, read_detections, write_detections
 from macl.misalignment import misalignment_figures, misalignment_text
 from macl.plots import miss_rate_plot
 from macl.validation import (
     AUTOCAST,
+    PEOPLE,
     SCORE_THRESHOLD,
     alignment_figures,
     detection_figures,
@@ -35,12 +35,16 @@ from macl.validation import (
     predict,
     table,
 )
+from macl.weights import read_state
 from training import distributed
 from training.arguments import fraction, make_parser, non_negative_int, positive_int
-from training.errors import one_sentence
+from training.errors import InputError, one_sentence
+from training.files import write_json
 
+DOMAINS = {"night": NIGHT, "day-and-night": DAY_AND_NIGHT}
 ONE_DATASET = {"split": "llvip", "image_set": "kaist", "annotations": "kaist", "detections": "kaist"}
-NEED_MODEL = ("weights", "modality", "score_threshold", "max_detections", "misalign")  # no use with --detections
+ONE_DATASET |= {"domain": "synthetic"}
+NEED_MODEL = ("weights", "modality", "score_threshold", "misalign")  # no use with --detections
 SUFFIXES = {"save_detections": (".txt", ".json"), "save_curve": (".json",), "plot": (".png", ".pdf", ".svg")}
 
 
@@ -58,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--annotations", metavar="PATH", help="kaist: folder or json of annotations (default: the root's own)")
     add("--count", type=positive_int, default=200, metavar="N", help="synthetic: number of scenes")
     add("--seed", type=non_negative_int, default=20_000, metavar="N", help="synthetic: seed of the scenes")
+    add("--domain", choices=tuple(DOMAINS), help="synthetic: which scenes (default: those of the checkpoint's stage)")
     add = parser.add_argument_group("somebody else's detections").add_argument
     add("--detections", metavar="FILE", help="kaist: .txt or .json, of one class, instead of a checkpoint")
     add("--first-id", type=int, choices=(0, 1), help="what its image ids count from (default: 1; json: 0 if it occurs)")
@@ -65,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--modality", choices=("all", "both", "visible", "infrared"), help="what to detect with (default: all)")
     add("--score-threshold", type=fraction, metavar="X", help=f"lowest score kept (default: {SCORE_THRESHOLD})")
     add("--max-detections", type=positive_int, metavar="N",
-        help="most detections an image (default: 100; kaist: 1000, the most that its miss rate looks at)")
+        help="most detections an image, and looked at by AP (default: 100; kaist: 1000, as its miss rate)")
     add("--misalign", type=int, nargs="+", metavar="PX", help="also with one modality so many pixels further right")
     add("--misalign-modality", choices=("visible", "infrared"), help="which one (default: infrared)")
     add("--batch-size", type=positive_int, default=4, metavar="N", help="images at once")
@@ -124,12 +129,17 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def open_dataset(args: argparse.Namespace) -> Dataset:
+def open_dataset(args: argparse.Namespace, classes: Sequence[str]) -> Dataset:
+    """The data set with a detector's classes, one of which occurs in it."""
     if args.dataset == "synthetic":
-        return SyntheticPairs(args.count, args.seed)
-    if args.dataset == "llvip":
-        return LLVIP(args.data_root, args.split or "test")
-    return KAIST(args.data_root, args.image_set or "test-all-20", args.annotations)
+        domain = args.domain or ("day-and-night" if read_state(args.checkpoint).get("script") == "stage2" else "night")
+        dataset = SyntheticPairs(args.count, args.seed, domain=DOMAINS[domain], classes=classes)
+    elif args.dataset == "llvip":
+        dataset = LLVIP(args.data_root, args.split or "test", classes=classes)
+    else:
+        dataset = KAIST(args.data_root, args.image_set or "test-all-20", args.annotations, classes=classes)
+    refuse_absent_classes(dataset, every=False)
+    return dataset
 
 
 def chosen_modes(detector: PairedFasterRCNN, modality: str) -> dict[str, tuple[str, ...]]:
@@ -143,9 +153,12 @@ def read_results(args: argparse.Namespace) -> tuple[list[dict], str]:
     if args.data_root is None:
         truth, source = read_ground_truth(args.annotations)
     else:
-        dataset = open_dataset(args)
+        dataset = open_dataset(args, PEOPLE)
         truth, source = dataset.ground_truth(), dataset.source
     found = read_detections(args.detections, len(truth), first_id=args.first_id)
+    categories = sorted({int(label) for frame in found for label in frame["labels"].unique()})
+    if len(categories) > 1:
+        raise InputError(f"{args.detections} holds the categories {categories}; expected detections of people alone")
     source += f"\ndetections of {args.detections}: {sum(len(frame['scores']) for frame in found)}"
     if args.first_id is None and could_count_from_zero(args.detections, len(truth)):
         source += "; its image ids are taken to count from 1 but would fit 0 as well: --first-id settles it"
@@ -157,28 +170,32 @@ def read_results(args: argparse.Namespace) -> tuple[list[dict], str]:
     return results, source
 
 
-def detect(args: argparse.Namespace, device: torch.device) -> tuple[list[dict], str, list[dict]]:
+def detect(args: argparse.Namespace, device: torch.device, most: int) -> tuple[list[dict], str, list[dict]]:
     """The results of the checkpoint, what was read, and the figures for --misalign (none: empty)."""
     detector = load_detector(args.checkpoint, weights=args.weights or "ema").to(device)
-    detector.roi_head.max_detections = args.max_detections or (1000 if args.dataset == "kaist" else 100)
+    detector.roi_head.max_detections = most
+    classes = detector.kwargs["classes"]
+    if len(classes) > 1 and str(args.save_detections).endswith(".txt"):
+        raise InputError(f"--save-detections {args.save_detections}: lines know no class, this detector has several")
     modes = chosen_modes(detector, args.modality or "all")
     if args.misalign is not None and "both" not in modes:
         raise InputError(f"--misalign needs detections with both modalities, not with {', '.join(modes)} alone")
-    dataset = open_dataset(args)
+    dataset = open_dataset(args, classes)
     run = {name: getattr(args, name) for name in ("batch_size", "workers", "amp")} | {"device": device}
     run["score_threshold"] = SCORE_THRESHOLD if args.score_threshold is None else args.score_threshold
     results = predict(detector, dataset, modes=modes, **run)
     lines = []
     if args.misalign is not None:
         moved = args.misalign_modality or "infrared"
-        lines = misalignment_figures(detector, dataset, results, modality=moved, pixels=args.misalign, **run)
+        run |= {"modality": moved, "pixels": args.misalign, "most": most}
+        lines = misalignment_figures(detector, dataset, results, **run)
     return results, dataset.source, lines
 
 
 def write_files(args: argparse.Namespace, results: list[dict], figures: dict) -> None:
     """Whatever files the flags ask for: figures, the detections of every mode, the curve of the miss rate."""
     if args.output:
-        Path(args.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(args.output, figures, indent=2)
     for count, mode in enumerate(results[0]["found"] if args.save_detections else ()):
         path = Path(args.save_detections)
         path = path if count == 0 else path.with_stem(f"{path.stem}-{mode}")
@@ -187,7 +204,7 @@ def write_files(args: argparse.Namespace, results: list[dict], figures: dict) ->
     if args.save_curve or args.plot:
         curves = miss_rate_curves(results)
         if args.save_curve:
-            Path(args.save_curve).write_text(json.dumps(curves) + "\n", encoding="utf-8")
+            write_json(args.save_curve, curves)
         if args.plot:
             drawn = {mode: rows["reasonable all"] for mode, rows in curves.items()}
             if len(curves) == 1:
@@ -202,23 +219,23 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     check_flags(args)
     device = distributed.start(args.device)
+    most = args.max_detections or (1000 if args.dataset == "kaist" else 100)
     if args.detections is None:
-        results, source, misaligned = detect(args, device)
+        results, source, misaligned = detect(args, device, most)
     else:
         (results, source), misaligned = read_results(args), []
     if distributed.is_main():
-        detection, agreement, miss_rates = (
-            describe(results) for describe in (detection_figures, alignment_figures, miss_rate_tables)
-        )
+        detection, agreement = detection_figures(results, most), alignment_figures(results)
+        miss_rates = miss_rate_tables(results)
         print(source)
-        print(table(detection))
+        print(table(detection, most))
         if agreement is not None and agreement["r1"] is not None:
             print(f"cross-modal retrieval R@1 {agreement['r1']:.3f} among {agreement['gallery']} boxes seen in both")
         if miss_rates:
             print(f"\n{miss_rate_text(miss_rates)}")
         if misaligned:
             print(f"\n{misalignment_text(misaligned, args.misalign_modality or 'infrared')}")
-        figures = {"data": source, "detection": detection, "alignment": agreement}
+        figures = {"data": source, "detection": detection, "max_detections": most, "alignment": agreement}
         write_files(args, results, figures | {"miss_rate": miss_rates, "misalign": misaligned})
     distributed.stop()
 

@@ -8,29 +8,29 @@ OTHER = {"visible": "infrared", "infrared": "visible"}
 
 
 def misalignment_figures(
-    detector: PairedFasterRCNN, dataset, results: list[dict], *, modality: str, pixels: list[int], **run
+    detector: PairedFasterRCNN, dataset, results: list, *, modality: str, pixels: list[int], most: int = 100, **run
 ) -> list[dict]:
     """One dict a step: name, pixels (None for the other modality alone), ap50 and, where it is known, miss_rate.
 
-    results: what `predict` found, with both at least, in the data set as it is; run: its keywords. Boxes stay where the
-    modality that is not moved shows them, so that one alone, which comes last where the results have it, is what a
-    fusion has to beat.
+    results: what `predict` found, with both at least, in the data set as it is; run: its keywords; most: how many
+    detections AP looks at. Boxes stay where the modality that is not moved shows them, so that one alone, which comes
+    last where the results have it, is what a fusion has to beat.
     """
-    lines = [{"name": "0 pixels", "pixels": 0, **headline(results, "both")}]
+    lines = [{"name": "0 pixels", "pixels": 0, **headline(results, "both", most)}]
     for step in pixels:
         shifted = Misaligned(dataset, modality=modality, pixels=step)
         found = predict(detector, shifted, modes={"both": detector.modes["both"]}, **run)
-        lines.append({"name": f"{step} pixels", "pixels": step, **headline(found, "both")})
+        lines.append({"name": f"{step} pixels", "pixels": step, **headline(found, "both", most)})
     if OTHER[modality] in results[0]["found"]:
         alone = OTHER[modality]
-        lines.append({"name": f"{alone} alone", "pixels": None, **headline(results, alone)})
+        lines.append({"name": f"{alone} alone", "pixels": None, **headline(results, alone, most)})
     return lines
 
 
-def headline(results: list[dict], mode: str) -> dict:
+def headline(results: list[dict], mode: str, most: int) -> dict:
     """AP50 as a fraction and, where it is known, the miss rate of reasonable in percent; of one mode."""
     one = [result | {"found": {mode: result["found"][mode]}} for result in results]
-    figures = {"ap50": detection_figures(one)[mode]["ap50"]}
+    figures = {"ap50": detection_figures(one, most)[mode]["ap50"]}
     miss_rates = miss_rate_figures(one)
     return figures | {"miss_rate": miss_rates[mode]["reasonable all"]} if miss_rates else figures
 

@@ -4,16 +4,19 @@ draw_detections needs Pillow alone; the other two need matplotlib and scikit-lea
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from macl.errors import InputError
+from training.errors import InputError
+from training.files import whole_file
 
 COLOURS = {"detection": (255, 158, 44), "ground truth": (70, 200, 255), "ignored": (165, 165, 165)}
 BACKGROUND, TEXT, DIVIDER_COLOUR = (24, 26, 30), (232, 232, 232), (110, 112, 118)
-MIN_SIDE = 384  # smaller images are enlarged by a whole factor until their shorter side reaches it
+MIN_SIDE = 384  # smaller images are enlarged by a whole factor until their shorter side reaches it, ...
+MAX_SIDE = 4096  # ... or their longer side this
 DIVIDER = 4  # pixels between the two images
 
 
@@ -35,7 +38,7 @@ def draw_detections(visible, infrared, detections, ground_truth=None, *, min_sco
     if len(sizes) > 1:
         raise ValueError(f"the two images differ in size: {' and '.join(f'{w}x{h}' for w, h in sorted(sizes))}")
     (width, height), *_ = sizes
-    factor = max(1, math.ceil(MIN_SIDE / min(width, height)))
+    factor = max(1, min(math.ceil(MIN_SIDE / min(width, height)), MAX_SIDE // max(width, height)))
     side = min(width, height) * factor
     line, font = max(2, round(side / 300)), ImageFont.load_default(size=6 + side // 50)
     boxes = _truth_boxes(ground_truth, factor) + _detection_boxes(detections, factor, min_score, classes)
@@ -92,7 +95,7 @@ def tsne_picture(path, visible_embeddings, infrared_embeddings, *, title="", see
         axes.scatter(*points.T, s=22, c=colour, marker=marker, edgecolors="white", linewidths=0.4, label=name, zorder=2)
     axes.set(title=title or f"t-SNE of {len(chosen)} pairs", xticks=[], yticks=[])
     axes.legend(loc="best", framealpha=0.9)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
     return True
 
 
@@ -125,7 +128,12 @@ def miss_rate_plot(path, curves: dict[str, dict], *, title="") -> None:
     axes.grid(True, color="#000000", alpha=0.12, lw=0.6)
     if measured:
         axes.legend(loc="lower left", title="log-average miss rate", alignment="left", framealpha=0.9)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure, path) -> None:
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or None)
 
 
 def _missing(what: str, error: ImportError) -> str:

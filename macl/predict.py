@@ -7,17 +7,16 @@
 Writes one picture a pair, both modalities side by side, and detections.json.
 """
 
-import json
 from pathlib import Path
 
 import torch
 
 from macl.build import load_detector
 from macl.data import find_pairs, read_pair, to_float
-from macl.errors import InputError
 from macl.plots import draw_detections
 from training.arguments import fraction, make_parser
-from training.errors import one_sentence
+from training.errors import InputError, one_line, one_sentence
+from training.files import whole_file, write_json
 
 
 @torch.inference_mode()
@@ -72,10 +71,11 @@ def main(arguments: list[str] | None = None) -> None:
         name = (visible or infrared).stem
         images = {key: None if sample[key] is None else to_float(sample[key]) for key in ("visible", "infrared")}
         picture = draw_detections(**images, detections=detections, min_score=args.min_score, classes=classes)
-        picture.save(output / f"{name}.png")
+        with whole_file(output / f"{name}.png") as file:
+            picture.save(file, "PNG")
         found.append(as_json(str(visible or infrared), detections, classes))
-        print(f"{name}: {len(detections['boxes'])} found")
-    (output / "detections.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        print(f"{one_line(name, 80)}: {len(detections['boxes'])} found")
+    write_json(output / "detections.json", found, indent=2)
     print(f"wrote {len(found)} pictures and detections.json to {output}")
 
 

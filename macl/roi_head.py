@@ -7,7 +7,7 @@ from torchvision import ops
 
 import kernels
 from macl.boxes import BoxCoder, box_regression_loss, match, sample
-from macl.precision import at_least_float32
+from macl.precision import at_least_float32, check_finite
 from training.distributed import global_mean
 
 SMALLEST_SIDE = 1e-2  # pixels; detections below it are dropped
@@ -83,9 +83,10 @@ class RoIHead(nn.Module):
         *,
         score_threshold: float | None = None,
     ) -> list[dict]:
-        """-> dict(boxes (n, 4), labels (n,), scores (n,)) an image, best score first."""
+        """-> dict(boxes (n, 4), labels (n,), scores (n,)) an image, best score first. Raises InputError for NaN."""
         threshold = self.score_threshold if score_threshold is None else score_threshold
         logits, offsets = self.predict(features, proposals)
+        check_finite((logits, offsets), "the detector's scores and boxes")
         rows = [len(boxes) for boxes in proposals]
         scores = logits.softmax(dim=1)[:, 1:].split(rows)  # (n_i, classes)
         boxes = self.coder.decode(offsets, torch.cat(proposals))[:, 1:].split(rows)  # (n_i, classes, 4)

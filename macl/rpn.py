@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torchvision import ops
 
 from macl.boxes import AnchorGenerator, BoxCoder, box_regression_loss, match, sample
-from macl.precision import at_least_float32
+from macl.precision import at_least_float32, check_finite
 from training.distributed import global_mean
 
 SMALLEST_SIDE = 1e-3  # pixels; proposals below it are dropped
@@ -133,6 +133,8 @@ class RPN(nn.Module):
         self, objectness: list[Tensor], offsets: list[Tensor], anchors: list[Tensor], image_sizes: list[tuple[int, int]]
     ) -> list[Tensor]:
         """Proposals (n_i, 4) an image, best first: decoded, clipped to their image, NMS within each level."""
+        if not self.training:
+            check_finite((*objectness, *offsets), "the region proposals")
         pre_nms, post_nms = (pair[0 if self.training else 1] for pair in (self.pre_nms, self.post_nms))
         scores, boxes, levels = [], [], []
         for level, (logits, deltas, references) in enumerate(zip(objectness, offsets, anchors, strict=True)):

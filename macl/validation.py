@@ -5,6 +5,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,11 +17,14 @@ import training.distributed as distributed
 from macl.data import Plain, make_loader, to_float
 from macl.detector import Extracted, PairedFasterRCNN
 from macl.metrics import alignment, average_precision, ignore_all_but, miss_rate_curve, miss_rate_table, seen_in
+from macl.metrics.average_precision import MAX_DETECTIONS, MEASURES
 from macl.metrics.miss_rate import DAYTIMES, FRAME
 from macl.plots import draw_detections, tsne_picture
+from training.files import whole_file
 
 SCORE_THRESHOLD = 0.001  # for figures; below a detector's own, which is for looking at
 AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+PEOPLE = ("person",)
 SEEN = {"both": (True, True), "visible_only": (True, False), "infrared_only": (False, True)}
 
 
@@ -35,14 +39,15 @@ def predict(
     workers: int = 0,
     amp: str = "none",
     score_threshold: float = SCORE_THRESHOLD,
+    between: Callable[[], None] | None = None,
 ) -> list[dict]:
     """What the detector finds in every image of a data set of paired samples, each image on exactly one process.
 
     modes: name -> modalities to detect with (see `PairedFasterRCNN.modes`); none to embed only. Features are computed
-    once for all. -> on every process, one dict an image, in order: image_id, path, size (H, W), `found` (mode ->
-    detections, on the CPU), `truth` (the boxes with labels, ignore and what else is known), and, of a detector with a
-    contrastive head, `embeddings`: (visible, infrared), each (n, out_dim), of the boxes that are not ignored or of the
-    image.
+    once for all. between: see `distributed.in_step`. -> on every process, one dict an image, in order: image_id, path,
+    size (H, W), classes (the names of labels 1, 2, ...), `found` (mode -> detections, on the CPU), `truth` (the boxes
+    with labels, ignore and what else is known), and, of a detector with a contrastive head, `embeddings`: (visible,
+    infrared), each (n, out_dim), of the boxes that are not ignored or of the image.
     """
     was_training = detector.training
     detector.eval()
@@ -50,7 +55,8 @@ def predict(
     batches = [sum(own[i : i + batch_size], []) for i in range(0, len(own), batch_size)]
     dtype = AUTOCAST[amp]
     results = []
-    for batch in make_loader(Plain(dataset), batches, workers=workers, device=device):
+    loader = make_loader(Plain(dataset), batches, workers=workers, device=device)
+    for batch in distributed.in_step(loader, len(batches), between):
         images = {name: [image.to(device) for image in batch[name]] for name in ("visible", "infrared")}
         with torch.autocast(torch.device(device).type, dtype=dtype) if dtype else contextlib.nullcontext():
             extracted = detector.extract(images)
@@ -66,6 +72,7 @@ def predict(
                 "image_id": batch["image_id"][i],
                 "path": batch["path"][i],
                 "size": tuple(batch["visible"][i].shape[-2:]),
+                "classes": detector.kwargs.get("classes", PEOPLE),
                 "found": {mode: detections[i] for mode, detections in found.items()},
                 "truth": truth,
             }
@@ -89,10 +96,19 @@ def embed(detector: PairedFasterRCNN, extracted: Extracted, targets: list[dict])
     return list(zip(visible, infrared, strict=True))
 
 
-def detection_figures(results: list[dict]) -> dict[str, dict]:
+def classes_of(results: list[dict]) -> Sequence[str]:
+    """What the labels of some results stand for."""
+    return results[0].get("classes", PEOPLE) if results else PEOPLE
+
+
+def detection_figures(results: list[dict], max_detections: int = MAX_DETECTIONS) -> dict[str, dict]:
     """Mode -> ap50, ap75, ap, recall (fractions; None without boxes), and where the data set knows in which modality
-    each box can be seen, ap50 of those alone: ap50_seen_in_both, ..._visible_only, ..._infrared_only."""
-    truth = [result["truth"] for result in results]
+    each box can be seen, ap50 of those alone: ap50_seen_in_both, ..._visible_only, ..._infrared_only. Of several
+    classes the four are means, and per_class has those of each by name.
+
+    max_detections: the best of an image and class that are looked at.
+    """
+    truth, classes = [result["truth"] for result in results], classes_of(results)
     kinds = {}
     if truth and all("visible_in" in frame for frame in truth):
         for name, (visible, infrared) in SEEN.items():
@@ -100,10 +116,16 @@ def detection_figures(results: list[dict]) -> dict[str, dict]:
     figures = {}
     for mode in results[0]["found"] if results else ():
         found = [result["found"][mode] for result in results]
-        overall = average_precision(found, truth)
-        figures[mode] = {name: overall[name] for name in ("ap50", "ap75", "ap", "recall")}
+        overall = average_precision(found, truth, max_detections=max_detections)
+        figures[mode] = {name: overall[name] for name in MEASURES}
         for name, frames in kinds.items():
-            figures[mode][f"ap50_seen_in_{name}"] = average_precision(found, frames)["ap50"]
+            seen = average_precision(found, frames, max_detections=max_detections)
+            figures[mode][f"ap50_seen_in_{name}"] = seen["ap50"]
+        if len(classes) > 1:
+            own = [overall["per_class"].get(label, {}) for label in range(1, 1 + len(classes))]
+            figures[mode]["per_class"] = {
+                name: {key: values.get(key) for key in MEASURES} for name, values in zip(classes, own, strict=True)
+            }
     return figures
 
 
@@ -141,19 +163,20 @@ def miss_rate_curves(results: list[dict]) -> dict[str, dict[str, dict]]:
 def miss_rate_frames(results: list[dict]) -> dict[str, tuple[list[dict], list[dict]]]:
     """Mode -> (detections, ground truth) as the functions of `metrics.miss_rate` take them.
 
-    Heights and borders of their rows are for frames of KAIST's size, so others are stretched to it. People are the
-    first class; what is labelled otherwise is ignored.
+    Heights and borders of their rows are for frames of KAIST's size, so others are stretched to it. What is not a
+    person is ignored.
     """
-    truth = [result["truth"] for result in results]
-    if not all("occlusion" in frame and "daytime" in frame for frame in truth):
+    truth, classes = [result["truth"] for result in results], list(classes_of(results))
+    if not all("occlusion" in frame and "daytime" in frame for frame in truth) or "person" not in classes:
         return {}
+    person = 1 + classes.index("person")
     frames = [
-        frame | {"boxes": to_kaist(frame["boxes"], result), "ignore": frame["ignore"] | (frame["labels"] != 1)}
+        frame | {"boxes": to_kaist(frame["boxes"], result), "ignore": frame["ignore"] | (frame["labels"] != person)}
         for frame, result in zip(truth, results, strict=True)
     ]
     found = {}
     for mode in results[0]["found"] if results else ():
-        people = [(result, result["found"][mode], result["found"][mode]["labels"] == 1) for result in results]
+        people = [(result, result["found"][mode], result["found"][mode]["labels"] == person) for result in results]
         found[mode] = [
             {"boxes": to_kaist(one["boxes"][first], result), "scores": one["scores"][first]}
             for result, one, first in people
@@ -198,14 +221,24 @@ def mean_recall(figures: dict) -> float | None:
     return None if None in both else sum(both) / 2
 
 
-def table(figures: dict[str, dict]) -> str:
-    """The modes' figures as aligned text, in percent, one mode a row."""
-    columns = list(next(iter(figures.values())))
+def table(figures: dict[str, dict], max_detections: int | None = None) -> str:
+    """The modes' figures as aligned text, in percent, one mode a row, below it its classes where it has several.
+
+    max_detections: what `detection_figures` was given, for a last line that tells it.
+    """
+    columns = [name for name in next(iter(figures.values())) if name != "per_class"]
     titles = [name.replace("ap50_seen_in_", "AP50 seen in ").replace("_", " ").replace("ap", "AP") for name in columns]
-    titles = ["AP50:95" if title == "AP" else title for title in titles]
-    rows = [[mode, *("-" if values[name] is None else f"{100 * values[name]:.1f}" for name in columns)]
-            for mode, values in figures.items()]  # fmt: skip
-    return aligned([["detecting with", *titles], *rows])
+
+    def row(name: str, values: dict) -> list[str]:
+        cells = [values.get(column) for column in columns]
+        return [name, *("-" if value is None else f"{100 * value:.1f}" for value in cells)]
+
+    rows = [["detecting with", *("AP50:95" if title == "AP" else title for title in titles)]]
+    for mode, values in figures.items():
+        rows.append(row(mode, values))
+        rows += [row(f"  {name}", own) for name, own in values.get("per_class", {}).items()]
+    limit = f"\n(AP, recall: of the best {max_detections} detections of an image and class)" if max_detections else ""
+    return aligned(rows) + limit
 
 
 def miss_rate_text(tables: dict[str, dict[str, dict]]) -> str:
@@ -251,9 +284,9 @@ def draw_validation(folder: Path, epoch: int, data, results: list[dict], classes
         sample, result = data[index], results[index]
         found = next(iter(result["found"].values()))
         images = {name: to_float(sample[name]) for name in ("visible", "infrared")}
-        draw_detections(**images, detections=found, ground_truth=result["truth"], classes=classes).save(
-            pictures / f"validation-{index}.png"
-        )
+        picture = draw_detections(**images, detections=found, ground_truth=result["truth"], classes=classes)
+        with whole_file(pictures / f"validation-{index}.png") as file:
+            picture.save(file, "PNG")
     if "embeddings" in results[0] and find_spec("matplotlib") and find_spec("sklearn"):
         both = torch.cat([seen_in_both(result) for result in results])
         visible, infrared = (torch.cat([result["embeddings"][i] for result in results])[both] for i in (0, 1))

@@ -2,24 +2,30 @@
 
 import argparse
 import contextlib
+import fcntl
 import importlib.metadata
+import itertools
 import json
-import os
 import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from training import checkpoint, distributed
 from training.errors import InputError
+from training.files import shown, write_json
+from training.runs import read_record
 
 # On resume every other flag must say what it said at the start: half of a recipe comes out of the checkpoint (learning
 # rate, weight decay, order of the data), so that a changed flag would be ignored or make a run that nobody can repeat.
 _MAY_CHANGE = {"output", "resume", "init_from", "data_root", "device", "workers", "check"}
 _MAY_CHANGE |= {"epochs", "max_steps", "save_every", "keep_every"}
+_LOCK = ".lock"  # in a run's folder; kept by the process that writes there, and free again when that is gone
+_locks: dict[Path, IO] = {}  # for good: POSIX drops the lock of a file when the process closes it anywhere
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -187,28 +193,64 @@ def prepare_run(
     return folder
 
 
-def recorded_flags(resume: str | Path) -> dict:
-    """The flags that the run of a checkpoint, or in a folder, began with; none where it left no args.json."""
-    path = Path(resume) if Path(resume).is_dir() else Path(resume).parent
-    path = path / "args.json"
-    return json.loads(path.read_text(encoding="utf-8"))["arguments"] if path.is_file() else {}
+def recorded_flags(resume: str | Path, script: str | None = None) -> dict:
+    """The flags that the run of a checkpoint, or in a folder, began with; none where it left no args.json.
+
+    Raises InputError where that is damaged, or is of a run of another script.
+    """
+    folder = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+    return (read_record(folder, script) or {"arguments": {}})["arguments"]
+
+
+def command_line(flags: dict) -> list[str]:
+    """Recorded flags as arguments, so that they are read like any others; what was not given, or off, is left out."""
+    arguments = []
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            arguments.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={text}"))
+    return arguments
 
 
 def _open_folder(output: str | None, script: str, resumed: Path | None, runs_root: Path, again: bool) -> Path:
+    """The folder of the run, made where it is new, and ours alone from here on."""
     if output is None and resumed is None:
-        started = time.strftime("%Y%m%d-%H%M%S")
-        for suffix in ("", *(f"-{n}" for n in range(2, 100))):
-            folder = runs_root / f"{script}-{started}{suffix}"
-            if not folder.exists():
-                break
+        folder = _new_folder(runs_root, f"{script}-{time.strftime('%Y%m%d-%H%M%S')}")
     else:
         folder = Path(output) if output is not None else resumed.parent
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder}: expected a folder, found a file.")
-    own = folder.resolve() == resumed.parent.resolve() if resumed else again and (folder / "args.json").is_file()
-    if folder.is_dir() and any(folder.iterdir()) and not own:
+    own = folder.resolve() == resumed.parent.resolve() if resumed else again and read_record(folder, script) is not None
+    if folder.is_dir() and not own and any(path.name != _LOCK for path in folder.iterdir()):
         raise InputError(f"--output {folder}: already holds files; choose another folder, or continue with --resume.")
+    folder.mkdir(parents=True, exist_ok=True)
+    _lock(folder)
     return folder
+
+
+def _new_folder(runs_root: Path, name: str) -> Path:
+    """Makes runs_root/name, or name-2, name-3, ... where other runs that started in the same second took it."""
+    runs_root.mkdir(parents=True, exist_ok=True)
+    for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            (runs_root / (name + suffix)).mkdir()
+            return runs_root / (name + suffix)
+
+
+def _lock(folder: Path) -> None:
+    """Refuse a folder into which another process writes; this process keeps it as long as it lives.
+
+    A POSIX lock: loading processes do not inherit it, and none is left behind by a run that was killed.
+    """
+    place = folder.resolve()
+    if place not in _locks:
+        _locks[place] = (folder / _LOCK).open("a")
+    try:
+        fcntl.lockf(_locks[place], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise InputError(f"--output {folder}: another run is writing there; wait for its end or stop it.") from error
+    except OSError as error:  # some file systems of clusters have no locks
+        print(f"{folder} cannot be locked ({error.strerror}): see to it that no second run writes there", flush=True)
 
 
 def _record(args: argparse.Namespace, script: str, folder: Path, resumed: Path | None, may_change: set[str]) -> None:
@@ -222,22 +264,18 @@ def _record(args: argparse.Namespace, script: str, folder: Path, resumed: Path |
         "versions": {"python": platform.python_version(), **_versions()},
     }
     arguments = json.loads(json.dumps(vars(args), default=str))
-    before = resumed.parent / "args.json" if resumed else None
-    if before is None or not before.is_file():
+    record = read_record(resumed.parent, script) if resumed else None
+    if record is None:
         record = {"script": script, "arguments": arguments, **start, "resumed": []}
     else:
-        record = json.loads(before.read_text(encoding="utf-8"))
         for name, value in record["arguments"].items():
             if name in arguments and arguments[name] != value and name not in may_change:
                 raise InputError(
-                    f"--{name.replace('_', '-')} is {arguments[name]}, but the run in {resumed.parent} began with "
-                    f"{value}; resume with the same, or begin a new run with --init-from."
+                    f"--{name.replace('_', '-')} is {shown(arguments[name])}, but the run in {resumed.parent} began "
+                    f"with {shown(value)}; resume with the same, or begin a new run with --init-from."
                 )
         record["resumed"].append({"from": str(resumed), **start})
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "args.json.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / "args.json")
+    write_json(folder / "args.json", record, indent=2)
 
 
 def _versions() -> dict[str, str]:

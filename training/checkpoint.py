@@ -12,6 +12,7 @@ import torch
 from training import distributed
 from training.errors import InputError
 from training.files import read_torch, whole_file
+from training.runs import read_record
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -87,7 +88,8 @@ def find_resume(
 ) -> Path | None:
     """The checkpoint file that `--resume value` means, the same on every rank, or None to start fresh.
 
-    A file is itself, a run's folder its last.pt; InputError where neither is there. "auto" is the last.pt of `output`,
+    A file is itself, a run's folder its last.pt; InputError where neither is there, or where its folder is that of a
+    run of another script. "auto" is the last.pt of `output`,
     or, where no --output is given, of the run `runs_root/script-*` that was written to last; without one the run starts
     fresh. So does one with an empty --output: another run's checkpoint does not slip into it.
     """
@@ -101,10 +103,13 @@ def _find_resume(value: str | None, output: str | Path | None, script: str, runs
         path = Path(value) / "last.pt" if Path(value).is_dir() else Path(value)
         if not path.is_file():
             raise InputError(f"--resume {value}: expected a checkpoint, or the folder of a run that has a last.pt.")
-        return path
-    places = [Path(output)] if output is not None else runs_root.glob(f"{script}-*")
-    found = [place / "last.pt" for place in places if (place / "last.pt").is_file()]
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+    else:
+        places = [Path(output)] if output is not None else runs_root.glob(f"{script}-*")
+        found = [place / "last.pt" for place in places if (place / "last.pt").is_file()]
+        path = max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+    if path is not None:
+        read_record(path.parent, script)
+    return path
 
 
 class Signals:
@@ -117,8 +122,9 @@ class Signals:
                     checkpoint.save(...)
                     raise SystemExit(signals.exit_status)
 
-    A second signal stops at once. Terminals and schedulers send the signal to DataLoader workers as well, and a worker
-    that dies of it takes the loop with it: give the loader `worker_init_fn=ignore_signals`.
+    A second signal stops at once, except under `torchrun`. Terminals and schedulers send the signal to DataLoader
+    workers as well, and a worker that dies of it takes the loop with it: give the loader
+    `worker_init_fn=ignore_signals`.
     """
 
     def __init__(self):
@@ -133,13 +139,14 @@ class Signals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame) -> None:
-        if self.received is not None:
+        # A batch system tells every process, and `torchrun` passes on to its own what it is told.
+        if self.received is not None and not distributed.launched():
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.received = number
 
     def stop_requested(self) -> bool:
-        """Whether any rank was asked to stop. A collective: every rank asks at the same place."""
-        return distributed.any_across(self.received is not None)
+        """Whether any rank was asked to stop, or has lost its `torchrun`. A collective: all ask at the same place."""
+        return distributed.any_across(self.received is not None or distributed.orphaned())
 
     @property
     def exit_status(self) -> int:

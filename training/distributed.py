@@ -6,10 +6,13 @@ function here is a no-op that returns what one process alone would see, so that 
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
 
 from training.errors import InputError
 
@@ -18,6 +21,7 @@ _DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
+_launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # the process of `torchrun`
 
 
 def start(device: str) -> torch.device:
@@ -55,6 +59,16 @@ def _together() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def launched() -> bool:
+    """Whether `torchrun` started this process."""
+    return _launcher is not None
+
+
+def orphaned() -> bool:
+    """Whether the `torchrun` that started this process is gone. It can be killed so that it tells nobody."""
+    return launched() and os.getppid() != _launcher
+
+
 def rank() -> int:
     return dist.get_rank() if _together() else 0
 
@@ -71,6 +85,21 @@ def is_main() -> bool:
 def barrier() -> None:
     if _together():
         dist.barrier()
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """`model` in DistributedDataParallel, where there are several processes.
+
+    Of its buffers only the running statistics of batch norms go out before each forward, those of rank 0. All others,
+    such as memory banks, are the same on every rank by themselves.
+    """
+    if not _together():
+        return model
+    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    sent = {id(buffer) for norm in norms for buffer in norm.buffers()}
+    # `broadcast_buffers` would be all or nothing, and is called otherwise from version to version.
+    model._ddp_params_and_buffers_to_ignore = [name for name, it in model.named_buffers() if id(it) not in sent]
+    return DistributedDataParallel(model)
 
 
 def _wire() -> torch.device:
@@ -131,6 +160,22 @@ def any_across(flag: bool) -> bool:
     return bool(found.item())
 
 
+def in_step(batches: Iterable, count: int, between: Callable[[], None] | None) -> Iterator:
+    """This rank's `count` batches, with `between()` after each, a collective: equally often on every rank.
+
+    So `between` may end the work on all ranks at once by raising. None: the batches alone.
+    """
+    if between is None:
+        yield from batches
+        return
+    most = max(gather_objects(count))
+    for batch in batches:
+        yield batch
+        between()
+    for _ in range(most - count):
+        between()
+
+
 def gather(x: torch.Tensor) -> torch.Tensor:
     """The rows of every rank in rank order, without gradient: (n_r, ...) -> (sum of n_r, ...).
 
@@ -147,14 +192,20 @@ def gather_with_gradient(x: torch.Tensor) -> torch.Tensor:
     every rank takes part in backward, also one whose rows have no graph (an empty rank's zeros): the result must enter
     the loss on every rank, if only with a zero.
     """
+    return gather_and_place(x)[0]
+
+
+def gather_and_place(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """`gather_with_gradient`, and which of the rows is this rank's first."""
     if not _together():
-        return x
+        return x, 0
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
     headers = _headers(x, wants_gradient)
     counts = headers[:, 0].tolist()
+    first = sum(counts[: rank()])
     if not headers[:, 3].any():
-        return _gather(x.detach(), counts)
-    return _GatherWithGradient.apply(x if wants_gradient else x.detach().requires_grad_(), counts)
+        return _gather(x.detach(), counts), first
+    return _GatherWithGradient.apply(x if wants_gradient else x.detach().requires_grad_(), counts), first
 
 
 def _headers(x: torch.Tensor, wants_gradient: bool) -> torch.Tensor:

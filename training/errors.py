@@ -1,6 +1,7 @@
 """Bad input ends a script with one sentence and exit status 2, Ctrl-C with 130, and neither with a traceback."""
 
 import contextlib
+import signal
 import sys
 
 MAX_MESSAGE = 480  # characters of a sentence
@@ -31,9 +32,10 @@ def one_line(text: str, limit: int) -> str:
 def one_sentence():
     """Print an `InputError` or `OSError` as one sentence on standard error and exit with status 2.
 
-    A KeyboardInterrupt that comes so far exits with status 130, as shells have it. Characters that the terminal does
-    not know are printed as escapes.
+    Ctrl-C and SIGTERM, where nothing else waits for them, exit with 130 and 143, as shells have it. Characters that
+    the terminal does not know are printed as escapes.
     """
+    before = signal.signal(signal.SIGTERM, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -44,6 +46,13 @@ def one_sentence():
         sentence = f"{error.filename}: {error.strerror}" if named else str(error)
         print(f"error: {one_line(sentence, MAX_MESSAGE)}", file=sys.stderr)
         raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if stopped.args else signal.SIGINT
+        print("interrupted" if number == signal.SIGINT else "terminated", file=sys.stderr)
+        raise SystemExit(128 + number) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, _frame) -> None:
+    raise KeyboardInterrupt(number)

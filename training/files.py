@@ -4,6 +4,7 @@ Whatever a person or somebody else's program wrote comes in through here: text, 
 files, pictures and torch files. Every function raises `InputError` that names the file, or the place in it.
 """
 
+import argparse
 import contextlib
 import functools
 import json
@@ -35,6 +36,7 @@ _TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # orientati
 # Every file that torch.save wrote starts with one of these: a zip archive, or the pickled number of the older layout.
 _TORCH_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19")
 _STATE_KEYS = ("state_dict", "model_state_dict", "model")  # under which trainers keep a state dict
+_WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, and Lightning's
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
@@ -212,7 +214,9 @@ def read_torch(path: str | Path, what: str = "a file written by torch.save"):
             with zipfile.ZipFile(path) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                     raise InputError(f"{path} is a compressed archive, which torch.save does not write")
-        with warnings.catch_warnings(action="ignore"):
+        # torchvision's training scripts keep their flags beside the weights, in a class that is nothing but names.
+        known = torch.serialization.safe_globals([argparse.Namespace])
+        with warnings.catch_warnings(action="ignore"), known:
             content = torch.load(path, map_location="cpu", weights_only=True)
         _check_tensors(content, path, 4 * path.stat().st_size)
     except InputError:
@@ -243,7 +247,7 @@ def _check_tensors(content, path: Path, most: int) -> int:
 def state_dict_of(content, path: str | Path) -> dict[str, Tensor]:
     """The named tensors in what was read: `content` itself, or what a trainer keeps beside its optimizer.
 
-    The prefix "module." of DistributedDataParallel is taken off.
+    What DistributedDataParallel, torch.compile and Lightning put before every name is taken off.
     """
     for key in _STATE_KEYS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -254,38 +258,87 @@ def state_dict_of(content, path: str | Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path} holds no state dict; expected named tensors, by themselves or under {' or '.join(_STATE_KEYS)}"
         )
-    prefix = "module." if all(name.startswith("module.") for name in content) else ""
-    return {name.removeprefix(prefix): value for name, value in content.items()}
+    while wrapper := next((w for w in _WRAPPERS if all(name.startswith(w) for name in content)), ""):
+        content = {name.removeprefix(wrapper): value for name, value in content.items()}
+    return dict(content)
+
+
+def check_like(value, own, place: str) -> None:
+    """Refuse a `value` out of a file that is not what `own`, this program's, is; place: file and key, for the message.
+
+    The same keys (torch's private ones may come and go), lengths, shapes and dtypes, whole numbers where they are
+    whole, nothing below 0 and nothing that is not finite.
+    """
+    if isinstance(own, Mapping):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{place}: expected named values, got {shown(value)}")
+        if differing := [key for key in own.keys() ^ value.keys() if not str(key).startswith("_")]:
+            first = min(differing, key=str)
+            raise InputError(f"{place}: {shown(first)} {'is missing' if first in own else 'has no place here'}")
+        for key in own.keys() & value.keys():
+            check_like(value[key], own[key], f"{place}: {key}")
+    elif isinstance(own, list | tuple):
+        if not isinstance(value, list | tuple) or len(value) != len(own):
+            raise InputError(f"{place}: expected a list of {len(own)}, got {shown(value)}")
+        for i, item in enumerate(own):
+            check_like(value[i], item, f"{place}: {i}")
+    elif isinstance(own, Tensor):
+        if not isinstance(value, Tensor) or (value.shape, value.dtype) != (own.shape, own.dtype):
+            raise InputError(f"{place}: expected {_form(own)}, got {_form(value)}")
+        if not value.isfinite().all():
+            raise InputError(f"{place} holds numbers that are not finite")
+    elif isinstance(own, bool | str | None):
+        if type(value) is not type(own):
+            raise InputError(f"{place}: expected a {type(own).__name__}, got {shown(value)}")
+    else:
+        number(None if isinstance(value, str) else value, place, 0, MAX_ID, whole=isinstance(own, int))
+
+
+def _form(value) -> str:
+    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else shown(value)
 
 
 # --- Whole files out ---
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """A file to write to that gets its name when it is complete: beside it, flushed to the disk, renamed.
-
-    What interrupts the writing leaves an older file as it was, and nothing beside it.
-    """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    encoding = {} if "b" in mode else dict(encoding="utf-8", errors="backslashreplace")
+def writing(path: str | Path) -> Iterator[None]:
+    """A full disk, or whatever else keeps from writing, is one sentence with the path."""
     try:
-        with partial.open(mode, **encoding) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too, must outlive a power cut
-        finally:
-            os.close(folder)
+        yield
     except (OSError, RuntimeError) as error:  # of a full disk torch.save says RuntimeError, while an OSError is handled
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         raise InputError(f"{path} cannot be written ({reason(cause)})") from error
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+    """A file to write to that gets its name when it is complete: beside it, flushed to the disk, renamed.
+
+    What interrupts the writing leaves an older file as it was, and nothing beside it. A link stays one; devices and
+    pipes, which cannot be replaced, are written to as they are.
+    """
+    path = Path(os.path.realpath(path))
+    partial = path.with_name(path.name + ".partial")
+    encoding = {} if "b" in mode else dict(encoding="utf-8", errors="backslashreplace")
+    if path.exists() and not path.is_file():
+        with writing(path), path.open(mode, **encoding) as file:
+            yield file
+        return
+    try:
+        with writing(path):
+            with partial.open(mode, **encoding) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the new name, too, must outlive a power cut
+            finally:
+                os.close(folder)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import torch
 
 from training import distributed
 from training.errors import InputError
+from training.files import read_text, whole_file, writing
 from training.gradients import GradientReport
+from training.runs import step_record
 
 
 class RunLog:
@@ -25,7 +28,8 @@ class RunLog:
     files, where it is installed, lie in the folder.
 
     resume_step: the step of the checkpoint that is resumed; later lines of metrics.jsonl are removed, as they will come
-    again. None begins the file anew. Raises InputError where the file to resume is not what this class writes.
+    again, and validations after the step `validated`, the last one that the checkpoint knows of. None begins the file
+    anew. Raises InputError where the file to resume is not what this class writes.
     """
 
     def __init__(
@@ -34,32 +38,37 @@ class RunLog:
         *,
         total_steps: int,
         resume_step: int | None = None,
+        validated: int = -1,
         tensorboard: bool = True,
         every: int = 20,
     ):
         self._file = self._bar = self._writer = None
+        self._folder, path = Path(folder), Path(folder) / "metrics.jsonl"
         if not distributed.is_main():
             return
-        path = Path(folder) / "metrics.jsonl"
-        if resume_step is not None and path.exists():
-            _cut(path, resume_step)
+        if resume_step is not None and os.path.lexists(path):
+            _cut(path, resume_step, validated)
         self._total, self._first, self._every = total_steps, resume_step or 0, every
-        self._file = path.open("w" if resume_step is None else "a", encoding="utf-8")
+        with writing(path):
+            self._file = path.open("wb" if resume_step is None else "ab", buffering=0)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total_steps, initial=self._first, unit="step", dynamic_ncols=True)
         if tensorboard:
-            self._writer = self._open_tensorboard(Path(folder))
+            self._writer = self._open_tensorboard()
         self._began = time.perf_counter()
 
-    def _open_tensorboard(self, folder: Path):
+    def _open_tensorboard(self):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             self.say("tensorboard is not installed; metrics.jsonl has the same numbers")
             return None
-        return SummaryWriter(folder, purge_step=self._first + 1)
+        hook = threading.excepthook  # what TensorBoard's thread could not write, its next write tells us
+        threading.excepthook = lambda told: isinstance(told.exc_value, OSError) or hook(told)
+        with writing(self._folder):
+            return SummaryWriter(self._folder, purge_step=self._first + 1)
 
     def train(self, step: int, values: dict, unprinted: dict | None = None) -> None:
         """Log the `step`-th step, from 1; `values` maps names (one is "epoch") to numbers, or to more such dicts.
@@ -97,18 +106,21 @@ class RunLog:
             print(text, flush=True)
 
     def close(self) -> None:
-        for target in (self._bar, self._file, self._writer):
-            if target is not None:
-                target.close()
+        with writing(self._folder):
+            for target in (self._bar, self._file, self._writer):
+                if target is not None:
+                    target.close()
         self._file = self._bar = self._writer = None
 
     def _write(self, kind: str, step: int, values: dict) -> None:
         values = _plain(values)
         record = {"step": step, "epoch": values.get("epoch"), "kind": kind, **values}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, value in _flat(values):
+        data = (json.dumps(record, allow_nan=False) + "\n").encode()
+        with writing(self._file.name):
+            while data:  # a nearly full disk takes a part of it
+                data = data[self._file.write(data) :]
+        with writing(self._folder):  # TensorBoard's file
+            for name, value in _flat(values) if self._writer is not None else ():
                 if isinstance(value, (int, float)) and name != "epoch":
                     self._writer.add_scalar(f"{kind}/{name}", value, step)
 
@@ -143,22 +155,18 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def _cut(path: Path, last_step: int) -> None:
-    """Remove the lines after `last_step`, and a last one that a killed run left unfinished."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for number, line in enumerate(lines, 1):
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                continue
-            raise InputError(f"{path}: line {number} is not a json object with a step.") from error
-        if step <= last_step:
-            kept.append(line + "\n")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+def _cut(path: Path, last_step: int, validated: int) -> None:
+    """Remove the lines after `last_step`, validations after `validated`, and a last line that was left unfinished."""
+    lines = read_text(path, "the log of a run").split("\n")
+    with whole_file(path, "w") as file:
+        for place, line in enumerate(lines, 1):
+            record = step_record(line)
+            if record is None and place < len(lines):
+                raise InputError(f"{path}: line {place} is not a json object with a step.")
+            if record is not None and record["step"] <= (
+                validated if record.get("kind") == "validation" else last_step
+            ):
+                file.write(line + "\n")
 
 
 class Throughput:

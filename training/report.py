@@ -9,7 +9,6 @@ differ first) and versions, of runs of any of the scripts.
 
 import collections
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ import numpy as np
 from training.arguments import make_parser, non_negative_int
 from training.charts import MOST_POINTS, Curve, drawable, legend, line_chart, value_range
 from training.errors import InputError, one_sentence
+from training.files import write_text
 from training.page import Html, details, document, figure, html, table
 from training.pictures import pictures_section
 from training.runs import Name, Run, read_runs
@@ -51,9 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not output.parent.is_dir():
         raise InputError(f"--output {output}: the folder {output.parent} does not exist.")
     text = report(runs, pictures=args.pictures, log=tuple(args.log.split(",")))
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, output)
+    write_text(output, text)
     for run in runs:
         for note in run.notes:
             print(f"{run.folder}: {note}", file=sys.stderr)

@@ -1,7 +1,6 @@
 """What a run's folder tells: its arguments, the curves of metrics.jsonl, and its pictures."""
 
 import array
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from training.errors import InputError
+from training.files import MAX_ID, number, parse_json, read_json, shown
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 Name = tuple[str, ...]  # of a number in a record, as the keys that lead to it: ("both", "ap50")
@@ -68,13 +68,13 @@ def _read_run(folder: Path) -> Run:
         found = "a file" if folder.exists() else "nothing"
         raise InputError(f"{folder}: expected the folder of a run, found {found}.")
     run = Run(folder)
-    arguments, metrics = (_inside(folder, name) for name in ("args.json", "metrics.jsonl"))
-    if arguments is None and metrics is None:
+    record, metrics = read_record(folder), _inside(folder, "metrics.jsonl")
+    if record is None and metrics is None:
         raise InputError(f"{folder} is not the folder of a run: it holds neither args.json nor metrics.jsonl.")
-    if arguments is None:
+    if record is None:
         run.notes.append("there is no args.json, so the arguments are not known")
     else:
-        run.record = _read_arguments(arguments)
+        run.record = record
     if metrics is None:
         run.notes.append("there is no metrics.jsonl, nothing has been logged")
     else:
@@ -93,13 +93,21 @@ def _inside(folder: Path, name: str) -> Path | None:
     return path
 
 
-def _read_arguments(path: Path) -> dict:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not json.") from error
-    if not isinstance(record, dict) or not isinstance(record.get("arguments", {}), dict):
-        raise InputError(f"{path}: expected an object with the arguments under the key arguments.")
+def read_record(folder: Path, script: str | None = None) -> dict | None:
+    """args.json of a run's folder, with "arguments" and "resumed"; None where there is none.
+
+    InputError where it is damaged or a link that leads out, or where the run is of another script than `script`.
+    """
+    path = _inside(folder, "args.json")
+    if path is None:
+        return None
+    record = read_json(path, "what a run began with", dict)
+    kinds = {"arguments": dict, "resumed": list}
+    for key, kind in kinds.items():
+        if not isinstance(record.setdefault(key, kind()), kind):
+            raise InputError(f"{path}: {key}: expected {kind.__name__}, got {shown(record[key])}")
+    if script is not None and record.get("script") != script:
+        raise InputError(f"{path}: the run was begun by {shown(record.get('script'))}; {script} cannot go on with it")
     return record
 
 
@@ -107,17 +115,14 @@ def _read_metrics(path: Path, run: Run) -> None:
     points: dict[str, dict[Name, tuple[array.array, array.array]]] = {}
     half = None
     with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
+        for place, line in enumerate(file, 1):
             if half is not None:
                 raise InputError(f"{path}: line {half} is not a json object with a step.")
-            try:
-                record = json.loads(line)
-                step = _number(record["step"])
-            except (ValueError, KeyError, TypeError):
-                step = None
-            if step is None:
-                half = number
+            record = step_record(line)
+            if record is None:
+                half = place
                 continue
+            step = record["step"]
             run.steps, run.epochs = max(run.steps, int(step)), max(run.epochs, _number(record.get("epoch")) or 0)
             of_kind = points.setdefault(str(record.get("kind")), {})
             values = {key: value for key, value in record.items() if key not in ("step", "epoch", "kind")}
@@ -131,23 +136,33 @@ def _read_metrics(path: Path, run: Run) -> None:
         run.curves[kind] = {name: _sorted(*columns) for name, columns in of_kind.items()}
 
 
+def step_record(line: str) -> dict | None:
+    """A line of metrics.jsonl, with a number of at least 0 as its "step"; None where it is something else."""
+    try:
+        record = parse_json(line, "")
+        step = None if isinstance(record["step"], str) else record["step"]
+        return record | {"step": number(step, "", 0, MAX_ID)}
+    except (InputError, KeyError, TypeError):
+        return None
+
+
 def _numbers(values: dict, before: Name = ()) -> Iterator[tuple[Name, float]]:
     """Every number in nested dicts, with its name; NaN for null."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _numbers(value, (*before, key))
         elif value is None or isinstance(value, (int, float)):
-            number = _number(value)
-            yield (*before, key), math.nan if number is None else number
+            finite = _number(value)
+            yield (*before, key), math.nan if finite is None else finite
 
 
 def _number(value) -> float | None:
     """A finite float, or None for all else."""
     try:
-        number = float(value)
+        found = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return found if math.isfinite(found) else None
 
 
 def _sorted(steps: array.array, values: array.array) -> tuple[np.ndarray, np.ndarray]:

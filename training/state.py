@@ -1,6 +1,9 @@
 """Everything of a run that moves while it trains: into a checkpoint and back, bit for bit."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -9,8 +12,29 @@ from torch.optim.swa_utils import AveragedModel
 
 from training import checkpoint, distributed
 from training.errors import InputError
+from training.files import check_like, shown
 from training.sampler import ResumableSampler
 from training.step import Stepper
+
+
+@contextlib.contextmanager
+def restoring(path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong while a checkpoint is put back is one sentence that begins with its path."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except Exception as error:  # what is missing from it or of another kind meets whatever uses it first
+        lines = str(error).splitlines() or [""]
+        raise InputError(f"{path} cannot be resumed: {type(error).__name__}: {' '.join(lines[:2])}") from error
+
+
+def figure_of(state: dict, name: str) -> float | None:
+    """A number that a script keeps in its checkpoints beside the rest, such as its best figure; None where it is."""
+    value = state[name]
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value != value):
+        raise InputError(f"{name}: expected a number, got {shown(value)}")
+    return value
 
 
 @dataclass
@@ -40,24 +64,43 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Put the run back where `state` left it. Raises InputError for a checkpoint of another script or model."""
+        """Put the run back where `state` left it; call it within `restoring`.
+
+        Raises InputError for a checkpoint of another script or model, and for anything that is not of the kind which
+        `state_dict` gives.
+        """
         if state.get("script") != self.script:
-            raise InputError(
-                f"--resume: the checkpoint was written by {state.get('script')}, not by {self.script}; use --init-from"
-            )
+            raise InputError(f"written by {shown(state.get('script'))}, not by {self.script}; use --init-from")
         if (state["ema"] is None) != (self.average is None):
             raise InputError("--ema-decay: the checkpoint was trained otherwise; resume with the same")
-        try:
-            self.model.load_state_dict(state["model"])
-            if self.average is not None:
-                self.average.module.load_state_dict(state["ema"])
-                self.average.n_averaged.fill_(state["ema_updates"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            first = [line.strip() for line in str(error).splitlines()[1:2]] or [str(error)]
-            raise InputError(f"--resume: the checkpoint is of another model: {first[0]}") from error
+        parts = ("model", "optimizer", "schedule", "stepper", "sampler")
+        own = {name: getattr(self, name).state_dict() for name in parts}
+        check_like(state["model"], own["model"], "model")
+        self.model.load_state_dict(state["model"])
+        check_like(state["ema_updates"], 0, "ema_updates")
+        if self.average is not None:
+            check_like(state["ema"], own["model"], "ema")
+            self.average.module.load_state_dict(state["ema"])
+            self.average.n_averaged.fill_(state["ema_updates"])
+        self._check_optimizer(state["optimizer"], own["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        check_like(state["schedule"], own["schedule"], "schedule")
         self.schedule.load_state_dict(state["schedule"])
-        self.stepper.load_state_dict(state["stepper"])
-        self.sampler.load_state_dict(state["sampler"])
+        for name in ("stepper", "sampler"):  # these two say themselves which flag to change
+            getattr(self, name).load_state_dict(state[name])
+            check_like(getattr(self, name).state_dict(), own[name], name)
+        steps, updates = self.stepper.steps, state["ema_updates"] if self.average else self.stepper.steps
+        if not steps == updates == self.schedule.last_epoch or self.sampler.position > self.sampler.steps_per_epoch:
+            raise InputError("its parts are at different steps")
         if len(state["rng"]) == distributed.world_size():
             checkpoint.set_rng_state(state["rng"][distributed.rank()])
+
+    def _check_optimizer(self, state: dict, own: dict) -> None:
+        """The groups and, of every parameter that has been trained, what its kind of optimizer keeps beside it."""
+        check_like(state["param_groups"], own["param_groups"], "optimizer: param_groups")
+        parameters = dict(enumerate(p for group in self.optimizer.param_groups for p in group["params"]))
+        for index, kept in state["state"].items():
+            like = {"momentum_buffer": parameters[index]}
+            if isinstance(self.optimizer, torch.optim.AdamW):
+                like = {"step": torch.zeros(()), "exp_avg": parameters[index], "exp_avg_sq": parameters[index]}
+            check_like(kept, like, f"optimizer: state: {index}")

@@ -28,6 +28,7 @@ class StepResult:
     grad_norm: float  # 2-norm over all parameters, before clipping; not finite where the step was skipped
     lr: float  # of the first parameter group, as used in this step
     skipped: bool  # fp16 only: a gradient overflowed, so neither parameters nor schedule nor EMA moved
+    figures: dict[str, float]  # what else the forwards had to say
     gradients: GradientReport | None = None  # where it was asked for: before clipping, so that the losses' ones add up
 
 
@@ -46,12 +47,15 @@ def micro_batches(loader: Iterable, accumulate: int) -> Iterator[list]:
 class Stepper:
     """Makes optimizer steps and counts them: `steps` moved the parameters, `skipped` did not (fp16 overflows).
 
+    `validated`: after how many steps the last validation was, -1 before the first; `run_epochs` sets it.
+
     model: what the losses come from, wrapped in DDP or not; needed for DDP's `no_sync`, the EMA and parameter names.
     losses_of(batch): a dict of named, unweighted scalar losses (); called under autocast.
     weights: loss name -> factor, applied here and nowhere else. InputError where a loss with a weight is absent, where
         a loss has no weight, and where one has neither a path to the parameters nor the value 0. Weight 0 is for a loss
         that is switched off: it may be absent, and is logged but not differentiated where it is not.
     describe(batch): list of image ids or paths, for the sentence about a number that is not finite.
+    figures_of(): named scalars () about the last forward, for the log; the same names each time.
     schedule is stepped, and `average` (an EMA of the model) updated, after each step that moved the parameters.
     amp: "none", "fp16" (with a gradient scaler) or "bf16". clip_norm: None or 0 measures the norm only.
     """
@@ -64,6 +68,7 @@ class Stepper:
         losses_of: Callable[..., dict[str, torch.Tensor]],
         weights: dict[str, float],
         describe: Callable[..., list],
+        figures_of: Callable[[], dict[str, torch.Tensor]] = dict,
         device: torch.device | str,
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
         average: torch.optim.swa_utils.AveragedModel | None = None,
@@ -78,9 +83,11 @@ class Stepper:
             )
         self.model, self.optimizer, self.schedule, self.average = model, optimizer, schedule, average
         self.losses_of, self.describe, self.weights = losses_of, describe, dict(weights)
+        self.figures_of = figures_of
         self.device, self.amp, self.clip_norm = torch.device(device), amp, clip_norm
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.steps = self.skipped = self._skipped_in_a_row = 0
+        self.validated = -1
 
     def __call__(
         self, batches: list, *, keep_gradients: bool = False, parts: dict[str, nn.Module] | None = None
@@ -98,7 +105,7 @@ class Stepper:
             self._backward(batch, len(batches), last=i == len(batches) - 1, split=split)
             for i, batch in enumerate(batches)
         ]
-        rows = torch.stack(rows)  # (micro-batches, 2 * losses)
+        rows = torch.stack(rows)  # (micro-batches, 2 * losses + figures)
         gradients = split.report(scale=self.scaler.get_scale()) if split else None
         norm = self._measure_and_clip()
         lr = float(self.optimizer.param_groups[0]["lr"])
@@ -107,6 +114,7 @@ class Stepper:
         report = distributed.sum_across(torch.cat([rows.mean(0), norm.to(rows)[None]])) / distributed.world_size()
         *means, grad_norm = report.tolist()
         losses = dict(zip(self.weights, means, strict=False))
+        figures = dict(zip(self.figures_of(), means[2 * len(losses) :], strict=True))
         self._check_losses(means, rows, batches)
         self._check_gradient(grad_norm, batches)
         self._update(grad_norm)
@@ -114,12 +122,12 @@ class Stepper:
             self.optimizer.zero_grad(set_to_none=True)
         total = sum(weight * losses[name] for name, weight in self.weights.items() if weight)
         present = {name: value for name, value in losses.items() if self.weights[name] or not math.isnan(value)}
-        return StepResult(present, total, grad_norm, lr, not math.isfinite(grad_norm), gradients)
+        return StepResult(present, total, grad_norm, lr, not math.isfinite(grad_norm), figures, gradients)
 
     def _backward(self, batch, count: int, *, last: bool, split: LossGradients | None = None) -> torch.Tensor:
         """Differentiate one micro-batch's share, where asked for also by loss into `split`.
 
-        -> its losses (NaN where absent), then what has no graph of each.
+        -> its losses (NaN where absent), then what has no graph of each, then its figures.
         """
         wait = isinstance(self.model, DistributedDataParallel) and not last
         with self.model.no_sync() if wait else contextlib.nullcontext():
@@ -139,7 +147,8 @@ class Stepper:
         values = [losses[name].detach().double() if name in losses else zero + math.nan for name in self.weights]
         connected = [name not in enabled or enabled[name].requires_grad for name in self.weights]
         off_graph = [zero if fine else value.abs() for fine, value in zip(connected, values, strict=True)]
-        return torch.stack([*values, *off_graph])
+        figures = [figure.detach().double() for figure in self.figures_of().values()]
+        return torch.stack([*values, *off_graph, *figures])
 
     def _autocast(self):
         dtype = _AUTOCAST[self.amp]
@@ -181,7 +190,7 @@ class Stepper:
                 f"step {self.steps + 1}: {', '.join(f'{names[i]} is {means[i]}' for i in bad)}, "
                 f"not a finite number, for the images {self._images(guilty)}."
             )
-        off_graph = [name for name, value in zip(names, means[len(names) :], strict=True) if value]
+        off_graph = [name for name, value in zip(names, means[len(names) :], strict=False) if value]
         if off_graph:
             raise InputError(
                 f"step {self.steps + 1}: {', '.join(off_graph)} is not 0 but has no path to the parameters, "
@@ -234,7 +243,7 @@ class Stepper:
 
     def state_dict(self) -> dict:
         counts = {"steps": self.steps, "skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row}
-        return {**counts, "scaler": self.scaler.state_dict()}
+        return {**counts, "validated": self.validated, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises InputError where the checkpoint was trained with a scaler (fp16) and this run has none, or reverse."""
@@ -243,7 +252,7 @@ class Stepper:
             raise InputError(f"--amp {self.amp}: the checkpoint was trained with {trained}; resume with the same.")
         self.scaler.load_state_dict(state["scaler"])
         self.steps, self.skipped = state["steps"], state["skipped"]
-        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self._skipped_in_a_row, self.validated = state["skipped_in_a_row"], state["validated"]
 
 
 def _wide(loss: torch.Tensor) -> torch.Tensor:

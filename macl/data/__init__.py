@@ -6,29 +6,8 @@ from macl.data.kaist import KAIST
 from macl.data.kaist_labels import read_ground_truth
 from macl.data.llvip import LLVIP
 from macl.data.loader import collate, make_loader
+from macl.data.occurrence import refuse_absent_classes
 from macl.data.sample import find_pairs, read_image, read_pair
 from macl.data.scenes import DAY_AND_NIGHT, NIGHT, Domain
 from macl.data.synthetic import SyntheticPairs
 from macl.data.transforms import Augmented, Misaligned, PairedAugmentation, Plain, to_float
-
-__all__ = [
-    "DAY_AND_NIGHT",
-    "KAIST",
-    "LLVIP",
-    "NIGHT",
-    "Augmented",
-    "Domain",
-    "Joint",
-    "Misaligned",
-    "PairedAugmentation",
-    "Plain",
-    "SyntheticPairs",
-    "collate",
-    "find_pairs",
-    "hold_out",
-    "make_loader",
-    "read_ground_truth",
-    "read_image",
-    "read_pair",
-    "to_float",
-]

@@ -3,7 +3,7 @@
 Hwang et al., "Multispectral Pedestrian Detection: Benchmark Dataset and Baseline" (CVPR 2015).
 
 images/setXX/VXXX/{visible,lwir}/IXXXXX.jpg         the original tree
-annotations/setXX/VXXX/IXXXXX.txt                   bbGt version 3, or .xml
+annotations/setXX/VXXX/IXXXXX.txt                   bbGt version 3, or .xml; KAIST-Paired's visible/IXXXXX.txt
 imageSets/NAME.txt                                  setXX/VXXX/IXXXXX a line
 
 visible/setXX_VXXX_visible_IXXXXX.jpg               the processed layout
@@ -13,17 +13,18 @@ ImageSets/NAME.txt                                  the visible and the lwir nam
 """
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from macl.data.kaist_labels import PLACES, Frame, Labels, People, apply_rules, as_truth, read_json, read_labels
-from macl.data.kaist_layout import FORMS, SUFFIXES, Listing, find_annotations, find_layout, find_list, read_list
-from macl.data.sample import check_same_size, read_image
-from macl.errors import InputError
+from macl.data.kaist_layout import FORMS, find_annotations, find_layout, find_list, read_list
+from macl.data.occurrence import label_of_people, summary
+from macl.data.sample import check_same_size, files_in, images_by_stem, read_image
+from training.errors import InputError
 
 DAYTIMES = ("all", "day", "night")
 TRAINING_RULES = {"min_height": 20, "max_occlusion": 1}  # what is smaller or heavily occluded teaches little
@@ -42,8 +43,8 @@ class KAIST(torch.utils.data.Dataset):
         divisible by it, whatever the list left out. train-all-01 with stride 2 is train-all-02.
     daytime: "all", "day" (sets 00-02, 06-08) or "night" (03-05, 09-11). place: "all", "campus" (sets 00, 03, 06, 09),
         "road" (01, 04, 07, 10) or "downtown" (02, 05, 08, 11).
-    classes: the names that are real, labelled 1, 2, ...; people, cyclist and person? are ignored under label 1 unless
-        they are among them.
+    classes: the names that are real, labelled 1, 2, ..., person among them; people, cyclist and person? are ignored
+        under person's label unless they are among them too.
     min_height, max_occlusion: a box of less height in pixels, or more occlusion (0 none, 1 partial, 2 heavy), is
         ignored. By default none is, as evaluation wants it, whose rows have limits of their own; TRAINING_RULES are
         meant for training.
@@ -70,6 +71,7 @@ class KAIST(torch.utils.data.Dataset):
         _check_choices(stride, daytime, place, max_occlusion)
         self.root, self.layout = find_layout(Path(root))
         self.classes = tuple(classes)
+        label_of_people(classes, "KAIST's annotations")
         self.rules = {"min_height": min_height, "max_occlusion": max_occlusion}
         file = find_list(self.root, self.layout, image_set)
         listed = read_list(file)
@@ -79,7 +81,7 @@ class KAIST(torch.utils.data.Dataset):
                 f"{file} lists {len(listed)} frames, of which none is left with stride {stride} (frames whose number "
                 f"+ 1 is divisible by it), daytime {daytime} and place {place}"
             )
-        self._suffixes = self._find_images(file)
+        self._names = self._find_images(file)
         self._labels, about_labels = self._find_labels(annotations)
         self.size = tuple(read_image(self.paths(0)[0]).shape[:0:-1])  # width, height; all frames have the same
         self.split = file.stem
@@ -141,8 +143,8 @@ class KAIST(torch.utils.data.Dataset):
         index = range(len(self))[index]
         parts = self.frames[index].parts
         return tuple(
-            self.root / (template.format(**parts) + suffixes[index])
-            for template, suffixes in zip((self.layout.visible, self.layout.infrared), self._suffixes, strict=True)
+            (self.root / template.format(**parts)).with_name(names[index])
+            for template, names in zip((self.layout.visible, self.layout.infrared), self._names, strict=True)
         )
 
     def labels(self, index: int) -> Labels:
@@ -159,6 +161,11 @@ class KAIST(torch.utils.data.Dataset):
         """The boxes of a sample, without its images."""
         return apply_rules(self.labels(index), classes=self.classes, clip_to=self.size, **self.rules)
 
+    def objects(self, index: int) -> tuple[list[str], set[int]]:
+        """The names of all objects of a frame, and the labels that one of them has that is not ignored."""
+        people = self.people(index)
+        return self.labels(index).names, set(people.labels[~people.ignore].tolist())
+
     def ground_truth(self) -> list[dict]:
         """What `macl.metrics` compares detections with, without the images: of every frame boxes (not clipped), labels,
         ignore, occlusion, daytime, and size (H, W)."""
@@ -171,7 +178,7 @@ class KAIST(torch.utils.data.Dataset):
         """The same data set with some of its pairs, renumbered from 0; `source` begins the new one's."""
         chosen = copy.copy(self)
         chosen.frames = [self.frames[index] for index in indices]
-        chosen._suffixes = tuple([suffixes[index] for index in indices] for suffixes in self._suffixes)
+        chosen._names = tuple([names[index] for index in indices] for names in self._names)
         chosen._about = source
         return chosen
 
@@ -189,39 +196,26 @@ class KAIST(torch.utils.data.Dataset):
             labels = self.labels(index)
             names.update(labels.names)
             everyone.append(apply_rules(labels, classes=self.classes, clip_to=self.size, **self.rules))
-        boxes, occlusion = (torch.cat([getattr(people, key) for people in everyone]) for key in ("boxes", "occlusion"))
-        heights = (boxes[:, 3] - boxes[:, 1]).sort().values.tolist()
-        return {
-            "pairs": len(self),
+        occlusion = torch.cat([people.occlusion for people in everyone])
+        return summary(self.scenes, everyone) | {
             "day": sum(frame.daytime for frame in self.frames),
             "night": sum(not frame.daytime for frame in self.frames),
-            "scenes": len(set(self.scenes)),
-            "boxes": len(boxes),
-            "ignored": sum(int(people.ignore.sum()) for people in everyone),
-            "clipped": sum(people.clipped for people in everyone),
-            "dropped": sum(people.dropped for people in everyone),
-            "empty_images": sum(len(people.boxes) == 0 for people in everyone),
-            "min_height": heights[0] if heights else None,
-            "median_height": heights[len(heights) // 2] if heights else None,
-            "max_height": heights[-1] if heights else None,
             **{f"named_{name}": count for name, count in sorted(names.items())},
             **{name: int((occlusion == level).sum()) for level, name in enumerate(("whole", "partial", "heavy"))},
         }
 
     def _find_images(self, file: Path) -> tuple[list[str], list[str]]:
-        """Checks that every pair is there; returns the suffixes of the visible and of the infrared images."""
-        listing = Listing()
+        """Checks that every pair is there; returns the files' names of the visible and of the infrared images."""
+        listing = functools.cache(images_by_stem)
         found = []
         for template in (self.layout.visible, self.layout.infrared):
-            suffixes = []
+            names = []
             for frame in self.frames:
                 path = self.root / template.format(**frame.parts)
-                names = listing(path.parent)
-                suffix = next((suffix for suffix in SUFFIXES if path.name + suffix in names), None)
-                if suffix is None:
+                names.append(listing(path.parent).get(path.name))
+                if names[-1] is None:
                     raise InputError(f"{path}.jpg does not exist; expected an image of {frame.name}, listed in {file}")
-                suffixes.append(suffix)
-            found.append(suffixes)
+            found.append(names)
         return tuple(found)
 
     def _find_labels(self, annotations: str | Path | None) -> tuple[Callable[[Frame], Labels], str]:
@@ -234,12 +228,14 @@ class KAIST(torch.utils.data.Dataset):
                     raise InputError(f"{source} holds {len(frames)} frames but not {frame.name}; expected all listed")
             return frames.__getitem__, f"{source} ({version})"
         form = next((form for form in FORMS if (source / form.format(**self.frames[0].parts)).is_file()), FORMS[0])
-        listing = Listing()
+        listing = functools.cache(files_in)
         for frame in self.frames:
             path = source / form.format(**frame.parts)
             if path.name not in listing(path.parent):
                 raise InputError(f"{path} does not exist; expected the boxes of {frame.name} (bbGt text or XML)")
-        return _Folder(source, form), f"{source}, one {form[-3:]} file a frame (which do not say of which revision)"
+        which = "visible image" if "/visible/" in form else "frame"
+        about = f"{source}, one {form[-3:]} file a {which} (which do not say of which revision)"
+        return functools.partial(read_labels, source, form), about
 
     def _describe(self, file: Path, listed: int, stride: int, daytime: str, place: str, about_labels: str) -> str:
         day = sum(frame.daytime for frame in self.frames)
@@ -249,17 +245,6 @@ class KAIST(torch.utils.data.Dataset):
             f"KAIST {file.stem}: {len(self)} pairs ({day} by day, {len(self) - day} by night) of {self.root}, "
             f"{self.layout.name}, listed in {file}{kept}; labels of {about_labels}"
         )
-
-
-@dataclass(frozen=True)
-class _Folder:
-    """Reads a frame's labels out of a folder of annotations."""
-
-    folder: Path
-    form: str
-
-    def __call__(self, frame: Frame) -> Labels:
-        return read_labels(self.folder / self.form.format(**frame.parts))
 
 
 def _check_choices(stride: int, daytime: str, place: str, max_occlusion: int) -> None:

@@ -4,7 +4,6 @@ Boxes are taken as published, x, y, width, height, with nothing added or subtrac
 same, and all four kinds give the same numbers.
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -15,14 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from macl.data.voc import number, parse_voc
-from macl.errors import InputError
+import training.files as files
+from macl.data.occurrence import label_of_people, refuse_absent
+from macl.data.voc import clip, corners, flag, object_name, parse_voc
+from training.errors import InputError
+from training.files import MAX_ID, image_size, number, numbers, plain_text, read_text, shown
 
 IGNORED_NAMES = ("people", "cyclist", "person?", "person?a", "__ignore__")
 PLACES = ("campus", "road", "downtown")
 NO_RULES = {"min_height": 0, "max_occlusion": 2}
 BBGT = "% bbGt version=3"
-BBGT_FIELDS = 12  # name x y w h occlusion, the visible part x y w h, ignore, angle
+BBGT_NUMBERS = 11  # after the name: x y w h occlusion, the visible part x y w h, ignore, angle
 _FRAME = re.compile(r"set([0-9]{2})[/_]V([0-9]{3})[/_](?:(?:visible|lwir)[/_])?I([0-9]{5})")
 
 
@@ -65,7 +67,7 @@ def parse_frame(name: str, place: str) -> Frame:
     """
     match = _FRAME.fullmatch(name)
     if match is None or int(match[1]) > 11:
-        raise InputError(f"{place} names {name!r}; expected a frame of set00 to set11 such as set06/V000/I00019")
+        raise InputError(f"{place} names {shown(name)}; expected a frame of set00 to set11 such as set06/V000/I00019")
     return Frame(*map(int, match.groups()))
 
 
@@ -101,7 +103,7 @@ def apply_rules(
     max_occlusion: int,
     clip_to: tuple[int, int] | None,
 ) -> People:
-    """Objects of `classes` are labelled 1, 2, ... in their order; IGNORED_NAMES are ignored under label 1.
+    """Objects of `classes` are labelled 1, 2, ... in their order; IGNORED_NAMES are ignored under person's.
 
     Ignored are also boxes that the annotation marks so, of less than `min_height` pixels, and of more than
     `max_occlusion`. Boxes are clipped to `clip_to` (width, height), and left out when nothing remains. Raises
@@ -109,22 +111,22 @@ def apply_rules(
     """
     boxes, numbers, ignore, occlusion = [], [], [], []
     clipped = dropped = 0
-    limits = (math.inf, math.inf) if clip_to is None else clip_to
-    lowest = -math.inf if clip_to is None else 0
+    person = label_of_people(classes, "KAIST's annotations")
+    limits = (math.inf, math.inf, -math.inf) if clip_to is None else (*clip_to, 0)
     for name, (x, y, w, h), hidden, ignored in zip(
         labels.names, labels.boxes, labels.occlusion, labels.ignore, strict=True
     ):
         if name not in classes and name not in IGNORED_NAMES:
             known = ", ".join(dict.fromkeys((*classes, *IGNORED_NAMES)))
-            raise InputError(f"{labels.place} names an object {name!r}; expected KAIST's own: {known}")
+            raise InputError(f"{labels.place} names an object {shown(name)}; expected KAIST's own: {known}")
         box = (x, y, x + w, y + h)
-        inside = (max(x, lowest), max(y, lowest), min(x + w, limits[0]), min(y + h, limits[1]))
-        if inside[0] >= inside[2] or inside[1] >= inside[3]:
+        inside, cut = clip(box, *limits)
+        if inside is None:
             dropped += 1
             continue
-        clipped += inside != box
+        clipped += cut
         boxes.append(inside)
-        numbers.append(1 + classes.index(name) if name in classes else 1)
+        numbers.append(1 + classes.index(name) if name in classes else person)
         ignore.append(ignored or name not in classes or h < min_height or hidden > max_occlusion)
         occlusion.append(hidden)
     return People(
@@ -156,37 +158,31 @@ def read_ground_truth(path: str | Path, classes: Sequence[str] = ("person",)) ->
     if Path(path).suffix != ".json":
         raise InputError(f"{path} is not an annotation json; with a folder of annotations give the data's root as well")
     frames, version = read_json(path)
-    for labels in frames.values():
-        if min(labels.size) < 1:
-            raise InputError(f"{labels.place} has a size of {labels.size}; expected width and height in pixels")
     truth = [as_truth(frame, labels, size=labels.size, classes=classes, **NO_RULES) for frame, labels in frames.items()]
-    return truth, f"KAIST: {len(truth)} frames of {path} ({version})"
+    source = f"KAIST: {len(truth)} frames of {path} ({version})"
+    objects = zip(frames.values(), truth, strict=True)
+    objects = ((labels.names, set(one["labels"][~one["ignore"]].tolist())) for labels, one in objects)
+    refuse_absent(classes, objects, source, every=False)
+    return truth, source
 
 
-def read_labels(path: Path) -> Labels:
+def read_labels(folder: Path, form: str, frame: Frame) -> Labels:
     """One frame's labels from its .txt or .xml file; raises InputError for another version of either."""
+    path = folder / form.format(**frame.parts)
     return _read_bbgt(path) if path.suffix == ".txt" else _read_xml(path)
 
 
 def _read_bbgt(path: Path) -> Labels:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; expected a bbGt annotation") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a bbGt annotation ({error})") from error
-    first = lines[0].strip() if lines else ""
-    if first != BBGT:
-        raise InputError(f"{path} starts with {first[:40]!r}; expected {BBGT!r}, the version that is read")
+    first, *lines = read_text(path, "a bbGt annotation").split("\n")
+    if first.strip() != BBGT:
+        raise InputError(f"{path} starts with {shown(first.strip())}; expected {BBGT!r}, the version that is read")
     labels = Labels(place=str(path), size=None, names=[], boxes=[], occlusion=[], ignore=[])
-    for count, line in enumerate(lines[1:], 2):
-        if not line.strip():
-            continue
-        name, *values = line.split()
-        numbers = _finite(values)
-        if len(line.split()) != BBGT_FIELDS or numbers is None:
-            raise InputError(f"{path}, line {count}: expected a name and 11 numbers, got {line[:80]!r}")
-        _append(labels, name, numbers[:4], numbers[4], numbers[9], f"{path}, line {count}")
+    for count, line in enumerate(lines, 2):
+        if line.strip():
+            place = f"{path}, line {count} (a name and 11 numbers)"
+            name, *values = line.split()
+            values = numbers(values, place, BBGT_NUMBERS)
+            _append(labels, name, values[:4], values[4], values[9], place)
     return labels
 
 
@@ -195,17 +191,13 @@ def _read_xml(path: Path) -> Labels:
     root, size = parse_voc(path)
     labels = Labels(place=str(path), size=size, names=[], boxes=[], occlusion=[], ignore=[])
     for item in root.iterfind("object"):
-        name = (item.findtext("name") or "").strip()
-        if not name:
-            raise InputError(f"{path} has an <object> without a <name>; expected a VOC annotation")
         if item.find("bndbox/x") is not None:
-            box = [number(item, f"bndbox/{side}", path) for side in "xywh"]
+            box = corners(item, path, "xywh")
         else:
-            x1, y1, x2, y2 = (number(item, f"bndbox/{side}", path) for side in ("xmin", "ymin", "xmax", "ymax"))
-            box = [x1, y1, x2 - x1, y2 - y1]
-        occlusion = 0 if item.find("occlusion") is None else number(item, "occlusion", path)
-        difficult = (item.findtext("difficult") or "0").strip() == "1"
-        _append(labels, name, box, occlusion, difficult, str(path))
+            x1, y1, x2, y2 = corners(item, path)
+            box = (x1, y1, x2 - x1, y2 - y1)
+        hidden, difficult = item.findtext("occlusion", "0"), item.findtext("difficult", "")
+        _append(labels, object_name(item, path), box, hidden, difficult, str(path))
     return labels
 
 
@@ -215,58 +207,49 @@ def read_json(path: str | Path) -> tuple[dict[Frame, Labels], str]:
     The published json of the 2252 test frames: images of {"id", "im_name", "width", "height"}, annotations of
     {"image_id", "category_id", "bbox" [x, y, width, height], "occlusion", "ignore"}, and categories of {"id", "name"}.
     """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; expected KAIST's annotations") from None
-    except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor json
-        raise InputError(f"{path} is not json ({error}); expected KAIST's annotations") from error
-    place = "the file"
-    try:
-        names = {category["id"]: str(category["name"]) for category in data["categories"]}
-        by_id = {}
-        for place, image in enumerate(data["images"]):
-            place = f"image {place}"
-            labels = Labels(f"{path}, {image['im_name']}", (int(image["width"]), int(image["height"])), [], [], [], [])
-            by_id[int(image["id"])] = (parse_frame(str(image["im_name"]), f"{path}, {place}"), labels)
-        for place, item in enumerate(data["annotations"]):
-            place = f"annotation {place}"
-            labels = by_id[item["image_id"]][1]
-            box = _finite(item["bbox"])
-            if box is None or len(box) != 4:
-                raise InputError(f"{path}, {place}: expected a bbox of four numbers x, y, width, height")
-            occlusion = item["occlusion"]
-            _append(labels, names[item["category_id"]], box, occlusion, item["ignore"], f"{path}, {place}")
-    except InputError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}, {place}: {type(error).__name__} {error}; expected the json of KAIST's test annotations with "
-            "images, categories and annotations of bbox, occlusion and ignore"
-        ) from error
+    data = files.read_json(path, "KAIST's annotations", dict)
+    names = {
+        _id(item, "id", place): plain_text(item.get("name"), f"{place}, name")
+        for place, item in _items(data, "categories", path)
+    }
+    by_id = {}
+    for place, item in _items(data, "images", path):
+        frame = parse_frame(plain_text(item.get("im_name"), f"{place}, im_name"), place)
+        size = image_size(item.get("width"), item.get("height"), place)
+        by_id[_id(item, "id", place)] = (frame, Labels(f"{path}, {frame.name}", size, [], [], [], []))
     frames = {frame: labels for _, (frame, labels) in sorted(by_id.items())}
     if len(frames) < len(data["images"]):
         raise InputError(f"{path} holds an image id or an im_name twice; expected every frame once")
     if not frames:
         raise InputError(f"{path} holds no images; expected KAIST's annotations")
+    annotations = _items(data, "annotations", path)
+    ids = [_id(item, "id", place) for place, item in annotations if "id" in item]
+    if len(set(ids)) < len(ids):
+        raise InputError(f"{path} holds an annotation id twice; expected every box once")
+    for place, item in annotations:
+        image, category = _id(item, "image_id", place), _id(item, "category_id", place)
+        if image not in by_id or category not in names:
+            raise InputError(f"{place}: no image has the id {image}, or no category the id {category}")
+        box = numbers(item.get("bbox"), f"{place}, bbox (x, y, width, height)")
+        _append(by_id[image][1], names[category], box, item.get("occlusion"), item.get("ignore"), place)
     improved = isinstance(data.get("info_improved"), dict)
     return frames, "improved annotations, as the file says" if improved else "the file does not say which revision"
 
 
+def _items(data: dict, key: str, path: str | Path) -> list[tuple[str, dict]]:
+    """The objects under a key of the json, each with its place for a message."""
+    items = data.get(key)
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise InputError(f"{path}: expected a list of objects under {key}, got {shown(items)}")
+    return [(f"{path}, {key} {index}", item) for index, item in enumerate(items)]
+
+
+def _id(item: dict, key: str, place: str) -> int:
+    return number(item.get(key), f"{place}, {key}", -MAX_ID, MAX_ID, whole=True)
+
+
 def _append(labels: Labels, name: str, box, occlusion, ignore, place: str) -> None:
-    if occlusion not in (0, 1, 2):
-        raise InputError(f"{place}: occlusion is {occlusion!r}; expected 0 none, 1 partial or 2 heavy")
-    if ignore not in (0, 1):
-        raise InputError(f"{place}: ignore is {ignore!r}; expected 0 or 1")
     labels.names.append(name)
-    labels.boxes.append(tuple(box))
-    labels.occlusion.append(int(occlusion))
-    labels.ignore.append(bool(ignore))
-
-
-def _finite(values: Sequence) -> list[float] | None:
-    try:
-        numbers = [float(value) for value in values]
-    except (TypeError, ValueError):
-        return None
-    return numbers if all(map(math.isfinite, numbers)) else None
+    labels.boxes.append(box)
+    labels.occlusion.append(number(occlusion, f"{place}, occlusion (none, partial or heavy)", 0, 2, whole=True))
+    labels.ignore.append(flag(ignore, f"{place}, ignore"))

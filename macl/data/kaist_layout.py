@@ -1,14 +1,13 @@
 """Where KAIST's images, lists and annotations lie, in each of its layouts."""
 
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from macl.data.kaist_labels import Frame, parse_frame
-from macl.errors import InputError
-
-SUFFIXES = (".jpg", ".jpeg", ".png")
+from macl.data.llvip import OWN_DATA
+from training.errors import InputError
+from training.files import read_text, shown
 
 
 @dataclass(frozen=True)
@@ -41,19 +40,12 @@ LAYOUTS = (
         lists=("ImageSets", "ImageSets/Main"),
     ),
 )
-FORMS = ("{set}/{video}/{image}.txt", "{set}/{video}/{image}.xml", "{set}_{video}_visible_{image}.xml")
-
-
-class Listing:
-    """The names in a folder, asked of the file system once; none where it does not exist."""
-
-    def __init__(self):
-        self.known = {}
-
-    def __call__(self, folder: Path) -> set[str]:
-        if folder not in self.known:
-            self.known[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
-        return self.known[folder]
+FORMS = (
+    "{set}/{video}/{image}.txt",
+    "{set}/{video}/{image}.xml",
+    "{set}_{video}_visible_{image}.xml",
+    "{set}/{video}/visible/{image}.txt",  # KAIST-Paired (Zhang et al., 2019), which labels lwir by itself as well
+)
 
 
 def find_layout(root: Path) -> tuple[Path, Layout]:
@@ -65,7 +57,10 @@ def find_layout(root: Path) -> tuple[Path, Layout]:
                 return candidate, layout
     half = [folder for folder in ("visible", "infrared") if (root / folder).is_dir()]
     missing = root / {"visible": "infrared", "infrared": "visible"}[half[0]] if half else root / "images"
-    raise InputError(f"{missing} does not exist; expected KAIST's images/, or visible/ and infrared/, in {root}")
+    raise InputError(
+        f"{missing} does not exist; expected KAIST's images/, or visible/ and infrared/ with its names; {OWN_DATA}, "
+        "read as LLVIP"
+    )
 
 
 def find_list(root: Path, layout: Layout, image_set: str | Path) -> Path:
@@ -86,16 +81,13 @@ def find_list(root: Path, layout: Layout, image_set: str | Path) -> Path:
 
 def read_list(file: Path) -> list[Frame]:
     """A list's frames in its order; the visible and the lwir name of a frame are the same one."""
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as a list of frames ({error})") from error
+    lines = [line.strip() for line in read_text(file, "a list of frames").split("\n")]
     names = [(name, number) for number, name in enumerate(lines, 1) if name]
     if not names:
         raise InputError(f"{file} is empty; expected a frame such as set06/V000/I00019 a line")
     for name, times in Counter(name for name, _ in names).items():
         if times > 1:
-            raise InputError(f"{file} lists {name} twice; expected every frame once")
+            raise InputError(f"{file} lists {shown(name)} twice; expected every frame once")
     return list(dict.fromkeys(parse_frame(name, f"{file}, line {number}") for name, number in names))
 
 

@@ -7,17 +7,23 @@ LLVIP/ImageSets/Main/{train,test}.txt       optional
 """
 
 import copy
-import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from macl.data.sample import check_same_size, read_image
+from macl.data.occurrence import summary
+from macl.data.sample import check_same_size, files_in, images_by_stem, read_image
 from macl.data.voc import read_voc
-from macl.errors import InputError
+from training.errors import InputError
+from training.files import inside, read_lines, shown
 
 SPLITS = ("train", "test")
+OWN_DATA = (
+    "data of your own goes into visible/{train,test}/NAME.jpg, infrared/{train,test}/NAME.jpg and Annotations/NAME.xml "
+    "in VOC form"
+)
 
 
 class LLVIP(torch.utils.data.Dataset):
@@ -47,7 +53,7 @@ class LLVIP(torch.utils.data.Dataset):
         self.classes = tuple(classes)
         self.names, self.source = self._list_names(lists)
         self.scenes = [int(name[:2]) if name[:2].isdecimal() and len(name) > 2 else -1 for name in self.names]
-        self._suffixes = self._find_files()
+        self._images = self._find_files()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -89,9 +95,14 @@ class LLVIP(torch.utils.data.Dataset):
         """The visible image, the infrared image and the annotation of a pair."""
         name = self.names[index]
         visible, infrared = (
-            self.root / modality / self.split / (name + suffixes[name]) for modality, suffixes in self._suffixes.items()
+            self.root / modality / self.split / images[name] for modality, images in self._images.items()
         )
         return visible, infrared, self.root / "Annotations" / f"{name}.xml"
+
+    def objects(self, index: int) -> tuple[list[str], set[int]]:
+        """The names of all objects of a pair, and the labels that one of them has that is not ignored."""
+        annotation = read_voc(self.paths(index)[2], classes=self.classes)
+        return annotation.names, set(annotation.labels[~annotation.ignore].tolist())
 
     def subset(self, indices: Sequence[int], source: str) -> "LLVIP":
         """The same data set with some of its pairs, renumbered from 0; `source` becomes the new one's."""
@@ -105,51 +116,37 @@ class LLVIP(torch.utils.data.Dataset):
         """Counts over the annotations alone (no image is decoded): pairs, scenes, boxes, ignored, clipped, dropped,
         other_classes, empty_images, and min_height, median_height, max_height of the boxes in pixels (None without
         boxes)."""
-        annotations = [read_voc(self.paths(index)[2], classes=self.classes) for index in range(len(self))]
-        boxes = torch.cat([annotation.boxes for annotation in annotations])
-        heights = (boxes[:, 3] - boxes[:, 1]).sort().values.tolist()
-        return {
-            "pairs": len(self),
-            "scenes": len(set(self.scenes)),
-            "boxes": len(boxes),
-            "ignored": sum(int(annotation.ignore.sum()) for annotation in annotations),
-            "clipped": sum(annotation.clipped for annotation in annotations),
-            "dropped": sum(annotation.dropped for annotation in annotations),
-            "other_classes": sum(annotation.other_classes for annotation in annotations),
-            "empty_images": sum(len(annotation.boxes) == 0 for annotation in annotations),
-            "min_height": heights[0] if heights else None,
-            "median_height": heights[len(heights) // 2] if heights else None,
-            "max_height": heights[-1] if heights else None,
-        }
+        everyone = [read_voc(self.paths(index)[2], classes=self.classes) for index in range(len(self))]
+        return summary(self.scenes, everyone) | {"other_classes": sum(one.other_classes for one in everyone)}
 
     def _list_names(self, lists: str | Path | None) -> tuple[list[str], str]:
         folders = [self.root / "ImageSets" / "Main", self.root / "ImageSets"] if lists is None else [Path(lists)]
         for file in (folder / f"{self.split}.txt" for folder in folders):
             if file.is_file():
-                names = _read_list(file)
+                names = _read_list(file, self.root)
                 return names, f"LLVIP {self.split}: {len(names)} pairs listed in {file}"
         if lists is not None:
             raise InputError(f"{file} does not exist; expected a list of image names")
         folder = self.root / "visible" / self.split
-        names = sorted(_suffixes_by_stem(folder))
+        names = list(images_by_stem(folder))
         if not names:
-            raise InputError(f"{folder} holds no .jpg or .png image")
+            raise InputError(f"{folder} holds no image such as NAME.jpg; {OWN_DATA}")
         return names, f"LLVIP {self.split}: {len(names)} pairs found in {folder} (no list in ImageSets)"
 
     def _find_files(self) -> dict[str, dict[str, str]]:
-        """Checks that every listed pair is complete; returns each image's suffix by modality and name."""
-        suffixes = {}
-        for modality in ("visible", "infrared"):
-            folder = self.root / modality / self.split
-            suffixes[modality] = _suffixes_by_stem(folder)
+        """Checks that every listed pair is complete; returns the images' files by modality and name."""
+        images = {modality: images_by_stem(self.root / modality / self.split) for modality in ("visible", "infrared")}
+        annotations = self.root / "Annotations"
+        known = files_in(annotations)
+        for modality, found in images.items():
             for name in self.names:
-                if name not in suffixes[modality]:
-                    raise InputError(f"{folder / name}.jpg does not exist; expected an image there ({self.source})")
-        annotations = set(_list_folder(self.root / "Annotations"))
+                if name not in found:
+                    path = self.root / modality / self.split / name
+                    raise InputError(f"{path}.jpg does not exist; expected an image there ({self.source})")
         for name in self.names:
-            if f"{name}.xml" not in annotations:
-                raise InputError(f"{self.root / 'Annotations' / name}.xml does not exist; expected the boxes of {name}")
-        return suffixes
+            if f"{name}.xml" not in known:
+                raise InputError(f"{annotations / name}.xml does not exist; expected the boxes of {name}")
+        return images
 
 
 def _find_root(root: Path) -> Path:
@@ -157,31 +154,16 @@ def _find_root(root: Path) -> Path:
         if (candidate / "visible").is_dir() and (candidate / "infrared").is_dir():
             return candidate
     missing = root / ("infrared" if (root / "visible").is_dir() else "visible")
-    raise InputError(f"{missing} does not exist; expected LLVIP's own folders visible/ and infrared/ in {root}")
+    raise InputError(f"{missing} does not exist; expected LLVIP's own folders visible/ and infrared/; {OWN_DATA}")
 
 
-def _list_folder(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise InputError(f"{folder} does not exist; expected a folder of LLVIP's own layout")
-    return os.listdir(folder)
-
-
-def _suffixes_by_stem(folder: Path) -> dict[str, str]:
-    files = (os.path.splitext(name) for name in sorted(_list_folder(folder)))
-    return {stem: suffix for stem, suffix in files if suffix.lower() in (".jpg", ".jpeg", ".png")}
-
-
-def _read_list(file: Path) -> list[str]:
-    try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise InputError(f"{file} is not UTF-8 text; expected one image name a line") from None
+def _read_list(file: Path, root: Path) -> list[str]:
+    names = read_lines(file, "one image name a line")
     if not names:
         raise InputError(f"{file} is empty; expected one image name a line")
-    for name in names:
-        if "/" in name or "\\" in name or ".." in name:
-            raise InputError(f"{file} lists {name!r}; expected an image name without folders or suffix")
-    if len(set(names)) < len(names):
-        twice = next(name for position, name in enumerate(names) if name in names[:position])
-        raise InputError(f"{file} lists {twice} twice; expected every pair once")
+    for name, times in Counter(names).items():
+        if inside(root, name, str(file)).name != name:
+            raise InputError(f"{file} lists {shown(name)}; expected an image name without folders or suffix")
+        if times > 1:
+            raise InputError(f"{file} lists {shown(name)} twice; expected every pair once")
     return names

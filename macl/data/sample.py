@@ -19,6 +19,8 @@ and, where the data set knows them,
     daytime     bool
 """
 
+import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +28,8 @@ import torch
 from torch import Tensor
 
 from training.errors import InputError
-from training.files import IMAGE_SUFFIXES, MAX_PIXELS, is_image, open_image
-
-__all__ = ["MAX_PIXELS", "PER_BOX", "check_same_size", "find_pairs", "read_image", "read_pair"]
+from training.files import IMAGE_SUFFIXES, is_image, open_image
+from training.files import MAX_PIXELS as MAX_PIXELS
 
 PER_BOX = ("boxes", "labels", "ignore", "visible_in", "occlusion")
 
@@ -78,37 +79,44 @@ def find_pairs(visible: str | Path | None, infrared: str | Path | None) -> list[
     """Lists (visible, infrared) image paths of two folders, matched by file name without suffix, in name order.
 
     Either argument may be None (a single modality), or both may be one image file each (any names). Raises InputError
-    for a missing path, a folder without images, two images of one stem, and an image whose partner is missing.
+    for a missing path, a folder without images, two images of one stem, an image whose partner is missing, and where
+    every picture is its own partner.
     """
     if visible is None and infrared is None:
         raise ValueError("find_pairs needs a visible or an infrared path")
-    given = [Path(path) for path in (visible, infrared) if path is not None]
+    both = [None if path is None else Path(path) for path in (visible, infrared)]
+    given = [path for path in both if path]
     for path in given:
-        if not path.exists():
+        if not os.path.exists(path):
             raise InputError(f"{path} does not exist; expected an image or a folder of images")
     if len({path.is_dir() for path in given}) == 2:
         raise InputError(f"{given[0]} and {given[1]} are a file and a folder; expected two files or two folders")
-    if not given[0].is_dir():
-        return [(visible and Path(visible), infrared and Path(infrared))]
+    pairs = [tuple(both)]
+    if given[0].is_dir():
+        images = {folder: images_by_stem(folder) for folder in given}
+        for folder, other in zip(given, given[::-1], strict=True):
+            if not images[folder]:
+                raise InputError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+            for stem, name in images[folder].items():
+                if stem not in images[other]:
+                    raise InputError(f"{folder / name} has no partner named {stem}.* in {other}")
+        pairs = [tuple(folder and folder / images[folder][stem] for folder in both) for stem in images[given[0]]]
+    if len(given) == 2 and all(os.path.samefile(*pair) for pair in pairs):  # whatever links lead there
+        raise InputError(f"{given[0]} and {given[1]} are the same pictures; expected visible and infrared ones")
+    return pairs
 
-    found = {folder: _images_by_stem(folder) for folder in given}
-    stems = sorted(found[given[0]])
-    for folder, other in (given, given[::-1]) if len(given) == 2 else ():
-        for stem in sorted(found[folder]):
-            if stem not in found[other]:
-                raise InputError(f"{found[folder][stem]} has no partner named {stem}.* in {other}")
-    return [
-        tuple(None if folder is None else found[Path(folder)][stem] for folder in (visible, infrared)) for stem in stems
-    ]
+
+def files_in(folder: Path) -> set[str]:
+    """The names of the files in a folder, through links too; none where it does not exist."""
+    with os.scandir(folder) if folder.is_dir() else contextlib.nullcontext(()) as entries:
+        return {one.name for one in entries if one.is_file(follow_symlinks=False) or os.path.isfile(one.path)}
 
 
-def _images_by_stem(folder: Path) -> dict[str, Path]:
+def images_by_stem(folder: Path) -> dict[str, str]:
+    """The images in a folder, without suffix -> their names, in order. Raises InputError for two of one stem."""
     images = {}
-    for path in sorted(folder.iterdir()):
-        if is_image(path):
-            if path.stem in images:
-                raise InputError(f"{folder} holds both {images[path.stem].name} and {path.name}; expected one a name")
-            images[path.stem] = path
-    if not images:
-        raise InputError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-    return images
+    for name in sorted(filter(is_image, files_in(folder))):
+        other = images.setdefault(os.path.splitext(name)[0], name)
+        if other != name:
+            raise InputError(f"{folder} holds both {other} and {name}; expected one a name")
+    return dict(sorted(images.items()))

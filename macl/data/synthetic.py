@@ -8,12 +8,15 @@ NIGHT is what a detector is first trained on: registered pairs of night scenes, 
 is fine-tuned to: other cameras on streets by day and by night, after KAIST.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
+from macl.data.occurrence import label_of_people
 from macl.data.painting import paint
 from macl.data.scenes import INFRARED, NIGHT, VISIBLE, Domain, Figure, Scene, lay_out
-from macl.errors import InputError
+from training.errors import InputError
 
 PARTIAL, HEAVY, IGNORED = (
     0.05,
@@ -27,10 +30,9 @@ class SyntheticPairs(torch.utils.data.Dataset):
 
     seed: an integer >= 0; other seeds give other scenes. size: (H, W) in pixels. domain: what the scenes look like, one
     kind, or several kinds in turn. People of whom more than 70 % is hidden, and those below the domain's height, are
-    ignored. Raises InputError for a count below 1 or a negative seed.
+    ignored. classes: the names that labels stand for. Raises InputError for a count below 1, a negative seed, and
+    classes without person.
     """
-
-    classes = ("person",)
 
     def __init__(
         self,
@@ -39,12 +41,14 @@ class SyntheticPairs(torch.utils.data.Dataset):
         *,
         size: tuple[int, int] = (128, 160),
         domain: Domain | tuple[Domain, ...] = NIGHT,
+        classes: Sequence[str] = ("person",),
     ):
         if count < 1:
             raise InputError(f"a synthetic data set of {count} pairs was asked for; expected at least 1")
         if seed < 0:
             raise InputError(f"the synthetic data set's seed is {seed}; expected 0 or more")
-        self.count, self.seed, self.size = count, seed, size
+        self.count, self.seed, self.size, self.classes = count, seed, size, tuple(classes)
+        self.person = label_of_people(classes, "the drawn scenes")
         self.domains = (domain,) if isinstance(domain, Domain) else tuple(domain)
         by_day = sum(self.domain(index).daytime for index in range(count))
         self.source = f"synthetic pairs: {count} scenes of {size[1]} x {size[0]} pixels drawn from seed {seed}"
@@ -64,7 +68,7 @@ class SyntheticPairs(torch.utils.data.Dataset):
             "visible": torch.from_numpy(visible),
             "infrared": torch.from_numpy(infrared),
             "boxes": torch.tensor([figure.box for figure in people], dtype=torch.float32).reshape(-1, 4),
-            "labels": torch.ones(len(people), dtype=torch.int64),
+            "labels": torch.full((len(people),), self.person, dtype=torch.int64),
             "ignore": torch.tensor([self._ignores(figure, domain) for figure in people], dtype=torch.bool),
             "image_id": index,
             "path": f"synthetic/{self.seed}/{index:06d}",
@@ -82,6 +86,12 @@ class SyntheticPairs(torch.utils.data.Dataset):
         """All that stands in a scene, people and other things, without its pixels."""
         index = range(self.count)[index]
         return lay_out(np.random.default_rng((self.seed, index)), self.domain(index), self.size)
+
+    def objects(self, index: int) -> tuple[list[str], set[int]]:
+        """The names of all objects of a scene, and the labels that one of them has that is not ignored."""
+        people = [figure for figure in self.layout(index).figures if figure.kind == "person"]
+        counts = not all(self._ignores(figure, self.domain(index)) for figure in people)
+        return ["person"] * len(people), {self.person} if counts else set()
 
     def _ignores(self, figure: Figure, domain: Domain) -> bool:
         return figure.hidden > IGNORED or figure.box[3] - figure.box[1] < domain.ignored_below * self.size[0]

@@ -10,6 +10,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from macl.data.joint import Joint
 from macl.data.sample import PER_BOX
 
 
@@ -17,7 +18,7 @@ class PairedAugmentation:
     """Turns a uint8 sample into an augmented float32 sample in 0..1; draws from torch's global generator.
 
     Geometry, the same for both images, boxes and all that belongs to a box:
-    mosaic: probability of a picture of four pairs (done by Augmented, which has the other three).
+    mosaic: probability of a picture of four pairs of one data set (done by Augmented, which has the other three).
     crop, crop_scale: probability of a crop, and the range of its sides as shares of the image's. A crop holds at least
         one box that is not ignored, whole if it fits, where there is one.
     sizes, max_size: the shorter side becomes one of `sizes` at random, the longer one at most `max_size` pixels; None
@@ -118,7 +119,8 @@ class Augmented(Dataset):
             torch.default_generator.manual_seed(int(seed[0]))  # torch.manual_seed would reach the GPUs' generators
             sample = self.dataset[index]
             if _happens(self.transform.mosaic):
-                others = torch.randint(len(self.dataset), (3,)).tolist()
+                beside = self.dataset.beside(index) if isinstance(self.dataset, Joint) else range(len(self.dataset))
+                others = torch.randint(beside.start, beside.stop, (3,)).tolist()
                 sample = paired_mosaic([sample, *(self.dataset[other] for other in others)])
             return self.transform(sample)
 

@@ -4,16 +4,3 @@ from macl.metrics.alignment import alignment
 from macl.metrics.average_precision import average_precision, ignore_all_but, seen_in
 from macl.metrics.detection_files import could_count_from_zero, read_detections, write_detections
 from macl.metrics.miss_rate import log_average_miss_rate, miss_rate_curve, miss_rate_table
-
-__all__ = [
-    "alignment",
-    "average_precision",
-    "could_count_from_zero",
-    "ignore_all_but",
-    "log_average_miss_rate",
-    "miss_rate_curve",
-    "miss_rate_table",
-    "read_detections",
-    "seen_in",
-    "write_detections",
-]

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from training.errors import InputError
+
 TIE = 1e-9  # cosines (float64) closer than this are equal: a collapsed embedding must not win by rounding
 CHUNK = 1024  # rows of the similarity matrix in memory at a time
 MEASURES = (
@@ -38,7 +40,7 @@ def alignment(visible_embeddings, infrared_embeddings, *, rows=None) -> dict:
       nearer to itself in the other modality than to others.
 
     What cannot be said is None: everything with fewer than two rows, R@1 without queries, distance_ratio where all rows
-    coincide. Raises ValueError for shapes that differ and non-finite embeddings.
+    coincide. Raises ValueError for shapes that differ, and InputError for embeddings that are not finite.
     """
     visible, infrared, queries = _checked(visible_embeddings, infrared_embeddings, rows)
     count = len(visible)
@@ -69,7 +71,7 @@ def _checked(visible, infrared, rows) -> tuple[torch.Tensor, torch.Tensor, torch
     if visible.ndim != 2 or visible.shape != infrared.shape:
         raise ValueError(f"embeddings are {tuple(visible.shape)} and {tuple(infrared.shape)}, expected (N, D) twice")
     if not (visible.isfinite().all() and infrared.isfinite().all()):
-        raise ValueError("the embeddings hold values that are not finite")
+        raise InputError("the embeddings hold values that are not finite: are the weights broken, or --amp too coarse?")
     queries = torch.as_tensor([True] * len(visible) if rows is None else rows, dtype=torch.bool, device=visible.device)
     if queries.shape != visible.shape[:1]:
         raise ValueError(f"the mask of rows is {tuple(queries.shape)}, expected {tuple(visible.shape[:1])}")

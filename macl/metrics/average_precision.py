@@ -8,10 +8,13 @@ import torch
 
 from macl.metrics.frames import check_same_frames, flatten_boxes, flatten_values, to_array
 
-MEASURES = ("ap", "ap50", "ap75", "recall")
+MEASURES = ("ap50", "ap75", "ap", "recall")
+MAX_DETECTIONS = 100  # COCO's
 
 
-def average_precision(detections: list[dict], ground_truth: list[dict], *, max_detections: int = 100) -> dict:
+def average_precision(
+    detections: list[dict], ground_truth: list[dict], *, max_detections: int = MAX_DETECTIONS
+) -> dict:
     """Average precision as COCO defines it (Lin et al., "Microsoft COCO", 2014), all as fractions from 0 to 1.
 
     Both lists hold one dict a frame, in the same order; tensors on any device, arrays or lists.
@@ -109,7 +112,7 @@ def _evaluate(found, truth, labels, frame_count, max_detections) -> dict[int, di
         evaluation.accumulate()
     precision = evaluation.eval["precision"][..., 0, 0].mean(1)  # (IoUs, classes), the mean over 101 recalls
     recall = evaluation.eval["recall"][..., 0, 0].mean(0)  # (classes,)
-    columns = (precision.mean(0), precision[0], precision[5], recall)
+    columns = (precision[0], precision[5], precision.mean(0), recall)
     return {
         label: {name: float(column[row]) for name, column in zip(MEASURES, columns, strict=True)}
         for row, label in enumerate(labels)

@@ -1,14 +1,14 @@
 """Detection files in the formats of the KAIST benchmark: lines of text, or a list of COCO results."""
 
 import json
-import math
 import os
 from pathlib import Path
 
 import torch
 
-from macl.errors import InputError
 from macl.metrics.frames import flatten_boxes, flatten_values
+from training.errors import InputError
+from training.files import MAX_COORDINATE, MAX_ID, number, numbers, read_json, read_text, shown, write_text
 
 
 def read_detections(path: str | os.PathLike, image_count: int, *, first_id: int | None = None) -> list[dict]:
@@ -20,8 +20,8 @@ def read_detections(path: str | os.PathLike, image_count: int, *, first_id: int 
 
     ``first_id`` (0 or 1) settles what the ids count from. Returns one dict a frame, in order, of boxes (N, 4)
     x1, y1, x2, y2 float64, labels (N,) int64 and scores (N,) float64, as the file orders them; frames that are not
-    named have no rows. Raises InputError, naming file and place, for a missing file, another format, ids out of range
-    and values that are not finite.
+    named have no rows. Raises InputError, naming file and place, for a missing file, another format, ids out of range,
+    negative sizes and values that are not finite.
     """
     path = Path(path)
     rows = _READERS[_suffix(path)](path)
@@ -73,14 +73,7 @@ def write_detections(path: str | os.PathLike, detections: list[dict], *, first_i
                 for (image_id, *box, score), label in zip(rows, labels, strict=True)
             ]
         )
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, text)
 
 
 def _suffix(path: Path) -> str:
@@ -93,60 +86,37 @@ def _first_id(path: Path, rows: list[tuple]) -> int:
     return 0 if path.suffix == ".json" and any(row[1] == 0 for row in rows) else 1
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a file of detections ({error})") from error
-
-
 def _read_txt(path: Path) -> list[tuple]:
+    lines = read_text(path, "a file of detections").split("\n")
     rows = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        place = f"line {number}"
-        try:
-            values = [float(value) for value in line.split(",")]
-        except ValueError:
-            values = []
-        if len(values) != 6:
-            raise InputError(
-                f"{path}, {place}: expected six numbers image_id,x,y,width,height,score, got {line[:80]!r}"
-            )
-        rows.append(_row(path, place, *values, 1))
+    for count, line in enumerate(lines, 1):
+        if line.strip():
+            place = f"line {count}"
+            values = numbers(line.split(","), f"{path}, {place} (image_id,x,y,width,height,score)", 6, -MAX_ID, MAX_ID)
+            rows.append(_row(path, place, values[0], values[1:5], values[5], 1))
     return rows
 
 
 def _read_json(path: Path) -> list[tuple]:
-    try:
-        records = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: is not json ({error})") from error
-    if not isinstance(records, list):
-        raise InputError(f"{path}: expected a list of detections, got {type(records).__name__}")
     rows = []
-    for index, record in enumerate(records):
+    for index, record in enumerate(read_json(path, "a file of detections", list)):
         place = f"entry {index}"
-        try:
-            x, y, width, height = map(float, record["bbox"])
-            values = float(record["image_id"]), x, y, width, height, float(record["score"])
-            label = int(record.get("category_id", 1))
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{path}, {place}: expected image_id, bbox [x, y, width, height] and score as numbers, "
-                f"got {json.dumps(record)[:120]}"
-            ) from error
-        rows.append(_row(path, place, *values, label))
+        if not isinstance(record, dict):
+            raise InputError(f"{path}, {place}: expected image_id, bbox and score, got {shown(record)}")
+        values = (record.get(key) for key in ("image_id", "bbox", "score"))
+        rows.append(_row(path, place, *values, record.get("category_id", 1)))
     return rows
 
 
-def _row(path, place, image_id, x, y, width, height, score, label) -> tuple:
-    if not all(map(math.isfinite, (image_id, x, y, width, height, score))):
-        raise InputError(f"{path}, {place}: expected finite numbers")
-    if image_id != int(image_id):
-        raise InputError(f"{path}, {place}: expected a whole number for the image id, got {image_id}")
-    return place, int(image_id), x, y, width, height, score, label
+def _row(path: Path, place: str, image_id, box, score, label) -> tuple:
+    where = f"{path}, {place}"
+    x, y, width, height = numbers(box, f"{where}, bbox (x, y, width, height)")
+    width, height = (number(side, f"{where}, width or height", 0, MAX_COORDINATE) for side in (width, height))
+    image_id, label = (
+        number(value, f"{where}, {key}", 0, MAX_ID, whole=True)
+        for key, value in (("image_id", image_id), ("category_id", label))
+    )
+    return place, image_id, x, y, width, height, number(score, f"{where}, score"), label
 
 
 def _frame(rows: list) -> dict:
