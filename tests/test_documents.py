@@ -29,7 +29,7 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for path in DOCUMENTS:
         lines = [line for block in blocks(path) for line in block.splitlines()]
-        lines += re.findall(r"`((?:python \\w|python -m \\w|torchrun )[^`]+)`", path.read_text(encoding="utf-8"))
+        lines += re.findall(r"`((?:python \w|python -m \w|torchrun )[^`]+)`", path.read_text(encoding="utf-8"))
         for line in lines:
             for command in line.split("#")[0].split("&&"):
                 if command.strip().startswith(("python", "torchrun", *OTHERS)):
