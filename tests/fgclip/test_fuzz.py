@@ -60,7 +60,7 @@ def mutant(rng, value, values):
         if rng.random() < 0.15:
             del container[key]
         else:
-            container[key] = rng.choice([*values, [container[key]], key])
+            container[key] = copy.deepcopy(rng.choice([*values, [container[key]], key]))  # else values hold each other
         if not any(places(value)):
             break
     return value

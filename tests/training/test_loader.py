@@ -42,7 +42,7 @@ def test_large_batches_of_many_workers_pass_through_few_descriptors():
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, limits[1]), limits[1]))
     try:
-        loader = make_loader(Samples(), [list(range(98))] * 12, list, workers=4)
+        loader = make_loader(Samples(), [list(range(98))] * 12, list, workers=2)
         kept = list(loader)  # as validation keeps what it found
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
