@@ -22,8 +22,16 @@ import macl
 from macl.backbone import BACKBONES, NORMS
 from macl.build import IMAGENET_MEAN, IMAGENET_STD, MACL_LEVELS, load_initial_weights, read_checkpoint
 from macl.contrast import DIRECTIONS, PROJECTOR_NORMS
-from macl.data import LLVIP, Augmented, PairedAugmentation, SyntheticPairs, hold_out, collate
-from macl.data import refuse_absent_classes, to_float
+from macl.data import (
+    LLVIP,
+    Augmented,
+    PairedAugmentation,
+    SyntheticPairs,
+    collate,
+    hold_out,
+    refuse_absent_classes,
+    to_float,
+)
 from macl.fusion import FUSIONS
 from macl.validation import alignment_figures, detection_figures, draw_validation, predict, validation_text
 from macl.weights import has_old_names

@@ -34,10 +34,10 @@ from train_stage1 import (
     best_figure,
     build_loader,
     check,
+    detector_inputs,
     freeze_unreached,
     loss_weights,
     refuse_augmentation,
-    detector_inputs,
     validate,
 )
 from training import checkpoint, distributed

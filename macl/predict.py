@@ -1,4 +1,4 @@
-"""Detect people in image pairs, or with one camera alone, and draw them.
+"""Detect objects in image pairs, or with one camera alone, and draw them.
 
     python -m macl.predict --checkpoint runs/NAME/best.pt --visible v.jpg --infrared i.jpg --output out
     python -m macl.predict --checkpoint best.pt --visible VISIBLE_DIR --infrared INFRARED_DIR --output out

@@ -194,23 +194,13 @@ def prepare_run(
     return folder
 
 
-def recorded_flags(resume: str | Path, script: str | None = None) -> dict:
+def recorded_flags(resume: str | Path) -> dict:
     """The flags that the run of a checkpoint, or in a folder, began with; none where it left no args.json.
 
-    Raises InputError where that is damaged, or is of a run of another script.
+    Raises InputError where that is damaged.
     """
     folder = Path(resume) if Path(resume).is_dir() else Path(resume).parent
-    return (read_record(folder, script) or {"arguments": {}})["arguments"]
-
-
-def command_line(flags: dict) -> list[str]:
-    """Recorded flags as arguments, so that they are read like any others; what was not given, or off, is left out."""
-    arguments = []
-    for name, value in flags.items():
-        if value is not None and value is not False:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            arguments.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={text}"))
-    return arguments
+    return (read_record(folder) or {"arguments": {}})["arguments"]
 
 
 def _open_folder(output: str | None, script: str, resumed: Path | None, runs_root: Path, again: bool) -> Path:

@@ -86,10 +86,9 @@ def find_resume(
 ) -> Path | None:
     """The checkpoint file that `--resume value` means, the same on every rank, or None to start fresh.
 
-    A file is itself, a run's folder its last.pt; InputError where neither is there, or where its folder is that of a
-    run of another script. "auto" is the last.pt of `output`,
-    or, where no --output is given, of the run `runs_root/script-*` that was written to last; without one the run starts
-    fresh. So does one with an empty --output: another run's checkpoint does not slip into it.
+    A file is itself, a run's folder its last.pt. "auto" is the last.pt of `output` or, without `output`, of the run
+    `runs_root/script-*` that was written to last; where there is none the run starts fresh.
+    Raises InputError where `value` is neither, or belongs to a run of another script.
     """
     return distributed.decided_by_main(lambda: _find_resume(value, output, script, Path(runs_root)))
 
@@ -121,8 +120,7 @@ class Signals:
                     raise SystemExit(signals.exit_status)
 
     A second signal stops at once, except under `torchrun`. Terminals and schedulers send the signal to DataLoader
-    workers as well, and a worker that dies of it takes the loop with it: give the loader
-    `loader.ignore_signals`.
+    workers as well, and a worker that dies of it takes the loop with it: `loader.make_loader` has them ignore it.
     """
 
     def __init__(self):

@@ -164,7 +164,7 @@ def _formats() -> list[str]:
 
 
 def open_image(path: str | Path, named_by: str = "") -> Image.Image:
-    """A picture of 8 bits a channel as RGB, turned as its EXIF orientation says, with what is transparent opaque.
+    """A picture of 8 bits a channel as RGB, turned as its EXIF orientation says, without its transparency.
 
     Refused are files that are missing, damaged or of none of FORMATS, more than MAX_PIXELS, a side above MAX_SIDE, and
     more than 8 bits a channel. named_by: the data file that names it.

@@ -38,8 +38,8 @@ def refuse_absent(
     absent = " or ".join(shown(name) for label, name in enumerate(classes, 1) if label not in seen)
     known = ", ".join(f"{shown(name)} {count}" for name, count in names.most_common(12)) or "none at all"
     raise InputError(
-        f"no object that counts is of the class {absent} (spelt so? given once? not always ignored?); the names that "
-        f"occur are {known}; read was {source}"
+        f"no object that counts has the class {absent}: is it spelt as in the data, given once, not always ignored? "
+        f"Names found: {known}. Read: {source}"
     )
 
 
