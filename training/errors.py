@@ -36,16 +36,26 @@ def one_line(text: str, limit: int) -> str:
 def lost_process(error: BaseException) -> str | None:
     """The sentence where `error` says that a process of a DataLoader is gone, or cannot hand over what it loaded."""
     text = str(error).strip()
-    signs = ("DataLoader worker (pid", "items of ancdata", "can't allocate memory")
-    gone = isinstance(error, OSError | EOFError | UnpicklingError) and "in DataLoader worker process" not in text
+    inside = "in DataLoader worker process" in text  # what a data set raised there
+    signs = ("can't allocate memory",) if inside else ("DataLoader worker (pid", "items of ancdata")
+    gone = isinstance(error, OSError | EOFError | UnpicklingError) and not inside
     if gone or (isinstance(error, RuntimeError) and any(sign in text for sign in signs)):
         return LOST_PROCESS.format((text or type(error).__name__).splitlines()[-1].rstrip(". "))
     return None
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """The sentence where `error` says that something is too large for the memory of the machine or the GPU."""
+    text = str(error).strip() or type(error).__name__
+    signs = ("allocate memory", "out of memory", "calculation overflowed", "multiplication overflow")
+    if isinstance(error, MemoryError) or any(sign in text for sign in signs):
+        return f"not enough memory: a smaller --batch-size, image or model needs less ({text.splitlines()[0]})"
+    return None
+
+
 @contextlib.contextmanager
 def one_sentence():
-    """Print an `InputError` or `OSError` as one sentence on standard error and exit with status 2.
+    """Print an `InputError`, an `OSError` or a lack of memory as one sentence on standard error; exit with status 2.
 
     Ctrl-C and SIGTERM, where nothing else waits for them, exit with 130 and 143, as shells have it. Characters that
     the terminal does not know are printed as escapes.
@@ -56,13 +66,14 @@ def one_sentence():
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (InputError, OSError, RuntimeError) as error:
-        # A loading process that is killed interrupts its parent with a RuntimeError wherever that is at the moment.
-        lost = lost_process(error) if isinstance(error, RuntimeError) else None
-        if lost is None and isinstance(error, RuntimeError):
-            raise
-        named = isinstance(error, OSError) and error.filename is not None and error.strerror
-        sentence = f"{error.filename}: {error.strerror}" if named else lost or str(error)
+    except (InputError, OSError, RuntimeError, MemoryError) as error:
+        sentence = str(error)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            sentence = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, RuntimeError | MemoryError):
+            sentence = lost_process(error) or out_of_memory(error)  # a killed worker interrupts its parent anywhere
+            if sentence is None:
+                raise
         print(f"error: {one_line(sentence, MAX_MESSAGE)}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as stopped:

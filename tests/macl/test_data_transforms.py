@@ -222,9 +222,8 @@ def test_workers_change_nothing():
 @pytest.mark.slow  # a fresh interpreter imports torch
 def test_a_spawned_worker_gives_the_same():
     data = Augmented(SyntheticPairs(4, seed=0), PairedAugmentation(**EVERYTHING), seed=0)
-    loader = torch.utils.data.DataLoader(
-        data, batch_sampler=[[(0, 1)]], num_workers=1, collate_fn=collate, multiprocessing_context="spawn"
-    )
+    loader = make_loader(data, [[(0, 1)]], collate, workers=1)
+    loader.multiprocessing_context = "spawn"
     assert torch.equal(next(iter(loader))["visible"][0], data[0, 1]["visible"])
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from training import checkpoint, distributed
 from training.checkpoint import Signals, find_resume, load, rng_state, save, set_rng_state
 from training.errors import InputError
-from training.loader import ignore_signals
+from training.loader import make_loader
 from training.log import RunLog
 from training.optimizer import build_optimizer, build_schedule, ema, parameter_groups
 from training.sampler import ResumableSampler
@@ -256,7 +256,7 @@ class Killed(Dataset):
 
 def test_loader_workers_outlive_the_signal_so_that_the_step_can_end():
     sampler = ResumableSampler(3, 1, seed=0, shuffle=False)
-    loader = DataLoader(Killed(), batch_sampler=sampler, num_workers=1, worker_init_fn=ignore_signals)
+    loader = make_loader(Killed(), sampler, torch.tensor, workers=1)
     with Signals() as signals:
         assert [batch.tolist() for batch in loader] == [[0], [1], [2]]
     assert not signals.stop_requested()
