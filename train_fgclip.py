@@ -12,7 +12,7 @@ The defaults are those for fine-tuning published weights. Without data they are 
 --init-from those of a start from nothing; add --help to see the defaults of just that command.
 """
 
-import training.host  # noqa: F401, I001  before torch
+import trainkit.process_setup  # noqa: F401, I001  before torch
 
 import argparse
 import math
@@ -38,31 +38,31 @@ from fgclip.model import MAX_LOGIT_SCALE
 from fgclip.objective import Objective, freeze_unreached
 from fgclip.synthetic import PLACEMENTS, SyntheticRegions, vocabulary
 from fgclip.transformer import ACTIVATIONS
-from fgclip.validation import best_figure, embed, validation_figures, validation_text
-from training import checkpoint, distributed
-from training.arguments import (
+from fgclip.validation import best_metric, embed, validation_metrics, validation_text
+from trainkit import checkpoint, distributed
+from trainkit.arguments import (
     add_recipe_flags,
     fraction,
     int_list,
     make_parser,
-    named_flags,
+    peek_flags,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
     prepare_run,
-    recorded_flags,
+    saved_flags,
 )
-from training.errors import InputError, one_sentence
-from training.files import check_like
-from training.loader import make_loader
-from training.log import RunLog, Throughput, peak_memory
-from training.loop import run_epochs
-from training.movement import Movement
-from training.optimizer import build_optimisation, ema
-from training.sampler import ResumableSampler
-from training.state import TrainingState, best_of, restoring
-from training.step import Stepper, module_gradient_norms
+from trainkit.errors import InputError, one_sentence
+from trainkit.files import check_like
+from trainkit.loader import make_loader
+from trainkit.log import RunLog, Throughput, peak_memory
+from trainkit.loop import run_epochs
+from trainkit.parameter_drift import ParameterDrift
+from trainkit.optimizer import build_optimisation, ema
+from trainkit.sampler import ResumableSampler
+from trainkit.state import TrainingState, best_of, restoring
+from trainkit.step import TrainStep, module_gradient_norms
 
 SCRIPT = "fgclip"
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
@@ -98,7 +98,7 @@ SYNTHETIC_RECIPE = dict(
 )  # fmt: skip
 
 # Drawn scenes with a bank, which is for small batches: one region an image, and a rate that follows the batch.
-BANK_RECIPE = dict(most_regions=1, lr_base_batch=48, warmup_steps=500, region_weight=0.1)
+BANK_RECIPE = dict(max_regions=1, lr_base_batch=48, warmup_steps=500, region_weight=0.1)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -111,7 +111,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_run_flags(parser)
 
     choosing = "--data-root --annotations --init-from --resume --format --stage --bank-size"
-    named = named_flags(arguments, *choosing.split())
+    named = peek_flags(arguments, *choosing.split())
     synthetic = named.data_root is None and named.annotations is None
     if synthetic or named.init_from is None:
         parser.set_defaults(**FROM_NOTHING_RECIPE)
@@ -127,7 +127,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.set_defaults(region_weight=0.0, hard_weight=0.0, best_by="captions")
     if named.resume not in (None, "auto"):
         own = ("resume", "output", "init_from", "max_steps", "check", "device", "reset_logit_scales")
-        parser.set_defaults(**{k: v for k, v in recorded_flags(named.resume).items() if k not in own})
+        parser.set_defaults(**{k: v for k, v in saved_flags(named.resume).items() if k not in own})
     return parser.parse_args(arguments)
 
 
@@ -142,7 +142,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--val-image-root", metavar="PATH", help="folder of their images; without it --image-root")
     add("--val-share", type=fraction, default=0.02, metavar="X", help="share of the records that is held out")
     add("--val-images", type=positive_int, default=1000, metavar="N", help="at most so many images to validate on")
-    add("--most-regions", type=positive_int, default=4, metavar="N", help="regions of an image, the first usable ones; "
+    add("--max-regions", type=positive_int, default=4, metavar="N", help="regions of an image, the first usable ones; "
         "drawn scenes: any of them, 1 where there is a bank")
     add("--vocab", metavar="PATH", help="merges of the tokenizer: bpe_simple_vocab_16e6.txt.gz, merges.txt, "
         "tokenizer.json, or bytes for none; without it beside the weights, then in an installed CLIP package")
@@ -211,11 +211,11 @@ def open_data(args: argparse.Namespace, image_size: int):
     """Training and validation data, and a sentence about each."""
     drawn = dict(image_size=image_size, placement=args.placement)
     if args.data_root is None and args.annotations is None:
-        train = SyntheticRegions(args.synthetic_train, seed=args.seed, most_regions=args.most_regions, **drawn)
+        train = SyntheticRegions(args.synthetic_train, seed=args.seed, max_regions=args.max_regions, **drawn)
         validation = SyntheticRegions(args.synthetic_val, seed=VALIDATION_SEED + args.seed, **drawn)
         return train, validation, [
             f"training on {len(train)} scenes drawn from seed {args.seed}, placement {args.placement}, at most "
-            f"{args.most_regions} regions each (neither --data-root nor --annotations was given)",
+            f"{args.max_regions} regions each (neither --data-root nor --annotations was given)",
             f"validating on {len(validation)} scenes drawn from seed {validation.seed}",
         ]  # fmt: skip
     if args.data_root is None and args.image_root is None:
@@ -238,7 +238,7 @@ def open_data(args: argparse.Namespace, image_size: int):
     for name, images in ((annotations, records), (args.val_annotations, held_out)):
         if not len(images):
             raise InputError(f"{name} has no image with captions")
-    sizes = dict(image_size=image_size, most_regions=args.most_regions, seed=args.seed)
+    sizes = dict(image_size=image_size, max_regions=args.max_regions, seed=args.seed)
     train, validation = RegionDataset(records, image_root, **sizes), RegionDataset(held_out, val_root, **sizes)
     return train, validation, [f"training on {len(train)} images of {annotations}, below {image_root}", sentence]
 
@@ -290,7 +290,7 @@ def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]
 
 
 def loss_weights(args: argparse.Namespace) -> dict[str, float]:
-    """The one place where losses are weighted; `Stepper` applies it once."""
+    """The one place where losses are weighted; `TrainStep` applies it once."""
     return {f"loss_{name}": getattr(args, f"{name}_weight") for name in ("long", "short", "region", "hard")}
 
 
@@ -305,7 +305,7 @@ def refuse_what_has_nothing_to_learn(args: argparse.Namespace, found: DataStatis
         raise InputError(f"--bank-classes 2: {where} is labelled {0 if found.abnormal else 1}")
 
 
-def refuse_what_cannot_train(args: argparse.Namespace) -> None:
+def validate_args(args: argparse.Namespace) -> None:
     """Raises InputError for flags that contradict each other, have no effect, or leave a loss constant."""
     images = args.batch_size * distributed.world_size()
     captions = args.long_weight or args.short_weight
@@ -318,7 +318,7 @@ def refuse_what_cannot_train(args: argparse.Namespace) -> None:
             "one image a step has no other caption to be told from: raise --batch-size, give --global-bank-size, or "
             "set --long-weight and --short-weight to 0"
         )
-    if args.region_weight and images * args.most_regions == 1 and not args.bank_size:
+    if args.region_weight and images * args.max_regions == 1 and not args.bank_size:
         raise InputError("one region a step has no other phrase to be told from: raise --batch-size or --bank-size")
     for flag, size, weight in (
         ("--bank-size", args.bank_size, args.region_weight),
@@ -374,7 +374,7 @@ def logit_scales(args: argparse.Namespace, models: list[FGCLIP], optimizer: torc
     ]
 
 
-def diagnostics_text(figures: dict, objective: Objective, movement: Movement) -> list[str]:
+def diagnostics_text(figures: dict, objective: Objective, movement: ParameterDrift) -> list[str]:
     """--diagnostics: the step's figures, the range of the logits, and what moved since the last time."""
     ranges = {name: ends.tolist() for name, ends in objective.ranges.items()}
     return [
@@ -390,7 +390,7 @@ def diagnostics_text(figures: dict, objective: Objective, movement: Movement) ->
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     device = distributed.start(args.device)
-    refuse_what_cannot_train(args)
+    validate_args(args)
     torch.manual_seed(args.seed)
     bare, tokenizer, about_model = build_model(args)
     train_data, val_data, said = open_data(args, bare.vision_model.image_size)
@@ -438,7 +438,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name, size in sizes.items() if size and name in enabled
     })  # fmt: skip
     objective = Objective(model, names=enabled, banks=banks, device=device)
-    stepper = Stepper(
+    stepper = TrainStep(
         model, optimizer, weights=weights, describe=lambda batch: batch["sources"], device=device, schedule=schedule,
         losses_of=lambda batch: objective(batch, use_banks=stepper.steps >= args.bank_warmup_steps),
         average=average, amp=args.amp, clip_norm=args.clip_norm,
@@ -477,14 +477,14 @@ def main(arguments: list[str] | None = None) -> None:
             models[-1], val_data, Collate(tokenizer, regions=regions, **lengths), device=device,
             batch_size=args.batch_size, workers=args.workers, amp=args.amp, between=between,
         )  # fmt: skip
-        figures = validation_figures(found, models[-1].logit_scales()["region"].item())
+        figures = validation_metrics(found, models[-1].logit_scales()["region"].item())
         log.validation(stepper.steps, {"epoch": epoch, **figures}, validation_text(figures))
         throughput.restart()
-        if stepper.steps and best_figure(figures, args.best_by) > best:
-            best = best_figure(figures, args.best_by)
+        if stepper.steps and best_metric(figures, args.best_by) > best:
+            best = best_metric(figures, args.best_by)
             return f"best so far by --best-by {args.best_by}: {best[0]:.4f}"
 
-    throughput, movement = Throughput(), Movement(bare) if args.diagnostics else None
+    throughput, movement = Throughput(), ParameterDrift(bare) if args.diagnostics else None
 
     def step(batches: list, epoch: int) -> None:
         objective.begin(batches)

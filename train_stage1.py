@@ -10,7 +10,7 @@ Without --data-root the defaults are those of the drawn scenes: small images and
 --init-from a checkpoint, they are others; add --help to see the defaults of just that command.
 """
 
-import training.host  # noqa: F401, I001  before torch
+import trainkit.process_setup  # noqa: F401, I001  before torch
 
 import argparse
 import math
@@ -24,7 +24,7 @@ from macl.build import IMAGENET_MEAN, IMAGENET_STD, MACL_LEVELS, load_initial_we
 from macl.contrast import DIRECTIONS, PROJECTOR_NORMS
 from macl.data import (
     LLVIP,
-    Augmented,
+    AugmentedDataset,
     PairedAugmentation,
     SyntheticPairs,
     collate,
@@ -33,30 +33,30 @@ from macl.data import (
     to_float,
 )
 from macl.fusion import FUSIONS
-from macl.validation import alignment_figures, detection_figures, draw_validation, predict, validation_text
+from macl.validation import alignment_metrics, detection_metrics, draw_validation, predict, validation_text
 from macl.weights import has_old_names
-from training import checkpoint, distributed
-from training.arguments import (
+from trainkit import checkpoint, distributed
+from trainkit.arguments import (
     add_recipe_flags,
     float_list,
     fraction,
     int_list,
     make_parser,
-    named_flags,
+    peek_flags,
     non_negative_float,
     positive_float,
     positive_int,
     prepare_run,
 )
-from training.errors import InputError, one_sentence
-from training.files import number
-from training.loader import make_loader, to_device
-from training.log import RunLog, Throughput, peak_memory
-from training.loop import run_epochs
-from training.optimizer import build_optimisation, ema
-from training.sampler import ResumableSampler
-from training.state import TrainingState, best_of, restoring
-from training.step import Stepper, module_gradient_norms
+from trainkit.errors import InputError, one_sentence
+from trainkit.files import number
+from trainkit.loader import make_loader, to_device
+from trainkit.log import RunLog, Throughput, peak_memory
+from trainkit.loop import run_epochs
+from trainkit.optimizer import build_optimisation, ema
+from trainkit.sampler import ResumableSampler
+from trainkit.state import TrainingState, best_of, restoring
+from trainkit.step import TrainStep, module_gradient_norms
 
 SCRIPT = "stage1"
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
@@ -85,7 +85,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_model_flags(parser)
     add_loss_flags(parser)
 
-    named = named_flags(arguments, "--data-root", "--init-from")
+    named = peek_flags(arguments, "--data-root", "--init-from")
     if named.data_root is None:
         parser.set_defaults(**SYNTHETIC_RECIPE)
     if named.init_from is not None:
@@ -248,7 +248,7 @@ def build_model(args: argparse.Namespace, train_data) -> tuple[macl.PairedFaster
 
 
 def loss_weights(args: argparse.Namespace, detector: macl.PairedFasterRCNN) -> dict[str, float]:
-    """The one place where losses are weighted; `Stepper` applies it once."""
+    """The one place where losses are weighted; `TrainStep` applies it once."""
     weights = {
         "loss_objectness": args.rpn_weight,
         "loss_rpn_box_reg": args.rpn_weight,
@@ -280,7 +280,7 @@ def freeze_unreached(detector: macl.PairedFasterRCNN, weights: dict[str, float])
             part.requires_grad_(False)
 
 
-def refuse_what_cannot_train(args: argparse.Namespace) -> None:
+def validate_args(args: argparse.Namespace) -> None:
     world = distributed.world_size()
     if args.macl_weight and args.macl_level == "image" and args.batch_size * world == 1:
         raise InputError(
@@ -314,10 +314,10 @@ def validate(detector, data, args, device, between, *, modes=None) -> tuple[dict
         amp=args.amp,
         between=between,
     )
-    return {**detection_figures(results), "alignment": alignment_figures(results)}, results
+    return {**detection_metrics(results), "alignment": alignment_metrics(results)}, results
 
 
-def best_figure(figures: dict, by: str) -> tuple[float, float]:
+def best_metric(figures: dict, by: str) -> tuple[float, float]:
     """The figure that chooses best.pt, with both cameras where the detector has both, and AP50:95, which breaks ties.
 
     -1 where there is none.
@@ -328,7 +328,7 @@ def best_figure(figures: dict, by: str) -> tuple[float, float]:
 
 
 def build_loader(args: argparse.Namespace, data, sampler: ResumableSampler, device: torch.device):
-    """Augmented batches in the sampler's order."""
+    """AugmentedDataset batches in the sampler's order."""
     augmentation = PairedAugmentation(
         flip=args.flip, crop=args.crop, crop_scale=tuple(args.crop_scale), mosaic=args.mosaic,
         brightness=args.brightness, contrast=args.contrast, saturation=args.saturation, hue=args.hue,
@@ -336,7 +336,7 @@ def build_loader(args: argparse.Namespace, data, sampler: ResumableSampler, devi
         erase_visible=args.erase_visible, erase_infrared=args.erase_infrared,
     )  # fmt: skip
     return make_loader(
-        Augmented(data, augmentation, seed=args.seed), sampler, collate,
+        AugmentedDataset(data, augmentation, seed=args.seed), sampler, collate,
         workers=args.workers, device=device,
     )  # fmt: skip
 
@@ -349,7 +349,7 @@ def detector_inputs(batch: dict, device: torch.device) -> dict:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     device = distributed.start(args.device)
-    refuse_what_cannot_train(args)
+    validate_args(args)
     train_data, val_data, said = open_data(args)
     torch.manual_seed(args.seed)
     detector, about_model = build_model(args, train_data)
@@ -372,9 +372,9 @@ def main(arguments: list[str] | None = None) -> None:
     total_steps = args.epochs * steps_per_epoch
     optimizer, schedule = build_optimisation(args, detector, steps_per_epoch)
 
-    stepper = Stepper(
+    stepper = TrainStep(
         model, optimizer, losses_of=lambda batch: model(**detector_inputs(batch, device)),
-        weights=weights, describe=lambda batch: batch["path"], figures_of=lambda: detector.monitor, device=device,
+        weights=weights, describe=lambda batch: batch["path"], metrics_of=lambda: detector.monitor, device=device,
         schedule=schedule, average=average, amp=args.amp, clip_norm=args.clip_norm,
     )  # fmt: skip
     torch.manual_seed(args.seed * 1000 + distributed.rank())  # each process samples its own RoIs
@@ -411,7 +411,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not result.skipped:
             log.train(stepper.steps, {
                 "epoch": epoch, "loss": result.total, **result.losses, "lr": result.lr,
-                "grad_norm": result.grad_norm, **result.figures,
+                "grad_norm": result.grad_norm, **result.metrics,
                 "images_per_second": throughput.update(images), "memory_gib": peak_memory(device),
             })  # fmt: skip
 
@@ -430,14 +430,14 @@ def main(arguments: list[str] | None = None) -> None:
         if distributed.is_main():
             draw_validation(folder, epoch, val_data, results, args.classes)
         throughput.restart()
-        if best_figure(figures, args.best_by) > best:
-            best = best_figure(figures, args.best_by)
+        if best_metric(figures, args.best_by) > best:
+            best = best_metric(figures, args.best_by)
             return f"best {args.best_by} so far: {best[0]:.4f}"
 
     run_epochs(args, loader, sampler, stepper, log, step=step, validate=validate_epoch, save=save)
 
 
-def check(said: list[str], data: dict, stepper: Stepper, loader, detector) -> None:
+def check(said: list[str], data: dict, stepper: TrainStep, loader, detector) -> None:
     """--check: what the data holds, one step, and whether a gradient reaches every part."""
     for line in said:
         print(line)

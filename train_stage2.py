@@ -11,7 +11,7 @@ join it; each has its weight, its warm-up, and can be switched off. Without --da
 drawn scenes, with it those of KAIST; add --help to see the defaults of just that command.
 """
 
-import training.host  # noqa: F401, I001  before torch
+import trainkit.process_setup  # noqa: F401, I001  before torch
 
 import argparse
 import bisect
@@ -23,15 +23,15 @@ import torch
 
 import macl
 from macl.build import load_initial_weights, read_checkpoint
-from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, Joint, SyntheticPairs, hold_out, refuse_absent_classes
+from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, JointDataset, SyntheticPairs, hold_out, refuse_absent_classes
 from macl.data.kaist import TRAINING_RULES
-from macl.domain import dann_scale
-from macl.validation import draw_validation, miss_rate_figures, validation_text
+from macl.domain import grl_schedule
+from macl.validation import draw_validation, miss_rate_metrics, validation_text
 from train_stage1 import (
     VALIDATION_SEED,
     add_augmentation_flags,
     add_detection_weight_flags,
-    best_figure,
+    best_metric,
     build_loader,
     check,
     detector_inputs,
@@ -40,33 +40,33 @@ from train_stage1 import (
     refuse_augmentation,
     validate,
 )
-from training import checkpoint, distributed
-from training.arguments import (
+from trainkit import checkpoint, distributed
+from trainkit.arguments import (
     add_recipe_flags,
     float_list,
     fraction,
     int_list,
     make_parser,
-    named_flags,
+    peek_flags,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
     prepare_run,
 )
-from training.errors import InputError, one_sentence
-from training.files import number
-from training.log import RunLog, Throughput, peak_memory
-from training.loop import run_epochs
-from training.optimizer import build_optimisation, ema
-from training.ramp import RAMPS, ramped
-from training.sampler import BalancedSampler, ResumableSampler
-from training.state import TrainingState, best_of, restoring
-from training.step import Stepper
+from trainkit.errors import InputError, one_sentence
+from trainkit.files import number
+from trainkit.log import RunLog, Throughput, peak_memory
+from trainkit.loop import run_epochs
+from trainkit.optimizer import build_optimisation, ema
+from trainkit.ramp import RAMPS, ramped
+from trainkit.sampler import BalancedSampler, ResumableSampler
+from trainkit.state import TrainingState, best_of, restoring
+from trainkit.step import TrainStep
 
 SCRIPT = "stage2"
 MISS_RATES = ("reasonable all", "reasonable day", "reasonable night", "all")  # rows of the table that are printed
-MOST_ZEROS = 50  # steps in a row in which an alignment loss may be exactly 0
+MAX_ZEROS = 50  # steps in a row in which an alignment loss may be exactly 0
 
 # The recipe for KAIST: the defaults of the flags, and what differs for the drawn scenes.
 KAIST_RECIPE = dict(
@@ -88,7 +88,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_augmentation_flags(parser)
     add_model_flags(parser)
     add_loss_flags(parser)
-    if named_flags(arguments, "--data-root").data_root is None:
+    if peek_flags(arguments, "--data-root").data_root is None:
         parser.set_defaults(**SYNTHETIC_RECIPE)
     return parser.parse_args(arguments)
 
@@ -208,7 +208,7 @@ def open_data(args: argparse.Namespace, classes: Sequence[str]):
     others = [name for name in classes if name != "person"]
     if others:
         said.append(f"Warning: only person is sure to be in the new domain; {', '.join(others)} may be unlearnt")
-    train = Joint(new, old) if mixes(args) else new
+    train = JointDataset(new, old) if mixes(args) else new
     source = train.source + (" (no --data-root was given)" if args.data_root is None else "")
     share = f", {args.old_share:.0%} of each batch from the latter" if train is not new else ""
     return train, validation, old_validation, [f"training on {source}{share}", *said]
@@ -258,7 +258,7 @@ def build_model(
     return detector, [f"weights of {source}: {load_initial_weights(detector, source)}"]
 
 
-def refuse_what_cannot_train(args: argparse.Namespace) -> None:
+def validate_args(args: argparse.Namespace) -> None:
     refuse_augmentation(args)
     if args.llvip_root is not None and args.data_root is None:
         raise InputError("--llvip-root goes with --data-root; without it the old domain is drawn")
@@ -290,11 +290,11 @@ def full_weights(args: argparse.Namespace, detector: macl.PairedFasterRCNN) -> d
     return weights
 
 
-def set_course(args: argparse.Namespace, detector, full: dict[str, float], *, step: int, total: int, epoch: int):
+def apply_schedules(args: argparse.Namespace, detector, full: dict[str, float], *, step: int, total: int, epoch: int):
     """What changes from step to step: the weights of the losses, which it returns, the reversal, the hard negatives."""
     kinds = {f"loss_{name}": getattr(args, f"{name}_ramp") for name in ("macl", "dhn", "mmd", "adversary")}
     kinds["loss_mmd_domains"] = args.mmd_ramp
-    detector.reversal_scale = dann_scale(step / total)
+    detector.reversal_scale = grl_schedule(step / total)
     if args.dhn_size:
         stage = bisect.bisect_left(args.dhn_milestones, epoch)  # milestones that are over, epochs counting from 1
         detector.macl.hard.k = args.dhn_k[min(stage, len(args.dhn_k) - 1)]
@@ -305,7 +305,7 @@ def set_course(args: argparse.Namespace, detector, full: dict[str, float], *, st
 def validate_both(detector, new, old, args, device, between) -> tuple[dict, list[dict]]:
     """Figures on the new domain, miss rates among them, those of the old one under "old"; the new one's results."""
     figures, results = validate(detector, new, args, device, between)
-    figures["miss_rate"] = miss_rate_figures(results)
+    figures["miss_rate"] = miss_rate_metrics(results)
     if old is not None:
         figures["old"], _ = validate(detector, old, args, device, between)
     return figures, results
@@ -321,12 +321,12 @@ def both_text(figures: dict) -> str:
     return "\n".join(lines)
 
 
-def figure_to_raise(figures: dict, by: str) -> tuple[float, float]:
+def selection_metric(figures: dict, by: str) -> tuple[float, float]:
     """The figure on the new domain that chooses best.pt and ends the run, with both cameras, and what breaks ties."""
     if by != "miss-rate":
-        return best_figure(figures, by)
+        return best_metric(figures, by)
     rate = next(iter(figures["miss_rate"].values()), {}).get("reasonable all")
-    return -math.inf if rate is None else -rate, best_figure(figures, "ap")[1]
+    return -math.inf if rate is None else -rate, best_metric(figures, "ap")[1]
 
 
 class ZeroWatch:
@@ -344,14 +344,14 @@ class ZeroWatch:
     def __call__(self, losses: dict[str, float]) -> None:
         for name in self.zeros.keys() & losses.keys():
             self.zeros[name] = self.zeros[name] + 1 if losses[name] == 0 else 0
-            if self.zeros[name] == MOST_ZEROS:
-                raise InputError(f"{name} was exactly 0 in {MOST_ZEROS} steps in a row: {self.REASONS[name]}")
+            if self.zeros[name] == MAX_ZEROS:
+                raise InputError(f"{name} was exactly 0 in {MAX_ZEROS} steps in a row: {self.REASONS[name]}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     device = distributed.start(args.device)
-    refuse_what_cannot_train(args)
+    validate_args(args)
     again = checkpoint.find_resume(args.resume, args.output, SCRIPT)
     if again is None and args.init_from is None:
         args.init_from = newest_stage1()
@@ -368,7 +368,7 @@ def main(arguments: list[str] | None = None) -> None:
         detector.neck.compile()
     average = ema(detector, args.ema_decay) if args.ema_decay else None
 
-    if isinstance(train_data, Joint):
+    if isinstance(train_data, JointDataset):
         lengths = tuple(map(len, train_data.parts))
         sampler = BalancedSampler(lengths, args.batch_size, share=args.old_share, seed=args.seed)
     else:
@@ -380,16 +380,16 @@ def main(arguments: list[str] | None = None) -> None:
     freeze_unreached(detector, full)
     detector.backbone.freeze(min(args.freeze_stages))  # the optimizer knows all that is ever trained
     optimizer, schedule = build_optimisation(args, detector, steps_per_epoch, lr_scale=dict(args.lr_scale))
-    stepper = Stepper(
+    stepper = TrainStep(
         detector, optimizer, losses_of=lambda batch: stepper.model(**detector_inputs(batch, device)), weights=full,
-        describe=lambda batch: batch["path"], figures_of=lambda: detector.monitor, device=device, schedule=schedule,
+        describe=lambda batch: batch["path"], metrics_of=lambda: detector.monitor, device=device, schedule=schedule,
         average=average, amp=args.amp, clip_norm=args.clip_norm,
     )  # fmt: skip
     state = TrainingState(SCRIPT, detector, average, optimizer, schedule, stepper, sampler)
     torch.manual_seed(args.seed * 1000 + distributed.rank())  # each process samples its own RoIs
 
     if args.check:
-        stepper.weights |= set_course(args, detector, full, step=1, total=total_steps, epoch=1)
+        stepper.weights |= apply_schedules(args, detector, full, step=1, total=total_steps, epoch=1)
         parts = getattr(train_data, "parts", (train_data,))
         data = dict(zip(("training", "training, old domain"), parts, strict=False)) | {"validation": val_data}
         check(said + about_model, data, stepper, loader, detector)
@@ -421,7 +421,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def step(batches: list, epoch: int) -> None:
         number = stepper.steps + 1
-        stepper.weights |= set_course(args, detector, full, step=number, total=total_steps, epoch=epoch)
+        stepper.weights |= apply_schedules(args, detector, full, step=number, total=total_steps, epoch=epoch)
         report = args.gradient_report and number % args.gradient_report == 0
         parts = {"backbone": detector.backbone, "neck": detector.neck} if report else None
         result = stepper(batches, parts=parts)
@@ -431,7 +431,7 @@ def main(arguments: list[str] | None = None) -> None:
         watch(result.losses)
         log.train(stepper.steps, {
             "epoch": epoch, "loss": result.total, **result.losses, "lr": result.lr,
-            "grad_norm": result.grad_norm, **result.figures,
+            "grad_norm": result.grad_norm, **result.metrics,
             "images_per_second": throughput.update(images), "memory_gib": peak_memory(device),
         }, unprinted={"weights": stepper.weights})  # fmt: skip
         if result.gradients:
@@ -447,7 +447,7 @@ def main(arguments: list[str] | None = None) -> None:
         if distributed.is_main():
             draw_validation(folder, epoch, val_data, results, detector.kwargs["classes"])
         throughput.restart()
-        figure, stale = figure_to_raise(figures, args.best_by), stale + 1
+        figure, stale = selection_metric(figures, args.best_by), stale + 1
         if figure > best or stepper.steps == 0:
             best, stale = figure, 0
             return f"best {args.best_by} so far: " + (
@@ -460,7 +460,7 @@ def main(arguments: list[str] | None = None) -> None:
     run_epochs(args, loader, sampler, stepper, log, **hooks)
 
 
-def freeze(args: argparse.Namespace, detector, stepper: Stepper, epoch: int) -> str:
+def freeze(args: argparse.Namespace, detector, stepper: TrainStep, epoch: int) -> str:
     """Freeze what is frozen in this epoch, for DDP too, and say what is trained."""
     frozen = args.freeze_stages[min(epoch, len(args.freeze_stages)) - 1]
     detector.backbone.freeze(frozen)

@@ -27,7 +27,7 @@ from statistics import fmean, stdev
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from training.errors import InputError, one_sentence
+from trainkit.errors import InputError, one_sentence
 
 BATCH_SIZE = 4
 OLD_PAIRS = 1  # of each batch of stage 2, from the domain of stage 1

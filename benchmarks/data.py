@@ -23,7 +23,7 @@ from torchvision.transforms import ColorJitter
 from torchvision.transforms import functional as v1
 
 from benchmarks import common
-from macl.data import LLVIP, Augmented, PairedAugmentation, SyntheticPairs
+from macl.data import LLVIP, AugmentedDataset, PairedAugmentation, SyntheticPairs
 from macl.data.voc import read_voc
 
 BOX = (
@@ -71,7 +71,7 @@ def write_pairs(root: Path, count: int) -> None:
 def measure(dataset: LLVIP, count: int, size: int, rounds: int) -> list[str]:
     """The report's paragraphs on the first `count` pairs."""
     augmentation = PairedAugmentation(sizes=(size,), brightness=0.2, contrast=0.2, gain=0.1, offset=0.05)
-    ours, plain = Augmented(dataset, augmentation, seed=0), PlainPipeline(dataset, size)
+    ours, plain = AugmentedDataset(dataset, augmentation, seed=0), PlainPipeline(dataset, size)
     functions = {
         "PIL + torchvision v1": lambda: [plain[index] for index in range(count)],
         "this project": lambda: [ours[0, index] for index in range(count)],

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import training.host  # noqa: F401  before torch
+import trainkit.process_setup  # noqa: F401  before torch
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,13 @@ from torchvision.ops import roi_align
 import fgclip
 from benchmarks import common
 from fgclip.batches import Collate
-from training.loader import to_device
+from trainkit.loader import to_device
 from fgclip.losses import PairBank, contrast_pairs, hard_negative_loss, symmetric_loss
 from fgclip.model import unit
 from fgclip.synthetic import PHRASES, SyntheticRegions
 from fgclip.tokenizer import learn_merges
 from fgclip.transformer import quick_gelu
-from training.arguments import int_list
+from trainkit.arguments import int_list
 
 SIZES = {
     "small": dict(

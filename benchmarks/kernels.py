@@ -323,7 +323,7 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.keep_memory:
-        import training.host  # noqa: F401  importing it is what it is for
+        import trainkit.process_setup  # noqa: F401  importing it is what it is for
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.memory_of:
         return report_memory(*arguments.memory_of)

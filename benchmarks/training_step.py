@@ -6,7 +6,7 @@
 Both detectors are ResNet-50 FPN with frozen batch norms and the same weights. They see the same images and boxes, keep
 as many proposals and sample as many RoIs. Each runs in a process of its own. Their steps (forward and backward, no
 optimizer) take turns. On a CPU torchvision's runs twice: in a process set up as our training scripts set up theirs
-(training/host.py), and in one as it comes.
+(trainkit/process_setup.py), and in one as it comes.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 PLAIN = "torchvision, process as it comes"
 if "--serve" in sys.argv and PLAIN not in sys.argv:  # not in the process that starts them: they inherit its environment
-    import training.host  # noqa: F401  before torch
+    import trainkit.process_setup  # noqa: F401  before torch
 
 import torch
 from torchvision.models.detection import FasterRCNN

@@ -16,7 +16,7 @@ from fgclip.images import preprocess
 from fgclip.losses import caption_ids
 from fgclip.regions import BoxStatistics, usable_boxes
 from fgclip.tokenizer import Tokenizer
-from training.errors import InputError
+from trainkit.errors import InputError
 
 
 @dataclass
@@ -45,9 +45,9 @@ def usable_regions(record: Record, most: int | None = None, statistics: BoxStati
 class RegionDataset(Dataset):
     """Samples of records whose images lie below a folder.
 
-    Keys are indices, or pairs (epoch, index) as `training.sampler` makes them: which of several captions and phrases is
+    Keys are indices, or pairs (epoch, index) as `trainkit.sampler` makes them: which of several captions and phrases is
     drawn depends on (seed, epoch, index) alone, so workers do not matter.
-    most_regions: the first so many usable boxes of an image are taken. image_size: side in pixels of the square.
+    max_regions: the first so many usable boxes of an image are taken. image_size: side in pixels of the square.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class RegionDataset(Dataset):
         image_root: str | Path,
         *,
         image_size: int,
-        most_regions: int | None = 4,
+        max_regions: int | None = 4,
         seed: int = 0,
     ):
         self.records, self.image_root, self.image_size = records, Path(image_root), image_size
-        self.most_regions, self.seed = most_regions, seed
+        self.max_regions, self.seed = max_regions, seed
 
     def __len__(self) -> int:
         return len(self.records)
@@ -73,11 +73,11 @@ class RegionDataset(Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         record = self.record(index)
         pixels = preprocess(record.picture(self.image_root), self.image_size)
-        return make_sample(record, pixels, random.Random(f"{self.seed} {epoch} {index}"), self.most_regions)
+        return make_sample(record, pixels, random.Random(f"{self.seed} {epoch} {index}"), self.max_regions)
 
 
-def make_sample(record: Record, pixels: Tensor, draw: random.Random, most_regions: int | None) -> Sample:
-    boxes, regions = usable_regions(record, most_regions)
+def make_sample(record: Record, pixels: Tensor, draw: random.Random, max_regions: int | None) -> Sample:
+    boxes, regions = usable_regions(record, max_regions)
     return Sample(
         pixels=pixels,
         short=draw.choice(record.short) if record.short else None,

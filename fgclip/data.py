@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-import training.files as files
+import trainkit.files as files
 from fgclip.images import read_image
 from fgclip.regions import from_xywh
-from training.errors import InputError
+from trainkit.errors import InputError
 
 # Up to a brace outside of strings. Possessive throughout, so that a damaged file costs one pass and no more.
 TO_NEXT_BRACE = re.compile(rb'[^{}"]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^{}"]*+)*+([{}])', re.DOTALL)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-import training.distributed as distributed
+import trainkit.distributed as distributed
 from fgclip.batches import Sample, Texts, usable_regions
 from fgclip.data import Record
 from fgclip.images import preprocess
 from fgclip.model import FGCLIP, unit
 from fgclip.tokenizer import Tokenizer
-from training.errors import InputError
-from training.loader import make_loader, to_device
+from trainkit.errors import InputError
+from trainkit.loader import make_loader, to_device
 
 AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 

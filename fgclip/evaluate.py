@@ -21,7 +21,7 @@ import torch
 from fgclip.data import COCO, FGOVD, FineHARD, Record, files_in
 from fgclip.embedding import AUTOCAST, Embedder, Views
 from fgclip.evaluation_data import DCI, ClassFolders, COCOBoxes, Flickr30k, ShareGPT4V, by_image
-from fgclip.held_out import held_out_figures
+from fgclip.held_out import held_out_metrics
 from fgclip.loading import check_image_size, load_model
 from fgclip.model import FGCLIP
 from fgclip.prompts import TEMPLATES, read_templates
@@ -29,10 +29,10 @@ from fgclip.synthetic import PLACEMENTS, SyntheticRegions
 from fgclip.tokenizer import Tokenizer
 from fgclip.transformer import ACTIVATIONS
 from fgclip.zero_shot import box_figures, choice_figures, folder_figures, retrieval_figures
-from training import distributed
-from training.arguments import make_parser, non_negative_int, positive_int
-from training.errors import InputError, one_sentence
-from training.files import write_json
+from trainkit import distributed
+from trainkit.arguments import make_parser, non_negative_int, positive_int
+from trainkit.errors import InputError, one_sentence
+from trainkit.files import write_json
 
 FORMATS = ("coco", "flickr30k", "finehard", "sharegpt4v", "dci")
 # The flags of each task and what they are where they are not given; None: there is no default.
@@ -173,7 +173,7 @@ def evaluate(args: argparse.Namespace, embedder: Embedder) -> tuple[dict[str, di
 
     if args.task == "synthetic":
         data = SyntheticRegions(args.count, seed=args.seed, image_size=args.image_size, placement=args.placement)
-        return held_out_figures(embedder, data), [f"{args.count} drawn scenes of seed {args.seed}, {args.placement}"]
+        return held_out_metrics(embedder, data), [f"{args.count} drawn scenes of seed {args.seed}, {args.placement}"]
     if args.task in ("retrieval", "long-retrieval"):
         records = captioned_records(args)
         figures, said = retrieval_figures(embedder, records, views(records), long=args.task == "long-retrieval")
@@ -189,12 +189,12 @@ def evaluate(args: argparse.Namespace, embedder: Embedder) -> tuple[dict[str, di
     templates = read_templates(args.templates) if args.templates else TEMPLATES
     if args.task == "boxes":
         data = COCOBoxes(args.annotations[0])
-        records, figures_of = first_records(data, args), box_figures
+        records, metrics_of = first_records(data, args), box_figures
     else:
         data = ClassFolders(args.image_root, args.class_names)
         count = min(args.limit or len(data), len(data))
-        records, figures_of = [data[i * len(data) // count] for i in range(count)], folder_figures
-    figures, said = figures_of(embedder, records, views(records), data.categories, templates)
+        records, metrics_of = [data[i * len(data) // count] for i in range(count)], folder_figures
+    figures, said = metrics_of(embedder, records, views(records), data.categories, templates)
     if args.class_names:
         pairs = zip(data.folders, data.categories, strict=True)
         said += "; folders: " + ", ".join(f"{folder} = {name}" for folder, name in pairs)

@@ -16,8 +16,8 @@ from fgclip.data import (
     scaled,
     size_of,
 )
-from training.errors import InputError
-from training.files import is_image, natural, read_json, read_lines
+from trainkit.errors import InputError
+from trainkit.files import is_image, natural, read_json, read_lines
 
 
 class Flickr30k(Sequence):

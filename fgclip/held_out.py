@@ -10,7 +10,7 @@ from fgclip.validation import region_figures
 from fgclip.zero_shot import recall_rows
 
 
-def held_out_figures(embedder: Embedder, data: SyntheticRegions) -> dict[str, dict]:
+def held_out_metrics(embedder: Embedder, data: SyntheticRegions) -> dict[str, dict]:
     """regions: `region_figures`; features: mean cosine of matched and unmatched pairs, effective rank of the regions';
     hard: accuracy among each phrase and its alterations; and recall of whole scenes by short and by long captions."""
     records = [data.record(i) for i in range(len(data))]

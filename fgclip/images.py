@@ -8,13 +8,13 @@ from PIL import Image
 from torch import Tensor
 
 from fgclip.model import PIXEL_MEAN, PIXEL_STD
-from training.files import MAX_PIXELS, inside, open_image
+from trainkit.files import MAX_PIXELS, inside, open_image
 
 __all__ = ["inside", "normalise", "preprocess", "read_image"]
 
 
 def read_image(path: str | Path, source: str = "") -> Image.Image:
-    """An RGB image; `source` says what named it. Raises InputError as `training.files.open_image` does."""
+    """An RGB image; `source` says what named it. Raises InputError as `trainkit.files.open_image` does."""
     return open_image(path, source)
 
 

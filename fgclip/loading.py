@@ -7,8 +7,8 @@ from fgclip.model import FGCLIP
 from fgclip.tokenizer import Tokenizer, checked_merges
 from fgclip.weight_files import read_run
 from fgclip.weights import LoadReport, build_empty, fill, load_clip_weights
-from training.errors import InputError
-from training.files import state_dict_of
+from trainkit.errors import InputError
+from trainkit.files import state_dict_of
 
 SCRIPT = "fgclip"  # what a run's checkpoint calls the script that wrote it
 MAX_IMAGE_SIZE = 4096  # pixels, of the square that a model is shown

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fgclip.model import unit
 from kernels import MemoryBank, contrastive_loss
-from training.distributed import gather, gather_and_place, global_mean
+from trainkit.distributed import gather, gather_and_place, global_mean
 
 
 class Negatives(NamedTuple):

@@ -5,10 +5,10 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-import training.distributed as distributed
+import trainkit.distributed as distributed
 from fgclip.losses import PairBank, Pairs, contrast_pairs, hard_negative_loss, symmetric_loss
 from fgclip.model import FGCLIP, unit
-from training.loader import to_device
+from trainkit.loader import to_device
 
 KINDS = {"long": 0, "short": 0, "region": 1, "hard": 2}  # what each loss is a mean over: a column of `pair_counts`
 
@@ -43,7 +43,7 @@ class Objective:
     def begin(self, batches: list[dict]) -> None:
         """Count what the step's micro-batches hold, over all ranks, and forget the last step's figures."""
         counts = torch.tensor([pair_counts(batch) for batch in batches], dtype=torch.float64)
-        self.counts = distributed.sum_across(counts)  # (micro-batches, 3)
+        self.counts = distributed.all_reduce_sum(counts)  # (micro-batches, 3)
         totals = self.counts.sum(0)
         self.factors = torch.where(totals > 0, distributed.world_size() * len(batches) / totals, 0.0).tolist()
         self.micro_batch, self.sums, self.ranges = 0, {}, {}
@@ -127,7 +127,7 @@ class Objective:
         """
         keys = list(self.sums)
         values = [torch.as_tensor(self.sums[key], dtype=torch.float64, device=self.device) for key in keys]
-        total = dict(zip(keys, distributed.sum_across(torch.stack(values).cpu()).tolist(), strict=True))
+        total = dict(zip(keys, distributed.all_reduce_sum(torch.stack(values).cpu()).tolist(), strict=True))
 
         def mean(group: str, value: str, count: str) -> float:
             return total[group, value] / total[group, count] if total[group, count] else float("nan")

@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from fgclip.model import unit
-from training.errors import InputError
-from training.files import read_lines, shown
+from trainkit.errors import InputError
+from trainkit.files import read_lines, shown
 
 PHOTO = "a photo of a {}."
 TEMPLATES = (

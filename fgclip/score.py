@@ -21,10 +21,10 @@ from fgclip.images import preprocess, read_image
 from fgclip.model import FGCLIP, unit
 from fgclip.regions import usable_boxes
 from fgclip.tokenizer import Tokenizer
-from training import distributed
-from training.arguments import make_parser
-from training.errors import InputError, one_sentence
-from training.files import read_lines
+from trainkit import distributed
+from trainkit.arguments import make_parser
+from trainkit.errors import InputError, one_sentence
+from trainkit.files import read_lines
 
 
 def box(text: str) -> tuple[float, ...]:

@@ -105,7 +105,7 @@ class SyntheticRegions(Dataset):
 
     Every object has a colour, a texture and a shape (192 phrases), and 10 hard negatives, which differ from its phrase
     in one of them. placement: "grid" puts one object in each quarter, "free" two to four anywhere, in any size.
-    most_regions: of more objects so many, drawn anew for every visit, are the regions of the sample; all are seen.
+    max_regions: of more objects so many, drawn anew for every visit, are the regions of the sample; all are seen.
     Scenes with a red object carry the label 1.
     """
 
@@ -116,12 +116,12 @@ class SyntheticRegions(Dataset):
         seed: int,
         image_size: int = 64,
         placement: str = "grid",
-        most_regions: int | None = None,
+        max_regions: int | None = None,
     ):
         if placement not in PLACEMENTS:
             raise ValueError(f"placement {placement!r} is not one of {', '.join(PLACEMENTS)}")
         self.count, self.seed, self.image_size, self.placement = count, seed, image_size, placement
-        self.most_regions = most_regions
+        self.max_regions = max_regions
 
     def __len__(self) -> int:
         return self.count
@@ -135,8 +135,8 @@ class SyntheticRegions(Dataset):
         plan = self._plan(index)
         draw = random.Random(f"{self.seed} {epoch} {index}")
         record = self._record(index, *plan)
-        if self.most_regions is not None and self.most_regions < len(record.regions):
-            record = replace(record, regions=tuple(draw.sample(record.regions, self.most_regions)))
+        if self.max_regions is not None and self.max_regions < len(record.regions):
+            record = replace(record, regions=tuple(draw.sample(record.regions, self.max_regions)))
         return make_sample(record, normalise(self._draw(index, *plan)), draw, None)
 
     def _plan(self, index: int) -> tuple[np.ndarray, list[tuple[str, str, str]]]:

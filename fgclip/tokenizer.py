@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.errors import InputError
-from training.files import parse_json, reason, regular_file, shown
+from trainkit.errors import InputError
+from trainkit.files import parse_json, reason, regular_file, shown
 
 try:
     import ftfy

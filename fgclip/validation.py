@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-import training.distributed as distributed
+import trainkit.distributed as distributed
 from fgclip.batches import Collate
 from fgclip.metrics import choice_accuracy, effective_rank, pair_cosines, retrieval_recall
 from fgclip.model import FGCLIP, unit
-from training.loader import make_loader, to_device
+from trainkit.loader import make_loader, to_device
 
 AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 CANDIDATES = 132  # captions that a region is held against, its own among them
@@ -99,7 +99,7 @@ def region_figures(region: Tensor, text: Tensor, ids: Tensor, logit_scale: float
     )
 
 
-def validation_figures(found: dict[str, Tensor], logit_scale: float) -> dict[str, dict[str, float]]:
+def validation_metrics(found: dict[str, Tensor], logit_scale: float) -> dict[str, dict[str, float]]:
     """Figures of what `embed` found, as far as there is something to choose from.
 
     region: `region_figures` with the region's scale, cosine and cosine_unmatched, effective_rank and that of the
@@ -145,7 +145,7 @@ def validation_text(figures: dict[str, dict[str, float]]) -> str:
     return "; ".join(said) or "nothing to choose from"
 
 
-def best_figure(figures: dict[str, dict[str, float]], by: str) -> tuple[float, float]:
+def best_metric(figures: dict[str, dict[str, float]], by: str) -> tuple[float, float]:
     """What chooses a checkpoint: R@1 of "region", accuracy of "hard", or R@1 of "captions", -1 without; and, to break
     ties, the regions' loss turned round."""
     tie = -figures["region"]["loss"] if "region" in figures else 0.0

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import training.files as files
-from training.errors import InputError
-from training.files import inside, number, read_torch, regular_file, shown, state_dict_of
+import trainkit.files as files
+from trainkit.errors import InputError
+from trainkit.files import inside, number, read_torch, regular_file, shown, state_dict_of
 
 WEIGHT_FILES = (
     "model.safetensors",

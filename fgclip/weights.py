@@ -16,8 +16,8 @@ from fgclip.model import FGCLIP
 from fgclip.text import stretch_positions
 from fgclip.transformer import ACTIVATIONS
 from fgclip.weight_files import read_config, read_weights
-from training.errors import InputError
-from training.files import number, reason, shown, whole_file, write_json
+from trainkit.errors import InputError
+from trainkit.files import number, reason, shown, whole_file, write_json
 
 VISION, TEXT = "vision_model.embeddings.", "text_model.embeddings."
 OPENAI_TENSORS = {

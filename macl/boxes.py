@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision import ops
 
 BELOW, BETWEEN = -1, -2  # what `match` says of a box that matched nothing
-LARGEST_LOG_RATIO = math.log(1000.0 / 16)  # a decoded side grows by at most this factor
+MAX_LOG_RATIO = math.log(1000.0 / 16)  # a decoded side grows by at most this factor
 
 
 class AnchorGenerator(nn.Module):
@@ -76,7 +76,7 @@ class BoxCoder:
         references = references.to(offsets.dtype).view(-1, *[1] * (offsets.dim() - 2), 4)
         size = references[..., 2:] - references[..., :2]
         centre = references[..., :2] + 0.5 * size + offsets[..., :2] * size
-        half = 0.5 * size * torch.exp(offsets[..., 2:].clamp(max=LARGEST_LOG_RATIO))
+        half = 0.5 * size * torch.exp(offsets[..., 2:].clamp(max=MAX_LOG_RATIO))
         return torch.cat([centre - half, centre + half], dim=-1)
 
 

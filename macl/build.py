@@ -20,8 +20,8 @@ from macl.msp import MSPReweight
 from macl.roi_head import RoIHead
 from macl.rpn import RPN, RPNHead
 from macl.weights import load_torchvision_weights, read_state
-from training.errors import InputError
-from training.files import check_like, number, shown
+from trainkit.errors import InputError
+from trainkit.files import check_like, number, shown
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MACL_LEVELS = ("roi", "image", "none")

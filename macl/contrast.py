@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-import training.distributed as distributed
+import trainkit.distributed as distributed
 from macl.hard_negatives import HARD_MODES, HardNegatives, hard_negative_loss, hard_negatives, in_denominator, softplus
 from macl.projector import PROJECTOR_NORMS, embed, projector
 
@@ -168,7 +168,7 @@ class MACLHead(nn.Module):
     def _statistics(self, sums: list[dict[str, Tensor]], keys: dict[str, Tensor]) -> dict[str, Tensor]:
         """Figures over all processes, means over the directions."""
         names = list(sums[0])
-        total = distributed.sum_across(
+        total = distributed.all_reduce_sum(
             torch.stack([torch.stack([one[name].double() for name in names]) for one in sums])
         )
         total = dict(zip(names, total.unbind(1), strict=True))  # (directions,) each

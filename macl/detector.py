@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-import training.distributed as distributed
+import trainkit.distributed as distributed
 from macl.backbone import Backbone
 from macl.contrast import MACLHead
 from macl.domain import DomainAlignment, pool

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import training.distributed as distributed
+import trainkit.distributed as distributed
 from macl.precision import at_least_float32
 
 MMD_LEVELS = ("none", "embedding", "pyramid")
@@ -79,7 +79,7 @@ def gradient_reversal(x: Tensor, scale: float) -> Tensor:
     return _Reverse.apply(x, scale)
 
 
-def dann_scale(progress: float) -> float:
+def grl_schedule(progress: float) -> float:
     """The published schedule of that scale: 2 / (1 + exp(-10 p)) - 1 for a progress p from 0 to 1 (Ganin et al. 2016,
     section 5.2), counted in steps: 0 at the start, 0.9999 at the end."""
     return 2 / (1 + math.exp(-10 * progress)) - 1
@@ -184,7 +184,7 @@ class DomainAlignment(nn.Module):
         data set of each. -> losses loss_mmd and, with several data sets, loss_mmd_domains, the mean over the pairs of
         data sets and the modalities that have two rows at least each; for the log mmd_bandwidth and mmd_rows.
         """
-        features = {name: distributed.gather_with_gradient(at_least_float32(rows)) for name, rows in features.items()}
+        features = {name: distributed.all_gather_with_grad(at_least_float32(rows)) for name, rows in features.items()}
         visible, infrared = features["visible"], features["infrared"]
         loss, bandwidth = self._mmd(visible, infrared, paired=self.mmd_unbiased)
         losses = {"loss_mmd": loss}
@@ -226,7 +226,7 @@ class DomainAlignment(nn.Module):
         loss = distributed.global_mean(F.cross_entropy(logits, labels, reduction="sum"), len(rows))
         with torch.no_grad():
             right = (logits.argmax(dim=1) == labels).sum()
-            total = distributed.sum_across(torch.stack([right, torch.full_like(right, len(rows))]))
+            total = distributed.all_reduce_sum(torch.stack([right, torch.full_like(right, len(rows))]))
         return {"loss_adversary": loss}, {"adversary_accuracy": total[0] / total[1]}
 
 

@@ -1,5 +1,5 @@
 """What a person can mend: bad files, folders, values."""
 
-from training.errors import InputError
+from trainkit.errors import InputError
 
 __all__ = ["InputError"]

@@ -27,8 +27,8 @@ from macl.validation import (
     AUTOCAST,
     PEOPLE,
     SCORE_THRESHOLD,
-    alignment_figures,
-    detection_figures,
+    alignment_metrics,
+    detection_metrics,
     miss_rate_curves,
     miss_rate_tables,
     miss_rate_text,
@@ -36,10 +36,10 @@ from macl.validation import (
     table,
 )
 from macl.weights import read_state
-from training import distributed
-from training.arguments import fraction, make_parser, non_negative_int, positive_int
-from training.errors import InputError, one_sentence
-from training.files import write_json
+from trainkit import distributed
+from trainkit.arguments import fraction, make_parser, non_negative_int, positive_int
+from trainkit.errors import InputError, one_sentence
+from trainkit.files import write_json
 
 DOMAINS = {"night": NIGHT, "day-and-night": DAY_AND_NIGHT}
 ONE_DATASET = {"split": "llvip", "image_set": "kaist", "annotations": "kaist", "detections": "kaist"}
@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         (results, source), misaligned = read_results(args), []
     if distributed.is_main():
-        detection, agreement = detection_figures(results, most), alignment_figures(results)
+        detection, agreement = detection_metrics(results, most), alignment_metrics(results)
         miss_rates = miss_rate_tables(results)
         print(source)
         print(table(detection, most))

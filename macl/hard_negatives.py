@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-import training.distributed as distributed
+import trainkit.distributed as distributed
 from macl.precision import at_least_float32
 from macl.projector import embed
 

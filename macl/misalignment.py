@@ -1,8 +1,8 @@
 """How a detector stands cameras that are not registered: its figures while one modality is moved aside."""
 
-from macl.data import Misaligned
+from macl.data import MisalignedDataset
 from macl.detector import PairedFasterRCNN
-from macl.validation import aligned, detection_figures, miss_rate_figures, predict
+from macl.validation import aligned, detection_metrics, miss_rate_metrics, predict
 
 OTHER = {"visible": "infrared", "infrared": "visible"}
 
@@ -18,7 +18,7 @@ def misalignment_figures(
     """
     lines = [{"name": "0 pixels", "pixels": 0, **headline(results, "both", most)}]
     for step in pixels:
-        shifted = Misaligned(dataset, modality=modality, pixels=step)
+        shifted = MisalignedDataset(dataset, modality=modality, pixels=step)
         found = predict(detector, shifted, modes={"both": detector.modes["both"]}, **run)
         lines.append({"name": f"{step} pixels", "pixels": step, **headline(found, "both", most)})
     if OTHER[modality] in results[0]["found"]:
@@ -30,8 +30,8 @@ def misalignment_figures(
 def headline(results: list[dict], mode: str, most: int) -> dict:
     """AP50 as a fraction and, where it is known, the miss rate of reasonable in percent; of one mode."""
     one = [result | {"found": {mode: result["found"][mode]}} for result in results]
-    figures = {"ap50": detection_figures(one, most)[mode]["ap50"]}
-    miss_rates = miss_rate_figures(one)
+    figures = {"ap50": detection_metrics(one, most)[mode]["ap50"]}
+    miss_rates = miss_rate_metrics(one)
     return figures | {"miss_rate": miss_rates[mode]["reasonable all"]} if miss_rates else figures
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from training.errors import InputError
+from trainkit.errors import InputError
 
 
 def at_least_float32(x: Tensor) -> Tensor:

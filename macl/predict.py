@@ -14,9 +14,9 @@ import torch
 from macl.build import load_detector
 from macl.data import find_pairs, read_pair, to_float
 from macl.plots import draw_detections
-from training.arguments import fraction, make_parser
-from training.errors import InputError, one_line, one_sentence
-from training.files import whole_file, write_json
+from trainkit.arguments import fraction, make_parser
+from trainkit.errors import InputError, one_line, one_sentence
+from trainkit.files import whole_file, write_json
 
 
 @torch.inference_mode()

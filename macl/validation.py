@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-import training.distributed as distributed
+import trainkit.distributed as distributed
 from macl.data import Plain, collate, to_float
 from macl.detector import Extracted, PairedFasterRCNN
 from macl.metrics import alignment, average_precision, ignore_all_but, miss_rate_curve, miss_rate_table, seen_in
 from macl.metrics.average_precision import MAX_DETECTIONS, MEASURES
 from macl.metrics.miss_rate import DAYTIMES, FRAME
 from macl.plots import draw_detections, tsne_picture
-from training.files import whole_file
-from training.loader import make_loader
+from trainkit.files import whole_file
+from trainkit.loader import make_loader
 
 SCORE_THRESHOLD = 0.001  # for figures; below a detector's own, which is for looking at
 AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -102,7 +102,7 @@ def classes_of(results: list[dict]) -> Sequence[str]:
     return results[0].get("classes", PEOPLE) if results else PEOPLE
 
 
-def detection_figures(results: list[dict], max_detections: int = MAX_DETECTIONS) -> dict[str, dict]:
+def detection_metrics(results: list[dict], max_detections: int = MAX_DETECTIONS) -> dict[str, dict]:
     """Mode -> ap50, ap75, ap, recall (fractions; None without boxes), and where the data set knows in which modality
     each box can be seen, ap50 of those alone: ap50_seen_in_both, ..._visible_only, ..._infrared_only. Of several
     classes the four are means, and per_class has those of each by name.
@@ -130,7 +130,7 @@ def detection_figures(results: list[dict], max_detections: int = MAX_DETECTIONS)
     return figures
 
 
-def miss_rate_figures(results: list[dict]) -> dict[str, dict[str, float | None]]:
+def miss_rate_metrics(results: list[dict]) -> dict[str, dict[str, float | None]]:
     """Mode -> row -> log-average miss rate in percent (lower is better), the ten rows of `metrics.miss_rate_table`:
     "reasonable all", "reasonable day", ..., "all"; None where a row has no person.
 
@@ -191,7 +191,7 @@ def to_kaist(boxes: Tensor, result: dict) -> Tensor:
     return boxes if (width, height) == FRAME else boxes * boxes.new_tensor([FRAME[0] / width, FRAME[1] / height] * 2)
 
 
-def alignment_figures(results: list[dict]) -> dict | None:
+def alignment_metrics(results: list[dict]) -> dict | None:
     """`metrics.alignment` of the boxes seen in both modalities, and r1, its mean R@1 of both directions.
 
     To be held against it, r1_seen_in_one: of the boxes seen in only one modality, in a gallery of their own, which
@@ -225,7 +225,7 @@ def mean_recall(figures: dict) -> float | None:
 def table(figures: dict[str, dict], max_detections: int | None = None) -> str:
     """The modes' figures as aligned text, in percent, one mode a row, below it its classes where it has several.
 
-    max_detections: what `detection_figures` was given, for a last line that tells it.
+    max_detections: what `detection_metrics` was given, for a last line that tells it.
     """
     columns = [name for name in next(iter(figures.values())) if name != "per_class"]
     titles = [name.replace("ap50_seen_in_", "AP50 seen in ").replace("_", " ").replace("ap", "AP") for name in columns]
@@ -262,7 +262,7 @@ def aligned(rows: list[list[str]]) -> str:
 
 
 def validation_text(figures: dict, untrained: float | None) -> str:
-    """The figures of `detection_figures` and, under "alignment", of `alignment_figures`, for people."""
+    """The figures of `detection_metrics` and, under "alignment", of `alignment_metrics`, for people."""
     lines = ["", table({mode: values for mode, values in figures.items() if mode != "alignment"})]
     agreement = figures["alignment"]
     if agreement is not None and agreement["r1"] is not None:

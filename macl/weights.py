@@ -11,8 +11,8 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from macl.backbone import BACKBONES, Bottleneck
-from training.errors import InputError
-from training.files import read_torch, state_dict_of
+from trainkit.errors import InputError
+from trainkit.files import read_torch, state_dict_of
 
 # torchvision's names -> ours; the first two rows bring its names from before version 0.14 to the later ones.
 RENAMES = [

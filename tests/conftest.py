@@ -1,6 +1,6 @@
 """Fixtures that several rooms share."""
 
-import training.host  # noqa: F401, I001  before torch, so that a busy machine does not make the tests crawl
+import trainkit.process_setup  # noqa: F401, I001  before torch, so that a busy machine does not make the tests crawl
 
 import os
 import socket

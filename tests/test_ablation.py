@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import train_stage1
-from training.errors import InputError
+from trainkit.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,7 +15,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 RUN = re.compile(r"(?:torchrun --nproc-per-node \d+|python) (?:-m )?(\S+)(.*)")
 OTHERS = ("pip install", "pytest", "ruff")
 SCRIPTS = ("train_stage1", "train_stage2", "train_fgclip")
-COMMANDS = "macl.evaluate macl.predict fgclip.evaluate fgclip.score training.report benchmarks.ablation".split()
+COMMANDS = "macl.evaluate macl.predict fgclip.evaluate fgclip.score trainkit.report benchmarks.ablation".split()
 
 
 def blocks(path: Path) -> list[str]:
@@ -55,7 +55,7 @@ def parser_of(monkeypatch):
     def run(name: str, arguments: list[str]) -> argparse.ArgumentParser:
         module = importlib.import_module(name)
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-        for reader in ("read_checkpoint", "recorded_flags"):  # the files that the documents name do not exist
+        for reader in ("read_checkpoint", "saved_flags"):  # the files that the documents name do not exist
             if hasattr(module, reader):
                 monkeypatch.setattr(module, reader, lambda *_: {})
         monkeypatch.setattr(sys, "argv", [name, *arguments])
@@ -85,7 +85,7 @@ def test_every_flag_that_a_document_names_exists(parser_of):
     known = {"--nproc-per-node", "--no-index"}
     for name in (*SCRIPTS, *COMMANDS):
         needed = {"macl.predict": "--checkpoint a --output b", "fgclip.evaluate": "--checkpoint a"}
-        needed |= {"fgclip.score": "--checkpoint a --image b", "training.report": "a"}
+        needed |= {"fgclip.score": "--checkpoint a --image b", "trainkit.report": "a"}
         parser = parser_of(name, needed.get(name, "").split())
         known |= {flag for action in parser._actions for flag in action.option_strings}
     for path in DOCUMENTS:

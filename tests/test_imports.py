@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("kernels", "training", "macl", "fgclip")
-SHARED = ("training.distributed", "training.errors", "training.files", "training.loader")
+ROOMS = ("kernels", "trainkit", "macl", "fgclip")
+SHARED = ("trainkit.distributed", "trainkit.errors", "trainkit.files", "trainkit.loader")
 ALLOWED = {
     "kernels": (),
-    "training": (),
+    "trainkit": (),
     "macl": ("kernels", *SHARED),
     "fgclip": ("kernels", *SHARED),
 }
@@ -34,7 +34,7 @@ def test_imports_run_one_way(room):
     for path in files:
         for name, line in imported(path):
             other = name.split(".")[0]
-            if other not in ROOMS or other == room or name == "training":
+            if other not in ROOMS or other == room or name == "trainkit":
                 continue
             fits = any(name == one or name.startswith(one + ".") for one in ALLOWED[room])
             assert fits, f"{path.relative_to(ROOT)}:{line} imports {name}"
@@ -42,12 +42,12 @@ def test_imports_run_one_way(room):
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("train_*.py")), ids=lambda path: path.name)
 def test_scripts_set_up_the_host_before_torch(script):
-    assert next(imported(script))[0] == "training.host"
+    assert next(imported(script))[0] == "trainkit.process_setup"
 
 
 def test_only_one_module_reads_the_environment():
     for room in ROOMS:
         for path in (ROOT / room).rglob("*.py"):
             reads = "os.environ" in path.read_text(encoding="utf-8")
-            known = path.relative_to(ROOT).as_posix() in ("training/distributed.py", "training/host.py")
+            known = path.relative_to(ROOT).as_posix() in ("trainkit/distributed.py", "trainkit/process_setup.py")
             assert not reads or known, f"{path.relative_to(ROOT)} reads the process environment"

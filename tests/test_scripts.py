@@ -15,7 +15,7 @@ from PIL import Image
 
 import train_stage1
 from macl import evaluate, predict, validation
-from training.errors import one_sentence
+from trainkit.errors import one_sentence
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (

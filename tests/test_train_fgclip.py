@@ -16,7 +16,7 @@ from PIL import Image
 import train_fgclip
 from fgclip import FGCLIP, load_model, save_clip_weights, validation
 from fgclip.synthetic import SyntheticRegions
-from training.errors import one_sentence
+from trainkit.errors import one_sentence
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -154,7 +154,7 @@ def test_workers_do_not_change_the_numbers(run, tmp_path):
 
 def test_banks_fill_during_warm_up_and_count_only_after_it(bank_run, tmp_path):
     without = metrics(
-        train(tmp_path / "without", *"--most-regions 1 --lr-base-batch 48 --region-weight 0.1 --max-steps 7".split())
+        train(tmp_path / "without", *"--max-regions 1 --lr-base-batch 48 --region-weight 0.1 --max-steps 7".split())
     )
     steps = metrics(bank_run)
     for line, plain in zip(steps[:5], without, strict=False):
@@ -229,7 +229,7 @@ def test_check_reports_and_writes_nothing(tmp_path, capsys, monkeypatch):
         "--checkpoint-activations --placement free --diagnostics 1 --ema-decay 0 --best-by hard",
         "--long-weight 0 --short-weight 0 --best-by hard --optimizer sgd --clip-norm 0",
         "--region-weight 0 --accumulate 3 --context-length 24 --activation gelu",
-        "--hard-weight 0 --long-weight 0 --most-regions 2 --vocab bytes --bank-size 8 --bank-warmup-steps 0",
+        "--hard-weight 0 --long-weight 0 --max-regions 2 --vocab bytes --bank-size 8 --bank-warmup-steps 0",
     ],
 )
 def test_every_option_trains_a_step(tmp_path, capsys, flags):
@@ -362,7 +362,7 @@ def test_wrong_flags_end_in_one_sentence(run, tmp_path, capsys, monkeypatch):
     assert "unrecognized" in say("--bathc-size 4")
     assert "already holds files" in say("--output", run)
     assert "no other caption" in say("--batch-size 1")
-    assert "no other phrase" in say("--batch-size 1 --most-regions 1 --long-weight 0 --short-weight 0")
+    assert "no other phrase" in say("--batch-size 1 --max-regions 1 --long-weight 0 --short-weight 0")
     assert "has no regions" in say("--stage global --region-weight 1")
     assert "has no regions" in say("--stage global --bank-size 8")
     assert "no weight" in say("--bank-size 8 --region-weight 0")
@@ -390,7 +390,7 @@ def test_wrong_flags_end_in_one_sentence(run, tmp_path, capsys, monkeypatch):
     assert "no room for the start and end tokens" in say("--context-length 1 --long-weight 0")
     assert "of at most 4096" in say("--device cpu --image-size 8192 --init-from", run / "best.pt", tiny=[])
     assert "--resume" in say("--resume nothing")
-    assert "is 2, but the run" in say("--most-regions 2 --resume", run)
+    assert "is 2, but the run" in say("--max-regions 2 --resume", run)
     assert not list(tmp_path.iterdir())
     (tmp_path / "merges.txt").write_text("#version: 1\no r\n")
     changed = ["--vocab", "merges.txt", "--output", "changed", "--max-steps", "1"]

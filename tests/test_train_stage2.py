@@ -17,8 +17,8 @@ import macl
 import train_stage1
 import train_stage2
 from macl import validation
-from training.errors import one_sentence
-from training.gradients import _leaves
+from trainkit.errors import one_sentence
+from trainkit.gradients import _leaves
 
 STAGE_1 = (
     "--synthetic-train 8 --synthetic-val 2 --batch-size 2 --epochs 1 --workers 0 --device cpu --fpn-channels 16 "
@@ -245,10 +245,10 @@ def test_what_is_trained_is_what_losses_with_a_weight_reach(kwargs):
 
 def test_an_alignment_loss_that_stays_zero_stops_the_run():
     watch = train_stage2.ZeroWatch()
-    for _ in range(train_stage2.MOST_ZEROS - 1):
+    for _ in range(train_stage2.MAX_ZEROS - 1):
         watch({"loss_mmd": 0.0, "loss_mmd_domains": 0.0, "loss_classifier": 0.0})
     watch({"loss_mmd": 0.1, "loss_mmd_domains": 0.1})
-    for _ in range(train_stage2.MOST_ZEROS - 1):
+    for _ in range(train_stage2.MAX_ZEROS - 1):
         watch({"loss_mmd": 0.0, "loss_mmd_domains": 0.1})
     with pytest.raises(train_stage2.InputError, match="loss_mmd was exactly 0.*seen in both"):
         watch({"loss_mmd": 0.0, "loss_mmd_domains": 0.1})
@@ -338,6 +338,6 @@ def test_hard_negatives_grow_from_stage_to_stage():
     hard = SimpleNamespace()
     detector, seen = SimpleNamespace(macl=SimpleNamespace(hard=hard)), []
     for epoch in (1, 2, 3, 4):
-        train_stage2.set_course(args, detector, {}, step=epoch, total=4, epoch=epoch)
+        train_stage2.apply_schedules(args, detector, {}, step=epoch, total=4, epoch=epoch)
         seen.append((hard.k, hard.active))
     assert seen == [(4, 32), (8, 64), (8, 64), (16, 64)]  # one epoch, two, and the rest

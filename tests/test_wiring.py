@@ -11,8 +11,8 @@ import train_stage1
 import train_stage2
 from macl.boxes import BELOW, BETWEEN, BoxCoder, match
 from macl.data import DAY_AND_NIGHT, NIGHT, PairedAugmentation
-from macl.domain import dann_scale
-from training import distributed, optimizer, step
+from macl.domain import grl_schedule
+from trainkit import distributed, optimizer, step
 
 DETECTOR = (
     "--synthetic-train 32 --synthetic-val 2 --batch-size 4 --workers 0 --device cpu --fpn-channels 16 --head-width 16 "
@@ -58,18 +58,20 @@ def run(script, flags, names, folder):
 @pytest.fixture(scope="module")
 def stage1(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wiring") / "stage1"
-    return (*run(train_stage1, DETECTOR, ["Stepper", "predict"], folder), folder)
+    return (*run(train_stage1, DETECTOR, ["TrainStep", "predict"], folder), folder)
 
 
 @pytest.fixture(scope="module")
 def stage2(stage1, tmp_path_factory):
     flags = [*STAGE_2, "--init-from", str(stage1[2] / "best.pt")]
-    return run(train_stage2, flags, ["Stepper", "validate", "SyntheticPairs"], tmp_path_factory.mktemp("wiring") / "2")
+    return run(
+        train_stage2, flags, ["TrainStep", "validate", "SyntheticPairs"], tmp_path_factory.mktemp("wiring") / "2"
+    )
 
 
 @pytest.fixture(scope="module")
 def fgclip(tmp_path_factory):
-    names = ["Stepper", "embed", "validation_figures"]
+    names = ["TrainStep", "embed", "validation_metrics"]
     return run(train_fgclip, FGCLIP, names, tmp_path_factory.mktemp("wiring") / "fgclip")
 
 
@@ -88,7 +90,7 @@ def test_a_run_learns_along_its_schedule(name, lr, warm_up, request):
 @pytest.mark.parametrize("name", ["stage1", "stage2", "fgclip"])
 def test_the_stepper_gets_what_the_flags_say_and_validation_the_average(name, request):
     parts = request.getfixturevalue(name)[0]
-    (stepper,) = parts["Stepper"].results
+    (stepper,) = parts["TrainStep"].results
     assert stepper.clip_norm == 3 and stepper.schedule is not None
     averaged = stepper.average.module
     calls = parts[{"stage1": "predict", "stage2": "validate", "fgclip": "embed"}[name]].calls
@@ -96,7 +98,7 @@ def test_the_stepper_gets_what_the_flags_say_and_validation_the_average(name, re
 
 
 def test_stage_1_measures_mean_and_deviation(stage1):
-    detector = stage1[0]["Stepper"].results[0].model
+    detector = stage1[0]["TrainStep"].results[0].model
     data = train_stage1.SyntheticPairs(32, 0)
     for name in ("visible", "infrared"):
         pixels = torch.cat([data[i][name].flatten(1) for i in range(32)], 1) / 255
@@ -117,8 +119,8 @@ def test_stage_2_ramps_every_alignment_loss_and_the_reversal(stage2, stage1):
         for name in ("loss_mmd", "loss_mmd_domains", "loss_adversary"):
             full = 0.1 if name == "loss_adversary" else 1.0
             assert line["weights"][name] == pytest.approx(full * number / 8), name
-    detector = stage2[0]["Stepper"].results[0].model
-    assert detector.reversal_scale == pytest.approx(dann_scale(1.0)) and dann_scale(0.1) < 0.5
+    detector = stage2[0]["TrainStep"].results[0].model
+    assert detector.reversal_scale == pytest.approx(grl_schedule(1.0)) and grl_schedule(0.1) < 0.5
 
 
 @pytest.mark.parametrize(("better", "worse"), [(20.0, 30.0)])
@@ -127,24 +129,24 @@ def test_a_lower_miss_rate_is_better(better, worse):
         both = {"ap50": 0.5, "ap": 0.3, "ap75": 0.3, "recall": 0.5}
         return {"both": both, "alignment": None, "miss_rate": {"both": {"reasonable all": rate}}}
 
-    assert train_stage2.figure_to_raise(metrics(better), "miss-rate") > train_stage2.figure_to_raise(
+    assert train_stage2.selection_metric(metrics(better), "miss-rate") > train_stage2.selection_metric(
         metrics(worse), "miss-rate"
     )
 
 
 def test_fgclip_spares_tables_from_weight_decay_and_validates_at_the_regions_scale(fgclip):
     parts, _ = fgclip
-    (stepper,) = parts["Stepper"].results
+    (stepper,) = parts["TrainStep"].results
     decayed = {id(p) for group in stepper.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     for name, parameter in stepper.model.named_parameters():
         assert ("position_embedding" in name and id(parameter) in decayed) is False, name
     average = stepper.average.module
-    assert parts["validation_figures"].calls[-1][0][1] == average.logit_scales()["region"].item()
+    assert parts["validation_metrics"].calls[-1][0][1] == average.logit_scales()["region"].item()
     scales = {name: scale.item() for name, scale in average.logit_scales().items()}
     assert scales["region"] != scales["global"]  # else the line above says nothing
 
 
-class Raising(step.Stepper):
+class Raising(step.TrainStep):
     """A stepper whose steps leave all logit scales far above their limit."""
 
     def __call__(self, *args, **kwargs):
@@ -156,9 +158,9 @@ class Raising(step.Stepper):
 
 
 def test_fgclip_clamps_the_scales_of_the_model_and_of_the_average(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_fgclip, "Stepper", Raising)
-    parts, _ = run(train_fgclip, [*FGCLIP, "--max-steps", "2"], ["Stepper"], tmp_path / "run")
-    for model in (parts["Stepper"].results[0].model, parts["Stepper"].results[0].average.module):
+    monkeypatch.setattr(train_fgclip, "TrainStep", Raising)
+    parts, _ = run(train_fgclip, [*FGCLIP, "--max-steps", "2"], ["TrainStep"], tmp_path / "run")
+    for model in (parts["TrainStep"].results[0].model, parts["TrainStep"].results[0].average.module):
         for scale in model.log_scales().values():
             assert scale.item() == pytest.approx(math.log(100))
 

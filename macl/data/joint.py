@@ -6,7 +6,7 @@ import itertools
 from torch.utils.data import Dataset
 
 
-class Joint(Dataset):
+class JointDataset(Dataset):
     """Data sets laid end to end. Samples also say which one they are of: "domain", from 0.
 
     Scene numbers stay apart: a scene of one data set never has the number of one of another; -1, not known, stays.

@@ -24,7 +24,7 @@ from macl.data.kaist_labels import PLACES, Frame, Labels, People, apply_rules, a
 from macl.data.kaist_layout import FORMS, find_annotations, find_layout, find_list, read_list
 from macl.data.occurrence import label_of_people, summary
 from macl.data.sample import check_same_size, files_in, images_by_stem, read_image
-from training.errors import InputError
+from trainkit.errors import InputError
 
 DAYTIMES = ("all", "day", "night")
 TRAINING_RULES = {"min_height": 20, "max_occlusion": 1}  # what is smaller or heavily occluded teaches little

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import training.files as files
+import trainkit.files as files
 from macl.data.occurrence import label_of_people, refuse_absent
 from macl.data.voc import clip, corners, flag, object_name, parse_voc
-from training.errors import InputError
-from training.files import MAX_ID, image_size, number, numbers, plain_text, read_text, shown
+from trainkit.errors import InputError
+from trainkit.files import MAX_ID, image_size, number, numbers, plain_text, read_text, shown
 
 IGNORED_NAMES = ("people", "cyclist", "person?", "person?a", "__ignore__")
 PLACES = ("campus", "road", "downtown")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from macl.data.kaist_labels import Frame, parse_frame
 from macl.data.llvip import OWN_DATA
-from training.errors import InputError
-from training.files import read_text, shown
+from trainkit.errors import InputError
+from trainkit.files import read_text, shown
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from macl.data.occurrence import summary
 from macl.data.sample import check_same_size, files_in, images_by_stem, read_image
 from macl.data.voc import read_voc
-from training.errors import InputError
-from training.files import inside, read_lines, shown
+from trainkit.errors import InputError
+from trainkit.files import inside, read_lines, shown
 
 SPLITS = ("train", "test")
 OWN_DATA = (

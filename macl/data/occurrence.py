@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from training.errors import InputError
-from training.files import shown
+from trainkit.errors import InputError
+from trainkit.files import shown
 
 
 def label_of_people(classes: Sequence[str], source: str) -> int:

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.errors import InputError
-from training.files import IMAGE_SUFFIXES, is_image, open_image
-from training.files import MAX_PIXELS as MAX_PIXELS
+from trainkit.errors import InputError
+from trainkit.files import IMAGE_SUFFIXES, is_image, open_image
+from trainkit.files import MAX_PIXELS as MAX_PIXELS
 
 PER_BOX = ("boxes", "labels", "ignore", "visible_in", "occlusion")
 
@@ -37,7 +37,7 @@ PER_BOX = ("boxes", "labels", "ignore", "visible_in", "occlusion")
 def read_image(path: str | Path) -> Tensor:
     """Decodes an image file of 8 bits a channel to (3, H, W) uint8 RGB; grey is repeated three times.
 
-    Raises InputError as `training.files.open_image` does.
+    Raises InputError as `trainkit.files.open_image` does.
     """
     pixels = np.array(open_image(path))  # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W), channels last in memory, which resizes fastest

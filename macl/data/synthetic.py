@@ -16,7 +16,7 @@ import torch
 from macl.data.occurrence import label_of_people
 from macl.data.painting import paint
 from macl.data.scenes import INFRARED, NIGHT, VISIBLE, Domain, Figure, Scene, lay_out
-from training.errors import InputError
+from trainkit.errors import InputError
 
 PARTIAL, HEAVY, IGNORED = (
     0.05,

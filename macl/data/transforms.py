@@ -10,7 +10,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from macl.data.joint import Joint
+from macl.data.joint import JointDataset
 from macl.data.sample import PER_BOX
 
 
@@ -18,7 +18,7 @@ class PairedAugmentation:
     """Turns a uint8 sample into an augmented float32 sample in 0..1; draws from torch's global generator.
 
     Geometry, the same for both images, boxes and all that belongs to a box:
-    mosaic: probability of a picture of four pairs of one data set (done by Augmented, which has the other three).
+    mosaic: probability of a picture of four pairs of one data set (`AugmentedDataset` finds the other three).
     crop, crop_scale: probability of a crop, and the range of its sides as shares of the image's. A crop holds at least
         one box that is not ignored, whole if it fits, where there is one.
     sizes, max_size: the shorter side becomes one of `sizes` at random, the longer one at most `max_size` pixels; None
@@ -99,7 +99,7 @@ class PairedAugmentation:
         return infrared.clamp_(0, 1)
 
 
-class Augmented(Dataset):
+class AugmentedDataset(Dataset):
     """A data set of uint8 samples seen through a PairedAugmentation; its keys are (epoch, index).
 
     What is drawn follows from (seed, epoch, index) alone, whichever process asks and in whatever order, and the
@@ -119,7 +119,9 @@ class Augmented(Dataset):
             torch.default_generator.manual_seed(int(seed[0]))  # torch.manual_seed would reach the GPUs' generators
             sample = self.dataset[index]
             if _happens(self.transform.mosaic):
-                beside = self.dataset.beside(index) if isinstance(self.dataset, Joint) else range(len(self.dataset))
+                beside = (
+                    self.dataset.beside(index) if isinstance(self.dataset, JointDataset) else range(len(self.dataset))
+                )
                 others = torch.randint(beside.start, beside.stop, (3,)).tolist()
                 sample = paired_mosaic([sample, *(self.dataset[other] for other in others)])
             return self.transform(sample)
@@ -139,7 +141,7 @@ class Plain(Dataset):
         return sample | {modality: to_float(sample[modality]) for modality in ("visible", "infrared")}
 
 
-class Misaligned(Dataset):
+class MisalignedDataset(Dataset):
     """A data set of samples of which one modality lies `pixels` further to the right (or, below 0, to the left).
 
     The boxes stay where the other modality shows them. What comes in from the side repeats the image's last column.

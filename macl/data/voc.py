@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.errors import InputError
-from training.files import image_size, number, reason, regular_file, shown
+from trainkit.errors import InputError
+from trainkit.files import image_size, number, reason, regular_file, shown
 
 _FLAGS = {"true": 1, "yes": 1, "false": 0, "no": 0, "": 0}
 

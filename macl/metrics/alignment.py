@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from training.errors import InputError
+from trainkit.errors import InputError
 
 TIE = 1e-9  # cosines (float64) closer than this are equal: a collapsed embedding must not win by rounding
 CHUNK = 1024  # rows of the similarity matrix in memory at a time

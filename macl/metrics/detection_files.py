@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from macl.metrics.frames import flatten_boxes, flatten_values
-from training.errors import InputError
-from training.files import MAX_COORDINATE, MAX_ID, number, numbers, read_json, read_text, shown, write_text
+from trainkit.errors import InputError
+from trainkit.files import MAX_COORDINATE, MAX_ID, number, numbers, read_json, read_text, shown, write_text
 
 
 def read_detections(path: str | os.PathLike, image_count: int, *, first_id: int | None = None) -> list[dict]:

@@ -27,7 +27,7 @@ from fgclip.errors import InputError
 from fgclip.evaluation_data import COCOBoxes
 from fgclip.images import normalise, preprocess, read_image
 from fgclip.regions import BoxStatistics, boxes_to_rois, from_xywh, usable_boxes
-from training.loader import make_loader, to_device
+from trainkit.loader import make_loader, to_device
 
 
 def item(i, **changes):

@@ -24,7 +24,7 @@ from fgclip.images import preprocess, read_image
 from fgclip.model import unit
 from fgclip.prompts import read_templates
 from fgclip.zero_shot import choice_figures, class_figures, retrieval_figures
-from training.errors import one_sentence
+from trainkit.errors import one_sentence
 
 MERGES = [["t", "h"], ["th", "e</w>"], ["r", "e"], ["re", "d</w>"]]
 VOCAB = 514 + len(MERGES)

@@ -19,8 +19,8 @@ from fgclip.losses import PairBank, symmetric_loss
 from fgclip.model import unit
 from fgclip.objective import Objective, freeze_unreached
 from fgclip.synthetic import SyntheticRegions, vocabulary
-from training import distributed
-from training.step import Stepper
+from trainkit import distributed
+from trainkit.step import TrainStep
 
 WEIGHTS = dict(loss_long=1.0, loss_short=1.0, loss_region=0.5, loss_hard=0.7)
 # Images of the two micro-batches of a step: of one process, and of each of two.
@@ -64,7 +64,7 @@ def steps(wrap, micro_batches, classes=1):
     sizes = dict(region=6, long=4, short=4)
     banks = torch.nn.ModuleDict({name: PairBank(size, 8, classes=classes) for name, size in sizes.items()}).double()
     objective = Objective(model, names=("long", "short", "region", "hard"), banks=banks, device="cpu")
-    stepper = Stepper(
+    stepper = TrainStep(
         model, torch.optim.SGD(model.parameters(), lr=0.05), weights=WEIGHTS, describe=lambda batch: batch["sources"],
         losses_of=lambda batch: objective(batch, use_banks=stepper.steps >= 1), device="cpu",
     )  # fmt: skip

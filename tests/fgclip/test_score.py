@@ -11,7 +11,7 @@ from PIL import Image
 from fgclip import FGCLIP, Tokenizer, score
 from fgclip.images import preprocess, read_image
 from fgclip.model import unit
-from training.errors import one_sentence
+from trainkit.errors import one_sentence
 
 WIDTH, HEIGHT = 50, 40
 TEXTS = ["a red cat", "a dog", "something"]

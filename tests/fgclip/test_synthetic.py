@@ -37,7 +37,7 @@ def test_scenes(placement):
 
 def test_some_regions_of_a_scene():
     """Others at every visit; the picture and the captions are those of the whole scene."""
-    whole, few = SyntheticRegions(8, seed=5), SyntheticRegions(8, seed=5, most_regions=1)
+    whole, few = SyntheticRegions(8, seed=5), SyntheticRegions(8, seed=5, max_regions=1)
     assert whole[2].pixels.equal(few[2].pixels) and whole[2].long == few[2].long
     drawn = {few[epoch, 2].phrases[0] for epoch in range(20)}
     assert drawn == set(whole[2].phrases) and few[3, 2].phrases == few[3, 2].phrases

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fgclip import FGCLIP
 from fgclip.losses import PairBank, contrast_pairs, hard_negative_loss, symmetric_loss
 from fgclip.model import unit
-from training import distributed
+from trainkit import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 # Images of each rank, of eight; the regions of each image. In the last split one rank has not a single region.

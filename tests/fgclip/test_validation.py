@@ -10,11 +10,11 @@ from fgclip.batches import Collate
 from fgclip.model import unit
 from fgclip.synthetic import SyntheticRegions
 from fgclip.validation import (
-    best_figure,
+    best_metric,
     distinct_candidates,
     embed,
     region_figures,
-    validation_figures,
+    validation_metrics,
     validation_text,
 )
 
@@ -64,17 +64,17 @@ def test_embedding_a_data_set(small_model):
     assert found["hard_regions"].equal(found["regions"][whole["hard_regions"]])
     assert found["hard_counts"].equal(whole["hard_counts"])
     assert found["region_ids"].equal(whole["short_ids"][whole["region"]])
-    figures = validation_figures(found, 14.0)
+    figures = validation_metrics(found, 14.0)
     assert figures.keys() == {"region", "hard", "short", "long"} and figures["hard"]["count"] == len(found["regions"])
     said = validation_text(figures)
     assert f"{len(found['regions'])} regions among" in said and "long captions R@1" in said
     captions = {name: found[name] for name in ("image", "short")}
-    assert validation_figures(captions, 14.0).keys() == {"short"}
-    assert validation_figures({"image": found["image"][:1]}, 14.0) == {}
+    assert validation_metrics(captions, 14.0).keys() == {"short"}
+    assert validation_metrics({"image": found["image"][:1]}, 14.0) == {}
 
 
 def test_the_figure_that_chooses_a_checkpoint():
     figures = {"region": {"r1": 0.5, "loss": 0.9}, "hard": {"accuracy": 0.3}, "short": {"r1": 0.2}, "long": {"r1": 0.4}}
-    assert best_figure(figures, "region") == (0.5, -0.9) and best_figure(figures, "hard")[0] == 0.3
-    assert best_figure(figures, "captions")[0] == pytest.approx(0.3)
-    assert best_figure({}, "region") == best_figure({}, "captions") == (-1, 0)
+    assert best_metric(figures, "region") == (0.5, -0.9) and best_metric(figures, "hard")[0] == 0.3
+    assert best_metric(figures, "captions")[0] == pytest.approx(0.3)
+    assert best_metric({}, "region") == best_metric({}, "captions") == (-1, 0)

@@ -7,7 +7,7 @@ import torch
 
 from macl.metrics import alignment
 from macl.metrics.alignment import CHUNK, MEASURES
-from training.errors import InputError
+from trainkit.errors import InputError
 
 
 def test_identical_and_distinct_embeddings():

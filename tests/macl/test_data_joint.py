@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from macl.data import DAY_AND_NIGHT, Augmented, Joint, PairedAugmentation, SyntheticPairs
+from macl.data import DAY_AND_NIGHT, AugmentedDataset, JointDataset, PairedAugmentation, SyntheticPairs
 
 
 def test_samples_keep_their_order_and_say_where_they_are_from():
     parts = SyntheticPairs(3, 0, domain=DAY_AND_NIGHT), SyntheticPairs(2, 0)
-    joint = Joint(*parts)
+    joint = JointDataset(*parts)
     assert len(joint) == 5 and joint.source == f"{parts[0].source} and {parts[1].source}"
     samples = [joint[index] for index in range(5)]
     assert [sample["domain"] for sample in samples] == [0, 0, 0, 1, 1]
@@ -23,7 +23,7 @@ def test_scenes_that_are_not_known_stay_so():
         def __getitem__(self, index):
             return super().__getitem__(index) | {"scene": -1}
 
-    joint = Joint(Nameless(2, 0), Nameless(2, 1))
+    joint = JointDataset(Nameless(2, 0), Nameless(2, 1))
     assert [joint[index]["scene"] for index in range(4)] == [-1] * 4
 
 
@@ -46,8 +46,8 @@ class Flat(torch.utils.data.Dataset):
 
 
 def test_mosaics_are_of_one_data_set():
-    joint = Joint(Flat(3, 255, visible_in=torch.ones(1, 2, dtype=torch.bool)), Flat(2, 0))
-    data = Augmented(joint, PairedAugmentation(mosaic=1.0), seed=0)
+    joint = JointDataset(Flat(3, 255, visible_in=torch.ones(1, 2, dtype=torch.bool)), Flat(2, 0))
+    data = AugmentedDataset(joint, PairedAugmentation(mosaic=1.0), seed=0)
     for epoch in range(4):
         for index in range(5):
             sample = data[epoch, index]

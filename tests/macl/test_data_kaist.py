@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from macl.data import KAIST, Misaligned, Plain, collate, read_ground_truth
+from macl.data import KAIST, MisalignedDataset, Plain, collate, read_ground_truth
 from macl.data.kaist import TRAINING_RULES
-from training.errors import InputError
-from training.loader import make_loader
+from trainkit.errors import InputError
+from trainkit.loader import make_loader
 
 FRAMES = ["set00/V000/I00001", "set00/V000/I00003", "set04/V002/I00019", "set06/V000/I00019", "set11/V001/I00039"]
 PERSON = ("person", 10, 20, 30, 60, 0)  # name, x, y, width, height, occlusion
@@ -462,7 +462,7 @@ def test_it_is_lazy_and_can_be_pickled(tree, tmp_path, annotations):
 def test_a_misaligned_modality_lies_further_right(tree, pixels, first, last):
     columns = torch.arange(96, dtype=torch.uint8).expand(3, 112, 96)
     sample = {"visible": columns, "infrared": columns, "boxes": torch.tensor([[1.0, 2, 3, 4]])}
-    moved = Misaligned([sample], modality="infrared", pixels=pixels)[0]
+    moved = MisalignedDataset([sample], modality="infrared", pixels=pixels)[0]
     assert moved["visible"] is columns and torch.equal(moved["boxes"], sample["boxes"])
     assert moved["infrared"].shape == (3, 112, 96)
     assert (moved["infrared"][0, 5, 0], moved["infrared"][0, 5, -1]) == (first, last)

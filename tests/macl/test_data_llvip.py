@@ -11,8 +11,8 @@ from PIL import Image, ImageFile
 
 from macl.data import LLVIP, find_pairs, hold_out, read_image, read_pair, refuse_absent_classes
 from macl.data.voc import read_voc
-from training import files
-from training.errors import InputError
+from trainkit import files
+from trainkit.errors import InputError
 
 OBJECT = (
     "<object><name>{}</name>{}<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"

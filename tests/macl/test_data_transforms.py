@@ -5,9 +5,9 @@ import pickle
 import pytest
 import torch
 
-from macl.data import Augmented, PairedAugmentation, Plain, SyntheticPairs, collate
+from macl.data import AugmentedDataset, PairedAugmentation, Plain, SyntheticPairs, collate
 from macl.data.transforms import paired_mosaic
-from training.loader import make_loader
+from trainkit.loader import make_loader
 
 GEOMETRY = {"flip": 0.5, "sizes": (96, 128, 150), "max_size": 190, "crop": 0.7, "crop_scale": (0.5, 0.9)}
 EVERYTHING = GEOMETRY | {
@@ -76,7 +76,7 @@ def assert_same(left, right):
 
 @pytest.mark.parametrize("mosaic", [0.0, 1.0])
 def test_geometry_is_the_same_in_both_modalities_and_boxes_follow(mosaic):
-    data = Augmented(Painted(), PairedAugmentation(**GEOMETRY, mosaic=mosaic), seed=0)
+    data = AugmentedDataset(Painted(), PairedAugmentation(**GEOMETRY, mosaic=mosaic), seed=0)
     shapes, seen = set(), 0
     for epoch in range(5):
         for index in range(len(data)):
@@ -102,7 +102,7 @@ def test_geometry_is_the_same_in_both_modalities_and_boxes_follow(mosaic):
 
 
 def test_what_belongs_to_a_box_vanishes_with_it():
-    data = Augmented(Painted(), PairedAugmentation(crop=1.0, crop_scale=(0.2, 0.4)), seed=1)
+    data = AugmentedDataset(Painted(), PairedAugmentation(crop=1.0, crop_scale=(0.2, 0.4)), seed=1)
     fewer = ignored = 0
     for index in range(len(data)):
         for epoch in range(3):
@@ -142,7 +142,7 @@ def test_a_crop_works_without_boxes_and_with_ignored_ones_only():
 
 
 def test_sizes_are_drawn_from_the_list():
-    data = Augmented(Painted(), PairedAugmentation(sizes=(60, 90), max_size=100), seed=0)
+    data = AugmentedDataset(Painted(), PairedAugmentation(sizes=(60, 90), max_size=100), seed=0)
     assert {tuple(data[epoch, 0]["visible"].shape[1:]) for epoch in range(12)} == {(60, 80), (75, 100)}
 
 
@@ -192,7 +192,7 @@ def test_mosaic_takes_all_four():
 
 
 def test_draws_follow_from_seed_epoch_and_index_alone():
-    data = Augmented(Painted(), PairedAugmentation(**EVERYTHING), seed=3)
+    data = AugmentedDataset(Painted(), PairedAugmentation(**EVERYTHING), seed=3)
     torch.manual_seed(0)
     state = torch.get_rng_state()
     first = data[2, 5]
@@ -201,12 +201,12 @@ def test_draws_follow_from_seed_epoch_and_index_alone():
     data[0, 1]
     assert_same(data[2, 5], first)
     assert_same(pickle.loads(pickle.dumps(data))[2, 5], first)
-    for other in (data[3, 5], Augmented(Painted(), PairedAugmentation(**EVERYTHING), seed=4)[2, 5]):
+    for other in (data[3, 5], AugmentedDataset(Painted(), PairedAugmentation(**EVERYTHING), seed=4)[2, 5]):
         assert other["visible"].shape != first["visible"].shape or not torch.equal(other["visible"], first["visible"])
 
 
 def test_workers_change_nothing():
-    data = Augmented(SyntheticPairs(8, seed=0), PairedAugmentation(**EVERYTHING), seed=0)
+    data = AugmentedDataset(SyntheticPairs(8, seed=0), PairedAugmentation(**EVERYTHING), seed=0)
     batches = [[(0, 3), (0, 1)], [(0, 7)], [(1, 3), (1, 0)]]
     state = torch.get_rng_state()
     alone, helped = (list(make_loader(data, batches, collate, workers=workers)) for workers in (0, 2))
@@ -221,7 +221,7 @@ def test_workers_change_nothing():
 
 @pytest.mark.slow  # a fresh interpreter imports torch
 def test_a_spawned_worker_gives_the_same():
-    data = Augmented(SyntheticPairs(4, seed=0), PairedAugmentation(**EVERYTHING), seed=0)
+    data = AugmentedDataset(SyntheticPairs(4, seed=0), PairedAugmentation(**EVERYTHING), seed=0)
     loader = make_loader(data, [[(0, 1)]], collate, workers=1)
     loader.multiprocessing_context = "spawn"
     assert torch.equal(next(iter(loader))["visible"][0], data[0, 1]["visible"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from macl.metrics import read_detections, write_detections
-from training.errors import InputError
+from trainkit.errors import InputError
 
 
 def sample():

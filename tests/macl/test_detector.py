@@ -8,7 +8,7 @@ from macl.backbone import NORMS
 from macl.boxes import BELOW, BETWEEN, match
 from macl.detector import MODALITIES
 from macl.fusion import FUSIONS, Fusion
-from training import distributed
+from trainkit import distributed
 
 DETECTION_LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from macl.domain import DomainAlignment, DomainClassifier, dann_scale, gradient_reversal, median_distance, mmd, pool
+from macl.domain import DomainAlignment, DomainClassifier, gradient_reversal, grl_schedule, median_distance, mmd, pool
 
 
 def normal(rows, seed=0, dim=6):
@@ -138,10 +138,10 @@ def test_the_gradient_is_reversed_for_the_features_and_not_for_the_classifier():
 
 
 def test_the_published_schedule_starts_at_zero_and_ends_near_one():
-    assert dann_scale(0) == 0
-    assert dann_scale(0.1) == pytest.approx(0.46211716)
-    assert dann_scale(0.5) == pytest.approx(0.98661430)
-    assert dann_scale(1) == pytest.approx(0.99990920)
+    assert grl_schedule(0) == 0
+    assert grl_schedule(0.1) == pytest.approx(0.46211716)
+    assert grl_schedule(0.5) == pytest.approx(0.98661430)
+    assert grl_schedule(1) == pytest.approx(0.99990920)
 
 
 @pytest.mark.parametrize("adversary", ["modality", "dataset"])

@@ -17,16 +17,16 @@ from macl.metrics import miss_rate_curve, read_detections
 from macl.metrics.miss_rate import REFERENCE_FPPI
 from macl.misalignment import misalignment_figures, misalignment_text
 from macl.validation import (
-    detection_figures,
+    detection_metrics,
     miss_rate_curves,
-    miss_rate_figures,
+    miss_rate_metrics,
     miss_rate_tables,
     miss_rate_text,
     table,
     validation_text,
 )
 from macl.validation import predict as predict_all
-from training.errors import InputError, one_sentence
+from trainkit.errors import InputError, one_sentence
 
 ROWS = ["reasonable all", "reasonable day", "reasonable night", "near", "medium", "far", "none", "partial", "heavy"]
 ROWS += ["all"]
@@ -228,7 +228,7 @@ def results(found, truth, size=(512, 640)):
 def test_miss_rates_by_mode_and_row():
     one = results([[100, 100, 140, 200]], [[100, 100, 140, 200]])
     other = results([], [[100, 100, 140, 160]])
-    figures = miss_rate_figures([one, other])
+    figures = miss_rate_metrics([one, other])
     assert list(figures) == ["both"] and list(figures["both"]) == ROWS
     assert figures["both"]["reasonable all"] == pytest.approx(50) and figures["both"]["reasonable night"] is None
     assert figures["both"]["medium"] == pytest.approx(50) and figures["both"]["near"] is None
@@ -236,9 +236,9 @@ def test_miss_rates_by_mode_and_row():
 
 def test_images_of_another_size_are_stretched_to_kaists():
     box = [25, 25, 35, 50]  # 100 pixels tall when the image's 128 rows become 512, and then within the border
-    figures = miss_rate_figures([results([box], [box], size=(128, 320))])["both"]
+    figures = miss_rate_metrics([results([box], [box], size=(128, 320))])["both"]
     assert figures["reasonable all"] == pytest.approx(0, abs=1e-6) and figures["far"] is None is figures["near"]
-    figures = miss_rate_figures([results([box], [box])])["both"]
+    figures = miss_rate_metrics([results([box], [box])])["both"]
     assert figures["reasonable all"] is None and figures["far"] == pytest.approx(0, abs=1e-6)
 
 
@@ -246,40 +246,40 @@ def test_classes_but_person_are_ignored():
     box, cyclist, nothing = [100, 100, 140, 200], [300, 100, 340, 200], [400, 100, 440, 200]
     frame = results([nothing, box], [box, cyclist])
     frame["truth"]["labels"][1] = frame["found"]["both"]["labels"][0] = 2
-    assert miss_rate_figures([frame])["both"]["reasonable all"] == pytest.approx(0, abs=1e-6)
+    assert miss_rate_metrics([frame])["both"]["reasonable all"] == pytest.approx(0, abs=1e-6)
     assert "1       1" in miss_rate_text(miss_rate_tables([frame])).splitlines()[1]
     frame["found"]["both"]["labels"][0] = 1
-    assert miss_rate_figures([frame])["both"]["reasonable all"] > 1
+    assert miss_rate_metrics([frame])["both"]["reasonable all"] > 1
     frame["classes"] = ["cyclist", "person"]
     frame["truth"]["labels"] = 3 - frame["truth"]["labels"]
     frame["found"]["both"]["labels"] = torch.tensor([1, 2])
-    assert miss_rate_figures([frame])["both"]["reasonable all"] == pytest.approx(0, abs=1e-6)
+    assert miss_rate_metrics([frame])["both"]["reasonable all"] == pytest.approx(0, abs=1e-6)
 
 
 def test_figures_of_each_class():
     box, cyclist = [100, 100, 140, 200], [300, 100, 340, 200]
     frame = results([box], [box, cyclist]) | {"classes": ["person", "cyclist", "car"]}
     frame["truth"]["labels"][1] = 2
-    figures = detection_figures([frame])
+    figures = detection_metrics([frame])
     own = {name: values["ap50"] for name, values in figures["both"]["per_class"].items()}
     assert own == {"person": pytest.approx(1), "cyclist": 0, "car": None}
     rows = [line.split()[:2] for line in table(figures).splitlines()]
     assert rows[1:] == [["both", "50.0"], ["person", "100.0"], ["cyclist", "0.0"], ["car", "-"]]
     assert "cyclist" in validation_text(figures | {"alignment": None}, None)
-    assert "per_class" not in detection_figures([frame | {"classes": ["person"]}])["both"]
+    assert "per_class" not in detection_metrics([frame | {"classes": ["person"]}])["both"]
 
 
 def test_average_precision_looks_at_as_many_detections_as_is_said():
     boxes = [[10 * i, 0, 10 * i + 9, 9] for i in range(160)]
     frame = results(boxes, boxes)
-    assert detection_figures([frame], 160)["both"]["ap50"] == 1 > detection_figures([frame])["both"]["ap50"] > 0.6
+    assert detection_metrics([frame], 160)["both"]["ap50"] == 1 > detection_metrics([frame])["both"]["ap50"] > 0.6
 
 
 def test_no_miss_rates_where_daytime_or_occlusion_is_not_known():
     for key in ("daytime", "occlusion"):
         frame = results([], [])
         del frame["truth"][key]
-        assert miss_rate_figures([frame]) == {} == miss_rate_curves([frame])
+        assert miss_rate_metrics([frame]) == {} == miss_rate_curves([frame])
 
 
 def test_a_curve_keeps_the_points_that_count():

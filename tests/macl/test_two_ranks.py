@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 import macl
 from macl.data import SyntheticPairs
 from macl.validation import predict
-from training import distributed
+from trainkit import distributed
 
 # Every anchor and every RoI is in the loss, so that nothing is drawn.
 KWARGS = dict(

@@ -1,0 +1,36 @@
+"""How a weight comes to its full size."""
+
+import numpy as np
+import pytest
+
+from trainkit.errors import InputError
+from trainkit.ramp import RAMPS, ramp, ramped
+
+
+@pytest.mark.parametrize("kind", RAMPS)
+def test_a_ramp_rises_to_its_target_and_stays_there(kind):
+    values = [ramped(0.3, kind, step, 30) for step in range(1, 41)]
+    assert all(0 < value <= 0.3 for value in values)  # never 0: the loss keeps its graph
+    assert all(one <= other for one, other in zip(values, values[1:], strict=False))
+    assert values[29:] == [0.3] * 11
+    assert ramped(0.3, kind, 1, 0) == 0.3 and ramped(0.0, kind, 5, 10) == 0.0
+
+
+def test_kinds():
+    assert [ramp("linear", done) for done in (0, 0.25, 1, 2)] == [0, 0.25, 1, 1]
+    assert ramp("exponential", 0.5) == pytest.approx((1 - np.exp(-2.5)) / (1 - np.exp(-5)))
+    assert [ramp("progressive", done) for done in (0, 0.32, 0.34, 0.7)] == pytest.approx(
+        [1 / 2.25, 1 / 2.25, 1 / 1.5, 1]
+    )
+    assert ramp("constant", 0.0) == 1
+    with pytest.raises(InputError, match="'steep'.*linear"):
+        ramp("steep", 0.5)
+
+
+@pytest.mark.parametrize(("case", "kind", "start", "target", "warmup"), [
+    (0, "linear", 0.0, 0.1, 2), (1, "linear", 0.0, 0.08, 4), (2, "exponential", 0.02, 0.2, 5),
+])  # fmt: skip
+def test_recorded_warm_ups(shared, case, kind, start, target, warmup):
+    recorded = np.load(shared / "golden" / "detector" / "schedules.npz")[f"domain_weight_case{case}"]
+    values = [start + ramped(target - start, kind, epoch + 1, warmup) for epoch in range(len(recorded))]
+    np.testing.assert_allclose(values, recorded, rtol=0, atol=1e-9)

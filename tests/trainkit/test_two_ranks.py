@@ -1,0 +1,300 @@
+"""Two gloo processes against one: this file starts itself twice, each process writes what it saw, the tests compare."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from kernels import MemoryBank
+from trainkit import checkpoint, distributed
+from trainkit.arguments import add_shared_flags, make_parser, prepare_run
+from trainkit.errors import InputError
+from trainkit.log import RunLog
+from trainkit.sampler import ResumableSampler, evaluation_indices
+from trainkit.step import TrainStep
+
+SPLITS = {"ragged": (3, 1), "empty second": (4, 0), "empty first": (0, 4), "even": (2, 2)}
+
+
+def linear() -> torch.nn.Linear:
+    torch.manual_seed(3)
+    return torch.nn.Linear(3, 4).double()
+
+
+def inputs(rows: int) -> torch.Tensor:
+    return torch.randn(rows, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
+
+
+def contrast(rows: torch.Tensor, everyone: torch.Tensor, first: int) -> torch.Tensor:
+    """Summed cross-entropy of `rows` (n, 4), row `first` and following of `everyone` (N, 4), against all of those."""
+    target = torch.arange(first, first + len(rows))
+    return cross_entropy(rows @ everyone.T, target, reduction="sum")
+
+
+def own(tensor: torch.Tensor, split: tuple[int, int]) -> torch.Tensor:
+    first = sum(split[: distributed.rank()])
+    return tensor[first : first + split[distributed.rank()]]
+
+
+def contrastive_gradient(split: tuple[int, int]) -> torch.Tensor:
+    model = DistributedDataParallel(linear())
+    rows = model(own(inputs(4), split))
+    everyone = distributed.all_gather_with_grad(rows)
+    total = contrast(rows, everyone, first=sum(split[: distributed.rank()]))
+    distributed.global_mean(total, len(rows)).backward()
+    return model.module.weight.grad
+
+
+def rows_without_a_graph() -> torch.Tensor:
+    """Rank 1 has nothing to embed, so its rows know nothing of the parameters; backward must not wait for it."""
+    model = linear()
+    rows = model(inputs(4)) if distributed.is_main() else torch.zeros(0, 4, dtype=torch.float64)
+    everyone = distributed.all_gather_with_grad(rows)
+    distributed.global_mean(contrast(rows, everyone, first=0) + 0 * everyone.sum(), len(rows)).backward()
+    gradient = model.weight.grad if distributed.is_main() else torch.zeros(4, 3, dtype=torch.float64)
+    return distributed.all_reduce_sum(gradient) / 2
+
+
+def steps(model, batches: list[list[torch.Tensor]], clip_norm: float | None = None):
+    """An optimizer step for each list of micro-batches: results, weights afterwards, when DDP was to reduce."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    synchronised = []
+
+    def losses_of(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        if isinstance(model, DistributedDataParallel):
+            synchronised.append(model.require_backward_grad_sync)
+        output = model(batch)
+        return {"square": output.square().mean(), "mean": output.mean()}
+
+    step = TrainStep(
+        model,
+        optimizer,
+        losses_of=losses_of,
+        weights={"square": 2.0, "mean": 0.5},
+        describe=lambda batch: [f"rank{distributed.rank()}/{i}.png" for i in range(len(batch))],
+        device="cpu",
+        clip_norm=clip_norm,
+    )
+    results = [step(micro) for micro in batches]
+    return [(r.losses, r.total, r.grad_norm) for r in results], model.state_dict(), synchronised
+
+
+def non_finite() -> dict:
+    model = DistributedDataParallel(linear())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = inputs(2)
+    if not distributed.is_main():
+        batch[1, 0] = float("inf")
+    with pytest.raises(InputError) as raised:
+        steps(model, [[inputs(2), batch]])
+    unchanged = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    return {"sentence": str(raised.value), "unchanged": unchanged}
+
+
+def run_folder(folder: Path) -> dict:
+    parser = make_parser("A script.")
+    add_shared_flags(parser, "toy")
+    args = parser.parse_args(["--device", "cpu"])
+    run = prepare_run(args, "toy", runs_root=folder / "runs")
+    log = RunLog(run, total_steps=3, tensorboard=False)
+    log.train(1, {"epoch": 0, "loss": float(distributed.rank())})
+    log.close()
+    checkpoint.save(run / "last.pt", {"rank": distributed.rank()})
+    distributed.barrier()
+    with pytest.raises(InputError) as raised:
+        prepare_run(parser.parse_args(["--output", str(run)]), "toy")
+    resume = prepare_run(parser.parse_args(["--device", "cpu", "--resume", "auto"]), "toy", runs_root=folder / "runs")
+    return {"run": str(run), "resume": str(resume), "in use": str(raised.value)}
+
+
+def asked_to_stop() -> tuple[bool, bool]:
+    with checkpoint.Signals() as signals:
+        before = signals.stop_requested()
+        if not distributed.is_main():
+            signal.raise_signal(signal.SIGTERM)
+        return before, signals.stop_requested()
+
+
+def ended_between_batches() -> tuple[list, list]:
+    """One rank has two batches and the other one; what ends it comes between two batches of the first alone."""
+    own, seen, calls = range(2 - distributed.rank()), [], []
+
+    def between() -> None:
+        calls.append(distributed.all_reduce_any(False))
+
+    for batch in distributed.in_step(own, len(own), between):
+        seen.append(batch)
+    return seen, calls
+
+
+def buffers() -> dict:
+    """What is in the buffers of a model, the ranks having filled them otherwise, before and after a forward in DDP."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), MemoryBank(4, 2)).double()
+    wrapped = distributed.parallel(model)
+    mean, bank = model[0].running_mean, model[2].buffer
+    mean += distributed.rank()
+    bank += distributed.rank()
+    model.eval()
+    model.forward = lambda x: model[1](model[0](x))
+    wrapped(inputs(2))
+    return {"mean": mean, "bank": bank}
+
+
+def mismatch() -> str:
+    rows = torch.zeros(2, 3, dtype=torch.float16 if distributed.is_main() else torch.float32)
+    with pytest.raises(ValueError) as raised:
+        distributed.gather(rows)
+    return str(raised.value)
+
+
+def gathered() -> list[torch.Tensor]:
+    r = distributed.rank()
+    ids = torch.arange(3 * r, dtype=torch.int64)
+    half = torch.full((1 + r, 2), float(r), dtype=torch.bfloat16)
+    rows, first = distributed.gather_and_place(half)
+    assert torch.equal(rows, distributed.gather(half)) and first == r
+    return [distributed.gather(ids), rows, distributed.gather(ids > 0)]
+
+
+def means() -> list[float]:
+    r = distributed.rank()
+    x = torch.tensor([1.0, 2.0, 6.0] if r == 0 else [3.0], requires_grad=True)
+    total = distributed.global_mean(x.sum(), len(x))
+    nothing = distributed.global_mean(x[:0].sum(), 0)
+    nothing.backward()
+    return [total.item(), nothing.item(), x.grad.abs().max().item()]
+
+
+def observe(folder: Path) -> dict:
+    whole = inputs(8)
+    shares = whole[4 * distributed.rank() :][:4]
+    sampler = ResumableSampler(11, 2, seed=5)
+    return {
+        "gradients": {name: contrastive_gradient(split) for name, split in SPLITS.items()},
+        "no graph": rows_without_a_graph(),
+        "means": means(),
+        "gathered": gathered(),
+        "mismatch": mismatch(),
+        "batches": list(sampler),
+        "evaluation": evaluation_indices(7),
+        "steps": steps(DistributedDataParallel(linear()), [[shares[:2], shares[2:]]] * 3, clip_norm=0.5),
+        "non-finite": non_finite(),
+        "folder": run_folder(folder),
+        "stop": asked_to_stop(),
+        "between": ended_between_batches(),
+        "buffers": buffers(),
+        "any": [distributed.all_reduce_any(distributed.rank() == 1), distributed.all_reduce_any(False)],
+        "objects": [
+            distributed.gather_objects(distributed.rank()),
+            distributed.broadcast_object(distributed.rank(), 1),
+        ],
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distributed.start("cpu")
+    seen = observe(Path(sys.argv[1]))
+    torch.save(seen, Path(sys.argv[1]) / f"rank{distributed.rank()}.pt")
+    distributed.stop()
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory, two_ranks) -> list[dict]:
+    """What both ranks saw."""
+    return two_ranks(__file__, tmp_path_factory.mktemp("two-ranks"))
+
+
+def single_gradient() -> torch.Tensor:
+    model = linear()
+    rows = model(inputs(4))
+    (contrast(rows, rows, first=0) / 4).backward()
+    return model.weight.grad
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_gradient_of_a_gathered_loss_is_the_single_process_gradient(seen, split):
+    for rank in seen:
+        torch.testing.assert_close(rank["gradients"][split], single_gradient(), rtol=1e-6, atol=1e-8)
+
+
+def test_a_rank_whose_rows_have_no_graph_takes_part_in_backward(seen):
+    torch.testing.assert_close(seen[0]["no graph"], single_gradient(), rtol=1e-6, atol=1e-8)
+
+
+def test_global_mean_counts_terms_and_not_ranks(seen):
+    first, second = (rank["means"] for rank in seen)
+    assert (first[0] + second[0]) / 2 == pytest.approx(3.0)
+    assert first[1:] == second[1:] == [0.0, 0.0]
+
+
+def test_gather_keeps_dtype_and_rank_order(seen):
+    for rank in seen:
+        ids, half, positive = rank["gathered"]
+        assert ids.dtype == torch.int64 and ids.tolist() == [0, 1, 2]
+        assert half.dtype == torch.bfloat16 and half.tolist() == [[0, 0], [1, 1], [1, 1]]
+        assert positive.tolist() == [False, True, True]
+
+
+def test_ranks_that_disagree_about_rows_all_hear_of_it(seen):
+    assert all("torch.float16" in rank["mismatch"] and "torch.float32" in rank["mismatch"] for rank in seen)
+
+
+def test_ranks_share_an_epoch_out_without_overlap(seen):
+    steps = list(zip(*(rank["batches"] for rank in seen), strict=True))
+    alone = list(ResumableSampler(11, 4, seed=5))
+    assert [first + second for first, second in steps] == alone
+    assert len({index for batch in alone for _, index in batch}) == 8
+    assert sorted(seen[0]["evaluation"] + seen[1]["evaluation"]) == list(range(7))
+
+
+def test_two_ranks_with_two_micro_batches_make_the_step_of_one_big_batch(seen):
+    (results, weights, synchronised), (again, other, _) = (rank["steps"] for rank in seen)
+    assert synchronised == [False, True] * 3  # once a step, not once a micro-batch
+    expected, alone, _ = steps(linear(), [[inputs(8)]] * 3, clip_norm=0.5)
+    assert results == again
+    for (losses, total, norm), (losses_alone, total_alone, norm_alone) in zip(results, expected, strict=True):
+        assert losses == pytest.approx(losses_alone) and total == pytest.approx(total_alone)
+        assert norm == pytest.approx(norm_alone, rel=1e-6)
+    for name, value in alone.items():
+        assert torch.equal(weights["module." + name], other["module." + name])
+        torch.testing.assert_close(weights["module." + name], value, rtol=1e-6, atol=1e-8)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both(seen):
+    for rank in seen:
+        sentence = rank["non-finite"]["sentence"]
+        assert "square" in sentence and "rank1/0.png, rank1/1.png" in sentence and "rank0" not in sentence
+        assert rank["non-finite"]["unchanged"]
+
+
+def test_ranks_agree_on_the_folder_and_only_the_first_writes(seen):
+    first, second = (rank["folder"] for rank in seen)
+    assert first == second
+    assert first["resume"] == first["run"] and "already holds files" in first["in use"]
+    run = Path(first["run"])
+    assert len(list(run.parent.iterdir())) == 1
+    assert (run / "metrics.jsonl").read_text().count("\n") == 1
+    assert checkpoint.load(run / "last.pt") == {"rank": 0}
+
+
+def test_a_signal_to_one_rank_and_objects_reach_all(seen):
+    for rank in seen:
+        assert rank["stop"] == (False, True)
+        assert rank["any"] == [True, False]
+        assert rank["objects"] == [[0, 1], 1]
+
+
+def test_ranks_pause_equally_often_between_their_batches(seen):
+    assert [rank["between"] for rank in seen] == [([0, 1], [False] * 2), ([0], [False] * 2)]
+
+
+def test_of_all_buffers_only_running_statistics_are_sent_to_the_other_ranks(seen):
+    for number, rank in enumerate(seen):
+        assert rank["buffers"]["mean"].abs().max() == 0 and rank["buffers"]["bank"].unique().tolist() == [number]

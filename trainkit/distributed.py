@@ -1,0 +1,260 @@
+"""Several processes as one: start-up, and the few collectives that training needs.
+
+This is the only module that reads the process environment (what `torchrun` puts there). Without a process group every
+function here is a no-op that returns what one process alone would see, so that callers need no second path.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
+
+from trainkit.errors import InputError
+
+# The header of a gather carries the dtype as a place in this table, so that ranks which disagree hear of it.
+_DTYPES = (
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+_launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # the process of `torchrun`
+
+
+def start(device: str) -> torch.device:
+    """Join the process group that `torchrun` announces (nccl for cuda, gloo for cpu) and return this process's device.
+
+    Started without `torchrun` nothing is joined. Raises InputError where `--device cuda` finds no GPU for this process.
+    """
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: expected cpu or cuda.")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--device cuda: this machine has no usable CUDA GPU; use --device cpu.")
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"--device cuda: process {local_rank} of this machine has no GPU, "
+                f"{torch.cuda.device_count()} are visible; use a smaller --nproc-per-node."
+            )
+        torch.cuda.set_device(local_rank)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if device == "cuda":
+            dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
+        else:
+            dist.init_process_group("gloo")
+    return torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+
+
+def stop() -> None:
+    """Leave the process group, where there is one."""
+    if _together():
+        dist.destroy_process_group()
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def launched() -> bool:
+    """Whether `torchrun` started this process."""
+    return _launcher is not None
+
+
+def orphaned() -> bool:
+    """Whether the `torchrun` that started this process is gone. It can be killed so that it tells nobody."""
+    return launched() and os.getppid() != _launcher
+
+
+def rank() -> int:
+    return dist.get_rank() if _together() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _together() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes files."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    if _together():
+        dist.barrier()
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """`model` in DistributedDataParallel, where there are several processes.
+
+    Of its buffers only the running statistics of batch norms go out before each forward, those of rank 0. All others,
+    such as memory banks, are the same on every rank by themselves.
+    """
+    if not _together():
+        return model
+    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    sent = {id(buffer) for norm in norms for buffer in norm.buffers()}
+    # `broadcast_buffers` would be all or nothing, and is called otherwise from version to version.
+    model._ddp_params_and_buffers_to_ignore = [name for name, it in model.named_buffers() if id(it) not in sent]
+    return DistributedDataParallel(model)
+
+
+def _wire() -> torch.device:
+    """The device on which the backend moves tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def broadcast_object(obj, source: int = 0):
+    """`obj` of rank `source`, on every rank; it travels pickled."""
+    if not _together():
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, src=source, device=_wire())
+    return box[0]
+
+
+def gather_objects(obj) -> list:
+    """Every rank's `obj` in rank order, on every rank; they travel pickled."""
+    if not _together():
+        return [obj]
+    objects = [None] * world_size()
+    dist.all_gather_object(objects, obj)
+    return objects
+
+
+def run_on_main(decide: Callable):
+    """What `decide()` returns on rank 0, on every rank; its InputError or OSError is raised on every rank too.
+
+    For questions to the file system, which two processes may see at different moments.
+    """
+    answer, error = None, None
+    if is_main():
+        try:
+            answer = decide()
+        except (InputError, OSError) as raised:
+            error = raised
+    answer, error = broadcast_object((answer, error))
+    if error is not None:
+        raise error
+    return answer
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks, as a new tensor of the same shape, dtype and device, without gradient."""
+    if not _together():
+        return tensor.detach().clone()
+    total = tensor.detach().to(_wire(), copy=True).contiguous()
+    dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
+def all_reduce_any(flag: bool) -> bool:
+    """Whether `flag` is true on any rank."""
+    if not _together():
+        return bool(flag)
+    found = torch.full((), int(bool(flag)), dtype=torch.int32, device=_wire())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found.item())
+
+
+def in_step(batches: Iterable, count: int, between: Callable[[], None] | None) -> Iterator:
+    """This rank's `count` batches, with `between()` after each, a collective: equally often on every rank.
+
+    So `between` may end the work on all ranks at once by raising. None: the batches alone.
+    """
+    if between is None:
+        yield from batches
+        return
+    most = max(gather_objects(count))
+    for batch in batches:
+        yield batch
+        between()
+    for _ in range(most - count):
+        between()
+
+
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """The rows of every rank in rank order, without gradient: (n_r, ...) -> (sum of n_r, ...).
+
+    The number of rows may differ between ranks and be 0; the other sizes and the dtype may not (ValueError on all).
+    """
+    return _gather(x.detach(), _headers(x, wants_gradient=False)[:, 0].tolist()) if _together() else x.detach()
+
+
+def all_gather_with_grad(x: torch.Tensor) -> torch.Tensor:
+    """`gather` through which the gradient flows back: (n_r, ...) -> (sum of n_r, ...).
+
+    Backward sums the gradient over the ranks and hands each rank its own rows. With losses as `global_mean` makes them,
+    DistributedDataParallel's average is then the single process's gradient. Where any rank's rows want a gradient,
+    every rank takes part in backward, also one whose rows have no graph (an empty rank's zeros): the result must enter
+    the loss on every rank, if only with a zero.
+    """
+    return gather_and_place(x)[0]
+
+
+def gather_and_place(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """`all_gather_with_grad`, and which of the rows is this rank's first."""
+    if not _together():
+        return x, 0
+    wants_gradient = x.requires_grad and torch.is_grad_enabled()
+    headers = _headers(x, wants_gradient)
+    counts = headers[:, 0].tolist()
+    first = sum(counts[: rank()])
+    if not headers[:, 3].any():
+        return _gather(x.detach(), counts), first
+    return _GatherWithGradient.apply(x if wants_gradient else x.detach().requires_grad_(), counts), first
+
+
+def _headers(x: torch.Tensor, wants_gradient: bool) -> torch.Tensor:
+    """Every rank's (rows, elements in a row, dtype, whether a gradient is wanted) as an int64 (world, 4) on the CPU."""
+    if x.dim() == 0:
+        raise ValueError("gather wants at least one dimension, the rows.")
+    own = torch.tensor([x.shape[0], math.prod(x.shape[1:]), _DTYPES.index(x.dtype), wants_gradient])
+    headers = [torch.empty(4, dtype=torch.int64, device=_wire()) for _ in range(world_size())]
+    dist.all_gather(headers, own.to(_wire()))
+    headers = torch.stack(headers).cpu()
+    if (headers[:, 1:3] != headers[0, 1:3]).any():
+        rows = ", ".join(f"{size} x {_DTYPES[kind]}" for size, kind in headers[:, 1:3].tolist())
+        raise ValueError(f"gather wants rows of the same size and dtype on every rank, not {rows}.")
+    return headers
+
+
+def _gather(x: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """(n_r, ...) -> (sum of counts, ...): padded to the longest rank for the way, as a collective wants equal sizes."""
+    padded = torch.zeros((max(counts), *x.shape[1:]), dtype=x.dtype, device=_wire())
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(x.device)
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        ctx.counts = counts
+        return _gather(x, counts)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        first = sum(ctx.counts[: rank()])
+        # Summed in float32 at least: many ranks' half-precision gradients would lose what the small ones say.
+        wide = gradient if gradient.dtype == torch.float64 else gradient.float()
+        own = all_reduce_sum(wide)[first : first + ctx.counts[rank()]]
+        return own.to(gradient.dtype), None
+
+
+def global_mean(total: torch.Tensor, count: torch.Tensor | float) -> torch.Tensor:
+    """The local sum times world size over the all-reduced count, so that unequal ranks average right under DDP.
+
+    `total` is this rank's sum () with its graph and `count` how many terms it has (a number or a 0-d tensor). The mean
+    of the results over the ranks is the mean of all terms, and DDP's average of their gradients is its gradient. Where
+    no rank has a term the result is an exact zero that is still connected to the graph of `total`.
+    """
+    if not isinstance(count, torch.Tensor):
+        count = torch.full((), float(count), device=total.device)
+    terms = all_reduce_sum(count.double())
+    factor = torch.where(terms > 0, world_size() / terms, 0.0)
+    return total * factor.to(total.dtype)

@@ -1,0 +1,160 @@
+"""Batches from loading processes: each handed over in one piece of shared memory, in one descriptor.
+
+Tensor by tensor, as torch hands them over, a batch of 32 image pairs takes 256 descriptors in a process that as a rule
+may have 1024; beyond that a run fails, or waits for ever.
+"""
+
+import io
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from trainkit.errors import LOST_PROCESS, InputError, lost_process
+
+ALIGNMENT = 64  # bytes; where a tensor may begin
+SMALL = 2**16  # bytes; smaller tensors are copied out, so that who keeps one does not keep its whole batch
+
+
+def ignore_signals(worker: int) -> None:
+    """Workers live until the process that loads lets them go, or is gone itself.
+
+    Ctrl-C, `timeout` and batch systems signal every process of a run. A worker leaves that to the process that loads,
+    and ends by SIGTERM only where that one sent it, as it does when it leaves without having emptied the loader.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: there a worker told to end takes the step with it
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    loading = multiprocessing.parent_process().pid  # not the parent where a server forks the workers
+
+    def end_when_it_says_so() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in (loading, os.getppid()):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=end_when_it_says_so, daemon=True).start()
+
+
+def make_loader(
+    dataset: Dataset,
+    batches: Iterable[list],
+    collate: Callable[[list], object],
+    *,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    worker_init_fn: Callable[[int], None] = ignore_signals,
+) -> DataLoader:
+    """Loads `batches`, lists of the data set's keys, in `workers` processes that live as long as the loader.
+
+    collate: a list of samples to a batch. Memory is pinned for a CUDA device. The loader draws from a generator of its
+    own, so that iterating it does not change the caller's random state. Raises InputError where a process is lost.
+    """
+    return _Loader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_Packing(collate) if workers else collate,
+        pin_memory=torch.device(device).type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=worker_init_fn,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def to_device(batch, device: torch.device | str):
+    """The batch with its tensors, those in dicts and lists included, on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    return [to_device(value, device) for value in batch] if isinstance(batch, list) else batch
+
+
+class _Loader(DataLoader):
+    def __iter__(self) -> Iterator:
+        try:
+            for batch in super().__iter__():
+                yield batch.unpacked() if isinstance(batch, _Packed) else batch
+        except Exception as error:
+            if not self.num_workers or (sentence := lost_process(error)) is None:
+                raise
+            raise InputError(sentence) from error
+
+
+class _Packed(NamedTuple):
+    """A batch as bytes: its tensors in `buffer`, all else, and where each tensor lies, in `structure`."""
+
+    structure: bytes
+    buffer: Tensor  # (bytes,) uint8
+
+    def pin_memory(self) -> "_Packed":
+        return _Packed(self.structure, self.buffer.pin_memory())
+
+    def unpacked(self):
+        return _Unpickler(self).load()
+
+
+class _Packing:
+    """A collate function whose batches are packed into shared memory."""
+
+    def __init__(self, collate: Callable[[list], object]):
+        self.collate = collate
+
+    def __call__(self, samples: list) -> _Packed:
+        structure = io.BytesIO()
+        pickler = _Pickler(structure)
+        pickler.dump(self.collate(samples))
+        buffer = shared_memory(pickler.size)
+        for place, tensor in pickler.tensors:
+            _view(buffer, place, tensor.dtype, tensor.shape).copy_(tensor)
+        return _Packed(structure.getvalue(), buffer)
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves tensors out: `tensors`, with their places in a buffer of `size` bytes."""
+
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self.tensors, self.size = [], 0
+
+    def persistent_id(self, value):
+        if type(value) is not Tensor or value.layout is not torch.strided:
+            return None
+        place = self.size
+        self.tensors.append((place, value))
+        self.size += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
+        return place, value.dtype, tuple(value.shape)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, packed: _Packed):
+        super().__init__(io.BytesIO(packed.structure))
+        self.buffer = packed.buffer
+
+    def persistent_load(self, key: tuple[int, torch.dtype, tuple[int, ...]]) -> Tensor:
+        tensor = _view(self.buffer, *key)
+        return tensor.clone() if tensor.nbytes < SMALL else tensor
+
+
+def _view(buffer: Tensor, place: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return buffer[place : place + size].view(dtype).view(shape)
+
+
+def shared_memory(size: int) -> Tensor:
+    """(size,) uint8, not initialised. Raises InputError where there is no room for it."""
+    try:
+        storage = torch.UntypedStorage._new_shared(max(size, 1))  # as torch's own collate function does
+        if hasattr(os, "posix_fallocate") and torch.multiprocessing.get_sharing_strategy() == "file_descriptor":
+            os.posix_fallocate(storage._share_fd_cpu_()[0], 0, size or 1)  # else writing to what is not there kills
+    except (OSError, RuntimeError, MemoryError) as error:
+        raise InputError(LOST_PROCESS.format(f"no shared memory for a batch of {size / 2**20:.0f} MiB")) from error
+    return torch.empty(0, dtype=torch.uint8).set_(storage)[:size]

@@ -1,0 +1,275 @@
+"""One optimizer step: autocast, accumulation, loss weights, finite checks, scaler, clipping, schedule and EMA."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainkit import distributed
+from trainkit.errors import InputError
+from trainkit.gradients import GradientReport, LossGradients
+
+_AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+# The scaler halves its scale at each skipped step: after so many in a row the scale is not what is wrong.
+MAX_SKIPPED_IN_A_ROW = 24
+MAX_IMAGES_NAMED = 16
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did. Floats, averaged over the micro-batches and then over the ranks; losses are unweighted."""
+
+    losses: dict[str, float]
+    total: float  # the weighted sum, the very number that was differentiated
+    grad_norm: float  # 2-norm over all parameters, before clipping; not finite where the step was skipped
+    lr: float  # of the first parameter group, as used in this step
+    skipped: bool  # fp16 only: a gradient overflowed, so neither parameters nor schedule nor EMA moved
+    metrics: dict[str, float]  # what else the forwards had to say
+    gradients: GradientReport | None = None  # where it was asked for: before clipping, so that the losses' ones add up
+
+
+def micro_batches(loader: Iterable, accumulate: int) -> Iterator[list]:
+    """Group a loader's batches by `accumulate`; what is left at the end of an epoch makes a smaller last group."""
+    group = []
+    for batch in loader:
+        group.append(batch)
+        if len(group) == accumulate:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+class TrainStep:
+    """Makes optimizer steps and counts them: `steps` moved the parameters, `skipped` did not (fp16 overflows).
+
+    `validated`: after how many steps the last validation was, -1 before the first; `run_epochs` sets it.
+
+    model: what the losses come from, wrapped in DDP or not; needed for DDP's `no_sync`, the EMA and parameter names.
+    losses_of(batch): a dict of named, unweighted scalar losses (); called under autocast.
+    weights: loss name -> factor, applied here and nowhere else. InputError where a loss with a weight is absent, where
+        a loss has no weight, and where one has neither a path to the parameters nor the value 0. Weight 0 is for a loss
+        that is switched off: it may be absent, and is logged but not differentiated where it is not.
+    describe(batch): list of image ids or paths, for the sentence about a number that is not finite.
+    metrics_of(): named scalars () about the last forward, for the log; the same names each time.
+    schedule is stepped, and `average` (an EMA of the model) updated, after each step that moved the parameters.
+    amp: "none", "fp16" (with a gradient scaler) or "bf16". clip_norm: None or 0 measures the norm only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        losses_of: Callable[..., dict[str, torch.Tensor]],
+        weights: dict[str, float],
+        describe: Callable[..., list],
+        metrics_of: Callable[[], dict[str, torch.Tensor]] = dict,
+        device: torch.device | str,
+        schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+        average: torch.optim.swa_utils.AveragedModel | None = None,
+        amp: str = "none",
+        clip_norm: float | None = None,
+    ):
+        if amp not in _AUTOCAST:
+            raise InputError(f"--amp {amp}: expected one of {', '.join(_AUTOCAST)}.")
+        if not any(weights.values()):
+            raise InputError(
+                f"none of the losses {sorted(weights)} has a weight other than 0, nothing would be learnt."
+            )
+        self.model, self.optimizer, self.schedule, self.average = model, optimizer, schedule, average
+        self.losses_of, self.describe, self.weights = losses_of, describe, dict(weights)
+        self.metrics_of = metrics_of
+        self.device, self.amp, self.clip_norm = torch.device(device), amp, clip_norm
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+        self.steps = self.skipped = self._skipped_in_a_row = 0
+        self.validated = -1
+
+    def __call__(
+        self, batches: list, *, keep_gradients: bool = False, parts: dict[str, nn.Module] | None = None
+    ) -> StepResult:
+        """One step over a list of micro-batches, each of which counts the same.
+
+        Raises InputError on every rank, before a parameter has moved, where on any rank a loss, or without fp16 a
+        gradient, is not finite. `keep_gradients` leaves the clipped gradients for `module_gradient_norms`.
+        parts: modules by name, at which each loss's share of this very step's gradient is reported. The step itself
+        stays the same bit for bit; it takes one more backward for every loss, and the memory of `LossGradients`.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        split = LossGradients(parts) if parts else None
+        rows = [
+            self._backward(batch, len(batches), last=i == len(batches) - 1, split=split)
+            for i, batch in enumerate(batches)
+        ]
+        rows = torch.stack(rows)  # (micro-batches, 2 * losses + metrics)
+        gradients = split.report(scale=self.scaler.get_scale()) if split else None
+        norm = self._measure_and_clip()
+        lr = float(self.optimizer.param_groups[0]["lr"])
+
+        # One all-reduce and one transfer carry all that the host wants to know; NaN and inf survive a sum.
+        report = distributed.all_reduce_sum(torch.cat([rows.mean(0), norm.to(rows)[None]])) / distributed.world_size()
+        *means, grad_norm = report.tolist()
+        losses = dict(zip(self.weights, means, strict=False))
+        metrics = dict(zip(self.metrics_of(), means[2 * len(losses) :], strict=True))
+        self._check_losses(means, rows, batches)
+        self._check_gradient(grad_norm, batches)
+        self._update(grad_norm)
+        if not keep_gradients:
+            self.optimizer.zero_grad(set_to_none=True)
+        total = sum(weight * losses[name] for name, weight in self.weights.items() if weight)
+        present = {name: value for name, value in losses.items() if self.weights[name] or not math.isnan(value)}
+        return StepResult(present, total, grad_norm, lr, not math.isfinite(grad_norm), metrics, gradients)
+
+    def _backward(self, batch, count: int, *, last: bool, split: LossGradients | None = None) -> torch.Tensor:
+        """Differentiate one micro-batch's share, where asked for also by loss into `split`.
+
+        -> its losses (NaN where absent), then what has no graph of each, then its metrics.
+        """
+        wait = isinstance(self.model, DistributedDataParallel) and not last
+        with self.model.no_sync() if wait else contextlib.nullcontext():
+            with self._autocast():
+                losses = self.losses_of(batch)
+            self._check_names(losses)
+            enabled = {name: losses[name] for name, weight in self.weights.items() if weight}
+            weighted = {name: self.weights[name] * _wide(loss) for name, loss in enabled.items()}
+            if split is not None:
+                split.add({name: self.scaler.scale(loss / count) for name, loss in weighted.items()})
+            total = sum(weighted.values())
+            if total.requires_grad:
+                self.scaler.scale(total / count).backward()
+            elif distributed.world_size() > 1:
+                raise ValueError("no loss of this rank has a graph, the other ranks would wait for its gradients.")
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        values = [losses[name].detach().double() if name in losses else zero + math.nan for name in self.weights]
+        connected = [name not in enabled or enabled[name].requires_grad for name in self.weights]
+        off_graph = [zero if fine else value.abs() for fine, value in zip(connected, values, strict=True)]
+        metrics = [figure.detach().double() for figure in self.metrics_of().values()]
+        return torch.stack([*values, *off_graph, *metrics])
+
+    def _autocast(self):
+        dtype = _AUTOCAST[self.amp]
+        return torch.autocast(self.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
+
+    def _check_names(self, losses: dict[str, torch.Tensor]) -> None:
+        absent = [name for name, weight in self.weights.items() if weight and name not in losses]
+        if absent:
+            raise InputError(f"enabled loss absent: {', '.join(absent)} has a weight, the model gave {sorted(losses)}.")
+        unknown = [name for name in losses if name not in self.weights]
+        if unknown:
+            raise InputError(f"unknown loss: {', '.join(unknown)} has no weight among {sorted(self.weights)}.")
+        for name, loss in losses.items():
+            if loss.dim() != 0:
+                raise ValueError(f"{name} must be a scalar, not of shape {tuple(loss.shape)}.")
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def _measure_and_clip(self) -> torch.Tensor:
+        """The 2-norm () of the whole gradient, unscaled, before clipping."""
+        parameters = self._parameters()
+        if not parameters:
+            return torch.zeros((), device=self.device)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        if self.clip_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        return norm
+
+    def _check_losses(self, means: list[float], rows: torch.Tensor, batches: list) -> None:
+        """Raise on every rank alike: `means` of the rows are over all ranks, and the same on each."""
+        names = list(self.weights)
+        bad = [i for i, name in enumerate(names) if self.weights[name] and not math.isfinite(means[i])]
+        if bad:
+            finite = torch.isfinite(rows[:, bad]).all(1).tolist()
+            guilty = [batch for batch, fine in zip(batches, finite, strict=True) if not fine]
+            raise InputError(
+                f"step {self.steps + 1}: {', '.join(f'{names[i]} is {means[i]}' for i in bad)}, "
+                f"not a finite number, for the images {self._images(guilty)}."
+            )
+        off_graph = [name for name, value in zip(names, means[len(names) :], strict=False) if value]
+        if off_graph:
+            raise InputError(
+                f"step {self.steps + 1}: {', '.join(off_graph)} is not 0 but has no path to the parameters, "
+                f"so that its weight has no effect."
+            )
+
+    def _check_gradient(self, grad_norm: float, batches: list) -> None:
+        if math.isfinite(grad_norm):
+            self._skipped_in_a_row = 0
+            return
+        if not self.scaler.is_enabled():
+            bad = [
+                name
+                for name, parameter in self.model.named_parameters()
+                if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+            ]
+            where = f"of {bad[0]} and {len(bad) - 1} more parameters" if bad else "norm"
+            raise InputError(
+                f"step {self.steps + 1}: the losses are finite, but the gradient {where} is not, "
+                f"for the images {self._images(batches)}."
+            )
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            raise InputError(
+                f"step {self.steps + 1}: the gradient overflowed fp16 {self._skipped_in_a_row} times in a row, "
+                f"last for the images {self._images(batches)}; use --amp bf16 or none, or a smaller learning rate."
+            )
+
+    def _images(self, batches: list) -> str:
+        """What `describe` says of these batches of all ranks. A collective."""
+        own = [str(image) for batch in batches for image in self.describe(batch)]
+        images = [image for images in distributed.gather_objects(own) for image in images]
+        return ", ".join(images[:MAX_IMAGES_NAMED]) + (" ..." if len(images) > MAX_IMAGES_NAMED else "")
+
+    def _update(self, grad_norm: float) -> None:
+        scaled = self.scaler.is_enabled() and bool(self._parameters())
+        if math.isfinite(grad_norm):
+            if scaled:
+                self.scaler.step(self.optimizer)
+            else:
+                self.optimizer.step()
+            if self.schedule is not None:
+                self.schedule.step()
+            if self.average is not None:
+                self.average.update_parameters(self.model)
+            self.steps += 1
+        if scaled:
+            self.scaler.update()
+
+    def state_dict(self) -> dict:
+        counts = {"steps": self.steps, "skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row}
+        return {**counts, "validated": self.validated, "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises InputError where the checkpoint was trained with a scaler (fp16) and this run has none, or reverse."""
+        if bool(state["scaler"]) != self.scaler.is_enabled():
+            trained = "fp16" if state["scaler"] else "none or bf16"
+            raise InputError(f"--amp {self.amp}: the checkpoint was trained with {trained}; resume with the same.")
+        self.scaler.load_state_dict(state["scaler"])
+        self.steps, self.skipped = state["steps"], state["skipped"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self.validated = state.get("validated", self.steps)  # checkpoints of before it was counted were validated
+
+
+def _wide(loss: torch.Tensor) -> torch.Tensor:
+    """Losses are added in float32 at least."""
+    return loss.to(torch.promote_types(loss.dtype, torch.float32))
+
+
+def module_gradient_norms(model: nn.Module, depth: int = 2) -> dict[str, float | None]:
+    """2-norm of the gradient of every module `depth` names deep, for --check; call it after a step that kept gradients.
+
+    None where a module has trainable parameters and none of them got a gradient; wholly frozen modules are left out.
+    """
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    gradients: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in bare.named_parameters():
+        if parameter.requires_grad:
+            module = ".".join(name.split(".")[:-1][:depth]) or name
+            gradients.setdefault(module, []).extend([] if parameter.grad is None else [parameter.grad])
+    return {name: nn.utils.get_total_norm(found).item() if found else None for name, found in gradients.items()}
