@@ -50,7 +50,8 @@ from trainkit.arguments import (
 )
 from trainkit.errors import InputError, one_sentence
 from trainkit.files import number
-from trainkit.loader import make_loader, to_device
+from trainkit.device import to_device
+from trainkit.loader import make_loader
 from trainkit.log import RunLog, Throughput, peak_memory
 from trainkit.loop import run_epochs
 from trainkit.optimizer import build_optimisation, ema

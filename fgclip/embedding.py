@@ -1,6 +1,5 @@
 """Unit features of the images, boxes and texts of a whole data set, the work shared among the processes."""
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +13,9 @@ from fgclip.data import Record
 from fgclip.images import preprocess
 from fgclip.model import FGCLIP, unit
 from fgclip.tokenizer import Tokenizer
+from trainkit.device import autocast, to_device
 from trainkit.errors import InputError
-from trainkit.loader import make_loader, to_device
-
-AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+from trainkit.loader import make_loader
 
 
 class Views(Dataset):
@@ -62,11 +60,11 @@ class Embedder:
         amp: str = "none",
     ):
         self.model, self.tokenizer, self.device = model.to(device).eval(), tokenizer, torch.device(device)
-        self.batch_size, self.workers, self.dtype = batch_size, workers, AUTOCAST[amp]
+        self.batch_size, self.workers, self.amp = batch_size, workers, amp
         self.truncated = 0  # distinct texts that were cut
 
     def autocast(self):
-        return torch.autocast(self.device.type, dtype=self.dtype) if self.dtype else contextlib.nullcontext()
+        return autocast(self.amp, self.device)
 
     @torch.inference_mode()
     def images(self, dataset: Dataset, regions: bool = False) -> tuple[Tensor, Tensor]:

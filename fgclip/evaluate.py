@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from fgclip.data import COCO, FGOVD, FineHARD, Record, files_in
-from fgclip.embedding import AUTOCAST, Embedder, Views
+from fgclip.embedding import Embedder, Views
 from fgclip.evaluation_data import DCI, ClassFolders, COCOBoxes, Flickr30k, ShareGPT4V, by_image
 from fgclip.held_out import held_out_metrics
 from fgclip.loading import check_image_size, load_model
@@ -31,6 +31,7 @@ from fgclip.transformer import ACTIVATIONS
 from fgclip.zero_shot import box_figures, choice_figures, folder_figures, retrieval_figures
 from trainkit import distributed
 from trainkit.arguments import make_parser, non_negative_int, positive_int
+from trainkit.device import AUTOCAST
 from trainkit.errors import InputError, one_sentence
 from trainkit.files import write_json
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import trainkit.distributed as distributed
 from fgclip.losses import PairBank, Pairs, contrast_pairs, hard_negative_loss, symmetric_loss
 from fgclip.model import FGCLIP, unit
-from trainkit.loader import to_device
+from trainkit.device import to_device
 
 KINDS = {"long": 0, "short": 0, "region": 1, "hard": 2}  # what each loss is a mean over: a column of `pair_counts`
 

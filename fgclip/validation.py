@@ -1,6 +1,5 @@
 """What a model makes of held-out images: their captions, their regions among other captions, and hard negatives."""
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -11,9 +10,9 @@ import trainkit.distributed as distributed
 from fgclip.batches import Collate
 from fgclip.metrics import choice_accuracy, effective_rank, pair_cosines, retrieval_recall
 from fgclip.model import FGCLIP, unit
-from trainkit.loader import make_loader, to_device
+from trainkit.device import autocast, to_device
+from trainkit.loader import make_loader
 
-AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 CANDIDATES = 132  # captions that a region is held against, its own among them
 CHUNK = 256  # rows held against their candidates at once
 
@@ -38,12 +37,11 @@ def embed(
     """
     first, last = (len(dataset) * r // distributed.world_size() for r in (distributed.rank(), distributed.rank() + 1))
     batches = [list(range(i, min(i + batch_size, last))) for i in range(first, last, batch_size)]
-    dtype = AUTOCAST[amp]
     parts = []
     loader = make_loader(dataset, batches, collate, workers=workers, device=device)
     for batch in distributed.in_step(loader, len(batches), between):
         batch = to_device(batch, device)
-        with torch.autocast(torch.device(device).type, dtype=dtype) if dtype else contextlib.nullcontext():
+        with autocast(amp, device):
             features = model(batch)
         names = ("image", "short", "long", "regions", "region_texts", "hard_texts")
         part = {name: unit(features[name]) for name in names if name in features}

@@ -11,10 +11,10 @@ from torch import Tensor
 from fgclip.batches import usable_regions
 from fgclip.data import Record, Region
 from fgclip.embedding import Embedder, Views
-from fgclip.errors import InputError
 from fgclip.metrics import choice_hits, retrieval_recall, topk_accuracy
 from fgclip.prompts import class_embeddings, class_prompts
 from fgclip.regions import BoxStatistics
+from trainkit.errors import InputError
 
 
 def retrieval_figures(embedder: Embedder, records: Sequence[Record], views: Views, long: bool = False):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import trainkit.distributed as distributed
-from macl.precision import at_least_float32
+from trainkit.device import at_least_float32
 
 MMD_LEVELS = ("none", "embedding", "pyramid")
 ADVERSARIES = ("none", "modality", "dataset")

@@ -24,7 +24,6 @@ from macl.metrics import could_count_from_zero, read_detections, write_detection
 from macl.misalignment import misalignment_figures, misalignment_text
 from macl.plots import miss_rate_plot
 from macl.validation import (
-    AUTOCAST,
     PEOPLE,
     SCORE_THRESHOLD,
     alignment_metrics,
@@ -38,6 +37,7 @@ from macl.validation import (
 from macl.weights import read_state
 from trainkit import distributed
 from trainkit.arguments import fraction, make_parser, non_negative_int, positive_int
+from trainkit.device import AUTOCAST
 from trainkit.errors import InputError, one_sentence
 from trainkit.files import write_json
 

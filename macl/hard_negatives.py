@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import kernels
 import trainkit.distributed as distributed
-from macl.precision import at_least_float32
 from macl.projector import embed
+from trainkit.device import at_least_float32
 
 HARD_MODES = ("denominator", "softplus")
 NO_NEGATIVE = -1e30  # the similarity that stands for "none": finite, so that its gradient is 0 and not NaN

@@ -2,7 +2,8 @@
 
 from macl.data import MisalignedDataset
 from macl.detector import PairedFasterRCNN
-from macl.validation import aligned, detection_metrics, miss_rate_metrics, predict
+from macl.validation import detection_metrics, miss_rate_metrics, predict
+from trainkit.tables import aligned
 
 OTHER = {"visible": "infrared", "infrared": "visible"}
 

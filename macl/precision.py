@@ -1,16 +1,10 @@
-"""Where autocast must not reach: losses, logits and coordinates stay in float32. And what is no number at all."""
+"""What is no number at all."""
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from trainkit.errors import InputError
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half-precision tensors as float32, others as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def check_finite(tensors: Iterable[Tensor], what: str) -> None:

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from macl.precision import at_least_float32
+from trainkit.device import at_least_float32
 
 PROJECTOR_NORMS = ("none", "layer", "group", "batch")
 

@@ -7,7 +7,8 @@ from torchvision import ops
 
 import kernels
 from macl.boxes import BoxCoder, box_regression_loss, match, sample
-from macl.precision import at_least_float32, check_finite
+from macl.precision import check_finite
+from trainkit.device import at_least_float32
 
 SMALLEST_SIDE = 1e-2  # pixels; detections below it are dropped
 

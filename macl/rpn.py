@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torchvision import ops
 
 from macl.boxes import AnchorGenerator, BoxCoder, box_regression_loss, match, sample
-from macl.precision import at_least_float32, check_finite
+from macl.precision import check_finite
+from trainkit.device import at_least_float32
 
 SMALLEST_SIDE = 1e-3  # pixels; proposals below it are dropped
 

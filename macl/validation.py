@@ -3,7 +3,6 @@
 `predict` gives the results, one dict an image; the other functions make something of them.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -20,11 +19,12 @@ from macl.metrics import alignment, average_precision, ignore_all_but, miss_rate
 from macl.metrics.average_precision import MAX_DETECTIONS, MEASURES
 from macl.metrics.miss_rate import DAYTIMES, FRAME
 from macl.plots import draw_detections, tsne_picture
+from trainkit.device import autocast
 from trainkit.files import whole_file
 from trainkit.loader import make_loader
+from trainkit.tables import aligned
 
 SCORE_THRESHOLD = 0.001  # for figures; below a detector's own, which is for looking at
-AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 PEOPLE = ("person",)
 SEEN = {"both": (True, True), "visible_only": (True, False), "infrared_only": (False, True)}
 
@@ -54,12 +54,11 @@ def predict(
     detector.eval()
     own = [[index] for index in range(distributed.rank(), len(dataset), distributed.world_size())]
     batches = [sum(own[i : i + batch_size], []) for i in range(0, len(own), batch_size)]
-    dtype = AUTOCAST[amp]
     results = []
     loader = make_loader(Plain(dataset), batches, collate, workers=workers, device=device)
     for batch in distributed.in_step(loader, len(batches), between):
         images = {name: [image.to(device) for image in batch[name]] for name in ("visible", "infrared")}
-        with torch.autocast(torch.device(device).type, dtype=dtype) if dtype else contextlib.nullcontext():
+        with autocast(amp, device):
             extracted = detector.extract(images)
             found = {
                 mode: [to_cpu(one) for one in detector.detect(extracted, names, score_threshold=score_threshold)]
@@ -251,14 +250,6 @@ def miss_rate_text(tables: dict[str, dict[str, dict]]) -> str:
         cells = ["-" if value is None else f"{value:.2f}" for value in figures]
         lines.append([row, *cells, str(values["boxes"]), str(values["frames"])])
     return aligned(lines)
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """Rows of cells as text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-    )
 
 
 def validation_text(figures: dict, untrained: float | None) -> str:

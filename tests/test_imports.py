@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "trainkit", "macl", "fgclip")
-SHARED = ("trainkit.distributed", "trainkit.errors", "trainkit.files", "trainkit.loader")
+SHARED = tuple(f"trainkit.{name}" for name in "device distributed errors files load_report loader tables".split())
 ALLOWED = {
     "kernels": (),
     "trainkit": (),

@@ -69,15 +69,6 @@ def make_loader(
     )
 
 
-def to_device(batch, device: torch.device | str):
-    """The batch with its tensors, those in dicts and lists included, on the device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {name: to_device(value, device) for name, value in batch.items()}
-    return [to_device(value, device) for value in batch] if isinstance(batch, list) else batch
-
-
 class _Loader(DataLoader):
     def __iter__(self) -> Iterator:
         try:

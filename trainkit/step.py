@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainkit import distributed
+from trainkit.device import AUTOCAST, at_least_float32, autocast
 from trainkit.errors import InputError
 from trainkit.gradients import GradientReport, LossGradients
 
-_AUTOCAST = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The scaler halves its scale at each skipped step: after so many in a row the scale is not what is wrong.
 MAX_SKIPPED_IN_A_ROW = 24
 MAX_IMAGES_NAMED = 16
@@ -75,8 +75,8 @@ class TrainStep:
         amp: str = "none",
         clip_norm: float | None = None,
     ):
-        if amp not in _AUTOCAST:
-            raise InputError(f"--amp {amp}: expected one of {', '.join(_AUTOCAST)}.")
+        if amp not in AUTOCAST:
+            raise InputError(f"--amp {amp}: expected one of {', '.join(AUTOCAST)}.")
         if not any(weights.values()):
             raise InputError(
                 f"none of the losses {sorted(weights)} has a weight other than 0, nothing would be learnt."
@@ -131,11 +131,11 @@ class TrainStep:
         """
         wait = isinstance(self.model, DistributedDataParallel) and not last
         with self.model.no_sync() if wait else contextlib.nullcontext():
-            with self._autocast():
+            with autocast(self.amp, self.device):
                 losses = self.losses_of(batch)
             self._check_names(losses)
             enabled = {name: losses[name] for name, weight in self.weights.items() if weight}
-            weighted = {name: self.weights[name] * _wide(loss) for name, loss in enabled.items()}
+            weighted = {name: self.weights[name] * at_least_float32(loss) for name, loss in enabled.items()}
             if split is not None:
                 split.add({name: self.scaler.scale(loss / count) for name, loss in weighted.items()})
             total = sum(weighted.values())
@@ -149,10 +149,6 @@ class TrainStep:
         off_graph = [zero if fine else value.abs() for fine, value in zip(connected, values, strict=True)]
         metrics = [figure.detach().double() for figure in self.metrics_of().values()]
         return torch.stack([*values, *off_graph, *metrics])
-
-    def _autocast(self):
-        dtype = _AUTOCAST[self.amp]
-        return torch.autocast(self.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
 
     def _check_names(self, losses: dict[str, torch.Tensor]) -> None:
         absent = [name for name, weight in self.weights.items() if weight and name not in losses]
@@ -254,11 +250,6 @@ class TrainStep:
         self.steps, self.skipped = state["steps"], state["skipped"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self.validated = state.get("validated", self.steps)  # checkpoints of before it was counted were validated
-
-
-def _wide(loss: torch.Tensor) -> torch.Tensor:
-    """Losses are added in float32 at least."""
-    return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
 
 def module_gradient_norms(model: nn.Module, depth: int = 2) -> dict[str, float | None]:

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 
-from macl.errors import InputError
+from trainkit.errors import InputError
 
 
 def hold_out(dataset, *, fraction: float = 0.1):

@@ -23,11 +23,12 @@ from fgclip.batches import (
 )
 from fgclip.data import COCO, FGOVD, FineHARD, JsonItems, Record, Region
 from fgclip.embedding import Views
-from fgclip.errors import InputError
 from fgclip.evaluation_data import COCOBoxes
 from fgclip.images import normalise, preprocess, read_image
 from fgclip.regions import BoxStatistics, boxes_to_rois, from_xywh, usable_boxes
-from trainkit.loader import make_loader, to_device
+from trainkit.device import to_device
+from trainkit.errors import InputError
+from trainkit.loader import make_loader
 
 
 def item(i, **changes):

@@ -18,13 +18,12 @@ from PIL import Image
 from fgclip import FGCLIP, Tokenizer, evaluate, load_model, save_clip_weights
 from fgclip.data import FGOVD, Record, Region
 from fgclip.embedding import Embedder, Views
-from fgclip.errors import InputError
 from fgclip.evaluation_data import DCI, ClassFolders, Flickr30k, ShareGPT4V, by_image
 from fgclip.images import preprocess, read_image
 from fgclip.model import unit
 from fgclip.prompts import read_templates
 from fgclip.zero_shot import choice_figures, class_figures, retrieval_figures
-from trainkit.errors import one_sentence
+from trainkit.errors import InputError, one_sentence
 
 MERGES = [["t", "h"], ["th", "e</w>"], ["r", "e"], ["re", "d</w>"]]
 VOCAB = 514 + len(MERGES)

@@ -15,8 +15,8 @@ from fgclip import FGCLIP, Tokenizer, load_model, save_clip_weights
 from fgclip.batches import Collate, RegionDataset, data_statistics
 from fgclip.data import COCO, FGOVD, FineHARD
 from fgclip.embedding import Views, collate
-from fgclip.errors import InputError
 from fgclip.evaluation_data import DCI, COCOBoxes, Flickr30k, ShareGPT4V
+from trainkit.errors import InputError
 
 NAME, REGION = "a/1.png", dict(short_expr="b", long_expr="c", flag_short_neg=1, short_expr_negs={"0": "d"})
 FINEHARD = [dict(f_path=NAME, caption="a", short_caption="b", label=1, bbox_info=[REGION | dict(bbox=[0, 0.1, 1, 1])])]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fgclip import metrics
-from fgclip.errors import InputError
 from fgclip.model import unit
 from fgclip.prompts import PHOTO, TEMPLATES, class_embeddings, class_prompts, read_templates
+from trainkit.errors import InputError
 
 
 def brute_force_recall(image, text, owner, k):

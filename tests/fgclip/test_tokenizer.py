@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fgclip import Tokenizer, tokenizer
-from fgclip.errors import InputError
+from trainkit.errors import InputError
 
 ARTICLE_MERGES = "#version: 0.2\nt h\nth e</w>\nr e\nre d</w>\na a\n"
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fgclip import FGCLIP, load_clip_weights, save_clip_weights
-from fgclip.errors import InputError
 from fgclip.text import stretch_positions
 from fgclip.weights import hugging_face_config
+from trainkit.errors import InputError
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 TOKENS = torch.tensor([[512, 5, 6, 513, 0], [512, 513, 0, 0, 0]])

@@ -12,7 +12,7 @@ from macl.data import DAY_AND_NIGHT, NIGHT, SyntheticPairs
 from macl.data.figures import DISTRACTORS, person, rasterise
 from macl.data.painting import paint
 from macl.data.scenes import INFRARED, STREET_DAY, STREET_NIGHT, VISIBLE, Ground, Scene
-from macl.errors import InputError
+from trainkit.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from macl.errors import InputError
 from macl.metrics import miss_rate_curve
 from macl.plots import COLOURS, DIVIDER, MIN_SIDE, draw_detections, miss_rate_plot, tsne_picture
+from trainkit.errors import InputError
 
 EMPTY = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
 

@@ -7,8 +7,9 @@ import signal
 import pytest
 import torch
 
+from trainkit.device import to_device
 from trainkit.errors import InputError, one_sentence
-from trainkit.loader import make_loader, to_device
+from trainkit.loader import make_loader
 
 
 class Samples(torch.utils.data.Dataset):

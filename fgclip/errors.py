@@ -1,5 +1,0 @@
-"""What a person can mend: bad files, folders, values."""
-
-from trainkit.errors import InputError
-
-__all__ = ["InputError"]
