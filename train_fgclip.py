@@ -16,7 +16,6 @@ import trainkit.process_setup  # noqa: F401, I001  before torch
 
 import argparse
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,32 +38,31 @@ from fgclip.objective import Objective, freeze_unreached
 from fgclip.synthetic import PLACEMENTS, SyntheticRegions, vocabulary
 from fgclip.transformer import ACTIVATIONS
 from fgclip.validation import best_metric, embed, validation_metrics, validation_text
-from trainkit import checkpoint, distributed
+from trainkit import distributed
 from trainkit.arguments import (
     add_recipe_flags,
     fraction,
     int_list,
     make_parser,
-    peek_flags,
     non_negative_float,
     non_negative_int,
+    parse_with_resume,
+    peek_flags,
     positive_float,
     positive_int,
-    prepare_run,
-    saved_flags,
 )
+from trainkit.checkpoint import find_resume
 from trainkit.errors import InputError, one_sentence
-from trainkit.files import check_like
 from trainkit.loader import make_loader
-from trainkit.log import RunLog, Throughput, peak_memory
-from trainkit.loop import run_epochs
-from trainkit.parameter_drift import ParameterDrift
 from trainkit.optimizer import build_optimisation, ema
+from trainkit.parameter_drift import ParameterDrift
+from trainkit.run import Run
 from trainkit.sampler import ResumableSampler
-from trainkit.state import TrainingState, best_of, restoring
 from trainkit.step import TrainStep, module_gradient_norms
 
 SCRIPT = "fgclip"
+MAY_CHANGE = ("annotations", "image_root", "val_annotations", "val_image_root", "validate_at", "diagnostics")
+MAY_CHANGE += ("reset_logit_scales", "logit_scale_init")
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
 LOOKED_AT = 2000  # records whose boxes are looked at before a run begins
 CHECKED = 100_000  # records that --check reads
@@ -104,31 +102,28 @@ BANK_RECIPE = dict(max_regions=1, lr_base_batch=48, warmup_steps=500, region_wei
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The flags, with the defaults of the data, the weights or the resumed run that they name."""
     parser = make_parser(__doc__)
-    add_recipe_flags(parser, SCRIPT, FINE_TUNING_RECIPE)
+    add_recipe_flags(parser, SCRIPT, MAY_CHANGE)
     add_data_flags(parser)
     add_model_flags(parser)
     add_loss_flags(parser)
     add_run_flags(parser)
 
-    choosing = "--data-root --annotations --init-from --resume --format --stage --bank-size"
-    named = peek_flags(arguments, *choosing.split())
-    synthetic = named.data_root is None and named.annotations is None
-    if synthetic or named.init_from is None:
+    given = peek_flags(arguments, *"--data-root --annotations --init-from --format --stage --bank-size".split())
+    synthetic = given.data_root is None and given.annotations is None
+    parser.set_defaults(**FINE_TUNING_RECIPE)
+    if synthetic or given.init_from is None:
         parser.set_defaults(**FROM_NOTHING_RECIPE)
     if synthetic:
         parser.set_defaults(**SYNTHETIC_RECIPE)
-        if named.bank_size not in (None, "0"):
+        if given.bank_size not in (None, "0"):
             parser.set_defaults(**BANK_RECIPE)
-    if named.init_from is not None:
+    if given.init_from is not None:
         parser.set_defaults(image_size=None, **dict.fromkeys(SIZES))
-    if named.format == "coco" and not synthetic:
+    if given.format == "coco" and not synthetic:
         parser.set_defaults(hard_weight=0.0)
-    if named.stage == "global":
+    if given.stage == "global":
         parser.set_defaults(region_weight=0.0, hard_weight=0.0, best_by="captions")
-    if named.resume not in (None, "auto"):
-        own = ("resume", "output", "init_from", "max_steps", "check", "device", "reset_logit_scales")
-        parser.set_defaults(**{k: v for k, v in saved_flags(named.resume).items() if k not in own})
-    return parser.parse_args(arguments)
+    return parse_with_resume(parser, arguments, SCRIPT)
 
 
 # fmt: off
@@ -197,9 +192,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("validation, speed and memory").add_argument
     add("--best-by", choices=("region", "hard", "captions"), default="region",
         help="what chooses best.pt: R@1 of regions, accuracy among hard negatives, R@1 of captions")
-    add("--validate-every", type=positive_int, default=1, metavar="EPOCHS", help="and after the last")
     add("--validate-at", type=int_list, default="50,200,500", metavar="STEPS", help="and after these")
-    add("--log-every", type=positive_int, default=20, metavar="STEPS", help="steps between printed lines")
     add("--diagnostics", type=non_negative_int, default=0, metavar="STEPS",
         help="steps between printed figures, logit ranges and how far each part moved; 0 prints none")
     add("--checkpoint-activations", action="store_true", help="less memory, about a third more time")
@@ -246,9 +239,10 @@ def open_data(args: argparse.Namespace, image_size: int):
 def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]:
     """The model, with the weights of --init-from, its tokenizer, and what there is to say about them."""
     given = {name: getattr(args, name) for name in SIZES}
-    if args.resume not in (None, "auto"):
-        model, tokenizer = load_model(checkpoint.find_resume(args.resume, args.output, SCRIPT), weights="raw")
-        said = []
+    resumed = find_resume(args.resume, args.output, SCRIPT)
+    messages = []
+    if resumed is not None:
+        model, tokenizer = load_model(resumed, weights="raw")
     elif args.init_from is not None:
         activation = given.pop("activation")
         named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
@@ -258,7 +252,7 @@ def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]
             args.init_from, args.vocab, trust_torchscript=args.trust_torchscript, heads=args.heads,
             activation=activation,
         )  # fmt: skip
-        said = [f"weights of {model.load_report}"]
+        messages = [f"weights of {model.load_report}"]
         if args.roi_projection and not model.config["roi_projection"]:
             model = model.with_roi_projection()
     else:
@@ -276,9 +270,9 @@ def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]
             )  # fmt: skip
         except (ValueError, RuntimeError) as error:  # RuntimeError: there is not so much memory
             raise InputError(f"the model's flags do not fit together: {error}") from error
-        said = ["training from random weights"]
+        messages = ["training from random weights"]
         if args.data_root or args.annotations:
-            said[0] += "; --init-from takes published CLIP and FG-CLIP weights, or a checkpoint of a run"
+            messages[0] += "; --init-from takes published CLIP and FG-CLIP weights, or a checkpoint of a run"
     check_image_size(model, args.image_size or model.vision_model.image_size)
     if args.image_size not in (None, model.vision_model.image_size):
         model = model.with_image_size(args.image_size)  # so that its checkpoints say what it was trained on
@@ -286,7 +280,7 @@ def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]
         raise InputError("--long-weight: the model has no long text path, its short one being too short; expected 0")
     if args.roi_projection_lr and not model.config["roi_projection"]:
         raise InputError("--roi-projection-lr needs --roi-projection")
-    return model, tokenizer, [*said, f"tokenizer: {tokenizer.description}"]
+    return model, tokenizer, [*messages, f"tokenizer: {tokenizer.description}"]
 
 
 def loss_weights(args: argparse.Namespace) -> dict[str, float]:
@@ -374,17 +368,47 @@ def logit_scales(args: argparse.Namespace, models: list[FGCLIP], optimizer: torc
     ]
 
 
-def diagnostics_text(figures: dict, objective: Objective, movement: ParameterDrift) -> list[str]:
-    """--diagnostics: the step's figures, the range of the logits, and what moved since the last time."""
+def diagnostics_text(metrics: dict, objective: Objective, drift: ParameterDrift) -> list[str]:
+    """--diagnostics: the step's metrics, the range of the logits, and the parameter drift since the last time."""
     ranges = {name: ends.tolist() for name, ends in objective.ranges.items()}
     return [
-        "  figures: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()),
+        "  metrics: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()),
         "  logits: " + ", ".join("{} {:.3g} to {:.3g}".format(name, *ends) for name, ends in ranges.items()),
         *(
             f"  moved: {part} by {relative:.2e} of its length, {moved} of {count} parameters"
-            for part, (relative, moved, count) in movement.since().items()
+            for part, (relative, moved, count) in drift.since().items()
         ),
     ]
+
+
+def about_losses(args: argparse.Namespace, model: FGCLIP, banks: torch.nn.ModuleDict) -> str:
+    """What is trained: size, weights of the losses, scales, and banks."""
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    weights = ", ".join(f"{name.removeprefix('loss_')} {weight:g}" for name, weight in loss_weights(args).items())
+    scales = ", ".join(f"{name} {scale.item():.4f}" for name, scale in model.log_scales().items())
+    text = f"{count / 1e6:.1f} M trainable parameters; loss weights: {weights}; logarithms of the scales: {scales}"
+    if banks:
+        sizes = ", ".join(f"{name} {args.bank_size if name == 'region' else args.global_bank_size}" for name in banks)
+        text += f"; memory bank: {sizes}, used after {args.bank_warmup_steps} steps"
+    return text
+
+
+def check(messages: list[str], train_data, val_data, tokenizer, lengths, train_step, objective, loader, model) -> None:
+    """--check: what the data holds, one step, and whether a gradient reaches every part."""
+    for line in messages:
+        print(line)
+    for name, data in (("training", train_data), ("validation", val_data)):
+        indices = evenly(range(len(data)), CHECKED)
+        print(f"{name}, {len(indices)} of {len(data)} records read:")
+        statistics = data_statistics(map(data.record, indices), tokenizer, **lengths)
+        print("  " + str(statistics).replace("\n", "\n  "))
+    batches = [next(iter(loader))]
+    objective.begin(batches)
+    result = train_step(batches, keep_gradients=True)
+    print("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items()))
+    print("metrics: " + ", ".join(f"{name} {value:.4g}" for name, value in objective.figures().items()))
+    for name, norm in module_gradient_norms(model).items():
+        print(f"gradient norm of {name}: " + ("no gradient" if norm is None else f"{norm:.4g}"))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -393,23 +417,11 @@ def main(arguments: list[str] | None = None) -> None:
     validate_args(args)
     torch.manual_seed(args.seed)
     bare, tokenizer, about_model = build_model(args)
-    train_data, val_data, said = open_data(args, bare.vision_model.image_size)
-    found = data_statistics(map(train_data.record, evenly(range(len(train_data)), LOOKED_AT)), None)
-    refuse_what_has_nothing_to_learn(args, found)
-    said.append(f"of {found.images} images looked at: {found.boxes}")
-    sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
-    steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
-    total_steps = args.epochs * steps_per_epoch
-    if (args.bank_size or args.global_bank_size) and args.bank_warmup_steps >= total_steps:
-        raise InputError(f"--bank-warmup-steps {args.bank_warmup_steps}: the run has only {total_steps} steps")
-    resumed = None
-    if not args.check:  # the folder comes last, so that bad input leaves none behind
-        free = "log_every validate_every validate_at best_by diagnostics reset_logit_scales logit_scale_init"
-        free += " annotations image_root val_annotations val_image_root"
-        folder = prepare_run(args, SCRIPT, may_change=tuple(free.split()))
-        resumed = checkpoint.load(args.resume) if args.resume else None
-        if resumed is not None and resumed.get("merges") != tokenizer.merges:
-            raise InputError("--vocab: the run was trained with other merges; resume with the same")
+    train_data, val_data, messages = open_data(args, bare.vision_model.image_size)
+    statistics = data_statistics(map(train_data.record, evenly(range(len(train_data)), LOOKED_AT)), None)
+    refuse_what_has_nothing_to_learn(args, statistics)
+    messages += [f"of {statistics.images} images looked at: {statistics.boxes}", *about_model]
+
     weights = loss_weights(args)
     enabled = [name.removeprefix("loss_") for name, weight in weights.items() if weight]
     freeze_unreached(bare, enabled)
@@ -426,10 +438,14 @@ def main(arguments: list[str] | None = None) -> None:
     lengths = dict(context_length=bare.text_model.context_length)
     lengths |= dict(long_context_length=bare.text_model.long_context_length if args.long_weight else None)
     regions = bool(args.region_weight or args.hard_weight)
-    loader = make_loader(
-        train_data, sampler, Collate(tokenizer, regions=regions, hard=bool(args.hard_weight), **lengths),
-        workers=args.workers, device=device,
-    )  # fmt: skip
+    collate = Collate(tokenizer, regions=regions, hard=bool(args.hard_weight), **lengths)
+    val_collate = Collate(tokenizer, regions=regions, **lengths)
+    sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
+    loader = make_loader(train_data, sampler, collate, workers=args.workers, device=device)
+    steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
+    total_steps = args.epochs * steps_per_epoch
+    if (args.bank_size or args.global_bank_size) and args.bank_warmup_steps >= total_steps:
+        raise InputError(f"--bank-warmup-steps {args.bank_warmup_steps}: the run has only {total_steps} steps")
     optimizer, schedule = build_optimisation(args, bare, steps_per_epoch, **grouping(args, bare))
 
     sizes = dict(region=args.bank_size, long=args.global_bank_size, short=args.global_bank_size)
@@ -438,103 +454,48 @@ def main(arguments: list[str] | None = None) -> None:
         for name, size in sizes.items() if size and name in enabled
     })  # fmt: skip
     objective = Objective(model, names=enabled, banks=banks, device=device)
-    stepper = TrainStep(
-        model, optimizer, weights=weights, describe=lambda batch: batch["sources"], device=device, schedule=schedule,
-        losses_of=lambda batch: objective(batch, use_banks=stepper.steps >= args.bank_warmup_steps),
-        average=average, amp=args.amp, clip_norm=args.clip_norm,
+    train_step = TrainStep(
+        model, optimizer, forward=lambda _, batch: (objective(batch), {}), weights=weights,
+        describe=lambda batch: batch["sources"], device=device, schedule=schedule, average=average, amp=args.amp,
+        clip_norm=args.clip_norm,
     )  # fmt: skip
     if args.check:
-        check([*said, *about_model], train_data, val_data, tokenizer, lengths, stepper, objective, loader, bare)
+        check(messages, train_data, val_data, tokenizer, lengths, train_step, objective, loader, bare)
         return
-    state = TrainingState(SCRIPT, bare, average, optimizer, schedule, stepper, sampler)
-    best = (-math.inf, -math.inf)
-    if resumed is not None:
-        with restoring(args.resume):
-            state.load_state_dict(resumed)
-            check_like(resumed["banks"], banks.state_dict(), "banks")
-            banks.load_state_dict(resumed["banks"])
-            best = best_of(resumed)
-    if resumed is not None or args.init_from is not None:
-        about_model += logit_scales(args, models, optimizer)
-    log = RunLog(
-        folder, total_steps=total_steps, resume_step=stepper.steps if resumed else None, validated=stepper.validated,
-        every=args.log_every,
+
+    run = Run(
+        args, SCRIPT, train_step, sampler, total_steps=total_steps, parts={"banks": banks},
+        constants={"model_kwargs": bare.config, "merges": tokenizer.merges}, may_change=MAY_CHANGE,
     )  # fmt: skip
-    for line in [*said, *about_model, about_losses(args, bare, banks), f"writing to {folder}"]:
-        log.say(line)
-    if resumed is not None:
-        log.say(f"resumed from {args.resume} at step {stepper.steps}, epoch {sampler.epoch}")
-
-    def save(name: str) -> None:
-        checkpoint.save(folder / name, {
-            **state.state_dict(), "model_kwargs": bare.config, "merges": tokenizer.merges,
-            "banks": banks.state_dict(), "best": best,
-        })  # fmt: skip
-
-    def validate(epoch: int, between: Callable[[], None]) -> str | None:
-        nonlocal best
-        found = embed(
-            models[-1], val_data, Collate(tokenizer, regions=regions, **lengths), device=device,
-            batch_size=args.batch_size, workers=args.workers, amp=args.amp, between=between,
-        )  # fmt: skip
-        figures = validation_metrics(found, models[-1].logit_scales()["region"].item())
-        log.validation(stepper.steps, {"epoch": epoch, **figures}, validation_text(figures))
-        throughput.restart()
-        if stepper.steps and best_metric(figures, args.best_by) > best:
-            best = best_metric(figures, args.best_by)
-            return f"best so far by --best-by {args.best_by}: {best[0]:.4f}"
-
-    throughput, movement = Throughput(), ParameterDrift(bare) if args.diagnostics else None
-
-    def step(batches: list, epoch: int) -> None:
-        objective.begin(batches)
-        result = stepper(batches)
-        for each in models:
-            each.clamp_logit_scales()
-        images = sum(len(batch["sources"]) for batch in batches) * distributed.world_size()
-        figures = objective.figures()
-        figures |= {f"logit_scale_{name}": scale.item() for name, scale in bare.log_scales().items()}
-        if not result.skipped:
-            printed = {name: figures.pop(name) for name in PRINTED if name in figures}
-            log.train(stepper.steps, {
-                "epoch": epoch, "loss": result.total, **result.losses, **printed, "lr": result.lr,
-                "grad_norm": result.grad_norm, "images_per_second": throughput.update(images),
-            }, unprinted=figures | {"memory_gib": peak_memory(device)})  # fmt: skip
-            if args.diagnostics and stepper.steps % args.diagnostics == 0:
-                for line in diagnostics_text(printed | figures, objective, movement):
-                    log.say(line)
-
-    run_epochs(args, loader, sampler, stepper, log, step=step, validate=validate, save=save)
-
-
-def about_losses(args: argparse.Namespace, model: FGCLIP, banks: torch.nn.ModuleDict) -> str:
-    """What is trained: size, weights of the losses, scales, and banks."""
-    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    weights = ", ".join(f"{name.removeprefix('loss_')} {weight:g}" for name, weight in loss_weights(args).items())
-    scales = ", ".join(f"{name} {scale.item():.4f}" for name, scale in model.log_scales().items())
-    said = f"{count / 1e6:.1f} M trainable parameters; loss weights: {weights}; logarithms of the scales: {scales}"
-    if banks:
-        sizes = ", ".join(f"{name} {args.bank_size if name == 'region' else args.global_bank_size}" for name in banks)
-        said += f"; memory bank: {sizes}, used after {args.bank_warmup_steps} steps"
-    return said
-
-
-def check(said: list[str], train_data, val_data, tokenizer, lengths, stepper, objective, loader, model) -> None:
-    """--check: what the data holds, one step, and whether a gradient reaches every part."""
-    for line in said:
-        print(line)
-    for name, data in (("training", train_data), ("validation", val_data)):
-        indices = evenly(range(len(data)), CHECKED)
-        print(f"{name}, {len(indices)} of {len(data)} records read:")
-        statistics = data_statistics(map(data.record, indices), tokenizer, **lengths)
-        print("  " + str(statistics).replace("\n", "\n  "))
-    batches = [next(iter(loader))]
-    objective.begin(batches)
-    result = stepper(batches, keep_gradients=True)
-    print("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items()))
-    print("figures: " + ", ".join(f"{name} {value:.4g}" for name, value in objective.figures().items()))
-    for name, norm in module_gradient_norms(model).items():
-        print(f"gradient norm of {name}: " + ("no gradient" if norm is None else f"{norm:.4g}"))
+    if args.resume or args.init_from:
+        messages += logit_scales(args, models, optimizer)
+    run.say(*messages, about_losses(args, bare, banks))
+    drift = ParameterDrift(bare) if args.diagnostics else None
+    with run:
+        for epoch in run.epochs():
+            for batches in run.batches(loader):
+                objective.begin(batches, use_banks=train_step.steps >= args.bank_warmup_steps)
+                result = train_step(batches)
+                for each in models:
+                    each.clamp_logit_scales()
+                metrics = objective.figures()
+                metrics |= {f"logit_scale_{name}": scale.item() for name, scale in bare.log_scales().items()}
+                shown = {name: metrics[name] for name in PRINTED if name in metrics}
+                run.log_step(
+                    result, images=sum(len(batch["sources"]) for batch in batches) * distributed.world_size(),
+                    metrics=shown, hidden={name: value for name, value in metrics.items() if name not in shown},
+                )  # fmt: skip
+                if drift and not result.skipped and train_step.steps % args.diagnostics == 0:
+                    run.say(*diagnostics_text(metrics, objective, drift))
+            if run.validation_due():
+                embeddings = embed(
+                    models[-1], val_data, val_collate, device=device, batch_size=args.batch_size,
+                    workers=args.workers, amp=args.amp, between=run.leave_if_asked,
+                )  # fmt: skip
+                metrics = validation_metrics(embeddings, models[-1].logit_scales()["region"].item())
+                run.log_validation(metrics, validation_text(metrics))
+                if epoch > 0:
+                    run.keep_best(best_metric(metrics, args.best_by), f"by --best-by {args.best_by}")
 
 
 if __name__ == "__main__":

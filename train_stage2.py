@@ -16,7 +16,7 @@ import trainkit.process_setup  # noqa: F401, I001  before torch
 import argparse
 import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,45 +26,44 @@ from macl.build import load_initial_weights, read_checkpoint
 from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, JointDataset, SyntheticPairs, hold_out, refuse_absent_classes
 from macl.data.kaist import TRAINING_RULES
 from macl.domain import grl_schedule
-from macl.validation import draw_validation, miss_rate_metrics, validation_text
-from train_stage1 import (
+from macl.training import (
     VALIDATION_SEED,
     add_augmentation_flags,
     add_detection_weight_flags,
+    augmented_loader,
     best_metric,
-    build_loader,
     check,
-    detector_inputs,
+    check_augmentation,
+    detection_weights,
+    forward_losses,
     freeze_unreached,
-    loss_weights,
-    refuse_augmentation,
     validate,
 )
-from trainkit import checkpoint, distributed
+from macl.validation import draw_validation, miss_rate_metrics, validation_text
+from trainkit import distributed
 from trainkit.arguments import (
     add_recipe_flags,
     float_list,
     fraction,
     int_list,
     make_parser,
-    peek_flags,
     non_negative_float,
     non_negative_int,
+    parse_with_resume,
+    peek_flags,
     positive_float,
     positive_int,
-    prepare_run,
 )
+from trainkit.checkpoint import RUNS, find_resume
 from trainkit.errors import InputError, one_sentence
-from trainkit.files import number
-from trainkit.log import RunLog, Throughput, peak_memory
-from trainkit.loop import run_epochs
 from trainkit.optimizer import build_optimisation, ema
 from trainkit.ramp import RAMPS, ramped
+from trainkit.run import Run
 from trainkit.sampler import BalancedSampler, ResumableSampler
-from trainkit.state import TrainingState, best_of, restoring
 from trainkit.step import TrainStep
 
 SCRIPT = "stage2"
+MAY_CHANGE = ("gradient_report", "llvip_root")
 MISS_RATES = ("reasonable all", "reasonable day", "reasonable night", "all")  # rows of the table that are printed
 MAX_ZEROS = 50  # steps in a row in which an alignment loss may be exactly 0
 
@@ -81,24 +80,31 @@ SYNTHETIC_RECIPE = dict(
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """The flags, with the defaults of the data set that they name."""
+    """The flags, with the defaults of the data set or the resumed run that they name."""
     parser = make_parser(__doc__)
-    add_recipe_flags(parser, SCRIPT, KAIST_RECIPE)
+    add_recipe_flags(parser, SCRIPT, MAY_CHANGE)
     add_data_flags(parser)
     add_augmentation_flags(parser)
     add_model_flags(parser)
     add_loss_flags(parser)
+    parser.set_defaults(**KAIST_RECIPE)
     if peek_flags(arguments, "--data-root").data_root is None:
         parser.set_defaults(**SYNTHETIC_RECIPE)
-    return parser.parse_args(arguments)
+    return parse_with_resume(parser, arguments, SCRIPT)
 
 
-def name_and_factor(text: str) -> tuple[str, float]:
-    """ "backbone=0.1" -> ("backbone", 0.1)."""
+def name_and_factor(text: str) -> str:
+    """ "backbone=0.1", checked."""
     name, _, factor = text.partition("=")
     if not name or not factor:
         raise argparse.ArgumentTypeError(f"expected NAME=FACTOR such as backbone=0.1, got {text!r}")
-    return name, positive_float(factor)
+    positive_float(factor)
+    return text
+
+
+def lr_factors(args: argparse.Namespace) -> dict[str, float]:
+    """--lr-scale: the beginning of a parameter's name -> its factor on --lr."""
+    return {name: float(factor) for name, factor in (text.split("=") for text in args.lr_scale)}
 
 
 # fmt: off
@@ -130,7 +136,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-size", type=positive_int, metavar="PIXELS", help="longest side after resizing")
     add("--freeze-stages", type=int_list, default="2,1", metavar="N,N",
         help="backbone stages frozen in epoch 1, 2, ...; the last number holds from there on")
-    add("--lr-scale", type=name_and_factor, nargs="*", default=[("backbone", 0.1)], metavar="NAME=X",
+    add("--lr-scale", type=name_and_factor, nargs="*", default=["backbone=0.1"], metavar="NAME=X",
         help="factor on --lr for the parameters whose name begins so, such as backbone=0.1 neck=0.5")
     add = parser.add_argument_group("hard negatives of MACL (DHN)").add_argument
     add("--dhn-size", type=non_negative_int, default=8192, metavar="N", help="boxes kept of each modality; 0 for none")
@@ -162,20 +168,18 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("validation and speed").add_argument
     add("--best-by", choices=("ap50", "ap", "miss-rate", "r1"), default="miss-rate", help="what chooses best.pt")
     add("--patience", type=non_negative_int, default=0, metavar="N", help="stop after N validations with none better")
-    add("--validate-every", type=positive_int, default=1, metavar="EPOCHS", help="and after the last")
-    add("--log-every", type=positive_int, default=20, metavar="STEPS", help="steps between printed lines")
     add("--gradient-report", type=non_negative_int, default=0, metavar="N",
         help="every N steps each loss's gradient at backbone and neck, and their cosines; 0 for none")
     add("--compile", action="store_true", help="torch.compile the backbone and the neck")
 # fmt: on
 
 
-def newest_stage1(runs_root: Path = Path("runs")) -> str:
+def newest_stage1() -> str:
     """best.pt of the stage-1 run that was written to last."""
-    found = [folder / "best.pt" for folder in runs_root.glob("stage1-*") if (folder / "best.pt").is_file()]
+    found = [folder / "best.pt" for folder in RUNS.glob("stage1-*") if (folder / "best.pt").is_file()]
     if not found:
         raise InputError(
-            f"there is no {runs_root}/stage1-*/best.pt to fine-tune: run train_stage1.py first, or give --init-from"
+            f"there is no {RUNS}/stage1-*/best.pt to fine-tune: run train_stage1.py first, or give --init-from"
         )
     return str(max(found, key=lambda path: path.stat().st_mtime_ns))
 
@@ -197,21 +201,21 @@ def open_data(args: argparse.Namespace, classes: Sequence[str]):
         old = SyntheticPairs(args.synthetic_train, args.seed, domain=NIGHT, classes=classes)
         validation = SyntheticPairs(args.synthetic_val, seed, domain=DAY_AND_NIGHT, classes=classes)
         old_validation = SyntheticPairs(args.synthetic_val, seed, domain=NIGHT, classes=classes)
-        said = [f"validating on {validation.source}"]
+        messages = [f"validating on {validation.source}"]
     else:
-        new, validation, said = open_kaist(args, classes)
+        new, validation, messages = open_kaist(args, classes)
         if args.llvip_root is not None:
             old, old_validation, sentence = hold_out(LLVIP(args.llvip_root, "train", classes=classes))
-            said.append(f"old domain: {sentence}")
+            messages.append(f"old domain: {sentence}")
     for dataset in filter(None, (new, old, validation, old_validation)):
         refuse_absent_classes(dataset, every=False)
     others = [name for name in classes if name != "person"]
     if others:
-        said.append(f"Warning: only person is sure to be in the new domain; {', '.join(others)} may be unlearnt")
+        messages.append(f"Warning: only person is sure to be in the new domain; {', '.join(others)} may be unlearnt")
     train = JointDataset(new, old) if mixes(args) else new
     source = train.source + (" (no --data-root was given)" if args.data_root is None else "")
     share = f", {args.old_share:.0%} of each batch from the latter" if train is not new else ""
-    return train, validation, old_validation, [f"training on {source}{share}", *said]
+    return train, validation, old_validation, [f"training on {source}{share}", *messages]
 
 
 def open_kaist(args: argparse.Namespace, classes: Sequence[str]):
@@ -245,7 +249,7 @@ def build_model(
         detector = macl.build_detector(**kwargs)
     except ValueError as error:
         raise InputError(f"the detector's flags do not fit together: {error}") from error
-    for name, _ in args.lr_scale:
+    for name in lr_factors(args):
         if not any(f"{known}.".startswith(f"{name}.") for known, _ in detector.named_parameters()):
             parts = ", ".join(part for part, _ in detector.named_children())
             raise InputError(f"--lr-scale {name}: no parameter's name begins so; the detector's parts are {parts}")
@@ -259,7 +263,8 @@ def build_model(
 
 
 def validate_args(args: argparse.Namespace) -> None:
-    refuse_augmentation(args)
+    """Raises InputError for flags that contradict each other."""
+    check_augmentation(args)
     if args.llvip_root is not None and args.data_root is None:
         raise InputError("--llvip-root goes with --data-root; without it the old domain is drawn")
     if args.old_share == 1:
@@ -278,7 +283,7 @@ def validate_args(args: argparse.Namespace) -> None:
 
 def full_weights(args: argparse.Namespace, detector: macl.PairedFasterRCNN) -> dict[str, float]:
     """The weight of every loss when its ramp is over; the one place where losses are weighted."""
-    weights = loss_weights(args, detector)
+    weights = detection_weights(args, detector)
     if args.dhn_size and args.dhn_mode == "softplus":
         weights["loss_dhn"] = args.dhn_weight
     if args.mmd_level != "none":
@@ -291,7 +296,7 @@ def full_weights(args: argparse.Namespace, detector: macl.PairedFasterRCNN) -> d
 
 
 def apply_schedules(args: argparse.Namespace, detector, full: dict[str, float], *, step: int, total: int, epoch: int):
-    """What changes from step to step: the weights of the losses, which it returns, the reversal, the hard negatives."""
+    """Apply the per-step schedules of gradient reversal and hard negatives; return the loss weights of this step."""
     kinds = {f"loss_{name}": getattr(args, f"{name}_ramp") for name in ("macl", "dhn", "mmd", "adversary")}
     kinds["loss_mmd_domains"] = args.mmd_ramp
     detector.reversal_scale = grl_schedule(step / total)
@@ -303,34 +308,34 @@ def apply_schedules(args: argparse.Namespace, detector, full: dict[str, float], 
 
 
 def validate_both(detector, new, old, args, device, between) -> tuple[dict, list[dict]]:
-    """Figures on the new domain, miss rates among them, those of the old one under "old"; the new one's results."""
-    figures, results = validate(detector, new, args, device, between)
-    figures["miss_rate"] = miss_rate_metrics(results)
+    """Metrics on the new domain with its miss rates, those on the old one under "old", and the new one's results."""
+    metrics, results = validate(detector, new, args, device, between)
+    metrics["miss_rate"] = miss_rate_metrics(results)
     if old is not None:
-        figures["old"], _ = validate(detector, old, args, device, between)
-    return figures, results
+        metrics["old"], _ = validate(detector, old, args, device, between)
+    return metrics, results
 
 
-def both_text(figures: dict) -> str:
-    own = {name: value for name, value in figures.items() if name not in ("miss_rate", "old")}
-    lines = [validation_text(own, None)]
-    for mode, rows in figures["miss_rate"].items():
-        told = [f"{row} {'-' if rows[row] is None else f'{rows[row]:.1f}'}" for row in MISS_RATES]
-        lines.append(f"miss rate, {mode}: {', '.join(told)}")
-    lines += ["the domain of stage 1:" + validation_text(figures["old"], None)] if "old" in figures else []
+def both_text(metrics: dict) -> str:
+    new = {name: value for name, value in metrics.items() if name not in ("miss_rate", "old")}
+    lines = [validation_text(new, None)]
+    for mode, rows in metrics["miss_rate"].items():
+        rates = [f"{row} {'-' if rows[row] is None else f'{rows[row]:.1f}'}" for row in MISS_RATES]
+        lines.append(f"miss rate, {mode}: {', '.join(rates)}")
+    lines += ["the domain of stage 1:" + validation_text(metrics["old"], None)] if "old" in metrics else []
     return "\n".join(lines)
 
 
-def selection_metric(figures: dict, by: str) -> tuple[float, float]:
-    """The figure on the new domain that chooses best.pt and ends the run, with both cameras, and what breaks ties."""
+def selection_metric(metrics: dict, by: str) -> tuple[float, float]:
+    """The metric on the new domain that chooses best.pt, higher is better, and the one that breaks ties."""
     if by != "miss-rate":
-        return best_metric(figures, by)
-    rate = next(iter(figures["miss_rate"].values()), {}).get("reasonable all")
-    return -math.inf if rate is None else -rate, best_metric(figures, "ap")[1]
+        return best_metric(metrics, by)
+    rate = next(iter(metrics["miss_rate"].values()), {}).get("reasonable all")
+    return -math.inf if rate is None else -rate, best_metric(metrics, "ap")[1]
 
 
 class ZeroWatch:
-    """Ends a run in which an alignment loss stays exactly 0: nothing would be learnt under its name."""
+    """Aborts a run in which an alignment loss is exactly 0 for MAX_ZEROS steps in a row."""
 
     REASONS = {
         "loss_mmd": "a step holds fewer than two boxes seen in both modalities; --mmd-level pyramid needs none",
@@ -348,20 +353,27 @@ class ZeroWatch:
                 raise InputError(f"{name} was exactly 0 in {MAX_ZEROS} steps in a row: {self.REASONS[name]}")
 
 
+def freeze(args: argparse.Namespace, detector: macl.PairedFasterRCNN, train_step: TrainStep, epoch: int) -> str:
+    """Freeze the stages that are frozen in this epoch, for DDP too, and say what is trained."""
+    frozen = args.freeze_stages[min(epoch, len(args.freeze_stages)) - 1]
+    detector.backbone.freeze(frozen)
+    train_step.model = distributed.parallel(detector)  # DDP looks at requires_grad once, when it is made
+    trained = sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
+    what = f"the stem and {frozen} of the backbone's stages frozen" if frozen else "nothing frozen"
+    return f"epoch {epoch}: {what}, {trained / 1e6:.2f} M parameters trained"
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     device = distributed.start(args.device)
     validate_args(args)
-    again = checkpoint.find_resume(args.resume, args.output, SCRIPT)
-    if again is None and args.init_from is None:
+    resumed = find_resume(args.resume, args.output, SCRIPT)
+    if resumed is None and args.init_from is None:
         args.init_from = newest_stage1()
     torch.manual_seed(args.seed)
-    detector, about_model = build_model(args, args.init_from, again, domains=1 + mixes(args))
-    train_data, val_data, old_val_data, said = open_data(args, detector.kwargs["classes"])
-    resumed = None
-    if not args.check:  # the folder comes last, so that bad input leaves none behind
-        folder = prepare_run(args, SCRIPT, may_change=("log_every", "validate_every", "best_by", "gradient_report"))
-        resumed = checkpoint.load(args.resume) if args.resume else None
+    detector, about_model = build_model(args, args.init_from, resumed, domains=1 + mixes(args))
+    train_data, val_data, old_val_data, messages = open_data(args, detector.kwargs["classes"])
+    messages += about_model
     detector = detector.to(device)
     if args.compile:
         detector.backbone.compile()
@@ -373,101 +385,56 @@ def main(arguments: list[str] | None = None) -> None:
         sampler = BalancedSampler(lengths, args.batch_size, share=args.old_share, seed=args.seed)
     else:
         sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
-    loader = build_loader(args, train_data, sampler, device)
+    loader = augmented_loader(args, train_data, sampler, device)
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     total_steps = args.epochs * steps_per_epoch
     full = full_weights(args, detector)
     freeze_unreached(detector, full)
     detector.backbone.freeze(min(args.freeze_stages))  # the optimizer knows all that is ever trained
-    optimizer, schedule = build_optimisation(args, detector, steps_per_epoch, lr_scale=dict(args.lr_scale))
-    stepper = TrainStep(
-        detector, optimizer, losses_of=lambda batch: stepper.model(**detector_inputs(batch, device)), weights=full,
-        describe=lambda batch: batch["path"], metrics_of=lambda: detector.monitor, device=device, schedule=schedule,
-        average=average, amp=args.amp, clip_norm=args.clip_norm,
+    optimizer, schedule = build_optimisation(args, detector, steps_per_epoch, lr_scale=lr_factors(args))
+    train_step = TrainStep(
+        detector, optimizer, forward=forward_losses, weights=full, describe=lambda batch: batch["path"],
+        device=device, schedule=schedule, average=average, amp=args.amp, clip_norm=args.clip_norm,
     )  # fmt: skip
-    state = TrainingState(SCRIPT, detector, average, optimizer, schedule, stepper, sampler)
     torch.manual_seed(args.seed * 1000 + distributed.rank())  # each process samples its own RoIs
-
     if args.check:
-        stepper.weights |= apply_schedules(args, detector, full, step=1, total=total_steps, epoch=1)
+        train_step.weights |= apply_schedules(args, detector, full, step=1, total=total_steps, epoch=1)
         parts = getattr(train_data, "parts", (train_data,))
         data = dict(zip(("training", "training, old domain"), parts, strict=False)) | {"validation": val_data}
-        check(said + about_model, data, stepper, loader, detector)
+        check(messages, data, train_step, loader, detector)
         return
-    best, stale = (-math.inf, -math.inf), 0  # the best figure, and validations since then
-    if resumed is not None:
-        with restoring(args.resume):
-            state.load_state_dict(resumed)
-            best, stale = best_of(resumed), number(resumed["stale"], "stale", 0, whole=True)
-    log = RunLog(
-        folder, total_steps=total_steps, resume_step=stepper.steps if resumed else None, validated=stepper.validated,
-        every=args.log_every,
+
+    run = Run(
+        args, SCRIPT, train_step, sampler, total_steps=total_steps, constants={"model_kwargs": detector.kwargs},
+        may_change=MAY_CHANGE,
     )  # fmt: skip
-    for line in [*said, *about_model, f"writing to {folder}"]:
-        log.say(line)
-
-    def save(name: str) -> None:
-        run = {"model_kwargs": detector.kwargs, "best": best, "stale": stale}
-        checkpoint.save(folder / name, state.state_dict() | run)
-
-    watch, throughput = ZeroWatch(), Throughput()
-
-    def begin_epoch(epoch: int) -> bool:
-        if args.patience and stale >= args.patience:
-            log.say(f"no better {args.best_by} in {stale} validations (--patience): stopped after epoch {epoch - 1}")
-            return False
-        log.say(freeze(args, detector, stepper, epoch))
-        return True
-
-    def step(batches: list, epoch: int) -> None:
-        number = stepper.steps + 1
-        stepper.weights |= apply_schedules(args, detector, full, step=number, total=total_steps, epoch=epoch)
-        report = args.gradient_report and number % args.gradient_report == 0
-        parts = {"backbone": detector.backbone, "neck": detector.neck} if report else None
-        result = stepper(batches, parts=parts)
-        images = sum(len(batch["path"]) for batch in batches) * distributed.world_size()
-        if result.skipped:
-            return
-        watch(result.losses)
-        log.train(stepper.steps, {
-            "epoch": epoch, "loss": result.total, **result.losses, "lr": result.lr,
-            "grad_norm": result.grad_norm, **result.metrics,
-            "images_per_second": throughput.update(images), "memory_gib": peak_memory(device),
-        }, unprinted={"weights": stepper.weights})  # fmt: skip
-        if result.gradients:
-            log.gradients(stepper.steps, epoch, result.gradients)
-
-    def validate_epoch(epoch: int, between: Callable[[], None]) -> str | None:
-        nonlocal best, stale
-        if epoch == 0:
-            log.say("before fine-tuning:")
-        bare = detector if average is None or stepper.steps == 0 else average.module
-        figures, results = validate_both(bare, val_data, old_val_data, args, device, between)
-        log.validation(stepper.steps, {"epoch": epoch, **figures}, both_text(figures))
-        if distributed.is_main():
-            draw_validation(folder, epoch, val_data, results, detector.kwargs["classes"])
-        throughput.restart()
-        figure, stale = selection_metric(figures, args.best_by), stale + 1
-        if figure > best or stepper.steps == 0:
-            best, stale = figure, 0
-            return f"best {args.best_by} so far: " + (
-                f"{abs(best[0]):.4f}" if math.isfinite(best[0]) else "none to measure"
-            )
-
-    if resumed is not None:
-        log.say(f"resumed from {args.resume} at step {stepper.steps}, epoch {sampler.epoch}")
-    hooks = dict(step=step, validate=validate_epoch, save=save, begin_epoch=begin_epoch)
-    run_epochs(args, loader, sampler, stepper, log, **hooks)
-
-
-def freeze(args: argparse.Namespace, detector, stepper: TrainStep, epoch: int) -> str:
-    """Freeze what is frozen in this epoch, for DDP too, and say what is trained."""
-    frozen = args.freeze_stages[min(epoch, len(args.freeze_stages)) - 1]
-    detector.backbone.freeze(frozen)
-    stepper.model = distributed.parallel(detector)  # anew: DDP notes what is trained when it is made
-    trained = sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
-    what = f"the stem and {frozen} of the backbone's stages frozen" if frozen else "nothing frozen"
-    return f"epoch {epoch}: {what}, {trained / 1e6:.2f} M parameters trained"
+    run.say(*messages)
+    watch = ZeroWatch()
+    with run:
+        for epoch in run.epochs():
+            if args.patience and run.stale >= args.patience:
+                run.say(f"no better {args.best_by} in {run.stale} validations (--patience): stopped")
+                break
+            run.say(freeze(args, detector, train_step, epoch) if epoch else "before fine-tuning:")
+            for batches in run.batches(loader):
+                step = train_step.steps + 1
+                train_step.weights |= apply_schedules(
+                    args, detector, full, step=step, total=total_steps, epoch=epoch
+                )  # fmt: skip
+                report = args.gradient_report and step % args.gradient_report == 0
+                parts = {"backbone": detector.backbone, "neck": detector.neck} if report else None
+                result = train_step(batches, parts=parts)
+                if not result.skipped:
+                    watch(result.losses)
+                run.log_step(result, images=sum(len(batch["path"]) for batch in batches) * distributed.world_size())
+            if run.validation_due():
+                model = detector if average is None or epoch == 0 else average.module
+                between = run.leave_if_asked
+                metrics, results = validate_both(model, val_data, old_val_data, args, device, between)
+                run.log_validation(metrics, both_text(metrics))
+                if distributed.is_main():
+                    draw_validation(run.folder, epoch, val_data, results, detector.kwargs["classes"])
+                run.keep_best(selection_metric(metrics, args.best_by), args.best_by)
 
 
 if __name__ == "__main__":

@@ -40,22 +40,22 @@ class Objective:
         self.banks = dict(banks.items())
         self.ranges: dict[str, Tensor] = {}  # smallest and largest logit (2,) in the step's micro-batches of this rank
 
-    def begin(self, batches: list[dict]) -> None:
+    def begin(self, batches: list[dict], *, use_banks: bool = True) -> None:
         """Count what the step's micro-batches hold, over all ranks, and forget the last step's figures."""
         counts = torch.tensor([pair_counts(batch) for batch in batches], dtype=torch.float64)
         self.counts = distributed.all_reduce_sum(counts)  # (micro-batches, 3)
         totals = self.counts.sum(0)
         self.factors = torch.where(totals > 0, distributed.world_size() * len(batches) / totals, 0.0).tolist()
-        self.micro_batch, self.sums, self.ranges = 0, {}, {}
+        self.micro_batch, self.sums, self.ranges, self.use_banks = 0, {}, {}, use_banks
 
-    def __call__(self, batch: dict, *, use_banks: bool = True) -> dict[str, Tensor]:
-        """The losses () of the next micro-batch. Afterwards its pairs are in the banks, `use_banks` or not."""
+    def __call__(self, batch: dict) -> dict[str, Tensor]:
+        """The losses () of the next micro-batch. Afterwards its pairs are in the banks."""
         batch = to_device(batch, self.device)
         features = self.model(batch)
         losses = {}
         for name, pairs in contrast_pairs(features, batch).items():
             if name in self.names:
-                losses[f"loss_{name}"] = self.factors[KINDS[name]] * self.contrast(name, pairs, use_banks)
+                losses[f"loss_{name}"] = self.factors[KINDS[name]] * self.contrast(name, pairs, self.use_banks)
         if "hard" in self.names:
             losses["loss_hard"] = self.factors[KINDS["hard"]] * self.choose(features, batch)
         self.add("", truncated=batch["truncated"])

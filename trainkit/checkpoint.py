@@ -1,7 +1,8 @@
-"""Checkpoints: written whole or not at all, read without running code, found again by --resume; and stop signals."""
+"""Checkpoints: written whole or not at all, read without running code, found again by --resume."""
 
+import contextlib
 import random
-import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from trainkit.errors import InputError
 from trainkit.files import read_torch, whole_file
 from trainkit.runs import read_record
 
+RUNS = Path("runs")  # where runs without --output go
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -53,6 +55,18 @@ def load(path: str | Path) -> dict:
     return state
 
 
+@contextlib.contextmanager
+def restoring(path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong while a checkpoint is put back becomes one InputError that begins with its path."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(error if str(error).startswith(str(path)) else f"{path}: {error}") from error
+    except Exception as error:  # keys that are missing, values of another kind
+        lines = str(error).splitlines() or [""]
+        raise InputError(f"{path} cannot be resumed: {type(error).__name__}: {' '.join(lines[:2])}") from error
+
+
 def rng_state() -> dict:
     """This process's random states, as tensors and plain Python: of `random`, numpy, torch, and every GPU.
 
@@ -81,19 +95,16 @@ def set_rng_state(state: dict) -> None:
             torch.cuda.set_rng_state(cuda, device)
 
 
-def find_resume(
-    value: str | None, output: str | Path | None, script: str, runs_root: str | Path = "runs"
-) -> Path | None:
+def find_resume(value: str | None, output: str | Path | None, script: str) -> Path | None:
     """The checkpoint file that `--resume value` means, the same on every rank, or None to start fresh.
 
     A file is itself, a run's folder its last.pt. "auto" is the last.pt of `output` or, without `output`, of the run
-    `runs_root/script-*` that was written to last; where there is none the run starts fresh.
-    Raises InputError where `value` is neither, or belongs to a run of another script.
+    runs/SCRIPT-* that was written to last. Raises InputError where `value` is neither, or a run of another script.
     """
-    return distributed.run_on_main(lambda: _find_resume(value, output, script, Path(runs_root)))
+    return distributed.run_on_main(lambda: _find_resume(value, output, script))
 
 
-def _find_resume(value: str | None, output: str | Path | None, script: str, runs_root: Path) -> Path | None:
+def _find_resume(value: str | None, output: str | Path | None, script: str) -> Path | None:
     if value is None:
         return None
     if value != "auto":
@@ -101,50 +112,9 @@ def _find_resume(value: str | None, output: str | Path | None, script: str, runs
         if not path.is_file():
             raise InputError(f"--resume {value}: expected a checkpoint, or the folder of a run that has a last.pt.")
     else:
-        places = [Path(output)] if output is not None else runs_root.glob(f"{script}-*")
+        places = [Path(output)] if output is not None else RUNS.glob(f"{script}-*")
         found = [place / "last.pt" for place in places if (place / "last.pt").is_file()]
         path = max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
     if path is not None:
         read_record(path.parent, script)
     return path
-
-
-class Signals:
-    """Lets the loop finish its step after Ctrl-C or SIGTERM, write last.pt and leave with the customary status.
-
-        with Signals() as signals:
-            for batches in ...:
-                step(batches)
-                if signals.stop_requested():
-                    checkpoint.save(...)
-                    raise SystemExit(signals.exit_status)
-
-    A second signal stops at once, except under `torchrun`. Terminals and schedulers send the signal to DataLoader
-    workers as well, and a worker that dies of it takes the loop with it: `loader.make_loader` has them ignore it.
-    """
-
-    def __init__(self):
-        self.received: int | None = None
-
-    def __enter__(self) -> "Signals":
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _frame) -> None:
-        # A batch system tells every process, and `torchrun` passes on to its own what it is told.
-        if self.received is not None and not distributed.launched():
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        self.received = number
-
-    def stop_requested(self) -> bool:
-        """Whether any rank was asked to stop, or has lost its `torchrun`. A collective: all ask at the same place."""
-        return distributed.all_reduce_any(self.received is not None or distributed.orphaned())
-
-    @property
-    def exit_status(self) -> int:
-        """130 after Ctrl-C and 143 after SIGTERM, as shells have it; 143 too on a rank that got no signal itself."""
-        return 128 + (self.received or signal.SIGTERM)

@@ -27,6 +27,7 @@ class RunLog:
     validation and each gradient report, and, where it is a terminal, a progress bar with the time left. TensorBoard's
     files, where it is installed, lie in the folder.
 
+    total_steps: steps at which the run ends.
     resume_step: the step of the checkpoint that is resumed; later lines of metrics.jsonl are removed, as they will come
     again, and validations after the step `validated`, the last one that the checkpoint knows of. None begins the file
     anew. Raises InputError where the file to resume is not what this class writes.
@@ -57,7 +58,6 @@ class RunLog:
             self._bar = tqdm(total=total_steps, initial=self._first, unit="step", dynamic_ncols=True)
         if tensorboard:
             self._writer = self._open_tensorboard()
-        self._began = time.perf_counter()
 
     def _open_tensorboard(self):
         try:
@@ -70,10 +70,12 @@ class RunLog:
         with writing(self._folder):
             return SummaryWriter(self._folder, purge_step=self._first + 1)
 
-    def train(self, step: int, values: dict, unprinted: dict | None = None) -> None:
+    def train(
+        self, step: int, values: dict, *, unprinted: dict | None = None, seconds_per_step: float | None = None
+    ) -> None:
         """Log the `step`-th step, from 1; `values` maps names (one is "epoch") to numbers, or to more such dicts.
 
-        `unprinted`: values that the files get but the console does not.
+        unprinted: values that the files get but the console does not. seconds_per_step: for the time left.
         """
         if self._file is None:
             return
@@ -81,8 +83,8 @@ class RunLog:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
         if step % self._every == 0 or step in (self._first + 1, self._total):
-            left = (time.perf_counter() - self._began) / max(1, step - self._first) * (self._total - step)
-            self.say(f"step {step}/{self._total}  left {_clock(left)}  {_line(values)}")
+            left = f"  left {_clock(seconds_per_step * (self._total - step))}" if seconds_per_step else ""
+            self.say(f"step {step}/{self._total}{left}  {_line(values)}")
 
     def validation(self, step: int, values: dict, text: str | None = None) -> None:
         """Log what validation after `step` steps gave, `values` as for `train`; the console gets `text` instead."""
@@ -175,6 +177,7 @@ class Throughput:
     def __init__(self, window: int = 20):
         self._counts: collections.deque[int] = collections.deque(maxlen=window)
         self._times: collections.deque[float] = collections.deque(maxlen=window + 1)
+        self._first = True
         self.restart()
 
     def restart(self) -> None:
@@ -183,10 +186,22 @@ class Throughput:
         self._times.append(time.perf_counter())
 
     def update(self, samples: int) -> float:
-        """Count a step of so many samples (of all ranks together) and return samples per second."""
+        """Count a step of so many samples (of all ranks together) and return samples per second.
+
+        The first step of a process, which warms up, does not count in later ones.
+        """
         self._counts.append(samples)
         self._times.append(time.perf_counter())
-        return sum(self._counts) / (self._times[-1] - self._times[0])
+        rate = sum(self._counts) / (self._times[-1] - self._times[0])
+        if self._first:
+            self._first = False
+            self.restart()
+        return rate
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Over the same steps; None before there is one."""
+        return (self._times[-1] - self._times[0]) / len(self._counts) if self._counts else None
 
 
 def peak_memory(device: torch.device) -> float:

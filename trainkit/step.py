@@ -47,15 +47,15 @@ def micro_batches(loader: Iterable, accumulate: int) -> Iterator[list]:
 class TrainStep:
     """Makes optimizer steps and counts them: `steps` moved the parameters, `skipped` did not (fp16 overflows).
 
-    `validated`: after how many steps the last validation was, -1 before the first; `run_epochs` sets it.
+    `validated`: the steps before the last validation, -1 before the first; `Run` sets it.
 
-    model: what the losses come from, wrapped in DDP or not; needed for DDP's `no_sync`, the EMA and parameter names.
-    losses_of(batch): a dict of named, unweighted scalar losses (); called under autocast.
+    model: what is trained, wrapped in DDP or not.
+    forward(model, batch): named, unweighted scalar losses (), and named scalars () for the log, the same names each
+        time; called under autocast.
     weights: loss name -> factor, applied here and nowhere else. InputError where a loss with a weight is absent, where
         a loss has no weight, and where one has neither a path to the parameters nor the value 0. Weight 0 is for a loss
         that is switched off: it may be absent, and is logged but not differentiated where it is not.
     describe(batch): list of image ids or paths, for the sentence about a number that is not finite.
-    metrics_of(): named scalars () about the last forward, for the log; the same names each time.
     schedule is stepped, and `average` (an EMA of the model) updated, after each step that moved the parameters.
     amp: "none", "fp16" (with a gradient scaler) or "bf16". clip_norm: None or 0 measures the norm only.
     """
@@ -65,10 +65,9 @@ class TrainStep:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        losses_of: Callable[..., dict[str, torch.Tensor]],
+        forward: Callable[..., tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]],
         weights: dict[str, float],
         describe: Callable[..., list],
-        metrics_of: Callable[[], dict[str, torch.Tensor]] = dict,
         device: torch.device | str,
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
         average: torch.optim.swa_utils.AveragedModel | None = None,
@@ -82,12 +81,16 @@ class TrainStep:
                 f"none of the losses {sorted(weights)} has a weight other than 0, nothing would be learnt."
             )
         self.model, self.optimizer, self.schedule, self.average = model, optimizer, schedule, average
-        self.losses_of, self.describe, self.weights = losses_of, describe, dict(weights)
-        self.metrics_of = metrics_of
+        self.forward, self.describe, self.weights = forward, describe, dict(weights)
+        self._metric_names: list[str] = []
         self.device, self.amp, self.clip_norm = torch.device(device), amp, clip_norm
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.steps = self.skipped = self._skipped_in_a_row = 0
         self.validated = -1
+
+    @property
+    def bare_model(self) -> nn.Module:
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def __call__(
         self, batches: list, *, keep_gradients: bool = False, parts: dict[str, nn.Module] | None = None
@@ -114,7 +117,7 @@ class TrainStep:
         report = distributed.all_reduce_sum(torch.cat([rows.mean(0), norm.to(rows)[None]])) / distributed.world_size()
         *means, grad_norm = report.tolist()
         losses = dict(zip(self.weights, means, strict=False))
-        metrics = dict(zip(self.metrics_of(), means[2 * len(losses) :], strict=True))
+        metrics = dict(zip(self._metric_names, means[2 * len(losses) :], strict=True))
         self._check_losses(means, rows, batches)
         self._check_gradient(grad_norm, batches)
         self._update(grad_norm)
@@ -132,7 +135,7 @@ class TrainStep:
         wait = isinstance(self.model, DistributedDataParallel) and not last
         with self.model.no_sync() if wait else contextlib.nullcontext():
             with autocast(self.amp, self.device):
-                losses = self.losses_of(batch)
+                losses, metrics = self.forward(self.model, batch)
             self._check_names(losses)
             enabled = {name: losses[name] for name, weight in self.weights.items() if weight}
             weighted = {name: self.weights[name] * at_least_float32(loss) for name, loss in enabled.items()}
@@ -147,8 +150,8 @@ class TrainStep:
         values = [losses[name].detach().double() if name in losses else zero + math.nan for name in self.weights]
         connected = [name not in enabled or enabled[name].requires_grad for name in self.weights]
         off_graph = [zero if fine else value.abs() for fine, value in zip(connected, values, strict=True)]
-        metrics = [figure.detach().double() for figure in self.metrics_of().values()]
-        return torch.stack([*values, *off_graph, *metrics])
+        self._metric_names = list(metrics)
+        return torch.stack([*values, *off_graph, *(value.detach().double() for value in metrics.values())])
 
     def _check_names(self, losses: dict[str, torch.Tensor]) -> None:
         absent = [name for name, weight in self.weights.items() if weight and name not in losses]

@@ -1,0 +1,144 @@
+"""What the scripts of stage 1 and stage 2 share: flags, loss weights, loader, validation, --check."""
+
+import argparse
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from macl.data import AugmentedDataset, PairedAugmentation, collate
+from macl.detector import PairedFasterRCNN
+from macl.validation import alignment_metrics, detection_metrics, predict
+from trainkit.arguments import fraction, non_negative_float
+from trainkit.device import to_device
+from trainkit.errors import InputError
+from trainkit.loader import make_loader
+from trainkit.sampler import ResumableSampler
+from trainkit.step import TrainStep, module_gradient_norms
+
+VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
+
+
+# fmt: off
+def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
+    """Every flag here is the keyword of `PairedAugmentation` of the same name."""
+    add = parser.add_argument_group("augmentation: geometry is the same for both images").add_argument
+    add("--flip", type=fraction, default=0.5, metavar="P", help="probability of a horizontal flip")
+    add("--crop", type=fraction, default=0.0, metavar="P", help="probability of a crop")
+    add("--crop-scale", type=fraction, nargs=2, default=[0.6, 1.0], metavar=("LOW", "HIGH"), help="sides of a crop")
+    add("--mosaic", type=fraction, default=0.0, metavar="P", help="probability of four pairs in one")
+    add("--brightness", type=fraction, default=0.2, metavar="X", help="jitter of visible")
+    add("--contrast", type=fraction, default=0.2, metavar="X", help="jitter of visible")
+    add("--saturation", type=fraction, default=0.2, metavar="X", help="jitter of visible")
+    add("--hue", type=fraction, default=0.0, metavar="X", help="jitter of visible, at most 0.5")
+    add("--gain", type=fraction, default=0.2, metavar="X", help="infrared times 1 +- X")
+    add("--offset", type=fraction, default=0.05, metavar="X", help="infrared plus +- X, of 0..1")
+    add("--noise", type=fraction, default=0.02, metavar="X", help="largest standard deviation of noise on infrared")
+    add("--erase-visible", type=fraction, default=0.0, metavar="P", help="probability of a black patch on visible")
+    add("--erase-infrared", type=fraction, default=0.0, metavar="P", help="probability of a black patch on infrared")
+
+
+def add_detection_weight_flags(add: Callable) -> None:
+    add("--rpn-weight", type=non_negative_float, default=1.0, metavar="X", help="both losses of the RPN")
+    add("--class-weight", type=non_negative_float, default=1.0, metavar="X", help="classification")
+    add("--box-weight", type=non_negative_float, default=1.0, metavar="X", help="box regression")
+# fmt: on
+
+
+def check_augmentation(args: argparse.Namespace) -> None:
+    """Raises InputError for augmentation flags outside their range."""
+    if args.hue > 0.5:
+        raise InputError(f"--hue {args.hue}: expected at most 0.5, half of the colour circle")
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
+        raise InputError(f"--crop-scale {args.crop_scale}: expected two numbers above 0, the smaller one first")
+
+
+def detection_weights(args: argparse.Namespace, detector: PairedFasterRCNN) -> dict[str, float]:
+    """The weights of the losses of detection and of MACL; `TrainStep` applies them once."""
+    weights = {
+        "loss_objectness": args.rpn_weight,
+        "loss_rpn_box_reg": args.rpn_weight,
+        "loss_classifier": args.class_weight,
+        "loss_box_reg": args.box_weight,
+    }
+    if detector.macl is not None:
+        weights["loss_macl"] = args.macl_weight
+    return weights
+
+
+def freeze_unreached(detector: PairedFasterRCNN, weights: dict[str, float]) -> None:
+    """Freeze what only losses of weight 0 have a path to; DistributedDataParallel waits for the gradient of all else.
+
+    The contrastive head stays in place, so that the checkpoint fits and R@1 is told.
+    """
+    enabled = {name for name, weight in weights.items() if weight}
+    proposing, detecting = {"loss_objectness", "loss_rpn_box_reg"}, {"loss_classifier", "loss_box_reg"}
+    for part, losses in (
+        (detector.rpn, proposing),
+        (detector.fusion, proposing | detecting),
+        (detector.roi_head, detecting),
+        (detector.roi_head.cls_score, {"loss_classifier"}),
+        (detector.roi_head.bbox_pred, {"loss_box_reg"}),
+        (detector.macl, {"loss_macl"}),
+        (detector.alignment, {"loss_adversary"}),
+    ):
+        if part is not None and not losses & enabled:
+            part.requires_grad_(False)
+
+
+def augmented_loader(args: argparse.Namespace, data, sampler: ResumableSampler, device: torch.device):
+    """Batches of `data`, augmented as the flags say, in the sampler's order."""
+    names = (
+        "flip crop crop_scale mosaic brightness contrast saturation hue gain offset noise erase_visible erase_infrared"
+    )
+    augmentation = PairedAugmentation(**{name: getattr(args, name) for name in names.split()})
+    dataset = AugmentedDataset(data, augmentation, seed=args.seed)
+    return make_loader(dataset, sampler, collate, workers=args.workers, device=device)
+
+
+def forward_losses(model: torch.nn.Module, batch: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The unweighted losses of a collated batch, and the metrics to log. model: the detector, wrapped in DDP or not."""
+    device = next(model.parameters()).device
+    inputs = to_device({name: batch[name] for name in ("visible", "infrared", "targets")}, device)
+    return model(**inputs), getattr(model, "module", model).monitor
+
+
+def validate(
+    detector: PairedFasterRCNN,
+    data,
+    args: argparse.Namespace,
+    device: torch.device,
+    between: Callable[[], None],
+    modes: Mapping | None = None,
+) -> tuple[dict, list[dict]]:
+    """Metrics by mode and of the embeddings, and the results they come from; the same on every process.
+
+    modes: as for `predict`; None for all of the detector's. between: see `trainkit.distributed.in_step`.
+    """
+    results = predict(
+        detector, data, modes=detector.modes if modes is None else modes, device=device, batch_size=args.batch_size,
+        workers=args.workers, amp=args.amp, between=between,
+    )  # fmt: skip
+    return {**detection_metrics(results), "alignment": alignment_metrics(results)}, results
+
+
+def best_metric(metrics: dict, by: str) -> tuple[float, float]:
+    """The metric `by`, with both cameras where the detector has both, and AP50:95, which breaks ties.
+
+    by: "ap50", "ap" or "r1". -inf where there is nothing to measure.
+    """
+    first = next(iter(metrics.values()))
+    values = metrics["alignment"]["r1"] if by == "r1" else first[by], first["ap"]
+    return tuple(-float("inf") if value is None else value for value in values)
+
+
+def check(messages: list[str], data: dict, train_step: TrainStep, loader, detector: PairedFasterRCNN) -> None:
+    """--check: what the data holds, one step, and whether a gradient reaches every part."""
+    for line in messages:
+        print(line)
+    for name, pairs in data.items():
+        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in pairs.statistics().items()))
+    result = train_step([next(iter(loader))], keep_gradients=True)
+    print("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items()))
+    for name, norm in module_gradient_norms(detector).items():
+        print(f"gradient norm of {name}: " + ("no gradient" if norm is None else f"{norm:.4g}"))
