@@ -495,7 +495,7 @@ def main(arguments: list[str] | None = None) -> None:
                 metrics = validation_metrics(embeddings, models[-1].logit_scales()["region"].item())
                 run.log_validation(metrics, validation_text(metrics))
                 if epoch > 0:
-                    run.keep_best(best_metric(metrics, args.best_by), f"by --best-by {args.best_by}")
+                    run.keep_best(best_metric(metrics, args.best_by), args.best_by)
 
 
 if __name__ == "__main__":

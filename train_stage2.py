@@ -426,7 +426,8 @@ def main(arguments: list[str] | None = None) -> None:
                 result = train_step(batches, parts=parts)
                 if not result.skipped:
                     watch(result.losses)
-                run.log_step(result, images=sum(len(batch["path"]) for batch in batches) * distributed.world_size())
+                images = sum(len(batch["path"]) for batch in batches) * distributed.world_size()
+                run.log_step(result, images=images, hidden={"weights": train_step.weights})
             if run.validation_due():
                 model = detector if average is None or epoch == 0 else average.module
                 between = run.leave_if_asked
