@@ -149,6 +149,7 @@ def saved_flags(folder: Path, parser: argparse.ArgumentParser) -> dict:
 
 
 def _fits(action: argparse.Action, value) -> bool:
+    """Whether the flag, given as text, could have this value."""
     if value is None or action.nargs == 0:
         return value is None or isinstance(value, bool)
     items = value if isinstance(value, list) and action.nargs else [value]
@@ -156,8 +157,8 @@ def _fits(action: argparse.Action, value) -> bool:
         return False
     try:
         for item in items:
-            text = ",".join(map(str, item)) if isinstance(item, list) else str(item)
-            if (action.type or str)(text) not in (action.choices or [(action.type or str)(text)]):
+            parsed = (action.type or str)(",".join(map(str, item)) if isinstance(item, list) else str(item))
+            if parsed != item or (action.choices and parsed not in action.choices):
                 return False
     except (argparse.ArgumentTypeError, ValueError):
         return False

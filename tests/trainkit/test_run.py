@@ -3,14 +3,17 @@
 import argparse
 import json
 import os
+import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from trainkit import checkpoint, distributed
+from trainkit.errors import InputError
 from trainkit.log import RunLog
 from trainkit.optimizer import build_optimizer, build_schedule, ema, parameter_groups
 from trainkit.run import Run
@@ -25,8 +28,8 @@ class Killed(BaseException):
 class Toy:
     """A run of 3 epochs of 4 batches with everything a script has; it may be killed at any of its `moments`."""
 
-    def __init__(self, folder: Path, *, samples: int = 8, **flags):
-        self.folder, self.samples = folder, samples
+    def __init__(self, folder: Path, *, samples: int = 8, amp: str = "none", **flags):
+        self.folder, self.samples, self.amp = folder, samples, amp
         flags = dict(epochs=3, accumulate=1, max_steps=None, save_every=100, keep_every=0, validate_every=1) | flags
         self.flags = dict(log_every=100, validate_at=[], output=str(folder), device="cpu", init_from=None) | flags
         self.moments, self.end = 0, None
@@ -47,7 +50,9 @@ class Toy:
     def validate(self, epoch: int) -> float:
         loss = 0.0
         for key in range(2):
-            loss += (self.average.module(inputs([(9, key)])) + torch.rand(1)).square().item()  # draws, as no script does
+            loss += (
+                (self.average.module(inputs([(9, key)])) + torch.rand(1)).square().item()
+            )  # draws, as no script does
             if self.signal_at == f"validation {epoch}":
                 signal.raise_signal(signal.SIGTERM)
             self.run.leave_if_asked()
@@ -56,13 +61,14 @@ class Toy:
         return loss
 
     def __call__(self, resume: str | None = None) -> "Toy":
-        torch.manual_seed(0)
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
         self.average, sampler = ema(model, 0.9), ResumableSampler(self.samples, 2, seed=0)
         optimizer = build_optimizer("adamw", parameter_groups(model, lr=0.05, weight_decay=0.1))
         step = TrainStep(
-            model, optimizer, forward=lambda model, keys: ({"loss": model(inputs(keys)).square().mean()}, {}),
-            weights={"loss": 1.0}, describe=list, device="cpu", average=self.average,
+            model, optimizer, forward=loss_of, weights={"loss": 1.0}, describe=list, device="cpu",
+            average=self.average, amp=self.amp, clip_norm=1.0,
             schedule=build_schedule(optimizer, "cosine", total_steps=12),
         )  # fmt: skip
         args = argparse.Namespace(resume=resume and str(self.folder / resume), **self.flags)
@@ -101,6 +107,11 @@ class Toy:
 
 def inputs(keys) -> torch.Tensor:
     return torch.tensor([[epoch, index, 1.0] for epoch, index in keys])
+
+
+def loss_of(model: nn.Module, keys) -> tuple[dict, dict]:
+    shift = random.random() + np.random.rand()
+    return {"loss": (model(inputs(keys)).float() - shift).square().mean()}, {}
 
 
 def equal(a, b):
@@ -223,3 +234,35 @@ def test_a_run_killed_anywhere_and_resumed_leaves_what_an_uninterrupted_one_does
             assert equal(found[name], files[name]), (end, name)
     whole("best.pt")  # it knows of its own validation
     assert whole.left()[1] == lines and equal(whole.left()[0], files)
+
+
+def test_a_run_with_a_gradient_scaler_is_resumed_bit_for_bit(tmp_path):
+    whole = Toy(tmp_path / "whole", amp="fp16", validate_at=[6])()
+    Toy(tmp_path / "halves", amp="fp16", max_steps=6, validate_at=[6])()
+    Toy(tmp_path / "halves", amp="fp16", validate_at=[6])("last.pt")
+    files = [checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "halves")]
+    parts = ("model", "ema", "optimizer", "schedule", "stepper", "sampler")
+    assert whole.left()[0]["last.pt"]["stepper"]["scaler"] and all(equal(*(f[p] for f in files)) for p in parts)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda state: state.pop("ema"), "cannot be resumed: KeyError: 'ema'"),
+        (lambda state: state.update(ema=None), "--ema-decay: the checkpoint was trained otherwise"),
+        (lambda state: state.update(script="other"), "written by 'other', not by toy"),
+        (lambda state: state["stepper"].update(steps=3), "its parts are at different steps"),
+        (lambda state: state.update(best=[1.0]), "best: expected two numbers"),
+        (lambda state: state["model"].pop("0.bias"), "'0.bias' is missing"),
+        (lambda state: state["optimizer"]["state"][0].pop("exp_avg"), "'exp_avg' is missing"),
+        (lambda state: state["sampler"].update(seed=1), "its seed was 1, now it is 0"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_named_in_one_sentence(tmp_path, damage, sentence):
+    Toy(tmp_path, max_steps=2)()
+    state = checkpoint.load(tmp_path / "last.pt")
+    damage(state)
+    checkpoint.save(tmp_path / "last.pt", state)
+    with pytest.raises(InputError, match="last.pt") as refused:
+        Toy(tmp_path)("last.pt")
+    assert sentence in str(refused.value)

@@ -16,7 +16,7 @@ def make(losses_of=None, weights=None, *, amp="none", lr=0.1, clip_norm=None, av
     step = TrainStep(
         model,
         optimizer,
-        losses_of=(lambda batch: losses_of(model, batch)) if losses_of else (lambda batch: two_losses(model, batch)),
+        forward=lambda model, batch: ((losses_of or two_losses)(model, batch), {}),
         weights=weights or {"square": 1.0, "mean": 0.5},
         describe=lambda batch: [f"image-{len(batch)}.png"],
         device="cpu",
@@ -69,16 +69,10 @@ def test_micro_batches_make_the_step_of_one_big_batch():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_figures_are_means_over_the_micro_batches():
+def test_metrics_are_means_over_the_micro_batches():
     _, step = make()
-    told = iter([1.0, 2.0, 6.0])
-    forward, figures = step.losses_of, {}
-
-    def losses_of(batch):
-        figures["recall"] = torch.tensor(next(told))
-        return forward(batch)
-
-    step.losses_of, step.metrics_of = losses_of, lambda: figures
+    recalls = iter([1.0, 2.0, 6.0])
+    step.forward = lambda model, batch: (two_losses(model, batch), {"recall": torch.tensor(next(recalls))})
     assert step(list(batch(6).split(2))).metrics == {"recall": 3.0}
 
 
@@ -198,7 +192,7 @@ def test_gradients_kept_for_a_check_are_named_by_module_and_gone_with_the_next_s
     model[2].bias.requires_grad_(False)
     model.append(nn.Linear(2, 2))
     model[2].register_parameter("unused", nn.Parameter(torch.ones(2)))
-    step.losses_of = lambda inputs: two_losses(model[:3], inputs)
+    step.forward = lambda model, inputs: (two_losses(model[:3], inputs), {})
     result = step([batch()], keep_gradients=True)
     norms = module_gradient_norms(model, depth=1)
     assert set(norms) == {"0", "2", "3"} and norms["3"] is None
