@@ -1,134 +1,154 @@
-"""The scripts as a person runs them: a short run, resume, a stop signal, wrong flags, broken data."""
+"""What holds for all three training scripts: learning, wiring, resume, signals, --check, wrong flags."""
 
-import itertools
-import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
+from scripts import FGCLIP, ROOT, STAGE_1, STAGE_2, equal, load, metrics, refused, run
 
+import macl
+import train_fgclip
 import train_stage1
-from macl import evaluate, predict, validation
+import train_stage2
+from macl.data import DAY_AND_NIGHT, NIGHT
+from macl.domain import grl_schedule
+from trainkit import distributed, optimizer, step
 from trainkit.errors import one_sentence
+from trainkit.run import Run
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = (
-    "--synthetic-train 12 --synthetic-val 4 --batch-size 2 --epochs 2 --workers 0 --device cpu --fpn-channels 16 "
-    "--head-width 16 --macl-dim 8 --macl-hidden 16 --macl-weight 0.3 --warmup-steps 2 --min-size 64"
-).split()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+NAMES = ("stage1", "stage2", "fgclip")
+RECORDED = {
+    "stage1": ["TrainStep", "validate"],
+    "stage2": ["TrainStep", "validate", "SyntheticPairs"],
+    "fgclip": ["TrainStep", "embed", "validation_metrics"],
+}
 
 
-def train(output, *flags, tiny=TINY):
-    train_stage1.main([*tiny, "--output", str(output), *map(str, flags)])
+class Recorded:
+    """Calls of a function: their arguments and results; the function itself still runs."""
+
+    def __init__(self, function):
+        self.function, self.calls, self.results = function, [], []
+
+    def __call__(self, *args, **kwargs):
+        self.calls.append((args, kwargs))
+        self.results.append(self.function(*args, **kwargs))
+        return self.results[-1]
 
 
-def refused(capsys, command, *flags) -> str:
-    """The one sentence with which a command ends that has bad input, and its exit status is 2."""
-    with pytest.raises(SystemExit) as stop, one_sentence():
-        command([str(flag) for flag in flags])
-    assert stop.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
+def record(name: str, script, flags: list, folder) -> SimpleNamespace:
+    with pytest.MonkeyPatch.context() as patch:
+        parts = {part: Recorded(getattr(script, part)) for part in RECORDED[name]}
+        for part, recorded in parts.items():
+            patch.setattr(script, part, recorded)
+        run(script, flags, folder)
+    return SimpleNamespace(name=name, script=script, flags=flags, folder=folder, parts=parts)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run of twelve steps."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    torch.set_num_threads(1)
-    train(folder)
-    return folder
+def stage1(tmp_path_factory):
+    return record("stage1", train_stage1, STAGE_1, tmp_path_factory.mktemp("runs") / "stage1")
 
 
-def metrics(folder, kind="train"):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
+@pytest.fixture(scope="module")
+def stage2(stage1, tmp_path_factory):
+    flags = [*STAGE_2, "--init-from", stage1.folder / "best.pt"]
+    return record("stage2", train_stage2, flags, tmp_path_factory.mktemp("runs") / "stage2")
 
 
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+@pytest.fixture(scope="module")
+def fgclip(tmp_path_factory):
+    return record("fgclip", train_fgclip, FGCLIP, tmp_path_factory.mktemp("runs") / "fgclip")
 
 
-def test_a_run_leaves_what_it_should(run):
-    assert {"args.json", "metrics.jsonl", "last.pt", "best.pt", "pictures"} <= {path.name for path in run.iterdir()}
-    steps = metrics(run)
-    assert [line["step"] for line in steps] == list(range(1, 13))
-    weights = {"loss_macl": 0.3}
-    for line in steps:
+@pytest.fixture(params=NAMES)
+def whole(request):
+    """A finished run of 24 steps of each script, with what its main handed to its parts."""
+    return request.getfixturevalue(request.param)
+
+
+def test_a_run_leaves_what_it_should(whole):
+    files = {"args.json", "metrics.jsonl", "last.pt", "best.pt"} | (set() if whole.name == "fgclip" else {"pictures"})
+    assert files <= {path.name for path in whole.folder.iterdir()}
+    steps, validations = metrics(whole.folder), metrics(whole.folder, "validation")
+    assert [line["step"] for line in steps] == list(range(1, 25))
+    at = [0, 3, 8, 16, 24] if whole.name == "fgclip" else [0, 8, 16, 24]
+    assert [line["step"] for line in validations] == at
+    assert all({"loss", "lr", "grad_norm"} <= line.keys() for line in steps)
+
+
+def test_what_is_optimised_is_what_is_logged(whole):
+    weights = {"loss_macl": 1.0, "loss_hard": 0.5}
+    for line in metrics(whole.folder):
         losses = {name: value for name, value in line.items() if name.startswith("loss_")}
-        assert len(losses) == 5
-        assert line["loss"] == pytest.approx(sum(weights.get(name, 1) * value for name, value in losses.items()))
-        assert {"lr", "grad_norm", "images_per_second", "memory_gib", "macl_relative"} <= line.keys()
-    validations = metrics(run, "validation")
-    assert [line["step"] for line in validations] == [0, 6, 12]
-    for line in validations[1:]:
-        assert {"both", "visible", "infrared", "alignment"} <= line.keys()
+        weight = line.get("weights") or {name: weights.get(name, 1.0) for name in losses}
+        assert line["loss"] == pytest.approx(sum(weight[name] * value for name, value in losses.items()))
 
 
-def test_a_resumed_run_equals_one_that_was_never_stopped(run, tmp_path):
-    """Stopped in the middle of an epoch and of the data order; parameters, EMA, optimizer, schedule, random states."""
-    train(tmp_path / "halves", "--max-steps", 4)
-    train(tmp_path / "halves", "--resume", "auto", "--max-steps", 9)
-    train(tmp_path / "halves", "--resume", tmp_path / "halves")
-    whole, halves = (torch.load(folder / "last.pt", weights_only=True) for folder in (run, tmp_path / "halves"))
-    assert whole["stepper"]["steps"] == 12
-    for part in ("model", "ema", "optimizer", "schedule", "stepper", "sampler", "rng"):
-        assert equal(whole[part], halves[part]), part
-    timing = {"images_per_second", "memory_gib"}
-    for one, other in zip(metrics(run), metrics(tmp_path / "halves"), strict=True):
-        assert {k: v for k, v in one.items() if k not in timing} == {k: v for k, v in other.items() if k not in timing}
+def test_a_run_learns_along_its_schedule(whole):
+    steps = metrics(whole.folder)
+    rates, losses = [line["lr"] for line in steps], [line["loss"] for line in steps]
+    lr = 0.002 if whole.name == "stage2" else 0.004
+    assert rates[0] < 0.3 * lr and rates[5] == pytest.approx(lr, rel=0.1) and rates[-1] < 0.05 * lr
+    if whole.name != "stage2":  # whose weights ramp
+        assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
 
 
-def test_a_signal_gives_up_a_validation_and_the_run_goes_on_with_it(run, tmp_path, monkeypatch):
-    """In the first one and at the end of another: no line is lost, and none comes twice."""
-    calls, embed = itertools.count(1), validation.embed
+def test_the_step_gets_what_the_flags_say_and_validation_the_average(whole):
+    (train_step,) = whole.parts["TrainStep"].results
+    assert train_step.clip_norm == 3 and train_step.schedule is not None
+    averaged = train_step.average.module
+    validated = whole.parts["embed" if whole.name == "fgclip" else "validate"].calls[-1][0][0]
+    assert validated is averaged and averaged is not train_step.model
 
-    def told_to_end(*args):
-        if next(calls) in (1, 5):  # two batches a validation
+
+def test_a_resumed_run_equals_one_that_was_never_stopped(whole, tmp_path):
+    """Stopped in the middle of an epoch and of the data order, twice; resumed without repeating its flags."""
+    halves = run(whole.script, whole.flags, tmp_path / "halves", "--max-steps", 3)
+    whole.script.main(["--resume", str(halves), "--max-steps", "13"])
+    whole.script.main(["--resume", "auto", "--output", str(halves)])
+    parts, others = load(whole.folder), load(halves)
+    assert parts["stepper"]["steps"] == 24 and parts.keys() == others.keys()
+    for name in parts.keys() - {"best", "stale"}:  # runs with --max-steps end with a validation
+        assert equal(parts[name], others[name]), name
+    for kind in ("train", "gradients"):
+        assert metrics(whole.folder, kind) == metrics(halves, kind)
+
+
+@pytest.mark.parametrize("name", ["stage2", "fgclip"])
+def test_a_signal_gives_up_a_validation_and_the_run_goes_on_with_it(name, request, tmp_path, monkeypatch):
+    """In the first one and in a later one: no line is lost, and none comes twice."""
+    whole, ahead, between = request.getfixturevalue(name), {0, 16}, Run.leave_if_asked
+
+    def told_to_end(self):
+        steps = self.train_step.steps
+        if steps in ahead and self.train_step.validated != steps:
+            ahead.remove(steps)
             signal.raise_signal(signal.SIGTERM)
-        return embed(*args)
+        return between(self)
 
-    monkeypatch.setattr(validation, "embed", told_to_end)
-    for validated in (-1, 0):
+    monkeypatch.setattr(Run, "leave_if_asked", told_to_end)
+    for steps in (0, 16):
         with pytest.raises(SystemExit) as stop:
-            train(tmp_path / "run", "--resume", "auto")
-        assert stop.value.code == 143
-        assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["stepper"]["validated"] == validated
-    train(tmp_path / "run", "--resume", "auto")
-    whole, parts = (torch.load(folder / "last.pt", weights_only=True) for folder in (run, tmp_path / "run"))
-    for part in ("model", "ema", "optimizer", "schedule", "stepper", "sampler", "rng", "best", "untrained"):
-        assert equal(whole[part], parts[part]), part
-    assert metrics(run, "validation") == metrics(tmp_path / "run", "validation")
-    assert len(metrics(tmp_path / "run")) == 12
+            run(whole.script, whole.flags if steps == 0 else [], tmp_path / "run", "--resume", "auto")
+        assert stop.value.code == 143 and load(tmp_path / "run")["stepper"]["steps"] == steps
+    run(whole.script, [], tmp_path / "run", "--resume", "auto")
+    for name in ("last.pt", "best.pt"):
+        assert equal(load(whole.folder, name), load(tmp_path / "run", name)), name
+    assert metrics(whole.folder, "validation") == metrics(tmp_path / "run", "validation")
 
 
-def test_workers_do_not_change_the_numbers(run, tmp_path):
-    train(tmp_path / "workers", "--workers", 2, "--max-steps", 3)
-    assert [line["loss"] for line in metrics(tmp_path / "workers")] == [line["loss"] for line in metrics(run)[:3]]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_signal_leaves_a_checkpoint_to_go_on_from(tmp_path, number):
-    command = [sys.executable, "train_stage1.py", *TINY, "--epochs", "50", "--workers", "1"]
+@pytest.mark.parametrize(("name", "number"), [("stage1", signal.SIGINT), ("fgclip", signal.SIGTERM)])
+def test_a_stop_signal_leaves_a_checkpoint_to_go_on_from(tmp_path, name, number):
+    flags = [*(STAGE_1 if name == "stage1" else FGCLIP), "--epochs", "50", "--workers", "1"]
     process = subprocess.Popen(
-        [*command, "--output", str(tmp_path / "run")],
+        [sys.executable, f"train_{name}.py", *flags, "--output", str(tmp_path / "run")],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -136,31 +156,86 @@ def test_a_stop_signal_leaves_a_checkpoint_to_go_on_from(tmp_path, number):
     deadline = time.monotonic() + 120
     while not (path.is_file() and '"train"' in path.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, number)  # as a terminal or a batch system does: the loading process is told, too
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, said
-    assert "--resume" in said and "Traceback" not in said
-    stopped = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    steps = stopped["stepper"]["steps"]
+    os.killpg(process.pid, number)  # as a terminal or a batch system does: the loading process gets it, too
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, output
+    assert "--resume" in output and "Traceback" not in output
+    steps = load(tmp_path / "run")["stepper"]["steps"]
     assert 1 <= steps == len(metrics(tmp_path / "run"))
-    tiny = [*TINY, "--epochs", "50", "--workers", "1"]
-    train(tmp_path / "run", "--resume", "auto", "--max-steps", steps + 1, tiny=tiny)
+    script = train_stage1 if name == "stage1" else train_fgclip
+    script.main(["--resume", str(tmp_path / "run"), "--max-steps", str(steps + 1)])
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, steps + 2))
 
 
 def test_a_signal_before_the_first_step_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_stage1, "open_data", lambda args: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit) as stop, one_sentence():
-        train(tmp_path / "run")
+        run(train_stage1, STAGE_1, tmp_path / "run")
     assert stop.value.code == 143 and capsys.readouterr().err == "terminated\n"
 
 
-def test_figures_of_a_step_are_those_of_all_its_micro_batches(run, tmp_path):
+@pytest.mark.parametrize("name", ["stage1", "fgclip"])
+def test_workers_do_not_change_the_numbers(name, request, tmp_path):
+    whole = request.getfixturevalue(name)
+    workers = run(whole.script, whole.flags, tmp_path / "workers", "--workers", 2, "--max-steps", 3)
+    assert metrics(workers) == metrics(whole.folder)[:3]
+
+
+def test_check_reports_and_writes_nothing(whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole.script.main([*map(str, whole.flags), "--check"])
+    output = capsys.readouterr().out
+    words = {
+        "stage1": ["training: pairs 32", "gradient norm of backbone.layer1"],
+        "stage2": ["training, old domain: pairs 16", "gradient norm of macl.projector", "loss_adversary"],
+        "fgclip": ["128 boxes, 0 (0.00%) dropped", "gradient norm of vision_model.encoder", "logit_scale_finegraind"],
+    }
+    assert all(word in output for word in words[whole.name])
+    assert "no gradient" not in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_shows_the_defaults_of_the_command(capsys):
+    for flags, lr, weight in ((["--data-root", "x"], "0.0005", "0.1"), ([], "0.0015", "1.0")):
+        with pytest.raises(SystemExit):
+            train_fgclip.main([*flags, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"learning rate after warm-up (default: {lr})" in text
+        assert f"regions and phrases (default: {weight})" in text
+
+
+@pytest.mark.parametrize("script", [train_stage1, train_stage2, train_fgclip])
+def test_every_value_of_a_recipe_belongs_to_a_flag(script):
+    flags = vars(script.parse_arguments([]))
+    for name, recipe in vars(script).items():
+        if name.endswith("_RECIPE"):
+            assert recipe.keys() <= flags.keys(), name
+
+
+def test_wrong_flags_that_all_scripts_share_end_in_one_sentence(whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def say(*flags):
+        return refused(capsys, whole.script.main, *flags)
+
+    assert "--batch-size" in say("--batch-size", 0)
+    assert "unrecognized" in say("--bathc-size", 4)
+    assert "already holds files" in say(*whole.flags, "--output", whole.folder)
+    assert "--resume nothing: expected a checkpoint" in say("--resume", "nothing")
+    assert "give one of the two" in say("--init-from", whole.folder / "best.pt", "--resume", whole.folder)
+    assert "is 5, but the run" in say("--seed", 5, "--resume", whole.folder)
+    assert "missing.pt does not exist" in say("--init-from", "missing.pt", "--device", "cpu")
+    other = "stage1" if whole.name == "fgclip" else "fgclip"
+    (tmp_path / "args.json").write_text(f'{{"script": "{other}"}}')
+    (tmp_path / "last.pt").touch()
+    assert f"begun by '{other}'" in say("--resume", "auto", "--output", tmp_path)
+
+
+def test_metrics_of_a_step_are_those_of_all_its_micro_batches(tmp_path):
     """At a rate of 0 the two batches of a step say what they say as steps of their own."""
-    flags = ["--epochs", 1, "--lr", 1e-30, "--max-steps"]
-    train(tmp_path / "one", *flags, 4)
-    train(tmp_path / "two", *flags, 2, "--accumulate", 2)
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    flags = [*STAGE_1, "--epochs", 1, "--lr", 1e-30]
+    one = metrics(run(train_stage1, flags, tmp_path / "one", "--max-steps", 4))
+    two = metrics(run(train_stage1, flags, tmp_path / "two", "--max-steps", 2, "--accumulate", 2))
     for name in ("loss_macl", "macl_recall", "macl_relative", "macl_candidates"):
         for i in range(2):
             mean = (one[2 * i][name] + one[2 * i + 1][name]) / 2
@@ -168,140 +243,82 @@ def test_figures_of_a_step_are_those_of_all_its_micro_batches(run, tmp_path):
     assert len({line["macl_candidates"] for line in one}) > 1
 
 
-def test_check_reports_and_writes_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train_stage1.main([*TINY, "--check"])
-    said = capsys.readouterr().out
-    assert "training: pairs 12" in said and "gradient norm of backbone.layer1" in said and "no gradient" not in said
-    assert not list(tmp_path.iterdir())
-
-
-def test_every_option_of_the_model_trains_a_step(tmp_path):
-    options = [
-        "--norm batch --frozen-stages 1 --fusion gated --fpn-levels 5 --msp-hidden 8 --box-loss giou",
-        "--norm modality_batch --macl-level image --macl-norm batch --macl-dropout 0.1 --optimizer sgd --amp bf16 "
-        "--min-size 48 --synthetic-val 1",  # a processor takes long for half precision
-        "--fusion visible --no-msp --macl-weight 0 --schedule one-cycle --ema-decay 0 --min-size 96,128 --max-size 200",
-        "--crop 1 --mosaic 0.5 --erase-visible 1 --erase-infrared 1 --hue 0.1 --accumulate 2 --clip-norm 1",
-        "--amp fp16 --min-size 48 --synthetic-val 1",
-        "--macl-direction visible_to_infrared --macl-norm group --macl-norm-groups 4 --label-smoothing 0.1 "
-        "--schedule multistep --milestones 1 --lr-base-batch 8 --statistics imagenet --best-by ap",
-    ]
-    for number, flags in enumerate(options):
-        train(tmp_path / str(number), *flags.split(), "--max-steps", 1)
-        assert len(metrics(tmp_path / str(number))) == 1
-
-
-def test_wrong_flags_end_in_one_sentence(run, tmp_path, capsys):
-    def say(*flags):
-        return refused(capsys, train_stage1.main, *TINY, *flags)
-
-    assert "--batch-size" in say("--batch-size", "0")
-    assert "--fusion" in say("--fusion", "maximum")
-    assert "unrecognized" in say("--bathc-size", "4")
-    assert "already holds files" in say("--output", run)
-    assert "never has a negative" in say("--macl-level", "image", "--batch-size", "1")
-    assert "--statistics given" in say("--statistics", "given")
-    assert "--hue 0.7" in say("--hue", "0.7")
-    assert "--crop-scale" in say("--crop-scale", "0.9", "0.5")
-    assert "--best-by r1" in say("--best-by", "r1", "--macl-weight", "0")
-    assert "nothing" in say("--data-root", tmp_path / "nothing")
-    assert "--resume" in say("--resume", tmp_path / "nothing")
-    assert "missing.pt does not exist" in say("--init-from", tmp_path / "missing.pt")
-    assert "fit together" in say("--modality-dropout", "0.8", "0.7")
-    assert "another detector" in say("--init-from", run / "best.pt", "--head-width", "24")
-    assert "is 24, but the run" in say("--resume", run, "--head-width", "24")
-    assert not (tmp_path / "runs").exists()
-
-
 def test_a_loss_that_is_not_finite_stops_and_names_its_images(tmp_path, capsys, monkeypatch):
-    def broken(self, *args):
-        return batch(self, *args) * float("nan")
-
-    batch = train_stage1.macl.PairedFasterRCNN.batch
-    monkeypatch.setattr(train_stage1.macl.PairedFasterRCNN, "batch", broken)
-    flags = [*TINY, "--output", tmp_path / "run", "--macl-weight", "0"]
-    said = refused(capsys, train_stage1.main, *flags)
-    assert "not a finite number" in said and "synthetic/0/" in said
+    batch = macl.PairedFasterRCNN.batch
+    monkeypatch.setattr(macl.PairedFasterRCNN, "batch", lambda self, *args: batch(self, *args) * math.nan)
+    flags = [*STAGE_1, "--output", tmp_path / "run", "--macl-weight", "0"]
+    sentence = refused(capsys, train_stage1.main, *flags)
+    assert "not a finite number" in sentence and "synthetic/0/" in sentence
 
 
-def llvip(root: Path, count=6, size=(64, 48)) -> Path:
-    """A data set in LLVIP's layout: two cameras, a bright person in every pair."""
-    for camera in (1, 2):
-        for number in range(count // 2):
-            name = f"{camera:02d}{number:04d}"
-            for modality in ("visible", "infrared"):
-                path = root / modality / "train" / f"{name}.jpg"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                image = Image.new("RGB", size, (30, 30, 30))
-                image.paste((220, 220, 220), (10, 5, 22, 40))
-                image.save(path)
-            xml = root / "Annotations" / f"{name}.xml"
-            xml.parent.mkdir(exist_ok=True)
-            box = "<bndbox><xmin>11</xmin><ymin>6</ymin><xmax>22</xmax><ymax>40</ymax></bndbox>"
-            xml.write_text(
-                f"<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size>"
-                f"<object><name>person</name>{box}</object></annotation>"
-            )
-    return root
+def test_stage_1_measures_mean_and_deviation(stage1):
+    detector = stage1.parts["TrainStep"].results[0].model
+    data = train_stage1.SyntheticPairs(32, 0)
+    for name in ("visible", "infrared"):
+        pixels = torch.cat([data[i][name].flatten(1) for i in range(32)], 1) / 255
+        torch.testing.assert_close(torch.tensor(detector.kwargs[f"{name}_mean"]), pixels.mean(1))
+        torch.testing.assert_close(torch.tensor(detector.kwargs[f"{name}_std"]), pixels.std(1))
 
 
-SMALL_LLVIP = (
-    "--backbone resnet18 --fpn-channels 16 --fpn-levels 3 --anchor-sizes 16,32,64 --head-width 16 --min-size 48 "
-    "--max-size 64 --batch-size 2 --epochs 1 --workers 1 --device cpu --macl-dim 8 --macl-hidden 8"
-).split()
+def test_stage_2_trains_and_validates_both_domains(stage2):
+    drawn = [(kwargs["domain"], args[1] >= train_stage2.VALIDATION_SEED) for args, kwargs in
+             stage2.parts["SyntheticPairs"].calls]  # fmt: skip
+    assert sorted(drawn, key=str) == sorted([(d, v) for d in (DAY_AND_NIGHT, NIGHT) for v in (False, True)], key=str)
+    validated = [call[0][1].domains for call in stage2.parts["validate"].calls]
+    assert validated[-2:] == [tuple(DAY_AND_NIGHT), (NIGHT,)]
 
 
-def test_llvip_trains_and_is_evaluated(tmp_path, capsys):
-    root = llvip(tmp_path / "LLVIP")
-    train_stage1.main([*SMALL_LLVIP, "--data-root", str(root), "--output", str(tmp_path / "run")])
-    said = capsys.readouterr().out
-    assert "Held out for validation: 3 of the 6 pairs" in said
-    evaluate.main(
-        ["--checkpoint", str(tmp_path / "run" / "best.pt"), "--dataset", "llvip", "--data-root", str(root)]
-        + ["--split", "train", "--device", "cpu", "--workers", "0", "--output", str(tmp_path / "figures.json")]
-    )
-    assert json.loads((tmp_path / "figures.json").read_text())["detection"]["both"]["ap50"] is not None
+def test_stage_2_ramps_every_alignment_loss_and_the_reversal(stage2):
+    steps = metrics(stage2.folder)
+    for number, line in enumerate(steps[:8], 1):
+        for name, full in (("loss_mmd", 1.0), ("loss_mmd_domains", 1.0), ("loss_adversary", 0.1)):
+            assert line["weights"][name] == pytest.approx(full * number / 8), name
+    macl = [line["weights"]["loss_macl"] for line in steps]
+    assert macl[0] == pytest.approx(0.2 / 2.25) and macl[-1] == 0.2
+    detector = stage2.parts["TrainStep"].results[0].model
+    assert detector.reversal_scale == pytest.approx(grl_schedule(1.0)) and grl_schedule(0.1) < 0.5
 
 
-def test_an_image_that_breaks_off_in_the_middle_of_training_is_named(tmp_path):
-    """In a process of its own, which has to end although its loading process still lives."""
-    root = llvip(tmp_path / "LLVIP")
-    broken = root / "infrared" / "train" / "010001.jpg"
-    broken.write_bytes(broken.read_bytes()[:300])
-    flags = [*SMALL_LLVIP, "--batch-size", "1", "--data-root", str(root), "--output", str(tmp_path / "run")]
-    command = [sys.executable, "train_stage1.py", *flags]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 2
-    assert "010001.jpg cannot be decoded" in ended.stderr and "Traceback" not in ended.stderr
+def test_a_lower_miss_rate_is_better():
+    def chosen(rate):
+        both = {"ap50": 0.5, "ap": 0.3, "ap75": 0.3, "recall": 0.5}
+        metrics = {"both": both, "alignment": None, "miss_rate": {"both": {"reasonable all": rate}}}
+        return train_stage2.selection_metric(metrics, "miss-rate")
+
+    assert chosen(20.0) > chosen(30.0) > chosen(None)
 
 
-def test_evaluation_and_prediction_of_a_run(run, tmp_path, capsys):
-    common = ["--checkpoint", str(run / "best.pt"), "--device", "cpu"]
-    evaluate.main([*common, "--count", "3", "--workers", "0", "--modality", "infrared"])
-    said = capsys.readouterr().out
-    assert "\ninfrared" in said and "\nvisible" not in said
-    root = llvip(tmp_path / "LLVIP", count=2)
-    folders = {name: root / name / "train" for name in ("visible", "infrared")}
-    for given in (("visible", "infrared"), ("visible",), ("infrared",)):
-        output = tmp_path / "-".join(given)
-        flags = [part for name in given for part in (f"--{name}", str(folders[name]))]
-        predict.main([*common, *flags, "--output", str(output), "--min-score", "0"])
-        found = json.loads((output / "detections.json").read_text())
-        assert len(found) == 2 and {path.name for path in output.iterdir()} == {
-            "010000.png", "020000.png", "detections.json"
-        }  # fmt: skip
-    assert "--visible, --infrared or both" in refused(capsys, predict.main, *common, "--output", tmp_path / "x")
-    missing = ["--visible", tmp_path / "none", "--output", tmp_path / "x"]
-    assert "does not exist" in refused(capsys, predict.main, *common, *missing)
-    assert "was not written by torch.save" in refused(capsys, evaluate.main, "--checkpoint", run / "args.json")
+def test_fgclip_spares_tables_from_weight_decay_and_validates_at_the_regions_scale(fgclip):
+    (train_step,) = fgclip.parts["TrainStep"].results
+    decayed = {id(p) for group in train_step.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in train_step.model.named_parameters():
+        assert not ("position_embedding" in name and id(parameter) in decayed), name
+    scales = {name: scale.item() for name, scale in train_step.average.module.logit_scales().items()}
+    assert fgclip.parts["validation_metrics"].calls[-1][0][1] == scales["region"] != scales["global"]
 
 
-def test_a_checkpoint_starts_the_next_run(run, tmp_path, capsys):
-    """The architecture comes from the checkpoint: no model flag is repeated."""
-    root = llvip(tmp_path / "LLVIP")
-    flags = ["--data-root", root, "--init-from", run / "best.pt", "--batch-size", 2, "--workers", 0, "--epochs", 1]
-    train_stage1.main([str(flag) for flag in [*flags, "--device", "cpu", "--output", tmp_path / "run"]])
-    assert "tensors loaded, the averaged ones" in capsys.readouterr().out
-    kwargs = [torch.load(folder / "last.pt", weights_only=True)["model_kwargs"] for folder in (run, tmp_path / "run")]
-    assert kwargs[0] == kwargs[1]
+class Raising(step.TrainStep):
+    """A step that leaves all logit scales far above their limit."""
+
+    def __call__(self, *args, **kwargs):
+        result = super().__call__(*args, **kwargs)
+        for model in (self.model, self.average.module):
+            for scale in model.log_scales().values():
+                scale.data.fill_(9.0)
+        return result
+
+
+def test_fgclip_clamps_the_scales_of_the_model_and_of_the_average(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_fgclip, "TrainStep", Raising)
+    whole = record("fgclip", train_fgclip, [*FGCLIP, "--max-steps", "2"], tmp_path / "run")
+    (train_step,) = whole.parts["TrainStep"].results
+    for model in (train_step.model, train_step.average.module):
+        for scale in model.log_scales().values():
+            assert scale.item() == pytest.approx(math.log(100))
+
+
+def test_the_learning_rate_knows_all_processes(monkeypatch):
+    args = train_stage1.parse_arguments("--lr 0.01 --lr-base-batch 8 --batch-size 4 --accumulate 2".split())
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    _, schedule = optimizer.build_optimisation(args, torch.nn.Linear(2, 2), 5)
+    assert schedule.base_lrs[0] == pytest.approx(0.01 * 4 * 2 * 3 / 8)
