@@ -41,6 +41,7 @@ from fgclip.validation import best_metric, embed, validation_metrics, validation
 from trainkit import distributed
 from trainkit.arguments import (
     add_recipe_flags,
+    check_needed,
     fraction,
     int_list,
     make_parser,
@@ -288,15 +289,15 @@ def loss_weights(args: argparse.Namespace) -> dict[str, float]:
     return {f"loss_{name}": getattr(args, f"{name}_weight") for name in ("long", "short", "region", "hard")}
 
 
-def refuse_what_has_nothing_to_learn(args: argparse.Namespace, found: DataStatistics) -> None:
+def check_data(args: argparse.Namespace, statistics: DataStatistics) -> None:
     """Raises InputError where an enabled loss would be constant, by the records that were looked at."""
-    where = f"none of {found.images} images looked at"
-    if (args.region_weight or args.hard_weight) and not found.regions:
+    where = f"none of {statistics.images} images looked at"
+    if (args.region_weight or args.hard_weight) and not statistics.regions:
         raise InputError(f"{where} has a usable region: use --stage global, or another file of --annotations")
-    if args.hard_weight and not found.regions_with_negatives:
+    if args.hard_weight and not statistics.regions_with_negatives:
         raise InputError(f"{where} has a region with hard negatives: --hard-weight 0 goes without them")
-    if args.bank_classes == 2 and found.abnormal in (0, found.images):
-        raise InputError(f"--bank-classes 2: {where} is labelled {0 if found.abnormal else 1}")
+    if args.bank_classes == 2 and statistics.abnormal in (0, statistics.images):
+        raise InputError(f"--bank-classes 2: {where} is labelled {0 if statistics.abnormal else 1}")
 
 
 def validate_args(args: argparse.Namespace) -> None:
@@ -324,16 +325,12 @@ def validate_args(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} {size} does not divide among the {args.bank_classes} of --bank-classes")
     if args.bank_classes > 1 and not (args.bank_size or args.global_bank_size):
         raise InputError("--bank-classes needs --bank-size or --global-bank-size")
-    for flag, value in (("--image-root", args.image_root), ("--val-annotations", args.val_annotations)):
-        if value and not (args.annotations or args.data_root):
-            raise InputError(f"{flag} needs --annotations or --data-root")
-    if args.val_image_root and not args.val_annotations:
-        raise InputError("--val-image-root needs --val-annotations")
-    for flag in ("trust_torchscript", "heads"):
-        if getattr(args, flag) and not (args.init_from or args.resume):
-            raise InputError(f"--{flag.replace('_', '-')} is for the weights of --init-from")
-    if args.reset_logit_scales and not (args.init_from or args.resume):
-        raise InputError("--reset-logit-scales is for the scales of --init-from or --resume; --logit-scale-init is not")
+    check_needed(
+        args, image_root=("annotations", "data_root"),
+        val_annotations=("annotations", "data_root"), val_image_root=("val_annotations",),
+        trust_torchscript=("init_from", "resume"), heads=("init_from", "resume"),
+        reset_logit_scales=("init_from", "resume"),
+    )  # fmt: skip
     if args.logit_scale_init > MAX_LOGIT_SCALE:
         raise InputError(f"--logit-scale-init {args.logit_scale_init}: expected at most ln 100, {MAX_LOGIT_SCALE:.4f}")
     if args.best_by in ("region", "hard") and not (args.region_weight or args.hard_weight):
@@ -419,7 +416,7 @@ def main(arguments: list[str] | None = None) -> None:
     bare, tokenizer, about_model = build_model(args)
     train_data, val_data, messages = open_data(args, bare.vision_model.image_size)
     statistics = data_statistics(map(train_data.record, evenly(range(len(train_data)), LOOKED_AT)), None)
-    refuse_what_has_nothing_to_learn(args, statistics)
+    check_data(args, statistics)
     messages += [f"of {statistics.images} images looked at: {statistics.boxes}", *about_model]
 
     weights = loss_weights(args)

@@ -125,6 +125,14 @@ def peek_flags(arguments: list[str] | None, *flags: str) -> argparse.Namespace:
     return parser.parse_known_args(arguments)[0]
 
 
+def check_needed(args: argparse.Namespace, **needed: tuple[str, ...]) -> None:
+    """Refuse a flag that is given without any of those it needs: `image_root=("annotations", "data_root")`."""
+    for name, others in needed.items():
+        if getattr(args, name) and not any(getattr(args, other) for other in others):
+            flags = [f"--{each.replace('_', '-')}" for each in (name, *others)]
+            raise InputError(f"{flags[0]} needs {' or '.join(flags[1:])}")
+
+
 def parse_with_resume(parser: argparse.ArgumentParser, arguments: list[str] | None, script: str) -> argparse.Namespace:
     """Parse the flags; the defaults are those of the run that --resume names, if there is one."""
     given = peek_flags(arguments, "--resume", "--output")
