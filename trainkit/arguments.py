@@ -18,7 +18,7 @@ import torch
 from trainkit import checkpoint, distributed
 from trainkit.errors import InputError
 from trainkit.files import shown, write_json
-from trainkit.runs import read_record
+from trainkit.run_files import read_record
 
 # On resume every other flag must say what it said at the start: half of a recipe comes out of the checkpoint (learning
 # rate, weight decay, order of the data), so that a changed flag would be ignored or make a run that nobody can repeat.

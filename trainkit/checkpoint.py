@@ -10,7 +10,7 @@ import torch
 from trainkit import distributed
 from trainkit.errors import InputError
 from trainkit.files import read_torch, whole_file
-from trainkit.runs import read_record
+from trainkit.run_files import read_record
 
 _PLAIN = (bool, int, float, str, type(None))
 
