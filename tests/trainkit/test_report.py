@@ -73,7 +73,7 @@ def write_run(folder, *, arguments=None, steps=12, name="loss_classifier", pictu
             log.validation(step, {"epoch": 1, **values, "alignment": {"r1": 0.5 + step / 100}})
             report = GradientReport(
                 {"neck": {"loss_a": 1.0 * step, "loss_b": 0.1, "loss_c": None}},
-                {"neck": {("loss_a", "loss_b"): -step / 16, ("loss_a", "loss_c"): None, ("loss_b", "loss_c"): None}},
+                {"neck": {"loss_a": {"loss_b": -step / 16, "loss_c": None}, "loss_b": {"loss_c": None}}},
             )
             log.gradients(step, 1, report)
     log.close()

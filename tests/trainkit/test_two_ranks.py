@@ -15,7 +15,7 @@ from trainkit import checkpoint, distributed
 from trainkit.arguments import add_shared_flags, make_parser, prepare_run
 from trainkit.errors import InputError
 from trainkit.log import RunLog
-from trainkit.sampler import ResumableSampler, evaluation_indices
+from trainkit.sampler import ResumableSampler
 from trainkit.step import TrainStep
 
 SPLITS = {"ragged": (3, 1), "empty second": (4, 0), "empty first": (0, 4), "even": (2, 2)}
@@ -73,14 +73,9 @@ def steps(model, batches: list[list[torch.Tensor]], clip_norm: float | None = No
         return {"square": output.square().mean(), "mean": output.mean()}
 
     step = TrainStep(
-        model,
-        optimizer,
-        losses_of=losses_of,
-        weights={"square": 2.0, "mean": 0.5},
+        model, optimizer, losses_of=losses_of, weights={"square": 2.0, "mean": 0.5}, device="cpu", clip_norm=clip_norm,
         describe=lambda batch: [f"rank{distributed.rank()}/{i}.png" for i in range(len(batch))],
-        device="cpu",
-        clip_norm=clip_norm,
-    )
+    )  # fmt: skip
     results = [step(micro) for micro in batches]
     return [(r.losses, r.total, r.grad_norm) for r in results], model.state_dict(), synchronised
 
@@ -106,7 +101,7 @@ def run_folder(folder: Path) -> dict:
     log.train(1, {"epoch": 0, "loss": float(distributed.rank())})
     log.close()
     checkpoint.save(run / "last.pt", {"rank": distributed.rank()})
-    distributed.barrier()
+    distributed.gather_objects(None)  # until it is written
     with pytest.raises(InputError) as raised:
         prepare_run(parser.parse_args(["--output", str(run)]), "toy")
     resume = prepare_run(parser.parse_args(["--device", "cpu", "--resume", "auto"]), "toy", runs_root=folder / "runs")
@@ -182,7 +177,6 @@ def observe(folder: Path) -> dict:
         "gathered": gathered(),
         "mismatch": mismatch(),
         "batches": list(sampler),
-        "evaluation": evaluation_indices(7),
         "steps": steps(DistributedDataParallel(linear()), [[shares[:2], shares[2:]]] * 3, clip_norm=0.5),
         "non-finite": non_finite(),
         "folder": run_folder(folder),
@@ -190,10 +184,7 @@ def observe(folder: Path) -> dict:
         "between": ended_between_batches(),
         "buffers": buffers(),
         "any": [distributed.all_reduce_any(distributed.rank() == 1), distributed.all_reduce_any(False)],
-        "objects": [
-            distributed.gather_objects(distributed.rank()),
-            distributed.broadcast_object(distributed.rank(), 1),
-        ],
+        "objects": [distributed.gather_objects(distributed.rank()), distributed.run_on_main(distributed.rank)],
     }
 
 
@@ -243,7 +234,7 @@ def test_gather_keeps_dtype_and_rank_order(seen):
 
 
 def test_ranks_that_disagree_about_rows_all_hear_of_it(seen):
-    assert all("torch.float16" in rank["mismatch"] and "torch.float32" in rank["mismatch"] for rank in seen)
+    assert all(rank["mismatch"].endswith("not [[3, 2], [3, 4]].") for rank in seen)
 
 
 def test_ranks_share_an_epoch_out_without_overlap(seen):
@@ -251,7 +242,6 @@ def test_ranks_share_an_epoch_out_without_overlap(seen):
     alone = list(ResumableSampler(11, 4, seed=5))
     assert [first + second for first, second in steps] == alone
     assert len({index for batch in alone for _, index in batch}) == 8
-    assert sorted(seen[0]["evaluation"] + seen[1]["evaluation"]) == list(range(7))
 
 
 def test_two_ranks_with_two_micro_batches_make_the_step_of_one_big_batch(seen):
@@ -288,7 +278,7 @@ def test_a_signal_to_one_rank_and_objects_reach_all(seen):
     for rank in seen:
         assert rank["stop"] == (False, True)
         assert rank["any"] == [True, False]
-        assert rank["objects"] == [[0, 1], 1]
+        assert rank["objects"] == [[0, 1], 0]
 
 
 def test_ranks_pause_equally_often_between_their_batches(seen):
