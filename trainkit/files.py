@@ -96,7 +96,8 @@ def read_json(path: str | Path, what: str = "a JSON file", kind: type = object):
     """The json in a file, a `kind` (dict, list)."""
     content = parse_json(read_text(path, what), str(path))
     if not isinstance(content, kind):
-        raise InputError(f"{path} holds {shown(content)}; expected {what}, a {kind.__name__}")
+        named = "an object" if kind is dict else "a list"
+        raise InputError(f"{path} holds {shown(content)}; expected {what}, {named}")
     return content
 
 

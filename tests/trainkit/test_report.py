@@ -63,7 +63,7 @@ def write_run(folder, *, arguments=None, steps=12, name="loss_classifier", pictu
         "device": "x86_64", "versions": {"torch": "2.15.0"}, "resumed": [],
     }  # fmt: skip
     (folder / "args.json").write_text(json.dumps(record))
-    log = RunLog(folder, total_steps=steps, tensorboard=False)
+    log = RunLog(folder, total_steps=steps, tensorboard=False, every=100)
     for step in range(1, steps + 1):
         loss = math.nan if step == 6 else 1 / step
         log.train(step, {"epoch": 1, "loss": 2 / step, name: loss, "lr": 0.01, "grad_norm": 10.0**-step})
@@ -126,23 +126,17 @@ def test_what_a_run_says_is_escaped(tmp_path):
 
 
 def test_several_runs_stand_side_by_side(tmp_path):
-    folders = [
-        write_run(tmp_path / "x" / "run"),
-        write_run(tmp_path / "y" / "run", arguments={"lr": 0.02, "note": None}, steps=8),
-    ]
-    page = show(tmp_path, *folders)
-    assert "x/run" in page.text and "y/run" in page.text
+    first = write_run(tmp_path / "x" / "run")
+    second = write_run(tmp_path / "y" / "run", arguments={"lr": 0.02, "note": None}, steps=8)
+    page = show(tmp_path, first, second)
+    assert page.row("x/run") and page.row("y/run")
     assert page.row("ap50") == ["1", "1"] * 3 and page.row("alignment / r1") == ["0.62", "0.58"]
     assert page.row("lr") == ["0.01", "0.02"] and page.row("note") == ["", "null"]
     rows = [row[0] for row in page.rows]
     assert rows.index("lr") < rows.index("note") < rows.index("anchor_sizes")
     assert "text differs" in [attributes.get("class") for tag, attributes in page.tags if tag == "table"]
-    pictures = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
-    assert len(pictures) == 2
-    for mode in ("both", "visible", "infrared"):
-        assert f"{mode} / ap50" in page.text
-    only = show(tmp_path, folders[1])
-    assert "both / ap50" not in only.text and "x/run" not in only.text
+    assert [tag for tag, _ in page.tags].count("img") == 2 and "visible / ap50" in page.text
+    assert "visible / ap50" not in show(tmp_path, second).text
 
 
 def test_a_half_written_last_line_is_said_and_any_other_is_an_error(tmp_path, capsys):
@@ -204,12 +198,11 @@ def test_pictures_are_made_small_thinned_and_stay_in_the_folder(tmp_path, monkey
     pictures.mkdir()
     for number in (1, 2, 10, 100):
         Image.new("RGB", (2000, 1000), (number, 0, 0)).save(pictures / f"tsne-{number}.png")
-    secret = tmp_path / "secret.png"
-    Image.new("RGB", (9, 9)).save(secret)
-    (pictures / "link.png").symlink_to(secret)
-    (pictures / "clear.png").write_bytes(png(Image.new("RGBA", (10, 10), (0, 0, 0, 0))))
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    (pictures / "link.png").symlink_to(tmp_path / "secret.png")
+    Image.new("RGBA", (10, 10), (0, 0, 0, 0)).save(pictures / "clear.png")
     monkeypatch.setattr("trainkit.files.MAX_PIXELS", 3_000_000)
-    (pictures / "huge.png").write_bytes(png(Image.new("1", (2000, 2000))))
+    Image.new("1", (2000, 2000)).save(pictures / "huge.png")
     page = show(tmp_path, run, "--pictures", "3")
     captions = re.findall(r"pictures/(\S+) run", page.text)
     assert captions == ["clear.png", "tsne-1.png", "tsne-10.png", "tsne-100.png"]
@@ -217,12 +210,6 @@ def test_pictures_are_made_small_thinned_and_stay_in_the_folder(tmp_path, monkey
     sources = [attributes["src"].split(",")[1] for tag, attributes in page.tags if tag == "img"]
     assert Image.open(io.BytesIO(base64.b64decode(sources[1]))).size == (900, 450)
     assert "img" not in {tag for tag, _ in show(tmp_path, run, "--pictures", "0").tags}
-
-
-def png(image: Image.Image) -> bytes:
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    return data.getvalue()
 
 
 def test_null_is_a_gap_and_a_lonely_point_still_shows():
@@ -238,7 +225,7 @@ def test_null_is_a_gap_and_a_lonely_point_still_shows():
 def test_on_a_log_axis_what_is_not_positive_is_left_out():
     values = np.array([1.0, 0.0, 10.0, 100.0])
     svg = draw([(np.arange(4.0), values), (np.arange(4.0), -values)], True, salt="one")
-    line, dots = re.findall(r'<path d="([^"]*)" clip-path[^>]*style="fill: none; stroke: #0072b2', svg)
+    _, dots = re.findall(r'<path d="([^"]*)" clip-path[^>]*style="fill: none; stroke: #0072b2', svg)
     one, ten, hundred = (float(y) for y in re.findall(r"M \S+ (\S+)", dots))
     assert one - ten == pytest.approx(ten - hundred)
 

@@ -213,10 +213,7 @@ def single_gradient() -> torch.Tensor:
 def test_gradient_of_a_gathered_loss_is_the_single_process_gradient(seen, split):
     for rank in seen:
         torch.testing.assert_close(rank["gradients"][split], single_gradient(), rtol=1e-6, atol=1e-8)
-
-
-def test_a_rank_whose_rows_have_no_graph_takes_part_in_backward(seen):
-    torch.testing.assert_close(seen[0]["no graph"], single_gradient(), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(rank["no graph"], single_gradient(), rtol=1e-6, atol=1e-8)
 
 
 def test_global_mean_counts_terms_and_not_ranks(seen):
@@ -231,10 +228,7 @@ def test_gather_keeps_dtype_and_rank_order(seen):
         assert ids.dtype == torch.int64 and ids.tolist() == [0, 1, 2]
         assert half.dtype == torch.bfloat16 and half.tolist() == [[0, 0], [1, 1], [1, 1]]
         assert positive.tolist() == [False, True, True]
-
-
-def test_ranks_that_disagree_about_rows_all_hear_of_it(seen):
-    assert all(rank["mismatch"].endswith("not [[3, 2], [3, 4]].") for rank in seen)
+        assert rank["mismatch"].endswith("not [[3, 2], [3, 4]].")
 
 
 def test_ranks_share_an_epoch_out_without_overlap(seen):
