@@ -139,11 +139,7 @@ def _numbers(values: dict, before: Name) -> Iterator[tuple[Name, float]]:
 
 
 def page(runs: list[Run], pictures: int, log: Sequence[str]) -> str:
-    """The page, which is forbidden to load anything.
-
-    pictures: how many of each kind to show per run; one that cannot be shown adds a note to its run.
-    log: names with a logarithmic axis.
-    """
+    """The page, which is forbidden to load anything. pictures: how many of each kind per run. log: as --log."""
     shown = picture_section(runs, pictures)  # first, as it makes notes
     tables = {"validation": validation_tables(runs), "gradients": cosines(runs)}
     kinds = dict.fromkeys([*TITLES, *(name[0] for run in runs for name in run.curves)])
@@ -260,10 +256,7 @@ def charts(runs: list[Run], kind: str, log: Sequence[str]) -> str:
 
 
 def draw(curves: list[Curve], log: bool, salt: str) -> str:
-    """The curves over their steps as an <svg> without text from files. salt: makes the ids in it this chart's own.
-
-    Raises InputError without matplotlib.
-    """
+    """The curves over their steps as an <svg> without text from files. salt: makes its ids this chart's own."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
