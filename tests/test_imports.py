@@ -14,7 +14,13 @@ ALLOWED = {
     "macl": ("kernels", *SHARED),
     "fgclip": ("kernels", *SHARED),
 }
-COMMANDS = {"evaluate.py", "predict.py", "score.py", "report.py"}  # `python -m` modules may import like scripts
+COMMANDS = {
+    "evaluate.py",
+    "predict.py",
+    "score.py",
+    "report.py",
+    "training.py",
+}  # `python -m` modules may import like scripts
 
 
 def imported(path: Path):

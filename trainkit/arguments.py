@@ -8,8 +8,8 @@ import torch
 from trainkit.checkpoint import find_resume
 from trainkit.errors import InputError
 from trainkit.files import shown
+from trainkit.run_files import read_record
 from trainkit.run_folder import MAY_CHANGE
-from trainkit.runs import read_record
 
 OF_THIS_START = ("resume", "output", "init_from", "max_steps", "check", "device")  # never taken from the resumed run
 

@@ -11,7 +11,7 @@ import torch
 from trainkit import distributed
 from trainkit.errors import InputError
 from trainkit.files import read_torch, whole_file
-from trainkit.runs import read_record
+from trainkit.run_files import read_record
 
 RUNS = Path("runs")  # where runs without --output go
 _PLAIN = (bool, int, float, str, type(None))

@@ -1,7 +1,7 @@
 """Several processes as one: start-up, and the few collectives that training needs.
 
-This is the only module that reads the process environment (what `torchrun` puts there). Without a process group every
-function here is a no-op that returns what one process alone would see, so that callers need no second path.
+The only module that reads the process environment (what `torchrun` puts there). Without a process group every function
+returns what one process alone would see, so that callers need no second path.
 """
 
 import math
@@ -14,39 +14,32 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
+from trainkit.device import at_least_float32
 from trainkit.errors import InputError
 
-# The header of a gather carries the dtype as a place in this table, so that ranks which disagree hear of it.
-_DTYPES = (
-    *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-)
 _launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # the process of `torchrun`
 
 
 def start(device: str) -> torch.device:
     """Join the process group that `torchrun` announces (nccl for cuda, gloo for cpu) and return this process's device.
 
-    Started without `torchrun` nothing is joined. Raises InputError where `--device cuda` finds no GPU for this process.
+    Without `torchrun` nothing is joined. Raises InputError where `--device cuda` finds no GPU for this process.
     """
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"--device {device}: expected cpu or cuda.")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    place = torch.device(device)
     if device == "cuda":
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if not torch.cuda.is_available():
             raise InputError("--device cuda: this machine has no usable CUDA GPU; use --device cpu.")
-        if local_rank >= torch.cuda.device_count():
+        if place.index >= torch.cuda.device_count():
             raise InputError(
-                f"--device cuda: process {local_rank} of this machine has no GPU, "
+                f"--device cuda: process {place.index} of this machine has no GPU, "
                 f"{torch.cuda.device_count()} are visible; use a smaller --nproc-per-node."
             )
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(place)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        if device == "cuda":
-            dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
-        else:
-            dist.init_process_group("gloo")
-    return torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+        options = dict(backend="nccl", device_id=place) if device == "cuda" else dict(backend="gloo")
+        dist.init_process_group(**options)
+    return place
 
 
 def stop() -> None:
@@ -82,16 +75,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    if _together():
-        dist.barrier()
-
-
 def parallel(model: nn.Module) -> nn.Module:
     """`model` in DistributedDataParallel, where there are several processes.
 
-    Of its buffers only the running statistics of batch norms go out before each forward, those of rank 0. All others,
-    such as memory banks, are the same on every rank by themselves.
+    Of its buffers only the running statistics of batch norms are sent from rank 0 before each forward. All others, such
+    as memory banks, are the same on every rank by themselves.
     """
     if not _together():
         return model
@@ -105,15 +93,6 @@ def parallel(model: nn.Module) -> nn.Module:
 def _wire() -> torch.device:
     """The device on which the backend moves tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-def broadcast_object(obj, source: int = 0):
-    """`obj` of rank `source`, on every rank; it travels pickled."""
-    if not _together():
-        return obj
-    box = [obj]
-    dist.broadcast_object_list(box, src=source, device=_wire())
-    return box[0]
 
 
 def gather_objects(obj) -> list:
@@ -136,7 +115,10 @@ def run_on_main(decide: Callable):
             answer = decide()
         except (InputError, OSError) as raised:
             error = raised
-    answer, error = broadcast_object((answer, error))
+    if _together():
+        box = [(answer, error)]
+        dist.broadcast_object_list(box, src=0, device=_wire())
+        answer, error = box[0]
     if error is not None:
         raise error
     return answer
@@ -153,11 +135,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 def all_reduce_any(flag: bool) -> bool:
     """Whether `flag` is true on any rank."""
-    if not _together():
-        return bool(flag)
-    found = torch.full((), int(bool(flag)), dtype=torch.int32, device=_wire())
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found.item())
+    return bool(all_reduce_sum(torch.tensor(int(flag))) > 0)
 
 
 def in_step(batches: Iterable, count: int, between: Callable[[], None] | None) -> Iterator:
@@ -181,7 +159,7 @@ def gather(x: torch.Tensor) -> torch.Tensor:
 
     The number of rows may differ between ranks and be 0; the other sizes and the dtype may not (ValueError on all).
     """
-    return _gather(x.detach(), _headers(x, wants_gradient=False)[:, 0].tolist()) if _together() else x.detach()
+    return all_gather_with_grad(x.detach())
 
 
 def all_gather_with_grad(x: torch.Tensor) -> torch.Tensor:
@@ -200,26 +178,17 @@ def gather_and_place(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     if not _together():
         return x, 0
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
-    headers = _headers(x, wants_gradient)
+    header = torch.tensor([len(x), wants_gradient, math.prod(x.shape[1:]), x.itemsize], device=_wire())
+    headers = [torch.empty_like(header) for _ in range(world_size())]
+    dist.all_gather(headers, header)
+    headers = torch.stack(headers).cpu()
+    if (headers[:, 2:] != headers[0, 2:]).any():
+        raise ValueError(f"gather wants rows of the same size and dtype on every rank, not {headers[:, 2:].tolist()}.")
     counts = headers[:, 0].tolist()
     first = sum(counts[: rank()])
-    if not headers[:, 3].any():
+    if not headers[:, 1].any():
         return _gather(x.detach(), counts), first
     return _GatherWithGradient.apply(x if wants_gradient else x.detach().requires_grad_(), counts), first
-
-
-def _headers(x: torch.Tensor, wants_gradient: bool) -> torch.Tensor:
-    """Every rank's (rows, elements in a row, dtype, whether a gradient is wanted) as an int64 (world, 4) on the CPU."""
-    if x.dim() == 0:
-        raise ValueError("gather wants at least one dimension, the rows.")
-    own = torch.tensor([x.shape[0], math.prod(x.shape[1:]), _DTYPES.index(x.dtype), wants_gradient])
-    headers = [torch.empty(4, dtype=torch.int64, device=_wire()) for _ in range(world_size())]
-    dist.all_gather(headers, own.to(_wire()))
-    headers = torch.stack(headers).cpu()
-    if (headers[:, 1:3] != headers[0, 1:3]).any():
-        rows = ", ".join(f"{size} x {_DTYPES[kind]}" for size, kind in headers[:, 1:3].tolist())
-        raise ValueError(f"gather wants rows of the same size and dtype on every rank, not {rows}.")
-    return headers
 
 
 def _gather(x: torch.Tensor, counts: list[int]) -> torch.Tensor:
@@ -240,21 +209,17 @@ class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         first = sum(ctx.counts[: rank()])
-        # Summed in float32 at least: many ranks' half-precision gradients would lose what the small ones say.
-        wide = gradient if gradient.dtype == torch.float64 else gradient.float()
-        own = all_reduce_sum(wide)[first : first + ctx.counts[rank()]]
-        return own.to(gradient.dtype), None
+        total = all_reduce_sum(at_least_float32(gradient))  # else many half-precision gradients lose the small ones
+        return total[first : first + ctx.counts[rank()]].to(gradient.dtype), None
 
 
 def global_mean(total: torch.Tensor, count: torch.Tensor | float) -> torch.Tensor:
     """The local sum times world size over the all-reduced count, so that unequal ranks average right under DDP.
 
-    `total` is this rank's sum () with its graph and `count` how many terms it has (a number or a 0-d tensor). The mean
-    of the results over the ranks is the mean of all terms, and DDP's average of their gradients is its gradient. Where
-    no rank has a term the result is an exact zero that is still connected to the graph of `total`.
+    total: this rank's sum () with its graph. count: how many terms it has, a number or a 0-d tensor.
+    The mean of the results over the ranks is the mean of all terms, and DDP's average of their gradients is its
+    gradient. Where no rank has a term the result is an exact zero that is still connected to the graph of `total`.
     """
-    if not isinstance(count, torch.Tensor):
-        count = torch.full((), float(count), device=total.device)
-    terms = all_reduce_sum(count.double())
+    terms = all_reduce_sum(torch.as_tensor(count, dtype=torch.float64, device=total.device))
     factor = torch.where(terms > 0, world_size() / terms, 0.0)
     return total * factor.to(total.dtype)

@@ -13,10 +13,10 @@ LOST_PROCESS = (
 
 
 class InputError(ValueError):
-    """Bad input. The message is one sentence that names the file, flag or key and what was expected.
+    """Bad input: one sentence that names the file, flag or key and what was expected.
 
-    It is kept on one printable line of at most MAX_MESSAGE characters, whatever a damaged file put into it. A loader
-    that raises a worker's InputError again puts the worker's traceback in front: of that the sentence alone stays.
+    It stays on one printable line of at most MAX_MESSAGE characters, whatever a damaged file put into it. Of a worker's
+    InputError, which a loader raises again behind the worker's traceback, the sentence alone stays.
     """
 
     def __init__(self, message: object = ""):
@@ -35,12 +35,12 @@ def one_line(text: str, limit: int) -> str:
 
 def lost_process(error: BaseException) -> str | None:
     """The sentence where `error` says that a process of a DataLoader is gone, or cannot hand over what it loaded."""
-    text = str(error).strip()
+    text = str(error).strip() or type(error).__name__
     inside = "in DataLoader worker process" in text  # what a data set raised there
     signs = ("can't allocate memory",) if inside else ("DataLoader worker (pid", "items of ancdata")
     gone = isinstance(error, OSError | EOFError | UnpicklingError) and not inside
     if gone or (isinstance(error, RuntimeError) and any(sign in text for sign in signs)):
-        return LOST_PROCESS.format((text or type(error).__name__).splitlines()[-1].rstrip(". "))
+        return LOST_PROCESS.format(text.splitlines()[-1].rstrip(". "))
     return None
 
 
@@ -55,10 +55,10 @@ def out_of_memory(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def one_sentence():
-    """Print an `InputError`, an `OSError` or a lack of memory as one sentence on standard error; exit with status 2.
+    """Print an InputError, an OSError or a lack of memory as one sentence on standard error; exit with status 2.
 
-    Ctrl-C and SIGTERM, where nothing else waits for them, exit with 130 and 143, as shells have it. Characters that
-    the terminal does not know are printed as escapes.
+    Ctrl-C and SIGTERM, where nothing else waits for them, exit with 130 and 143. Characters that the terminal does not
+    know are printed as escapes.
     """
     before = signal.signal(signal.SIGTERM, _interrupt)
     for stream in (sys.stdout, sys.stderr):

@@ -1,7 +1,7 @@
 """Files: what is read is sane or refused in one sentence, what is written is whole or not there.
 
-Whatever a person or somebody else's program wrote comes in through here: text, json, numbers, boxes, paths inside data
-files, pictures and torch files. Every function raises `InputError` that names the file, or the place in it.
+What people and other programs wrote comes in here: text, json, numbers, boxes, paths, pictures and torch files. Every
+function raises InputError, which names the file or the place in it. `what` and `place` are for that message.
 """
 
 import argparse
@@ -58,28 +58,25 @@ def reason(error: BaseException) -> str:
 
 
 def regular_file(path: str | Path, what: str = "a file") -> Path:
-    """The path of a file that has an end: no folder, pipe or device. what: what was expected, for the message."""
+    """The path of a file that has an end: no folder, pipe or device."""
     try:
-        path = Path(path)
-        if path.is_file():
-            return path
-        found = "is not a file" if path.exists() else "does not exist"
+        if Path(path).is_file():
+            return Path(path)
+        problem = "is not a file" if Path(path).exists() else "does not exist"
     except (OSError, ValueError) as error:  # a name too long or with a NUL, a folder that is closed to us
-        raise InputError(f"{path} cannot be opened ({reason(error)}); expected {what}") from error
-    raise InputError(f"{path} {found}; expected {what}")
+        problem = f"cannot be opened ({reason(error)})"
+    raise InputError(f"{path} {problem}; expected {what}")
 
 
 def read_text(path: str | Path, what: str = "a text file") -> str:
     """A file of UTF-8 without its byte-order mark."""
     path = regular_file(path, what)
+    if path.stat().st_size > MAX_TEXT:
+        raise InputError(f"{path} has {path.stat().st_size} bytes, more than are read; expected {what}")
     try:
-        if path.stat().st_size > MAX_TEXT:
-            raise InputError(f"{path} has {path.stat().st_size} bytes, more than are read; expected {what}")
         return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start}); expected {what}") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({reason(error)}); expected {what}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not UTF-8 text that can be read ({reason(error)}); expected {what}") from error
 
 
 def read_lines(path: str | Path, what: str = "a text file") -> list[str]:
@@ -88,7 +85,7 @@ def read_lines(path: str | Path, what: str = "a text file") -> list[str]:
 
 
 def parse_json(text: str | bytes, source: str):
-    """Any json. source: what names it in a message."""
+    """Any json. source: its name in a message."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # RecursionError: nested thousands deep
@@ -99,13 +96,13 @@ def read_json(path: str | Path, what: str = "a JSON file", kind: type = object):
     """The json in a file, a `kind` (dict, list)."""
     content = parse_json(read_text(path, what), str(path))
     if not isinstance(content, kind):
-        named = {dict: "an object", list: "a list"}.get(kind, kind.__name__)
+        named = "an object" if kind is dict else "a list"
         raise InputError(f"{path} holds {shown(content)}; expected {what}, {named}")
     return content
 
 
 def number(value, place: str, low: float = -MAX_COORDINATE, high: float = MAX_COORDINATE, *, whole: bool = False):
-    """An int (whole) or float from low to high out of json, or out of text. place: file and key, for the message."""
+    """An int (whole) or float from low to high, out of json or text."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)
@@ -124,8 +121,8 @@ def numbers(values, place: str, count: int = 4, low: float = -MAX_COORDINATE, hi
 
 def image_size(width, height, place: str) -> tuple[int, int]:
     """Width and height in pixels, as an annotation says them."""
-    return tuple(number(side, f"{place}, {name}", 1, MAX_SIDE, whole=True)
-                 for name, side in (("width", width), ("height", height)))  # fmt: skip
+    sides = {"width": width, "height": height}
+    return tuple(number(side, f"{place}, {name}", 1, MAX_SIDE, whole=True) for name, side in sides.items())
 
 
 def plain_text(value, place: str) -> str:
@@ -164,38 +161,35 @@ def _formats() -> list[str]:
 
 
 def open_image(path: str | Path, named_by: str = "") -> Image.Image:
-    """A picture of 8 bits a channel as RGB, turned as its EXIF orientation says, without its transparency.
+    """A picture of 8 bits per channel as RGB, turned as its EXIF orientation says, without its transparency.
 
     Refused are files that are missing, damaged or of none of FORMATS, more than MAX_PIXELS, a side above MAX_SIDE, and
-    more than 8 bits a channel. named_by: the data file that names it.
+    more than 8 bits per channel. named_by: the data file that names it.
     """
     name = f"{path} (named by {named_by})" if named_by else str(path)
     regular_file(path, f"a picture, named by {named_by}; is the image root right?" if named_by else "a picture")
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_formats()) as image:
-            _check_header(image, name)
+            width, height = image.size
+            if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+                size = f"{width} x {height} pixels; at most {MAX_PIXELS}, {MAX_SIDE} a side, are read"
+                raise InputError(f"{name} has {size}")
+            deep = image.format in ("PNG", "TIFF") and ";16" in str(image.tile)  # as RGB they would lose low bytes
+            if deep or image.mode.startswith(("I", "F")):
+                raise InputError(f"{name} has more than 8 bits a channel; scale it to 8 bits first")
             turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION))
             # A palette with transparency cannot become RGB directly.
-            opaque = image.convert("RGBA") if "transparency" in image.info else image
-            rgb = opaque.convert("RGB")
+            rgb = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
             return rgb if turn is None else rgb.transpose(turn)
     except InputError:
         raise
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{name} has more than {MAX_PIXELS} pixels, the most that are read") from error
     except Exception as error:  # Pillow raises what its decoders happen to raise
-        said = error.strerror if isinstance(error, OSError) and error.strerror else "broken or cut short"
-        said = f"none of {', '.join(_formats())}" if isinstance(error, Image.UnidentifiedImageError) else said
-        raise InputError(f"{name} cannot be decoded as an image: {said}") from error
-
-
-def _check_header(image: Image.Image, name: str) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise InputError(f"{name} has {width} x {height} pixels; at most {MAX_PIXELS}, {MAX_SIDE} a side, are read")
-    deep = image.format in ("PNG", "TIFF") and ";16" in str(image.tile)  # read as RGB they would lose their low bytes
-    if deep or image.mode.startswith(("I", "F")):
-        raise InputError(f"{name} has more than 8 bits a channel; scale it to 8 bits first")
+        problem = getattr(error, "strerror", None) or "broken or cut short"
+        if isinstance(error, Image.UnidentifiedImageError):
+            problem = f"none of {', '.join(_formats())}"
+        if isinstance(error, Image.DecompressionBombError):
+            problem = f"more than {MAX_PIXELS} pixels, the most that are read"
+        raise InputError(f"{name} cannot be decoded as an image: {problem}") from error
 
 
 # --- Torch files ---
@@ -221,19 +215,20 @@ def read_torch(path: str | Path, what: str = "a file written by torch.save"):
         known = torch.serialization.safe_globals([argparse.Namespace])
         with warnings.catch_warnings(action="ignore"), known:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        _check_tensors(content, path, 4 * path.stat().st_size)
+        if _bytes_of(content, path) > 4 * path.stat().st_size:
+            raise InputError(f"{path} claims tensors of many times the bytes that it holds")
+        return content
     except InputError:
         raise
     except Exception as error:  # the bytes of a damaged file are taken for names, numbers, indices and lengths
+        kind = type(error).__name__
         raise InputError(
-            f"{path} is damaged, cut short, or holds more than tensors and plain values ({type(error).__name__}); "
-            f"expected {what}"
+            f"{path} is damaged, cut short, or holds more than tensors and plain values ({kind}); expected {what}"
         ) from error
-    return content
 
 
-def _check_tensors(content, path: Path, most: int) -> int:
-    """The bytes that the tensors of `content` take when each is copied; InputError above `most`."""
+def _bytes_of(content, path: Path) -> int:
+    """The bytes that the tensors of `content` take when each is copied."""
     if isinstance(content, Tensor):
         size = content.numel() * content.element_size()
         plain = content.layout is torch.strided and content.device.type == "cpu" and not content.is_complex()
@@ -241,65 +236,53 @@ def _check_tensors(content, path: Path, most: int) -> int:
             raise InputError(f"{path} holds a tensor that is sparse, complex, or larger than what is stored of it")
         return size
     parts = content.values() if isinstance(content, Mapping) else content if isinstance(content, list | tuple) else ()
-    total = sum(_check_tensors(part, path, most) for part in parts)
-    if total > most:
-        raise InputError(f"{path} claims tensors of {total} bytes in all, many times what it holds")
-    return total
+    return sum(_bytes_of(part, path) for part in parts)
 
 
 def state_dict_of(content, path: str | Path) -> dict[str, Tensor]:
-    """The named tensors in what was read: `content` itself, or what a trainer keeps beside its optimizer.
-
-    What DistributedDataParallel, torch.compile and Lightning put before every name is taken off.
-    """
+    """The named tensors in `content`, or in what a trainer keeps beside its optimizer, without wrappers' prefixes."""
     for key in _STATE_KEYS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    named = isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
-    if not named or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(
-            f"{path} holds no state dict; expected named tensors, by themselves or under {' or '.join(_STATE_KEYS)}"
-        )
+    items = content.items() if isinstance(content, Mapping) else ()
+    if not items or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in items):
+        keys = " or ".join(_STATE_KEYS)
+        raise InputError(f"{path} holds no state dict; expected named tensors, by themselves or under {keys}")
     while wrapper := next((w for w in _WRAPPERS if all(name.startswith(w) for name in content)), ""):
         content = {name.removeprefix(wrapper): value for name, value in content.items()}
     return dict(content)
 
 
 def check_like(value, own, place: str) -> None:
-    """Refuse a `value` out of a file that is not what `own`, this program's, is; place: file and key, for the message.
+    """Refuse a `value` out of a file that is not like `own`, this program's.
 
     The same keys (torch's private ones may come and go), lengths, shapes and dtypes, whole numbers where they are
     whole, nothing below 0 unless `own` is, and nothing that is not finite.
     """
+    if isinstance(own, list | tuple):
+        own = dict(enumerate(own))
+        value = dict(enumerate(value)) if isinstance(value, list | tuple) else value
     if isinstance(own, Mapping):
         if not isinstance(value, Mapping):
-            raise InputError(f"{place}: expected named values, got {shown(value)}")
+            raise InputError(f"{place}: expected {len(own)} values, got {shown(value)}")
         if differing := [key for key in own.keys() ^ value.keys() if not str(key).startswith("_")]:
             first = min(differing, key=str)
             raise InputError(f"{place}: {shown(first)} {'is missing' if first in own else 'has no place here'}")
         for key in own.keys() & value.keys():
             check_like(value[key], own[key], f"{place}: {key}")
-    elif isinstance(own, list | tuple):
-        if not isinstance(value, list | tuple) or len(value) != len(own):
-            raise InputError(f"{place}: expected a list of {len(own)}, got {shown(value)}")
-        for i, item in enumerate(own):
-            check_like(value[i], item, f"{place}: {i}")
     elif isinstance(own, Tensor):
         if not isinstance(value, Tensor) or (value.shape, value.dtype) != (own.shape, own.dtype):
-            raise InputError(f"{place}: expected {_form(own)}, got {_form(value)}")
+            form = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else shown(value)
+            raise InputError(f"{place}: expected {tuple(own.shape)} of {own.dtype}, got {form}")
         if value.is_floating_point() and not (value.abs() < MAX_WEIGHT).all():
             raise InputError(f"{place} holds numbers that are not finite, or beyond all reason")
     elif isinstance(own, bool | str | None):
         if type(value) is not type(own):
             raise InputError(f"{place}: expected a {type(own).__name__}, got {shown(value)}")
     else:
-        low = min(0, own)
-        number(None if isinstance(value, str) else value, place, low, MAX_ID, whole=isinstance(own, int))
-
-
-def _form(value) -> str:
-    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else shown(value)
+        value = None if isinstance(value, str) else value
+        number(value, place, min(0, own), MAX_ID, whole=isinstance(own, int))
 
 
 # --- Whole files out ---
@@ -307,7 +290,7 @@ def _form(value) -> str:
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """A full disk, or whatever else keeps from writing, is one sentence with the path."""
+    """A full disk, or whatever else prevents writing, is one sentence with the path."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # of a full disk torch.save says RuntimeError, while an OSError is handled
@@ -321,8 +304,8 @@ def writing(path: str | Path) -> Iterator[None]:
 def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """A file to write to that gets its name when it is complete: beside it, flushed to the disk, renamed.
 
-    What interrupts the writing leaves an older file as it was, and nothing beside it. A link stays one; devices and
-    pipes, which cannot be replaced, are written to as they are.
+    An interruption leaves an older file as it was, and nothing beside it. A link stays one; devices and pipes, which
+    cannot be replaced, are written to as they are.
     """
     path = Path(os.path.realpath(path))
     partial = path.with_name(path.name + ".partial")

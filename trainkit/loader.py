@@ -1,9 +1,10 @@
 """Batches from loading processes: each handed over in one piece of shared memory, in one descriptor.
 
-Tensor by tensor, as torch hands them over, a batch of 32 image pairs takes 256 descriptors in a process that as a rule
-may have 1024; beyond that a run fails, or waits for ever.
+torch takes one per tensor: 256 for 32 image pairs, in a process that as a rule may have 1024. Beyond that a run fails,
+or waits for ever.
 """
 
+import functools
 import io
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ def ignore_signals(worker: int) -> None:
     """Workers live until the process that loads lets them go, or is gone itself.
 
     Ctrl-C, `timeout` and batch systems signal every process of a run. A worker leaves that to the process that loads,
-    and ends by SIGTERM only where that one sent it, as it does when it leaves without having emptied the loader.
+    and ends by SIGTERM only where that one sent it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS: there a worker told to end takes the step with it
@@ -50,21 +51,20 @@ def make_loader(
     *,
     workers: int = 0,
     device: torch.device | str = "cpu",
-    worker_init_fn: Callable[[int], None] = ignore_signals,
 ) -> DataLoader:
     """Loads `batches`, lists of the data set's keys, in `workers` processes that live as long as the loader.
 
-    collate: a list of samples to a batch. Memory is pinned for a CUDA device. The loader draws from a generator of its
-    own, so that iterating it does not change the caller's random state. Raises InputError where a process is lost.
+    collate: a list of samples to a batch. Memory is pinned for a CUDA device. Iterating does not change the caller's
+    random state. Raises InputError where a process is lost.
     """
     return _Loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_Packing(collate) if workers else collate,
+        collate_fn=functools.partial(_pack, collate) if workers else collate,
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=worker_init_fn,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator().manual_seed(0),
     )
 
@@ -73,7 +73,7 @@ class _Loader(DataLoader):
     def __iter__(self) -> Iterator:
         try:
             for batch in super().__iter__():
-                yield batch.unpacked() if isinstance(batch, _Packed) else batch
+                yield _Unpickler(batch).load() if isinstance(batch, _Packed) else batch
         except Exception as error:
             if not self.num_workers or (sentence := lost_process(error)) is None:
                 raise
@@ -89,32 +89,22 @@ class _Packed(NamedTuple):
     def pin_memory(self) -> "_Packed":
         return _Packed(self.structure, self.buffer.pin_memory())
 
-    def unpacked(self):
-        return _Unpickler(self).load()
 
-
-class _Packing:
-    """A collate function whose batches are packed into shared memory."""
-
-    def __init__(self, collate: Callable[[list], object]):
-        self.collate = collate
-
-    def __call__(self, samples: list) -> _Packed:
-        structure = io.BytesIO()
-        pickler = _Pickler(structure)
-        pickler.dump(self.collate(samples))
-        buffer = shared_memory(pickler.size)
-        for place, tensor in pickler.tensors:
-            _view(buffer, place, tensor.dtype, tensor.shape).copy_(tensor)
-        return _Packed(structure.getvalue(), buffer)
+def _pack(collate: Callable[[list], object], samples: list) -> _Packed:
+    pickler = _Pickler()
+    pickler.dump(collate(samples))
+    buffer = _shared_memory(pickler.size)
+    for place, tensor in pickler.tensors:
+        _view(buffer, place, tensor.dtype, tensor.shape).copy_(tensor)
+    return _Packed(pickler.file.getvalue(), buffer)
 
 
 class _Pickler(pickle.Pickler):
     """Leaves tensors out: `tensors`, with their places in a buffer of `size` bytes."""
 
-    def __init__(self, file: io.BytesIO):
-        super().__init__(file, pickle.HIGHEST_PROTOCOL)
-        self.tensors, self.size = [], 0
+    def __init__(self):
+        self.file, self.tensors, self.size = io.BytesIO(), [], 0
+        super().__init__(self.file, pickle.HIGHEST_PROTOCOL)
 
     def persistent_id(self, value):
         if type(value) is not Tensor or value.layout is not torch.strided:
@@ -140,7 +130,7 @@ def _view(buffer: Tensor, place: int, dtype: torch.dtype, shape: tuple[int, ...]
     return buffer[place : place + size].view(dtype).view(shape)
 
 
-def shared_memory(size: int) -> Tensor:
+def _shared_memory(size: int) -> Tensor:
     """(size,) uint8, not initialised. Raises InputError where there is no room for it."""
     try:
         storage = torch.UntypedStorage._new_shared(max(size, 1))  # as torch's own collate function does

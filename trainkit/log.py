@@ -16,7 +16,7 @@ from trainkit import distributed
 from trainkit.errors import InputError
 from trainkit.files import read_text, whole_file, writing
 from trainkit.gradients import GradientReport
-from trainkit.runs import step_record
+from trainkit.run_files import step_record
 
 
 class RunLog:

@@ -7,8 +7,8 @@ from torch import nn
 class ParameterDrift:
     """Remembers a model's trainable parameters, in as much memory as they take, to tell how far they moved since."""
 
-    def __init__(self, model: nn.Module, depth: int = 2):
-        self.model, self.depth = model, depth
+    def __init__(self, model: nn.Module):
+        self.model = model
         self._remember()
 
     def _remember(self) -> None:
@@ -17,21 +17,19 @@ class ParameterDrift:
 
     @torch.no_grad()
     def since(self) -> dict[str, tuple[float, int, int]]:
-        """Of every module `depth` names deep: length of its move over its own, parameters that moved, and all of them.
+        """Per module two names deep: length of its move over its own, parameters that moved, and all of them.
 
         Counted since the last call, or since the start. A parameter is a tensor with a name of its own.
         """
-        parts: dict[str, list[tuple[float, float, bool]]] = {}
+        rows: dict[str, list[tuple[float, float, bool]]] = {}
         for name, parameter in self.model.named_parameters():
             if name in self.before:
-                before = self.before[name]
-                move = (parameter - before).norm().item()
-                module = ".".join(name.split(".")[:-1][: self.depth]) or name
-                parts.setdefault(module, []).append((move**2, before.norm().item() ** 2, move > 0))
+                move, length = ((x).norm().item() for x in (parameter - self.before[name], self.before[name]))
+                module = ".".join(name.split(".")[:-1][:2]) or name
+                rows.setdefault(module, []).append((move**2, length**2, move > 0))
         self._remember()
-        found = {}
-        for module, rows in parts.items():
-            moves, lengths, moved = zip(*rows, strict=True)
-            relative = (sum(moves) / max(sum(lengths), 1e-30)) ** 0.5
-            found[module] = (relative, sum(moved), len(moved))
-        return found
+        sums = {module: [sum(column) for column in zip(*row, strict=True)] for module, row in rows.items()}
+        return {
+            module: ((moves / max(lengths, 1e-30)) ** 0.5, moved, len(rows[module]))
+            for module, (moves, lengths, moved) in sums.items()
+        }

@@ -1,38 +1,69 @@
-"""Look at runs: one page of html with all that their folders tell, side by side. The page needs no network.
+"""Look at runs: one HTML page with all that their folders tell, side by side. The page needs no network.
 
     python -m trainkit.report runs/stage1-20260101-120000
     python -m trainkit.report runs/one runs/other --output compare.html
 
-It holds the validation figures, every curve of metrics.jsonl, the gradients by loss, pictures, arguments (those that
-differ first) and versions, of runs of any of the scripts.
+It holds validation metrics, every curve of metrics.jsonl, gradients by loss, pictures, arguments (those that differ
+first) and versions, of runs of any of the scripts. Curves are drawn by matplotlib, of the extra `viz`.
 """
 
+import array
+import base64
 import collections
+import io
 import json
-import shlex
+import math
+import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from trainkit.arguments import make_parser, non_negative_int
-from trainkit.charts import MOST_POINTS, Curve, drawable, legend, line_chart, value_range
 from trainkit.errors import InputError, one_sentence
-from trainkit.files import write_text
-from trainkit.page import Html, details, document, figure, html, table
-from trainkit.pictures import pictures_section
-from trainkit.runs import Name, Run, read_runs
+from trainkit.files import natural, open_image, write_text
+from trainkit.run_files import file_in_run, read_record, step_record
 
-# What a step's numbers are about, by how their names begin; the rest comes under "Monitored".
-GROUPS = {
-    "Losses": ("loss",),
-    "Learning rate": ("lr",),
-    "Gradient norm": ("grad",),
-    "Monitored": (),
-    "Speed and memory": ("images_per_second", "samples_per_second", "memory"),
-}
-LOGARITHMIC = ("grad_norm", "norm")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_SIDE = 900  # pixels of a picture on the page
+MAX_POINTS = 300  # of a curve; longer ones are drawn faintly, and over it the means of so many stretches
+MAX_VALUE = 1e100  # larger numbers are not drawn
+# Okabe and Ito's, which people who see few colours can tell apart; the ninth curve is the first one dashed.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8578e", "#b38600", "#3a9bd0", "#7a4fb5", "#6b6b6b")
+TITLES = {"validation": "Validation", "train": "Training", "gradients": "Gradients by loss"}
+STYLE = """
+body { margin: 0 auto; padding: 1rem; max-width: 1240px; color: #1c1e21; font: 15px/1.45 system-ui, sans-serif }
+h1, h2 { border-bottom: 1px solid #d8dce2; font-size: 1.2rem } h1, figcaption, td { overflow-wrap: anywhere }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); gap: .9rem }
+.pictures { display: flex; flex-wrap: wrap; gap: .9rem } img { max-height: 250px; max-width: 100% }
+figure { margin: 0; break-inside: avoid } figcaption { font-weight: 600 } small { font-weight: normal }
+figure > svg { width: 100%; height: auto } figcaption, .key, table { font-size: .88rem } .key { margin-right: 1rem }
+table { border-collapse: collapse; margin: .6rem 0 } th { background: #f3f5f7 } .differs td { background: #fff3c4 }
+th, td { padding: .18rem .6rem; border-bottom: 1px solid #d8dce2; text-align: right; vertical-align: top }
+th:first-child, td:first-child, .text td, .text th { text-align: left }
+"""
+Name = tuple[str, ...]  # kind of record and the keys that lead to a number in it: ("validation", "both", "ap50")
+Curve = tuple[np.ndarray, np.ndarray]  # steps and values, each (n,) float64; NaN where the value is null
+
+
+@dataclass
+class Run:
+    """A run of any of the scripts. record: args.json. notes: what is not as it should be, as sentences."""
+
+    folder: Path
+    record: dict
+    label: str = ""
+    curves: dict[Name, Curve] = field(default_factory=dict)  # each has a value
+    notes: list[str] = field(default_factory=list)
+
+    def last(self, *name: str) -> str:
+        """The last value of a curve; a dash where there is none."""
+        value = self.curves[name][1][-1] if name in self.curves else math.nan
+        return "–" if math.isnan(value) else f"{value:.4g}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,254 +72,251 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--output", metavar="FILE.html", help="the page; without it report.html in the first RUN")
     parser.add_argument("--pictures", type=non_negative_int, default=6, metavar="N", help="of each kind and run")
-    log = "names of the curves on a logarithmic axis"
-    parser.add_argument("--log", default=",".join(LOGARITHMIC), metavar="NAME,NAME", help=log)
+    parser.add_argument("--log", default="grad_norm,norm", metavar="NAME,NAME", help="curves on a logarithmic axis")
     args = parser.parse_args(arguments)
     output = Path(args.output) if args.output else Path(args.runs[0]) / "report.html"
     if output.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--output {output}: expected a name that ends with .html.")
     runs = read_runs(args.runs)
-    if not output.parent.is_dir():
-        raise InputError(f"--output {output}: the folder {output.parent} does not exist.")
-    text = report(runs, pictures=args.pictures, log=tuple(args.log.split(",")))
-    write_text(output, text)
+    write_text(output, page(runs, args.pictures, args.log.split(",")))
     for run in runs:
         for note in run.notes:
             print(f"{run.folder}: {note}", file=sys.stderr)
     print(f"{output}: {len(runs)} run{'s' * (len(runs) > 1)}, {output.stat().st_size / 2**20:.1f} MiB")
 
 
-def report(runs: list[Run], *, pictures: int = 6, log: tuple[str, ...] = LOGARITHMIC) -> str:
-    """The page. `pictures`: how many of each kind to show of a run; `log`: names with a logarithmic axis.
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """The runs in these folders, labelled with the ends of their paths that tell them apart.
 
-    Adds a note to a run whose pictures cannot be read.
+    Raises InputError, naming folder, file or line, where a folder is missing, given twice or no run's, and where one of
+    its files is broken or leads out of it. A last line of metrics.jsonl that is half written only makes a note.
     """
-    shown = pictures_section(runs, pictures)  # first, as it makes notes
-    sections = {
-        "Runs": overview(runs),
-        "Validation": validation_tables(runs) + charts(runs, "validation", log),
-        "Training": training(runs, log),
-        "Gradients by loss": cosines(runs) + charts(runs, "gradients", log, by_leaf=True),
-        "Pictures": shown,
-        "Arguments": arguments_section(runs),
-        "Machine and versions": machine(runs),
-    }
-    labels = [run.label for run in runs]
-    return document(", ".join(labels), sections, legend(labels, [*range(len(runs))]) if len(runs) > 1 else "")
+    runs = [_read_run(Path(folder)) for folder in folders]
+    places = [run.folder.resolve() for run in runs]
+    for run, place in zip(runs, places, strict=True):
+        if places.count(place) > 1:
+            raise InputError(f"{run.folder} is given twice.")
+        run.label = str(place.relative_to(os.path.commonpath([other.parent for other in places])))
+    return runs
+
+
+def _read_run(folder: Path) -> Run:
+    if not folder.is_dir():
+        kind = "a file" if folder.exists() else "nothing"
+        raise InputError(f"{folder}: expected the folder of a run, found {kind}.")
+    record, metrics = read_record(folder), file_in_run(folder, "metrics.jsonl")
+    if record is None and metrics is None:
+        raise InputError(f"{folder} is not the folder of a run: it holds neither args.json nor metrics.jsonl.")
+    run = Run(folder, record or {})
+    run.notes += ["there is no args.json, so the arguments are not known"] * (record is None)
+    run.notes += ["there is no metrics.jsonl, nothing has been logged"] * (metrics is None)
+    points: dict[Name, tuple[array.array, array.array]] = {}
+    with open(metrics or os.devnull, encoding="utf-8", errors="replace") as file:
+        for place, line in enumerate(file, 1):
+            record = step_record(line)
+            if record is None and line.endswith("\n"):
+                raise InputError(f"{metrics}: line {place} is not a json object with a step.")
+            if record is None:
+                run.notes.append(f"line {place} of metrics.jsonl, the last one, is half written and was left out")
+                break
+            values = {key: value for key, value in record.items() if key not in ("step", "epoch", "kind")}
+            for name, value in _numbers(values, (str(record.get("kind")),)):
+                columns = points.setdefault(name, (array.array("d"), array.array("d")))
+                columns[0].append(record["step"])
+                columns[1].append(value)
+    curves = {name: (np.array(steps), np.array(values)) for name, (steps, values) in points.items()}
+    run.curves = {name: curve for name, curve in curves.items() if not np.isnan(curve[1]).all()}
+    return run
+
+
+def _numbers(values: dict, before: Name) -> Iterator[tuple[Name, float]]:
+    """Every number in nested dicts, with its name; NaN for null and for what cannot be drawn."""
+    for key, value in values.items():
+        if isinstance(value, dict) and len(before) < 9:
+            yield from _numbers(value, (*before, key))
+        elif value is None or isinstance(value, int | float):
+            yield (*before, key), math.nan if value is None or not abs(value) < MAX_VALUE else float(value)
+
+
+def page(runs: list[Run], pictures: int, log: Sequence[str]) -> str:
+    """The page, which is forbidden to load anything. pictures: how many of each kind per run. log: as --log."""
+    shown = picture_section(runs, pictures)  # first, as it makes notes
+    tables = {"validation": validation_tables(runs), "gradients": cosines(runs)}
+    kinds = dict.fromkeys([*TITLES, *(name[0] for run in runs for name in run.curves)])
+    records = [run.record | {"arguments": "above"} for run in runs]
+    sections = [
+        ("Runs", overview(runs)),
+        *((TITLES.get(kind, kind), tables.get(kind, "") + charts(runs, kind, log)) for kind in kinds),
+        ("Pictures", shown),
+        ("Arguments", compared(runs, [run.record.get("arguments", {}) for run in runs])),
+        ("Machine and versions", compared(runs, records)),
+    ]
+    parts = [f"<section><h2>{escape(title)}</h2>{body}</section>" for title, body in sections if body]
+    title = escape(", ".join(run.label for run in runs))
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style></head>"
+        f"<body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence], style: str = "") -> str:
+    """A table of plain values; nothing without rows. style: "text" sets cells to the left, "differs" marks them."""
+    texts = [[cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False) for cell in row] for row in rows]
+    lines = [f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in texts]
+    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
+    return f'<table class="{style}"><tr>{titles}</tr>{"".join(lines)}</table>' if rows else ""
+
+
+def figure(content: str, caption: str, remark: str) -> str:
+    return f"<figure><figcaption>{escape(caption)} <small>{escape(remark)}</small></figcaption>{content}</figure>"
 
 
 def overview(runs: list[Run]) -> str:
-    """A table of one row a run: what ran, how far it came, its last loss, and what is odd about it."""
+    """A table of one row per run: what ran, how far it came, its last loss, and what is odd about it."""
     rows = []
     for run in runs:
-        _, loss = run.curves.get("train", {}).get(("loss",), ((), ()))
-        validations = {step for steps, _ in run.curves.get("validation", {}).values() for step in steps}
-        resumed = len(run.record.get("resumed") or ())
-        notes = [*run.notes, *([f"resumed {resumed} times"] if resumed > 1 else ["resumed once"] if resumed else [])]
-        rows.append([
-            run.label, run.record.get("script", "unknown"), run.record.get("started", "unknown"), run.steps,
-            f"{run.epochs:g}", len(validations), number(loss[-1]) if len(loss) else "–", "; ".join(notes) or "–",
-        ])  # fmt: skip
-    head = ["run", "script", "started", "steps", "epochs", "validations", "last loss", "notes"]
-    long = any(len(steps) > MOST_POINTS for run in runs for k in run.curves.values() for steps, _ in k.values())
-    thinned = (
-        f"<p class=soft>Curves of more than {MOST_POINTS} points are drawn as the means of {MOST_POINTS} equal "
-        "stretches of steps; the band behind them reaches from the smallest to the largest value.</p>"
-    )
-    return table(head, rows, text=True) + (thinned if long else "")
+        steps = max((steps.max() for steps, _ in run.curves.values()), default=0)
+        script, started = (run.record.get(key, "unknown") for key in ("script", "started"))
+        rows.append([run.label, script, started, f"{steps:.0f}", run.last("train", "loss"), "; ".join(run.notes)])
+    return table(["run", "script", "started", "steps", "last loss", "notes"], rows, "text")
 
 
-def families(names: Iterable[Name], by_leaf: bool = False) -> dict[Name, dict[str, Name]]:
-    """Names that differ in one key only belong in one chart: family -> that key -> name.
+def names_of(runs: list[Run], kind: str) -> list[Name]:
+    return list(dict.fromkeys(name for run in runs for name in run.curves if name[0] == kind))
 
-    The key is the last one but the leaf that takes several values, as the modality in ("both", "ap50"), ("visible",
-    "ap50"); with `by_leaf` it is the leaf. A name that is alone is a family of its own, with the key "".
+
+def families(names: Sequence[Name]) -> dict[Name, dict[str, Name]]:
+    """Names that differ in one key: the other keys -> that key -> name.
+
+    The key is the last one but the leaf that takes several values, as the modality in ("validation", "both", "ap50");
+    of gradients it is the leaf, a loss. A name that is alone has the key "".
     """
-    names = list(names)
-    others = collections.Counter((name[:i], name[i + 1 :]) for name in names for i in range(len(name)))
+    counts = collections.Counter((name[:i], name[i + 1 :]) for name in names for i in range(len(name)))
     found: dict[Name, dict[str, Name]] = {}
     for name in names:
-        places = [len(name) - 1] if by_leaf else range(len(name) - 2, -1, -1)
-        place = next((i for i in places if by_leaf or others[name[:i], name[i + 1 :]] > 1), None)
-        family, key = (name, "") if place is None else (name[:place] + name[place + 1 :], name[place])
-        found.setdefault(family, {})[key] = name
-    return dict(sorted(found.items(), key=lambda item: len(item[1]) == 1))  # those that compare come first
-
-
-def names_of(runs: list[Run], kind: str, wanted: Callable[[Name], bool] = lambda name: True) -> list[Name]:
-    """The names of a kind's curves that have a value in any run, in the order of the files."""
-    found = {name: None for run in runs for name in run.curves.get(kind, {}) if wanted(name)}
-    return [name for name in found if any(has_values(run, kind, name) for run in runs)]
-
-
-def has_values(run: Run, kind: str, name: Name) -> bool:
-    return name in run.curves.get(kind, {}) and not np.isnan(run.curves[kind][name][1]).all()
-
-
-def charts(runs: list[Run], kind: str, log: tuple[str, ...], wanted=lambda name: True, by_leaf: bool = False) -> str:
-    """A chart of every family of one run; of several runs one of every name, those of a family with the same axis.
-
-    What never changes is told in a sentence instead.
-    """
-    figures, constant = [], []
-    names = names_of(runs, kind, wanted)
-    x_range, found = steps_of(runs, kind, names), families(names, by_leaf)
-    styles = {key: i for i, key in enumerate({key: None for members in found.values() for key in members if key})}
-    for family, members in found.items():
-        title, logarithmic = " / ".join(family), any(key in log for key in family)
-        groups = grouped(runs, kind, title, members, styles)
-        y_range = value_range([one for curves in groups.values() for one in curves], logarithmic)
-        if y_range and y_range[0] == y_range[1]:
-            constant.append(f"{title} {number(y_range[0])}")
-            continue
-        for caption, curves in groups.items():
-            drawing = line_chart(curves, log=logarithmic, x_range=x_range, y_range=y_range)
-            several = len(runs) == 1 and len(curves) > 1
-            below = legend([one.label for one in curves], [one.style for one in curves]) if several else ""
-            figures.append(figure(drawing, caption, remark(curves, logarithmic), below))
-    drawn = f'<div class="row">{"".join(figures)}</div>' if figures else ""
-    return drawn + (f"<p class=soft>Without change: {html(', '.join(constant))}.</p>" if constant else "")
-
-
-def steps_of(runs: list[Run], kind: str, names: list[Name]) -> tuple[float, float] | None:
-    """The first and the last step at which one of these names was logged."""
-    steps = [run.curves[kind][name][0] for run in runs for name in names if has_values(run, kind, name)]
-    return (min(float(some[0]) for some in steps), max(float(some[-1]) for some in steps)) if steps else None
-
-
-def grouped(
-    runs: list[Run], kind: str, title: str, members: dict[str, Name], styles: dict[str, int]
-) -> dict[str, list[Curve]]:
-    """Caption -> curves: colours tell the members of the family apart, or where there are several runs, these."""
-    if len(runs) == 1:
-        of_kind = runs[0].curves[kind]
-        return {title: [Curve(key or title, *of_kind[name], styles.get(key, 0)) for key, name in members.items()]}
-    return {
-        f"{title} · {key}" if key else title: [
-            Curve(run.label, *run.curves[kind][name], i) for i, run in enumerate(runs) if has_values(run, kind, name)
-        ]
-        for key, name in members.items()
-    }
-
-
-def remark(curves: list[Curve], log: bool) -> str:
-    """What a chart does not show by itself: its axis, its last value, and what is missing from it."""
-    nulls = sum(int(np.isnan(one.values).sum()) for one in curves)
-    off = sum(int((~drawable(one.values, log)).sum()) for one in curves) - nulls
-    remarks = ["log scale"] if log else []
-    remarks += [f"last {number(curves[0].values[-1])}"] if len(curves) == 1 else []
-    remarks += [f"{nulls} null"] if nulls else []
-    remarks += [f"{off} off the scale"] if off else []
-    return ", ".join(remarks)
+        places = [i for i in range(len(name) - 1) if counts[name[:i], name[i + 1 :]] > 1] or [len(name)]
+        place = len(name) - 1 if name[0] == "gradients" else places[-1]
+        found.setdefault(name[:place] + name[place + 1 :], {})["".join(name[place : place + 1])] = name
+    return found
 
 
 def validation_tables(runs: list[Run]) -> str:
-    """The last validation's figures: a row a figure, a column for each key of its family and each run."""
-    by_keys: dict[tuple[str, ...], list[tuple[Name, dict[str, Name]]]] = {}
+    """The last validation's metrics: a row per metric, a column per key of its family and run."""
+    tables: dict[tuple[str, ...], list[list[str]]] = {}
     for family, members in families(names_of(runs, "validation")).items():
-        by_keys.setdefault(tuple(members), []).append((family, members))
-    tables = []
-    for keys, found in by_keys.items():
-        rows = [
-            [" / ".join(family), *(last_value(run, members[key]) for key in keys for run in runs)]
-            for family, members in found
-        ]
-        over = "".join(f"<th colspan={len(runs)}>{html(key)}</th>" for key in keys)
-        labels = [run.label for _ in keys for run in runs] if len(runs) > 1 else keys
-        above = f"<tr><th></th>{over}</tr>" if len(runs) > 1 and keys != ("",) else ""
-        tables.append(table(["last validation", *labels], rows, above=above))
-    return f'<div class="tables">{"".join(tables)}</div>' if tables else ""
-
-
-def last_value(run: Run, name: Name) -> str:
-    """The last value; pointed at, it tells its range."""
-    if not has_values(run, "validation", name):
-        return "–"
-    steps, values = run.curves["validation"][name]
-    low, high = np.nanargmin(values), np.nanargmax(values)
-    extent = f"from {values[low]:.4g} (step {steps[low]:.0f}) to {values[high]:.4g} (step {steps[high]:.0f})"
-    return Html(f'<span title="{html(extent)}">{html(number(values[-1]))}</span>')
-
-
-def number(value: float) -> str:
-    return "–" if np.isnan(value) else f"{value:.4g}"
-
-
-def training(runs: list[Run], log: tuple[str, ...]) -> str:
-    """The curves of the training steps, group by group; kinds of records that are not known come last."""
-    named = tuple(begin for begins in GROUPS.values() for begin in begins)
-    parts = []
-    for title, begins in GROUPS.items():
-        drawn = charts(
-            runs, "train", log, lambda name, b=begins: name[0].startswith(b) if b else not name[0].startswith(named)
-        )
-        parts.append(f"<h3>{title}</h3>{drawn}" if drawn else "")
-    for kind in {kind: None for run in runs for kind in run.curves if kind not in ("train", "validation", "gradients")}:
-        parts.append(f"<h3>{html(kind)}</h3>{charts(runs, kind, log)}")
-    return "".join(parts)
+        cells = [run.last(*name) for name in members.values() for run in runs]
+        tables.setdefault(tuple(members), []).append([" / ".join(family[1:]), *cells])
+    labels = [run.label for run in runs] if len(runs) > 1 else [""]
+    heads = [["last validation", *(f"{key} {label}".strip() for key in keys for label in labels)] for keys in tables]
+    return "".join(map(table, heads, tables.values()))
 
 
 def cosines(runs: list[Run]) -> str:
-    """The mean cosine of every two losses' gradients, a table for each run and part."""
-    tables = []
+    """The mean cosine of every two losses' gradients, a row per part and pair."""
+    rows = []
+    for name in names_of(runs, "gradients"):
+        if len(name) == 5 and name[2] == "cosine":
+            cells = [f"{np.nanmean(run.curves[name][1]):+.3f}" if name in run.curves else "–" for run in runs]
+            rows.append([f"{name[1]}: {name[3]}, {name[4]}", *cells])
+    return table(["mean cosine of gradients", *(run.label for run in runs)], rows)
+
+
+def compared(runs: list[Run], records: list[dict]) -> str:
+    """Tables of the runs' dicts: of several runs, the rows that differ come first and are marked."""
+    keys = dict.fromkeys(key for record in records for key in record)
+    rows = [[key, *(record.get(key, "") for record in records)] for key in keys]
+    head = ["", *(run.label for run in runs)]
+    differing = [row for row in rows if any(value != row[1] for value in row[2:])]
+    return table(head, differing, "text differs") + table(head, [row for row in rows if row not in differing], "text")
+
+
+def charts(runs: list[Run], kind: str, log: Sequence[str]) -> str:
+    """Of one run a chart per family, of several runs one per name; what never changes is told in a sentence."""
+    names = names_of(runs, kind)
+    figures, constant = [], []
+    for family, members in (families(names) if len(runs) == 1 else {name: {"": name} for name in names}).items():
+        title, logarithmic = " / ".join(family[1:]), any(key in log for key in family)
+        curves = {key or run.label: run.curves[n] for key, n in members.items() for run in runs if n in run.curves}
+        values = np.concatenate([values for _, values in curves.values()])
+        if np.nanmin(values) == np.nanmax(values):
+            constant.append(f"{title} {np.nanmax(values):.4g}")
+            continue
+        content = draw(list(curves.values()), logarithmic, salt=ascii(family))
+        for i, label in enumerate(curves) if len(runs) > 1 or len(curves) > 1 else ():
+            mark = f'<span style="color: {COLOURS[i % 8]}">{"━╍"[i // 8 % 2] * 2}</span>'
+            content += f"<span class=key>{mark} {escape(label)}</span>"
+        missing = (np.isnan(values) | (logarithmic and values <= 0)).sum()
+        figures.append(figure(content, title, f"{missing} not drawn" if missing else ""))
+    drawn = f'<div class="charts">{"".join(figures)}</div>' if figures else ""
+    return drawn + (f"<p><small>Without change: {escape(', '.join(constant))}.</small></p>" if constant else "")
+
+
+def draw(curves: list[Curve], log: bool, salt: str) -> str:
+    """The curves over their steps as an <svg> without text from files. salt: makes its ids this chart's own."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatter
+    except ImportError as error:
+        raise InputError('the report needs matplotlib: pip install "macl-fgclip[viz]"') from error
+    options = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.sans-serif": ["DejaVu Sans"], "font.size": 8}
+    options |= {"path.simplify_threshold": 1.0, "lines.solid_capstyle": "round"}
+    with matplotlib.rc_context(options), io.StringIO() as file:
+        axes = Figure(figsize=(4.5, 2.6), layout="constrained").subplots()
+        for i, (steps, values) in enumerate(curves):
+            values = np.where(values > 0, values, np.nan) if log else values
+            style = dict(color=COLOURS[i % 8], linestyle=["solid", "dashed"][i // 8 % 2])
+            if len(values) > MAX_POINTS:
+                axes.plot(steps, values, linewidth=0.6, alpha=0.3, **style)
+                known = ~np.isnan(values)
+                stretches = [np.array_split(column[known], MAX_POINTS) for column in (steps, values)]
+                steps, values = (np.array([part.mean() for part in column if len(part)]) for column in stretches)
+            axes.plot(steps, values, **style)
+            dots = np.repeat(values, 3)
+            dots[2::3] = np.nan  # so that a point between two gaps shows; markers would become <use>
+            axes.plot(np.repeat(steps, 3), dots, color=COLOURS[i % 8], linewidth=4 if len(values) < 50 else 2)
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter())
+        axes.grid(alpha=0.3)
+        axes.tick_params(which="both", length=0)
+        axes.set_xlabel("step")
+        axes.figure.savefig(file, format="svg", metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
+        svg = file.getvalue()
+    return re.sub(r' id="[\w.]+_\d+"| xmlns\S*"', "", svg[svg.index("<svg") :])
+
+
+def picture_section(runs: list[Run], most: int) -> str:
+    """The runs' pictures by name, `most` evenly spaced ones of those whose names differ in numbers only."""
+    chosen: list[tuple[str, Run]] = []
     for run in runs:
-        reports = run.curves.get("gradients", {})
-        found = {name: curve for name, curve in reports.items() if len(name) == 4 and name[1] == "cosine"}
-        for part in {name[0]: None for name in found}:
-            losses = [name[2] for name in reports if name[:2] == (part, "norm") and len(name) == 3]
-            rows = [
-                [one, *(mean_cosine(found.get((part, "cosine", other, one))) for other in losses[: losses.index(one)])]
-                for one in losses[1:]
-            ]
-            rows = [row + [""] * (len(losses) - len(row)) for row in rows]
-            tables.append(
-                figure(table(["", *losses[:-1]], rows), f"{run.label}: {part}", "mean cosine of the gradients")
-            )
-    return f'<div class="row wide">{"".join(tables)}</div>' if tables else ""
-
-
-def mean_cosine(curve: tuple[np.ndarray, np.ndarray] | None) -> str:
-    """The mean, on a ground that is the bluer the more the losses agree, and the redder the more they do not."""
-    if curve is None or np.isnan(curve[1]).all():
-        return "–"
-    mean = float(np.nanmean(curve[1]))
-    colour = "0, 114, 178" if mean > 0 else "213, 94, 0"
-    return Html(f'<span style="background: rgba({colour}, {min(abs(mean), 1) * 0.6:.2f})">{mean:+.3f}</span>')
-
-
-def arguments_section(runs: list[Run]) -> str:
-    return compared(runs, [run.arguments for run in runs], "flag", "flags with the same value in all runs")
-
-
-def machine(runs: list[Run]) -> str:
-    """Of args.json all but the arguments."""
-    records = [{key: value for key, value in run.record.items() if key != "arguments"} for run in runs]
-    for record in records:
-        versions = record.pop("versions", None)
-        record.update(versions if isinstance(versions, dict) else {})
-        if isinstance(record.get("command"), list):
-            record["command"] = shlex.join(map(str, record["command"]))
-    return compared(runs, records, "", "the same in all runs")
-
-
-def compared(runs: list[Run], records: list[dict], title: str, same: str) -> str:
-    """A table of several dicts: the rows that differ first and marked, the others folded away."""
-    keys = {key: None for record in records for key in record}
-    rows = [[key, *(said(record[key]) if key in record else "" for record in records)] for key in keys]
-    head = [title, *(run.label for run in runs)]
-    if len(runs) == 1:
-        return table(head, rows, text=True) if rows else ""
-    differing = [row for row in rows if len(set(row[1:])) > 1]
-    alike = [row for row in rows if len(set(row[1:])) == 1]
-    parts = [table(head, differing, differing=[True] * len(differing), text=True)] if differing else []
-    parts += [details(f"{len(alike)} {same}", table(head, alike, text=True))] if alike else []
-    return "".join(parts)
-
-
-def said(value) -> str:
-    if value is None or value == []:
-        return "–"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        kinds: dict[str, list[str]] = {}
+        for path in run.folder.rglob("*"):
+            if path.suffix.lower() in PICTURES and not path.is_symlink():
+                name = path.relative_to(run.folder).as_posix()
+                kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+        for names in kinds.values():
+            names.sort(key=natural)
+            places = np.linspace(0, len(names) - 1, min(most, len(names))).round().astype(int)
+            chosen += [(names[i], run) for i in places]
+    figures = []
+    for name, run in sorted(chosen, key=lambda item: natural(item[0])):
+        try:
+            image = open_image(run.folder / name)
+        except InputError as error:
+            run.notes.append(f"{name} cannot be shown: {error}")
+            continue
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+        data = io.BytesIO()
+        image.save(data, "JPEG", quality=85)
+        source = base64.b64encode(data.getvalue()).decode("ascii")
+        figures.append(figure(f'<img alt="" src="data:image/jpeg;base64,{source}">', name, run.label))
+    return f'<div class="pictures">{"".join(figures)}</div>' if figures else ""
 
 
 if __name__ == "__main__":

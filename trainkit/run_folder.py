@@ -20,7 +20,7 @@ from trainkit import checkpoint, distributed
 from trainkit.checkpoint import RUNS
 from trainkit.errors import InputError
 from trainkit.files import shown, write_json
-from trainkit.runs import read_record
+from trainkit.run_files import read_record
 
 # Half of a recipe comes out of the checkpoint (learning rate, weight decay, data order): any other flag, changed on
 # resume, would be ignored or make a run that nobody can repeat.

@@ -15,8 +15,6 @@ def test_alone_every_collective_is_a_no_op():
     assert distributed.start("cpu") == torch.device("cpu")
     assert not torch.distributed.is_initialized()
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
-    distributed.barrier()
-    assert distributed.broadcast_object({"a": 1}) == {"a": 1}
     assert distributed.gather_objects(3) == [3]
     assert distributed.all_reduce_any(True) is True and distributed.all_reduce_any(False) is False
     assert distributed.run_on_main(lambda: 4) == 4
@@ -64,8 +62,6 @@ def test_a_device_that_is_not_there_gets_one_sentence(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="process 2 of this machine has no GPU, 2 are visible"):
         distributed.start("cuda")
-    with pytest.raises(InputError, match="--device tpu"):
-        distributed.start("tpu")
 
 
 def test_a_decision_that_fails_raises_its_sentence():

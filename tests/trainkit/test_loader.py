@@ -52,20 +52,19 @@ def test_large_batches_of_many_workers_pass_through_few_descriptors():
     assert len(kept) == 12 and len(kept[-1]) == 90
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_lost_process_is_one_sentence():
-    with pytest.raises(InputError, match="a loading process was lost .*fewer --workers"):
-        list(make_loader(Samples(), [[0], [99], [1]], list, workers=1))
-
-
 def test_to_device_reaches_nested_tensors():
     moved = to_device({"a": [torch.zeros(2), {"b": torch.ones(1)}], "c": "text"}, "meta")
     assert moved["a"][0].is_meta and moved["a"][1]["b"].is_meta and moved["c"] == "text"
 
 
-def test_a_batch_that_shared_memory_cannot_hold_is_one_sentence():
-    with pytest.raises(InputError, match="no shared memory for a batch of 1 MiB.*smaller --batch-size"):
-        list(make_loader(Samples(), [[98] * 150], list, workers=1))
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("batches", "sentence"),
+    [([[0], [99], [1]], "lost .*fewer --workers"), ([[98] * 150], "no shared memory for a batch of 1 MiB")],
+)
+def test_a_lost_process_and_full_shared_memory_are_one_sentence(batches, sentence):
+    with pytest.raises(InputError, match=sentence):
+        list(make_loader(Samples(), batches, list, workers=1))
 
 
 def test_small_tensors_do_not_keep_their_batch():

@@ -6,14 +6,7 @@ from torch import nn
 
 from trainkit.arguments import add_recipe_flags, make_parser
 from trainkit.errors import InputError
-from trainkit.optimizer import (
-    build_optimisation,
-    build_optimizer,
-    build_schedule,
-    ema,
-    parameter_groups,
-    scale_lr,
-)
+from trainkit.optimizer import build_optimisation, build_optimizer, build_schedule, ema, parameter_groups
 
 
 class Model(nn.Module):
@@ -33,13 +26,8 @@ def names_by_group(model: nn.Module, groups: list[dict]) -> dict[str, set[str]]:
 
 def test_every_trainable_parameter_is_in_the_group_it_belongs_to():
     model = Model()
-    groups = parameter_groups(
-        model,
-        lr=1.0,
-        weight_decay=0.1,
-        no_decay=("logit_scale", "embedding"),
-        lr_scale={"backbone": 0.1, "head.box": 2},
-    )
+    scales, spared = {"backbone": 0.1, "head.box": 2}, ("logit_scale", "embedding")
+    groups = parameter_groups(model, lr=1.0, weight_decay=0.1, no_decay=spared, lr_scale=scales)
     assert names_by_group(model, groups) == {
         "base, no decay": {"logit_scale", "embedding", "head.norm.weight", "head.norm.bias"},
         "backbone, decay": {"backbone.2.weight"},
@@ -47,13 +35,9 @@ def test_every_trainable_parameter_is_in_the_group_it_belongs_to():
         "head.box, decay": {"head.box.weight"},
         "head.box, no decay": {"head.box.bias"},
     }
-    assert {group["name"]: (group["lr"], group["weight_decay"]) for group in groups} == {
-        "base, no decay": (1.0, 0.0),
-        "backbone, decay": (0.1, 0.1),
-        "backbone, no decay": (0.1, 0.0),
-        "head.box, decay": (2.0, 0.1),
-        "head.box, no decay": (2.0, 0.0),
-    }
+    settings = {group["name"]: (group["lr"], group["weight_decay"]) for group in groups}
+    assert settings["base, no decay"] == (1.0, 0.0) and settings["head.box, decay"] == (2.0, 0.1)
+    assert settings["backbone, decay"] == (0.1, 0.1) and settings["backbone, no decay"] == (0.1, 0.0)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert sorted(map(id, trainable)) == sorted(id(p) for group in groups for p in group["params"])
 
@@ -66,13 +50,9 @@ def test_the_longest_prefix_wins_and_a_shared_parameter_counts_once():
     assert sum(len(group["params"]) for group in groups) == 10
 
 
-@pytest.mark.parametrize("scale", [{"backbon": 0.1}, {"backbone": 0.0}])
-def test_a_scale_without_effect_is_refused(scale):
+def test_groups_without_effect_are_refused():
     with pytest.raises(ValueError, match="lr_scale"):
-        parameter_groups(Model(), lr=1.0, weight_decay=0.0, lr_scale=scale)
-
-
-def test_nothing_to_train_is_refused():
+        parameter_groups(Model(), lr=1.0, weight_decay=0.0, lr_scale={"backbon": 0.1})
     with pytest.raises(ValueError, match="trainable"):
         parameter_groups(Model().requires_grad_(False), lr=1.0, weight_decay=0.0)
 
@@ -80,9 +60,7 @@ def test_nothing_to_train_is_refused():
 def test_optimizers_take_the_groups():
     groups = parameter_groups(Model(), lr=0.5, weight_decay=0.1)
     assert build_optimizer("sgd", groups, momentum=0.8).param_groups[0]["momentum"] == 0.8
-    assert build_optimizer("adamw", groups, beta2=0.98).param_groups[0]["betas"] == (0.9, 0.98)
-    with pytest.raises(InputError, match="--optimizer lion"):
-        build_optimizer("lion", groups)
+    assert build_optimizer("adamw", groups).param_groups[0]["betas"] == (0.9, 0.999)
     with pytest.raises(InputError, match="--momentum 1.0"):
         build_optimizer("adamw", groups, momentum=1.0)
 
@@ -99,6 +77,10 @@ def rates(steps: int, kind: str, **options) -> list[float]:
         optimizer.step()
         schedule.step()
     return seen
+
+
+def test_constant_stays():
+    assert rates(4, "constant", warmup_steps=2, warmup_factor=0.5) == [0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_multistep_milestones_are_not_shifted_by_the_warm_up():
@@ -129,10 +111,6 @@ def test_one_cycle_is_torchs():
     assert rates(20, "one-cycle").index(1.0) == 6
 
 
-def test_constant_stays():
-    assert rates(4, "constant", warmup_steps=2, warmup_factor=0.5) == [0.5, 0.75, 1.0, 1.0, 1.0]
-
-
 def test_schedule_resumes_at_its_step_with_the_arguments_of_the_new_run(tmp_path):
     def build(total_steps):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -155,10 +133,9 @@ def test_schedule_resumes_at_its_step_with_the_arguments_of_the_new_run(tmp_path
         assert resumed.param_groups[0]["lr"] == pytest.approx((1 + math.cos(math.pi * done)) / 2)
 
 
-@pytest.mark.parametrize(("kind", "options"), [("step", {}), ("multistep", {"milestones": (5, 3)})])
-def test_a_schedule_that_makes_no_sense_is_refused(kind, options):
-    with pytest.raises(InputError, match="--schedule step|--milestones"):
-        rates(4, kind, **options)
+def test_milestones_out_of_order_are_refused():
+    with pytest.raises(InputError, match="--milestones"):
+        rates(4, "multistep", milestones=(5, 3))
 
 
 def test_ema_warms_up_and_copies_buffers():
@@ -180,13 +157,10 @@ def test_ema_warms_up_and_copies_buffers():
         ema(model, decay=1.0)
 
 
-def test_learning_rate_scales_with_the_samples_of_a_step():
-    assert scale_lr(0.02, batch=2, world=4, accumulate=3, base_batch=16) == pytest.approx(0.03)
-
-
 def test_flags_become_optimizer_and_schedule():
     parser = make_parser("a script")
-    add_recipe_flags(parser, "script", dict(epochs=4, batch_size=8))
+    add_recipe_flags(parser, "script")
+    parser.set_defaults(epochs=4, batch_size=8)
     flags = "--optimizer sgd --lr 0.1 --lr-base-batch 4 --accumulate 3 --schedule multistep --milestones 2 --gamma 0.5"
     model = nn.ModuleDict(dict(body=nn.Linear(2, 2), head=nn.Linear(2, 2)))
     optimizer, schedule = build_optimisation(parser.parse_args(flags.split()), model, 5, lr_scale={"body": 0.1})

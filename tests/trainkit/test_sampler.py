@@ -2,32 +2,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainkit import distributed
 from trainkit.errors import InputError
-from trainkit.sampler import BalancedSampler, ResumableSampler, evaluation_indices
+from trainkit.sampler import BalancedSampler, ResumableSampler
 
 
-def ranks(length: int, batch_size: int, world_size: int, **options) -> list[ResumableSampler]:
-    common = {"seed": 1, "world_size": world_size, **options}
-    return [ResumableSampler(length, batch_size, rank=rank, **common) for rank in range(world_size)]
+def epochs(world_size: int, make) -> list[list]:
+    """What the sampler of every rank gives."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "world_size", lambda: world_size)
+        for rank in range(world_size):
+            patch.setattr(distributed, "rank", lambda rank=rank: rank)
+            sampler = make()
+            found.append(list(sampler))
+            assert len(found[-1]) == sampler.steps_per_epoch == len(sampler)
+    return found
 
 
-@given(length=st.integers(1, 40), batch_size=st.integers(1, 5), world_size=st.integers(1, 4), drop_last=st.booleans())
-def test_ranks_cover_an_epoch_together(length, batch_size, world_size, drop_last):
-    samplers = ranks(length, batch_size, world_size, drop_last=drop_last)
-    epochs = [list(sampler) for sampler in samplers]
-    assert {len(epoch) for epoch in epochs} == {samplers[0].steps_per_epoch} == {len(samplers[0])}
-    sizes = [len(batch) for epoch in epochs for batch in epoch]
-    indices = [index for epoch in epochs for batch in epoch for _, index in batch]
-    assert min(sizes) >= 1 and max(sizes) <= batch_size
+@given(length=st.integers(1, 40), batch_size=st.integers(1, 5), world_size=st.integers(1, 4))
+def test_ranks_cover_an_epoch_together(length, batch_size, world_size):
+    ranks = epochs(world_size, lambda: ResumableSampler(length, batch_size, seed=1))
+    assert {len(batch) for rank in ranks for batch in rank} == {batch_size}
+    indices = [index for rank in ranks for batch in rank for _, index in batch]
     size = batch_size * world_size
-    if drop_last:
-        assert set(sizes) == {batch_size}
-        assert len(set(indices)) == (length // size * size or length)
-    else:
-        assert set(indices) == set(range(length))
-        assert len(indices) - length < world_size
-    if length >= size and drop_last:
-        assert len(set(indices)) == len(indices)
+    assert len(set(indices)) == (length // size * size or length)
+    assert length < size or len(set(indices)) == len(indices)
 
 
 def test_epochs_and_seeds_differ_and_repeat():
@@ -38,18 +38,8 @@ def test_epochs_and_seeds_differ_and_repeat():
 
     assert order(0, 3) == order(0, 3)
     assert all(key[0] == 3 for batch in order(0, 3) for key in batch)
-    plain = [
-        [[index for _, index in batch] for batch in order(seed, epoch)] for seed, epoch in ((0, 0), (0, 1), (1, 0))
-    ]
+    plain = [[index for batch in order(*place) for _, index in batch] for place in ((0, 0), (0, 1), (1, 0))]
     assert plain[0] != plain[1] != plain[2] != plain[0]
-
-
-def test_without_shuffling_the_order_is_the_data_sets():
-    assert list(ResumableSampler(5, 2, seed=0, shuffle=False, drop_last=False)) == [
-        [(0, 0), (0, 1)],
-        [(0, 2), (0, 3)],
-        [(0, 4)],
-    ]
 
 
 def test_resume_goes_on_after_the_last_batch_that_was_trained_on():
@@ -64,33 +54,16 @@ def test_resume_goes_on_after_the_last_batch_that_was_trained_on():
     assert list(resumed) == batches[3:] and len(resumed) == 3
     resumed.set_epoch(5)
     assert len(list(resumed)) == 6
+    resumed.advance(6)
+    resumed.set_epoch(5)
+    assert list(resumed) == []  # trained to its end, it stays there
 
 
-def test_an_epoch_that_was_trained_to_its_end_stays_at_its_end():
-    sampler = ResumableSampler(4, 2, seed=0)
-    sampler.advance(2)
-    resumed = ResumableSampler(4, 2, seed=0)
-    resumed.load_state_dict(sampler.state_dict())
-    assert list(resumed) == []
-    with pytest.raises(ValueError, match="2 batches, 3 were counted"):
-        resumed.advance()
-
-
-@pytest.mark.parametrize(
-    ("other", "name"),
-    [
-        ({"length": 11}, "length"),
-        ({"batch_size": 3}, "batch size"),
-        ({"seed": 8}, "seed"),
-        ({"world_size": 2, "rank": 0}, "world size"),
-        ({"shuffle": False}, "shuffle"),
-    ],
-)
-def test_a_place_in_another_order_is_refused(other, name):
-    state = ResumableSampler(length=10, batch_size=2, seed=7).state_dict()
-    sampler = ResumableSampler(**{"length": 10, "batch_size": 2, "seed": 7, **other})
-    with pytest.raises(InputError, match=f"its {name} was"):
-        sampler.load_state_dict(state)
+@pytest.mark.parametrize("name", ["length", "batch_size", "seed", "world_size"])
+def test_a_place_in_another_order_is_refused(name):
+    sampler = ResumableSampler(length=10, batch_size=2, seed=7)
+    with pytest.raises(InputError, match=f"its {name.replace('_', ' ')} was 11"):
+        sampler.load_state_dict(sampler.state_dict() | {name: 11})
 
 
 def test_an_empty_set_is_refused():
@@ -98,21 +71,16 @@ def test_an_empty_set_is_refused():
         ResumableSampler(0, 1, seed=0)
 
 
-def test_evaluation_alone_sees_everything():
-    assert evaluation_indices(3) == [0, 1, 2]
-
-
 @given(
     first=st.integers(1, 40), second=st.integers(1, 40), share=st.floats(0.05, 0.9), batch_size=st.integers(1, 6),
     world_size=st.integers(1, 3),
 )  # fmt: skip
 def test_every_batch_of_two_data_sets_holds_their_shares(first, second, share, batch_size, world_size):
-    samplers = [
-        BalancedSampler((first, second), batch_size, share=share, seed=3, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
-    exact = samplers[0].others / samplers[0].length
-    batches = [batch for sampler in samplers for batch in sampler]
+    def sampler():
+        return BalancedSampler((first, second), batch_size, share=share, seed=3)
+
+    exact = sampler().others / sampler().length
+    batches = [batch for rank in epochs(world_size, sampler) for batch in rank]
     if first >= batch_size * world_size:
         assert all(abs(sum(index >= first for _, index in batch) - exact * batch_size) < 2 for batch in batches)
     assert all(0 <= index < first + second for batch in batches for _, index in batch)
