@@ -35,7 +35,7 @@ from fgclip.data import COCO, FineHARD
 from fgclip.loading import check_image_size
 from fgclip.losses import PairBank
 from fgclip.model import MAX_LOGIT_SCALE
-from fgclip.objective import Objective, freeze_unreached
+from fgclip.objective import FGCLIPLoss, freeze_unreached
 from fgclip.synthetic import PLACEMENTS, SyntheticRegions, vocabulary
 from fgclip.transformer import ACTIVATIONS
 from fgclip.validation import best_metric, embed, validation_metrics, validation_text
@@ -374,9 +374,9 @@ def logit_scales(args: argparse.Namespace, models: list[FGCLIP], optimizer: torc
     ]
 
 
-def diagnostics_text(figures: dict, objective: Objective, movement: ParameterDrift) -> list[str]:
+def diagnostics_text(figures: dict, objective: FGCLIPLoss, movement: ParameterDrift) -> list[str]:
     """--diagnostics: the step's figures, the range of the logits, and what moved since the last time."""
-    ranges = {name: ends.tolist() for name, ends in objective.ranges.items()}
+    ranges = {name: ends.tolist() for name, ends in objective.logit_ranges.items()}
     return [
         "  figures: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()),
         "  logits: " + ", ".join("{} {:.3g} to {:.3g}".format(name, *ends) for name, ends in ranges.items()),
@@ -437,7 +437,7 @@ def main(arguments: list[str] | None = None) -> None:
         name: PairBank(size, bare.visual_projection.out_features, classes=args.bank_classes, device=device)
         for name, size in sizes.items() if size and name in enabled
     })  # fmt: skip
-    objective = Objective(model, names=enabled, banks=banks, device=device)
+    objective = FGCLIPLoss(model, names=enabled, banks=banks, device=device)
     stepper = TrainStep(
         model, optimizer, weights=weights, describe=lambda batch: batch["sources"], device=device, schedule=schedule,
         losses_of=lambda batch: objective(batch, use_banks=stepper.steps >= args.bank_warmup_steps),
@@ -492,7 +492,7 @@ def main(arguments: list[str] | None = None) -> None:
         for each in models:
             each.clamp_logit_scales()
         images = sum(len(batch["sources"]) for batch in batches) * distributed.world_size()
-        figures = objective.figures()
+        figures = objective.metrics()
         figures |= {f"logit_scale_{name}": scale.item() for name, scale in bare.log_scales().items()}
         if not result.skipped:
             printed = {name: figures.pop(name) for name in PRINTED if name in figures}
@@ -532,7 +532,7 @@ def check(said: list[str], train_data, val_data, tokenizer, lengths, stepper, ob
     objective.begin(batches)
     result = stepper(batches, keep_gradients=True)
     print("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items()))
-    print("figures: " + ", ".join(f"{name} {value:.4g}" for name, value in objective.figures().items()))
+    print("figures: " + ", ".join(f"{name} {value:.4g}" for name, value in objective.metrics().items()))
     for name, norm in module_gradient_norms(model).items():
         print(f"gradient norm of {name}: " + ("no gradient" if norm is None else f"{norm:.4g}"))
 

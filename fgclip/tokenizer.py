@@ -61,7 +61,7 @@ def word_pattern():
 
 
 def clean(text: str) -> str:
-    """Repairs mojibake where ftfy is installed, unescapes HTML twice, joins whitespace, lower-cases."""
+    """Repairs mojibake (needs ftfy), unescapes HTML twice, joins whitespace, lower-cases."""
     text = re.sub("\ufeff|[0-9]{4000,}", "", text)  # byte-order marks, and digits that int() refuses in &#...;
     if ftfy is not None:
         text = ftfy.fix_text(text)
@@ -81,10 +81,7 @@ def installed_merges() -> Path | None:
 
 
 def read_merges(path: str | Path) -> list[tuple[str, str]]:
-    """Reads a bpe_simple_vocab_16e6.txt.gz, a merges.txt or a Hugging Face tokenizer.json.
-
-    Raises InputError when the file is none of these.
-    """
+    """Reads a bpe_simple_vocab_16e6.txt.gz, a merges.txt or a Hugging Face tokenizer.json, else raises InputError."""
     path = regular_file(path, "bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -95,18 +92,18 @@ def read_merges(path: str | Path) -> list[tuple[str, str]]:
     if len(content) > MAX_MERGES:
         raise InputError(f"{path} holds more than {MAX_MERGES} bytes, too many for BPE merges")
     if path.suffix == ".json":
-        found = parse_json(text, str(path))
-        model = found.get("model") if isinstance(found, dict) else None
-        lines = model.get("merges") if isinstance(model, dict) else None
+        merges = parse_json(text, str(path))
+        for key in ("model", "merges"):
+            merges = merges.get(key) if isinstance(merges, dict) else None
     else:
-        lines = [line for line in text.split("\n")[1 : PUBLISHED_MERGES + 1] if line.strip()]  # the first: the version
-    if not lines:
+        merges = [line for line in text.split("\n")[1 : PUBLISHED_MERGES + 1] if line.strip()]  # after the version
+    if not merges:
         raise InputError(f"{path} holds no BPE merges")
-    return checked_merges(lines, str(path))
+    return checked_merges(merges, str(path))
 
 
 def checked_merges(merges, source: str) -> list[tuple[str, str]]:
-    """Pairs of symbols out of a list of pairs, or of lines that hold one. Raises InputError."""
+    """Pairs of symbols from a list of pairs or of lines with one pair each. Raises InputError."""
     if not isinstance(merges, list | tuple):
         raise InputError(f"{source}, merges: expected a list of pairs, got {shown(merges)}")
     pairs = [pair.split() if isinstance(pair, str) else pair for pair in merges]
@@ -119,7 +116,7 @@ def checked_merges(merges, source: str) -> list[tuple[str, str]]:
 def learn_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
     """Merges that make one token of every word of the texts, the most frequent pair first (Sennrich et al. 2016).
 
-    Meant for a small vocabulary: a pass over the distinct words for every merge.
+    Takes one pass over the distinct words per merge: meant for small vocabularies.
     """
     counts = Counter(word for text in texts for word in word_pattern().findall(clean(text)))
     words = {word: word_symbols(word) for word in counts}
@@ -138,9 +135,9 @@ def learn_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
 class Tokenizer:
     """Text to token ids.
 
-    vocab: the path of a merges file (`read_merges`), the merges themselves, "bytes" for none, or None to take those of
-    an installed CLIP package (clip or open_clip) and fall back to bytes. Without merges every byte is a token: 514 ids.
-    vocab_size: how many ids there are; start and end are the last two, and those that no symbol takes stay unused.
+    vocab: path of a merges file (`read_merges`), the merges themselves, or "bytes" for none: 514 ids, one per byte.
+        None takes the merges of an installed CLIP package (clip or open_clip), else "bytes".
+    vocab_size: number of ids, by default as many as needed. Start and end are the last two.
 
     `description` says in one sentence what is in use, `merges` is the list, `truncated` counts the texts cut so far.
     """
@@ -170,7 +167,7 @@ class Tokenizer:
             self.description += "; ftfy is not installed (extra: text), so damaged Unicode is not repaired"
 
     def __call__(self, texts: str | Sequence[str], context_length: int = 77) -> Tensor:
-        """Ids (N, context_length) int64 of N texts: start, words, end, zeros. A text too long is cut before its end."""
+        """Ids (N, context_length) int64 of N texts: start, words, end, zeros. A long text is cut before its end token."""
         if context_length < 2:
             raise ValueError(f"context_length {context_length} has no room for the start and end tokens")
         texts = [texts] if isinstance(texts, str) else texts
@@ -204,7 +201,7 @@ class Tokenizer:
 
 
 def word_symbols(word: str) -> list[str]:
-    """One symbol a byte, the last one marked as the end of its word."""
+    """One symbol per byte, the last one marked as the end of its word."""
     symbols = [byte_symbols()[b] for b in word.encode("utf-8", errors="surrogatepass")]
     return [*symbols[:-1], symbols[-1] + "</w>"]
 

@@ -17,7 +17,7 @@ from fgclip import FGCLIP, Tokenizer
 from fgclip.batches import Collate
 from fgclip.losses import PairBank, symmetric_loss
 from fgclip.model import unit
-from fgclip.objective import Objective, freeze_unreached
+from fgclip.objective import FGCLIPLoss, freeze_unreached
 from fgclip.synthetic import SyntheticRegions, vocabulary
 from trainkit import distributed
 from trainkit.step import TrainStep
@@ -63,7 +63,7 @@ def steps(wrap, micro_batches, classes=1):
     model = wrap(bare)
     sizes = dict(region=6, long=4, short=4)
     banks = torch.nn.ModuleDict({name: PairBank(size, 8, classes=classes) for name, size in sizes.items()}).double()
-    objective = Objective(model, names=("long", "short", "region", "hard"), banks=banks, device="cpu")
+    objective = FGCLIPLoss(model, names=("long", "short", "region", "hard"), banks=banks, device="cpu")
     stepper = TrainStep(
         model, torch.optim.SGD(model.parameters(), lr=0.05), weights=WEIGHTS, describe=lambda batch: batch["sources"],
         losses_of=lambda batch: objective(batch, use_banks=stepper.steps >= 1), device="cpu",
@@ -76,7 +76,7 @@ def steps(wrap, micro_batches, classes=1):
         seen.append(
             dict(
                 losses=result.losses,
-                figures=objective.figures(),
+                figures=objective.metrics(),
                 gradients={name: p.grad.clone() for name, p in bare.named_parameters()},
                 banks={name: value.clone() for name, value in banks.state_dict().items()},
             )
@@ -122,7 +122,7 @@ def one_step(micro_batches, names, roi_projection=False, **options):
     model = make_model(Tokenizer(vocabulary()).vocab_size)
     model = model.with_roi_projection().double() if roi_projection else model
     freeze_unreached(model, names)
-    objective = Objective(model, names=names, banks={}, device="cpu")
+    objective = FGCLIPLoss(model, names=names, banks={}, device="cpu")
     batches = make_batches(micro_batches, **options)
     objective.begin(batches)
     total = 0.0
@@ -130,7 +130,7 @@ def one_step(micro_batches, names, roi_projection=False, **options):
         loss = sum(objective(batch).values()) / len(batches)
         loss.backward()
         total += loss.item()
-    return total, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, objective.figures()
+    return total, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, objective.metrics()
 
 
 def test_micro_batches_are_one_batch_where_there_are_no_other_negatives():
@@ -159,12 +159,12 @@ def test_what_is_not_frozen_is_reached(names, roi_projection):
 def test_ranges_are_those_of_all_micro_batches():
     ends = []
     for micro_batches in ([range(5)], [range(5, 10)], [range(5), range(5, 10)]):
-        objective = Objective(make_model(Tokenizer(vocabulary()).vocab_size), names=["long"], banks={}, device="cpu")
+        objective = FGCLIPLoss(make_model(Tokenizer(vocabulary()).vocab_size), names=["long"], banks={}, device="cpu")
         batches = make_batches(micro_batches)
         objective.begin(batches)
         for batch in batches:
             objective(batch)
-        ends.append(objective.ranges["long"])
+        ends.append(objective.logit_ranges["long"])
     low, high = torch.stack(ends[:2]).T
     assert ends[2].tolist() == [low.min(), high.max()]
 
@@ -190,10 +190,10 @@ def test_figures_are_what_they_say():
     scale, count = features["scale_region"], len(region)
     expected, _ = symmetric_loss(region, text, scale, ids=ids, bank=bank, with_stats=True)
 
-    objective = Objective(model, names=["region"], banks={"region": bank}, device="cpu")
+    objective = FGCLIPLoss(model, names=["region"], banks={"region": bank}, device="cpu")
     objective.begin([batch])
     losses = objective(batch)
-    figures = objective.figures()
+    figures = objective.metrics()
     assert losses["loss_region"].item() == pytest.approx(expected.item())
     same = ids[:, None] == ids
     wrong = {}
@@ -210,6 +210,6 @@ def test_figures_are_what_they_say():
     cosines = region @ text.T
     assert figures["region_cosine"] == pytest.approx(cosines.diagonal().mean().item())
     assert figures["region_cosine_unmatched"] == pytest.approx(cosines[~same].mean().item())
-    assert objective.ranges["region"].tolist() == pytest.approx([(scale * c).item() for c in cosines.aminmax()])
+    assert objective.logit_ranges["region"].tolist() == pytest.approx([(scale * c).item() for c in cosines.aminmax()])
     assert figures["norm_regions"] == pytest.approx(features["regions"].norm(dim=1).mean().item())
     assert bank.images[0].features[: count % 50].equal(region[: count % 50])
