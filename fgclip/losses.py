@@ -87,21 +87,13 @@ def symmetric_loss(
         candidates, loss_over_chance (loss / ln of the row's candidates), top1 (the pair scores above every other),
         rows_with_negatives.
     """
-    all_ids = None if ids is None else gather(ids)
+    options = dict(query_ids=ids, key_ids=None if ids is None else gather(ids), reduction="sum", with_stats=with_stats)
     total, rows = 0.0, []
     for query, key, side in ((image, text, "texts"), (text, image, "images")):
         keys, first = gather_and_place(key)
-        loss = contrastive_loss(
-            query,
-            keys,
-            logit_scale,
-            target=first + torch.arange(len(query), device=query.device),
-            query_ids=ids,
-            key_ids=all_ids,
-            reduction="sum",
-            with_stats=with_stats,
-            **({} if bank is None else bank.negatives(side)),
-        )
+        target = first + torch.arange(len(query), device=query.device)
+        negatives = {} if bank is None else bank.negatives(side)
+        loss = contrastive_loss(query, keys, logit_scale, target=target, **options, **negatives)
         if with_stats:
             loss, stats = loss
             rows.append(stats)

@@ -10,7 +10,7 @@ from fgclip.losses import PairBank, Pairs, contrast_pairs, hard_negative_loss, s
 from fgclip.model import FGCLIP, l2_normalize
 from trainkit.device import to_device
 
-LOSSES = ("long", "short", "region", "hard")
+LOSSES = dict(long="sources", short="sources", region="region", hard="hard_regions")  # and what they average
 
 
 class FGCLIPLoss:
@@ -20,9 +20,9 @@ class FGCLIPLoss:
     names: those of LOSSES that are computed.
     banks: by name of a loss (not hard), the negatives of earlier steps.
 
-    A step calls `begin` with its micro-batches, then the loss with each of them in turn, then `metrics`. Every loss is
-    a mean over the pairs of the whole step, of all micro-batches on all ranks. So the micro-batches, averaged as
-    equals, make the step of one large batch in everything but the number of negatives.
+    Each step calls `begin` with its micro-batches, then the loss with each in turn, then `metrics`. A loss is a mean
+    over the pairs of all micro-batches on all ranks. Averaged as equals, the micro-batches so make the step of one
+    large batch in everything but the number of negatives.
     """
 
     def __init__(
@@ -39,11 +39,8 @@ class FGCLIPLoss:
 
     def begin(self, batches: list[dict]) -> None:
         """Counts the pairs of the step over all ranks, and forgets the metrics of the last step."""
-        sizes = [
-            (len(b["sources"]), len(b["sources"]), len(b.get("region", ())), len(b.get("hard_regions", ())))
-            for b in batches
-        ]
-        counts = distributed.all_reduce_sum(torch.tensor(sizes, dtype=torch.float64))  # (micro-batches, LOSSES)
+        counts = [[len(batch.get(key, ())) for key in LOSSES.values()] for batch in batches]
+        counts = distributed.all_reduce_sum(torch.tensor(counts, dtype=torch.float64))  # (micro-batches, LOSSES)
         totals = counts.sum(0)
         factors = torch.where(totals > 0, distributed.world_size() * len(batches) / totals, 0.0).tolist()
         self.factors = dict(zip(LOSSES, factors, strict=True))
@@ -81,15 +78,13 @@ class FGCLIPLoss:
         """The summed loss of these pairs, of all ranks' `count`, among each other and the bank."""
         image, text, scale, ids, labels = pairs
         bank = self.banks.get(name)
-        options = dict(ids=ids, reduction="sum", with_stats=True)
-        if bank is None or not use_bank:
-            loss, stats = symmetric_loss(image, text, scale, **options)
-            in_batch = stats
-        else:
+        used = bank if use_bank else None
+        loss, stats = symmetric_loss(image, text, scale, ids=ids, bank=used, reduction="sum", with_stats=True)
+        in_batch = stats
+        if used is not None:
             count = count + len(bank)
-            loss, stats = symmetric_loss(image, text, scale, bank=bank, **options)
             with torch.no_grad():
-                in_batch = symmetric_loss(image, text, scale, **options)[1]
+                in_batch = symmetric_loss(image, text, scale, ids=ids, reduction="sum", with_stats=True)[1]
         if bank is not None:
             bank.enqueue(image, text, ids, labels)
         self.add(name, **stats, columns=count * stats["rows"])

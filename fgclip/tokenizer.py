@@ -167,7 +167,7 @@ class Tokenizer:
             self.description += "; ftfy is not installed (extra: text), so damaged Unicode is not repaired"
 
     def __call__(self, texts: str | Sequence[str], context_length: int = 77) -> Tensor:
-        """Ids (N, context_length) int64 of N texts: start, words, end, zeros. A long text is cut before its end token."""
+        """Ids (N, context_length) int64 of N texts: start, words, end, zeros. Words that do not fit are cut off."""
         if context_length < 2:
             raise ValueError(f"context_length {context_length} has no room for the start and end tokens")
         texts = [texts] if isinstance(texts, str) else texts

@@ -1,4 +1,4 @@
-"""Reads weights and their configs from files and folders. Only a TorchScript archive that the caller trusts runs code."""
+"""Weights and their configs from files and folders. Only a TorchScript archive that the caller trusts can run code."""
 
 import zipfile
 from pathlib import Path
@@ -41,13 +41,19 @@ def read_weights(path: Path, trust_torchscript: bool = False) -> dict[str, Tenso
 def read_file(path: Path, trust_torchscript: bool) -> dict[str, Tensor]:
     regular_file(path, "a file or folder of weights")
     if path.suffix == ".safetensors":
-        return read_safetensors(path)
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise InputError(f'{path} needs the safetensors package: pip install "macl-fgclip[text]"') from error
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"{path} is not a readable safetensors file ({error})") from error
     if not is_torchscript(path):
         return state_dict_of(read_torch(path, "weights"), path)
     if not trust_torchscript:
-        raise InputError(
-            f"{path} is a TorchScript archive, which can hold code; use --trust-torchscript if you trust its source"
-        )
+        raise InputError(f"{path} is a TorchScript archive, which can hold code: read only with --trust-torchscript")
     try:
         return dict(torch.jit.load(path, map_location="cpu").state_dict())
     except RuntimeError as error:
@@ -60,18 +66,6 @@ def read_run(path: Path) -> dict | None:
         return None
     content = read_torch(path, "a checkpoint or weights")
     return content if isinstance(content, dict) and "model_kwargs" in content else None
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise InputError(f'{path} needs the safetensors package: pip install "macl-fgclip[text]"') from error
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a readable safetensors file ({error})") from error
 
 
 def is_torchscript(path: Path) -> bool:
@@ -91,18 +85,13 @@ def read_object(path: Path, key: str) -> dict:
     return content
 
 
-def read_config(folder: Path, openai: bool) -> dict:
-    """text_config and vision_config of a folder's config.json or open_clip_config.json; {} without either.
-
-    openai: the weights have OpenAI's names, so open_clip's file goes first, and config.json may be somebody else's.
-    """
-    own, other = folder / "config.json", folder / "open_clip_config.json"
-    if other.is_file() and (openai or not own.is_file()):
-        return from_open_clip(read_json(other, kind=dict), str(other))
-    sections = ("text_config", "vision_config")
-    if not own.is_file() or (openai and not {*sections} <= read_json(own, kind=dict).keys()):
-        return {}
-    return {section: read_object(own, section) for section in sections}
+def read_config(folder: Path) -> dict:
+    """text_config and vision_config of a folder's config.json or open_clip_config.json; {} without either."""
+    file, sections = folder / "config.json", ("text_config", "vision_config")
+    if file.is_file() and {*sections} <= read_json(file, kind=dict).keys():  # otherwise it is somebody else's
+        return {section: read_object(file, section) for section in sections}
+    file = folder / "open_clip_config.json"
+    return from_open_clip(read_json(file, kind=dict), str(file)) if file.is_file() else {}
 
 
 def from_open_clip(config: dict, source: str) -> dict:

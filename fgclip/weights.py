@@ -1,7 +1,7 @@
 """Published weights in, and out again: OpenAI's CLIP, open_clip, Hugging Face's CLIP and FG-CLIP.
 
-Three steps: read the files (`weight_files`), convert names and config to Hugging Face's, which are the model's own, and
-load strictly: every tensor of the source has a place, every parameter is filled from the source or reported as made.
+Read the files (`weight_files`), convert names and config to Hugging Face's, which are the model's own, load strictly:
+every tensor of the source has a place, every parameter is filled from the source or reported as made from another one.
 """
 
 import inspect
@@ -39,6 +39,7 @@ OPENAI_NAMES = (  # patterns and what they become, one after the other
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 )
+OPENAI_FACTS = ("input_resolution", "context_length", "vocab_size")  # numbers beside the weights
 HUGGING_FACE_NAMES = dict(  # of sizes, and ours
     hidden_size="width",
     num_hidden_layers="layers",
@@ -76,62 +77,49 @@ def load_clip_weights(
     Raises InputError on a file that is none of these, and on a tensor that is missing, unknown or of another shape.
     """
     if isinstance(path_or_state_dict, Mapping):
-        name, state, folder = "the state dict", dict(path_or_state_dict), None
+        name, state = "the state dict", dict(path_or_state_dict)
     else:
         path = Path(path_or_state_dict)
-        name, state, folder = str(path), read_weights(path, trust_torchscript), path if path.is_dir() else path.parent
-    openai = "visual.conv1.weight" in state
-    if config is None and folder is not None:
-        config = read_config(folder, openai)
+        name, state = str(path), read_weights(path, trust_torchscript)
+        config = read_config(path if path.is_dir() else path.parent) if config is None else config
     report = LoadReport(name)
-    state = from_openai(state, report) if openai else from_hugging_face(state, report)
+    state = convert(state, report)
     report.loaded = list(state)
     arguments = infer_arguments(state, config or {}, heads, activation, report)
     report.made = make_missing(state, roi_projection)
     arguments["roi_projection"] = "roi_projection.weight" in state
-    model = build(arguments, state, name)
+    model = build(arguments, state, f"{name} with its config" if config else name)
     model.config["logit_scale"] = model.logit_scale.item()
     model.load_report = report
     return model
 
 
-def from_openai(state: dict[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
-    """OpenAI's tensors under Hugging Face's names, stacked queries, keys and values apart."""
-    report.notes.append("layout: OpenAI CLIP")
-    facts = ("input_resolution", "context_length", "vocab_size")
-    report.skipped = {key: "no weights" for key in facts if key in state}
+def convert(state: dict[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
+    """The weights under Hugging Face's names, which pass unchanged; stacked queries, keys and values apart."""
+    layout = "FG-CLIP" if "text_filip_projection.weight" in state else "Hugging Face CLIP"
+    report.notes.append(f"layout: {'OpenAI CLIP' if 'visual.conv1.weight' in state else layout}")
     converted = {}
     for key, tensor in state.items():
-        if key in facts:
+        if key in OPENAI_FACTS or key.endswith("embeddings.position_ids"):
+            report.skipped[key] = "no weights"
             continue
         if key in ("visual.proj", "text_projection"):  # they multiply from the right
             tensor = torch.atleast_2d(tensor).mT
         for pattern, replacement in OPENAI_NAMES:
             key = re.sub(pattern, replacement, key)
+        parts = {key: tensor}
         if ".in_proj_" in key:
-            parts = zip("qkv", torch.atleast_1d(tensor).chunk(3), strict=False)
-            converted |= {key.replace(".in_proj_", f".{letter}_proj."): part for letter, part in parts}
-        else:
-            converted[key] = tensor
+            thirds = torch.atleast_1d(tensor).chunk(3)
+            parts = {key.replace(".in_proj_", f".{q}_proj."): third for q, third in zip("qkv", thirds, strict=False)}
+        converted |= parts
     return converted
-
-
-def from_hugging_face(state: dict[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
-    """The tensors of Hugging Face's CLIP or of FG-CLIP, without the buffers of old files."""
-    if VISION + "patch_embedding.weight" not in state or TEXT + "token_embedding.weight" not in state:
-        if "visual.layer1.0.conv1.weight" in state:
-            raise InputError(f"{report.source} is a CLIP with a ResNet; expected one with a vision transformer")
-        first = ", ".join(list(state)[:3]) or "nothing"
-        raise InputError(f"{report.source} holds no CLIP with a vision transformer; its first tensors are {first}")
-    report.notes.append(f"layout: {'FG-CLIP' if 'text_filip_projection.weight' in state else 'Hugging Face CLIP'}")
-    report.skipped = {key: "no weights" for key in state if key.endswith("embeddings.position_ids")}
-    return {key: tensor for key, tensor in state.items() if key not in report.skipped}
 
 
 def infer_arguments(
     state: dict[str, Tensor], config: dict, heads: Sequence[int] | None, activation: str | None, report: LoadReport
 ) -> dict:
     """The keywords of FGCLIP: from the config, else from the tensors' shapes, else guessed, which the report says."""
+    name = report.source
     try:
         width, _, patch, _ = state[VISION + "patch_embedding.weight"].shape
         cells = len(state[VISION + "position_embedding.weight"]) - 1
@@ -144,26 +132,24 @@ def infer_arguments(
             sizes["mlp_width"] = len(state[prefix + "0.mlp.fc1.weight"])
         embed_dim = len(state["visual_projection.weight"])
     except (KeyError, TypeError, ValueError) as error:  # no such tensor, or one with other dimensions
-        raise InputError(f"{report.source} lacks a tensor of CLIP, or it has another shape ({reason(error)})") from error
+        raise InputError(f"{name} is no CLIP with a vision transformer, or not whole ({reason(error)})") from error
     published = (width, vision["layers"], text_width, text["layers"]) in PUBLISHED
     guessed = []
     for tower, sizes, own_heads in zip(("vision", "text"), (vision, text), heads or (None, None), strict=True):
         section = config.get(f"{tower}_config") or {}
         sizes |= {ours: section[theirs] for theirs, ours in HUGGING_FACE_NAMES.items() if theirs in section}
+        guesses = dict(heads=sizes["width"] // 64 if published else None, activation="quick_gelu")
         for key, flag in (("heads", own_heads), ("activation", activation)):
             if flag is not None and sizes.setdefault(key, flag) != flag:
-                told = f"the config of {report.source} says {shown(sizes[key])} for its {tower} tower"
-                raise InputError(f"--{key}: {told}")
-        if not section and not published and own_heads is None:
+                raise InputError(f"--{key}: the config of {name} says {shown(sizes[key])} for its {tower} tower")
+            if key not in sizes and not section:
+                sizes[key] = guesses[key]
+                guessed.append(f"{tower} {key} {sizes[key]} (--{key})")
+        if sizes.get("heads", 1) is None:
             raise InputError(
-                f"{report.source}: how many attention heads models of widths {width} and {text_width} have is not "
-                "known; expected config.json or open_clip_config.json beside it, or --heads VISION TEXT"
+                f"{name}: how many attention heads models of widths {width} and {text_width} have is not known; "
+                "expected config.json or open_clip_config.json beside it, or --heads VISION TEXT"
             )
-        if not section and "heads" not in sizes:
-            sizes["heads"] = sizes["width"] // 64
-            guessed.append(f"{sizes['heads']} heads in the {tower} tower (--heads)")
-        if not section and "activation" not in sizes:
-            guessed.append(f"quick_gelu in the {tower} tower (--activation)")
     end = (config.get("text_config") or {}).get("eos_token_id")
     text["eos_id"] = None if end == 2 else end  # 2: files of before the id was corrected
     if guessed:
