@@ -65,10 +65,10 @@ def restore(run: Mapping, path: Path, weights: str) -> tuple[FGCLIP, Tokenizer]:
     state = state_dict_of(run["ema"] if weights == "ema" and run.get("ema") is not None else run["model"], path)
     model = build(run["model_kwargs"], state, f"{path} (damaged, or written by another version of the model)")
     model.load_report = LoadReport(str(path), list(state))
-    merges, size = checked_merges(run["merges"], str(path)), model.text_model.vocab_size
-    if Tokenizer(merges).vocab_size > size:
-        raise InputError(f"{path}: merges for {Tokenizer(merges).vocab_size} tokens, but the model has fewer")
-    return model, Tokenizer(merges, vocab_size=size)
+    tokenizer = Tokenizer(checked_merges(run["merges"], str(path)))
+    if tokenizer.vocab_size > model.text_model.vocab_size:
+        raise InputError(f"{path}: merges for {tokenizer.vocab_size} tokens, but the model has fewer")
+    return model, Tokenizer(tokenizer.merges, vocab_size=model.text_model.vocab_size)
 
 
 def published_tokenizer(path: Path, vocab: str | Path | None, vocab_size: int) -> Tokenizer:

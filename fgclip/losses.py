@@ -1,7 +1,7 @@
 """The losses of FG-CLIP (Xie et al. 2025), gathered across ranks, and the memory bank of negatives.
 
-Features are unit vectors, a scale is the multiplier itself and not its logarithm, logits are float32. Each rank scores
-its own rows against those of all ranks; the mean of what the ranks return is the loss of the whole batch.
+All take unit vectors and the scale itself, not its logarithm; logits are float32. Each rank scores its own rows against
+those of all ranks; the mean of what the ranks return is the loss of the whole batch.
 """
 
 import hashlib
@@ -80,12 +80,10 @@ def symmetric_loss(
 
     image, text: (N, D), pair i is row i; N may be 0 and differ between ranks.
     logit_scale: 0-d, the multiplier.
-    ids: (N,) int64. Pairs with the same id (see `caption_ids`) are no negatives of each other; -1 is nobody's id.
+    ids: (N,) int64; pairs with the same id (see `caption_ids`) are no negatives of each other; -1 is nobody's id.
     bank: further negatives for both directions, without gradient (He et al., MoCo, equation 1).
     reduction: "mean" over the pairs of all ranks, or "sum" over this rank's. A lone pair without bank has loss 0.
-    with_stats: return (loss, statistics), a dict of 0-d sums over this rank's rows of both directions: rows, loss,
-        candidates, loss_over_chance (loss / ln of the row's candidates), top1 (the pair scores above every other),
-        rows_with_negatives.
+    with_stats: return (loss, `_statistics` of this rank's rows of both directions).
     """
     options = dict(query_ids=ids, key_ids=None if ids is None else gather(ids), reduction="sum", with_stats=with_stats)
     total, rows = 0.0, []
@@ -121,8 +119,8 @@ def hard_negative_loss(
     region: (K, D).
     text: (H, D), region after region, its own phrase first.
     counts: (K,) int64, how many phrases each region has, at least 1; by default H / K.
-    ids: (H,) int64. An alteration with the id of the region's own phrase is left out; -1 is nobody's id.
-    reduction, with_stats: as in `symmetric_loss`. Only the mean needs the other ranks.
+    ids: (H,) int64; an alteration with the id of the region's own phrase is left out; -1 is nobody's id.
+    reduction, with_stats: as in `symmetric_loss`.
     """
     if counts is None:
         counts = torch.full((len(region),), len(text) // max(len(region), 1), device=region.device)
@@ -149,7 +147,7 @@ def hard_negative_loss(
 
 
 def _statistics(logsumexp: Tensor, positive: Tensor, negative: Tensor, candidates: Tensor) -> dict[str, Tensor]:
-    """Sums over rows. One without negatives is no hit, and has no part in the means that need one."""
+    """Sums over rows, 0-d. loss_over_chance: loss / ln(candidates); top1: hits, for which a row needs negatives."""
     loss = logsumexp - positive
     contested = candidates > 1
     return dict(

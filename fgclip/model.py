@@ -91,11 +91,8 @@ class FGCLIP(nn.Module):
 
     def log_scales(self) -> dict[str, nn.Parameter]:
         """The logarithms of the scales, by the loss they belong to."""
-        return {
-            "global": self.logit_scale,
-            "region": self.logit_scale_finegraind,
-            "hard": self.logit_scale_hardneg,
-        }
+        scales = (self.logit_scale, self.logit_scale_finegraind, self.logit_scale_hardneg)
+        return dict(zip(("global", "region", "hard"), scales, strict=True))
 
     def logit_scales(self) -> dict[str, Tensor]:
         """The multipliers of the cosines, exp of `log_scales`."""

@@ -144,10 +144,7 @@ class FGCLIPLoss:
 
 
 def freeze_unreached(model: FGCLIP, names: Collection[str]) -> None:
-    """Freezes the parameters that none of the named LOSSES has a path to.
-
-    DistributedDataParallel waits for the gradient of every parameter that is trainable.
-    """
+    """Freezes the parameters that none of the named LOSSES reaches: DDP waits for a gradient of all trainable ones."""
     captions, regions = {"long", "short"} & {*names}, {"region", "hard"} & {*names}
     attention = f"vision_model.encoder.layers.{len(model.vision_model.encoder.layers) - 1}.self_attn"
     table = "text_model.embeddings.position_embedding"

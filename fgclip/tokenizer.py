@@ -23,10 +23,6 @@ try:
     import ftfy
 except ImportError:
     ftfy = None
-try:
-    import regex
-except ImportError:
-    regex = None
 
 PUBLISHED_MERGES = 49152 - 256 - 2  # CLIP uses the first 48894 lines of a longer file
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -47,17 +43,14 @@ def byte_symbols() -> dict[int, str]:
 
 @cache
 def word_pattern():
-    """Splits clean text into words: specials, contractions, runs of letters, single digits, runs of anything else."""
-    if regex is not None:
-        letter, number, other = r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]"
-        compile_pattern = regex.compile
-    else:  # the same classes spelt with the standard library, whose \w is letters, numbers and the underscore
-        characters = map(chr, range(sys.maxunicode + 1))
-        numerals = "".join(c for c in characters if unicodedata.category(c) in ("Nl", "No"))
-        letter, number, other = rf"[^\W\d_{numerals}]", rf"[\d{numerals}]", r"(?:_|[^\s\w])"
-        compile_pattern = re.compile
+    """Splits clean text into words: specials, contractions, runs of letters, single digits, runs of anything else.
+
+    CLIP's classes \\p{L} and \\p{N} in terms of \\w, which is letters, numbers and the underscore.
+    """
+    numerals = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
+    letter, number, other = rf"[^\W\d_{numerals}]", rf"[\d{numerals}]", r"(?:_|[^\s\w])"
     special = f"{re.escape(START)}|{re.escape(END)}"
-    return compile_pattern(rf"{special}|'s|'t|'re|'ve|'m|'ll|'d|{letter}+|{number}|{other}+", re.IGNORECASE)
+    return re.compile(rf"{special}|'s|'t|'re|'ve|'m|'ll|'d|{letter}+|{number}|{other}+", re.IGNORECASE)
 
 
 def clean(text: str) -> str:
@@ -154,13 +147,11 @@ class Tokenizer:
         symbols = list(byte_symbols().values())
         symbols = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
         self.vocab_size = len(symbols) + 2 if vocab_size is None else vocab_size
-        if self.vocab_size < len(symbols) + 2:
-            raise ValueError(f"vocab_size {vocab_size} is below the {len(symbols) + 2} of these merges")
         self.encoder = {symbol: i for i, symbol in enumerate(symbols)}
         self.encoder |= {START: self.vocab_size - 2, END: self.vocab_size - 1}
         self.ranks = {pair: i for i, pair in enumerate(merges)}
-        self.words = {START: [self.encoder[START]], END: [self.encoder[END]]}
         self.bos_id, self.eos_id = self.encoder[START], self.encoder[END]
+        self.words: dict[str, list[int]] = {}  # a cache
         self.truncated = 0
         self.description = f"CLIP BPE with {len(merges)} merges {origin}" if merges else "CLIP BPE on bytes, no merges"
         if ftfy is None:
@@ -168,8 +159,6 @@ class Tokenizer:
 
     def __call__(self, texts: str | Sequence[str], context_length: int = 77) -> Tensor:
         """Ids (N, context_length) int64 of N texts: start, words, end, zeros. Words that do not fit are cut off."""
-        if context_length < 2:
-            raise ValueError(f"context_length {context_length} has no room for the start and end tokens")
         texts = [texts] if isinstance(texts, str) else texts
         tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
         for row, text in zip(tokens, texts, strict=True):
@@ -188,14 +177,14 @@ class Tokenizer:
         """Ids of one word: its bytes, the last one marked, then the pair of lowest rank merged until none is left."""
         if word in self.words:
             return self.words[word]
-        symbols = word_symbols(word)
+        symbols = [word] if word in (START, END) else word_symbols(word)
         while len(symbols) > 1:
             pair = min(pairwise(symbols), key=lambda p: self.ranks.get(p, sys.maxsize))
             if pair not in self.ranks:
                 break
             symbols = merge_pair(symbols, pair)
         if len(self.words) >= WORD_CACHE:
-            self.words = {w: self.words[w] for w in (START, END)}
+            self.words.clear()
         self.words[word] = [self.encoder[s] for s in symbols]
         return self.words[word]
 

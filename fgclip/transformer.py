@@ -29,10 +29,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, query: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """query (B, Q, C) attends to x (B, L, C). mask broadcasts to (B, heads, Q, L), True = may be seen."""
-        q, k, v = (
-            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, C / heads)
-            for projected in (self.q_proj(query), self.k_proj(x), self.v_proj(x))
-        )
+        projected = (self.q_proj(query), self.k_proj(x), self.v_proj(x))
+        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in projected)  # (B, heads, L, head)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out_proj(mixed.transpose(1, 2).flatten(-2))  # (B, Q, C)
 
@@ -95,8 +93,6 @@ class Encoder(nn.Module):
 
     def __init__(self, layers: int, width: int, heads: int, mlp_width: int, activation: str, eps: float):
         super().__init__()
-        if layers < 1:
-            raise ValueError(f"layers {layers} must be at least 1")
         self.layers = nn.ModuleList(Block(width, heads, mlp_width, activation, eps) for _ in range(layers))
         self.checkpointing = False
         output_std = width**-0.5 * (2 * layers) ** -0.5

@@ -9,14 +9,8 @@ from torch import Tensor
 from trainkit.errors import InputError
 from trainkit.files import inside, number, read_json, read_torch, regular_file, shown, state_dict_of
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin",
-)
+EXPECTED = "a checkpoint, or a file or folder of weights"
+WEIGHT_FILES = "model.safetensors pytorch_model.bin open_clip_model.safetensors open_clip_pytorch_model.bin".split()
 # Of open_clip's configs: sizes with open_clip's defaults; keys that say nothing about the features; values that, under
 # any other key, change nothing.
 OPEN_CLIP = dict(vision=dict(width=768, layers=12, head_width=64), text=dict(width=512, layers=12, heads=8))
@@ -26,10 +20,11 @@ OPEN_CLIP_PLAIN = ("tok", "argmax", "default", "linear", "learnable")
 
 
 def read_weights(path: Path, trust_torchscript: bool = False) -> dict[str, Tensor]:
-    """The tensors in a file, or in a folder with one of WEIGHT_FILES. Raises InputError."""
+    """The tensors in a file, or in a folder with one of WEIGHT_FILES or its .index.json. Raises InputError."""
     if not path.is_dir():
         return read_file(path, trust_torchscript)
-    file = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    names = [name + end for name in WEIGHT_FILES for end in ("", ".index.json")]
+    file = next((path / name for name in names if (path / name).is_file()), None)
     if file is None:
         raise InputError(f"{path} holds none of {', '.join(WEIGHT_FILES)}")
     shards = [file]
@@ -39,8 +34,7 @@ def read_weights(path: Path, trust_torchscript: bool = False) -> dict[str, Tenso
 
 
 def read_file(path: Path, trust_torchscript: bool) -> dict[str, Tensor]:
-    regular_file(path, "a file or folder of weights")
-    if path.suffix == ".safetensors":
+    if regular_file(path, EXPECTED).suffix == ".safetensors":
         try:
             from safetensors import SafetensorError
             from safetensors.torch import load_file
@@ -51,7 +45,7 @@ def read_file(path: Path, trust_torchscript: bool) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise InputError(f"{path} is not a readable safetensors file ({error})") from error
     if not is_torchscript(path):
-        return state_dict_of(read_torch(path, "weights"), path)
+        return state_dict_of(read_torch(path, EXPECTED), path)
     if not trust_torchscript:
         raise InputError(f"{path} is a TorchScript archive, which can hold code: read only with --trust-torchscript")
     try:
@@ -62,9 +56,9 @@ def read_file(path: Path, trust_torchscript: bool) -> dict[str, Tensor]:
 
 def read_run(path: Path) -> dict | None:
     """A training run's checkpoint; None for weights of other kinds. Raises InputError."""
-    if path.is_dir() or path.suffix == ".safetensors" or is_torchscript(path):
+    if path.is_dir() or regular_file(path, EXPECTED).suffix == ".safetensors" or is_torchscript(path):
         return None
-    content = read_torch(path, "a checkpoint or weights")
+    content = read_torch(path, EXPECTED)
     return content if isinstance(content, dict) and "model_kwargs" in content else None
 
 

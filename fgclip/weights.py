@@ -60,7 +60,6 @@ def load_clip_weights(
     path_or_state_dict: str | Path | Mapping[str, Tensor],
     config: dict | None = None,
     *,
-    roi_projection: bool = False,
     trust_torchscript: bool = False,
     heads: Sequence[int] | None = None,
     activation: str | None = None,
@@ -70,7 +69,6 @@ def load_clip_weights(
     path_or_state_dict: a Hugging Face directory, a file (safetensors, torch.save, OpenAI's TorchScript), or a dict.
     config: the dict of a Hugging Face config.json; by default read from config.json or open_clip_config.json in the
         directory, or beside the file. Without one the end token is the largest id.
-    roi_projection: give regions a projection of their own, a copy of the image's where the source has none.
     trust_torchscript: read TorchScript archives too, whose code torch.jit.load may run.
     heads, activation: attention heads of image and text tower, "gelu" or "quick_gelu", where no config tells. By
         default they are guessed for the published sizes that have heads of 64: width / 64, quick_gelu.
@@ -86,8 +84,7 @@ def load_clip_weights(
     state = convert(state, report)
     report.loaded = list(state)
     arguments = infer_arguments(state, config or {}, heads, activation, report)
-    report.made = make_missing(state, roi_projection)
-    arguments["roi_projection"] = "roi_projection.weight" in state
+    report.made = make_missing(state)
     model = build(arguments, state, f"{name} with its config" if config else name)
     model.config["logit_scale"] = model.logit_scale.item()
     model.load_report = report
@@ -154,18 +151,16 @@ def infer_arguments(
     text["eos_id"] = None if end == 2 else end  # 2: files of before the id was corrected
     if guessed:
         report.notes.append(f"guessed: {', '.join(guessed)}")
-    return dict(vision=vision, text=text, embed_dim=embed_dim)
+    return dict(vision=vision, text=text, embed_dim=embed_dim, roi_projection="roi_projection.weight" in state)
 
 
-def make_missing(state: dict[str, Tensor], roi_projection: bool) -> dict[str, str]:
-    """Adds to `state` what plain CLIP lacks, each from what it takes over; returns name -> origin."""
+def make_missing(state: dict[str, Tensor]) -> dict[str, str]:
+    """Adds to `state` what plain CLIP lacks, each a copy of another tensor; returns name -> origin."""
     table = TEXT + "position_embedding.weight"
     tables = [f"{TEXT}position_embedding_{kind}.weight" for kind in ("res", "ori")]
     origins = {"logit_scale_finegraind": "logit_scale", "logit_scale_hardneg": "logit_scale"}
     if stretched_length(len(state[table])) is not None:
         origins |= {"text_filip_projection.weight": "text_projection.weight", **dict.fromkeys(tables, table)}
-    if roi_projection:
-        origins["roi_projection.weight"] = "visual_projection.weight"
     made = {}
     for target, origin in origins.items():
         if target not in state and origin in state:
@@ -205,29 +200,21 @@ def build(arguments: Mapping, state: Mapping[str, Tensor], source: str) -> FGCLI
 
 def hugging_face_config(model: FGCLIP) -> dict:
     """The config.json of a model, from which `load_clip_weights` builds the same."""
-    config = dict(architectures=["FGCLIPModel"], model_type="clip", logit_scale_init_value=model.logit_scale.item())
-    config["projection_dim"] = model.config["embed_dim"]
+    config = dict(architectures=["FGCLIPModel"], model_type="clip", projection_dim=model.config["embed_dim"])
     for name, tower in (("vision", VisionTower), ("text", TextTower)):
         sizes = {key: keyword.default for key, keyword in inspect.signature(tower).parameters.items()}
         sizes |= model.config[name]
-        own = {theirs: sizes[ours] for theirs, ours in HUGGING_FACE_NAMES.items() if ours in sizes}
-        config[f"{name}_config"] = own | dict(projection_dim=config["projection_dim"])
-    text = model.text_model
-    config["text_config"]["max_position_embeddings"] = text.context_length
-    config["text_config"]["eos_token_id"] = 2 if text.eos_id is None else text.eos_id
+        config[f"{name}_config"] = {theirs: sizes[ours] for theirs, ours in HUGGING_FACE_NAMES.items() if ours in sizes}
+    text, eos_id = config["text_config"], model.text_model.eos_id
+    text |= dict(max_position_embeddings=model.text_model.context_length, eos_token_id=2 if eos_id is None else eos_id)
     return config
 
 
 def save_clip_weights(model: FGCLIP, directory: str | Path) -> None:
-    """Writes model.safetensors and config.json in the FG-CLIP layout, each complete or not at all.
+    """Writes model.safetensors and config.json in the FG-CLIP layout. Needs the safetensors package."""
+    from safetensors.torch import save
 
-    Raises InputError without the safetensors package.
-    """
     directory = Path(directory)
-    try:
-        from safetensors.torch import save
-    except ImportError as error:
-        raise InputError(f'{directory} needs the safetensors package: pip install "macl-fgclip[text]"') from error
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with whole_file(directory / "model.safetensors") as file:

@@ -430,7 +430,7 @@ def test_a_guess_about_published_weights_is_printed(folder, tmp_path, monkeypatc
     flags = ("--vocab", "bytes", "--count", 2)
     assert "--heads VISION TEXT" in refused(capsys, tmp_path, *flags, checkpoint="")
     run(tmp_path, *flags, "--heads", 4, 4, checkpoint="")
-    assert "guessed: quick_gelu in the vision tower (--activation)" in capsys.readouterr().err
+    assert "guessed: vision activation quick_gelu (--activation)" in capsys.readouterr().err
     run(tmp_path, *flags, "--heads", 4, 4, "--activation", "gelu", checkpoint="")
     assert "guessed" not in capsys.readouterr().err
 
