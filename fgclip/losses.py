@@ -5,13 +5,11 @@ those of all ranks; the mean of what the ranks return is the loss of the whole b
 """
 
 import hashlib
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fgclip.model import l2_normalize
 from kernels import MemoryBank, contrastive_loss
 from trainkit.distributed import gather, gather_and_place, global_mean
 
@@ -158,32 +156,3 @@ def _statistics(logsumexp: Tensor, positive: Tensor, negative: Tensor, candidate
         top1=(contested & (positive > negative)).sum().to(loss.dtype),
         candidates=candidates.sum().to(loss.dtype),
     )
-
-
-class Pairs(NamedTuple):
-    """What `symmetric_loss` and `PairBank.enqueue` take for one named loss."""
-
-    image: Tensor
-    text: Tensor
-    logit_scale: Tensor
-    ids: Tensor
-    labels: Tensor | None
-
-
-def contrast_pairs(features: dict[str, Tensor], batch: dict) -> dict[str, Pairs]:
-    """The pairs of the losses long, short and region, as far as the batch has them.
-
-    features: what FGCLIP.forward returned for the batch.
-    batch: what forward took, with short_ids (U,) and long_ids (V,), the `caption_ids` of its texts, and for banks of
-        two classes labels (B,) and region_labels (R,).
-    """
-    pairs, image = {}, l2_normalize(features["image"])
-    for name in ("long", "short"):
-        if name in features:
-            text, ids = l2_normalize(features[name]), batch[f"{name}_ids"][batch[name]]
-            pairs[name] = Pairs(image, text, features["scale_global"], ids, batch.get("labels"))
-    if "regions" in features:
-        region, text = l2_normalize(features["regions"]), l2_normalize(features["region_texts"])
-        ids = batch["short_ids"][batch["region"]]
-        pairs["region"] = Pairs(region, text, features["scale_region"], ids, batch.get("region_labels"))
-    return pairs

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import trainkit.distributed as distributed
-from fgclip.losses import PairBank, Pairs, contrast_pairs, hard_negative_loss, symmetric_loss
+from fgclip.losses import PairBank, hard_negative_loss, symmetric_loss
 from fgclip.model import FGCLIP, l2_normalize
 from trainkit.device import to_device
 
@@ -51,10 +51,10 @@ class FGCLIPLoss:
         """The losses () of the next micro-batch. Afterwards its pairs are in the banks, `use_banks` or not."""
         batch, counts = to_device(batch, self.device), next(self.counts)
         features = self.model(batch)
-        losses = {}
-        for name, pairs in contrast_pairs(features, batch).items():
-            if name in self.names:
-                loss = self.contrast(name, pairs, counts[name], use_banks)
+        losses, image = {}, l2_normalize(features["image"])
+        for name in ("long", "short", "region"):
+            if name in self.names and name in batch:
+                loss = self.contrast(name, image, features, batch, counts[name], use_banks)
                 losses[f"loss_{name}"] = self.factors[name] * loss
         if "hard" in self.names:
             loss, stats = hard_negative_loss(
@@ -74,10 +74,15 @@ class FGCLIPLoss:
                 self.add(f"norm_{name}", sum=features[name].detach().norm(dim=-1).sum(), count=len(features[name]))
         return losses
 
-    def contrast(self, name: str, pairs: Pairs, count: Tensor, use_bank: bool) -> Tensor:
-        """The summed loss of these pairs, of all ranks' `count`, among each other and the bank."""
-        image, text, scale, ids, labels = pairs
-        bank = self.banks.get(name)
+    def contrast(self, name: str, image: Tensor, features: dict, batch: dict, count: Tensor, use_bank: bool) -> Tensor:
+        """The summed loss of one kind of pairs, `count` of them on all ranks, among each other and the bank."""
+        if name == "region":
+            image, text, scale = l2_normalize(features["regions"]), features["region_texts"], features["scale_region"]
+            ids, labels = batch["short_ids"][batch["region"]], batch["region_labels"]
+        else:
+            text, scale = features[name], features["scale_global"]
+            ids, labels = batch[f"{name}_ids"][batch[name]], batch["labels"]
+        text, bank = l2_normalize(text), self.banks.get(name)
         used = bank if use_bank else None
         loss, stats = symmetric_loss(image, text, scale, ids=ids, bank=used, reduction="sum", with_stats=True)
         in_batch = stats

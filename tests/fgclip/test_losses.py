@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fgclip import Tokenizer
-from fgclip.losses import PairBank, caption_ids, contrast_pairs, hard_negative_loss, symmetric_loss
+from fgclip.losses import PairBank, caption_ids, hard_negative_loss, symmetric_loss
 from fgclip.model import l2_normalize
 
 SCALE = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
@@ -182,25 +182,6 @@ def test_caption_ids_depend_on_the_text_alone():
     padded_with_end[(padded_with_end == tokenizer.eos_id).cumsum(1) > 0] = tokenizer.eos_id
     assert caption_ids(padded_with_end, tokenizer.eos_id).equal(ids)
     assert ids[0].item() == 8113415350517407081  # the same on every machine and in every version
-
-
-def test_pairs_of_a_batch():
-    features = dict(
-        image=rows(2, 1) * 3, short=rows(2, 2) * 2, long=rows(2, 3), regions=rows(3, 4) * 5, region_texts=rows(3, 5)
-    ) | dict(scale_global=SCALE, scale_region=SCALE * 2, scale_hard=SCALE * 3)
-    batch = dict(short_ids=torch.tensor([10, 11, 12]), long_ids=torch.tensor([20]))
-    batch |= dict(short=torch.tensor([1, 2]), long=torch.tensor([0, 0]), region=torch.tensor([0, 0, 1]))
-    batch |= dict(region_labels=torch.tensor([0, 1, 0]))
-    pairs = contrast_pairs(features, batch)
-    assert pairs.keys() == {"long", "short", "region"}
-    assert pairs["short"].ids.tolist() == [11, 12] and pairs["long"].ids.tolist() == [20, 20]
-    assert pairs["region"].ids.tolist() == [10, 10, 11] and pairs["region"].labels.tolist() == [0, 1, 0]
-    assert pairs["region"].logit_scale == 14 and pairs["short"].logit_scale == 7
-    for pair in pairs.values():
-        torch.testing.assert_close(pair.image.norm(dim=1), torch.ones(len(pair.image), dtype=torch.float64))
-        torch.testing.assert_close(pair.text.norm(dim=1), torch.ones(len(pair.text), dtype=torch.float64))
-    del features["regions"], features["long"]
-    assert contrast_pairs(features, batch).keys() == {"short"}
 
 
 def test_gradients_of_rows_that_repeat_add_up_in_one_order(backward_nodes):
