@@ -153,20 +153,16 @@ def freeze_unreached(model: FGCLIP, names: Collection[str]) -> None:
     captions, regions = {"long", "short"} & {*names}, {"region", "hard"} & {*names}
     attention = f"vision_model.encoder.layers.{len(model.vision_model.encoder.layers) - 1}.self_attn"
     table = "text_model.embeddings.position_embedding"
-    reached = {
-        "logit_scale": captions,
-        "logit_scale_finegraind": "region" in names,
-        "logit_scale_hardneg": "hard" in names,
-        "visual_projection": captions or not model.config["roi_projection"],
-        "roi_projection": regions,
-        "text_projection": regions or "short" in names,
-        "text_filip_projection": "long" in names,
-        table: regions or "short" in names,
-        f"{table}_res": "long" in names,
-        f"{table}_ori": "long" in names,
-        f"{attention}.q_proj": captions,  # the regions' path goes by the values alone
-        f"{attention}.k_proj": captions,
-    }
+    parts = (  # the regions' path in the last block goes by the values alone
+        (captions, "logit_scale", f"{attention}.q_proj", f"{attention}.k_proj"),
+        ("long" in names, "text_filip_projection", f"{table}_res", f"{table}_ori"),
+        (regions or "short" in names, "text_projection", table),
+        ("region" in names, "logit_scale_finegraind"),
+        ("hard" in names, "logit_scale_hardneg"),
+        (regions, "roi_projection"),
+        (captions or not model.config["roi_projection"], "visual_projection"),
+    )
+    unreached = [f"{part}." for reached, *group in parts if not reached for part in group]
     for name, parameter in model.named_parameters():
-        if any(f"{name}.".startswith(f"{part}.") for part, reach in reached.items() if not reach):
+        if f"{name}.".startswith(tuple(unreached)):
             parameter.requires_grad_(False)
