@@ -9,7 +9,7 @@ from torch import Tensor
 from trainkit.errors import InputError
 from trainkit.files import inside, number, read_json, read_torch, regular_file, shown, state_dict_of
 
-EXPECTED = "a checkpoint, or a file or folder of weights"
+EXPECTED = "a file or folder of weights"
 WEIGHT_FILES = "model.safetensors pytorch_model.bin open_clip_model.safetensors open_clip_pytorch_model.bin".split()
 # Of open_clip's configs: sizes with open_clip's defaults; keys that say nothing about the features; values that, under
 # any other key, change nothing.
