@@ -34,7 +34,7 @@ from fgclip.data import COCO, FineHARD
 from fgclip.loading import check_image_size
 from fgclip.losses import PairBank
 from fgclip.model import MAX_LOGIT_SCALE
-from fgclip.objective import Objective, freeze_unreached
+from fgclip.objective import FGCLIPLoss, freeze_unreached
 from fgclip.synthetic import PLACEMENTS, SyntheticRegions, vocabulary
 from fgclip.transformer import ACTIVATIONS
 from fgclip.validation import best_metric, embed, validation_metrics, validation_text
@@ -365,9 +365,9 @@ def logit_scales(args: argparse.Namespace, models: list[FGCLIP], optimizer: torc
     ]
 
 
-def diagnostics_text(metrics: dict, objective: Objective, drift: ParameterDrift) -> list[str]:
+def diagnostics_text(metrics: dict, objective: FGCLIPLoss, drift: ParameterDrift) -> list[str]:
     """--diagnostics: the step's metrics, the range of the logits, and the parameter drift since the last time."""
-    ranges = {name: ends.tolist() for name, ends in objective.ranges.items()}
+    ranges = {name: ends.tolist() for name, ends in objective.logit_ranges.items()}
     return [
         "  metrics: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()),
         "  logits: " + ", ".join("{} {:.3g} to {:.3g}".format(name, *ends) for name, ends in ranges.items()),
@@ -403,7 +403,7 @@ def check(messages: list[str], train_data, val_data, tokenizer, lengths, train_s
     objective.begin(batches)
     result = train_step(batches, keep_gradients=True)
     print("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items()))
-    print("metrics: " + ", ".join(f"{name} {value:.4g}" for name, value in objective.figures().items()))
+    print("metrics: " + ", ".join(f"{name} {value:.4g}" for name, value in objective.metrics().items()))
     for name, norm in module_gradient_norms(model).items():
         print(f"gradient norm of {name}: " + ("no gradient" if norm is None else f"{norm:.4g}"))
 
@@ -450,7 +450,7 @@ def main(arguments: list[str] | None = None) -> None:
         name: PairBank(size, bare.visual_projection.out_features, classes=args.bank_classes, device=device)
         for name, size in sizes.items() if size and name in enabled
     })  # fmt: skip
-    objective = Objective(model, names=enabled, banks=banks, device=device)
+    objective = FGCLIPLoss(model, names=enabled, banks=banks, device=device)
     train_step = TrainStep(
         model, optimizer, forward=lambda _, batch: (objective(batch), {}), weights=weights,
         describe=lambda batch: batch["sources"], device=device, schedule=schedule, average=average, amp=args.amp,
@@ -475,7 +475,7 @@ def main(arguments: list[str] | None = None) -> None:
                 result = train_step(batches)
                 for each in models:
                     each.clamp_logit_scales()
-                metrics = objective.figures()
+                metrics = objective.metrics()
                 metrics |= {f"logit_scale_{name}": scale.item() for name, scale in bare.log_scales().items()}
                 shown = {name: metrics[name] for name in PRINTED if name in metrics}
                 run.log_step(

@@ -28,7 +28,7 @@ import fgclip
 from benchmarks import common
 from fgclip.batches import Collate
 from trainkit.device import to_device
-from fgclip.losses import PairBank, contrast_pairs, hard_negative_loss, symmetric_loss
+from fgclip.losses import PairBank, hard_negative_loss, symmetric_loss
 from fgclip.model import unit
 from fgclip.synthetic import PHRASES, SyntheticRegions
 from fgclip.tokenizer import learn_merges
@@ -136,16 +136,21 @@ def losses_of(features: dict, batch: dict, bank: PairBank | None, symmetric, har
 
     symmetric, hard: `symmetric_loss` and `hard_negative_loss`, or their plain forms.
     """
-    pairs = contrast_pairs(features, batch)
-    losses = {}
-    for name, (image, text, scale, ids, _) in pairs.items():
-        losses[name] = symmetric(image, text, scale, ids=ids, bank=bank if name == "region" else None)
+    losses, image = {}, unit(features["image"])
+    for name in ("long", "short"):
+        if name in features:
+            ids = batch[f"{name}_ids"][batch[name]]
+            losses[name] = symmetric(image, unit(features[name]), features["scale_global"], ids=ids, bank=None)
+    if "regions" in features:
+        region, text = unit(features["regions"]), unit(features["region_texts"])
+        ids = batch["short_ids"][batch["region"]]
+        losses["region"] = symmetric(region, text, features["scale_region"], ids=ids, bank=bank)
+        if bank is not None:
+            bank.enqueue(region, text, ids)
     if "hard_texts" in features:
         region, text = unit(features["regions"])[batch["hard_regions"]], unit(features["hard_texts"])
         ids = batch["short_ids"][batch["hard"]]
         losses["hard"] = hard(region, text, features["scale_hard"], counts=batch["hard_counts"], ids=ids)
-    if bank is not None and "region" in pairs:
-        bank.enqueue(pairs["region"].image, pairs["region"].text, pairs["region"].ids)
     return losses
 
 

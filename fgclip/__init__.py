@@ -11,6 +11,7 @@ if not hasattr(kernels, "roi_align_project"):
 from fgclip.loading import load_model  # noqa: E402
 from fgclip.model import FGCLIP  # noqa: E402
 from fgclip.tokenizer import Tokenizer  # noqa: E402
-from fgclip.weights import LoadReport, load_clip_weights, save_clip_weights  # noqa: E402
+from fgclip.weights import load_clip_weights, save_clip_weights  # noqa: E402
+from trainkit.load_report import LoadReport  # noqa: E402
 
 __all__ = ["FGCLIP", "LoadReport", "Tokenizer", "load_clip_weights", "load_model", "save_clip_weights"]

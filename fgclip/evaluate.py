@@ -101,7 +101,7 @@ def open_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer]:
         args.checkpoint, args.vocab, weights=args.weights, trust_torchscript=args.trust_torchscript,
         heads=args.heads, activation=args.activation,
     )  # fmt: skip
-    if model.load_report.guessed and distributed.is_main():
+    if any(note.startswith("guessed") for note in model.load_report.notes) and distributed.is_main():
         print(model.load_report, file=sys.stderr)
     args.image_size = args.image_size or model.vision_model.image_size
     check_image_size(model, args.image_size)

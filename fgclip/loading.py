@@ -6,11 +6,11 @@ from pathlib import Path
 from fgclip.model import FGCLIP
 from fgclip.tokenizer import Tokenizer, checked_merges
 from fgclip.weight_files import read_run
-from fgclip.weights import LoadReport, build_empty, fill, load_clip_weights
+from fgclip.weights import build, load_clip_weights
 from trainkit.errors import InputError
 from trainkit.files import state_dict_of
+from trainkit.load_report import LoadReport
 
-SCRIPT = "fgclip"  # what a run's checkpoint calls the script that wrote it
 MAX_IMAGE_SIZE = 4096  # pixels, of the square that a model is shown
 MERGE_FILES = ("tokenizer.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 
@@ -30,21 +30,18 @@ def load_model(
     vocab: for published weights, the merges as in `Tokenizer`; by default a file of them beside the weights, else those
         of an installed CLIP package. "bytes" goes without any, with weights that were trained on merges to no good.
     weights: of a run, "ema" takes the averaged weights where there are any, "raw" the trained ones.
-    trust_torchscript: read TorchScript archives too, whose code torch.jit.load may run.
-    heads, activation: of published weights, as in `load_clip_weights`.
+    trust_torchscript, heads, activation: for published weights, as in `load_clip_weights`.
     Raises InputError on files of another kind, and where tokenizer and weights do not have the same vocabulary.
     """
     path = Path(path)
     run = read_run(path)
-    if run is not None:
-        if vocab is not None:
-            raise InputError(f"--vocab {vocab}: the run's checkpoint {path} brings its own tokenizer")
-        if heads or activation:
-            raise InputError(f"--heads, --activation: the run's checkpoint {path} brings its own")
-        model, tokenizer = restore(run, path, weights)
-    else:
+    if run is None:
         model = load_clip_weights(path, trust_torchscript=trust_torchscript, heads=heads, activation=activation)
-        tokenizer = published_tokenizer(path, vocab, model.text_model.vocab_size)
+        return model.eval(), published_tokenizer(path, vocab, model.text_model.vocab_size)
+    for flag, value in (("--vocab", vocab), ("--heads", heads), ("--activation", activation)):
+        if value is not None:
+            raise InputError(f"{flag}: the run's checkpoint {path} brings its own tokenizer, heads and activation")
+    model, tokenizer = restore(run, path, weights)
     return model.eval(), tokenizer
 
 
@@ -55,23 +52,19 @@ def check_image_size(model: FGCLIP, image_size: int) -> None:
         raise InputError(f"--image-size {image_size}: expected {expected}")
 
 
-def restore(run: Mapping, path: Path, weights: str = "ema") -> tuple[FGCLIP, Tokenizer]:
+def restore(run: Mapping, path: Path, weights: str) -> tuple[FGCLIP, Tokenizer]:
     """The model and tokenizer of a run's checkpoint that is already read.
 
     Keys: script; model_kwargs, the keywords of FGCLIP; model and ema (None without averaging), state dicts; merges, the
     tokenizer's, a list of pairs.
     """
-    if weights not in ("ema", "raw"):
-        raise ValueError(f"weights {weights!r} is neither ema nor raw")
-    if run.get("script") != SCRIPT:
+    if run.get("script") != "fgclip":
         raise InputError(f"{path} is a checkpoint of train_{run.get('script')}.py; expected one of train_fgclip.py")
     if lacking := [key for key in ("model", "merges") if key not in run]:
         raise InputError(f"{path} lacks {', '.join(lacking)}, which a checkpoint of train_fgclip.py holds")
     state = state_dict_of(run["ema"] if weights == "ema" and run.get("ema") is not None else run["model"], path)
-    source = f"{path} (damaged, or written by another version of the model)"
-    model = build_empty(run["model_kwargs"], state, source)
-    fill(model, state, source)
-    model.load_report = LoadReport(str(path), "a run's checkpoint", tuple(state), {}, ())
+    model = build(run["model_kwargs"], state, f"{path} (damaged, or written by another version of the model)")
+    model.load_report = LoadReport(str(path), list(state))
     tokenizer = Tokenizer(checked_merges(run["merges"], str(path)))
     if tokenizer.vocab_size > model.text_model.vocab_size:
         raise InputError(f"{path}: merges for {tokenizer.vocab_size} tokens, but the model has fewer")

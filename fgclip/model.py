@@ -1,4 +1,4 @@
-"""FG-CLIP (Xie et al. 2025): CLIP with a long text path, features of image regions and one temperature a loss."""
+"""FG-CLIP (Xie et al. 2025): CLIP with a long text path, features of image regions and one temperature per loss."""
 
 import math
 from collections.abc import Sequence
@@ -10,27 +10,33 @@ from torch import Tensor, nn
 from fgclip.regions import pool_regions
 from fgclip.text import TextTower
 from fgclip.vision import VisionTower, interpolate_positions
+from trainkit.device import at_least_float32
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def unit(features: Tensor, eps: float = 1e-8) -> Tensor:
+def l2_normalize(features: Tensor, eps: float = 1e-8) -> Tensor:
     """Rows divided by their length, in float32 at least. A row shorter than eps becomes zero, with gradient zero."""
-    features = features if features.dtype == torch.float64 else features.float()
+    features = at_least_float32(features)
     length = features.norm(dim=-1, keepdim=True)
     return torch.where(length <= eps, 0.0, features / length.clamp(min=eps))  # NaN stays NaN, so that it is seen
+
+
+unit = l2_normalize  # its former name
 
 
 class FGCLIP(nn.Module):
     """Two towers, their projections, and three learned temperatures. The defaults are the published base size.
 
     vision, text: the keywords of `VisionTower` and `TextTower` that differ from their defaults.
-    embed_dim: width D of every feature. logit_scale: where the three logarithms of the scales start.
+    embed_dim: width D of every feature.
+    logit_scale: initial logarithm of the three scales.
     roi_projection: give regions a projection of their own, a copy of the image's at first.
-    All of this is kept in `config`, from which FGCLIP(**config) builds the same model again.
-    The state dict has Hugging Face's names. Pixels are (B, 3, H, W), normalised with PIXEL_MEAN and PIXEL_STD.
+
+    FGCLIP(**config) builds the same model again. The state dict has Hugging Face's names. Pixels are (B, 3, H, W),
+    normalised with PIXEL_MEAN and PIXEL_STD.
     """
 
     def __init__(
@@ -65,17 +71,17 @@ class FGCLIP(nn.Module):
 
     def with_roi_projection(self) -> "FGCLIP":
         """The same model with a projection for the regions, at first a copy of the image's."""
-        model = FGCLIP(**self.config | dict(roi_projection=True)).to(self.logit_scale.device)
-        model.load_state_dict(self.state_dict() | {"roi_projection.weight": self.visual_projection.weight})
-        return model
+        return self._rebuilt(dict(roi_projection=True), {"roi_projection.weight": self.visual_projection.weight})
 
     def with_image_size(self, image_size: int) -> "FGCLIP":
-        """The same model with a position table for square images of that side in pixels, interpolated from its own."""
-        patch, table = self.vision_model.patch_size, "vision_model.embeddings.position_embedding.weight"
-        model = FGCLIP(**self.config | dict(vision=self.config["vision"] | dict(image_size=image_size)))
-        state = self.state_dict()
-        state[table] = interpolate_positions(state[table], (image_size // patch,) * 2)
-        model.load_state_dict(state)
+        """The same model with its position table interpolated for square images of that side in pixels."""
+        side, table = image_size // self.vision_model.patch_size, self.vision_model.embeddings.position_embedding.weight
+        tables = {"vision_model.embeddings.position_embedding.weight": interpolate_positions(table, (side, side))}
+        return self._rebuilt(dict(vision=self.config["vision"] | dict(image_size=image_size)), tables)
+
+    def _rebuilt(self, config: dict, state: dict[str, Tensor]) -> "FGCLIP":
+        model = FGCLIP(**self.config | config)
+        model.load_state_dict(self.state_dict() | state)
         return model.to(self.logit_scale.device)
 
     def set_checkpointing(self, enabled: bool) -> None:
@@ -84,25 +90,22 @@ class FGCLIP(nn.Module):
         self.text_model.encoder.checkpointing = enabled
 
     def log_scales(self) -> dict[str, nn.Parameter]:
-        """The parameters, logarithms of the scales, by the loss they belong to."""
-        return {
-            "global": self.logit_scale,
-            "region": self.logit_scale_finegraind,
-            "hard": self.logit_scale_hardneg,
-        }
+        """The logarithms of the scales, by the loss they belong to."""
+        scales = (self.logit_scale, self.logit_scale_finegraind, self.logit_scale_hardneg)
+        return dict(zip(("global", "region", "hard"), scales, strict=True))
 
     def logit_scales(self) -> dict[str, Tensor]:
         """The multipliers of the cosines, exp of `log_scales`."""
         return {name: scale.exp() for name, scale in self.log_scales().items()}
 
     @torch.no_grad()
-    def clamp_logit_scales(self, maximum: float = MAX_LOGIT_SCALE) -> None:
-        """To be called after every optimizer step, so that no multiplier exceeds exp(maximum), none falls below 1.
+    def clamp_logit_scales(self) -> None:
+        """Holds the multipliers between 1 and 100; to be called after every optimizer step.
 
         The parameter itself is held: a clamp in the forward pass would leave it without a gradient, above for ever.
         """
         for scale in self.log_scales().values():
-            scale.clamp_(0, maximum)
+            scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) to image features (B, D), not normalised."""
@@ -113,8 +116,8 @@ class FGCLIP(nn.Module):
         """Tokens (N, L) int64 to text features (N, D), not normalised.
 
         long: use the long table and its projection, for L up to 248 with the published 77 short positions.
-        attention_mask (N, L), 1 = read; padding behind the end token needs none. Raises ValueError where L exceeds the
-        table, or there is no long one.
+        attention_mask: (N, L), 1 = read; padding behind the end token needs none.
+        Raises ValueError where L exceeds the table, or there is no long one.
         """
         pooled = self.text_model(tokens, long=long, attention_mask=attention_mask)
         return (self.text_filip_projection if long else self.text_projection)(pooled)
@@ -128,7 +131,7 @@ class FGCLIP(nn.Module):
     def encode_regions(self, pixels: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """Features (R, D) of R boxes, images in order, not normalised.
 
-        boxes: one (n_i, 4) tensor an image, n_i may be 0, xyxy in fractions 0..1. A box outside its image gives zeros.
+        boxes: one (n_i, 4) tensor per image, n_i may be 0, xyxy in fractions 0..1. A box outside its image gives zeros.
         """
         tokens, size = self.vision_model.penultimate(pixels)
         return self._pool_regions(tokens, size, boxes)

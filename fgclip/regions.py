@@ -56,12 +56,11 @@ def usable_boxes(boxes: Tensor, statistics: BoxStatistics | None = None) -> tupl
 
 
 def boxes_to_rois(boxes: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """One tensor of boxes (n_i, 4) an image, xyxy in 0..1, to (R, 5): image index, xyxy in cells of an (h, w) map."""
+    """Boxes (n_i, 4) per image, xyxy in 0..1, to (R, 5): image index, xyxy in cells of an (h, w) map."""
     height, width = size
+    cells = torch.cat(list(boxes)) * boxes[0].new_tensor([width, height, width, height])
     index = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
-    corners = torch.cat(list(boxes))
-    corners = torch.stack([corners[:, 0::2] * width, corners[:, 1::2] * height], dim=2)  # (R, corner, x and y)
-    return torch.cat([index, corners.flatten(1)], dim=1)
+    return torch.cat([index, cells], dim=1)
 
 
 def pool_regions(features: Tensor, boxes: Sequence[Tensor], projection: Tensor) -> Tensor:

@@ -19,8 +19,6 @@ def stretch_positions(table: Tensor) -> Tensor:
 
     Rows 0..19 stay, every later row i becomes four on the way to row i + 1; the last four continue the last step.
     """
-    if stretched_length(len(table)) is None:
-        raise ValueError(f"a table of {len(table)} rows has none to stretch beyond the {KEPT_POSITIONS} kept ones")
     here = table[KEPT_POSITIONS:]
     step = torch.diff(table, dim=0)
     step = torch.cat([step[KEPT_POSITIONS:], step[-1:]])  # to the row after each of `here`
@@ -40,18 +38,14 @@ class TextEmbeddings(nn.Module):
             self.position_embedding_res = nn.Embedding(long_length, width)
             self.position_embedding_ori = nn.Embedding(long_length, width)
 
-    def positions(self, long: bool) -> Tensor:
-        """The whole position table (L, C) of one of the two paths."""
-        if not long:
-            return self.position_embedding.weight
-        if not hasattr(self, "position_embedding_res"):
-            raise ValueError("there is no long text path: the short position table has no row beyond the kept ones")
-        kept, rest = self.position_embedding_ori.weight, self.position_embedding_res.weight
-        return torch.cat([kept[:KEPT_POSITIONS], rest[KEPT_POSITIONS:]])
-
     def forward(self, tokens: Tensor, long: bool) -> Tensor:
         """Tokens (N, L) to (N, L, C)."""
-        positions = self.positions(long)
+        positions = self.position_embedding.weight  # (L, C)
+        if long:
+            if not hasattr(self, "position_embedding_res"):
+                raise ValueError("there is no long text path: the short position table has no row beyond the kept ones")
+            kept, rest = self.position_embedding_ori.weight, self.position_embedding_res.weight
+            positions = torch.cat([kept[:KEPT_POSITIONS], rest[KEPT_POSITIONS:]])
         if tokens.ndim != 2 or tokens.shape[1] > len(positions):
             raise ValueError(f"tokens {tuple(tokens.shape)} are not (N, L) with L of at most {len(positions)}")
         return self.token_embedding(tokens) + positions[: tokens.shape[1]]
@@ -60,8 +54,7 @@ class TextEmbeddings(nn.Module):
 class TextTower(nn.Module):
     """A causal transformer, pooled at the row of the end token.
 
-    eos_id: pool at the first token with this id; None: at the first token with the largest id, which is the same for
-    CLIP's vocabulary (and for Hugging Face configurations of old that call the end token 2).
+    eos_id: id of the end token. None: the largest id in a text, which is the same for CLIP's vocabulary.
     """
 
     def __init__(
@@ -85,25 +78,19 @@ class TextTower(nn.Module):
         self.embeddings = TextEmbeddings(vocab_size, context_length, width)
         self.encoder = Encoder(layers, width, heads, mlp_width, activation, eps)
         self.final_layer_norm = nn.LayerNorm(width, eps=eps)
-        self.encoder.initialise(width)
         nn.init.normal_(self.embeddings.token_embedding.weight, std=0.02)
         nn.init.normal_(self.embeddings.position_embedding.weight, std=0.01)
         if self.long_context_length is not None:
-            self.stretch()
-
-    @torch.no_grad()
-    def stretch(self) -> None:
-        """Fills both long tables from the short one."""
-        table = stretch_positions(self.embeddings.position_embedding.weight)
-        self.embeddings.position_embedding_res.weight.copy_(table)
-        self.embeddings.position_embedding_ori.weight.copy_(table)
+            table = stretch_positions(self.embeddings.position_embedding.weight.detach())
+            self.embeddings.position_embedding_res.weight.data.copy_(table)
+            self.embeddings.position_embedding_ori.weight.data.copy_(table)
 
     def end_rows(self, tokens: Tensor) -> Tensor:
-        """The pooled row (N,) of every text. A text without its end token is pooled at row 0."""
+        """The pooled row (N,) of each text; row 0 of a text without its end token."""
         return (tokens if self.eos_id is None else (tokens == self.eos_id).int()).argmax(dim=-1)
 
     def forward(self, tokens: Tensor, long: bool = False, attention_mask: Tensor | None = None) -> Tensor:
-        """Tokens (N, L) int64, attention_mask (N, L) with 1 = read, to pooled features (N, C)."""
+        """Tokens (N, L) int64 to pooled features (N, C). attention_mask: (N, L), 1 = read."""
         x = self.embeddings(tokens, long)
         rows = self.end_rows(tokens)
         index = torch.arange(tokens.shape[1], device=tokens.device)

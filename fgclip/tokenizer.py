@@ -23,10 +23,6 @@ try:
     import ftfy
 except ImportError:
     ftfy = None
-try:
-    import regex
-except ImportError:
-    regex = None
 
 PUBLISHED_MERGES = 49152 - 256 - 2  # CLIP uses the first 48894 lines of a longer file
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -47,21 +43,18 @@ def byte_symbols() -> dict[int, str]:
 
 @cache
 def word_pattern():
-    """Splits clean text into words: specials, contractions, runs of letters, single digits, runs of anything else."""
-    if regex is not None:
-        letter, number, other = r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]"
-        compile_pattern = regex.compile
-    else:  # the same classes spelt with the standard library, whose \w is letters, numbers and the underscore
-        characters = map(chr, range(sys.maxunicode + 1))
-        numerals = "".join(c for c in characters if unicodedata.category(c) in ("Nl", "No"))
-        letter, number, other = rf"[^\W\d_{numerals}]", rf"[\d{numerals}]", r"(?:_|[^\s\w])"
-        compile_pattern = re.compile
+    """Splits clean text into words: specials, contractions, runs of letters, single digits, runs of anything else.
+
+    CLIP's classes \\p{L} and \\p{N} in terms of \\w, which is letters, numbers and the underscore.
+    """
+    numerals = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
+    letter, number, other = rf"[^\W\d_{numerals}]", rf"[\d{numerals}]", r"(?:_|[^\s\w])"
     special = f"{re.escape(START)}|{re.escape(END)}"
-    return compile_pattern(rf"{special}|'s|'t|'re|'ve|'m|'ll|'d|{letter}+|{number}|{other}+", re.IGNORECASE)
+    return re.compile(rf"{special}|'s|'t|'re|'ve|'m|'ll|'d|{letter}+|{number}|{other}+", re.IGNORECASE)
 
 
 def clean(text: str) -> str:
-    """Repairs mojibake where ftfy is installed, unescapes HTML twice, joins whitespace, lower-cases."""
+    """Repairs mojibake (needs ftfy), unescapes HTML twice, joins whitespace, lower-cases."""
     text = re.sub("\ufeff|[0-9]{4000,}", "", text)  # byte-order marks, and digits that int() refuses in &#...;
     if ftfy is not None:
         text = ftfy.fix_text(text)
@@ -81,10 +74,7 @@ def installed_merges() -> Path | None:
 
 
 def read_merges(path: str | Path) -> list[tuple[str, str]]:
-    """Reads a bpe_simple_vocab_16e6.txt.gz, a merges.txt or a Hugging Face tokenizer.json.
-
-    Raises InputError when the file is none of these.
-    """
+    """Reads a bpe_simple_vocab_16e6.txt.gz, a merges.txt or a Hugging Face tokenizer.json, else raises InputError."""
     path = regular_file(path, "bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -95,18 +85,18 @@ def read_merges(path: str | Path) -> list[tuple[str, str]]:
     if len(content) > MAX_MERGES:
         raise InputError(f"{path} holds more than {MAX_MERGES} bytes, too many for BPE merges")
     if path.suffix == ".json":
-        found = parse_json(text, str(path))
-        model = found.get("model") if isinstance(found, dict) else None
-        lines = model.get("merges") if isinstance(model, dict) else None
+        merges = parse_json(text, str(path))
+        for key in ("model", "merges"):
+            merges = merges.get(key) if isinstance(merges, dict) else None
     else:
-        lines = [line for line in text.split("\n")[1 : PUBLISHED_MERGES + 1] if line.strip()]  # the first: the version
-    if not lines:
+        merges = [line for line in text.split("\n")[1 : PUBLISHED_MERGES + 1] if line.strip()]  # after the version
+    if not merges:
         raise InputError(f"{path} holds no BPE merges")
-    return checked_merges(lines, str(path))
+    return checked_merges(merges, str(path))
 
 
 def checked_merges(merges, source: str) -> list[tuple[str, str]]:
-    """Pairs of symbols out of a list of pairs, or of lines that hold one. Raises InputError."""
+    """Pairs of symbols from a list of pairs or of lines with one pair each. Raises InputError."""
     if not isinstance(merges, list | tuple):
         raise InputError(f"{source}, merges: expected a list of pairs, got {shown(merges)}")
     pairs = [pair.split() if isinstance(pair, str) else pair for pair in merges]
@@ -119,7 +109,7 @@ def checked_merges(merges, source: str) -> list[tuple[str, str]]:
 def learn_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
     """Merges that make one token of every word of the texts, the most frequent pair first (Sennrich et al. 2016).
 
-    Meant for a small vocabulary: a pass over the distinct words for every merge.
+    Takes one pass over the distinct words per merge: meant for small vocabularies.
     """
     counts = Counter(word for text in texts for word in word_pattern().findall(clean(text)))
     words = {word: word_symbols(word) for word in counts}
@@ -138,9 +128,9 @@ def learn_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
 class Tokenizer:
     """Text to token ids.
 
-    vocab: the path of a merges file (`read_merges`), the merges themselves, "bytes" for none, or None to take those of
-    an installed CLIP package (clip or open_clip) and fall back to bytes. Without merges every byte is a token: 514 ids.
-    vocab_size: how many ids there are; start and end are the last two, and those that no symbol takes stay unused.
+    vocab: path of a merges file (`read_merges`), the merges themselves, or "bytes" for none: 514 ids, one per byte.
+        None takes the merges of an installed CLIP package (clip or open_clip), else "bytes".
+    vocab_size: number of ids, by default as many as needed. Start and end are the last two.
 
     `description` says in one sentence what is in use, `merges` is the list, `truncated` counts the texts cut so far.
     """
@@ -157,22 +147,18 @@ class Tokenizer:
         symbols = list(byte_symbols().values())
         symbols = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
         self.vocab_size = len(symbols) + 2 if vocab_size is None else vocab_size
-        if self.vocab_size < len(symbols) + 2:
-            raise ValueError(f"vocab_size {vocab_size} is below the {len(symbols) + 2} of these merges")
         self.encoder = {symbol: i for i, symbol in enumerate(symbols)}
         self.encoder |= {START: self.vocab_size - 2, END: self.vocab_size - 1}
         self.ranks = {pair: i for i, pair in enumerate(merges)}
-        self.words = {START: [self.encoder[START]], END: [self.encoder[END]]}
         self.bos_id, self.eos_id = self.encoder[START], self.encoder[END]
+        self.words: dict[str, list[int]] = {}  # a cache
         self.truncated = 0
         self.description = f"CLIP BPE with {len(merges)} merges {origin}" if merges else "CLIP BPE on bytes, no merges"
         if ftfy is None:
             self.description += "; ftfy is not installed (extra: text), so damaged Unicode is not repaired"
 
     def __call__(self, texts: str | Sequence[str], context_length: int = 77) -> Tensor:
-        """Ids (N, context_length) int64 of N texts: start, words, end, zeros. A text too long is cut before its end."""
-        if context_length < 2:
-            raise ValueError(f"context_length {context_length} has no room for the start and end tokens")
+        """Ids (N, context_length) int64 of N texts: start, words, end, zeros. Words that do not fit are cut off."""
         texts = [texts] if isinstance(texts, str) else texts
         tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
         for row, text in zip(tokens, texts, strict=True):
@@ -191,20 +177,20 @@ class Tokenizer:
         """Ids of one word: its bytes, the last one marked, then the pair of lowest rank merged until none is left."""
         if word in self.words:
             return self.words[word]
-        symbols = word_symbols(word)
+        symbols = [word] if word in (START, END) else word_symbols(word)
         while len(symbols) > 1:
             pair = min(pairwise(symbols), key=lambda p: self.ranks.get(p, sys.maxsize))
             if pair not in self.ranks:
                 break
             symbols = merge_pair(symbols, pair)
         if len(self.words) >= WORD_CACHE:
-            self.words = {w: self.words[w] for w in (START, END)}
+            self.words.clear()
         self.words[word] = [self.encoder[s] for s in symbols]
         return self.words[word]
 
 
 def word_symbols(word: str) -> list[str]:
-    """One symbol a byte, the last one marked as the end of its word."""
+    """One symbol per byte, the last one marked as the end of its word."""
     symbols = [byte_symbols()[b] for b in word.encode("utf-8", errors="surrogatepass")]
     return [*symbols[:-1], symbols[-1] + "</w>"]
 

@@ -28,11 +28,9 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, query: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """query (B, Q, C) attends to x (B, L, C); mask broadcasts to (B, heads, Q, L), True = may be seen."""
-        q, k, v = (
-            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, C / heads)
-            for projected in (self.q_proj(query), self.k_proj(x), self.v_proj(x))
-        )
+        """query (B, Q, C) attends to x (B, L, C). mask broadcasts to (B, heads, Q, L), True = may be seen."""
+        projected = (self.q_proj(query), self.k_proj(x), self.v_proj(x))
+        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in projected)  # (B, heads, L, head)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out_proj(mixed.transpose(1, 2).flatten(-2))  # (B, Q, C)
 
@@ -66,9 +64,9 @@ class Block(nn.Module):
         return x + self.mlp(self.layer_norm2(x))  # (B, L, C)
 
     def pool(self, x: Tensor, rows: Tensor | int, mask: Tensor | None = None) -> Tensor:
-        """Only the output row `rows` (an index, or one a sample (B,)) of forward, at the price of one query.
+        """Only the output row `rows` (an index, or one per sample (B,)) of forward, at the price of one query.
 
-        mask (B, L), True = may be seen by that row.
+        mask: (B, L), True = may be seen by that row.
         """
         batch = torch.arange(len(x), device=x.device)
         normed = self.layer_norm1(x)
@@ -89,15 +87,23 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """A stack of blocks. The towers run the last one themselves, because only one of its rows is pooled.
 
-    With `checkpointing` the blocks' activations are computed again in the backward pass instead of kept.
+    Weights start normal, residual branches scaled down by depth (OpenAI CLIP; Radford et al. 2019, section 2.3).
+    `checkpointing` computes the blocks' activations again in the backward pass instead of keeping them.
     """
 
     def __init__(self, layers: int, width: int, heads: int, mlp_width: int, activation: str, eps: float):
         super().__init__()
-        if layers < 1:
-            raise ValueError(f"layers {layers} must be at least 1")
         self.layers = nn.ModuleList(Block(width, heads, mlp_width, activation, eps) for _ in range(layers))
         self.checkpointing = False
+        output_std = width**-0.5 * (2 * layers) ** -0.5
+        for block in self.layers:
+            for linear in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
+                nn.init.normal_(linear.weight, std=width**-0.5)
+            nn.init.normal_(block.self_attn.out_proj.weight, std=output_std)
+            nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.fc2.weight, std=output_std)
+            for linear in (m for m in block.modules() if isinstance(m, nn.Linear)):
+                nn.init.zeros_(linear.bias)
 
     def run(self, block, *inputs):
         """Calls one block, or a method of one, under activation checkpointing where that is on."""
@@ -110,17 +116,3 @@ class Encoder(nn.Module):
         for block in self.layers[:-1]:
             x = self.run(block, x, mask, causal)
         return x
-
-    @torch.no_grad()
-    def initialise(self, width: int) -> None:
-        """Normal weights, residual branches scaled down by depth (OpenAI CLIP; Radford et al. 2019, section 2.3)."""
-        attention_std = width**-0.5
-        output_std = attention_std * (2 * len(self.layers)) ** -0.5
-        for block in self.layers:
-            for linear in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
-                nn.init.normal_(linear.weight, std=attention_std)
-            nn.init.normal_(block.self_attn.out_proj.weight, std=output_std)
-            nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.fc2.weight, std=output_std)
-            for linear in (m for m in block.modules() if isinstance(m, nn.Linear)):
-                nn.init.zeros_(linear.bias)

@@ -13,8 +13,6 @@ def interpolate_positions(table: Tensor, size: tuple[int, int]) -> Tensor:
     The class token's row stays; the grid is resized bicubically (align_corners=False), rows first.
     """
     side = round((len(table) - 1) ** 0.5)
-    if side * side + 1 != len(table):
-        raise ValueError(f"a position table of {len(table)} rows is not one class token and a square grid")
     if tuple(size) == (side, side):
         return table
     grid = table[1:].unflatten(0, (side, side)).permute(2, 0, 1).unsqueeze(0)  # (1, C, g, g)
@@ -46,9 +44,9 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """A ViT with a norm before its blocks. Any image whose sides the patch size divides is fine.
+    """A ViT with a norm before its blocks, for images whose sides are multiples of the patch size.
 
-    image_size is the square side, in pixels, that the position table is laid out for.
+    image_size: side in pixels of the square images that the position table is laid out for.
     """
 
     def __init__(
@@ -69,9 +67,8 @@ class VisionTower(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(width, eps=eps)  # the published spelling
         self.encoder = Encoder(layers, width, heads, mlp_width, activation, eps)
         self.post_layernorm = nn.LayerNorm(width, eps=eps)
-        self.encoder.initialise(width)
-        for weight in (self.embeddings.class_embedding, self.embeddings.position_embedding.weight):
-            nn.init.normal_(weight, std=width**-0.5)
+        nn.init.normal_(self.embeddings.class_embedding, std=width**-0.5)
+        nn.init.normal_(self.embeddings.position_embedding.weight, std=width**-0.5)
 
     def penultimate(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The input (B, 1 + h * w, C) of the last block, which pooled and dense features share, and (h, w)."""

@@ -14,13 +14,7 @@ ALLOWED = {
     "macl": ("kernels", *SHARED),
     "fgclip": ("kernels", *SHARED),
 }
-COMMANDS = {
-    "evaluate.py",
-    "predict.py",
-    "score.py",
-    "report.py",
-    "training.py",
-}  # `python -m` modules may import like scripts
+COMMANDS = {"evaluate.py", "predict.py", "score.py", "report.py", "training.py"}  # these import like scripts
 
 
 def imported(path: Path):

@@ -4,15 +4,12 @@ import pytest
 import torch
 
 from fgclip import load_clip_weights
-from fgclip.losses import PairBank, contrast_pairs, global_loss, hard_negative_loss, region_loss
-from fgclip.model import unit
+from fgclip.losses import PairBank, global_loss, hard_negative_loss, region_loss
+from fgclip.model import l2_normalize
+from fgclip.objective import FGCLIPLoss
 
 LOSSES = dict(rtol=1e-5, atol=1e-5)
 GRADIENTS = dict(rtol=1e-3, atol=5e-5)
-
-
-def leaves(g, prefix, *names):
-    return [g[f"{prefix}/{name}"].requires_grad_() for name in names]
 
 
 def assert_gradients(g, prefix, **tensors):
@@ -20,79 +17,55 @@ def assert_gradients(g, prefix, **tensors):
         torch.testing.assert_close(tensor.grad, g[f"{prefix}/grad_{name}"], **GRADIENTS, msg=f"{prefix} {name}")
 
 
-@pytest.mark.parametrize("case", range(2))
-def test_global(golden, case):
-    g, prefix = golden("losses"), f"g{case}"
-    image, long, short, scale = leaves(g, prefix, "image", "text_long", "text_short", "logit_scale")
-    losses = [global_loss(image, text, scale.exp()) for text in (long, short)]
-    torch.testing.assert_close(losses[0], g[f"{prefix}/loss_long"], **LOSSES)
-    torch.testing.assert_close(losses[1], g[f"{prefix}/loss_short"], **LOSSES)
-    sum(losses).backward()
-    assert_gradients(g, prefix, image=image, text_long=long, text_short=short, logit_scale=scale)
-
-
-@pytest.mark.parametrize("case", range(3))
-def test_region(golden, case):
-    g, prefix = golden("losses"), f"r{case}"
-    image, text, scale = leaves(g, prefix, "image", "text", "logit_scale")
-    loss = region_loss(image, text, scale.exp())
-    torch.testing.assert_close(loss, g[f"{prefix}/loss"], **LOSSES)
-    loss.backward()
-    assert_gradients(g, prefix, image=image, text=text, logit_scale=scale)
-
-
-@pytest.mark.parametrize("case", range(2))
-def test_hard_negatives(golden, case):
-    g, prefix = golden("losses"), f"h{case}"
-    image, text, scale = leaves(g, prefix, "image", "text", "logit_scale")
-    loss = hard_negative_loss(image, text, scale.exp())
-    torch.testing.assert_close(loss, g[f"{prefix}/loss"], **LOSSES)
-    loss.backward()
-    assert_gradients(g, prefix, image=image, text=text, logit_scale=scale)
-
-
-def total_loss_batch(g, model):
-    """The fork's padded layout as a batch: hard groups point at regions of their own."""
-    box_nums, hard_nums = g["box_nums"].tolist(), g["hard_nums"].tolist()
-    kept = [b * g["box_infos"].shape[1] + a for b, n in enumerate(box_nums) for a in range(n)]
-    region_texts = g["box_texts"][kept]
-    texts = torch.cat([g["text_short"], region_texts, g["hard_texts"]])
-    first = len(g["text_short"]), len(g["text_short"]) + len(region_texts), len(texts)
-    return dict(
-        pixels=g["pixel_values"],
-        short_texts=texts,
-        short=torch.arange(first[0]),
-        region=torch.arange(first[0], first[1]),
-        hard=torch.arange(first[1], first[2]),
-        long_texts=g["text_long"],
-        long=torch.arange(len(g["text_long"])),
-        boxes=[boxes[:n] for boxes, n in zip(g["box_infos"], box_nums, strict=True)],
-    ), [boxes[:n] for boxes, n in zip(g["hard_infos"], hard_nums, strict=True)]
+@pytest.mark.parametrize(
+    ("prefix", "loss_of", "texts"),
+    [(f"g{case}", global_loss, ("text_long", "text_short")) for case in range(2)]
+    + [(f"r{case}", region_loss, ("text",)) for case in range(3)]
+    + [(f"h{case}", hard_negative_loss, ("text",)) for case in range(2)],
+)
+def test_loss(golden, prefix, loss_of, texts):
+    g = golden("losses")
+    own = {name: g[f"{prefix}/{name}"].requires_grad_() for name in ("image", *texts, "logit_scale")}
+    total = 0.0
+    for name in texts:
+        loss = loss_of(own["image"], own[name], own["logit_scale"].exp())
+        torch.testing.assert_close(loss, g[f"{prefix}/{name.replace('text', 'loss')}"], **LOSSES)
+        total = total + loss
+    total.backward()
+    assert_gradients(g, prefix, **own)
 
 
 def test_total_loss(golden):
+    """The fork's padded layout as a batch. Its hard groups have boxes of their own."""
     weights, g = golden("fgclip_features"), golden("fgclip_total_loss")
     c = weights.config
-    config = {
-        "text_config": dict(num_attention_heads=c["tha"], eos_token_id=c["eos"]),
-        "vision_config": dict(num_attention_heads=c["vha"]),
-    }
+    text = dict(num_attention_heads=c["tha"], eos_token_id=c["eos"])
+    config = dict(text_config=text, vision_config=dict(num_attention_heads=c["vha"]))
     model = load_clip_weights(weights.state(), config)
     with torch.no_grad():
         for parameter, value in zip(model.log_scales().values(), g["logit_scales"], strict=True):
             parameter.copy_(value)
-    batch, hard_boxes = total_loss_batch(g, model)
-    features = model(batch)
-    losses = {
-        name: region_loss(pairs.image, pairs.text, pairs.logit_scale)
-        for name, pairs in contrast_pairs(features, batch, mask_same_caption=False).items()
-    }
-    hard_regions = unit(model.encode_regions(batch["pixels"], hard_boxes))
-    losses["hard"] = hard_negative_loss(hard_regions, unit(features["hard_texts"]), features["scale_hard"])
-    torch.testing.assert_close(losses["long"] + losses["short"], g["loss_global"], **LOSSES)
-    torch.testing.assert_close(losses["region"], g["loss_region"], **LOSSES)
-    torch.testing.assert_close(losses["hard"], g["loss_hard"], **LOSSES)
-    total = losses["long"] + losses["short"] + 0.1 * losses["region"] + 0.5 * losses["hard"]
+    boxes, hard_boxes = (
+        [rows[:n] for rows, n in zip(g[f"{kind}_infos"], g[f"{kind}_nums"], strict=True)] for kind in ("box", "hard")
+    )
+    phrases = torch.cat(
+        [rows[: len(b)] for rows, b in zip(g["box_texts"].split(g["box_infos"].shape[1]), boxes, strict=True)]
+    )
+    count, texts = len(g["text_short"]), torch.cat([g["text_short"], phrases])
+    batch = dict(pixels=g["pixel_values"], boxes=boxes, sources=[""] * count, truncated=0, labels=None)
+    batch |= dict(short_texts=texts, short_ids=torch.arange(len(texts)), region_labels=None)
+    batch |= dict(short=torch.arange(count), region=torch.arange(count, len(texts)))
+    batch |= dict(long_texts=g["text_long"], long_ids=torch.arange(count), long=torch.arange(count))
+    objective = FGCLIPLoss(model, names=["long", "short", "region"], banks={}, device="cpu")
+    objective.begin([batch])
+    losses = objective(batch)
+    hard_regions = l2_normalize(model.encode_regions(batch["pixels"], hard_boxes))
+    hard_texts = l2_normalize(model.encode_text(g["hard_texts"]))
+    hard = hard_negative_loss(hard_regions, hard_texts, model.logit_scales()["hard"])
+    torch.testing.assert_close(losses["loss_long"] + losses["loss_short"], g["loss_global"], **LOSSES)
+    torch.testing.assert_close(losses["loss_region"], g["loss_region"], **LOSSES)
+    torch.testing.assert_close(hard, g["loss_hard"], **LOSSES)
+    total = losses["loss_long"] + losses["loss_short"] + 0.1 * losses["loss_region"] + 0.5 * hard
     torch.testing.assert_close(total, g["loss_total"], **LOSSES)
     total.backward()
     for name, gradient in g.state("grad/").items():
@@ -130,10 +103,10 @@ def test_bank_content(bank_case):
         assert_state(g, f"enq/{step}/after", bank, suffixes, texts=False)
     assert_state(g, "enq/final", bank, suffixes)
     if len(suffixes) > 1:
-        negatives = bank.negatives()
-        assert len(bank) == negatives.valid == int(g["enq/collect_n"])
-        for found, name in ((negatives.images, "image"), (negatives.texts, "text")):
-            assert sorted(found.tolist()) == sorted(g[f"enq/collect_{name}"].T.tolist())
+        assert len(bank) == int(g["enq/collect_n"])
+        for side in ("image", "text"):
+            found = bank.negatives(f"{side}s")["bank"]
+            assert sorted(found.tolist()) == sorted(g[f"enq/collect_{side}"].T.tolist())
 
 
 def test_loss_with_bank(bank_case):
@@ -144,8 +117,9 @@ def test_loss_with_bank(bank_case):
         # Which of two classes the earlier rows were of is not told, nor does the loss depend on it.
         image, text = g[f"{prefix}/queue_image"], g[f"{prefix}/queue_text"]
         bank.enqueue(image, text, labels=torch.arange(len(image)) % 2)
-        x, y, scale = leaves(g, prefix, "region_image_raw", "region_text_raw", "logit_scale")
-        a, b = unit(x), unit(y)
+        names = ("region_image_raw", "region_text_raw", "logit_scale")
+        x, y, scale = (g[f"{prefix}/{name}"].requires_grad_() for name in names)
+        a, b = l2_normalize(x), l2_normalize(y)
         loss = region_loss(a, b, scale.exp(), bank=bank)
         bank.enqueue(a, b, labels=g[f"{prefix}/labels"])  # before the backward, as any trainer may
         torch.testing.assert_close(loss, g[f"{prefix}/loss_region"].float(), **LOSSES)

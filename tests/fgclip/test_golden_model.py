@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fgclip import load_clip_weights
-from fgclip.model import unit
+from fgclip.model import l2_normalize
 from fgclip.regions import boxes_to_rois
 from fgclip.text import stretch_positions
 from fgclip.vision import interpolate_positions
@@ -34,10 +34,10 @@ def test_hugging_face_clip(golden, name):
     mask = g["attention_mask"] if g.config["uses_attention_mask"] else None
     image = model.encode_image(g["pixel_values"])
     text = model.encode_text(g["input_ids"], attention_mask=mask)
-    logits = model.logit_scale.exp() * unit(image) @ unit(text).T
+    logits = model.logit_scale.exp() * l2_normalize(image) @ l2_normalize(text).T
     torch.testing.assert_close(image, g["image_features_unnorm_f64"].float(), **OUTPUTS)
-    torch.testing.assert_close(unit(image), g["image_embeds"], **OUTPUTS)
-    torch.testing.assert_close(unit(text), g["text_embeds"], **OUTPUTS)
+    torch.testing.assert_close(l2_normalize(image), g["image_embeds"], **OUTPUTS)
+    torch.testing.assert_close(l2_normalize(text), g["text_embeds"], **OUTPUTS)
     torch.testing.assert_close(logits, g["logits_per_image"], **OUTPUTS)
     torch.testing.assert_close(logits.T, g["logits_per_text"], **OUTPUTS)
 
@@ -70,11 +70,11 @@ def test_openai_clip(golden):
     g = golden("openai_clip")
     heads = {f"{t}_config": dict(num_attention_heads=g.config[f"{n}_heads"]) for t, n in TOWERS.items()}
     model = load_clip_weights(g.state(), heads)
-    assert model.load_report.layout == "OpenAI CLIP" and not model.load_report.ignored
+    assert model.load_report.notes == ["layout: OpenAI CLIP"] and not model.load_report.skipped
     image, text = model.encode_image(g["pixel_values"]), model.encode_text(g["input_ids"])
     torch.testing.assert_close(image, g["image_features"], **OUTPUTS)
     torch.testing.assert_close(text, g["text_features"], **OUTPUTS)
-    logits = model.logit_scale.exp() * unit(image) @ unit(text).T
+    logits = model.logit_scale.exp() * l2_normalize(image) @ l2_normalize(text).T
     torch.testing.assert_close(logits, g["logits_per_image"], **OUTPUTS)
     torch.testing.assert_close(logits.T, g["logits_per_text"], **OUTPUTS)
 
@@ -96,7 +96,7 @@ def published(golden):
 def test_fgclip_features(published):
     g, model = published
     pixels = g["pixel_values"]
-    assert model.load_report.layout == "FG-CLIP" and not model.load_report.made
+    assert model.load_report.notes == ["layout: FG-CLIP"] and not model.load_report.made
     torch.testing.assert_close(model.encode_image(pixels), g["image_features"], **OUTPUTS)
     torch.testing.assert_close(model.encode_text(g["ids_short"]), g["text_short"], **OUTPUTS)
     torch.testing.assert_close(model.encode_text(g["ids_long"], long=True), g["text_long"], **OUTPUTS)
@@ -110,7 +110,7 @@ def test_fgclip_features(published):
     torch.testing.assert_close(dense.flatten(2).mT, g["dense_features"], **OUTPUTS)
     regions = model.encode_regions(pixels, list(g["boxes_norm"]))
     torch.testing.assert_close(regions, g["roi_features"], **OUTPUTS)
-    torch.testing.assert_close(unit(regions), g["roi_features_unit"], **OUTPUTS)
+    torch.testing.assert_close(l2_normalize(regions), g["roi_features_unit"], **OUTPUTS)
     side = size[0]
     rois = boxes_to_rois(list(g["boxes_norm"]), (side, side))
     torch.testing.assert_close(rois[:, 1:].view_as(g["boxes_feat"]), g["boxes_feat"], rtol=0, atol=1e-5)

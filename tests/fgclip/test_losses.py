@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from fgclip import Tokenizer
-from fgclip.losses import PairBank, caption_ids, contrast_pairs, hard_negative_loss, symmetric_loss
-from fgclip.model import unit
+from fgclip.losses import PairBank, caption_ids, hard_negative_loss, symmetric_loss
+from fgclip.model import l2_normalize
 
 SCALE = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
 
 
 def rows(count, seed, dim=6):
     x = torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return unit(x).requires_grad_()
+    return l2_normalize(x).requires_grad_()
 
 
 def reference(image, text, ids, queued_images, queued_texts, queued_ids, scale):
@@ -83,9 +83,6 @@ def test_statistics():
     assert statistics["rows"] == statistics["rows_with_negatives"] == 6 and statistics["candidates"] == 18
     # images: hit, miss, hit; texts: hit, tie with the third image, tie with the second
     assert statistics["top1"] == 3
-    torch.testing.assert_close(statistics["positive"], 2 * logits.diag().sum())
-    off = logits.masked_fill(torch.eye(3, dtype=torch.bool), -torch.inf)
-    torch.testing.assert_close(statistics["largest_negative"], off.amax(0).sum() + off.amax(1).sum())
 
 
 def test_statistics_count_bank_and_mask():
@@ -110,7 +107,9 @@ def test_bank_gets_no_gradient_and_is_read_before_it_is_written():
     assert torch.autograd.grad(loss, image)[0].equal(before)
     again = PairBank(4, 6).double()
     again.load_state_dict(bank.state_dict())
-    assert again.negatives().images.equal(bank.negatives().images) and len(again) == len(bank) == 4
+    for name, value in bank.negatives("images").items():
+        assert again.negatives("images")[name].equal(value)
+    assert len(again) == len(bank) == 4
 
 
 def test_two_classes_do_not_drive_each_other_out():
@@ -118,12 +117,8 @@ def test_two_classes_do_not_drive_each_other_out():
     first, many = rows(1, 1), rows(9, 2)
     bank.enqueue(first, first, torch.tensor([1]), labels=torch.tensor([1]))
     bank.enqueue(many, many, torch.arange(10, 19), labels=torch.tensor([0, 0, 0, 0, 0, 0, 0, 0, 5]))
-    negatives = bank.negatives()
-    assert sorted(negatives.ids.tolist()) == [1, 16, 17] and negatives.valid == len(bank) == 3
-    with pytest.raises(ValueError, match="labels"):
-        bank.enqueue(first, first)
-    with pytest.raises(ValueError, match="5 places"):
-        PairBank(5, 6, classes=2)
+    for side in ("images", "texts"):
+        assert sorted(bank.negatives(side)["bank_ids"].tolist()) == [1, 16, 17] and len(bank) == 3
 
 
 @pytest.mark.parametrize("counts", [[3, 1, 4], [11, 11], [1]])
@@ -165,7 +160,7 @@ def test_no_hard_negatives_give_zero_with_a_graph():
 def test_counts_that_do_not_fit_are_refused(counts):
     with pytest.raises(ValueError, match="are not those of 2 regions and 6 phrases"):
         hard_negative_loss(rows(2, 1), rows(6, 2), SCALE, counts=torch.tensor(counts))
-    with pytest.raises(ValueError, match="counts is needed"):
+    with pytest.raises(ValueError, match="are not those of 4 regions and 6 phrases"):
         hard_negative_loss(rows(4, 1), rows(6, 2), SCALE)
 
 
@@ -187,26 +182,6 @@ def test_caption_ids_depend_on_the_text_alone():
     padded_with_end[(padded_with_end == tokenizer.eos_id).cumsum(1) > 0] = tokenizer.eos_id
     assert caption_ids(padded_with_end, tokenizer.eos_id).equal(ids)
     assert ids[0].item() == 8113415350517407081  # the same on every machine and in every version
-
-
-def test_pairs_of_a_batch():
-    features = dict(
-        image=rows(2, 1) * 3, short=rows(2, 2) * 2, long=rows(2, 3), regions=rows(3, 4) * 5, region_texts=rows(3, 5)
-    ) | dict(scale_global=SCALE, scale_region=SCALE * 2, scale_hard=SCALE * 3)
-    batch = dict(short_ids=torch.tensor([10, 11, 12]), long_ids=torch.tensor([20]))
-    batch |= dict(short=torch.tensor([1, 2]), long=torch.tensor([0, 0]), region=torch.tensor([0, 0, 1]))
-    batch |= dict(region_labels=torch.tensor([0, 1, 0]))
-    pairs = contrast_pairs(features, batch)
-    assert pairs.keys() == {"long", "short", "region"}
-    assert pairs["short"].ids.tolist() == [11, 12] and pairs["long"].ids.tolist() == [20, 20]
-    assert pairs["region"].ids.tolist() == [10, 10, 11] and pairs["region"].labels.tolist() == [0, 1, 0]
-    assert pairs["region"].logit_scale == 14 and pairs["short"].logit_scale == 7
-    for pair in pairs.values():
-        torch.testing.assert_close(pair.image.norm(dim=1), torch.ones(len(pair.image), dtype=torch.float64))
-        torch.testing.assert_close(pair.text.norm(dim=1), torch.ones(len(pair.text), dtype=torch.float64))
-    assert contrast_pairs(features, batch, mask_same_caption=False)["region"].ids is None
-    del features["regions"], features["long"]
-    assert contrast_pairs(features, batch).keys() == {"short"}
 
 
 def test_gradients_of_rows_that_repeat_add_up_in_one_order(backward_nodes):

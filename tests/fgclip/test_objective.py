@@ -1,4 +1,4 @@
-"""The losses of a step: two gloo processes against one, micro-batches against one batch, and the figures.
+"""The losses of a step: two gloo processes against one, micro-batches against one batch, and the metrics.
 
 This file starts itself twice, each process writes what it saw, the tests compare.
 """
@@ -9,21 +9,24 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fgclip import FGCLIP, Tokenizer
 from fgclip.batches import Collate
-from fgclip.losses import PairBank, symmetric_loss
-from fgclip.model import unit
-from fgclip.objective import Objective, freeze_unreached
+from fgclip.losses import PairBank, global_loss, symmetric_loss
+from fgclip.model import l2_normalize
+from fgclip.objective import FGCLIPLoss, freeze_unreached
 from fgclip.synthetic import SyntheticRegions, vocabulary
 from trainkit import distributed
 from trainkit.step import TrainStep
 
 WEIGHTS = dict(loss_long=1.0, loss_short=1.0, loss_region=0.5, loss_hard=0.7)
-# Images of the two micro-batches of a step: of one process, and of each of two.
+NAMES = ("long", "short", "region", "hard")
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "fgclip" / "global_loss_ws2.npz"
+# Images of the two micro-batches of a step: of one process, and of each of two. Image 0 has no regions.
 ALONE = ((0, 1, 2, 3, 4, 5), (6, 7, 8, 9))
 SPLITS = {
     "even": (((0, 1, 2), (6, 7)), ((3, 4, 5), (8, 9))),
@@ -63,7 +66,7 @@ def steps(wrap, micro_batches, classes=1):
     model = wrap(bare)
     sizes = dict(region=6, long=4, short=4)
     banks = torch.nn.ModuleDict({name: PairBank(size, 8, classes=classes) for name, size in sizes.items()}).double()
-    objective = Objective(model, names=("long", "short", "region", "hard"), banks=banks, device="cpu")
+    objective = FGCLIPLoss(model, names=NAMES, banks=banks, device="cpu")
     stepper = TrainStep(
         model, torch.optim.SGD(model.parameters(), lr=0.05), weights=WEIGHTS, describe=lambda batch: batch["sources"],
         losses_of=lambda batch: objective(batch, use_banks=stepper.steps >= 1), device="cpu",
@@ -76,12 +79,24 @@ def steps(wrap, micro_batches, classes=1):
         seen.append(
             dict(
                 losses=result.losses,
-                figures=objective.figures(),
+                metrics=objective.metrics(),
                 gradients={name: p.grad.clone() for name, p in bare.named_parameters()},
                 banks={name: value.clone() for name, value in banks.state_dict().items()},
             )
         )
     return seen
+
+
+def golden_loss():
+    """The official global loss of this rank, and gradients of the sum over ranks."""
+    with np.load(GOLDEN) as arrays:
+        own = {k: torch.from_numpy(arrays[k][distributed.rank()]) for k in ("image", "text_long", "text_short")}
+        own["logit_scale"] = torch.tensor(arrays["logit_scale"])
+    image, long, short, scale = (tensor.requires_grad_() for tensor in own.values())
+    losses = [global_loss(image, text, scale.exp()) for text in (long, short)]
+    sum(losses).backward()
+    seen = dict(loss_long=losses[0].detach(), loss_short=losses[1].detach())
+    return seen | {f"grad_{name}": tensor.grad for name, tensor in own.items()}
 
 
 if __name__ == "__main__":
@@ -91,6 +106,8 @@ if __name__ == "__main__":
         (name, classes): steps(DistributedDataParallel, SPLITS[name][distributed.rank()], classes)
         for name, classes in CASES
     }
+    if GOLDEN.exists():
+        observed["golden"] = golden_loss()
     torch.save(observed, Path(sys.argv[1]) / f"rank{distributed.rank()}.pt")
     distributed.stop()
 
@@ -102,27 +119,35 @@ def ranks(tmp_path_factory, two_ranks):
 
 @pytest.mark.parametrize(("split", "classes"), CASES)
 def test_two_ranks_are_one_process(ranks, split, classes):
-    """Losses, figures, gradients and banks, over micro-batches of unequal content."""
+    """Losses, metrics, gradients and banks, over micro-batches of unequal content."""
     for step, alone in enumerate(steps(lambda model: model, ALONE, classes)):
         first, second = (seen[split, classes][step] for seen in ranks)
         for name, loss in alone["losses"].items():
             assert first["losses"][name] == pytest.approx(loss, rel=1e-9), name
-        for name, figure in alone["figures"].items():
+        for name, metric in alone["metrics"].items():
             if not name.endswith("_unmatched"):  # the pairs of one rank only
-                assert first["figures"][name] == pytest.approx(figure, rel=1e-6), name
-            assert first["figures"][name] == pytest.approx(second["figures"][name], nan_ok=True), name
+                assert first["metrics"][name] == pytest.approx(metric, rel=1e-6), name
+            assert first["metrics"][name] == pytest.approx(second["metrics"][name], nan_ok=True), name
         for part in ("gradients", "banks"):
             for name, value in alone[part].items():
                 torch.testing.assert_close(first[part][name], value, msg=name)
                 assert first[part][name].equal(second[part][name]), name
-    assert alone["figures"]["region_candidates"] > 6
+    assert alone["metrics"]["region_candidates"] > 6
+
+
+def test_golden_loss_of_two_ranks(ranks, golden):
+    g = golden("global_loss_ws2")
+    for rank, seen in enumerate(ranks):
+        for name, found in seen["golden"].items():
+            tolerance = dict(rtol=1e-5, atol=1e-5) if name.startswith("loss") else dict(rtol=1e-3, atol=5e-5)
+            torch.testing.assert_close(found, g[name][rank], **tolerance, msg=name)
 
 
 def one_step(micro_batches, names, roi_projection=False, **options):
     model = make_model(Tokenizer(vocabulary()).vocab_size)
     model = model.with_roi_projection().double() if roi_projection else model
     freeze_unreached(model, names)
-    objective = Objective(model, names=names, banks={}, device="cpu")
+    objective = FGCLIPLoss(model, names=names, banks={}, device="cpu")
     batches = make_batches(micro_batches, **options)
     objective.begin(batches)
     total = 0.0
@@ -130,18 +155,15 @@ def one_step(micro_batches, names, roi_projection=False, **options):
         loss = sum(objective(batch).values()) / len(batches)
         loss.backward()
         total += loss.item()
-    return total, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, objective.figures()
+    return total, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, objective.metrics()
 
 
 def test_micro_batches_are_one_batch_where_there_are_no_other_negatives():
-    whole, gradients, figures = one_step([range(10)], ["hard"])
+    whole, gradients, metrics = one_step([range(10)], ["hard"])
     parts, others, of_parts = one_step([(0, 1), (2, 3, 4, 5, 6), (7, 8, 9)], ["hard"])
-    assert parts == pytest.approx(whole, rel=1e-12) and of_parts == pytest.approx(figures, nan_ok=True)
+    assert parts == pytest.approx(whole, rel=1e-12) and of_parts == pytest.approx(metrics, nan_ok=True)
     for name, gradient in gradients.items():
         torch.testing.assert_close(others[name], gradient, msg=name)
-
-
-NAMES = ("long", "short", "region", "hard")
 
 
 @pytest.mark.parametrize("roi_projection", [False, True])
@@ -159,41 +181,41 @@ def test_what_is_not_frozen_is_reached(names, roi_projection):
 def test_ranges_are_those_of_all_micro_batches():
     ends = []
     for micro_batches in ([range(5)], [range(5, 10)], [range(5), range(5, 10)]):
-        objective = Objective(make_model(Tokenizer(vocabulary()).vocab_size), names=["long"], banks={}, device="cpu")
+        objective = FGCLIPLoss(make_model(Tokenizer(vocabulary()).vocab_size), names=["long"], banks={}, device="cpu")
         batches = make_batches(micro_batches)
         objective.begin(batches)
         for batch in batches:
             objective(batch)
-        ends.append(objective.ranges["long"])
+        ends.append(objective.logit_ranges["long"])
     low, high = torch.stack(ends[:2]).T
     assert ends[2].tolist() == [low.min(), high.max()]
 
 
 def test_a_batch_without_regions_or_negatives():
-    loss, gradients, figures = one_step([(0,)], ["region", "hard"])
-    assert loss == 0 and math.isnan(figures["region_r1"]) and math.isnan(figures["hard_r1"])
+    loss, gradients, metrics = one_step([(0,)], ["region", "hard"])
+    assert loss == 0 and math.isnan(metrics["region_r1"]) and math.isnan(metrics["hard_r1"])
     assert all(gradient is not None and not gradient.any() for gradient in gradients.values())
 
 
-def test_figures_are_what_they_say():
+def test_metrics_are_what_they_say():
     """Against the definitions, spelt out."""
     torch.manual_seed(0)
     model = make_model(Tokenizer(vocabulary()).vocab_size)
     bank = PairBank(50, 8).double()
-    stale = unit(torch.randn(50, 8, dtype=torch.float64))
+    stale = l2_normalize(torch.randn(50, 8, dtype=torch.float64))
     (batch,) = make_batches([range(10)])
     ids = batch["short_ids"][batch["region"]]
     bank.enqueue(stale, stale.flip(0), torch.cat([ids[:3], torch.arange(47)]))
-    stale_ids = bank.negatives().ids.clone()
+    stale_ids = bank.negatives("texts")["bank_ids"].clone()
     features = {name: value.detach() for name, value in model(batch).items()}
-    region, text = unit(features["regions"]), unit(features["region_texts"])
+    region, text = l2_normalize(features["regions"]), l2_normalize(features["region_texts"])
     scale, count = features["scale_region"], len(region)
     expected, _ = symmetric_loss(region, text, scale, ids=ids, bank=bank, with_stats=True)
 
-    objective = Objective(model, names=["region"], banks={"region": bank}, device="cpu")
+    objective = FGCLIPLoss(model, names=["region"], banks={"region": bank}, device="cpu")
     objective.begin([batch])
     losses = objective(batch)
-    figures = objective.figures()
+    metrics = objective.metrics()
     assert losses["loss_region"].item() == pytest.approx(expected.item())
     same = ids[:, None] == ids
     wrong = {}
@@ -202,14 +224,14 @@ def test_figures_are_what_they_say():
         wrong[name] = logits.masked_fill(same & ~torch.eye(count, dtype=torch.bool), -torch.inf)
     r1 = sum((w.argmax(1) == torch.arange(count)).double().mean() for w in wrong.values()) / 2
     loss = sum(-w.log_softmax(1).diagonal().mean() for w in wrong.values()) / 2
-    assert figures["region_in_batch"] == pytest.approx(loss.item())
-    assert figures["region_in_batch_r1"] == pytest.approx(r1.item())
-    assert figures["region_candidates"] == count + 50 and figures["region_bank"] == 50
+    assert metrics["region_in_batch"] == pytest.approx(loss.item())
+    assert metrics["region_in_batch_r1"] == pytest.approx(r1.item())
+    assert metrics["region_candidates"] == count + 50 and metrics["region_bank"] == 50
     masked = (same.sum(1) - 1 + (ids[:, None] == stale_ids).sum(1)).double().mean().item()
-    assert masked > 0 and figures["region_unmasked"] == pytest.approx(count + 50 - masked)
+    assert masked > 0 and metrics["region_unmasked"] == pytest.approx(count + 50 - masked)
     cosines = region @ text.T
-    assert figures["region_cosine"] == pytest.approx(cosines.diagonal().mean().item())
-    assert figures["region_cosine_unmatched"] == pytest.approx(cosines[~same].mean().item())
-    assert objective.ranges["region"].tolist() == pytest.approx([(scale * c).item() for c in cosines.aminmax()])
-    assert figures["norm_regions"] == pytest.approx(features["regions"].norm(dim=1).mean().item())
+    assert metrics["region_cosine"] == pytest.approx(cosines.diagonal().mean().item())
+    assert metrics["region_cosine_unmatched"] == pytest.approx(cosines[~same].mean().item())
+    assert objective.logit_ranges["region"].tolist() == pytest.approx([(scale * c).item() for c in cosines.aminmax()])
+    assert metrics["norm_regions"] == pytest.approx(features["regions"].norm(dim=1).mean().item())
     assert bank.images[0].features[: count % 50].equal(region[: count % 50])

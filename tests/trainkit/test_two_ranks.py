@@ -109,7 +109,7 @@ def run_folder(folder: Path) -> dict:
     with pytest.raises(InputError) as raised:
         prepare_run(parser.parse_args(["--output", str(run)]), "toy")
     resume = prepare_run(parser.parse_args(["--device", "cpu", "--resume", "auto"]), "toy")
-    return {"run": str(run), "resume": str(resume), "in use": str(raised.value)}
+    return {"run": str(folder / run), "resume": str(folder / resume), "in use": str(raised.value)}
 
 
 def asked_to_stop() -> tuple[bool, bool]:
