@@ -32,8 +32,9 @@ from macl.data import (
     refuse_absent_classes,
     to_float,
 )
+from macl.evaluation import alignment_metrics, detection_metrics, predict, validation_text
 from macl.fusion import FUSIONS
-from macl.validation import alignment_metrics, detection_metrics, draw_validation, predict, validation_text
+from macl.plots import draw_validation
 from macl.weights import has_old_names
 from trainkit import checkpoint, distributed
 from trainkit.arguments import (
@@ -429,7 +430,7 @@ def main(arguments: list[str] | None = None) -> None:
         figures, results = validate(detector if average is None else average.module, val_data, args, device, between)
         log.validation(stepper.steps, {"epoch": epoch, **figures}, validation_text(figures, untrained))
         if distributed.is_main():
-            draw_validation(folder, epoch, val_data, results, args.classes)
+            draw_validation(folder, epoch, val_data, results)
         throughput.restart()
         if best_metric(figures, args.best_by) > best:
             best = best_metric(figures, args.best_by)

@@ -26,7 +26,8 @@ from macl.build import load_initial_weights, read_checkpoint
 from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, JointDataset, SyntheticPairs, hold_out, refuse_absent_classes
 from macl.data.kaist import TRAINING_RULES
 from macl.domain import grl_schedule
-from macl.validation import draw_validation, miss_rate_metrics, validation_text
+from macl.evaluation import miss_rate_metrics, validation_text
+from macl.plots import draw_validation
 from train_stage1 import (
     VALIDATION_SEED,
     add_augmentation_flags,
@@ -445,7 +446,7 @@ def main(arguments: list[str] | None = None) -> None:
         figures, results = validate_both(bare, val_data, old_val_data, args, device, between)
         log.validation(stepper.steps, {"epoch": epoch, **figures}, both_text(figures))
         if distributed.is_main():
-            draw_validation(folder, epoch, val_data, results, detector.kwargs["classes"])
+            draw_validation(folder, epoch, val_data, results)
         throughput.restart()
         figure, stale = selection_metric(figures, args.best_by), stale + 1
         if figure > best or stepper.steps == 0:

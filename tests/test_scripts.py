@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import train_stage1
-from macl import evaluate, predict, validation
+from macl import evaluate, evaluation, predict
 from trainkit.errors import one_sentence
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,14 +98,14 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(run, tmp_path):
 
 def test_a_signal_gives_up_a_validation_and_the_run_goes_on_with_it(run, tmp_path, monkeypatch):
     """In the first one and at the end of another: no line is lost, and none comes twice."""
-    calls, embed = itertools.count(1), validation.embed
+    calls, embed = itertools.count(1), evaluation.embed
 
     def told_to_end(*args):
         if next(calls) in (1, 5):  # two batches a validation
             signal.raise_signal(signal.SIGTERM)
         return embed(*args)
 
-    monkeypatch.setattr(validation, "embed", told_to_end)
+    monkeypatch.setattr(evaluation, "embed", told_to_end)
     for validated in (-1, 0):
         with pytest.raises(SystemExit) as stop:
             train(tmp_path / "run", "--resume", "auto")

@@ -16,7 +16,7 @@ import torch
 import macl
 import train_stage1
 import train_stage2
-from macl import validation
+from macl import evaluation
 from trainkit.errors import one_sentence
 from trainkit.gradients import _leaves
 
@@ -138,14 +138,14 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(begun, run, tmp_path):
 def test_a_signal_gives_up_a_validation_and_the_run_goes_on_with_it(begun, run, tmp_path, monkeypatch):
     """Between the two domains, in the first validation and in a later one: no line is lost, and none comes twice."""
     extra = [*STAGE_2, *map(str, [*EVERYTHING, "--gradient-report", 4, "--save-every", 2, "--keep-every", 1])]
-    calls, embed = itertools.count(1), validation.embed
+    calls, embed = itertools.count(1), evaluation.embed
 
     def told_to_end(*args):
         if next(calls) in (1, 4):  # a batch for each domain
             signal.raise_signal(signal.SIGINT)
         return embed(*args)
 
-    monkeypatch.setattr(validation, "embed", told_to_end)
+    monkeypatch.setattr(evaluation, "embed", told_to_end)
     for start in (["--init-from", str(begun)], ["--resume", "auto"]):
         with pytest.raises(SystemExit) as stop:
             train_stage2.main([*extra, *start, "--output", str(tmp_path / "run")])
