@@ -151,63 +151,52 @@ def detect(args: argparse.Namespace, device: torch.device, max_detections: int) 
         raise InputError(f"--misalign needs detections with both modalities, not with {', '.join(modes)} alone")
     dataset = open_dataset(args, classes, checkpoint.get("script"))
     options = {name: getattr(args, name) for name in ("batch_size", "workers", "amp")} | {"device": device}
-    options["score_threshold"] = evaluation.SCORE_THRESHOLD if args.score_threshold is None else args.score_threshold
+    if args.score_threshold is not None:
+        options["score_threshold"] = args.score_threshold
     results = evaluation.predict(detector, dataset, modes=modes, **options)
     misaligned = []
     if args.misalign is not None:
-        moved = {"modality": args.misalign_modality or "infrared", "pixels": args.misalign}
-        misaligned = misalignment_metrics(detector, dataset, results, **moved, max_detections=max_detections, **options)
+        moved = args.misalign_modality or "infrared"
+        other = "infrared" if moved == "visible" else "visible"
+        misaligned.append(misalignment_row("0 pixels", 0, results, "both", max_detections))
+        for pixels in args.misalign:
+            shifted = data.MisalignedDataset(dataset, modality=moved, pixels=pixels)
+            outputs = evaluation.predict(detector, shifted, modes={"both": modes["both"]}, **options)
+            misaligned.append(misalignment_row(f"{pixels} pixels", pixels, outputs, "both", max_detections))
+        if other in modes:  # what a fusion has to beat
+            misaligned.append(misalignment_row(f"{other} alone", None, results, other, max_detections))
     return results, dataset.source, misaligned
 
 
-def misalignment_metrics(detector, dataset, results, *, modality, pixels, max_detections, **options) -> list[dict]:
-    """Metrics of both cameras while one `modality` is moved to the right by each of `pixels`, and of the other alone.
-
-    results: what `predict` gave for the data set as it is, with both at least. options: its keywords.
-    Returns one dict per step: name, pixels (None for the other modality alone), ap50 and, where known, miss_rate. Boxes
-    stay where the modality that is not moved shows them.
-    """
-    other = "infrared" if modality == "visible" else "visible"
-    steps = [("0 pixels", 0, "both", results)]
-    for step in pixels:
-        shifted = data.MisalignedDataset(dataset, modality=modality, pixels=step)
-        outputs = evaluation.predict(detector, shifted, modes={"both": detector.modes["both"]}, **options)
-        steps.append((f"{step} pixels", step, "both", outputs))
-    if other in results[0]["detections"]:
-        steps.append((f"{other} alone", None, other, results))
-    rows = []
-    for name, step, mode, outputs in steps:
-        outputs = [result | {"detections": {mode: result["detections"][mode]}} for result in outputs]
-        row = {
-            "name": name,
-            "pixels": step,
-            "ap50": evaluation.detection_metrics(outputs, max_detections)[mode]["ap50"],
-        }
-        miss_rates = evaluation.miss_rate_metrics(outputs)
-        rows.append(row | {"miss_rate": miss_rates[mode]["reasonable all"]} if miss_rates else row)
-    return rows
+def misalignment_row(name: str, pixels: int | None, results: list[dict], mode: str, max_detections: int) -> dict:
+    """AP50 (fraction) and, where it is known, the miss rate of reasonable (percent) of one mode."""
+    results = [result | {"detections": {mode: result["detections"][mode]}} for result in results]
+    ap50 = evaluation.detection_metrics(results, max_detections)[mode]["ap50"]
+    rates = evaluation.miss_rate_metrics(results)
+    row = {"name": name, "pixels": pixels, "ap50": ap50}
+    return row | {"miss_rate": rates[mode]["reasonable all"]} if rates else row
 
 
 def misalignment_text(rows: list[dict], modality: str) -> str:
-    titles = {"ap50": "AP50", "miss_rate": "log-average miss rate"}
-    columns = [key for key in titles if key in rows[0]]
-    lines = [[f"{modality} moved right by", *(titles[key] for key in columns)]]
+    lines = [[f"{modality} moved right by", "AP50", "log-average miss rate"]]
     for row in rows:
-        values = [(row[key], 100 if key == "ap50" else 1) for key in columns]
-        lines.append([row["name"], *("-" if value is None else f"{scale * value:.2f}" for value, scale in values)])
-    return aligned(lines)
+        ap50 = None if row["ap50"] is None else 100 * row["ap50"]
+        lines.append([row["name"], cell(ap50), cell(row.get("miss_rate"))])
+    return aligned(lines if "miss_rate" in rows[0] else [line[:2] for line in lines])
 
 
 def miss_rate_text(tables: dict[str, dict[str, dict]]) -> str:
     """The `miss_rate_tables` as text, one of the ten rows per line, each miss rate with the final recall beside it."""
-    lines = [
-        ["log-average miss rate, %", *(title for mode in tables for title in (mode, "recall")), "people", "frames"]
-    ]
+    titles = [title for mode in tables for title in (mode, "recall")]
+    lines = [["log-average miss rate, %", *titles, "people", "frames"]]
     for row, counts in next(iter(tables.values())).items():
-        values = [rows[row][key] for rows in tables.values() for key in ("miss_rate", "recall")]
-        cells = ["-" if value is None else f"{value:.2f}" for value in values]
+        cells = [cell(rows[row][key]) for rows in tables.values() for key in ("miss_rate", "recall")]
         lines.append([row, *cells, str(counts["boxes"]), str(counts["frames"])])
     return aligned(lines)
+
+
+def cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def write_files(args: argparse.Namespace, results: list[dict], metrics: dict) -> None:

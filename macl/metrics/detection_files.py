@@ -9,8 +9,6 @@ from macl.metrics.frames import flatten
 from trainkit.errors import InputError
 from trainkit.files import MAX_COORDINATE, MAX_ID, number, numbers, read_json, read_text, shown, write_text
 
-SUFFIXES = (".txt", ".json")
-
 
 def read_detections(path: str | Path, image_count: int, *, first_id: int | None = None) -> list[dict]:
     """Detections of ``image_count`` frames from a file.
@@ -34,7 +32,12 @@ def read_detections(path: str | Path, image_count: int, *, first_id: int | None 
                 f"expected {first_id} to {first_id + image_count - 1} for {image_count} frames"
             )
         frames[image_id - first_id].append(values)
-    return [_frame(rows) for rows in frames]
+    detections = []
+    for rows in frames:
+        values = torch.tensor(rows, dtype=torch.float64).reshape(-1, 6)  # (N, 6) x, y, width, height, score, label
+        boxes = torch.cat([values[:, :2], values[:, :2] + values[:, 2:4]], 1)
+        detections.append({"boxes": boxes, "labels": values[:, 5].long(), "scores": values[:, 4]})
+    return detections
 
 
 def could_count_from_zero(path: str | Path, image_count: int) -> bool:
@@ -45,10 +48,9 @@ def could_count_from_zero(path: str | Path, image_count: int) -> bool:
 def write_detections(path: str | Path, detections: list[dict]) -> None:
     """Write one dict per frame (boxes (N, 4) x1, y1, x2, y2, scores (N,), labels (N,)) as read_detections reads it.
 
-    Ids count from 1, numbers keep nine digits, and ``.txt`` has no labels. Raises InputError for another suffix and
-    for a place that cannot be written.
+    Ids count from 1, numbers keep nine digits, and ``.txt`` has no labels. Any other name is written as json. Raises
+    InputError for a place that cannot be written.
     """
-    _check_suffix(Path(path))
     boxes, frame, scores, labels = flatten(detections, "scores", "labels")
     rows = []
     for index, box, score, label in zip(frame.tolist(), boxes.tolist(), scores.tolist(), labels.tolist(), strict=True):
@@ -61,14 +63,8 @@ def write_detections(path: str | Path, detections: list[dict]) -> None:
     write_text(path, text)
 
 
-def _check_suffix(path: Path) -> None:
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: detections are .txt or .json files")
-
-
 def _read_rows(path: Path) -> list[tuple]:
     """Of every detection the place for a message, image_id, x, y, width, height, score, label."""
-    _check_suffix(path)
     rows = []
     if path.suffix == ".txt":
         for count, line in enumerate(read_text(path, "a file of detections").split("\n"), 1):
@@ -76,13 +72,15 @@ def _read_rows(path: Path) -> list[tuple]:
                 place = f"{path}, line {count}"
                 values = numbers(line.split(","), f"{place} (image_id,x,y,width,height,score)", 6, -MAX_ID, MAX_ID)
                 rows.append(_row(place, values[0], values[1:5], values[5], 1))
-        return rows
-    for index, record in enumerate(read_json(path, "a file of detections", list)):
-        place = f"{path}, entry {index}"
-        if not isinstance(record, dict):
-            raise InputError(f"{place}: expected image_id, bbox and score, got {shown(record)}")
-        values = (record.get(key) for key in ("image_id", "bbox", "score"))
-        rows.append(_row(place, *values, record.get("category_id", 1)))
+    elif path.suffix == ".json":
+        for index, record in enumerate(read_json(path, "a file of detections", list)):
+            place = f"{path}, entry {index}"
+            if not isinstance(record, dict):
+                raise InputError(f"{place}: expected image_id, bbox and score, got {shown(record)}")
+            values = (record.get(key) for key in ("image_id", "bbox", "score"))
+            rows.append(_row(place, *values, record.get("category_id", 1)))
+    else:
+        raise InputError(f"{path}: detections are .txt or .json files")
     return rows
 
 
@@ -92,9 +90,3 @@ def _row(place: str, image_id, box, score, label) -> tuple:
     image_id = number(image_id, f"{place}, image_id", 0, MAX_ID, whole=True)
     label = number(label, f"{place}, category_id", 0, MAX_ID, whole=True)
     return place, image_id, x, y, *sides, number(score, f"{place}, score"), label
-
-
-def _frame(rows: list) -> dict:
-    values = torch.tensor(rows, dtype=torch.float64).reshape(-1, 6)  # (N, 6) x, y, width, height, score, label
-    boxes = torch.cat([values[:, :2], values[:, :2] + values[:, 2:4]], 1)
-    return {"boxes": boxes, "labels": values[:, 5].long(), "scores": values[:, 4]}

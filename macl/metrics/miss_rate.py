@@ -80,7 +80,7 @@ class _Matches:
 
     def __init__(self, detections: list[dict], ground_truth: list[dict]):
         check_same_frames(detections, ground_truth)
-        self.daytime = [frame.get("daytime") for frame in ground_truth]  # a bool per frame, None where not given
+        self.ground_truth = ground_truth
         self.boxes, self.box_frame, ignore, self.occlusion = flatten(ground_truth, "ignore", "occlusion")  # (G, ...)
         self.ignore = ignore != 0
         detected, frame, scores = flatten(detections, "scores")
@@ -103,9 +103,21 @@ class _Matches:
 
     def curve(self, subset: str, daytime: str) -> dict:
         """What miss_rate_curve returns."""
-        frames = self._frames(daytime)
-        real = ~self._ignored(subset)
+        for name, value, known in (("subset", subset, SUBSETS), ("daytime", daytime, DAYTIMES)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+        frames = np.ones(len(self.ground_truth), bool)  # those that count
+        for index, frame in enumerate(self.ground_truth if daytime != "all" else ()):
+            if "daytime" not in frame:
+                raise ValueError(f"frame {index} has no 'daytime'")
+            frames[index] = bool(frame["daytime"]) == (daytime == "day")
+        low, high, occlusions = SUBSETS[subset]
+        x, y, width, height = self.boxes.T
+        inside = (x >= BORDER[0]) & (y >= BORDER[1]) & (x + width <= BORDER[2]) & (y + height <= BORDER[3])
+        wanted = (height >= low) & (height <= high) & np.isin(self.occlusion, occlusions)
+        real = ~self.ignore & inside & wanted  # (G,)
         boxes = int((real & frames[self.box_frame]).sum())
+
         # Each detection in turn takes the real box that it overlaps most of those still free.
         on_real = (self.iou >= MIN_OVERLAP) & real[self.box]
         matched, taken = set(), set()
@@ -127,27 +139,6 @@ class _Matches:
         result["log_average_miss_rate"] = float(100 * np.exp(np.log(np.maximum(1e-10, 1 - at_reference)).mean()))
         result["recall"] = float(100 * recall[-1])
         return {"fppi": fppi, "miss_rate": 100 * (1 - recall[1:]), **result}
-
-    def _frames(self, daytime: str) -> np.ndarray:
-        """Mask of the frames that count."""
-        if daytime not in DAYTIMES:
-            raise ValueError(f"daytime is {daytime!r}, expected one of {', '.join(DAYTIMES)}")
-        if daytime == "all":
-            return np.ones(len(self.daytime), bool)
-        if None in self.daytime:
-            raise ValueError(f"frame {self.daytime.index(None)} has no 'daytime'")
-        return np.array([bool(day) == (daytime == "day") for day in self.daytime], bool)
-
-    def _ignored(self, subset: str) -> np.ndarray:
-        """(G,) bool."""
-        if subset not in SUBSETS:
-            raise ValueError(f"subset is {subset!r}, expected one of {', '.join(SUBSETS)}")
-        low, high, occlusions = SUBSETS[subset]
-        x, y, width, height = self.boxes.T
-        left, top, right, bottom = BORDER
-        inside = (x >= left) & (y >= top) & (x + width <= right) & (y + height <= bottom)
-        wanted = (height >= low) & (height <= high) & np.isin(self.occlusion, occlusions)
-        return self.ignore | ~inside | ~wanted
 
 
 def _overlaps(detected: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
