@@ -257,6 +257,18 @@ def test_figures_of_each_class():
     assert "per_class" not in detection_metrics([frame | {"classes": ["person"]}])["both"]
 
 
+def test_average_precision_of_those_seen_in_one_modality():
+    boxes = [[100, 100, 140, 200], [300, 100, 340, 200], [400, 100, 440, 200]]
+    frame = results(boxes[:2], boxes)
+    frame["ground_truth"]["visible_in"] = torch.tensor([[True, True], [True, False], [False, True]])
+    metrics = detection_metrics([frame])["both"]
+    seen = {name: metrics[f"ap50_seen_in_{name}"] for name in ("both", "visible_only", "infrared_only")}
+    assert seen == {"both": pytest.approx(1), "visible_only": pytest.approx(1), "infrared_only": 0}  # no false alarms
+    assert frame["ground_truth"]["ignore"].tolist() == [False] * 3
+    del frame["ground_truth"]["visible_in"]
+    assert set(detection_metrics([frame])["both"]) == {"ap50", "ap75", "ap", "recall"}
+
+
 def test_average_precision_looks_at_as_many_detections_as_is_said():
     boxes = [[10 * i, 0, 10 * i + 9, 9] for i in range(160)]
     frame = results(boxes, boxes)
