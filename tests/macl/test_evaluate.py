@@ -13,10 +13,8 @@ import macl
 import train_stage1
 import train_stage2
 from macl import evaluate, predict
-from macl.data import SyntheticPairs
 from macl.evaluation import detection_metrics, miss_rate_curves, miss_rate_metrics, validation_text
 from macl.metrics import miss_rate_curve, read_detections
-from macl.metrics.miss_rate import REFERENCE_FPPI
 from trainkit.errors import InputError, one_sentence
 
 ROWS = ["reasonable all", "reasonable day", "reasonable night", "near", "medium", "far", "none", "partial", "heavy"]
@@ -116,10 +114,9 @@ def rows_of(said: str) -> dict[str, list[str]]:
 def test_a_detector_on_kaist(checkpoint, kaist, tmp_path, capsys):
     files = {name: tmp_path / name for name in ("figures.json", "found.txt", "curve.json", "curve.png")}
     names = ("--output", "--save-detections", "--save-curve", "--plot")
-    said = run(
-        capsys, "--checkpoint", checkpoint, "--dataset", "kaist", "--data-root", kaist, "--score-threshold", 0,
-        *(part for pair in zip(names, files.values(), strict=True) for part in pair),
-    )  # fmt: skip
+    flags = [part for pair in zip(names, files.values(), strict=True) for part in pair]
+    flags += ["--dataset", "kaist", "--data-root", kaist, "--score-threshold", 0]
+    said = run(capsys, "--checkpoint", checkpoint, *flags)
     assert "KAIST test-all-20: 3 pairs (1 by day, 2 by night)" in said
     assert all(f"\n{mode}  " in said for mode in ("both", "visible", "infrared"))
     rows = rows_of(said)
@@ -139,10 +136,8 @@ def test_what_was_saved_gives_the_same_figures(checkpoint, kaist, tmp_path, caps
     (kaist / "annotations").rename(kaist / "labels")
     common = ["--dataset", "kaist", "--data-root", kaist, "--image-set", "mine", "--annotations", "labels"]
     found = tmp_path / "found.json"
-    said = run(
-        capsys, "--checkpoint", checkpoint, *common, "--modality", "infrared", "--save-detections", found,
-        "--score-threshold", 0,
-    )  # fmt: skip
+    flags = ["--modality", "infrared", "--save-detections", found, "--score-threshold", 0]
+    said = run(capsys, "--checkpoint", checkpoint, *common, *flags)
     again = run(capsys, "--detections", found, *common)
     assert len(rows_of(said)) == 10 and rows_of(said) == rows_of(again)
     assert not (tmp_path / "found-infrared.json").exists()
@@ -168,29 +163,29 @@ class SeesShift(torch.nn.Module):
         return images
 
     def detect(self, images, names, *, score_threshold):
-        found = []
-        for image in images["infrared" if "infrared" in names else "visible"]:
-            x = float(image[0, 0].argmax())
-            found.append({"boxes": [[x, 40, x + 20, 100]], "labels": [1], "scores": [0.9]})
-        return [{key: torch.tensor(value) for key, value in one.items()} for one in found]
+        columns = [float(image[0, 0].argmax()) for image in images[names[-1]]]
+        label, score = torch.tensor([1]), torch.tensor([0.9])
+        return [{"boxes": torch.tensor([[x, 40, x + 20, 100]]), "labels": label, "scores": score} for x in columns]
 
 
-class Marked(SyntheticPairs):
-    def __getitem__(self, index):
-        image = torch.zeros(3, 128, 160, dtype=torch.uint8)
-        image[..., 50] = 255
-        truth = {"boxes": torch.tensor([[50.0, 40, 70, 100]]), "labels": torch.ones(1, dtype=torch.int64)}
-        truth |= {"ignore": torch.zeros(1, dtype=torch.bool), "occlusion": torch.zeros(1, dtype=torch.int64)}
-        names = {"image_id": index, "path": "", "scene": 0, "daytime": True}
-        return {"visible": image, "infrared": image.clone(), **truth, **names}
-
+class Marked(torch.utils.data.Dataset):
     source = "marked"
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        image, zero = torch.zeros(3, 128, 160, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+        image[..., 50] = 255
+        truth = {"boxes": torch.tensor([[50.0, 40, 70, 100]]), "labels": zero + 1, "ignore": zero > 0}
+        more = {"occlusion": zero, "daytime": True, "image_id": index, "path": "", "scene": 0}
+        return {"visible": image, "infrared": image.clone(), **truth, **more}
 
 
 def test_what_is_moved_is_seen_moved_and_the_boxes_are_not(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "read_checkpoint", lambda path: {})
     monkeypatch.setattr(evaluate, "load_detector", lambda path, **options: SeesShift())
-    monkeypatch.setattr(evaluate, "open_dataset", lambda *arguments: Marked(3, 0))
+    monkeypatch.setattr(evaluate, "open_dataset", lambda *arguments: Marked())
     flags = ["--checkpoint", "a.pt", "--output", tmp_path / "a.json"]
     said = run(capsys, *flags, "--misalign", 3, 15).splitlines()
     rows = json.loads((tmp_path / "a.json").read_text())["misalign"]
@@ -283,24 +278,13 @@ def test_no_miss_rates_where_daytime_or_occlusion_is_not_known():
 
 
 def test_a_curve_keeps_the_points_that_count():
-    torch.manual_seed(0)
-    frames = []
-    for _ in range(30):
-        corner = torch.rand(3, 2) * 300 + 50
-        truth = torch.cat([corner, corner + 80], 1)
-        noise = torch.rand(6, 2) * 500
-        frames.append(results([], truth.tolist()))
-        found = torch.cat([truth[:2] + 3, torch.cat([noise, noise + 60], 1)])[torch.randperm(8)]
-        frames[-1]["detections"]["both"] |= {"boxes": found, "scores": torch.rand(8), "labels": torch.ones(8).long()}
-    curve = miss_rate_curves(frames)["both"]["reasonable all"]
-    whole = miss_rate_curve(
-        [frame["detections"]["both"] for frame in frames], [frame["ground_truth"] for frame in frames]
-    )
-    assert len(curve["fppi"]) < len(whole["fppi"]) and curve["fppi"][-1] == whole["fppi"][-1]
-    at = [max((i for i, x in enumerate(curve["fppi"]) if x <= reference), default=None) for reference in REFERENCE_FPPI]
-    missed = [1.0 if i is None else curve["miss_rate"][i] / 100 for i in at]
-    average = 100 * math.exp(sum(math.log(max(1e-10, value)) for value in missed) / 9)
-    assert average == pytest.approx(whole["log_average_miss_rate"]) and 0 < average < 100
+    people = [[100, 100, 140, 200], [300, 100, 340, 200]]
+    far = [[x, 300, x + 40, 400] for x in (100, 300, 500)]
+    frame = results([people[0], *far[:2], people[1], far[2]], people)  # by falling score
+    curve = miss_rate_curves([frame])["both"]["reasonable all"]
+    assert curve["fppi"] == [0, 2, 3] and curve["miss_rate"] == [50, 0, 0]
+    whole = miss_rate_curve([frame["detections"]["both"]], [frame["ground_truth"]])
+    assert curve["log_average_miss_rate"] == whole["log_average_miss_rate"] and len(whole["fppi"]) == 5
 
 
 @pytest.mark.parametrize("first_id", [None, 0, 1])
@@ -388,8 +372,8 @@ def test_published_detections_from_the_command_line(shared, tmp_path, capsys, na
         entries = [{"image_id": int(i) - 1, "bbox": box, "score": score} for i, *box, score in rows]
         file = tmp_path / f"{name}.json"
         file.write_text(json.dumps(entries))
-    flags = ["--annotations", folder / "gt/kaist_annotations_test20.json", "--output", tmp_path / "figures.json"]
-    said = run(capsys, "--dataset", "kaist", "--detections", file, *flags, *["--first-id", 0] * (suffix == ".json"))
+    flags = ["--annotations", folder / "gt/kaist_annotations_test20.json", *["--first-id", 0] * (suffix == ".json")]
+    said = run(capsys, "--dataset", "kaist", "--detections", file, *flags, "--output", tmp_path / "figures.json")
     assert [rows_of(said)[row][0] for row in ROWS] == [f"{value:.2f}" for value in PUBLISHED[name]]
     rows = json.loads((tmp_path / "figures.json").read_text())["miss_rate"][file.stem]
     assert [round(rows[row]["miss_rate"], 2) for row in ROWS] == PUBLISHED[name]

@@ -60,33 +60,10 @@ def test_the_average_worked_by_hand():
     assert curve["fppi"].tolist() == [0, 0.5, 0.5] and curve["miss_rate"].tolist() == [50, 50, 0]
 
 
-def test_before_the_first_point_nothing_is_found():
-    # The best detection is a false alarm: up to 0.5 false positives per image there is no point of the curve, and the
-    # miss rate there is 1, not that of the last point.
-    frames = [truth(PERSON), truth()]
-    detections = [found(PERSON, scores=[0.5]), found(PERSON, scores=[0.9])]
-    expected = 100 * math.exp(2 * math.log(1e-10) / 9)
-    assert log_average_miss_rate(detections, frames) == pytest.approx(expected)
-
-
-def test_frames_without_people_count_in_the_false_positives_per_image():
-    curve = miss_rate_curve([found(PERSON)] + [found()] * 3, [truth()] + [truth(PERSON)] * 3)
-    assert curve["fppi"].tolist() == [0.25] and curve["frames"] == 4
-
-
-def test_a_second_detection_of_a_person_is_a_false_positive():
-    assert counts([found(PERSON, shifted(PERSON, 2))], [truth(PERSON)]) == (1, 1, 1)
-
-
 def test_an_ignored_box_takes_any_number_of_detections_by_their_own_area():
     crowd = (100, 100, 300, 300)
     inside = [(110, 110, 150, 200), (200, 110, 240, 200), (110, 150, 150, 250)]  # IoU with the crowd below 0.1
     assert counts([found(*inside)], [truth(crowd, (400, 100, 440, 200), ignore=[0])]) == (0, 0, 1)
-
-
-def test_a_real_box_goes_before_a_better_ignored_one():
-    other = shifted(PERSON, 10)  # overlaps the detection entirely, the real one by 0.6
-    assert counts([found(other)], [truth(other, PERSON, ignore=[0])]) == (1, 0, 1)
 
 
 def test_half_of_a_box_is_enough_and_less_is_not():
@@ -150,14 +127,6 @@ def test_subsets_by_height_and_occlusion(subset, heights, occlusions):
             frames = [truth((100, 100, 140, 100 + height), occlusion=[occlusion])]
             expected = int(height in heights and occlusion in occlusions)
             assert miss_rate_curve([found()], frames, subset)["boxes"] == expected, (height, occlusion)
-
-
-def test_day_and_night():
-    frames = [truth(PERSON, daytime=True), truth(PERSON, daytime=False), truth(daytime=False)]
-    detections = [found(PERSON), found(), found(PERSON)]
-    assert log_average_miss_rate(detections, frames, daytime="day") == pytest.approx(1e-8)
-    assert log_average_miss_rate(detections, frames, daytime="night") == 100
-    assert miss_rate_curve(detections, frames, daytime="night")["frames"] == 2
 
 
 def test_a_subset_without_people_is_none():
