@@ -35,7 +35,8 @@ NEEDS = [  # a flag, and another without which it has no effect
     ("--weights", "--checkpoint"), ("--modality", "--checkpoint"), ("--score-threshold", "--checkpoint"),
     ("--misalign", "--checkpoint"), ("--misalign-modality", "--misalign"), ("--first-id", "--detections"),
 ]  # fmt: skip
-SUFFIXES = {"--save-detections": (".txt", ".json"), "--save-curve": (".json",), "--plot": (".png", ".pdf", ".svg")}
+OUTPUTS = {"--save-detections": (".txt", ".json"), "--save-curve": (".json",), "--plot": (".png", ".pdf", ".svg")}
+OUTPUTS["--output"] = None  # suffixes: any
 
 
 # fmt: off
@@ -89,8 +90,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.dataset != "synthetic" and args.data_root is None and not {"--detections", "--annotations"} <= known:
         also = ", or --annotations FILE.json alone" if "--detections" in given else ""
         raise InputError(f"--dataset {args.dataset} needs --data-root, the data set's own root{also}")
-    for flag in {"--output": (), **SUFFIXES}.keys() & known:
-        path, suffixes = Path(given[flag]), SUFFIXES.get(flag)
+    for flag in filter(given.get, OUTPUTS):
+        path, suffixes = Path(given[flag]), OUTPUTS[flag]
         if suffixes and path.suffix not in suffixes:
             raise InputError(f"{flag} {path}: expected a name that ends in {' or '.join(suffixes)}")
         if not path.absolute().parent.is_dir():
@@ -200,7 +201,7 @@ def cell(value: float | None) -> str:
 
 
 def write_files(args: argparse.Namespace, results: list[dict], metrics: dict) -> None:
-    """Whatever files the flags ask for: metrics, the detections of every mode, the curve of the miss rate."""
+    """The files that the flags ask for."""
     if args.output:
         write_json(args.output, metrics, indent=2)
     for count, mode in enumerate(results[0]["detections"] if args.save_detections else ()):

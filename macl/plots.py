@@ -21,6 +21,7 @@ BACKGROUND, TEXT = (24, 26, 30), (232, 232, 232)
 MIN_SIDE = 384  # smaller images are enlarged by a whole factor until their shorter side reaches it, ...
 MAX_SIDE = 4096  # ... or their longer side this
 DIVIDER = 4  # pixels between the two images
+MAX_PICTURES = 6  # of a validation
 MAX_PAIRS = 200  # of a t-SNE picture
 
 
@@ -78,11 +79,11 @@ def draw_label(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, colour,
     draw.text((x, y), text, fill=BACKGROUND, font=font)
 
 
-def draw_validation(folder: Path, epoch: int, dataset, results: list[dict], count: int = 6) -> None:
+def draw_validation(folder: Path, epoch: int, dataset, results: list[dict]) -> None:
     """Pictures of a few results of `evaluation.predict` and, with the viz extra, of the embeddings under t-SNE."""
     folder = folder / "pictures"
     folder.mkdir(exist_ok=True)
-    for index in range(0, len(results), max(1, math.ceil(len(results) / count))):
+    for index in range(0, len(results), max(1, math.ceil(len(results) / MAX_PICTURES))):
         sample, result = dataset[index], results[index]
         detections = next(iter(result["detections"].values()))
         truth, classes = result["ground_truth"], result["classes"]
@@ -124,7 +125,8 @@ def tsne_picture(path: Path, visible: torch.Tensor, infrared: torch.Tensor, *, t
     axes.scatter(*points[1].T, s=22, c="#d9552b", marker="s", edgecolors="white", linewidths=0.4, label="infrared")
     axes.set(title=title, xticks=[], yticks=[])
     axes.legend(loc="best", framealpha=0.9)
-    save_figure(figure, path)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 def miss_rate_plot(path: Path, curves: dict[str, dict], *, title: str = "") -> None:
@@ -153,9 +155,5 @@ def miss_rate_plot(path: Path, curves: dict[str, dict], *, title: str = "") -> N
     axes.grid(True, color="#000000", alpha=0.12, lw=0.6)
     if measured:
         axes.legend(loc="lower left", title="log-average miss rate", alignment="left", framealpha=0.9)
-    save_figure(figure, path)
-
-
-def save_figure(figure, path: Path) -> None:
     with whole_file(path) as file:
         figure.savefig(file, dpi=120, format=Path(path).suffix[1:])
