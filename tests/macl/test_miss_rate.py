@@ -82,19 +82,6 @@ def test_of_two_equal_overlaps_the_later_box_wins():
     assert counts([found(between, only_left)], [truth(right, left)]) == (1, 1, 2)
 
 
-def test_equal_scores_keep_their_order():
-    # ``both`` would rather have the right person and can have either, ``only_right`` that one alone.
-    left, right = (100, 100, 140, 200), (112, 100, 152, 200)
-    both, only_right = (108, 100, 148, 200), (122, 100, 162, 200)
-    assert counts([found(only_right, both, scores=[0.5, 0.5])], [truth(left, right)]) == (2, 0, 2)
-    assert counts([found(both, only_right, scores=[0.5, 0.5])], [truth(left, right)]) == (1, 1, 2)
-    far = shifted(PERSON, 300)
-    curve = miss_rate_curve([found(far, PERSON, scores=[0.5, 0.5])], [truth(PERSON)])
-    assert curve["miss_rate"].tolist() == [100, 0]
-    curve = miss_rate_curve([found(PERSON, far, scores=[0.5, 0.5])], [truth(PERSON)])
-    assert curve["miss_rate"].tolist() == [0, 0]
-
-
 @pytest.mark.parametrize(
     "box, boxes",
     [((5, 5, 635, 507), 1), ((4, 100, 44, 200), 0), ((596, 100, 636, 200), 0), ((100, 4, 140, 100), 0)]
@@ -107,25 +94,23 @@ def test_a_box_beyond_the_border_is_ignored(box, boxes):
 
 
 @pytest.mark.parametrize(
-    "subset, heights, occlusions",
+    "subset, inside, outside, occlusions",
     [
-        ("reasonable", (55, 200, 300), (0, 1)),
-        ("near", (115, 200, 300), (0,)),
-        ("medium", (45, 80, 115), (0,)),
-        ("far", (1, 20, 45), (0,)),
-        ("none", (1, 20, 300), (0,)),
-        ("partial", (1, 20, 300), (1,)),
-        ("heavy", (1, 20, 300), (2,)),
-        ("all", (20, 100, 300), (0, 1, 2)),
+        ("reasonable", (55, 200, 300), (54.5,), (0, 1)),
+        ("near", (115, 200, 300), (114.5,), (0,)),
+        ("medium", (45, 80, 115), (44.5, 115.5), (0,)),
+        ("far", (1, 20, 45), (0.5, 45.5), (0,)),
+        ("none", (1, 20, 300), (0.5,), (0,)),
+        ("partial", (1, 20, 300), (0.5,), (1,)),
+        ("heavy", (1, 20, 300), (0.5,), (2,)),
+        ("all", (20, 100, 300), (19.5,), (0, 1, 2)),
     ],
 )
-def test_subsets_by_height_and_occlusion(subset, heights, occlusions):
-    low, middle, high = heights
-    outside = (low - 0.5, high + 0.5 if subset in ("medium", "far") else 0.25)
+def test_subsets_by_height_and_occlusion(subset, inside, outside, occlusions):
     for occlusion in (0, 1, 2):
-        for height in (*heights, *outside):
+        for height in inside + outside:
             frames = [truth((100, 100, 140, 100 + height), occlusion=[occlusion])]
-            expected = int(height in heights and occlusion in occlusions)
+            expected = int(height in inside and occlusion in occlusions)
             assert miss_rate_curve([found()], frames, subset)["boxes"] == expected, (height, occlusion)
 
 
