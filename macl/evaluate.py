@@ -61,15 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--modality", choices=("all", "both", "visible", "infrared"), help="what to detect with (default: all)")
     add("--score-threshold", type=fraction, metavar="X", help=f"lowest score (default: {evaluation.SCORE_THRESHOLD})")
     add("--max-detections", type=positive_int, metavar="N",
-        help="most detections an image, and looked at by AP (default: 100; kaist: 1000, as its miss rate)")
-    add("--misalign", type=int, nargs="+", metavar="PX", help="also with one modality so many pixels further right")
+        help="most detections per image, also for AP (default: 100; kaist: 1000, as its miss rate)")
+    add("--misalign", type=int, nargs="+", metavar="PX", help="also with one modality moved to the right")
     add("--misalign-modality", choices=("visible", "infrared"), help="which one (default: infrared)")
     add("--batch-size", type=positive_int, default=4, metavar="N", help="images at once")
     add("--workers", type=non_negative_int, default=2, metavar="N", help="loading processes")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--amp", choices=tuple(AUTOCAST), default="none", help="number format of the forward pass")
     add = parser.add_argument_group("what to write").add_argument
-    add("--output", metavar="FILE", help="all figures as json")
+    add("--output", metavar="FILE", help="all metrics as json")
     add("--save-detections", metavar="FILE", help=".txt or .json; of each camera alone in FILE-visible.txt, ...")
     add("--save-curve", metavar="FILE.json", help="miss rate over false positives per image")
     add("--plot", metavar="FILE.png", help="the same as a picture (.png, .pdf, .svg); needs the viz extra")

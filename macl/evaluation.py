@@ -97,9 +97,9 @@ def detection_metrics(results: list[dict], max_detections: int = MAX_DETECTIONS)
     seen_frames = {}
     if all("visible_in" in frame for frame in frames):
         for name, seen in SEEN.items():
-            others = [(frame["visible_in"] != torch.tensor(seen)).any(1) for frame in frames]
+            seen = torch.tensor(seen)
             seen_frames[name] = [
-                frame | {"ignore": frame["ignore"] | other} for frame, other in zip(frames, others, strict=True)
+                frame | {"ignore": frame["ignore"] | (frame["visible_in"] != seen).any(1)} for frame in frames
             ]
     metrics = {}
     for mode in results[0]["detections"] if results else ():
@@ -111,10 +111,11 @@ def detection_metrics(results: list[dict], max_detections: int = MAX_DETECTIONS)
             metrics[mode][f"ap50_seen_in_{name}"] = ap50
         classes = results[0]["classes"]
         if len(classes) > 1:
-            none = dict.fromkeys(MEASURES)
-            per_class = [overall["per_class"].get(label, none) for label in range(1, 1 + len(classes))]
-            per_class = [{name: values[name] for name in MEASURES} for values in per_class]
-            metrics[mode]["per_class"] = dict(zip(classes, per_class, strict=True))
+            per_class = [overall["per_class"].get(label, {}) for label in range(1, 1 + len(classes))]
+            metrics[mode]["per_class"] = {
+                name: {key: values.get(key) for key in MEASURES}
+                for name, values in zip(classes, per_class, strict=True)
+            }
     return metrics
 
 
@@ -175,15 +176,15 @@ def people_frames(results: list[dict]) -> dict[str, tuple[list[dict], list[dict]
 def alignment_metrics(results: list[dict]) -> dict | None:
     """`metrics.alignment` of the boxes seen in both modalities; None without a contrastive head.
 
-    r1_seen_in_one, to be held against r1, is that of the boxes seen in only one modality, in a gallery of their own:
-    what the registered context alone gives away.
+    r1_seen_in_one: r1 of the boxes seen in only one modality, in a gallery of their own: what the registered context
+    alone gives away.
     """
     if not results or "embeddings" not in results[0]:
         return None
     visible, infrared, both = all_embeddings(results)
-    others = alignment(visible[~both], infrared[~both])
+    single = alignment(visible[~both], infrared[~both])
     metrics = alignment(visible[both], infrared[both])
-    return metrics | {"r1_seen_in_one": others["r1"], "gallery_seen_in_one": others["gallery"]}
+    return metrics | {"r1_seen_in_one": single["r1"], "gallery_seen_in_one": single["gallery"]}
 
 
 def all_embeddings(results: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,9 +209,9 @@ def validation_text(metrics: dict, untrained: float | None = None) -> str:
     titles = [name.replace("ap50_seen_in_", "AP50 seen in ").replace("_", " ").replace("ap", "AP") for name in columns]
     rows = [["detecting with", *("AP50:95" if title == "AP" else title for title in titles)]]
     for mode, values in modes.items():
-        classes = [(f"  {name}", own) for name, own in values.get("per_class", {}).items()]
-        for name, own in [(mode, values), *classes]:
-            cells = [own.get(column) for column in columns]
+        classes = [(f"  {name}", one) for name, one in values.get("per_class", {}).items()]
+        for name, one in [(mode, values), *classes]:
+            cells = [one.get(column) for column in columns]
             rows.append([name, *("-" if value is None else f"{100 * value:.1f}" for value in cells)])
     lines = ["", aligned(rows)]
     agreement = metrics["alignment"]

@@ -22,7 +22,7 @@ def flatten(frames: list[dict], *keys: str) -> tuple[np.ndarray, ...]:
         for key, column in columns.items():
             if key not in frame:
                 raise ValueError(f"frame {index} has no {key!r}, only {', '.join(sorted(frame))}")
-            values = torch.as_tensor(frame[key]).detach().to("cpu", torch.float64).numpy()
+            values = torch.as_tensor(frame[key], dtype=torch.float64).detach().cpu().numpy()
             values = values.reshape(-1, *column[0].shape[1:])
             if not np.isfinite(values).all():
                 raise ValueError(f"frame {index} has {key} that are not finite")
