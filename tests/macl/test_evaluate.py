@@ -288,8 +288,9 @@ def test_image_ids_of_a_json_from_0_or_1(annotations, tmp_path, capsys, first_id
     said = run(capsys, "--dataset", "kaist", "--detections", found, "--annotations", annotations, *flags)
     assert rows_of(said)["reasonable night"][1] == ("0.00" if first_id == 0 else "100.00")
     assert ("--first-id settles it" in said) == (first_id is None)
-    found.write_text(json.dumps([{"image_id": 3, "bbox": [1, 1, 5, 5], "score": 0.9}]))
-    assert "settles" not in run(capsys, "--dataset", "kaist", "--detections", found, "--annotations", annotations)
+    for image_id in (0, 3):
+        found.write_text(json.dumps([{"image_id": image_id, "bbox": [1, 1, 5, 5], "score": 0.9}]))
+        assert "settles" not in run(capsys, "--dataset", "kaist", "--detections", found, "--annotations", annotations)
 
 
 def test_whatever_category_a_file_of_others_gives_is_a_person(annotations, tmp_path, capsys):
@@ -420,6 +421,25 @@ def test_which_scenes_are_drawn(checkpoint, tmp_path, capsys):
     ):
         said = run(capsys, "--checkpoint", path, "--count", 2, "--modality", "both", *flags)
         assert ("of them by day" in said) == by_day
+
+
+def test_weights_and_limits_reach_the_detector(checkpoint, tmp_path, capsys):
+    held = torch.load(checkpoint, weights_only=True)
+    held["ema"] = held["model"] | {"roi_head.cls_score.bias": torch.tensor([20.0, -20.0])}  # finds nothing
+    torch.save(held, tmp_path / "last.pt")
+    flags, file = ["--checkpoint", tmp_path / "last.pt"], tmp_path / "a.txt"
+
+    def count(*more):
+        run(capsys, *flags, "--count", 2, "--modality", "both", "--save-detections", file, *more)
+        return len(file.read_text().splitlines())
+
+    assert count() == 0 < count("--score-threshold", 0)
+    assert count("--weights", "raw") > 2 == count("--weights", "raw", "--max-detections", 1)
+    Image.new("RGB", (80, 64)).save(tmp_path / "a.png")
+    for score, some in ((0, True), (1, False)):
+        own = ["--visible", tmp_path / "a.png", "--output", tmp_path / "out", "--weights", "raw", "--min-score", score]
+        predict.main([*map(str, flags + own), "--device", "cpu"])
+        assert ("a: 0 found" not in capsys.readouterr().out) == some
 
 
 @pytest.mark.parametrize("part", ["backbone.conv1.weight", "rpn.head.bbox_pred.bias", "roi_head.cls_score.weight"])
