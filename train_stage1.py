@@ -36,7 +36,8 @@ from macl.training import (
     freeze_unreached,
     validate,
 )
-from macl.validation import draw_validation, validation_text
+from macl.evaluation import validation_text
+from macl.plots import draw_validation
 from macl.weights import has_old_names
 from trainkit import distributed
 from trainkit.arguments import (
@@ -288,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
             metrics, results = validate(model, val_data, args, device, run.leave_if_asked)
             run.log_validation(metrics, validation_text(metrics, run.values["untrained"]))
             if distributed.is_main():
-                draw_validation(run.folder, epoch, val_data, results, args.classes)
+                draw_validation(run.folder, epoch, val_data, results)
             run.keep_best(best_metric(metrics, args.best_by), args.best_by)
 
 

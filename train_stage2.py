@@ -39,7 +39,8 @@ from macl.training import (
     freeze_unreached,
     validate,
 )
-from macl.validation import draw_validation, miss_rate_metrics, validation_text
+from macl.evaluation import miss_rate_metrics, validation_text
+from macl.plots import draw_validation
 from trainkit import distributed
 from trainkit.arguments import (
     add_recipe_flags,
@@ -318,11 +319,11 @@ def validate_both(detector, new, old, args, device, between) -> tuple[dict, list
 
 def both_text(metrics: dict) -> str:
     new = {name: value for name, value in metrics.items() if name not in ("miss_rate", "old")}
-    lines = [validation_text(new, None)]
+    lines = [validation_text(new)]
     for mode, rows in metrics["miss_rate"].items():
         rates = [f"{row} {'-' if rows[row] is None else f'{rows[row]:.1f}'}" for row in MISS_RATES]
         lines.append(f"miss rate, {mode}: {', '.join(rates)}")
-    lines += ["the domain of stage 1:" + validation_text(metrics["old"], None)] if "old" in metrics else []
+    lines += ["the domain of stage 1:" + validation_text(metrics["old"])] if "old" in metrics else []
     return "\n".join(lines)
 
 
@@ -434,7 +435,7 @@ def main(arguments: list[str] | None = None) -> None:
                 metrics, results = validate_both(model, val_data, old_val_data, args, device, between)
                 run.log_validation(metrics, both_text(metrics))
                 if distributed.is_main():
-                    draw_validation(run.folder, epoch, val_data, results, detector.kwargs["classes"])
+                    draw_validation(run.folder, epoch, val_data, results)
                 run.keep_best(selection_metric(metrics, args.best_by), args.best_by)
 
 

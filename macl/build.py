@@ -236,13 +236,14 @@ def _building(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path}: its model_kwargs build no detector: {first_difference(error)}") from error
 
 
-def load_detector(path: str | Path, *, weights: str = "ema") -> PairedFasterRCNN:
+def load_detector(path: str | Path, *, weights: str = "ema", checkpoint: dict | None = None) -> PairedFasterRCNN:
     """Rebuild a detector, architecture and weights, from a training checkpoint alone.
 
-    weights: "ema" takes the averaged weights where the checkpoint has them, "raw" the trained ones. Raises InputError
-    for a file that is no checkpoint of a detector, and for weights that are not finite.
+    weights: "ema" takes the averaged weights where the checkpoint has them, "raw" the trained ones. checkpoint: what
+    `read_checkpoint(path)` gave, where it was read before. Raises InputError for a file that is no checkpoint of a
+    detector, and for weights that are not finite.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = checkpoint or read_checkpoint(path)
     if "model_kwargs" not in checkpoint:
         raise InputError(f"{path} is not a checkpoint of this project's detector: it has no model_kwargs")
     state = checkpoint["model"] if weights == "raw" or checkpoint.get("ema") is None else checkpoint["ema"]

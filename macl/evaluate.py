@@ -10,42 +10,33 @@ Average precision, and where occlusion and daytime are known (kaist, synthetic) 
 """
 
 import argparse
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
-from macl.build import load_detector
-from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, SyntheticPairs, read_ground_truth, refuse_absent_classes
-from macl.detector import PairedFasterRCNN
+from macl import data, evaluation
+from macl.build import load_detector, read_checkpoint
 from macl.metrics import could_count_from_zero, read_detections, write_detections
-from macl.misalignment import misalignment_figures, misalignment_text
 from macl.plots import miss_rate_plot
-from macl.validation import (
-    PEOPLE,
-    SCORE_THRESHOLD,
-    alignment_metrics,
-    detection_metrics,
-    miss_rate_curves,
-    miss_rate_tables,
-    miss_rate_text,
-    predict,
-    table,
-)
-from macl.weights import read_state
 from trainkit import distributed
 from trainkit.arguments import fraction, make_parser, non_negative_int, positive_int
 from trainkit.device import AUTOCAST
 from trainkit.errors import InputError, one_sentence
 from trainkit.files import write_json
+from trainkit.tables import aligned
 
-DOMAINS = {"night": NIGHT, "day-and-night": DAY_AND_NIGHT}
-ONE_DATASET = {"split": "llvip", "image_set": "kaist", "annotations": "kaist", "detections": "kaist"}
-ONE_DATASET |= {"domain": "synthetic"}
-NEED_MODEL = ("weights", "modality", "score_threshold", "misalign")  # no use with --detections
-SUFFIXES = {"save_detections": (".txt", ".json"), "save_curve": (".json",), "plot": (".png", ".pdf", ".svg")}
+PEOPLE = ("person",)  # what a file of detections holds
+DOMAINS = {"night": data.NIGHT, "day-and-night": data.DAY_AND_NIGHT}
+NEEDS = [  # a flag, and another without which it has no effect
+    ("--split", "--dataset llvip"), ("--image-set", "--dataset kaist"), ("--image-set", "--data-root"),
+    ("--annotations", "--dataset kaist"), ("--detections", "--dataset kaist"), ("--domain", "--dataset synthetic"),
+    ("--weights", "--checkpoint"), ("--modality", "--checkpoint"), ("--score-threshold", "--checkpoint"),
+    ("--misalign", "--checkpoint"), ("--misalign-modality", "--misalign"), ("--first-id", "--detections"),
+]  # fmt: skip
+OUTPUTS = {"--save-detections": (".txt", ".json"), "--save-curve": (".json",), "--plot": (".png", ".pdf", ".svg")}
+OUTPUTS["--output"] = None  # suffixes: any
 
 
 # fmt: off
@@ -68,17 +59,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--first-id", type=int, choices=(0, 1), help="what its image ids count from (default: 1; json: 0 if it occurs)")
     add = parser.add_argument_group("run").add_argument
     add("--modality", choices=("all", "both", "visible", "infrared"), help="what to detect with (default: all)")
-    add("--score-threshold", type=fraction, metavar="X", help=f"lowest score kept (default: {SCORE_THRESHOLD})")
+    add("--score-threshold", type=fraction, metavar="X", help=f"lowest score (default: {evaluation.SCORE_THRESHOLD})")
     add("--max-detections", type=positive_int, metavar="N",
-        help="most detections an image, and looked at by AP (default: 100; kaist: 1000, as its miss rate)")
-    add("--misalign", type=int, nargs="+", metavar="PX", help="also with one modality so many pixels further right")
+        help="most detections per image, also for AP (default: 100; kaist: 1000, as its miss rate)")
+    add("--misalign", type=int, nargs="+", metavar="PX", help="also with one modality moved to the right")
     add("--misalign-modality", choices=("visible", "infrared"), help="which one (default: infrared)")
     add("--batch-size", type=positive_int, default=4, metavar="N", help="images at once")
     add("--workers", type=non_negative_int, default=2, metavar="N", help="loading processes")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--amp", choices=tuple(AUTOCAST), default="none", help="number format of the forward pass")
     add = parser.add_argument_group("what to write").add_argument
-    add("--output", metavar="FILE", help="all figures as json")
+    add("--output", metavar="FILE", help="all metrics as json")
     add("--save-detections", metavar="FILE", help=".txt or .json; of each camera alone in FILE-visible.txt, ...")
     add("--save-curve", metavar="FILE.json", help="miss rate over false positives per image")
     add("--plot", metavar="FILE.png", help="the same as a picture (.png, .pdf, .svg); needs the viz extra")
@@ -87,156 +78,170 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuses what would have no effect, and places that cannot be written, before the long part."""
-    if (args.checkpoint is None) == (args.detections is None):
+    given = {"--" + name.replace("_", "-"): value for name, value in vars(args).items() if value is not None}
+    known = {*given, f"--dataset {args.dataset}"}
+    if ("--checkpoint" in given) == ("--detections" in given):
         raise InputError("expected either --checkpoint PATH or --detections FILE")
-    for name, dataset in ONE_DATASET.items():
-        if getattr(args, name) is not None and args.dataset != dataset:
-            raise InputError(f"{flag(name)} is for --dataset {dataset}, not for {args.dataset}")
-    if args.detections is not None:
-        for name in NEED_MODEL:
-            if getattr(args, name) is not None:
-                raise InputError(f"{flag(name)} needs a model: it does nothing with --detections")
-        if args.data_root is None and (args.annotations is None or args.image_set is not None):
-            raise InputError("--detections needs --annotations FILE.json alone, or --data-root")
-    elif args.dataset != "synthetic" and args.data_root is None:
-        raise InputError(f"--dataset {args.dataset} needs --data-root, the data set's own root")
+    for flag, needed in NEEDS:
+        if flag in given and needed not in known:
+            raise InputError(f"{flag} needs {needed}: it does nothing without")
     if args.dataset == "synthetic" and args.data_root is not None:
         raise InputError("--data-root needs --dataset llvip or kaist")
-    if args.first_id is not None and args.detections is None:
-        raise InputError("--first-id is for the file of --detections")
-    if args.misalign_modality is not None and args.misalign is None:
-        raise InputError("--misalign-modality needs --misalign PX")
-    check_outputs(args)
-
-
-def check_outputs(args: argparse.Namespace) -> None:
-    """Raises InputError where a file that is to be written has a name or a data set that does not fit."""
-    for name, suffixes in SUFFIXES.items():
-        path = getattr(args, name)
-        if path is not None and Path(path).suffix not in suffixes:
-            raise InputError(f"{flag(name)} {path}: expected a name that ends in {' or '.join(suffixes)}")
-        if path is not None and name != "save_detections" and args.dataset == "llvip":
-            raise InputError(f"{flag(name)}: LLVIP's annotations do not know occlusion, so there is no miss rate")
-    for name in ("output", *SUFFIXES):
-        path = getattr(args, name)
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise InputError(f"{flag(name)} {path}: the folder {Path(path).parent} does not exist")
+    if args.dataset != "synthetic" and args.data_root is None and not {"--detections", "--annotations"} <= known:
+        also = ", or --annotations FILE.json alone" if "--detections" in given else ""
+        raise InputError(f"--dataset {args.dataset} needs --data-root, the data set's own root{also}")
+    for flag in filter(given.get, OUTPUTS):
+        path, suffixes = Path(given[flag]), OUTPUTS[flag]
+        if suffixes and path.suffix not in suffixes:
+            raise InputError(f"{flag} {path}: expected a name that ends in {' or '.join(suffixes)}")
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"{flag} {path}: the folder {path.parent} does not exist")
+        if flag in ("--save-curve", "--plot") and args.dataset == "llvip":
+            raise InputError(f"{flag}: LLVIP's annotations do not know occlusion, so there is no miss rate")
     if args.plot is not None and find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib, which the viz extra brings: pip install -e '.[viz]'")
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def open_dataset(args: argparse.Namespace, classes: Sequence[str]) -> Dataset:
-    """The data set with a detector's classes, one of which occurs in it."""
+def open_dataset(args: argparse.Namespace, classes: tuple[str, ...], script: str | None = None) -> Dataset:
+    """The data set with a detector's classes, one of which occurs in it. script: which one trained the detector."""
     if args.dataset == "synthetic":
-        domain = args.domain or ("day-and-night" if read_state(args.checkpoint).get("script") == "stage2" else "night")
-        dataset = SyntheticPairs(args.count, args.seed, domain=DOMAINS[domain], classes=classes)
+        domain = args.domain or ("day-and-night" if script == "stage2" else "night")
+        dataset = data.SyntheticPairs(args.count, args.seed, domain=DOMAINS[domain], classes=classes)
     elif args.dataset == "llvip":
-        dataset = LLVIP(args.data_root, args.split or "test", classes=classes)
+        dataset = data.LLVIP(args.data_root, args.split or "test", classes=classes)
     else:
-        dataset = KAIST(args.data_root, args.image_set or "test-all-20", args.annotations, classes=classes)
-    refuse_absent_classes(dataset, every=False)
+        dataset = data.KAIST(args.data_root, args.image_set or "test-all-20", args.annotations, classes=classes)
+    data.refuse_absent_classes(dataset, every=False)
     return dataset
-
-
-def chosen_modes(detector: PairedFasterRCNN, modality: str) -> dict[str, tuple[str, ...]]:
-    if modality != "all" and modality not in detector.modes:
-        raise InputError(f"--modality {modality}: this detector can only see with {', '.join(detector.modes)}")
-    return detector.modes if modality == "all" else {modality: detector.modes[modality]}
 
 
 def read_results(args: argparse.Namespace) -> tuple[list[dict], str]:
     """The file of --detections beside the ground truth, as `predict` gives its results, and what was read."""
     if args.data_root is None:
-        truth, source = read_ground_truth(args.annotations)
+        frames, source = data.read_ground_truth(args.annotations)
     else:
         dataset = open_dataset(args, PEOPLE)
-        truth, source = dataset.ground_truth(), dataset.source
-    found = read_detections(args.detections, len(truth), first_id=args.first_id)
-    categories = sorted({int(label) for frame in found for label in frame["labels"].unique()})
+        frames, source = dataset.ground_truth(), dataset.source
+    outputs = read_detections(args.detections, len(frames), first_id=args.first_id)
+    categories = sorted({int(label) for frame in outputs for label in frame["labels"].unique()})
     if len(categories) > 1:
         raise InputError(f"{args.detections} holds the categories {categories}; expected detections of people alone")
-    source += f"\ndetections of {args.detections}: {sum(len(frame['scores']) for frame in found)}"
-    if args.first_id is None and could_count_from_zero(args.detections, len(truth)):
+    source += f"\ndetections of {args.detections}: {sum(len(frame['scores']) for frame in outputs)}"
+    if args.first_id is None and could_count_from_zero(args.detections, len(frames)):
         source += "; its image ids are taken to count from 1 but would fit 0 as well: --first-id settles it"
-    mode = Path(args.detections).stem
     results = []
-    for frame, detections in zip(truth, found, strict=True):
-        detections = detections | {"labels": torch.ones_like(detections["labels"])}
-        results.append({"size": frame["size"], "found": {mode: detections}, "truth": frame})
+    for frame, detections in zip(frames, outputs, strict=True):
+        detections = {Path(args.detections).stem: detections | {"labels": torch.ones_like(detections["labels"])}}
+        results.append({"size": frame["size"], "classes": PEOPLE, "detections": detections, "ground_truth": frame})
     return results, source
 
 
-def detect(args: argparse.Namespace, device: torch.device, most: int) -> tuple[list[dict], str, list[dict]]:
-    """The results of the checkpoint, what was read, and the figures for --misalign (none: empty)."""
-    detector = load_detector(args.checkpoint, weights=args.weights or "ema").to(device)
-    detector.roi_head.max_detections = most
-    classes = detector.kwargs["classes"]
+def detect(args: argparse.Namespace, device: torch.device, max_detections: int) -> tuple[list[dict], str, list[dict]]:
+    """The results of the checkpoint, what was read, and the metrics for --misalign (none: empty)."""
+    checkpoint = read_checkpoint(args.checkpoint)
+    detector = load_detector(args.checkpoint, weights=args.weights or "ema", checkpoint=checkpoint).to(device)
+    detector.roi_head.max_detections = max_detections
+    classes, modes = detector.kwargs["classes"], detector.modes
     if len(classes) > 1 and str(args.save_detections).endswith(".txt"):
         raise InputError(f"--save-detections {args.save_detections}: lines know no class, this detector has several")
-    modes = chosen_modes(detector, args.modality or "all")
+    if args.modality not in (None, "all"):
+        if args.modality not in modes:
+            raise InputError(f"--modality {args.modality}: this detector can only see with {', '.join(modes)}")
+        modes = {args.modality: modes[args.modality]}
     if args.misalign is not None and "both" not in modes:
         raise InputError(f"--misalign needs detections with both modalities, not with {', '.join(modes)} alone")
-    dataset = open_dataset(args, classes)
-    run = {name: getattr(args, name) for name in ("batch_size", "workers", "amp")} | {"device": device}
-    run["score_threshold"] = SCORE_THRESHOLD if args.score_threshold is None else args.score_threshold
-    results = predict(detector, dataset, modes=modes, **run)
-    lines = []
+    dataset = open_dataset(args, classes, checkpoint.get("script"))
+    options = {name: getattr(args, name) for name in ("batch_size", "workers", "amp")} | {"device": device}
+    if args.score_threshold is not None:
+        options["score_threshold"] = args.score_threshold
+    results = evaluation.predict(detector, dataset, modes=modes, **options)
+    misaligned = []
     if args.misalign is not None:
         moved = args.misalign_modality or "infrared"
-        run |= {"modality": moved, "pixels": args.misalign, "most": most}
-        lines = misalignment_figures(detector, dataset, results, **run)
-    return results, dataset.source, lines
+        other = "infrared" if moved == "visible" else "visible"
+        misaligned.append(misalignment_row("0 pixels", 0, results, "both", max_detections))
+        for pixels in args.misalign:
+            shifted = data.MisalignedDataset(dataset, modality=moved, pixels=pixels)
+            outputs = evaluation.predict(detector, shifted, modes={"both": modes["both"]}, **options)
+            misaligned.append(misalignment_row(f"{pixels} pixels", pixels, outputs, "both", max_detections))
+        if other in modes:  # what a fusion has to beat
+            misaligned.append(misalignment_row(f"{other} alone", None, results, other, max_detections))
+    return results, dataset.source, misaligned
 
 
-def write_files(args: argparse.Namespace, results: list[dict], figures: dict) -> None:
-    """Whatever files the flags ask for: figures, the detections of every mode, the curve of the miss rate."""
+def misalignment_row(name: str, pixels: int | None, results: list[dict], mode: str, max_detections: int) -> dict:
+    """AP50 (fraction) and, where it is known, the miss rate of reasonable (percent) of one mode."""
+    results = [result | {"detections": {mode: result["detections"][mode]}} for result in results]
+    ap50 = evaluation.detection_metrics(results, max_detections)[mode]["ap50"]
+    rates = evaluation.miss_rate_metrics(results)
+    row = {"name": name, "pixels": pixels, "ap50": ap50}
+    return row | {"miss_rate": rates[mode]["reasonable all"]} if rates else row
+
+
+def misalignment_text(rows: list[dict], modality: str) -> str:
+    lines = [[f"{modality} moved right by", "AP50", "log-average miss rate"]]
+    for row in rows:
+        ap50 = None if row["ap50"] is None else 100 * row["ap50"]
+        lines.append([row["name"], cell(ap50), cell(row.get("miss_rate"))])
+    return aligned(lines if "miss_rate" in rows[0] else [line[:2] for line in lines])
+
+
+def miss_rate_text(tables: dict[str, dict[str, dict]]) -> str:
+    """The `miss_rate_tables` as text, one of the ten rows per line, each miss rate with the final recall beside it."""
+    titles = [title for mode in tables for title in (mode, "recall")]
+    lines = [["log-average miss rate, %", *titles, "people", "frames"]]
+    for row, counts in next(iter(tables.values())).items():
+        cells = [cell(rows[row][key]) for rows in tables.values() for key in ("miss_rate", "recall")]
+        lines.append([row, *cells, str(counts["boxes"]), str(counts["frames"])])
+    return aligned(lines)
+
+
+def cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def write_files(args: argparse.Namespace, results: list[dict], metrics: dict) -> None:
+    """The files that the flags ask for."""
     if args.output:
-        write_json(args.output, figures, indent=2)
-    for count, mode in enumerate(results[0]["found"] if args.save_detections else ()):
+        write_json(args.output, metrics, indent=2)
+    for count, mode in enumerate(results[0]["detections"] if args.save_detections else ()):
         path = Path(args.save_detections)
         path = path if count == 0 else path.with_stem(f"{path.stem}-{mode}")
-        write_detections(path, [result["found"][mode] for result in results])
+        write_detections(path, [result["detections"][mode] for result in results])
         print(f"detections with {mode}: {path}")
-    if args.save_curve or args.plot:
-        curves = miss_rate_curves(results)
-        if args.save_curve:
-            write_json(args.save_curve, curves)
-        if args.plot:
-            drawn = {mode: rows["reasonable all"] for mode, rows in curves.items()}
-            if len(curves) == 1:
-                drawn = {f"{mode}, {row}": curve for mode, rows in curves.items() for row, curve in rows.items()}
-            miss_rate_plot(args.plot, drawn, title="reasonable")
+    curves = evaluation.miss_rate_curves(results) if args.save_curve or args.plot else {}
+    if args.save_curve:
+        write_json(args.save_curve, curves)
+    if args.plot:
+        drawn = {mode: rows["reasonable all"] for mode, rows in curves.items()}
+        if len(curves) == 1:
+            drawn = {f"{mode}, {row}": curve for mode, rows in curves.items() for row, curve in rows.items()}
+        miss_rate_plot(args.plot, drawn, title="reasonable")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`python -m macl.evaluate`: print a detector's figures; `arguments` without the program's name."""
+    """`python -m macl.evaluate`: print a detector's metrics; `arguments` without the program's name."""
     parser = make_parser(__doc__)
     add_arguments(parser)
     args = parser.parse_args(arguments)
     check_flags(args)
     device = distributed.start(args.device)
-    most = args.max_detections or (1000 if args.dataset == "kaist" else 100)
+    limit = args.max_detections or (1000 if args.dataset == "kaist" else 100)
     if args.detections is None:
-        results, source, misaligned = detect(args, device, most)
+        results, source, misaligned = detect(args, device, limit)
     else:
         (results, source), misaligned = read_results(args), []
     if distributed.is_main():
-        detection, agreement = detection_metrics(results, most), alignment_metrics(results)
-        miss_rates = miss_rate_tables(results)
-        print(source)
-        print(table(detection, most))
-        if agreement is not None and agreement["r1"] is not None:
-            print(f"cross-modal retrieval R@1 {agreement['r1']:.3f} among {agreement['gallery']} boxes seen in both")
+        detection, agreement = evaluation.detection_metrics(results, limit), evaluation.alignment_metrics(results)
+        miss_rates = evaluation.miss_rate_tables(results)
+        print(source + evaluation.validation_text(detection | {"alignment": agreement}))
+        print(f"(AP, recall: of the best {limit} detections per image and class)")
         if miss_rates:
             print(f"\n{miss_rate_text(miss_rates)}")
         if misaligned:
             print(f"\n{misalignment_text(misaligned, args.misalign_modality or 'infrared')}")
-        figures = {"data": source, "detection": detection, "max_detections": most, "alignment": agreement}
-        write_files(args, results, figures | {"miss_rate": miss_rates, "misalign": misaligned})
+        metrics = {"data": source, "detection": detection, "max_detections": limit, "alignment": agreement}
+        write_files(args, results, metrics | {"miss_rate": miss_rates, "misalign": misaligned})
     distributed.stop()
 
 

@@ -1,120 +1,147 @@
 """Pictures: detections side by side, embeddings under t-SNE, miss-rate curves.
 
-draw_detections needs Pillow alone; the other two need matplotlib and scikit-learn, the ``viz`` extra.
+t-SNE and curves need the ``viz`` extra: matplotlib and scikit-learn.
 """
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch.nn.functional import normalize
+from torchvision.transforms.v2.functional import to_pil_image
 
-from trainkit.errors import InputError
+from macl.evaluation import all_embeddings
 from trainkit.files import whole_file
 
 COLOURS = {"detection": (255, 158, 44), "ground truth": (70, 200, 255), "ignored": (165, 165, 165)}
-BACKGROUND, TEXT, DIVIDER_COLOUR = (24, 26, 30), (232, 232, 232), (110, 112, 118)
+BACKGROUND, TEXT = (24, 26, 30), (232, 232, 232)
 MIN_SIDE = 384  # smaller images are enlarged by a whole factor until their shorter side reaches it, ...
 MAX_SIDE = 4096  # ... or their longer side this
 DIVIDER = 4  # pixels between the two images
+MAX_PICTURES = 6  # of a validation
+MAX_PAIRS = 200  # of a t-SNE picture
 
 
-def draw_detections(visible, infrared, detections, ground_truth=None, *, min_score=0.3, classes=None) -> Image.Image:
-    """Both modalities of one frame side by side, with the same boxes on each, as an RGB picture with a legend below.
+def draw_detections(visible, infrared, detections, ground_truth=None, *, classes, min_score=0.3) -> Image.Image:
+    """Both modalities of one frame side by side, with the same boxes on each and a legend below.
 
-    * ``visible``, ``infrared``: (3, H, W) or (1, H, W) tensors in 0..1, or PIL images, of equal size; either may be
-      None, not both.
-    * ``detections``: dict of boxes (N, 4) x1, y1, x2, y2 in pixels of the image, scores (N,), labels (N,). Those below
-      ``min_score`` are left out. With ``classes``, the names of labels 1, 2, ..., each carries its name and score.
-    * ``ground_truth``: dict of boxes (M, 4) and, where known, ignore (M,) bool: those are grey and dashed.
+    visible, infrared: (3, H, W) uint8 tensors of one size; either may be None.
+    detections: boxes (N, 4) x1, y1, x2, y2 in pixels of the image, labels (N,), scores (N,). Each shows class and
+        score; those below `min_score` are left out.
+    ground_truth: boxes (M, 4), labels (M,), ignore (M,) bool. Each shows its class where there are several.
+    classes: the names of labels 1, 2, ...
     """
-    images = {
-        name: _picture(image) for name, image in (("visible", visible), ("infrared", infrared)) if image is not None
-    }
-    if not images:
-        raise ValueError("draw_detections needs a visible or an infrared image")
-    sizes = {image.size for image in images.values()}
-    if len(sizes) > 1:
-        raise ValueError(f"the two images differ in size: {' and '.join(f'{w}x{h}' for w, h in sorted(sizes))}")
-    (width, height), *_ = sizes
+    images = {name: image for name, image in (("visible", visible), ("infrared", infrared)) if image is not None}
+    height, width = next(iter(images.values())).shape[-2:]
     factor = max(1, min(math.ceil(MIN_SIDE / min(width, height)), MAX_SIDE // max(width, height)))
-    side = min(width, height) * factor
-    line, font = max(2, round(side / 300)), ImageFont.load_default(size=6 + side // 50)
-    boxes = _truth_boxes(ground_truth, factor) + _detection_boxes(detections, factor, min_score, classes)
+    width, height = width * factor, height * factor
+    font = ImageFont.load_default(size=6 + min(width, height) // 50)
+    boxes = []
+    if ground_truth is not None:
+        rows = zip(*(ground_truth[key].tolist() for key in ("boxes", "labels", "ignore")), strict=True)
+        for box, label, ignored in rows:
+            name = classes[label - 1] if len(classes) > 1 else ""
+            boxes.append((box, "ignored" if ignored else "ground truth", name))
+    outputs = zip(*(detections[key].tolist() for key in ("scores", "labels", "boxes")), strict=True)
+    for score, label, box in sorted(outputs):  # the best ones last, on top of the others
+        if score >= min_score:
+            boxes.append((box, "detection", f"{classes[label - 1]} {score:.2f}"))
 
-    panel = (width * factor, height * factor)
-    bar = round(font.size * 2)
-    picture = Image.new("RGB", (len(images) * (panel[0] + DIVIDER) - DIVIDER, panel[1] + bar), BACKGROUND)
-    draw = ImageDraw.Draw(picture)
-    draw.rectangle((0, 0, picture.width, panel[1] - 1), fill=DIVIDER_COLOUR)
+    picture = Image.new("RGB", (len(images) * (width + DIVIDER) - DIVIDER, height + 2 * int(font.size)), BACKGROUND)
     for index, (name, image) in enumerate(images.items()):
-        image = _annotated(image.resize(panel, Image.Resampling.BICUBIC), name, boxes, line, font)
-        picture.paste(image, (index * (panel[0] + DIVIDER), 0))
-    _legend(draw, panel[1], bar, {kind for _, kind, _ in boxes}, min_score, font)
+        panel = to_pil_image(image).resize((width, height), Image.Resampling.BICUBIC)
+        draw = ImageDraw.Draw(panel)
+        for box, kind, text in boxes:
+            box = [side * factor for side in box]
+            draw.rectangle(box, outline=COLOURS[kind], width=2 + min(width, height) // 400)
+            if text:
+                y = box[1] - 1.2 * font.size if kind == "detection" else box[3]  # above or below the box
+                draw_label(draw, box[0], y, text, COLOURS[kind], font)
+        draw_label(draw, 0, 0, name, TEXT, font)
+        picture.paste(panel, (index * (width + DIVIDER), 0))
+    draw, x = ImageDraw.Draw(picture), font.size // 2
+    for kind in dict.fromkeys(kind for _, kind, _ in boxes):
+        text = f"{kind}, {min_score:g} or more" if kind == "detection" else kind
+        draw.text((x, height + font.size // 2), text, fill=COLOURS[kind], font=font)
+        x += draw.textlength(text, font=font) + 2 * font.size
     return picture
 
 
-def tsne_picture(path, visible_embeddings, infrared_embeddings, *, title="", seed=0, max_pairs=200) -> bool:
-    """Write a t-SNE layout (van der Maaten and Hinton, JMLR 2008) of both modalities' embeddings (N, D) to ``path``.
+def draw_label(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, colour, font) -> None:
+    """Text on a coloured ground, moved where it would leave the picture."""
+    _, _, width, height = draw.textbbox((0, 0), text, font=font)
+    x = max(0, min(x, draw.im.size[0] - width))
+    y = max(0, min(y, draw.im.size[1] - height))
+    draw.rectangle((x, y, x + width, y + height), fill=colour)
+    draw.text((x, y), text, fill=BACKGROUND, font=font)
 
-    Rows are L2-normalised; row i of both shows the same object, and a line joins the two. More than ``max_pairs`` are
-    thinned evenly. Returns whether a picture was written: fewer than two pairs cannot be laid out. The same ``seed``
-    gives the same layout. Raises InputError when matplotlib or scikit-learn is missing.
+
+def draw_validation(folder: Path, epoch: int, dataset, results: list[dict]) -> None:
+    """Pictures of a few results of `evaluation.predict` and, with the viz extra, of the embeddings under t-SNE."""
+    folder = folder / "pictures"
+    folder.mkdir(exist_ok=True)
+    for index in range(0, len(results), max(1, math.ceil(len(results) / MAX_PICTURES))):
+        sample, result = dataset[index], results[index]
+        detections = next(iter(result["detections"].values()))
+        truth, classes = result["ground_truth"], result["classes"]
+        picture = draw_detections(sample["visible"], sample["infrared"], detections, truth, classes=classes)
+        with whole_file(folder / f"validation-{index}.png") as file:
+            picture.save(file, "PNG")
+    if "embeddings" in results[0] and find_spec("matplotlib") and find_spec("sklearn"):
+        visible, infrared, both = all_embeddings(results)
+        title = f"validation boxes seen in both modalities, after epoch {epoch}"
+        tsne_picture(folder / f"tsne-{epoch:03d}.png", visible[both], infrared[both], title=title)
+
+
+def tsne_picture(path: Path, visible: torch.Tensor, infrared: torch.Tensor, *, title: str) -> None:
+    """Write a t-SNE layout (van der Maaten and Hinton, JMLR 2008) of both modalities' embeddings (N, D).
+
+    Row i of both shows the same object, and a line joins the two. Rows are L2-normalised; more than MAX_PAIRS are
+    thinned evenly. Nothing is written of fewer than two.
     """
-    try:
-        from matplotlib.collections import LineCollection
-        from matplotlib.figure import Figure
-        from sklearn.manifold import TSNE
-        from threadpoolctl import threadpool_limits
-    except ImportError as error:
-        raise InputError(_missing("a t-SNE picture", error)) from error
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
-    count = len(visible_embeddings)
+    count = len(visible)
     if count < 2:
-        return False
-    chosen = np.unique(np.linspace(0, count - 1, min(count, max_pairs)).round().astype(int))
-    rows = torch.cat(
-        [torch.as_tensor(part).detach().cpu().double()[chosen] for part in (visible_embeddings, infrared_embeddings)]
-    )
-    rows = torch.nn.functional.normalize(rows, dim=1).numpy()  # (2 P, D)
-    spread = rows.std(0)
-    tsne = TSNE(
-        perplexity=min(30, (len(rows) - 1) / 3),
-        init="pca" if (spread > 1e-6).sum() >= 2 else "random",  # PCA of a collapsed embedding divides by zero
-        random_state=seed,
-    )
+        return
+    chosen = np.unique(np.linspace(0, count - 1, min(count, MAX_PAIRS)).round().astype(int))
+    rows = normalize(torch.cat([visible[chosen], infrared[chosen]]).double(), dim=1).numpy()  # (2 P, D)
+    # PCA of a collapsed embedding divides by zero.
+    start = "pca" if (rows.std(0) > 1e-6).sum() >= 2 else "random"
+    tsne = TSNE(perplexity=min(30, (len(rows) - 1) / 3), init=start, random_state=0)
     with threadpool_limits(1):  # its threads wait for each other: ten times slower on cores that others use too
-        layout = tsne.fit_transform(rows)  # (2 P, 2)
-    visible, infrared = layout[: len(chosen)], layout[len(chosen) :]  # (P, 2) each
+        points = tsne.fit_transform(rows).reshape(2, len(chosen), 2)  # (modality, P, 2)
 
     figure = Figure(figsize=(7, 7), layout="constrained")
     axes = figure.add_subplot()
-    axes.add_collection(LineCollection(np.stack([visible, infrared], 1), colors="#888888", linewidths=0.6, alpha=0.5))
-    for name, points, colour, marker in (("visible", visible, "#2a78b8", "o"), ("infrared", infrared, "#d9552b", "s")):
-        axes.scatter(*points.T, s=22, c=colour, marker=marker, edgecolors="white", linewidths=0.4, label=name, zorder=2)
-    axes.set(title=title or f"t-SNE of {len(chosen)} pairs", xticks=[], yticks=[])
+    axes.add_collection(LineCollection(points.swapaxes(0, 1), colors="#888888", linewidths=0.6, alpha=0.5))
+    axes.scatter(*points[0].T, s=22, c="#2a78b8", marker="o", edgecolors="white", linewidths=0.4, label="visible")
+    axes.scatter(*points[1].T, s=22, c="#d9552b", marker="s", edgecolors="white", linewidths=0.4, label="infrared")
+    axes.set(title=title, xticks=[], yticks=[])
     axes.legend(loc="best", framealpha=0.9)
-    _save(figure, path)
-    return True
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=120)
 
 
-def miss_rate_plot(path, curves: dict[str, dict], *, title="") -> None:
-    """Write miss rate over false positives per image, both logarithmic, to ``path``.
+def miss_rate_plot(path: Path, curves: dict[str, dict], *, title: str = "") -> None:
+    """Write miss rate over false positives per image, both logarithmic.
 
-    ``curves``: by name, what macl.metrics.miss_rate_curve returns (or its lists, read back from json); the legend is
-    sorted by log-average miss rate. Raises InputError when matplotlib is missing.
+    curves: by name, what macl.metrics.miss_rate_curve returns, arrays or lists; the legend is sorted by log-average
+    miss rate.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(_missing("a plot of the miss rate", error)) from error
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.add_subplot()
     axes.axvspan(1e-2, 1, color="#000000", alpha=0.04, lw=0)  # where the miss rate is averaged
-    measured = {name: curve for name, curve in curves.items() if curve["log_average_miss_rate"] is not None}
-    for name, curve in sorted(measured.items(), key=lambda item: item[1]["log_average_miss_rate"]):
+    measured = [(name, curve) for name, curve in curves.items() if curve["log_average_miss_rate"] is not None]
+    for name, curve in sorted(measured, key=lambda item: item[1]["log_average_miss_rate"]):
         # A log axis has no 0 and no end; before the first detection all is missed.
         fppi = np.concatenate([[1e-6], np.maximum(1e-6, curve["fppi"]), [1e6]])
         miss_rate = np.concatenate([[100], np.maximum(1e-3, curve["miss_rate"])])
@@ -128,100 +155,5 @@ def miss_rate_plot(path, curves: dict[str, dict], *, title="") -> None:
     axes.grid(True, color="#000000", alpha=0.12, lw=0.6)
     if measured:
         axes.legend(loc="lower left", title="log-average miss rate", alignment="left", framealpha=0.9)
-    _save(figure, path)
-
-
-def _save(figure, path) -> None:
     with whole_file(path) as file:
-        figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or None)
-
-
-def _missing(what: str, error: ImportError) -> str:
-    return f"{what} needs {error.name or error}, which the viz extra brings: pip install -e '.[viz]'"
-
-
-def _picture(image) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    image = torch.as_tensor(image).detach().float().cpu().clamp(0, 1)
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(f"an image is {tuple(image.shape)}, expected (3, H, W) or (1, H, W)")
-    pixels = (image * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0)  # (H, W, 3)
-    return Image.fromarray(pixels.contiguous().numpy())
-
-
-def _truth_boxes(ground_truth, factor) -> list[tuple]:
-    """(corners, kind, text) of every box."""
-    if ground_truth is None:
-        return []
-    boxes = _scaled(ground_truth["boxes"], factor)
-    ignore = torch.as_tensor(ground_truth.get("ignore", [False] * len(boxes))).tolist()
-    return [(box, "ignored" if ignored else "ground truth", "") for box, ignored in zip(boxes, ignore, strict=True)]
-
-
-def _detection_boxes(detections, factor, min_score, classes) -> list[tuple]:
-    """(corners, kind, text) of every box, the best ones last and so on top of the others."""
-    scores = torch.as_tensor(detections["scores"]).tolist()
-    labels = torch.as_tensor(detections["labels"]).tolist()
-    found = []
-    for score, label, box in sorted(zip(scores, labels, _scaled(detections["boxes"], factor), strict=True)):
-        if score >= min_score:
-            found.append((box, "detection", f"{classes[int(label) - 1]} {score:.2f}" if classes else f"{score:.2f}"))
-    return found
-
-
-def _scaled(boxes, factor) -> list[list[float]]:
-    return (torch.as_tensor(boxes).detach().cpu().double().reshape(-1, 4) * factor).tolist()
-
-
-def _annotated(image, name, boxes, line, font) -> Image.Image:
-    draw = ImageDraw.Draw(image)
-    for corners, kind, _ in boxes:
-        if kind == "ignored":
-            _dashed_rectangle(draw, corners, COLOURS[kind], line)
-        else:
-            x1, y1, x2, y2 = corners
-            wider = line // 2 if kind == "ground truth" else 0  # it shows beneath a detection at the same place
-            draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=COLOURS[kind], width=line + wider)
-    for corners, kind, text in boxes:  # after all boxes, so that no line runs through a label
-        if text:
-            _label(draw, corners, text, COLOURS[kind], font)
-    _tag(draw, (line, line), name, BACKGROUND, TEXT, font)
-    return image
-
-
-def _dashed_rectangle(draw, corners, colour, width) -> None:
-    x1, y1, x2, y2 = corners
-    dash = 4 * width
-    for start in np.arange(x1, x2, 2 * dash):
-        for y in (y1, y2):
-            draw.line((start, y, min(start + dash, x2), y), fill=colour, width=width)
-    for start in np.arange(y1, y2, 2 * dash):
-        for x in (x1, x2):
-            draw.line((x, start, x, min(start + dash, y2)), fill=colour, width=width)
-
-
-def _label(draw, corners, text, colour, font) -> None:
-    """Above the box, or inside it where the picture ends."""
-    x1, y1, _, _ = corners
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-    x = max(0, min(x1, draw.im.size[0] - (right - left) - 5))
-    y = y1 - (bottom - top) - 4
-    _tag(draw, (x, y if y >= 0 else max(0, y1)), text, colour, BACKGROUND, font)
-
-
-def _tag(draw, corner, text, background, colour, font) -> None:
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-    x, y = corner
-    draw.rectangle((x, y, x + right - left + 4, y + bottom - top + 4), fill=background)
-    draw.text((x + 2 - left, y + 2 - top), text, fill=colour, font=font)
-
-
-def _legend(draw, top, height, shown, min_score, font) -> None:
-    x, middle, side = height // 4, top + height // 2, font.size * 0.7
-    for kind, colour in COLOURS.items():
-        if kind in shown:
-            text = f"{kind}, {min_score:g} or more" if kind == "detection" else kind
-            draw.rectangle((x, middle - side / 2, x + side, middle + side / 2), outline=colour, width=2)
-            draw.text((x + 1.6 * side, middle), text, fill=TEXT, font=font, anchor="lm")
-            x += 1.6 * side + draw.textlength(text, font=font) + 2 * side
+        figure.savefig(file, dpi=120, format=Path(path).suffix[1:])

@@ -20,30 +20,6 @@ from trainkit.files import whole_file, write_json
 
 
 @torch.inference_mode()
-def detect_pair(detector: torch.nn.Module, sample: dict, device: str) -> dict[str, torch.Tensor]:
-    """Detections of one sample of `read_pair`, either image of which may be None; tensors on the CPU."""
-    images = {name: [to_float(sample[name]).to(device)] for name in ("visible", "infrared") if sample[name] is not None}
-    return {name: value.cpu() for name, value in detector(**images)[0].items()}
-
-
-def check_modalities(detector: torch.nn.Module, given: list[str]) -> None:
-    """Raises InputError where the detector sees with one modality alone and that one is not given."""
-    needed = detector.fusion.kind
-    if needed in ("visible", "infrared") and needed not in given:
-        raise InputError(f"this detector sees with {needed} images alone: give --{needed}")
-
-
-def as_json(path: str, detections: dict[str, torch.Tensor], classes: list[str]) -> dict:
-    rows = zip(*(detections[name].tolist() for name in ("boxes", "labels", "scores")), strict=True)
-    return {
-        "image": path,
-        "detections": [
-            {"box": [round(side, 2) for side in box], "class": classes[label - 1], "score": round(score, 4)}
-            for box, label, score in rows
-        ],
-    }
-
-
 def main(arguments: list[str] | None = None) -> None:
     """`python -m macl.predict`: detect in pictures of one's own, draw them and write detections.json."""
     parser = make_parser(__doc__)
@@ -59,24 +35,33 @@ def main(arguments: list[str] | None = None) -> None:
     if not given:
         raise InputError("give --visible, --infrared or both")
     detector = load_detector(args.checkpoint, weights=args.weights).to(args.device)
-    check_modalities(detector, given)
+    needed = detector.fusion.kind
+    if needed in ("visible", "infrared") and needed not in given:
+        raise InputError(f"this detector sees with {needed} images alone: give --{needed}")
     detector.roi_head.score_threshold = args.min_score
     pairs = find_pairs(args.visible, args.infrared)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    classes, found = detector.kwargs["classes"], []
-    for index, (visible, infrared) in enumerate(pairs):
-        sample = read_pair(visible, infrared, image_id=index)
-        detections = detect_pair(detector, sample, args.device)
-        name = (visible or infrared).stem
-        images = {key: None if sample[key] is None else to_float(sample[key]) for key in ("visible", "infrared")}
-        picture = draw_detections(**images, detections=detections, min_score=args.min_score, classes=classes)
-        with whole_file(output / f"{name}.png") as file:
+    classes, written = detector.kwargs["classes"], []
+    for visible, infrared in pairs:
+        path = visible or infrared
+        sample = read_pair(visible, infrared)
+        images = {name: sample[name] for name in ("visible", "infrared") if sample[name] is not None}
+        detections = detector(**{name: [to_float(image).to(args.device)] for name, image in images.items()})[0]
+        picture = draw_detections(
+            sample["visible"], sample["infrared"], detections, classes=classes, min_score=args.min_score
+        )
+        with whole_file(output / f"{path.stem}.png") as file:
             picture.save(file, "PNG")
-        found.append(as_json(str(visible or infrared), detections, classes))
-        print(f"{one_line(name, 80)}: {len(detections['boxes'])} found")
-    write_json(output / "detections.json", found, indent=2)
-    print(f"wrote {len(found)} pictures and detections.json to {output}")
+        rows = zip(*(detections[name].tolist() for name in ("boxes", "labels", "scores")), strict=True)
+        rows = [
+            {"box": [round(side, 2) for side in box], "class": classes[label - 1], "score": round(score, 4)}
+            for box, label, score in rows
+        ]
+        written.append({"image": str(path), "detections": rows})
+        print(f"{one_line(path.stem, 80)}: {len(rows)} found")
+    write_json(output / "detections.json", written, indent=2)
+    print(f"wrote {len(pairs)} picture{'s' * (len(pairs) != 1)} and detections.json to {output}")
 
 
 if __name__ == "__main__":

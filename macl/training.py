@@ -8,7 +8,7 @@ from torch import Tensor
 
 from macl.data import AugmentedDataset, PairedAugmentation, collate
 from macl.detector import PairedFasterRCNN
-from macl.validation import alignment_metrics, detection_metrics, predict
+from macl.evaluation import alignment_metrics, detection_metrics, predict
 from trainkit.arguments import fraction, non_negative_float
 from trainkit.device import to_device
 from trainkit.errors import InputError

@@ -141,7 +141,7 @@ def apply_rules(
 
 def as_truth(frame: Frame, labels: Labels, *, size: tuple[int, int], classes: Sequence[str], **rules) -> dict:
     """What `macl.metrics` compares a frame's detections with: boxes, labels, ignore, occlusion, daytime and, as results
-    of `macl.validation` have it, size (H, W)."""
+    of `macl.evaluation` have it, size (H, W)."""
     people = apply_rules(labels, classes=classes, clip_to=None, **rules)
     return {
         "boxes": people.boxes,

@@ -4,9 +4,8 @@ import contextlib
 import io
 
 import numpy as np
-import torch
 
-from macl.metrics.frames import check_same_frames, flatten_boxes, flatten_values, to_array
+from macl.metrics.frames import check_same_frames, flatten
 
 MEASURES = ("ap50", "ap75", "ap", "recall")
 MAX_DETECTIONS = 100  # COCO's
@@ -15,84 +14,52 @@ MAX_DETECTIONS = 100  # COCO's
 def average_precision(
     detections: list[dict], ground_truth: list[dict], *, max_detections: int = MAX_DETECTIONS
 ) -> dict:
-    """Average precision as COCO defines it (Lin et al., "Microsoft COCO", 2014), all as fractions from 0 to 1.
+    """Average precision as COCO defines it (Lin et al., "Microsoft COCO", 2014), in fractions.
 
-    Both lists hold one dict a frame, in the same order; tensors on any device, arrays or lists.
+    Both lists hold one dict per frame, in the same order; tensors on any device, arrays or lists.
 
     * ``detections``: boxes (N, 4) x1, y1, x2, y2 in pixels, labels (N,), scores (N,).
-    * ``ground_truth``: boxes (M, 4), labels (M,), ignore (M,) bool, all False where the key is missing. A detection at
-      least half (or whatever the IoU threshold is) of whose area lies on an ignored box of its class, and that finds no
-      real box, is neither a true nor a false positive: COCO's crowd rule.
-    * ``max_detections``: the best of a frame and class that are looked at.
+    * ``ground_truth``: boxes (M, 4), labels (M,), ignore (M,) bool, all False where the key is missing. A detection
+      without a real box that has enough of its area on an ignored box of its class counts neither as a true nor as a
+      false positive: COCO's crowd rule.
+    * ``max_detections``: how many per frame and class count, the best first.
 
     Returns ap (mean over IoU 0.50:0.05:0.95), ap50, ap75 and recall (the largest recall, mean over the same IoUs), each
-    the mean over the classes that have a real box; per_class, the same four and boxes by label; boxes and detections,
-    their numbers. Without a real box there is nothing to measure: the four are None, as they are in the entry of a
-    class that only has ignored boxes. Detections of a class without any box count nowhere.
-    Raises ValueError for lists of unequal length, missing keys and non-finite values.
+    the mean over the classes with a real box; per_class, the same four and boxes per label; boxes and detections, their
+    numbers. The four are None without a real box, also per class. Detections of a class without any box do not count.
+    Raises ValueError for lists of unequal length, missing keys and values that are not finite.
     """
     check_same_frames(detections, ground_truth)
     ground_truth = [{"ignore": np.zeros(len(frame.get("boxes", ()))), **frame} for frame in ground_truth]
-    truth = _coco_annotations(ground_truth, "ignore")
-    found = _coco_annotations(detections, "scores")
-    labels = sorted({box["category_id"] for box in truth})
-    real = {label: sum(box["category_id"] == label and not box["iscrowd"] for box in truth) for label in labels}
-    per_class = {label: dict.fromkeys(MEASURES) for label in labels}
-    measured = [label for label in labels if real[label]]
-    if measured:
-        values = _evaluate(found, truth, labels, len(ground_truth), max_detections)
-        per_class |= {label: values[label] for label in measured}
+    targets = _annotations(ground_truth, "ignore", "iscrowd")
+    outputs = _annotations(detections, "scores", "score")
+    labels = sorted({box["category_id"] for box in targets})
+    counts = {label: sum(box["category_id"] == label and not box["iscrowd"] for box in targets) for label in labels}
+    values = _evaluate(outputs, targets, labels, len(ground_truth), max_detections) if any(counts.values()) else {}
+    values = {label: values[label] if count else dict.fromkeys(MEASURES) for label, count in counts.items()}
+    measured = [values[label] for label, count in counts.items() if count]
+    means = {name: float(np.mean([one[name] for one in measured])) if measured else None for name in MEASURES}
     return {
-        **{
-            name: float(np.mean([per_class[label][name] for label in measured])) if measured else None
-            for name in MEASURES
-        },
-        "per_class": {label: {**per_class[label], "boxes": real[label]} for label in labels},
-        "boxes": sum(real.values()),
-        "detections": len(found),
+        **means,
+        "per_class": {label: {**values[label], "boxes": counts[label]} for label in labels},
+        "boxes": sum(counts.values()),
+        "detections": len(outputs),
     }
 
 
-def ignore_all_but(ground_truth: list[dict], keep: list) -> list[dict]:
-    """The same frames with every box outside the masks ``keep``, one (M,) bool a frame, set to ignore.
-
-    The boxes stay, so that a detection of one of them is no false positive. The given frames are not changed.
-    """
-    check_same_frames(keep, ground_truth)
-    result = []
-    for index, (frame, mask) in enumerate(zip(ground_truth, keep, strict=True)):
-        outside = to_array(mask).reshape(-1) == 0
-        ignore = to_array(frame.get("ignore", np.zeros(len(outside)))).reshape(-1) != 0
-        if not len(outside) == len(ignore) == len(frame["boxes"]):
-            raise ValueError(f"frame {index} has {len(frame['boxes'])} boxes but a mask of {len(outside)}")
-        result.append({**frame, "ignore": torch.from_numpy(ignore | outside)})
-    return result
-
-
-def seen_in(ground_truth: list[dict], *, visible: bool, infrared: bool) -> list[np.ndarray]:
-    """Masks (M,) of the boxes whose visible_in (M, 2), visible light then infrared, is exactly this combination.
-
-    ``ignore_all_but(frames, seen_in(frames, visible=True, infrared=False))`` leaves the people that only the visible
-    camera shows.
-    """
-    return [(to_array(frame["visible_in"]).reshape(-1, 2) == (visible, infrared)).all(1) for frame in ground_truth]
-
-
-def _coco_annotations(frames: list[dict], key: str) -> list[dict]:
-    """The boxes as COCO's annotations; ``key`` tells ignore (ground truth) from scores (detections)."""
-    boxes, frame = flatten_boxes(frames)
-    labels = flatten_values(frames, "labels", frame).astype(int)
-    values = flatten_values(frames, key, frame)
-    name, values = ("iscrowd", values.astype(int)) if key == "ignore" else ("score", values)
-    columns = (boxes.tolist(), boxes[:, 2:].prod(1).tolist(), frame.tolist(), labels.tolist(), values.tolist())
+def _annotations(frames: list[dict], key: str, name: str) -> list[dict]:
+    """The boxes as COCO's annotations, the values of `key` under `name`."""
+    boxes, frame, labels, values = flatten(frames, "labels", key)
+    columns = (boxes.tolist(), frame.tolist(), labels.astype(int).tolist(), values.tolist())
+    rows = enumerate(zip(*columns, strict=True), 1)  # an id of 0 would read as "not matched" inside pycocotools
     return [
-        # An id of 0 would read as "not matched" inside pycocotools.
-        {"id": index, "bbox": box, "area": area, "image_id": image, "category_id": label, "iscrowd": 0, name: value}
-        for index, (box, area, image, label, value) in enumerate(zip(*columns, strict=True), 1)
+        {"id": index, "bbox": box, "area": box[2] * box[3], "image_id": image, "category_id": label, "iscrowd": 0}
+        | {name: value}
+        for index, (box, image, label, value) in rows
     ]
 
 
-def _evaluate(found, truth, labels, frame_count, max_detections) -> dict[int, dict]:
+def _evaluate(outputs, targets, labels, frame_count, max_detections) -> dict[int, dict]:
     """MEASURES by label; -1 for a class without a real box."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -100,7 +67,7 @@ def _evaluate(found, truth, labels, frame_count, max_detections) -> dict[int, di
     images, categories = [{"id": index} for index in range(frame_count)], [{"id": label} for label in labels]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         datasets = []
-        for annotations in (truth, found):
+        for annotations in (targets, outputs):
             coco = COCO()
             coco.dataset = {"images": images, "categories": categories, "annotations": annotations}
             coco.createIndex()
@@ -113,7 +80,5 @@ def _evaluate(found, truth, labels, frame_count, max_detections) -> dict[int, di
     precision = evaluation.eval["precision"][..., 0, 0].mean(1)  # (IoUs, classes), the mean over 101 recalls
     recall = evaluation.eval["recall"][..., 0, 0].mean(0)  # (classes,)
     columns = (precision[0], precision[5], precision.mean(0), recall)
-    return {
-        label: {name: float(column[row]) for name, column in zip(MEASURES, columns, strict=True)}
-        for row, label in enumerate(labels)
-    }
+    rows = (dict(zip(MEASURES, map(float, row), strict=True)) for row in zip(*columns, strict=True))
+    return dict(zip(labels, rows, strict=True))

@@ -69,12 +69,12 @@ def steps(wrap, micro_batches, classes=1):
     objective = FGCLIPLoss(model, names=NAMES, banks=banks, device="cpu")
     stepper = TrainStep(
         model, torch.optim.SGD(model.parameters(), lr=0.05), weights=WEIGHTS, describe=lambda batch: batch["sources"],
-        losses_of=lambda batch: objective(batch, use_banks=stepper.steps >= 1), device="cpu",
+        forward=lambda _, batch: (objective(batch), {}), device="cpu",
     )  # fmt: skip
     seen = []
     for _ in range(3):
         batches = make_batches(micro_batches)
-        objective.begin(batches)
+        objective.begin(batches, use_banks=stepper.steps >= 1)
         result = stepper(batches, keep_gradients=True)
         seen.append(
             dict(

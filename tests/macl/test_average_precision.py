@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from macl.metrics import average_precision, ignore_all_but, seen_in
+from macl.metrics import average_precision
 
 A, B, FAR = [10, 10, 50, 110], [200, 10, 240, 110], [400, 200, 440, 300]
 
@@ -17,11 +17,8 @@ def truth(*boxes, labels=None, ignore=()):
 
 
 def found(*boxes, labels=None, scores=None):
-    return {
-        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        "labels": torch.tensor(labels or [1] * len(boxes)),
-        "scores": torch.tensor(scores or [0.9 - 0.1 * index for index in range(len(boxes))]),
-    }
+    scores = torch.tensor(scores or [0.9 - 0.1 * index for index in range(len(boxes))])
+    return {key: value for key, value in truth(*boxes, labels=labels).items() if key != "ignore"} | {"scores": scores}
 
 
 def test_perfect_and_printing_nothing(capfd):
@@ -59,17 +56,12 @@ def test_ignored_boxes_are_neither_hits_nor_alarms():
     assert without["ap"] == pytest.approx(0.25)
 
 
-def test_classes_are_averaged():
-    result = average_precision([found(A, B, labels=[1, 1])], [truth(A, B, labels=[1, 2])])
+def test_classes_are_averaged_and_one_of_ignored_boxes_only_is_none():
+    result = average_precision([found(A, B, labels=[1, 1])], [truth(A, B, FAR, labels=[1, 2, 3], ignore=[2])])
     assert result["ap50"] == pytest.approx(0.5)
-    assert result["per_class"][1]["ap50"] == pytest.approx(1) and result["per_class"][2]["ap50"] == 0
-    assert result["per_class"][2]["boxes"] == 1
-
-
-def test_a_class_of_ignored_boxes_only_is_none_and_not_in_the_mean():
-    result = average_precision([found(A)], [truth(A, B, labels=[1, 2], ignore=[1])])
-    assert result["ap"] == pytest.approx(1)
-    assert result["per_class"][2] == {"ap": None, "ap50": None, "ap75": None, "recall": None, "boxes": 0}
+    assert result["per_class"][1]["ap50"] == pytest.approx(1)
+    assert result["per_class"][2] == {"ap": 0, "ap50": 0, "ap75": 0, "recall": 0, "boxes": 1}
+    assert result["per_class"][3] == {"ap": None, "ap50": None, "ap75": None, "recall": None, "boxes": 0}
 
 
 @pytest.mark.parametrize("frames", [[], [truth()], [truth(A, ignore=[0])]])
@@ -79,29 +71,10 @@ def test_without_a_real_box_there_is_no_figure(frames):
     assert result["boxes"] == 0 and result["detections"] == len(frames)
 
 
-def test_without_detections_it_is_zero():
-    result = average_precision([found(), found()], [truth(A), truth()])
-    assert [result[key] for key in ("ap", "ap50", "ap75", "recall")] == [0] * 4
-
-
 def test_the_number_of_detections_is_limited():
     detections, frames = [found(FAR, A)], [truth(A)]
     assert average_precision(detections, frames)["ap50"] == pytest.approx(0.5)
     assert average_precision(detections, frames, max_detections=1)["ap50"] == 0
-
-
-def test_ignoring_all_but_those_seen_in_one_modality():
-    frames = [{**truth(A, B, FAR, ignore=[2]), "visible_in": torch.tensor([[1, 1], [1, 0], [1, 0]]).bool()}, truth()]
-    frames[1]["visible_in"] = torch.zeros(0, 2).bool()
-    only_visible = ignore_all_but(frames, seen_in(frames, visible=True, infrared=False))
-    assert only_visible[0]["ignore"].tolist() == [True, False, True] and only_visible[1]["ignore"].tolist() == []
-    assert frames[0]["ignore"].tolist() == [False, False, True]
-    both = ignore_all_but(frames, seen_in(frames, visible=True, infrared=True))
-    detections = [found(B, A), found()]
-    assert average_precision(detections, both)["ap"] == pytest.approx(1)  # B is no false alarm
-    assert average_precision(detections, both)["boxes"] == 1
-    with pytest.raises(ValueError, match="frame 0 has 3 boxes but a mask of 2"):
-        ignore_all_but(frames, [[True, False], []])
 
 
 def test_wrong_arguments():
@@ -109,5 +82,5 @@ def test_wrong_arguments():
         average_precision([], [truth(A)])
     with pytest.raises(ValueError, match="frame 0 has no 'scores'"):
         average_precision([{"boxes": [A], "labels": [1]}], [truth(A)])
-    with pytest.raises(ValueError, match="a box of frame 1 is not finite"):
+    with pytest.raises(ValueError, match="frame 1 has boxes that are not finite"):
         average_precision([found(), found([0, 0, 1, float("inf")])], [truth(A), truth()])

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,20 +13,8 @@ import macl
 import train_stage1
 import train_stage2
 from macl import evaluate, predict
-from macl.data import SyntheticPairs
+from macl.evaluation import detection_metrics, miss_rate_curves, miss_rate_metrics, validation_text
 from macl.metrics import miss_rate_curve, read_detections
-from macl.metrics.miss_rate import REFERENCE_FPPI
-from macl.misalignment import misalignment_figures, misalignment_text
-from macl.validation import (
-    detection_metrics,
-    miss_rate_curves,
-    miss_rate_metrics,
-    miss_rate_tables,
-    miss_rate_text,
-    table,
-    validation_text,
-)
-from macl.validation import predict as predict_all
 from trainkit.errors import InputError, one_sentence
 
 ROWS = ["reasonable all", "reasonable day", "reasonable night", "near", "medium", "far", "none", "partial", "heavy"]
@@ -77,17 +66,25 @@ def annotations(tmp_path):
     """The json of the same frames at KAIST's size."""
     images = [{"id": index, "im_name": frame, "width": 640, "height": 512} for index, frame in enumerate(FRAMES)]
     box = {"category_id": 1, "bbox": [160, 80, 120, 320], "occlusion": 0, "ignore": 0}
+    boxes = [{"image_id": index, **box} for index in (0, 1)]
+    content = {"images": images, "categories": [{"id": 1, "name": "person"}], "annotations": boxes}
     path = tmp_path / "test.json"
-    path.write_text(
-        json.dumps(
-            {
-                "images": images,
-                "categories": [{"id": 1, "name": "person"}],
-                "annotations": [{"image_id": index, **box} for index in (0, 1)],
-            }
-        )
-    )
+    path.write_text(json.dumps(content))
     return path
+
+
+def llvip(root, *names):
+    """A pair of each of three cameras, the last in the test split, with an object of each name."""
+    box = "<bndbox><xmin>9</xmin><ymin>9</ymin><xmax>30</xmax><ymax>50</ymax></bndbox>"
+    rows = "".join(f"<object><name>{name}</name>{box}</object>" for name in names)
+    for place in ("train/010001", "train/020001", "test/190001"):
+        for path in (root / "visible" / f"{place}.jpg", root / "infrared" / f"{place}.jpg"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (80, 64)).save(path)
+        path = root / "Annotations" / f"{place.split('/')[1]}.xml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"<annotation><size><width>80</width><height>64</height></size>{rows}</annotation>")
+    return root
 
 
 def run(capsys, *flags):
@@ -99,7 +96,7 @@ def run(capsys, *flags):
 def refused(capsys, *flags) -> str:
     """The one sentence with which the command ends, its exit status being 2."""
     with pytest.raises(SystemExit) as stop, one_sentence():
-        evaluate.main([*map(str, flags)])
+        evaluate.main([*map(str, flags), "--device", "cpu", "--workers", "0"])
     assert stop.value.code == 2
     said = capsys.readouterr()
     assert "Traceback" not in said.err
@@ -114,10 +111,9 @@ def rows_of(said: str) -> dict[str, list[str]]:
 def test_a_detector_on_kaist(checkpoint, kaist, tmp_path, capsys):
     files = {name: tmp_path / name for name in ("figures.json", "found.txt", "curve.json", "curve.png")}
     names = ("--output", "--save-detections", "--save-curve", "--plot")
-    said = run(
-        capsys, "--checkpoint", checkpoint, "--dataset", "kaist", "--data-root", kaist, "--score-threshold", 0,
-        *(part for pair in zip(names, files.values(), strict=True) for part in pair),
-    )  # fmt: skip
+    flags = [part for pair in zip(names, files.values(), strict=True) for part in pair]
+    flags += ["--dataset", "kaist", "--data-root", kaist, "--score-threshold", 0]
+    said = run(capsys, "--checkpoint", checkpoint, *flags)
     assert "KAIST test-all-20: 3 pairs (1 by day, 2 by night)" in said
     assert all(f"\n{mode}  " in said for mode in ("both", "visible", "infrared"))
     rows = rows_of(said)
@@ -137,10 +133,8 @@ def test_what_was_saved_gives_the_same_figures(checkpoint, kaist, tmp_path, caps
     (kaist / "annotations").rename(kaist / "labels")
     common = ["--dataset", "kaist", "--data-root", kaist, "--image-set", "mine", "--annotations", "labels"]
     found = tmp_path / "found.json"
-    said = run(
-        capsys, "--checkpoint", checkpoint, *common, "--modality", "infrared", "--save-detections", found,
-        "--score-threshold", 0,
-    )  # fmt: skip
+    flags = ["--modality", "infrared", "--save-detections", found, "--score-threshold", 0]
+    said = run(capsys, "--checkpoint", checkpoint, *common, *flags)
     again = run(capsys, "--detections", found, *common)
     assert len(rows_of(said)) == 10 and rows_of(said) == rows_of(again)
     assert not (tmp_path / "found-infrared.json").exists()
@@ -149,70 +143,61 @@ def test_what_was_saved_gives_the_same_figures(checkpoint, kaist, tmp_path, caps
 def test_drawn_scenes_have_miss_rates_and_llvip_has_none(checkpoint, tmp_path, capsys):
     said = run(capsys, "--checkpoint", checkpoint, "--count", 2)
     assert len(rows_of(said)) == 10 and rows_of(said)["reasonable day"][-1] == "0"  # drawn at night
-    for modality in ("visible", "infrared"):
-        (tmp_path / modality / "test").mkdir(parents=True)
-        Image.new("RGB", (80, 64)).save(tmp_path / modality / "test" / "190001.jpg")
-    (tmp_path / "Annotations").mkdir()
-    (tmp_path / "Annotations/190001.xml").write_text(
-        "<annotation><size><width>80</width><height>64</height></size><object><name>person</name><bndbox><xmin>9</xmin>"
-        "<ymin>9</ymin><xmax>30</xmax><ymax>50</ymax></bndbox></object></annotation>"
-    )
-    flags = ["--checkpoint", checkpoint, "--dataset", "llvip", "--data-root", tmp_path]
+    root = llvip(tmp_path / "L", "person")
+    flags = ["--checkpoint", checkpoint, "--dataset", "llvip", "--data-root", root]
     said = run(capsys, *flags, "--misalign", 3, "--output", tmp_path / "b.json")
     assert "miss rate" not in said and "3 pixels" in said
     assert json.loads((tmp_path / "b.json").read_text())["miss_rate"] == {}
-
-
-def test_misalignment_is_a_table(checkpoint, tmp_path, capsys):
-    flags = ["--checkpoint", checkpoint, "--count", 2, "--score-threshold", 0, "--output", tmp_path / "a.json"]
-    lines = run(capsys, *flags, "--misalign", 4, -8, "--misalign-modality", "visible").splitlines()
-    start = next(index for index, line in enumerate(lines) if line.startswith("visible moved right by"))
-    assert [line.split("  ")[0] for line in lines[start + 1 :]] == [
-        "0 pixels",
-        "4 pixels",
-        "-8 pixels",
-        "infrared alone",
-    ]
-    steps = json.loads((tmp_path / "a.json").read_text())["misalign"]
-    assert [step["pixels"] for step in steps] == [0, 4, -8, None] and all("miss_rate" in step for step in steps)
 
 
 class SeesShift(torch.nn.Module):
     """Finds the box that its data set marks with a white column, as many pixels off as infrared is."""
 
     modes = {"both": ("visible", "infrared"), "visible": ("visible",)}
-    macl, kwargs = None, {}
+    macl, kwargs, roi_head = None, {"classes": ["person"]}, SimpleNamespace()
 
     def extract(self, images):
         return images
 
     def detect(self, images, names, *, score_threshold):
-        found = []
-        for image in images["infrared" if "infrared" in names else "visible"]:
-            x = float(image[0, 0].argmax())
-            found.append({"boxes": [[x, 40, x + 20, 100]], "labels": [1], "scores": [0.9]})
-        return [{key: torch.tensor(value) for key, value in one.items()} for one in found]
+        columns = [float(image[0, 0].argmax()) for image in images[names[-1]]]
+        label, score = torch.tensor([1]), torch.tensor([0.9])
+        return [{"boxes": torch.tensor([[x, 40, x + 20, 100]]), "labels": label, "scores": score} for x in columns]
 
 
-class Marked(SyntheticPairs):
+class Marked(torch.utils.data.Dataset):
+    source = "marked"
+
+    def __len__(self):
+        return 3
+
     def __getitem__(self, index):
-        image = torch.zeros(3, 128, 160, dtype=torch.uint8)
+        image, zero = torch.zeros(3, 128, 160, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
         image[..., 50] = 255
-        truth = {"boxes": torch.tensor([[50.0, 40, 70, 100]]), "labels": torch.ones(1, dtype=torch.int64)}
-        truth |= {"ignore": torch.zeros(1, dtype=torch.bool), "occlusion": torch.zeros(1, dtype=torch.int64)}
-        names = {"image_id": index, "path": "", "scene": 0, "daytime": True}
-        return {"visible": image, "infrared": image.clone(), **truth, **names}
+        truth = {"boxes": torch.tensor([[50.0, 40, 70, 100]]), "labels": zero + 1, "ignore": zero > 0}
+        more = {"occlusion": zero, "daytime": True, "image_id": index, "path": "", "scene": 0}
+        return {"visible": image, "infrared": image.clone(), **truth, **more}
 
 
-def test_what_is_moved_is_seen_moved_and_the_boxes_are_not():
-    detector, data, options = SeesShift(), Marked(3, 0), {"device": "cpu"}
-    results = predict_all(detector, data, modes=detector.modes, **options)
-    lines = misalignment_figures(detector, data, results, modality="infrared", pixels=[3, 15], **options)
-    assert [(line["name"], line["ap50"]) for line in lines] == [
-        ("0 pixels", 1), ("3 pixels", 1), ("15 pixels", 0), ("visible alone", 1)
+def test_what_is_moved_is_seen_moved_and_the_boxes_are_not(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "read_checkpoint", lambda path: {})
+    monkeypatch.setattr(evaluate, "load_detector", lambda path, **options: SeesShift())
+    monkeypatch.setattr(evaluate, "open_dataset", lambda *arguments: Marked())
+    flags = ["--checkpoint", "a.pt", "--output", tmp_path / "a.json"]
+    said = run(capsys, *flags, "--misalign", 3, 15).splitlines()
+    rows = json.loads((tmp_path / "a.json").read_text())["misalign"]
+    assert [(row["name"], row["pixels"], row["ap50"]) for row in rows] == [
+        ("0 pixels", 0, 1), ("3 pixels", 3, 1), ("15 pixels", 15, 0), ("visible alone", None, 1)
     ]  # fmt: skip
-    assert [round(line["miss_rate"], 2) for line in lines] == [0, 0, 100, 0]
-    assert misalignment_text(lines, "infrared").splitlines()[3].split() == ["15", "pixels", "0.00", "100.00"]
+    assert [round(row["miss_rate"], 2) for row in rows] == [0, 0, 100, 0]
+    start = next(index for index, line in enumerate(said) if line.startswith("infrared moved right by"))
+    assert said[start + 3].split() == ["15", "pixels", "0.00", "100.00"]
+    run(capsys, *flags, "--misalign", -15, "--misalign-modality", "visible")
+    rows = json.loads((tmp_path / "a.json").read_text())["misalign"]
+    assert [row["ap50"] for row in rows] == [1, 1]  # what moves is not what this detector looks at
+
+
+PERSON, CYCLIST, NOTHING = [100, 100, 140, 200], [300, 100, 340, 200], [400, 100, 440, 200]
 
 
 def results(found, truth, size=(512, 640)):
@@ -222,13 +207,11 @@ def results(found, truth, size=(512, 640)):
     truth["ignore"] = torch.zeros(len(boxes), dtype=torch.bool)
     found = torch.tensor(found, dtype=torch.float32).reshape(-1, 4)
     found = {"boxes": found, "labels": torch.ones(len(found)).long(), "scores": torch.linspace(0.9, 0.1, len(found))}
-    return {"size": size, "found": {"both": found}, "truth": truth}
+    return {"size": size, "classes": ["person"], "detections": {"both": found}, "ground_truth": truth}
 
 
 def test_miss_rates_by_mode_and_row():
-    one = results([[100, 100, 140, 200]], [[100, 100, 140, 200]])
-    other = results([], [[100, 100, 140, 160]])
-    figures = miss_rate_metrics([one, other])
+    figures = miss_rate_metrics([results([PERSON], [PERSON]), results([], [[100, 100, 140, 160]])])
     assert list(figures) == ["both"] and list(figures["both"]) == ROWS
     assert figures["both"]["reasonable all"] == pytest.approx(50) and figures["both"]["reasonable night"] is None
     assert figures["both"]["medium"] == pytest.approx(50) and figures["both"]["near"] is None
@@ -243,30 +226,36 @@ def test_images_of_another_size_are_stretched_to_kaists():
 
 
 def test_classes_but_person_are_ignored():
-    box, cyclist, nothing = [100, 100, 140, 200], [300, 100, 340, 200], [400, 100, 440, 200]
-    frame = results([nothing, box], [box, cyclist])
-    frame["truth"]["labels"][1] = frame["found"]["both"]["labels"][0] = 2
+    frame = results([NOTHING, PERSON], [PERSON, CYCLIST])
+    frame["ground_truth"]["labels"][1] = frame["detections"]["both"]["labels"][0] = 2
     assert miss_rate_metrics([frame])["both"]["reasonable all"] == pytest.approx(0, abs=1e-6)
-    assert "1       1" in miss_rate_text(miss_rate_tables([frame])).splitlines()[1]
-    frame["found"]["both"]["labels"][0] = 1
+    frame["detections"]["both"]["labels"][0] = 1
     assert miss_rate_metrics([frame])["both"]["reasonable all"] > 1
     frame["classes"] = ["cyclist", "person"]
-    frame["truth"]["labels"] = 3 - frame["truth"]["labels"]
-    frame["found"]["both"]["labels"] = torch.tensor([1, 2])
+    frame["ground_truth"]["labels"] = 3 - frame["ground_truth"]["labels"]
+    frame["detections"]["both"]["labels"] = torch.tensor([1, 2])
     assert miss_rate_metrics([frame])["both"]["reasonable all"] == pytest.approx(0, abs=1e-6)
 
 
-def test_figures_of_each_class():
-    box, cyclist = [100, 100, 140, 200], [300, 100, 340, 200]
-    frame = results([box], [box, cyclist]) | {"classes": ["person", "cyclist", "car"]}
-    frame["truth"]["labels"][1] = 2
-    figures = detection_metrics([frame])
-    own = {name: values["ap50"] for name, values in figures["both"]["per_class"].items()}
+def test_average_precision_of_each_class():
+    frame = results([PERSON], [PERSON, CYCLIST]) | {"classes": ["person", "cyclist", "car"]}
+    frame["ground_truth"]["labels"][1] = 2
+    metrics = detection_metrics([frame])
+    own = {name: values["ap50"] for name, values in metrics["both"]["per_class"].items()}
     assert own == {"person": pytest.approx(1), "cyclist": 0, "car": None}
-    rows = [line.split()[:2] for line in table(figures).splitlines()]
-    assert rows[1:] == [["both", "50.0"], ["person", "100.0"], ["cyclist", "0.0"], ["car", "-"]]
-    assert "cyclist" in validation_text(figures | {"alignment": None}, None)
+    rows = [line.split()[:2] for line in validation_text(metrics | {"alignment": None}).splitlines()]
+    assert rows[2:] == [["both", "50.0"], ["person", "100.0"], ["cyclist", "0.0"], ["car", "-"]]
     assert "per_class" not in detection_metrics([frame | {"classes": ["person"]}])["both"]
+
+
+def test_average_precision_of_those_seen_in_one_modality():
+    frame = results([PERSON, CYCLIST], [PERSON, CYCLIST, NOTHING])
+    frame["ground_truth"]["visible_in"] = torch.tensor([[True, True], [True, False], [False, True]])
+    metrics = detection_metrics([frame])["both"]
+    seen = {name: metrics[f"ap50_seen_in_{name}"] for name in ("both", "visible_only", "infrared_only")}
+    assert seen == {"both": pytest.approx(1), "visible_only": pytest.approx(1), "infrared_only": 0}  # no false alarms
+    del frame["ground_truth"]["visible_in"]
+    assert set(detection_metrics([frame])["both"]) == {"ap50", "ap75", "ap", "recall"}
 
 
 def test_average_precision_looks_at_as_many_detections_as_is_said():
@@ -278,27 +267,16 @@ def test_average_precision_looks_at_as_many_detections_as_is_said():
 def test_no_miss_rates_where_daytime_or_occlusion_is_not_known():
     for key in ("daytime", "occlusion"):
         frame = results([], [])
-        del frame["truth"][key]
+        del frame["ground_truth"][key]
         assert miss_rate_metrics([frame]) == {} == miss_rate_curves([frame])
 
 
 def test_a_curve_keeps_the_points_that_count():
-    torch.manual_seed(0)
-    frames = []
-    for _ in range(30):
-        corner = torch.rand(3, 2) * 300 + 50
-        truth = torch.cat([corner, corner + 80], 1)
-        noise = torch.rand(6, 2) * 500
-        frames.append(results([], truth.tolist()))
-        found = torch.cat([truth[:2] + 3, torch.cat([noise, noise + 60], 1)])[torch.randperm(8)]
-        frames[-1]["found"]["both"] |= {"boxes": found, "scores": torch.rand(8), "labels": torch.ones(8).long()}
-    curve = miss_rate_curves(frames)["both"]["reasonable all"]
-    whole = miss_rate_curve([frame["found"]["both"] for frame in frames], [frame["truth"] for frame in frames])
-    assert len(curve["fppi"]) < len(whole["fppi"]) and curve["fppi"][-1] == whole["fppi"][-1]
-    at = [max((i for i, x in enumerate(curve["fppi"]) if x <= reference), default=None) for reference in REFERENCE_FPPI]
-    missed = [1.0 if i is None else curve["miss_rate"][i] / 100 for i in at]
-    average = 100 * math.exp(sum(math.log(max(1e-10, value)) for value in missed) / 9)
-    assert average == pytest.approx(whole["log_average_miss_rate"]) and 0 < average < 100
+    frame = results([PERSON, NOTHING, NOTHING, CYCLIST, NOTHING], [PERSON, CYCLIST])  # by falling score
+    curve = miss_rate_curves([frame])["both"]["reasonable all"]
+    assert curve["fppi"] == [0, 2, 3] and curve["miss_rate"] == [50, 0, 0]
+    whole = miss_rate_curve([frame["detections"]["both"]], [frame["ground_truth"]])
+    assert curve["log_average_miss_rate"] == whole["log_average_miss_rate"] and len(whole["fppi"]) == 5
 
 
 @pytest.mark.parametrize("first_id", [None, 0, 1])
@@ -310,8 +288,9 @@ def test_image_ids_of_a_json_from_0_or_1(annotations, tmp_path, capsys, first_id
     said = run(capsys, "--dataset", "kaist", "--detections", found, "--annotations", annotations, *flags)
     assert rows_of(said)["reasonable night"][1] == ("0.00" if first_id == 0 else "100.00")
     assert ("--first-id settles it" in said) == (first_id is None)
-    found.write_text(json.dumps([{"image_id": 3, "bbox": [1, 1, 5, 5], "score": 0.9}]))
-    assert "settles" not in run(capsys, "--dataset", "kaist", "--detections", found, "--annotations", annotations)
+    for image_id in (0, 3):
+        found.write_text(json.dumps([{"image_id": image_id, "bbox": [1, 1, 5, 5], "score": 0.9}]))
+        assert "settles" not in run(capsys, "--dataset", "kaist", "--detections", found, "--annotations", annotations)
 
 
 def test_whatever_category_a_file_of_others_gives_is_a_person(annotations, tmp_path, capsys):
@@ -326,41 +305,39 @@ def test_whatever_category_a_file_of_others_gives_is_a_person(annotations, tmp_p
     assert "found.json holds the categories [2, 7]" in refused(capsys, *flags)
 
 
+MODEL, OTHERS = "--checkpoint a.pt", "--detections a.txt --dataset kaist"
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "either --checkpoint PATH or --detections FILE"),
-        (["--checkpoint", "a.pt", "--detections", "a.txt", "--dataset", "kaist"], "either --checkpoint"),
-        (["--checkpoint", "a.pt", "--dataset", "kaist"], "--dataset kaist needs --data-root"),
-        (["--checkpoint", "a.pt", "--data-root", "x"], "--data-root needs --dataset llvip or kaist"),
-        (["--checkpoint", "a.pt", "--image-set", "test"], "--image-set is for --dataset kaist, not for synthetic"),
-        (["--checkpoint", "a.pt", "--dataset", "kaist", "--split", "test"], "--split is for --dataset llvip"),
-        (["--detections", "a.txt"], "--detections is for --dataset kaist"),
-        (["--detections", "a.txt", "--dataset", "kaist"], "--annotations FILE.json alone, or --data-root"),
-        (["--detections", "a.txt", "--dataset", "kaist", "--annotations", "folder"], "is not an annotation json"),
-        (
-            ["--detections", "a.txt", "--dataset", "kaist", "--annotations", "a.json", "--image-set", "test"],
-            "or --data-root",
-        ),
-        (["--detections", "a.txt", "--dataset", "kaist", "--data-root", "x", "--misalign", "2"], "--misalign needs a"),
-        (["--detections", "a.txt", "--dataset", "kaist", "--data-root", "x", "--weights", "raw"], "--weights needs a"),
-        (["--checkpoint", "a.pt", "--first-id", "1"], "--first-id is for the file of --detections"),
-        (["--checkpoint", "a.pt", "--misalign-modality", "visible"], "--misalign-modality needs --misalign"),
-        (["--checkpoint", "a.pt", "--misalign", "much"], "invalid int value: 'much'"),
-        (["--checkpoint", "a.pt", "--save-detections", "a.csv"], "ends in .txt or .json"),
-        (["--checkpoint", "a.pt", "--save-curve", "a.txt"], "ends in .json"),
-        (
-            ["--checkpoint", "a.pt", "--plot", "missing/a.png"],
-            "missing/a.png: the folder missing does not exist",
-        ),
-        (
-            ["--checkpoint", "a.pt", "--dataset", "llvip", "--data-root", "x", "--plot", "a.png"],
-            "do not know occlusion",
-        ),
+        ("", "either --checkpoint PATH or --detections FILE"),
+        (f"{MODEL} {OTHERS}", "either --checkpoint"),
+        (f"{MODEL} --dataset kaist", "--dataset kaist needs --data-root"),
+        (f"{MODEL} --data-root x", "--data-root needs --dataset llvip or kaist"),
+        (f"{MODEL} --image-set test", "--image-set needs --dataset kaist"),
+        (f"{MODEL} --dataset kaist --split test", "--split needs --dataset llvip"),
+        ("--detections a.txt", "--detections needs --dataset kaist"),
+        (OTHERS, "needs --data-root, the data set's own root, or --annotations FILE.json alone"),
+        (f"{OTHERS} --annotations folder", "is not an annotation json"),
+        (f"{OTHERS} --annotations a.json --image-set test", "--image-set needs --data-root"),
+        (f"{OTHERS} --data-root x --misalign 2", "--misalign needs --checkpoint"),
+        (f"{MODEL} --first-id 1", "--first-id needs --detections"),
+        (f"{MODEL} --misalign-modality visible", "--misalign-modality needs --misalign"),
+        (f"{MODEL} --misalign much", "invalid int value: 'much'"),
+        (f"{MODEL} --save-detections a.csv", "ends in .txt or .json"),
+        (f"{MODEL} --save-curve a.txt", "ends in .json"),
+        (f"{MODEL} --plot missing/a.png", "missing/a.png: the folder missing does not exist"),
+        (f"{MODEL} --dataset llvip --data-root x --plot a.png", "do not know occlusion"),
     ],
 )
 def test_flags_that_do_not_fit(capsys, flags, words):
-    assert words in refused(capsys, *flags)
+    assert words in refused(capsys, *flags.split())
+
+
+def test_a_plot_needs_the_extra(capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    assert "pip install -e '.[viz]'" in refused(capsys, *MODEL.split(), "--plot", "a.png")
 
 
 def test_bad_files_are_named(checkpoint, kaist, annotations, tmp_path, capsys):
@@ -369,11 +346,9 @@ def test_bad_files_are_named(checkpoint, kaist, annotations, tmp_path, capsys):
     assert "found.txt does not exist" in refused(capsys, *common)
     found.write_text("4,1,1,5,5,0.5\n")
     assert "line 1: image id 4 is out of range, expected 1 to 3" in refused(capsys, *common)
-    found.write_text("1 1 1 5 5 0.5\n")
-    assert "image_id,x,y,width,height,score" in refused(capsys, *common)
     annotations.write_text("[]")
     assert "test.json" in refused(capsys, *common)
-    model = ["--checkpoint", checkpoint, "--dataset", "kaist", "--data-root", kaist, "--device", "cpu", "--workers", 0]
+    model = ["--checkpoint", checkpoint, "--dataset", "kaist", "--data-root", kaist]
     (kaist / "imageSets/mine.txt").write_text("set07/V000/I00019\n")
     assert "set07/V000/I00019, listed in" in refused(capsys, *model, "--image-set", "mine")
     (kaist / "annotations/set06/V000/I00019.txt").write_text("% bbGt version=1\n")
@@ -390,48 +365,28 @@ def test_published_detections_from_the_command_line(shared, tmp_path, capsys, na
         entries = [{"image_id": int(i) - 1, "bbox": box, "score": score} for i, *box, score in rows]
         file = tmp_path / f"{name}.json"
         file.write_text(json.dumps(entries))
-    flags = ["--annotations", folder / "gt/kaist_annotations_test20.json", "--output", tmp_path / "figures.json"]
-    said = run(capsys, "--dataset", "kaist", "--detections", file, *flags, *["--first-id", 0] * (suffix == ".json"))
+    flags = ["--annotations", folder / "gt/kaist_annotations_test20.json", *["--first-id", 0] * (suffix == ".json")]
+    said = run(capsys, "--dataset", "kaist", "--detections", file, *flags, "--output", tmp_path / "figures.json")
     assert [rows_of(said)[row][0] for row in ROWS] == [f"{value:.2f}" for value in PUBLISHED[name]]
     rows = json.loads((tmp_path / "figures.json").read_text())["miss_rate"][file.stem]
     assert [round(rows[row]["miss_rate"], 2) for row in ROWS] == PUBLISHED[name]
 
 
-def llvip(root, *names):
-    """A pair in each split, with an object of each name."""
-    rows = "".join(
-        f"<object><name>{name}</name><bndbox><xmin>9</xmin><ymin>9</ymin><xmax>30</xmax><ymax>50</ymax></bndbox></object>"
-        for name in names
-    )
-    (root / "Annotations").mkdir(parents=True)
-    for split, name in (("train", "010001"), ("train", "020001"), ("test", "190001")):
-        for modality in ("visible", "infrared"):
-            (root / modality / split).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (80, 64)).save(root / modality / split / f"{name}.jpg")
-        (root / f"Annotations/{name}.xml").write_text(
-            f"<annotation><size><width>80</width><height>64</height></size>{rows}</annotation>"
-        )
-    return root
-
-
 def test_data_is_opened_with_the_classes_of_the_checkpoint(kaist, tmp_path, capsys):
     two = save_checkpoint(tmp_path / "two.pt", classes=["car", "person"])
-    root, names = llvip(tmp_path / "L", "person", "car"), ["--output", tmp_path / "a.json"]
-    flags = ["--checkpoint", two, "--modality", "both"]
-    run(capsys, *flags, "--dataset", "llvip", "--data-root", root, *names)
-    own = json.loads((tmp_path / "a.json").read_text())["detection"]["both"]["per_class"]
-    assert all(own[name]["ap50"] is not None for name in ("car", "person"))
-    for more in (["--dataset", "kaist", "--data-root", kaist], ["--count", 2]):
-        said = run(capsys, *flags, *more, *names)
-        own = json.loads((tmp_path / "a.json").read_text())["detection"]["both"]["per_class"]
-        assert own["car"]["ap50"] is None is not own["person"]["ap50"] and rows_of(said)["reasonable all"][2] != "0"
-    lines = ["--save-detections", tmp_path / "a.txt"]
-    assert "lines know no class" in refused(capsys, *flags, "--count", 2, "--device", "cpu", *lines)
     other = save_checkpoint(tmp_path / "other.pt", classes=["car"])
-    for more in (["--dataset", "kaist", "--data-root", kaist], ["--count", 2]):
-        assert "named person; the classes are 'car'" in refused(capsys, "--checkpoint", other, *more, "--device", "cpu")
-    bikes = llvip(tmp_path / "bikes", "Person", "bike")
-    said = refused(capsys, *flags, "--dataset", "llvip", "--data-root", bikes, "--device", "cpu")
+    root, bikes = llvip(tmp_path / "L", "person", "car"), llvip(tmp_path / "bikes", "Person", "bike")
+    flags = ["--checkpoint", two, "--modality", "both"]
+    for name, place, has_cars in (("llvip", root, True), ("kaist", kaist, False), ("synthetic", None, False)):
+        data = ["--dataset", name] + (["--data-root", place] if place else [])
+        said = run(capsys, *flags, *data, "--count", 2, "--output", tmp_path / "a.json")
+        own = json.loads((tmp_path / "a.json").read_text())["detection"]["both"]["per_class"]
+        assert own["person"]["ap50"] is not None and (own["car"]["ap50"] is not None) == has_cars
+        if not has_cars:
+            assert rows_of(said)["reasonable all"][2] != "0"
+            assert "named person; the classes are 'car'" in refused(capsys, "--checkpoint", other, *data)
+    assert "lines know no class" in refused(capsys, *flags, "--count", 2, "--save-detections", tmp_path / "a.txt")
+    said = refused(capsys, *flags, "--dataset", "llvip", "--data-root", bikes)
     assert "'car' or 'person'" in said and "'Person' 1, 'bike' 1" in said
 
 
@@ -466,6 +421,25 @@ def test_which_scenes_are_drawn(checkpoint, tmp_path, capsys):
     ):
         said = run(capsys, "--checkpoint", path, "--count", 2, "--modality", "both", *flags)
         assert ("of them by day" in said) == by_day
+
+
+def test_weights_and_limits_reach_the_detector(checkpoint, tmp_path, capsys):
+    held = torch.load(checkpoint, weights_only=True)
+    held["ema"] = held["model"] | {"roi_head.cls_score.bias": torch.tensor([20.0, -20.0])}  # finds nothing
+    torch.save(held, tmp_path / "last.pt")
+    flags, file = ["--checkpoint", tmp_path / "last.pt"], tmp_path / "a.txt"
+
+    def count(*more):
+        run(capsys, *flags, "--count", 2, "--modality", "both", "--save-detections", file, *more)
+        return len(file.read_text().splitlines())
+
+    assert count() == 0 < count("--score-threshold", 0)
+    assert count("--weights", "raw") > 2 == count("--weights", "raw", "--max-detections", 1)
+    Image.new("RGB", (80, 64)).save(tmp_path / "a.png")
+    for score, some in ((0, True), (1, False)):
+        own = ["--visible", tmp_path / "a.png", "--output", tmp_path / "out", "--weights", "raw", "--min-score", score]
+        predict.main([*map(str, flags + own), "--device", "cpu"])
+        assert ("a: 0 found" not in capsys.readouterr().out) == some
 
 
 @pytest.mark.parametrize("part", ["backbone.conv1.weight", "rpn.head.bbox_pred.bias", "roi_head.cls_score.weight"])
@@ -503,4 +477,5 @@ def test_prediction_names_pictures_as_they_are_named(checkpoint, tmp_path, capsy
     predict.main([*map(str, flags)])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}.png", "detections.json"}
     assert json.loads((tmp_path / "out/detections.json").read_text())[0]["image"] == str(folder / f"{name}.png")
-    assert capsys.readouterr().out.startswith("a\\nb\\udcd0")
+    said = capsys.readouterr().out
+    assert said.startswith("a\\nb\\udcd0") and "wrote 1 picture and detections.json" in said

@@ -1,26 +1,28 @@
-"""Pictures: what is drawn where, and what happens without the extra."""
-
-import sys
+"""Pictures: what is drawn where."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from macl import plots
 from macl.metrics import miss_rate_curve
-from macl.plots import COLOURS, DIVIDER, MIN_SIDE, draw_detections, miss_rate_plot, tsne_picture
-from trainkit.errors import InputError
+from macl.plots import COLOURS, DIVIDER, MIN_SIDE, draw_detections, draw_validation, miss_rate_plot, tsne_picture
 
-EMPTY = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
+BLACK = torch.zeros(3, 400, 400, dtype=torch.uint8)
 
 
-def detections(*boxes, scores=None):
-    boxes = torch.tensor(boxes, dtype=torch.float32)
-    return {
-        "boxes": boxes,
-        "scores": torch.tensor(scores or [0.9] * len(boxes)),
-        "labels": torch.ones(len(boxes)).long(),
-    }
+def boxes_of(*boxes, labels=None, **more):
+    labels = torch.tensor(labels or [1] * len(boxes), dtype=torch.int64)
+    return {"boxes": torch.tensor(boxes).float().reshape(-1, 4), "labels": labels, **more}
+
+
+def detections(*boxes, scores=None, **more):
+    return boxes_of(*boxes, scores=torch.tensor(scores or [0.9] * len(boxes)), **more)
+
+
+def draw(visible, infrared, *arguments, classes=("person",), **options):
+    return draw_detections(visible, infrared, *arguments, classes=classes, **options)
 
 
 def coloured(picture, kind):
@@ -29,76 +31,46 @@ def coloured(picture, kind):
 
 
 def test_both_modalities_side_by_side_with_the_same_boxes():
-    visible, infrared = torch.zeros(3, 128, 160), torch.ones(1, 128, 160)
-    picture = draw_detections(visible, infrared, detections([40, 50, 80, 110]))
+    visible = torch.zeros(3, 128, 160, dtype=torch.uint8)
+    picture = draw(visible, visible + 255, detections([40, 50, 80, 110]))
     width = 3 * 160
     assert picture.width == 2 * width + DIVIDER and picture.height > 3 * 128 == MIN_SIDE
     left, right = picture.crop((0, 0, width, 384)), picture.crop((width + DIVIDER, 0, picture.width, 384))
     for panel in (left, right):
-        rows, columns = np.nonzero(coloured(panel, "detection"))
-        assert (columns.min(), columns.max(), rows.max()) == (120, 240, 330)
-        assert rows.min() < 150  # the label stands above the box
+        mask = coloured(panel, "detection")
+        assert mask[150:331, [120, 240]].all() and mask[330, 120:241].all() and not mask[160:320, 130:230].any()
+        assert mask[135:149, 122:160].any()  # the label stands above the box
     assert left.getpixel((10, 380)) == (0, 0, 0) and right.getpixel((10, 380)) == (255, 255, 255)
 
 
 def test_one_modality_of_a_large_image_is_not_enlarged():
-    picture = draw_detections(None, Image.new("L", (640, 512), 128), EMPTY)
+    picture = draw(None, torch.full((3, 512, 640), 128, dtype=torch.uint8), detections())
     assert picture.width == 640 and 512 < picture.height < 560
     assert picture.getpixel((300, 300)) == (128, 128, 128)
 
 
 def test_ground_truth_and_ignored_boxes_differ_from_detections():
-    image = torch.zeros(3, 400, 400)
-    truth = {"boxes": torch.tensor([[50.0, 50, 150, 150], [200, 200, 300, 300]]), "ignore": torch.tensor([False, True])}
-    picture = draw_detections(image, None, EMPTY, truth).crop((0, 0, 400, 400))
-    assert coloured(picture, "ground truth")[50, 50:151].all()
-    dashes = coloured(picture, "ignored")[200, 200:300]
-    assert 0.3 < dashes.mean() < 0.7
+    truth = boxes_of([50, 50, 150, 150], [200, 200, 300, 300], ignore=torch.tensor([False, True]))
+    picture = draw(BLACK, None, detections(), truth).crop((0, 0, 400, 400))
+    assert coloured(picture, "ground truth")[50, 50:151].all() and coloured(picture, "ignored")[200, 200:301].all()
     assert not coloured(picture, "detection").any()
+    assert not coloured(picture, "ground truth")[152:175].any()  # one class needs no name, ...
+    several = coloured(draw(BLACK, None, detections(), truth, classes=("car", "person")), "ground truth")
+    assert several[152:175, 50:70].any()  # ... of several each true box shows its own, below
 
 
 def test_low_scores_are_left_out():
-    image = torch.zeros(3, 400, 400)
     found = detections([50, 50, 100, 100], [200, 200, 300, 300], scores=[0.2, 0.8])
-    drawn = coloured(draw_detections(image, None, found).crop((0, 0, 400, 400)), "detection")
+    drawn = coloured(draw(BLACK, None, found).crop((0, 0, 400, 400)), "detection")
     assert not drawn[:120, :120].any() and drawn[250, 200]
-    assert coloured(draw_detections(image, None, found, min_score=0.1), "detection")[75, 50]
+    assert coloured(draw(BLACK, None, found, min_score=0.1), "detection")[75, 50]
 
 
 def test_labels_stay_inside_the_picture():
-    image = torch.zeros(3, 400, 400)
     corners = [[0, 0, 30, 30], [390, 0, 400, 60], [-20, 380, 10, 420]]
-    named = draw_detections(image, None, detections(*corners), classes=("person",)).crop((0, 0, 400, 400))
-    labels = coloured(named, "detection")
-    plain = coloured(draw_detections(image, None, detections(*corners)).crop((0, 0, 400, 400)), "detection")
-    assert labels[:30, 300:].sum() > 1.5 * plain[:30, 300:].sum()  # the name takes room, to the left of the border
-    assert labels[360:380, :40].any()
-
-
-def test_pictures_of_nothing_or_of_different_sizes_are_refused():
-    with pytest.raises(ValueError, match="needs a visible or an infrared image"):
-        draw_detections(None, None, EMPTY)
-    with pytest.raises(ValueError, match="differ in size: 20x10 and 30x10"):
-        draw_detections(torch.zeros(3, 10, 20), torch.zeros(3, 10, 30), EMPTY)
-    with pytest.raises(ValueError, match=r"an image is \(2, 10, 20\)"):
-        draw_detections(torch.zeros(2, 10, 20), None, EMPTY)
-
-
-def without(monkeypatch, name):
-    """Make ``import name`` and its modules fail, as where it is not installed."""
-    for module in [name, *(loaded for loaded in sys.modules if loaded.startswith(f"{name}."))]:
-        monkeypatch.setitem(sys.modules, module, None)
-
-
-@pytest.mark.parametrize("name", ["matplotlib", "sklearn"])
-def test_a_missing_extra_is_named(tmp_path, monkeypatch, name):
-    without(monkeypatch, name)
-    with pytest.raises(InputError, match=r"a t-SNE picture needs .*viz extra brings: pip install -e '\.\[viz\]'"):
-        tsne_picture(tmp_path / "a.png", torch.eye(3), torch.eye(3))
-    if name == "matplotlib":
-        with pytest.raises(InputError, match="a plot of the miss rate needs .*viz extra"):
-            miss_rate_plot(tmp_path / "a.png", {})
-    assert not list(tmp_path.iterdir())
+    drawn = coloured(draw(BLACK, None, detections(*corners)).crop((0, 0, 400, 400)), "detection")
+    assert drawn[:10, 320:390].sum() > 200  # to the left of the border
+    assert drawn[360:380, :40].any()
 
 
 @pytest.fixture
@@ -107,28 +79,36 @@ def viz():
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
 
+@pytest.mark.parametrize("extra", [True, False])
+def test_pictures_of_a_validation(viz, tmp_path, monkeypatch, extra):
+    monkeypatch.setattr(plots, "find_spec", lambda name: extra)
+    one = {"detections": {"both": detections([5, 5, 9, 9])}, "classes": ["person"]}
+    one |= {"ground_truth": boxes_of([5, 5, 9, 9], ignore=torch.tensor([False]))}
+    results = [one | {"embeddings": tuple(torch.randn(2, 1, 4))} for _ in range(13)]
+    draw_validation(tmp_path, 2, [{"visible": BLACK, "infrared": BLACK}] * 13, results)
+    drawn = [f"validation-{index}.png" for index in (0, 3, 6, 9, 12)] + ["tsne-002.png"] * extra
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == set(drawn)
+    picture = Image.open(tmp_path / "pictures/validation-12.png")
+    assert coloured(picture, "detection").any() and coloured(picture, "ground truth").any()
+
+
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_tsne_of_few_pairs(viz, tmp_path, count, recwarn):
     torch.manual_seed(0)
     x = torch.randn(count, 8)
-    assert tsne_picture(tmp_path / "a.png", x, x + 0.1)
-    assert tsne_picture(tmp_path / "b.png", x, x + 0.1)
+    for name in ("a.png", "b.png"):
+        tsne_picture(tmp_path / name, x, x + 0.1, title="")
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (840, 840)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()  # the seed is fixed
     assert [str(warning.message) for warning in recwarn] == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tsne_of_collapsed_embeddings(viz, tmp_path, dtype, recwarn):
-    x = torch.ones(6, 8, dtype=dtype)
-    assert tsne_picture(tmp_path / "a.png", x, x)
+def test_tsne_of_collapsed_embeddings_and_of_a_single_pair(viz, tmp_path, recwarn):
+    for name, x in (("a.png", torch.ones(6, 8)), ("b.png", torch.ones(1, 8))):
+        tsne_picture(tmp_path / name, x, x, title="")
     assert [str(warning.message) for warning in recwarn] == []
-
-
-def test_tsne_of_less_than_two_pairs_is_not_drawn(viz, tmp_path):
-    assert not tsne_picture(tmp_path / "a.png", torch.ones(1, 4), torch.ones(1, 4))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_the_miss_rate_plot_takes_curves_with_and_without_points(viz, tmp_path, recwarn):

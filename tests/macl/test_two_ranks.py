@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import macl
 from macl.data import SyntheticPairs
-from macl.validation import predict
+from macl.evaluation import predict
 from trainkit import distributed
 
 # Every anchor and every RoI is in the loss, so that nothing is drawn.
@@ -94,7 +94,9 @@ if __name__ == "__main__":
             own = slice(2 * distributed.rank(), 2 * distributed.rank() + 2)
             seen[kind, name] = two_steps(detector, wrapped, counts, own)
     results = evaluated(model().float())
-    seen["evaluated"] = [(r["image_id"], r["found"]["both"], r["truth"]["boxes"], r["embeddings"]) for r in results]
+    seen["evaluated"] = [
+        (one["image_id"], one["detections"]["both"], one["ground_truth"]["boxes"], one["embeddings"]) for one in results
+    ]
     torch.save(seen, Path(sys.argv[1]) / f"rank{distributed.rank()}.pt")
     distributed.stop()
 
@@ -139,6 +141,6 @@ def test_every_rank_hears_of_every_image_once(seen):
     for rank in seen:
         assert [image for image, *_ in rank["evaluated"]] == [0, 1, 2]
         for (_, found, boxes, embeddings), expected in zip(rank["evaluated"], alone, strict=True):
-            torch.testing.assert_close(found, expected["found"]["both"], rtol=1e-4, atol=1e-4)
-            assert torch.equal(boxes, expected["truth"]["boxes"])
+            torch.testing.assert_close(found, expected["detections"]["both"], rtol=1e-4, atol=1e-4)
+            assert torch.equal(boxes, expected["ground_truth"]["boxes"])
             torch.testing.assert_close(embeddings, expected["embeddings"], rtol=1e-4, atol=1e-5)

@@ -53,8 +53,9 @@ def inputs(rows: int) -> torch.Tensor:
 
 def stepper(model: nn.Module, *, amp: str = "none", losses_of=lambda model, x: model(x), weights=None) -> TrainStep:
     step = TrainStep(
-        model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), 
-        forward=lambda model, x: (losses_of(model, x), {}),        weights=weights or WEIGHTS, describe=lambda batch: ["a.png"], device="cpu", amp=amp, clip_norm=0.5,
+        model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), weights=weights or WEIGHTS,
+        forward=lambda model, x: (losses_of(model, x), {}), describe=lambda batch: ["a.png"], device="cpu", amp=amp,
+        clip_norm=0.5,
     )  # fmt: skip
     step.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=amp == "fp16")  # 65536 overflows here
     return step
