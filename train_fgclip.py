@@ -22,23 +22,18 @@ from pathlib import Path
 import torch
 
 from fgclip import FGCLIP, Tokenizer, load_model
-from fgclip.batches import (
-    Collate,
-    DataStatistics,
-    RegionDataset,
-    data_statistics,
-    evenly,
-    hold_out,
-    image_ids,
-)
-from fgclip.data import COCO, FineHARD
+from fgclip.data.collate import Collate
+from fgclip.data.dataset import RegionDataset, evenly, hold_out, image_ids
+from fgclip.data.records import COCO, FineHARD
+from fgclip.data.statistics import DataStatistics, data_statistics
+from fgclip.embedding import Embedder
 from fgclip.loading import check_image_size
 from fgclip.losses import PairBank
 from fgclip.model import MAX_LOGIT_SCALE
 from fgclip.objective import Objective, freeze_unreached
 from fgclip.synthetic import PLACEMENTS, SyntheticRegions, vocabulary
+from fgclip.tasks import best_metric, validation_metrics, validation_text
 from fgclip.transformer import ACTIVATIONS
-from fgclip.validation import best_metric, embed, validation_metrics, validation_text
 from trainkit import checkpoint, distributed
 from trainkit.arguments import (
     add_recipe_flags,
@@ -473,11 +468,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     def validate(epoch: int, between: Callable[[], None]) -> str | None:
         nonlocal best
-        found = embed(
-            models[-1], val_data, Collate(tokenizer, regions=regions, **lengths), device=device,
-            batch_size=args.batch_size, workers=args.workers, amp=args.amp, between=between,
+        embedder = Embedder(
+            models[-1], tokenizer, device=device, batch_size=args.batch_size, workers=args.workers, amp=args.amp,
+            between=between,
         )  # fmt: skip
-        figures = validation_metrics(found, models[-1].logit_scales()["region"].item())
+        figures = validation_metrics(embedder, val_data, regions=regions, long=bool(args.long_weight))
         log.validation(stepper.steps, {"epoch": epoch, **figures}, validation_text(figures))
         throughput.restart()
         if stepper.steps and best_metric(figures, args.best_by) > best:

@@ -26,7 +26,7 @@ from torchvision.ops import roi_align
 
 import fgclip
 from benchmarks import common
-from fgclip.batches import Collate
+from fgclip.data import Collate
 from trainkit.device import to_device
 from fgclip.losses import PairBank, contrast_pairs, hard_negative_loss, symmetric_loss
 from fgclip.model import unit

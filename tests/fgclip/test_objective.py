@@ -14,7 +14,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fgclip import FGCLIP, Tokenizer
-from fgclip.batches import Collate
+from fgclip.data import Collate
 from fgclip.losses import PairBank, symmetric_loss
 from fgclip.model import unit
 from fgclip.objective import Objective, freeze_unreached
