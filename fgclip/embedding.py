@@ -52,7 +52,7 @@ class Embedder:
         dataset: of samples. Each image is read and encoded on one process.
         """
         local = torch.arange(distributed.rank(), len(dataset), distributed.world_size())
-        batches = self.batches(local)
+        batches = [part.tolist() for part in local.split(self.batch_size)] if len(local) else []
         images, boxes, counts = [], [], []
         loader = make_loader(dataset, batches, collate, workers=self.workers, device=self.device)
         for batch in distributed.in_step(loader, len(batches), self.between):
@@ -73,20 +73,17 @@ class Embedder:
         """
         tower, before, distinct = self.model.text_model, self.tokenizer.truncated, Texts()
         rows = distinct.index(texts)  # (M,)
-        tokens = distinct.tokens(self.tokenizer, tower.long_context_length if long else tower.context_length)
+        tokens, _ = distinct.tokens(self.tokenizer, tower.long_context_length if long else tower.context_length)
         self.truncated += self.tokenizer.truncated - before
         ends = (tokens == self.tokenizer.eos_id).int().argmax(dim=1)
         order = ends.argsort(stable=True)  # texts of like length together, so that little padding is encoded
         local, features = order[distributed.rank() :: distributed.world_size()], []
-        batches = self.batches(local)
-        for part in distributed.in_step(batches, len(batches), self.between):
+        parts = local.split(self.batch_size) if len(local) else []
+        for part in distributed.in_step(parts, len(parts), self.between):
             part = tokens[part, : int(ends[part].max()) + 1].to(self.device)
             with autocast(self.amp, self.device):
                 features.append(self.model.encode_text(part, long=long))
         return self.together(features, local, "texts")[rows]
-
-    def batches(self, indices: Tensor) -> list[list[int]]:
-        return [part.tolist() for part in indices.split(self.batch_size)] if len(indices) else []
 
     def together(self, features: list[Tensor], places: Tensor, what: str) -> Tensor:
         """The unit rows of every process, sorted by their places (n,)."""

@@ -27,7 +27,7 @@ from fgclip.loading import check_image_size, load_model
 from fgclip.model import FGCLIP
 from fgclip.prompts import TEMPLATES, read_templates
 from fgclip.synthetic import PLACEMENTS, SyntheticRegions
-from fgclip.tasks import choice, classify_boxes, classify_images, retrieval, validation_metrics
+from fgclip.tasks import choice, classify, retrieval, validation_metrics
 from fgclip.tokenizer import Tokenizer
 from fgclip.transformer import ACTIVATIONS
 from trainkit import distributed
@@ -44,10 +44,9 @@ FORMATS = {
     "sharegpt4v": lambda args: ShareGPT4V(args.annotations[0]),
     "dci": lambda args: DCI(args.annotations[0]),
 }
-# The flags of each task and what they are where they are not given; None: there is no default.
 NEEDED = object()
 RETRIEVAL = dict(annotations=NEEDED, image_root=NEEDED, split="test", captions=5, limit=None, crop=False)
-TASKS = {
+TASKS = {  # the flags of each and their defaults, None where there is none
     "synthetic": dict(count=200, seed=20_000, placement="grid"),
     "retrieval": dict(format="coco", **RETRIEVAL),
     "long-retrieval": dict(format=NEEDED, **RETRIEVAL),
@@ -144,16 +143,11 @@ def first_records(data: Sequence[Record], args: argparse.Namespace) -> list[Reco
     return records
 
 
-def fgovd_level(path: Path) -> str:
-    """What the published name of an FG-OVD file stands for; any other file is called by its own name."""
-    return next((level for start, level in LEVELS.items() if path.stem.startswith(start)), path.stem)
-
-
 def fgovd_files(paths: list[str]) -> dict[str, Path]:
-    """The files of paths and folders by their levels, hardest first."""
+    """FG-OVD's files by the level that their published name stands for, hardest first; others by their own name."""
     files = [f for p in map(Path, paths) for f in (files_in(p, ".jsonl") if p.is_dir() else [p])]
-    names = [fgovd_level(file) for file in files]
-    order = list(dict.fromkeys(LEVELS.values()))
+    names = [next((level for start, level in LEVELS.items() if f.stem.startswith(start)), f.stem) for f in files]
+    order = list(LEVELS.values())
     named = {name if names.count(name) == 1 else str(file): file for name, file in zip(names, files, strict=True)}
     return dict(sorted(named.items(), key=lambda one: order.index(one[0]) if one[0] in order else len(order)))
 
@@ -183,26 +177,25 @@ def evaluate(args: argparse.Namespace, embedder: Embedder) -> tuple[dict[str, di
     templates = read_templates(args.templates) if args.templates else TEMPLATES
     if args.task == "boxes":
         data = COCOBoxes(args.annotations[0])
-        row, sentence = classify_boxes(embedder, dataset(first_records(data, args)), data.categories, templates)
-        return {"boxes": row}, [sentence]
-    data = ClassFolders(args.image_root, args.class_names)
-    count = min(args.limit or len(data), len(data))
-    records = [data[i * len(data) // count] for i in range(count)]
-    row, sentence = classify_images(embedder, dataset(records), data.categories, templates)
+        records = first_records(data, args)
+    else:
+        data = ClassFolders(args.image_root, args.class_names)
+        count = min(args.limit or len(data), len(data))
+        records = [data[i * len(data) // count] for i in range(count)]
+    row, sentence = classify(embedder, dataset(records), data.categories, templates, boxes=args.task == "boxes")
     if args.class_names:
         sentence += "; folders: " + ", ".join(map(" = ".join, zip(data.folders, data.categories, strict=True)))
-    return {"images": row}, [sentence]
-
-
-def cell(name: str, value: float) -> str:
-    """Counts as they are, losses and ranks with decimals, shares in percent."""
-    if isinstance(value, int):
-        return str(value)
-    return f"{value:.3f}" if name in NOT_PERCENT else f"{100 * value:.1f}"
+    return {"boxes" if args.task == "boxes" else "images": row}, [sentence]
 
 
 def table(metrics: dict[str, dict[str, float]]) -> str:
-    """Rows of metrics as aligned text; rows with the same columns share a heading."""
+    """Rows of metrics as aligned text, shares in percent; rows with the same columns share a heading."""
+
+    def cell(name: str, value: float) -> str:
+        if isinstance(value, int):
+            return str(value)
+        return f"{value:.3f}" if name in NOT_PERCENT else f"{100 * value:.1f}"
+
     blocks = []
     for names, rows in groupby(metrics, key=lambda row: list(metrics[row])):
         rows = list(rows)

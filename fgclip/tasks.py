@@ -110,23 +110,17 @@ def choice(embedder: Embedder, data: RegionDataset) -> tuple[dict, str]:
     return hard_metrics(embedder, embedder.images(data, regions=True)[1], samples), sentence
 
 
-def classify_boxes(
-    embedder: Embedder, data: RegionDataset, categories: Sequence[str], templates: Sequence[str]
+def classify(
+    embedder: Embedder, data: RegionDataset, categories: Sequence[str], templates: Sequence[str], boxes: bool
 ) -> tuple[dict, str]:
-    """`class_metrics` of every box among the names of all categories; a region's phrase is its category."""
-    samples, sentence = usable_samples(data)
-    labels = torch.tensor([categories.index(phrase) for s in samples for phrase in s.phrases])
-    _, region = embedder.images(data, regions=True)
-    metrics = class_metrics(region @ class_embeddings(embedder, categories, templates).T, labels)
-    return metrics, f"{len(categories)} categories in {len(templates)} templates; {sentence}"
-
-
-def classify_images(
-    embedder: Embedder, data: RegionDataset, categories: Sequence[str], templates: Sequence[str]
-) -> tuple[dict, str]:
-    """`class_metrics` of every image among the names of all classes; a record's label is the number of its class."""
-    labels = torch.tensor([record.label for record in data.records])
-    image, _ = embedder.images(data)
-    metrics = class_metrics(image @ class_embeddings(embedder, categories, templates).T, labels)
-    names = f"{len(categories)} classes in {len(templates)} templates"
-    return metrics, f"{names}; {len(labels)} images of {len(labels.unique())}"
+    """`class_metrics` of every box, whose phrase is its category, or of every image, labelled by its record."""
+    if boxes:
+        samples, sentence = usable_samples(data)
+        labels = torch.tensor([categories.index(phrase) for s in samples for phrase in s.phrases])
+        sentence = f"{len(categories)} categories in {len(templates)} templates; {sentence}"
+    else:
+        labels = torch.tensor([record.label for record in data.records])
+        sentence = f"{len(categories)} classes in {len(templates)} templates; "
+        sentence += f"{len(labels)} images of {len(labels.unique())}"
+    features = embedder.images(data, boxes)[boxes]
+    return class_metrics(features @ class_embeddings(embedder, categories, templates).T, labels), sentence

@@ -20,11 +20,11 @@ class Texts:
         """The row of every text (n,) int64."""
         return torch.tensor([self.rows.setdefault(text, len(self.rows)) for text in texts], dtype=torch.int64)
 
-    def tokens(self, tokenizer: Tokenizer, context_length: int) -> Tensor:
-        """Tokens (U, L), cut to the longest of the texts."""
+    def tokens(self, tokenizer: Tokenizer, context_length: int) -> tuple[Tensor, Tensor]:
+        """Tokens (U, L), cut to the longest of the texts, and their `caption_ids` (U,)."""
         tokens = tokenizer(list(self.rows), context_length)
-        ends = (tokens == tokenizer.eos_id).int().argmax(dim=1)
-        return tokens[:, : int(ends.max()) + 1] if len(tokens) else tokens[:, :1]
+        longest = max((tokens == tokenizer.eos_id).int().argmax(dim=1).tolist(), default=0) + 1
+        return tokens[:, :longest], caption_ids(tokens, tokenizer.eos_id)
 
 
 class Collate:
@@ -52,35 +52,28 @@ class Collate:
         self.context_length, self.long_context_length = context_length, long_context_length
 
     def __call__(self, samples: Sequence[Sample]) -> dict:
-        truncated = self.tokenizer.truncated
+        truncated, short, long = self.tokenizer.truncated, Texts(), Texts()
+        captioned = all(s.short is not None for s in samples)
         batch = dict(
             pixels=torch.stack([s.pixels for s in samples]),  # (B, 3, S, S)
             labels=torch.tensor([s.record.label for s in samples]),
             sources=[s.record.source for s in samples],
         )
-        short, long, captioned = Texts(), Texts(), all(s.short is not None for s in samples)
         if captioned:
             batch["short"] = short.index(s.short for s in samples)
         if self.regions:
-            batch |= self.collate_regions(samples, short)
-        batch |= self.tokenized("short", short, self.context_length)
+            groups = [group if self.hard else [] for s in samples for group in s.hard]
+            kept = [i for i, group in enumerate(groups) if group]
+            batch |= dict(
+                boxes=[s.boxes for s in samples],
+                region=short.index(phrase for s in samples for phrase in s.phrases),
+                region_labels=torch.tensor([s.record.label for s in samples for _ in s.phrases], dtype=torch.int64),
+                hard=short.index(text for i in kept for text in groups[i]),
+                hard_regions=torch.tensor(kept, dtype=torch.int64),
+                hard_counts=torch.tensor([len(groups[i]) for i in kept], dtype=torch.int64),
+            )
+        batch["short_texts"], batch["short_ids"] = short.tokens(self.tokenizer, self.context_length)
         if captioned and self.long_context_length is not None:
             batch["long"] = long.index(s.record.long for s in samples)
-            batch |= self.tokenized("long", long, self.long_context_length)
+            batch["long_texts"], batch["long_ids"] = long.tokens(self.tokenizer, self.long_context_length)
         return batch | dict(truncated=self.tokenizer.truncated - truncated)
-
-    def tokenized(self, name: str, texts: Texts, context_length: int) -> dict:
-        tokens = texts.tokens(self.tokenizer, context_length)
-        return {f"{name}_texts": tokens, f"{name}_ids": caption_ids(tokens, self.tokenizer.eos_id)}
-
-    def collate_regions(self, samples: Sequence[Sample], texts: Texts) -> dict:
-        groups = [group if self.hard else [] for s in samples for group in s.hard]
-        kept = [i for i, group in enumerate(groups) if group]
-        return dict(
-            boxes=[s.boxes for s in samples],
-            region=texts.index(phrase for s in samples for phrase in s.phrases),
-            region_labels=torch.tensor([s.record.label for s in samples for _ in s.phrases], dtype=torch.int64),
-            hard=texts.index(text for i in kept for text in groups[i]),
-            hard_regions=torch.tensor(kept, dtype=torch.int64),
-            hard_counts=torch.tensor([len(groups[i]) for i in kept], dtype=torch.int64),
-        )

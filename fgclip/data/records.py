@@ -4,7 +4,7 @@ import os
 import re
 from bisect import bisect_right
 from codecs import BOM_UTF8
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from mmap import ACCESS_READ, mmap
@@ -28,10 +28,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Region:
-    """A box, xyxy in fractions of the image (unchecked), the phrases that describe it, and alterations that do not.
-
-    The alterations belong to the first phrase.
-    """
+    """A box, xyxy in fractions of the image (unchecked), phrases that describe it, and alterations of the first."""
 
     box: Box
     phrases: tuple[str, ...]
@@ -88,37 +85,31 @@ class JsonItems(Sequence):
 
 
 def index_file(path: Path) -> np.ndarray:
-    """Offset and length in bytes (n, 2) int64 of every object in a JSON list or a JSON-lines file."""
-    try:
-        with files.regular_file(path, "annotations").open("rb") as file:
-            start = file.read(2**16).removeprefix(BOM_UTF8).lstrip()[:1]
-            if start not in (b"[", b"{"):
-                raise InputError(f"{path}: expected a JSON list of objects, or one object per line")
-            with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-                spans = list(outermost_objects(content, path, listed=start == b"["))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({files.reason(error)})") from error
-    return np.array(spans, dtype=np.int64).reshape(-1, 2)
+    """Offset and length in bytes (n, 2) int64 of every object in a JSON list or a JSON-lines file.
 
-
-def outermost_objects(content: mmap, path: Path, listed: bool) -> Iterator[tuple[int, int]]:
-    """Offset and length of each object. What is inside them is checked when they are read."""
-    place = end = content.find(b"[" if listed else b"{") + listed
-    depth = start = 0
-    gap, last = b"", b"]" if listed else b""
+    What is inside the objects is checked when they are read.
+    """
+    with files.regular_file(path, "annotations").open("rb") as file:
+        content = mmap(file.fileno(), 0, access=ACCESS_READ) if file.seek(0, os.SEEK_END) else b""
+    first = content[: 2**16].removeprefix(BOM_UTF8).lstrip()[:1]
+    if first not in (b"[", b"{"):
+        raise InputError(f"{path}: expected a JSON list of objects, or one object per line")
+    listed = first == b"["
+    spans, depth, start = [], 0, 0
+    place = end = content.find(first) + listed
     while depth >= 0 and (match := TO_NEXT_BRACE.match(content, place)):
         place = match.end()
         if match[1] == b"{" and depth == 0:
             start = place - 1
-            if content[end:start].strip() != gap:
+            if content[end:start].strip() != (b"," if listed and spans else b""):
                 break
-            gap = b"," if listed else b""
         depth += 1 if match[1] == b"{" else -1
         if depth == 0:
             end = place
-            yield start, end - start
-    if content[end:].strip() != last:
+            spans.append((start, end - start))
+    if content[end:].strip() != (b"]" if listed else b""):
         raise InputError(f"{path} is damaged after byte {end}; expected the end of a JSON list of objects")
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)
 
 
 def annotation_files(path: str | Path) -> list[Path]:
@@ -164,11 +155,6 @@ def objects(item: dict, key: str, source: str) -> list[tuple[dict, str]]:
         if not isinstance(entry, dict):
             raise InputError(f"{place}: expected an object, got {files.shown(entry)}")
     return entries
-
-
-def texts(item: dict, key: str, source: str) -> tuple[str, ...]:
-    """The texts in the list under a key."""
-    return tuple(files.plain_text(text, f"{source}, {key}") for text in field(item, key, list, source))
 
 
 def box_of(item: dict, source: str) -> Box:
@@ -256,7 +242,10 @@ class FGOVD(Records):
     """
 
     def record(self, item: dict, source: str) -> Record:
-        positive, negatives = (texts(item, key, source) for key in ("pos_expression", "neg_expression"))
+        positive, negatives = (
+            tuple(files.plain_text(text, f"{source}, {key}") for text in field(item, key, list, source))
+            for key in ("pos_expression", "neg_expression")
+        )
         if len(positive) != 1 or not negatives:
             raise InputError(f"{source}: expected one text under pos_expression and some under neg_expression")
         box, size = box_of(item, source), size_of(item, source)
