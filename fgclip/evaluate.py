@@ -21,7 +21,7 @@ import torch
 
 from fgclip.data.benchmarks import DCI, ClassFolders, COCOBoxes, Flickr30k, ShareGPT4V, by_image
 from fgclip.data.dataset import RegionDataset
-from fgclip.data.records import COCO, FGOVD, FineHARD, Record, files_in
+from fgclip.data.records import COCO, FGOVD, FineHARD, Record, annotation_files
 from fgclip.embedding import Embedder
 from fgclip.loading import check_image_size, load_model
 from fgclip.model import FGCLIP
@@ -145,7 +145,7 @@ def first_records(data: Sequence[Record], args: argparse.Namespace) -> list[Reco
 
 def fgovd_files(paths: list[str]) -> dict[str, Path]:
     """FG-OVD's files by the level that their published name stands for, hardest first; others by their own name."""
-    files = [f for p in map(Path, paths) for f in (files_in(p, ".jsonl") if p.is_dir() else [p])]
+    files = [file for path in paths for file in annotation_files(path)]
     names = [next((level for start, level in LEVELS.items() if f.stem.startswith(start)), f.stem) for f in files]
     order = list(LEVELS.values())
     named = {name if names.count(name) == 1 else str(file): file for name, file in zip(names, files, strict=True)}

@@ -9,7 +9,6 @@ given: the softmax at the scale that the model learned, for images or for boxes.
 
 import argparse
 import json
-import math
 
 import torch
 from PIL import Image
@@ -23,18 +22,7 @@ from fgclip.regions import usable_boxes
 from trainkit import distributed
 from trainkit.arguments import make_parser
 from trainkit.errors import InputError, one_sentence
-from trainkit.files import read_lines
-
-
-def box(text: str) -> tuple[float, ...]:
-    """ "10,20,30.5,40" -> (10.0, 20.0, 30.5, 40.0)."""
-    try:
-        sides = tuple(map(float, text.split(",")))
-    except ValueError:
-        sides = ()
-    if len(sides) != 4 or not all(map(math.isfinite, sides)):
-        raise argparse.ArgumentTypeError(f"expected x1,y1,x2,y2 in pixels such as 10,20,130,240, got {text!r}")
-    return sides
+from trainkit.files import numbers, read_lines
 
 
 def name_of(sides: tuple[float, ...]) -> str:
@@ -49,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image", required=True, metavar="FILE", help="the image; it is squashed to the square that the model reads")
     add("--text", action="append", default=[], metavar="CAPTION", help="a caption; may be given several times")
     add("--text-file", metavar="FILE", help="captions, one per line")
-    add("--box", type=box, action="append", default=[], metavar="X1,Y1,X2,Y2",
+    add("--box", action="append", default=[], metavar="X1,Y1,X2,Y2",
         help="score this box, in pixels of the image as it is shown, instead of the whole; may be given several times")
     add("--json", action="store_true", help="print json instead of a table")
 # fmt: on
@@ -122,9 +110,10 @@ def main(arguments: list[str] | None = None) -> None:
     texts = [text.strip() for text in [*args.text, *lines] if text.strip()]
     if not texts:
         raise InputError("give captions with --text or --text-file")
+    boxes = [numbers(text.split(","), f"--box {text}") for text in args.box]
     image, device = read_image(args.image), distributed.start(args.device)
     embedder = Embedder(*open_model(args), device=device)
-    result = score(embedder, image, texts, args.box, args.image_size)
+    result = score(embedder, image, texts, boxes, args.image_size)
     tokenizer = embedder.tokenizer.description
     if args.json:
         print(json.dumps(dict(image=args.image, tokenizer=tokenizer, **result), indent=2))

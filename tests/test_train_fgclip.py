@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import train_fgclip
-from fgclip import FGCLIP, load_model, save_clip_weights, validation
+from fgclip import FGCLIP, embedding, load_model, save_clip_weights
 from fgclip.synthetic import SyntheticRegions
 from trainkit.errors import one_sentence
 
@@ -128,14 +128,14 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(bank_run, tmp_path):
 
 def test_a_signal_gives_up_a_validation_and_the_run_goes_on_with_it(run, tmp_path, monkeypatch):
     """In one before the first step, in the middle and at the end of an epoch: no line is lost, and none comes twice."""
-    calls, to_device = itertools.count(1), validation.to_device
+    calls, to_device = itertools.count(1), embedding.to_device
 
     def told_to_end(*args):
         if next(calls) in (1, 6, 10):  # three batches a validation
             signal.raise_signal(signal.SIGTERM)
         return to_device(*args)
 
-    monkeypatch.setattr(validation, "to_device", told_to_end)
+    monkeypatch.setattr(embedding, "to_device", told_to_end)
     for steps in (0, 3, 6):
         with pytest.raises(SystemExit) as stop:
             train(tmp_path / "run", "--validate-at", "3", "--resume", "auto")

@@ -115,24 +115,18 @@ def index_file(path: Path) -> np.ndarray:
 def annotation_files(path: str | Path) -> list[Path]:
     """The JSON files that a path stands for: itself, those of a directory, or those that a .txt lists, one per line.
 
-    Listed paths are relative to the list and stay below its folder. Raises InputError where there are none.
+    macOS's files (._name) are left out. Listed paths are relative to the list and stay below its folder.
     """
     path = Path(path)
-    if os.path.isdir(path):
-        return files_in(path, ".json", ".jsonl")
-    if path.suffix != ".txt":
-        return [path]
-    listed = [files.inside(path.parent, name, str(path)) for name in files.read_lines(path)]
-    if not listed:
-        raise InputError(f"{path} names no .json or .jsonl file")
-    return listed
-
-
-def files_in(folder: Path, *suffixes: str) -> list[Path]:
-    """The files of a folder with one of the suffixes, without those that macOS leaves beside each (._name)."""
-    found = sorted(f for f in folder.iterdir() if f.suffix in suffixes and not f.name.startswith("."))
+    if path.suffix == ".txt":
+        found = [files.inside(path.parent, name, str(path)) for name in files.read_lines(path)]
+    elif os.path.isdir(path):
+        suffixes = (".json", ".jsonl")
+        found = sorted(f for f in path.iterdir() if f.suffix in suffixes and not f.name.startswith("."))
+    else:
+        found = [path]
     if not found:
-        raise InputError(f"{folder} holds no {' or '.join(suffixes)} file")
+        raise InputError(f"{path} names or holds no .json or .jsonl file")
     return found
 
 

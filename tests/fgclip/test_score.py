@@ -117,9 +117,9 @@ def test_bad_input_is_refused(folder, capsys):
     box = "expected x1,y1,x2,y2"
     for flags, said in (
         ((), "give captions with --text or --text-file"),
-        (("--text", "a", "--box", "1,2,3"), box),
-        (("--text", "a", "--box", "1,2,3,nan"), box),
-        (("--text", "a", "--box", "5,5,20,20", "--box", "0.1,0,0.5,1"), "--box 0.1,0.0,0.5,1.0 looks like fractions"),
+        (("--text", "a", "--box", "1,2,3"), "--box 1,2,3: expected 4 numbers"),
+        (("--text", "a", "--box", "1,2,3,nan"), "--box 1,2,3,nan: expected a number"),
+        (("--text", "a", "--box", "5,5,20,20", "--box", "0.1,0,0.5,1"), "--box 0.1,0,0.5,1 looks like fractions"),
         (("--text", "a", "--image-size", "8192"), "of at most 4096"),
         (("--text", "a", "--heads", "1", "1"), "run.pt brings its own"),
         (("--text", "a", "--box", "30,4,5,20"), f"--box 30,4,5,20: {box} with x1 < x2 and y1 < y2"),
