@@ -12,28 +12,11 @@ from PIL import Image
 from torchvision import transforms
 
 from fgclip import Tokenizer
-from fgclip.data import (
-    COCO,
-    DCI,
-    FGOVD,
-    ClassFolders,
-    COCOBoxes,
-    Collate,
-    FineHARD,
-    Flickr30k,
-    JsonItems,
-    Record,
-    Region,
-    RegionDataset,
-    ShareGPT4V,
-    by_image,
-    data_statistics,
-    evenly,
-    hold_out,
-    image_ids,
-    usable_regions,
-)
-from fgclip.data.records import scaled
+from fgclip.data.benchmarks import DCI, ClassFolders, COCOBoxes, Flickr30k, ShareGPT4V, by_image
+from fgclip.data.collate import Collate
+from fgclip.data.dataset import RegionDataset, evenly, hold_out, image_ids, usable_regions
+from fgclip.data.records import COCO, FGOVD, FineHARD, JsonItems, Record, Region, scaled
+from fgclip.data.statistics import data_statistics
 from fgclip.images import normalise, preprocess, read_image
 from fgclip.regions import BoxStatistics, boxes_to_rois, usable_boxes
 from trainkit.errors import InputError
@@ -333,17 +316,13 @@ def test_boxes_are_clipped_dropped_and_counted():
 
 
 def test_images(tmp_path):
-    colours = np.zeros((4, 6, 3), dtype=np.uint8)
-    colours[:, 3:] = 200
-    palette = Image.fromarray(colours).quantize(4)
-    palette.save(tmp_path / "palette.png", transparency=0)
+    colours = np.full((4, 6, 3), 200, dtype=np.uint8)
+    Image.fromarray(colours).quantize(4).save(tmp_path / "palette.png", transparency=0)
     Image.fromarray(colours[..., 0]).save(tmp_path / "grey.png")
     assert {read_image(tmp_path / name).mode for name in ("palette.png", "grey.png")} == {"RGB"}
-    whole = (tmp_path / "palette.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.png").write_bytes((tmp_path / "palette.png").read_bytes()[:60])
     (tmp_path / "text.jpg").write_text("not an image")
-    Image.new("1", (Image.MAX_IMAGE_PIXELS // 1000 + 1, 1000)).save(tmp_path / "huge.png")
-    for name in ("cut.png", "text.jpg", "huge.png", "absent.png"):
+    for name in ("cut.png", "text.jpg", "absent.png"):
         with pytest.raises(InputError, match=f"{name}.*some.json, item 3"):
             read_image(tmp_path / name, "some.json, item 3")
 

@@ -12,18 +12,11 @@ import torch
 from PIL import Image
 
 from fgclip import FGCLIP, Tokenizer, load_model, save_clip_weights
-from fgclip.data import (
-    COCO,
-    DCI,
-    FGOVD,
-    COCOBoxes,
-    Collate,
-    FineHARD,
-    Flickr30k,
-    RegionDataset,
-    ShareGPT4V,
-    data_statistics,
-)
+from fgclip.data.benchmarks import DCI, COCOBoxes, Flickr30k, ShareGPT4V
+from fgclip.data.collate import Collate
+from fgclip.data.dataset import RegionDataset
+from fgclip.data.records import COCO, FGOVD, FineHARD
+from fgclip.data.statistics import data_statistics
 from trainkit.errors import InputError
 
 NAME, REGION = "a/1.png", dict(short_expr="b", long_expr="c", flag_short_neg=1, short_expr_negs={"0": "d"})
