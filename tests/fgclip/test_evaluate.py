@@ -4,15 +4,12 @@ In two processes, too: this file starts itself for that.
 """
 
 import json
-import math
 import os
 import shutil
 import sys
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fgclip import FGCLIP, Tokenizer, evaluate, load_model, save_clip_weights
 from fgclip.data import Record, Region, RegionDataset
@@ -33,35 +30,11 @@ SMALL = dict(
 IMAGES = 4
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    model = FGCLIP(**SMALL)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
-        model.logit_scale.fill_(math.log(20.0))
-        model.logit_scale_finegraind.fill_(math.log(10.0))
-    return model.eval().requires_grad_(False)
-
-
 def run_state(own, **changes):
     """What a checkpoint of train_fgclip.py holds of model and tokenizer; the average is another model."""
     average = {k: v + 0.01 for k, v in own.state_dict().items()}
     kept = dict(script="fgclip", model_kwargs=own.config, model=own.state_dict(), ema=average, merges=MERGES)
     return {k: v for k, v in (kept | changes).items() if v is not None}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, model):
-    """A run's checkpoint and four images, of different sizes."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    torch.save(run_state(model), folder / "run.pt")
-    rng = np.random.default_rng(0)
-    (folder / "images").mkdir()
-    for i in range(IMAGES):
-        Image.fromarray(rng.integers(0, 255, (30, 40 + i, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
-    return folder
 
 
 def write(path, content, lines=False):
