@@ -21,23 +21,18 @@ from pathlib import Path
 import torch
 
 from fgclip import FGCLIP, Tokenizer, load_model
-from fgclip.batches import (
-    Collate,
-    DataStatistics,
-    RegionDataset,
-    data_statistics,
-    evenly,
-    hold_out,
-    image_ids,
-)
-from fgclip.data import COCO, FineHARD
+from fgclip.data.collate import Collate
+from fgclip.data.dataset import RegionDataset, evenly, hold_out, image_ids
+from fgclip.data.records import COCO, FineHARD
+from fgclip.data.statistics import DataStatistics, data_statistics
+from fgclip.embedding import Embedder
 from fgclip.loading import check_image_size
 from fgclip.losses import PairBank
 from fgclip.model import MAX_LOGIT_SCALE
 from fgclip.objective import FGCLIPLoss, freeze_unreached
 from fgclip.synthetic import PLACEMENTS, SyntheticRegions, vocabulary
+from fgclip.tasks import best_metric, validation_metrics, validation_text
 from fgclip.transformer import ACTIVATIONS
-from fgclip.validation import best_metric, embed, validation_metrics, validation_text
 from trainkit import distributed
 from trainkit.arguments import (
     add_recipe_flags,
@@ -436,7 +431,6 @@ def main(arguments: list[str] | None = None) -> None:
     lengths |= dict(long_context_length=bare.text_model.long_context_length if args.long_weight else None)
     regions = bool(args.region_weight or args.hard_weight)
     collate = Collate(tokenizer, regions=regions, hard=bool(args.hard_weight), **lengths)
-    val_collate = Collate(tokenizer, regions=regions, **lengths)
     sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
     loader = make_loader(train_data, sampler, collate, workers=args.workers, device=device)
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
@@ -485,11 +479,11 @@ def main(arguments: list[str] | None = None) -> None:
                 if drift and not result.skipped and train_step.steps % args.diagnostics == 0:
                     run.say(*diagnostics_text(metrics, objective, drift))
             if run.validation_due():
-                embeddings = embed(
-                    models[-1], val_data, val_collate, device=device, batch_size=args.batch_size,
-                    workers=args.workers, amp=args.amp, between=run.leave_if_asked,
+                embedder = Embedder(
+                    models[-1], tokenizer, device=device, batch_size=args.batch_size, workers=args.workers,
+                    amp=args.amp, between=run.leave_if_asked,
                 )  # fmt: skip
-                metrics = validation_metrics(embeddings, models[-1].logit_scales()["region"].item())
+                metrics = validation_metrics(embedder, val_data, regions=regions, long=bool(args.long_weight))
                 run.log_validation(metrics, validation_text(metrics))
                 if epoch > 0:
                     run.keep_best(best_metric(metrics, args.best_by), args.best_by)

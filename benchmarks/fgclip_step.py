@@ -26,10 +26,10 @@ from torchvision.ops import roi_align
 
 import fgclip
 from benchmarks import common
-from fgclip.batches import Collate
+from fgclip.data import Collate
 from trainkit.device import to_device
 from fgclip.losses import PairBank, hard_negative_loss, symmetric_loss
-from fgclip.model import unit
+from fgclip.model import l2_normalize
 from fgclip.synthetic import PHRASES, SyntheticRegions
 from fgclip.tokenizer import learn_merges
 from fgclip.transformer import quick_gelu
@@ -136,19 +136,19 @@ def losses_of(features: dict, batch: dict, bank: PairBank | None, symmetric, har
 
     symmetric, hard: `symmetric_loss` and `hard_negative_loss`, or their plain forms.
     """
-    losses, image = {}, unit(features["image"])
+    losses, image = {}, l2_normalize(features["image"])
     for name in ("long", "short"):
         if name in features:
             ids = batch[f"{name}_ids"][batch[name]]
-            losses[name] = symmetric(image, unit(features[name]), features["scale_global"], ids=ids, bank=None)
+            losses[name] = symmetric(image, l2_normalize(features[name]), features["scale_global"], ids=ids, bank=None)
     if "regions" in features:
-        region, text = unit(features["regions"]), unit(features["region_texts"])
+        region, text = l2_normalize(features["regions"]), l2_normalize(features["region_texts"])
         ids = batch["short_ids"][batch["region"]]
         losses["region"] = symmetric(region, text, features["scale_region"], ids=ids, bank=bank)
         if bank is not None:
             bank.enqueue(region, text, ids)
     if "hard_texts" in features:
-        region, text = unit(features["regions"])[batch["hard_regions"]], unit(features["hard_texts"])
+        region, text = l2_normalize(features["regions"])[batch["hard_regions"]], l2_normalize(features["hard_texts"])
         ids = batch["short_ids"][batch["hard"]]
         losses["hard"] = hard(region, text, features["scale_hard"], counts=batch["hard_counts"], ids=ids)
     return losses
@@ -203,7 +203,7 @@ class Contender:
             self.bank = PairBank(bank_size, dim, device=args.device)
             torch.manual_seed(1)  # the forms draw different amounts when they are built
             for rows in torch.arange(bank_size, device=args.device).split(1024):
-                pairs = unit(torch.randn(2, len(rows), dim, device=args.device))
+                pairs = l2_normalize(torch.randn(2, len(rows), dim, device=args.device))
                 self.bank.enqueue(*pairs, rows + 2**40)
 
     def losses(self) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 python -m fgclip.evaluate --checkpoint runs/NAME/best.pt                          # new synthetic scenes
 python -m fgclip.evaluate --checkpoint WEIGHTS --task retrieval --annotations captions_val2017.json --image-root val2017
 python -m fgclip.evaluate --checkpoint WEIGHTS --task long-retrieval --format dci --annotations DCI --image-root IMAGES
-python -m fgclip.evaluate --checkpoint WEIGHTS --task fg-ovd --annotations FGOVD/*.jsonl --image-root coco
+python -m fgclip.evaluate --checkpoint WEIGHTS --task fg-ovd --annotations FGOVD --image-root coco
 python -m fgclip.evaluate --checkpoint WEIGHTS --task boxes --annotations instances_val2017.json --image-root val2017
 python -m fgclip.evaluate --checkpoint WEIGHTS --task folder --image-root imagenet/val --class-names names.txt
 
@@ -14,32 +14,39 @@ where they lie neither beside the weights nor in an installed CLIP package.
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
 
-from fgclip.data import COCO, FGOVD, FineHARD, Record, files_in
-from fgclip.embedding import Embedder, Views
-from fgclip.evaluation_data import DCI, ClassFolders, COCOBoxes, Flickr30k, ShareGPT4V, by_image
-from fgclip.held_out import held_out_metrics
+from fgclip.data.benchmarks import DCI, ClassFolders, COCOBoxes, Flickr30k, ShareGPT4V, by_image
+from fgclip.data.dataset import RegionDataset
+from fgclip.data.records import COCO, FGOVD, FineHARD, Record, annotation_files
+from fgclip.embedding import Embedder
 from fgclip.loading import check_image_size, load_model
 from fgclip.model import FGCLIP
 from fgclip.prompts import TEMPLATES, read_templates
 from fgclip.synthetic import PLACEMENTS, SyntheticRegions
+from fgclip.tasks import choice, classify, retrieval, validation_metrics
 from fgclip.tokenizer import Tokenizer
 from fgclip.transformer import ACTIVATIONS
-from fgclip.zero_shot import box_figures, choice_figures, folder_figures, retrieval_figures
 from trainkit import distributed
 from trainkit.arguments import make_parser, non_negative_int, positive_int
 from trainkit.device import AUTOCAST
 from trainkit.errors import InputError, one_sentence
 from trainkit.files import write_json
+from trainkit.tables import aligned
 
-FORMATS = ("coco", "flickr30k", "finehard", "sharegpt4v", "dci")
-# The flags of each task and what they are where they are not given; None: there is no default.
+FORMATS = {
+    "coco": lambda args: COCO(args.annotations[0], most_captions=args.captions),
+    "flickr30k": lambda args: Flickr30k(args.annotations[0], args.split, most_captions=args.captions),
+    "finehard": lambda args: FineHARD(args.annotations[0]),
+    "sharegpt4v": lambda args: ShareGPT4V(args.annotations[0]),
+    "dci": lambda args: DCI(args.annotations[0]),
+}
 NEEDED = object()
 RETRIEVAL = dict(annotations=NEEDED, image_root=NEEDED, split="test", captions=5, limit=None, crop=False)
-TASKS = {
+TASKS = {  # the flags of each and their defaults, None where there is none
     "synthetic": dict(count=200, seed=20_000, placement="grid"),
     "retrieval": dict(format="coco", **RETRIEVAL),
     "long-retrieval": dict(format=NEEDED, **RETRIEVAL),
@@ -47,8 +54,8 @@ TASKS = {
     "boxes": dict(annotations=NEEDED, image_root=NEEDED, templates=None, limit=None),
     "folder": dict(image_root=NEEDED, class_names=None, templates=None, limit=None, crop=False),
 }
-READ_BY = dict(split=("flickr30k",), captions=("coco", "flickr30k"))  # flags that only some formats read
-PLAIN = ("loss", "relative", "matched", "unmatched", "effective_rank")  # figures that are no shares
+NOT_PERCENT = ("loss", "relative", "cosine", "cosine_unmatched", "effective_rank", "effective_rank_texts")
+COLUMNS = 6  # of a table, so that it fits a terminal
 LEVELS = {"h_": "hard", "1_": "hard", "m_": "medium", "2_": "medium", "e_": "easy", "3_": "easy", "shuffle": "trivial"}
 
 
@@ -70,16 +77,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `python -m fgclip.evaluate` besides those of the model."""
+    """The flags besides those of the model."""
     add = parser.add_argument_group("data").add_argument
     add("--task", choices=tuple(TASKS), help="what to evaluate; without it and without data: synthetic")
     add("--annotations", nargs="+", metavar="PATH", help="annotation file or folder; of fg-ovd one or several")
     add("--image-root", metavar="DIR", help="the folder that image names start from; folder: that of the class folders")
     add("--format", choices=FORMATS, help="retrieval: layout of the annotations (retrieval: coco)")
     add("--split", metavar="NAME", help="flickr30k: which split (test)")
-    add("--captions", type=positive_int, metavar="N", help="retrieval: most short captions an image (5)")
-    add("--templates", metavar="FILE", help="boxes, folder: sentences with {} for the class name, one a line")
-    add("--class-names", metavar="FILE", help="folder: a name a line for the folders, 2 before 10; else their own")
+    add("--captions", type=positive_int, metavar="N", help="retrieval: most short captions per image (5)")
+    add("--templates", metavar="FILE", help="boxes, folder: sentences with {} for the class name, one per line")
+    add("--class-names", metavar="FILE", help="folder: one name per line for the folders, 2 before 10; else their own")
     add("--limit", type=positive_int, metavar="N", help="only the first N records; folder: N images evenly among all")
     add("--crop", action="store_true", default=None, help="scale the short side and cut out the centre, as CLIP does; "
         "otherwise images are squashed to a square, as FG-CLIP does")
@@ -91,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=positive_int, default=32, metavar="N", help="images or texts at once, of each process")
     add("--workers", type=non_negative_int, default=2, metavar="N", help="loading processes of each process")
     add("--amp", choices=tuple(AUTOCAST), default="none", help="number format of the forward pass")
-    add("--output", metavar="FILE", help="also write all figures to this json file")
+    add("--output", metavar="FILE", help="also write all metrics to this json file")
 # fmt: on
 
 
@@ -115,18 +122,13 @@ def settle(args: argparse.Namespace) -> None:
             raise InputError(f"--task is missing; expected one of {', '.join(TASKS)}")
         args.task = "synthetic"
     known = TASKS[args.task]
-    for name, formats in READ_BY.items():
-        found = args.format or known.get("format")
-        if getattr(args, name) is not None and name in known and found in FORMATS and found not in formats:
-            raise InputError(f"--{name} has no part in --format {found}")
     for name in {name for flags in TASKS.values() for name in flags}:
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if value is not None and name not in known:
             raise InputError(f"{flag} has no part in --task {args.task}")
-        if value is None and name in known:
-            if known[name] is NEEDED:
-                raise InputError(f"--task {args.task} needs {flag}")
-            setattr(args, name, known[name])
+        if value is None and known.get(name) is NEEDED:
+            raise InputError(f"--task {args.task} needs {flag}")
+        setattr(args, name, known.get(name) if value is None else value)
     if args.annotations and len(args.annotations) > 1 and args.task != "fg-ovd":
         raise InputError(f"--annotations: --task {args.task} takes one path, got {len(args.annotations)}")
     if args.output and not Path(args.output).resolve().parent.is_dir():
@@ -141,92 +143,70 @@ def first_records(data: Sequence[Record], args: argparse.Namespace) -> list[Reco
     return records
 
 
-def captioned_records(args: argparse.Namespace) -> list[Record]:
-    path = args.annotations[0]
-    opened = {
-        "coco": lambda: COCO(path, most_captions=args.captions),
-        "flickr30k": lambda: Flickr30k(path, args.split, most_captions=args.captions),
-        "finehard": lambda: FineHARD(path),
-        "sharegpt4v": lambda: ShareGPT4V(path),
-        "dci": lambda: DCI(path),
-    }
-    return first_records(opened[args.format](), args)
-
-
-def fgovd_level(path: Path) -> str:
-    """What the published name of an FG-OVD file stands for; any other file is called by its own name."""
-    return next((level for start, level in LEVELS.items() if path.stem.startswith(start)), path.stem)
-
-
 def fgovd_files(paths: list[str]) -> dict[str, Path]:
-    files = [f for p in map(Path, paths) for f in (files_in(p, ".jsonl") if p.is_dir() else [p])]
-    names = [fgovd_level(file) for file in files]
-    order = list(dict.fromkeys(LEVELS.values()))
+    """FG-OVD's files by the level that their published name stands for, hardest first; others by their own name."""
+    files = [file for path in paths for file in annotation_files(path)]
+    names = [next((level for start, level in LEVELS.items() if f.stem.startswith(start)), f.stem) for f in files]
+    order = list(LEVELS.values())
     named = {name if names.count(name) == 1 else str(file): file for name, file in zip(names, files, strict=True)}
     return dict(sorted(named.items(), key=lambda one: order.index(one[0]) if one[0] in order else len(order)))
 
 
 def evaluate(args: argparse.Namespace, embedder: Embedder) -> tuple[dict[str, dict], list[str]]:
-    """Rows of figures by name, and sentences about the data they are of."""
+    """Rows of metrics by name, and sentences about the data they are of."""
 
-    def views(records: list[Record]) -> Views:
-        return Views(records, args.image_root, image_size=args.image_size, crop=bool(args.crop))
+    def dataset(records: list[Record]) -> RegionDataset:
+        shown = dict(max_regions=0, crop=True) if args.crop else dict(max_regions=None)
+        return RegionDataset(records, args.image_root, image_size=args.image_size, **shown)
 
     if args.task == "synthetic":
         data = SyntheticRegions(args.count, seed=args.seed, image_size=args.image_size, placement=args.placement)
-        return held_out_metrics(embedder, data), [f"{args.count} drawn scenes of seed {args.seed}, {args.placement}"]
+        long = embedder.model.text_model.long_context_length is not None
+        sentence = f"{args.count} drawn scenes of seed {args.seed}, {args.placement}"
+        return validation_metrics(embedder, data, long=long), [sentence]
     if args.task in ("retrieval", "long-retrieval"):
-        records = captioned_records(args)
-        figures, said = retrieval_figures(embedder, records, views(records), long=args.task == "long-retrieval")
-        return figures, [said]
+        records = first_records(FORMATS[args.format](args), args)
+        metrics, sentence = retrieval(embedder, dataset(records), long=args.task == "long-retrieval")
+        return metrics, [sentence]
     if args.task == "fg-ovd":
-        figures, said = {}, []
+        metrics, sentences = {}, []
         for name, file in fgovd_files(args.annotations).items():
-            records = by_image(first_records(FGOVD(file), args))
-            row, sentence = choice_figures(embedder, records, views(records), name)
-            figures |= row
-            said.append(sentence)
-        return figures, said
+            metrics[name], sentence = choice(embedder, dataset(by_image(first_records(FGOVD(file), args))))
+            sentences.append(f"{name}: {sentence}")
+        return metrics, sentences
     templates = read_templates(args.templates) if args.templates else TEMPLATES
     if args.task == "boxes":
         data = COCOBoxes(args.annotations[0])
-        records, metrics_of = first_records(data, args), box_figures
+        records = first_records(data, args)
     else:
         data = ClassFolders(args.image_root, args.class_names)
         count = min(args.limit or len(data), len(data))
-        records, metrics_of = [data[i * len(data) // count] for i in range(count)], folder_figures
-    figures, said = metrics_of(embedder, records, views(records), data.categories, templates)
+        records = [data[i * len(data) // count] for i in range(count)]
+    row, sentence = classify(embedder, dataset(records), data.categories, templates, boxes=args.task == "boxes")
     if args.class_names:
-        pairs = zip(data.folders, data.categories, strict=True)
-        said += "; folders: " + ", ".join(f"{folder} = {name}" for folder, name in pairs)
-    return figures, [said]
+        sentence += "; folders: " + ", ".join(map(" = ".join, zip(data.folders, data.categories, strict=True)))
+    return {"boxes" if args.task == "boxes" else "images": row}, [sentence]
 
 
-def cell(name: str, value: float) -> str:
-    """A figure for people: counts as they are, losses and ranks with decimals, shares in percent."""
-    if isinstance(value, int):
-        return str(value)
-    return f"{value:.3f}" if name in PLAIN else f"{100 * value:.1f}"
+def table(metrics: dict[str, dict[str, float]]) -> str:
+    """Rows of metrics as aligned text, shares in percent; rows with the same columns share a heading."""
 
+    def cell(name: str, value: float) -> str:
+        if isinstance(value, int):
+            return str(value)
+        return f"{value:.3f}" if name in NOT_PERCENT else f"{100 * value:.1f}"
 
-def table(figures: dict[str, dict[str, float]]) -> str:
-    """Rows of figures as aligned text, shares in percent; rows with the same columns share a heading."""
-    width = max(map(len, figures))
-    lines, heading = [], None
-    for row, values in figures.items():
-        cells = [cell(name, value) for name, value in values.items()]
-        widths = [max(len(name), len(text), 6) for name, text in zip(values, cells, strict=True)]
-        if list(values) != heading:
-            heading = list(values)
-            titles = (f"{name.replace('_', ' '):>{w}}" for name, w in zip(values, widths, strict=True))
-            lines.append("  ".join([" " * width, *titles]))
-        aligned = (f"{text:>{w}}" for text, w in zip(cells, widths, strict=True))
-        lines.append("  ".join([f"{row.replace('_', ' '):<{width}}", *aligned]))
-    return "\n".join(lines)
+    blocks = []
+    for names, rows in groupby(metrics, key=lambda row: list(metrics[row])):
+        rows = list(rows)
+        for part in (names[i : i + COLUMNS] for i in range(0, len(names), COLUMNS)):
+            cells = [["", *part], *([row, *(cell(name, metrics[row][name]) for name in part)] for row in rows)]
+            blocks.append(aligned([[text.replace("_", " ") for text in line] for line in cells]))
+    return "\n".join(blocks)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`python -m fgclip.evaluate`: print the figures of one task; `arguments` without the program's name."""
+    """`python -m fgclip.evaluate`: print the metrics of one task; `arguments` without the program's name."""
     parser = make_parser(__doc__)
     add_model_flags(parser)
     add_arguments(parser)
@@ -235,15 +215,15 @@ def main(arguments: list[str] | None = None) -> None:
     device = distributed.start(args.device)
     model, tokenizer = open_model(args)
     embedder = Embedder(model, tokenizer, device=device, batch_size=args.batch_size, workers=args.workers, amp=args.amp)
-    figures, said = evaluate(args, embedder)
+    metrics, sentences = evaluate(args, embedder)
     if embedder.truncated:
-        said.append(f"{embedder.truncated} distinct texts were longer than the model reads, and were cut")
+        sentences.append(f"{embedder.truncated} distinct texts were longer than the model reads, and were cut")
     if distributed.is_main():
-        print("\n".join([f"{args.checkpoint}, {args.image_size} pixels; {tokenizer.description}", *said]))
-        print(table(figures))
+        print("\n".join([f"{args.checkpoint}, {args.image_size} pixels; {tokenizer.description}", *sentences]))
+        print(table(metrics))
         if args.output:
-            record = dict(checkpoint=args.checkpoint, task=args.task, data=said, truncated=embedder.truncated)
-            write_json(args.output, dict(**record, figures=figures), indent=2)
+            record = dict(checkpoint=args.checkpoint, task=args.task, data=sentences, truncated=embedder.truncated)
+            write_json(args.output, dict(**record, metrics=metrics), indent=2)
     distributed.stop()
 
 

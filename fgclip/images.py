@@ -1,21 +1,16 @@
 """Image files to pixels, as CLIP wants them."""
 
-from pathlib import Path
-
-import numpy as np
-import torch
+import torchvision.transforms.v2.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 
 from fgclip.model import PIXEL_MEAN, PIXEL_STD
-from trainkit.files import MAX_PIXELS, inside, open_image
+from trainkit.files import open_image as read_image
 
-__all__ = ["inside", "normalise", "preprocess", "read_image"]
+__all__ = ["normalise", "preprocess", "read_image"]
 
-
-def read_image(path: str | Path, source: str = "") -> Image.Image:
-    """An RGB image; `source` says what named it. Raises InputError as `trainkit.files.open_image` does."""
-    return open_image(path, source)
+MAX_RATIO = 20  # of a longer strip only the centre is scaled
 
 
 def preprocess(image: Image.Image, size: int, crop: bool = False) -> Tensor:
@@ -25,24 +20,15 @@ def preprocess(image: Image.Image, size: int, crop: bool = False) -> Tensor:
     scaled to size and the centre kept as in CLIP. Bicubic.
     """
     if crop:
-        short, long = sorted(image.size)
-        other = int(size * long / short)
-        width, height = (size, other) if image.width <= image.height else (other, size)
-        left, top = round((width - size) / 2), round((height - size) / 2)  # halves to the even side, as in torchvision
-        box = (left, top, left + size, top + size)
-        if width * height <= MAX_PIXELS:
-            image = image.resize((width, height), Image.Resampling.BICUBIC).crop(box)
-        else:  # so long a strip that only its centre is made, off by rounding from what the whole would give
-            across, down = image.width / width, image.height / height
-            box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
-            image = image.resize((size, size), Image.Resampling.BICUBIC, box)
+        longest = MAX_RATIO * min(image.size)
+        image = F.center_crop(image, [min(image.height, longest), min(image.width, longest)])
+        image = F.resize(image, [size], InterpolationMode.BICUBIC)
+        image = F.center_crop(image, [size, size])
     else:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (3, S, S)
-    return normalise(pixels)
+    return normalise(F.pil_to_tensor(image).float() / 255)  # (3, S, S)
 
 
 def normalise(pixels: Tensor) -> Tensor:
     """Colours (..., 3, H, W) in 0..1 to what the model reads."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
-    return (pixels - mean) / std
+    return F.normalize(pixels, PIXEL_MEAN, PIXEL_STD)

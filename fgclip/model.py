@@ -24,9 +24,6 @@ def l2_normalize(features: Tensor, eps: float = 1e-8) -> Tensor:
     return torch.where(length <= eps, 0.0, features / length.clamp(min=eps))  # NaN stays NaN, so that it is seen
 
 
-unit = l2_normalize  # its former name
-
-
 class FGCLIP(nn.Module):
     """Two towers, their projections, and three learned temperatures. The defaults are the published base size.
 

@@ -1,11 +1,12 @@
-"""Sentences around class names, and one embedding a class from them (Radford et al. 2021, section 3.1.4)."""
+"""Sentences around class names, and one embedding per class from them (Radford et al. 2021, section 3.1.4)."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from fgclip.model import unit
+from fgclip.embedding import Embedder
+from fgclip.model import l2_normalize
 from trainkit.errors import InputError
 from trainkit.files import read_lines, shown
 
@@ -29,13 +30,11 @@ TEMPLATES = (
 
 
 def read_templates(path: str | Path) -> tuple[str, ...]:
-    """Templates from a text file, one a line, each with one {} for the class name. Raises InputError."""
-    lines = read_lines(path, f"templates such as {PHOTO!r}, one a line")
-    for line in lines:
+    """Templates from a text file, one per line, each with one {} for the class name. Raises InputError."""
+    lines = read_lines(path, f"templates such as {PHOTO!r}, one per line")
+    for line in lines or [""]:
         if line.count("{}") != 1:
-            raise InputError(f"{path}: expected one {{}} in each line, got {shown(line)}")
-    if not lines:
-        raise InputError(f"{path} holds no template; expected lines such as {PHOTO!r}")
+            raise InputError(f"{path}: expected lines such as {PHOTO!r}, each with one {{}}, got {shown(line)}")
     return tuple(lines)
 
 
@@ -44,6 +43,6 @@ def class_prompts(names: Sequence[str], templates: Sequence[str] = TEMPLATES) ->
     return [template.replace("{}", name.replace("_", " ")) for name in names for template in templates]
 
 
-def class_embeddings(text: Tensor, classes: int) -> Tensor:
-    """Features (classes * T, D) of `class_prompts` to a unit vector a class (classes, D), the mean of unit vectors."""
-    return unit(unit(text).unflatten(0, (classes, -1)).mean(dim=1))
+def class_embeddings(embedder: Embedder, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
+    """A unit vector per class (C, D), the mean of the unit vectors of its prompts."""
+    return l2_normalize(embedder.texts(class_prompts(names, templates)).unflatten(0, (len(names), -1)).mean(dim=1))

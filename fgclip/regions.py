@@ -9,12 +9,6 @@ from torch import Tensor
 from kernels import roi_align_project
 
 
-def from_xywh(boxes: Tensor, width: float, height: float) -> Tensor:
-    """Boxes (N, 4) of left, top, width, height in pixels to x1, y1, x2, y2 in fractions of the image's sides."""
-    corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
-    return corners / corners.new_tensor([width, height, width, height])
-
-
 @dataclass
 class BoxStatistics:
     """What `usable_boxes` met so far."""

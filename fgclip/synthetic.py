@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fgclip.batches import Sample, make_sample
-from fgclip.data import Record, Region
+from fgclip.data import Record, Region, Sample, draw_sample
 from fgclip.images import normalise
 from fgclip.tokenizer import learn_merges
 
@@ -28,7 +27,6 @@ TEXTURES = ("plain", "striped", "dotted", "checked")
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 ATTRIBUTES = (tuple(COLOURS), TEXTURES, SHAPES)
 NEGATIVES = 10
-PLACEMENTS = ("grid", "free")
 
 
 def phrase(kind: tuple[str, str, str]) -> str:
@@ -95,18 +93,21 @@ def free_boxes(rng: np.random.Generator) -> np.ndarray:
     return np.array(boxes)
 
 
-def place(box: np.ndarray) -> str:
+PLACEMENTS = {"grid": grid_boxes, "free": free_boxes}
+
+
+def quarter(box: np.ndarray) -> str:
     """The quarter that holds the middle of a box."""
     return f"{'bottom' if box[1] + box[3] > 1 else 'top'} {'right' if box[0] + box[2] > 1 else 'left'}"
 
 
 class SyntheticRegions(Dataset):
-    """`count` scenes of a seed; scene i is the same whatever the others are. Samples as of `RegionDataset`.
+    """`count` scenes of a seed; scene i is the same whatever the others are. Keys and samples as of `RegionDataset`.
 
     Every object has a colour, a texture and a shape (192 phrases), and 10 hard negatives, which differ from its phrase
-    in one of them. placement: "grid" puts one object in each quarter, "free" two to four anywhere, in any size.
+    in one of them. Scenes with a red object carry the label 1.
+    placement: "grid" puts one object in each quarter, "free" two to four anywhere, in any size.
     max_regions: of more objects so many, drawn anew for every visit, are the regions of the sample; all are seen.
-    Scenes with a red object carry the label 1.
     """
 
     def __init__(
@@ -118,54 +119,51 @@ class SyntheticRegions(Dataset):
         placement: str = "grid",
         max_regions: int | None = None,
     ):
-        if placement not in PLACEMENTS:
-            raise ValueError(f"placement {placement!r} is not one of {', '.join(PLACEMENTS)}")
-        self.count, self.seed, self.image_size, self.placement = count, seed, image_size, placement
-        self.max_regions = max_regions
+        self.count, self.seed, self.image_size, self.max_regions = count, seed, image_size, max_regions
+        self.boxes_of = PLACEMENTS[placement]
 
     def __len__(self) -> int:
         return self.count
 
-    def record(self, index: int) -> Record:
-        """Captions, boxes and phrases of a scene, without drawing it."""
-        return self._record(index, *self._plan(index))
-
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        plan = self._plan(index)
-        draw = random.Random(f"{self.seed} {epoch} {index}")
-        record = self._record(index, *plan)
-        if self.max_regions is not None and self.max_regions < len(record.regions):
-            record = replace(record, regions=tuple(draw.sample(record.regions, self.max_regions)))
-        return make_sample(record, normalise(self._draw(index, *plan)), draw, None)
-
-    def _plan(self, index: int) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
+    def plan(self, index: int) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
         """Boxes (n, 4) and what is in them; no two objects of a scene are of the same kind."""
         if not 0 <= index < self.count:
             raise IndexError(index)
         rng = np.random.default_rng((self.seed, index, 0))
-        boxes = (grid_boxes if self.placement == "grid" else free_boxes)(rng)
+        boxes = self.boxes_of(rng)
         return boxes, [KINDS[i] for i in rng.choice(len(KINDS), len(boxes), replace=False)]
 
-    def _record(self, index: int, boxes: np.ndarray, kinds: list[tuple[str, str, str]]) -> Record:
+    def record(self, index: int) -> Record:
+        """Captions, boxes and phrases of a scene, without drawing it."""
+        boxes, kinds = self.plan(index)
         draw = random.Random(f"negatives {self.seed} {index}")
-        regions = tuple(
-            Region(tuple(box), (phrase(kind),), tuple(draw.sample(alterations(kind), NEGATIVES)))
-            for box, kind in zip(boxes.tolist(), kinds, strict=True)
-        )
-        short = ", ".join(f"{colour} {shape}" for colour, _, shape in kinds)
-        sentences = [f"{place(box)}: {phrase(kind)}." for box, kind in zip(boxes, kinds, strict=True)]
         return Record(
             image=f"scene-{self.seed}-{index}",
-            short=(short,),
-            long=" ".join(sentences),
-            regions=regions,
+            short=(", ".join(f"{colour} {shape}" for colour, _, shape in kinds),),
+            long=" ".join(f"{quarter(box)}: {phrase(kind)}." for box, kind in zip(boxes, kinds, strict=True)),
+            regions=tuple(
+                Region(tuple(box), (phrase(kind),), tuple(draw.sample(alterations(kind), NEGATIVES)))
+                for box, kind in zip(boxes.tolist(), kinds, strict=True)
+            ),
             label=int(any(kind[0] == "red" for kind in kinds)),
             source=f"synthetic scene {index} of seed {self.seed}",
         )
 
-    def _draw(self, index: int, boxes: np.ndarray, kinds: list[tuple[str, str, str]]) -> Tensor:
+    def describe(self, key: int | tuple[int, int]) -> Sample:
+        """The sample without pixels."""
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        draw, record = random.Random(f"{self.seed} {epoch} {index}"), self.record(index)
+        if self.max_regions is not None and self.max_regions < len(record.regions):
+            record = replace(record, regions=tuple(draw.sample(record.regions, self.max_regions)))
+        return draw_sample(record, draw)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        index = key[1] if isinstance(key, tuple) else key
+        return replace(self.describe(key), pixels=normalise(self.picture(index)))
+
+    def picture(self, index: int) -> Tensor:
         """The scene (3, S, S) in 0..1."""
+        boxes, kinds = self.plan(index)
         rng = np.random.default_rng((self.seed, index, 1))
         size = self.image_size
         image = rng.uniform(0.3, 0.6) + 0.03 * rng.standard_normal((size, size, 3), dtype=np.float32)  # (S, S, 3)
@@ -181,7 +179,7 @@ class SyntheticRegions(Dataset):
         return torch.from_numpy(image.clip(0, 1)).permute(2, 0, 1).float()
 
 
-def vocabulary(scenes: int = 100) -> list[tuple[str, str]]:
+def vocabulary() -> list[tuple[str, str]]:
     """Merges of a tokenizer for which every word of the scenes is one token."""
-    records = map(SyntheticRegions(scenes, seed=0).record, range(scenes))
+    records = map(SyntheticRegions(100, seed=0).record, range(100))
     return learn_merges([*PHRASES, *(text for record in records for text in (record.long, *record.short))])

@@ -1,10 +1,12 @@
 """A small FG-CLIP, and the golden vectors as tensors."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fgclip import FGCLIP
 
@@ -26,6 +28,36 @@ def small_model():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     return model
+
+
+@pytest.fixture(scope="session")
+def model():
+    """What the checkpoint in `folder` holds, its scales 20 for images and 10 for regions."""
+    torch.manual_seed(0)
+    tower = dict(width=32, layers=2, heads=4, mlp_width=64)
+    text = dict(vocab_size=518, context_length=40, **tower)
+    model = FGCLIP(vision=dict(image_size=32, patch_size=8, **tower), text=text, embed_dim=16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+        model.logit_scale.fill_(math.log(20.0))
+        model.logit_scale_finegraind.fill_(math.log(10.0))
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, model):
+    """A run's checkpoint, whose average is another model, and four images of different sizes."""
+    folder = tmp_path_factory.mktemp("run")
+    average = {k: v + 0.01 for k, v in model.state_dict().items()}
+    merges = [["t", "h"], ["th", "e</w>"], ["r", "e"], ["re", "d</w>"]]
+    run = dict(script="fgclip", model_kwargs=model.config, model=model.state_dict(), ema=average, merges=merges)
+    torch.save(run, folder / "run.pt")
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 255, (30, 40 + i, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
+    return folder
 
 
 class Golden:

@@ -4,25 +4,20 @@ In two processes, too: this file starts itself for that.
 """
 
 import json
-import math
 import os
 import shutil
 import sys
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fgclip import FGCLIP, Tokenizer, evaluate, load_model, save_clip_weights
-from fgclip.data import FGOVD, Record, Region
-from fgclip.embedding import Embedder, Views
-from fgclip.evaluation_data import DCI, ClassFolders, Flickr30k, ShareGPT4V, by_image
+from fgclip.data import Record, Region, RegionDataset
+from fgclip.embedding import Embedder
 from fgclip.images import preprocess, read_image
-from fgclip.model import unit
+from fgclip.model import l2_normalize
 from fgclip.prompts import read_templates
-from fgclip.zero_shot import choice_figures, class_figures, retrieval_figures
+from fgclip.tasks import retrieval
 from trainkit.errors import InputError, one_sentence
 
 MERGES = [["t", "h"], ["th", "e</w>"], ["r", "e"], ["re", "d</w>"]]
@@ -35,35 +30,11 @@ SMALL = dict(
 IMAGES = 4
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    model = FGCLIP(**SMALL)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
-        model.logit_scale.fill_(math.log(20.0))
-        model.logit_scale_finegraind.fill_(math.log(10.0))
-    return model.eval().requires_grad_(False)
-
-
 def run_state(own, **changes):
     """What a checkpoint of train_fgclip.py holds of model and tokenizer; the average is another model."""
     average = {k: v + 0.01 for k, v in own.state_dict().items()}
     kept = dict(script="fgclip", model_kwargs=own.config, model=own.state_dict(), ema=average, merges=MERGES)
     return {k: v for k, v in (kept | changes).items() if v is not None}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, model):
-    """A run's checkpoint and four images, of different sizes."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    torch.save(run_state(model), folder / "run.pt")
-    rng = np.random.default_rng(0)
-    (folder / "images").mkdir()
-    for i in range(IMAGES):
-        Image.fromarray(rng.integers(0, 255, (30, 40 + i, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
-    return folder
 
 
 def write(path, content, lines=False):
@@ -77,10 +48,10 @@ def run(folder, *flags, checkpoint="run.pt"):
     evaluate.main([str(part) for part in [*common, *flags]])
 
 
-def figures(folder, tmp_path, *flags, **kwargs):
+def results(folder, tmp_path, *flags, **kwargs):
     """What a command writes to its json file."""
-    run(folder, *flags, "--output", tmp_path / "figures.json", **kwargs)
-    return json.loads((tmp_path / "figures.json").read_text())
+    run(folder, *flags, "--output", tmp_path / "results.json", **kwargs)
+    return json.loads((tmp_path / "results.json").read_text())
 
 
 def refused(capsys, folder, *flags, **kwargs) -> str:
@@ -91,15 +62,18 @@ def refused(capsys, folder, *flags, **kwargs) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def pixels(folder):
-    """The four images as the model reads them, one at a time and without the code under test but `Views`."""
-    records = [Record(f"{i}.png", (), "") for i in range(IMAGES)]
-    return torch.stack([Views(records, folder / "images", image_size=32)[i][0] for i in range(IMAGES)])
+def pixels(folder, size=32, crop=False):
+    """The four images as the model reads them."""
+    return torch.stack([preprocess(read_image(folder / "images" / f"{i}.png"), size, crop) for i in range(IMAGES)])
+
+
+def dataset(records, folder):
+    return RegionDataset(records, folder / "images", image_size=32, max_regions=None)
 
 
 def text_features(model, texts, long=False):
     tokens = Tokenizer(MERGES)(texts, 100 if long else 40)
-    return unit(model.encode_text(tokens, long=long))
+    return l2_normalize(model.encode_text(tokens, long=long))
 
 
 # ---- the model and its tokenizer
@@ -110,15 +84,12 @@ def same(one, other):
     return all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
 
 
-def test_a_run_brings_weights_and_tokenizer(folder, model):
+def test_a_run_brings_weights_and_tokenizer(folder, tmp_path, model):
     raw, tokenizer = load_model(folder / "run.pt", weights="raw")
     assert same(raw, model) and not raw.training
     assert tokenizer("the red", 4).tolist() == [[VOCAB - 2, 513, 515, VOCAB - 1]]
     average, _ = load_model(folder / "run.pt")
     assert torch.equal(average.logit_scale, model.logit_scale + 0.01)
-
-
-def test_a_run_without_an_average_gives_the_raw_weights(tmp_path, model):
     torch.save(run_state(model, ema=None), tmp_path / "run.pt")
     assert same(load_model(tmp_path / "run.pt")[0], model)
 
@@ -199,18 +170,16 @@ def test_features_do_not_depend_on_batches_and_padding(folder, model):
         torch.testing.assert_close(embedder.texts(texts), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(many.texts(texts)[0], many.texts(texts)[3])
     regions = tuple(Region((0.1 * i, 0.1, 0.9, 0.8), ("x",)) for i in range(3))
-    records = [Record(f"{i}.png", (), "", regions[:i]) for i in range(IMAGES)]
-    views = Views(records, folder / "images", image_size=32)
-    image, region = many.images(views, regions=True)
-    torch.testing.assert_close(image, unit(model.encode_image(pixels(folder))), rtol=1e-4, atol=1e-5)
-    boxes = [torch.tensor([r.box for r in record.regions]).view(-1, 4) for record in records]
-    torch.testing.assert_close(region, unit(model.encode_regions(pixels(folder), boxes)), rtol=1e-4, atol=1e-5)
-    for part, expected in zip(one.images(views, regions=True), (image, region), strict=True):
-        torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-5)
+    data = dataset([Record(f"{i}.png", (), "", regions[:i]) for i in range(IMAGES)], folder)
+    boxes = [torch.tensor([r.box for r in record.regions]).view(-1, 4) for record in data.records]
+    expected = map(l2_normalize, (model.encode_image(pixels(folder)), model.encode_regions(pixels(folder), boxes)))
+    expected = list(expected)
+    for embedder in (one, many):
+        for part, right in zip(embedder.images(data, regions=True), expected, strict=True):
+            torch.testing.assert_close(part, right, rtol=1e-4, atol=1e-5)
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path, model):
-    assert unit(torch.tensor([[torch.nan, 1.0], [0.0, 0.0]])).isnan().all(dim=1).tolist() == [True, False]
     broken = FGCLIP(**model.config)
     torch.nn.init.constant_(broken.text_projection.weight, torch.inf)
     with pytest.raises(InputError, match="the model: the features of some texts are not finite"):
@@ -236,21 +205,21 @@ def coco(folder, captions=CAPTIONS, **changes):
 def test_retrieval(folder, tmp_path, model, capsys):
     """Against ranks worked out one by one, with the first five captions of each image."""
     flags = ("--task", "retrieval", "--annotations", coco(tmp_path), "--image-root", folder / "images")
-    found = figures(folder, tmp_path, *flags, "--weights", "raw")
+    found = results(folder, tmp_path, *flags, "--weights", "raw")
     assert "4 images with 9 short captions" in capsys.readouterr().out
     owner = [i for i, texts in enumerate(CAPTIONS) for _ in texts[:5]]
     text = text_features(model, [text for texts in CAPTIONS for text in texts[:5]])
-    scores = unit(model.encode_image(pixels(folder))) @ text.T
+    scores = l2_normalize(model.encode_image(pixels(folder))) @ text.T
     for k in (1, 5):
         best = scores.topk(k, dim=1).indices
         hits = [any(owner[j] == i for j in row) for i, row in enumerate(best.tolist())]
-        assert found["figures"]["image_to_text"][f"R@{k}"] == sum(hits) / IMAGES
+        assert found["metrics"]["image_to_text"][f"R@{k}"] == sum(hits) / IMAGES
     best = scores.argmax(dim=0).tolist()
-    assert found["figures"]["text_to_image"]["R@1"] == sum(a == b for a, b in zip(best, owner, strict=True)) / len(
+    assert found["metrics"]["text_to_image"]["R@1"] == sum(a == b for a, b in zip(best, owner, strict=True)) / len(
         owner
     )
-    assert found["figures"]["text_to_image"]["R@5"] == 1.0
-    found = figures(folder, tmp_path, *flags, "--captions", 1, "--limit", 3)
+    assert found["metrics"]["text_to_image"]["R@5"] == 1.0
+    found = results(folder, tmp_path, *flags, "--captions", 1, "--limit", 3)
     assert found["data"] == ["3 images with 3 short captions"]
 
 
@@ -258,22 +227,20 @@ def test_the_average_is_what_is_evaluated(folder, tmp_path, model):
     flags = ("--task", "retrieval", "--annotations", coco(tmp_path), "--image-root", folder / "images")
     broken = {name: torch.full_like(value, torch.nan) for name, value in model.state_dict().items()}
     torch.save(run_state(model, model=broken), tmp_path / "run.pt")
-    figures(tmp_path, tmp_path, *flags)
+    results(tmp_path, tmp_path, *flags)
     with pytest.raises(InputError, match="not finite"):
-        figures(tmp_path, tmp_path, *flags, "--weights", "raw")
+        results(tmp_path, tmp_path, *flags, "--weights", "raw")
 
 
 def test_long_captions_take_the_long_path(folder, model):
     records = [Record(f"{i}.png", (), "word " * (10 + i) + f"the end {i}") for i in range(IMAGES)]
-    views = Views(records, folder / "images", image_size=32)
     embedder = Embedder(model, Tokenizer(MERGES))
-    rows, said = retrieval_figures(embedder, records, views, long=True)
+    rows, sentence = retrieval(embedder, dataset(records, folder), long=True)
     text = text_features(model, [record.long for record in records], long=True)
-    scores = unit(model.encode_image(pixels(folder))) @ text.T
+    scores = l2_normalize(model.encode_image(pixels(folder))) @ text.T
     assert rows["image_to_text"]["R@1"] == (scores.argmax(1) == torch.arange(IMAGES)).double().mean()
-    assert embedder.truncated == 0 and said == "4 images with 4 long captions"
-    too_long = [Record("0.png", (), "word " * 60)]
-    retrieval_figures(embedder, too_long, Views(too_long, folder / "images", image_size=32), long=True)
+    assert embedder.truncated == 0 and sentence == "4 images with 4 long captions"
+    retrieval(embedder, dataset([Record("0.png", (), "word " * 60)], folder), long=True)
     assert embedder.truncated == 1
 
 
@@ -293,47 +260,17 @@ def test_fgovd(folder, tmp_path, model, capsys):
     for name in ("shuffle_negatives_llava.jsonl", "h_attributes_llava.jsonl", "mine.jsonl"):
         fgovd(tmp_path / "fgovd" / name)
     flags = ("--task", "fg-ovd", "--annotations", tmp_path / "fgovd", "--image-root", folder / "images")
-    found = figures(folder, tmp_path, *flags, "--weights", "raw")
-    assert list(found["figures"]) == ["hard", "trivial", "mine"]
+    found = results(folder, tmp_path, *flags, "--weights", "raw")
+    assert list(found["metrics"]) == ["hard", "trivial", "mine"]
     assert "hard: 3 regions in 2 images" in capsys.readouterr().out
     text = text_features(model, ["the red", "a", "b", "c", "d"])
     boxes = [(0, 0.05, 0.1, 0.55, 0.6), (1, 0.0, 0.0, 30 / 41, 1.0), (0, 0.25, 1 / 3, 0.5, 2 / 3)]
-    region = [unit(model.encode_regions(pixels(folder)[i : i + 1], [torch.tensor([box])]))[0] for i, *box in boxes]
+    region = [model.encode_regions(pixels(folder)[i : i + 1], [torch.tensor([box])]) for i, *box in boxes]
+    region = [l2_normalize(features)[0] for features in region]
     hits = [bool((region[0] @ text[:3].T).argmax() == 0), bool((region[1] @ text.T).argmax() == 0), False]
-    row = found["figures"]["hard"]
-    assert row["accuracy"] == pytest.approx(sum(hits) / 3) and row["regions"] == 3 and row["negatives"] == 7
+    row = found["metrics"]["hard"]
+    assert row["accuracy"] == pytest.approx(sum(hits) / 3) and row["count"] == 3 and row["negatives"] == 7
     assert row["chance"] == pytest.approx((1 / 3 + 1 / 5 + 1 / 2) / 3)
-
-
-class Known:
-    """An embedder whose features are given."""
-
-    def __init__(self, regions, texts):
-        self.regions, self.known = torch.tensor(regions), texts
-
-    def images(self, views, regions=False):
-        return torch.empty(0, 2), self.regions
-
-    def texts(self, texts, long=False):
-        return torch.tensor([self.known[text] for text in texts])
-
-
-def test_a_region_is_a_hit_when_its_phrase_beats_every_alteration():
-    box = (0.0, 0.0, 1.0, 1.0)
-    groups = [("a", ("b", "c")), ("b", ("a",)), ("a", ("d",)), ("c", ("a", "b", "d"))]
-    records = [Record("x", (), "", tuple(Region(box, (own,), others) for own, others in groups))]
-    texts = dict(a=[1.0, 0.0], b=[0.6, 0.8], c=[0.0, 1.0], d=[1.0, 0.0])  # d is as good as a
-    known = Known([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]], texts)
-    rows, _ = choice_figures(known, records, None, "row")
-    assert rows["row"]["accuracy"] == 2 / 4
-
-
-def test_regions_of_one_image_are_encoded_together(tmp_path):
-    joined = by_image(FGOVD(fgovd(tmp_path / "x.jsonl")))
-    assert [record.image for record in joined] == ["0.png", "1.png"]
-    with pytest.raises(InputError, match="item 1: the size of 0.png is another than in .*item 0"):
-        by_image([replace(record, image="0.png") for record in FGOVD(tmp_path / "x.jsonl")])
-    assert [len(record.regions) for record in joined] == [2, 1] and joined[0].regions[1].negatives == ("the red",)
 
 
 def instances(folder):
@@ -348,24 +285,17 @@ def instances(folder):
 def test_boxes(folder, tmp_path, model, capsys):
     (tmp_path / "templates.txt").write_text("{}\nred {}\n")
     flags = ("--task", "boxes", "--annotations", instances(tmp_path), "--image-root", folder / "images")
-    found = figures(folder, tmp_path, *flags, "--templates", tmp_path / "templates.txt", "--weights", "raw")
+    found = results(folder, tmp_path, *flags, "--templates", tmp_path / "templates.txt", "--weights", "raw")
     assert "7 categories in 2 templates; 3 regions in 2 images; 4 boxes, 1 (25.00%) dropped" in capsys.readouterr().out
     names = "the red thing a b c d".split()
     text = text_features(model, [t for name in names for t in (name, f"red {name}")])
-    classes = unit(text.view(7, 2, -1).mean(dim=1))
+    classes = l2_normalize(text.view(7, 2, -1).mean(dim=1))
     boxes = [torch.tensor([[0, 0, 0.5, 20 / 30], [0.125, 5 / 30, 0.375, 0.5]]), torch.tensor([[0.0, 0, 1, 1]])]
-    region = unit(model.encode_regions(pixels(folder)[[0, 2]], boxes))
+    region = l2_normalize(model.encode_regions(pixels(folder)[[0, 2]], boxes))
     ranked, labels = (region @ classes.T).argsort(dim=1, descending=True), torch.tensor([[0], [1], [6]])
-    row = found["figures"]["boxes"]
+    row = found["metrics"]["boxes"]
     assert row["top1"] == pytest.approx((ranked[:, :1] == labels).any(1).double().mean().item())
     assert row["top5"] == pytest.approx((ranked[:, :5] == labels).any(1).double().mean().item())
-
-
-def test_class_figures():
-    scores = torch.eye(6)[[0, 0, 0, 1, 2]]
-    row = class_figures(scores, torch.tensor([0, 0, 0, 2, 2]))
-    assert row["top1"] == 4 / 5 and row["class_mean"] == (1 + 1 / 2) / 2 and row["top5"] == 4 / 5  # one tie is a miss
-    assert "top5" not in class_figures(scores[:, :3], torch.tensor([0, 0, 0, 1, 2]))
 
 
 def test_folder_of_classes(folder, tmp_path, model):
@@ -375,40 +305,18 @@ def test_folder_of_classes(folder, tmp_path, model):
         for name in names:
             shutil.copy(folder / "images" / f"{name}.png", root / label)
     (root / "a_one" / "notes.txt").write_text("no image")
-    found = figures(folder, tmp_path, "--task", "folder", "--image-root", root, "--crop", "--weights", "raw")
+    found = results(folder, tmp_path, "--task", "folder", "--image-root", root, "--crop", "--weights", "raw")
     assert found["data"] == ["2 classes in 14 templates; 4 images of 2"]
     (tmp_path / "names.txt").write_text("the red\nsomething else\n")
     (tmp_path / "one.txt").write_text("a {} b\n")
     named = ("--class-names", tmp_path / "names.txt", "--templates", tmp_path / "one.txt")
-    found = figures(folder, tmp_path, "--task", "folder", "--image-root", root, *named, "--weights", "raw")
+    found = results(folder, tmp_path, "--task", "folder", "--image-root", root, *named, "--weights", "raw")
     classes = text_features(model, ["a the red b", "a something else b"])
-    best = (unit(model.encode_image(pixels(folder))) @ classes.T).argmax(dim=1).tolist()
+    best = (l2_normalize(model.encode_image(pixels(folder))) @ classes.T).argmax(dim=1).tolist()
     expected = sum(a == b for a, b in zip(best, [1, 1, 0, 0], strict=True)) / 4
-    assert found["figures"]["images"]["top1"] == expected
-    found = figures(folder, tmp_path, "--task", "folder", "--image-root", root, "--limit", 2)
+    assert found["metrics"]["images"]["top1"] == expected
+    found = results(folder, tmp_path, "--task", "folder", "--image-root", root, "--limit", 2)
     assert found["data"][0].endswith("2 images of 2")  # one of each class
-
-
-def test_classes_are_in_natural_order(tmp_path):
-    """And what macOS leaves is no picture."""
-    for name in ("11", "2", "b", "1", "__MACOSX", ".git"):
-        (tmp_path / name).mkdir()
-        for file in (f"{name}.JPG", "._1.jpg", "notes.pdf", b"caf\xe9.png"):
-            (tmp_path / name / os.fsdecode(file)).touch()
-    data = ClassFolders(tmp_path)
-    assert data.categories == data.folders == ("1", "2", "11", "b") and [r.label for r in data] == [
-        0,
-        0,
-        1,
-        1,
-        2,
-        2,
-        3,
-        3,
-    ]
-    assert [r.image for r in data][::2] == [f"{c}/{c}.JPG" for c in data.folders]
-    Image.new("RGB", (9, 9)).save(tmp_path / "1" / os.fsdecode(b"caf\xe9.png"))
-    assert Views(data, tmp_path, image_size=8)[1][0].shape == (3, 8, 8)
 
 
 def test_names_are_printed_beside_their_folders(folder, tmp_path):
@@ -419,7 +327,7 @@ def test_names_are_printed_beside_their_folders(folder, tmp_path):
     (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfnine\r\nten\r\n")
     (tmp_path / "one.txt").write_bytes(b"\xef\xbb\xbf{}\r\n")
     flags = ("--class-names", tmp_path / "names.txt", "--templates", tmp_path / "one.txt")
-    found = figures(folder, tmp_path, "--task", "folder", "--image-root", tmp_path / "root", *flags)
+    found = results(folder, tmp_path, "--task", "folder", "--image-root", tmp_path / "root", *flags)
     assert found["data"] == ["2 classes in 1 templates; 2 images of 2; folders: 9 = nine, 10 = ten"]
     assert read_templates(tmp_path / "one.txt") == ("{}",)
 
@@ -436,87 +344,47 @@ def test_a_guess_about_published_weights_is_printed(folder, tmp_path, monkeypatc
 
 
 def test_synthetic_scenes_are_the_default(folder, tmp_path, capsys):
-    found = figures(folder, tmp_path, "--count", 12)
+    found = results(folder, tmp_path, "--count", 12)
     assert found["task"] == "synthetic" and found["data"][0] == "12 drawn scenes of seed 20000, grid"
-    rows = found["figures"]
-    assert rows["features"]["regions"] == 48 and rows["hard"]["regions"] == 48
-    assert rows["regions"]["candidates"] == rows["features"]["phrases"] < rows["regions"]["count"] == 48
-    assert {"short_image_to_text", "long_text_to_image"} <= rows.keys()
-    assert "\nshort image to text" in capsys.readouterr().out
-
-
-# ---- other layouts
-
-
-def test_flickr30k(tmp_path):
-    image = dict(filename="1.jpg", split="test", sentences=[dict(raw=" a "), dict(raw="b")])
-    path = write(tmp_path / "dataset.json", dict(images=[image | dict(split="train", filename="0.jpg"), image]))
-    assert [(r.image, r.short) for r in Flickr30k(path)] == [("1.jpg", ("a", "b"))]
-    assert Flickr30k(path, "train", most_captions=1)[0].short == ("a",)
-    with pytest.raises(InputError, match="no split 'val'; expected one of test, train"):
-        Flickr30k(path, "val")
-    for broken, said in (({}, "images"), (dict(sentences=[{}]), r"images\[0\], sentences\[0\].*raw")):
-        with pytest.raises(InputError, match=said):
-            Flickr30k(write(tmp_path / "broken.json", dict(images=[image | broken]) if broken else {}))
-
-
-def test_long_caption_layouts(tmp_path):
-    turns = [dict(value="describe"), dict(value="a long one")]
-    path = write(tmp_path / "share.json", [dict(image="x/1.jpg", conversations=turns)])
-    assert (ShareGPT4V(path)[0].image, ShareGPT4V(path)[0].long) == ("x/1.jpg", "a long one")
-    with pytest.raises(InputError, match="item 0: expected two objects under the key conversations"):
-        ShareGPT4V(write(tmp_path / "short.json", [dict(image="x", conversations=turns[:1])]))[0]
-    write(tmp_path / "dci" / "b.json", dict(image="b.jpg", extra_caption="bb", short_caption="b"))
-    write(tmp_path / "dci" / "a.json", dict(image="a.jpg", extra_caption="aa"))
-    assert [(r.image, r.long, r.short) for r in DCI(tmp_path / "dci")] == [("a.jpg", "aa", ()), ("b.jpg", "bb", ("b",))]
-    (tmp_path / "dci" / "._a.json").write_bytes(b"\0\5\26\7")
-    assert len(DCI(tmp_path / "dci")) == 2
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no .json file"):
-        DCI(tmp_path / "empty")
+    rows = found["metrics"]
+    assert rows.keys() == {"region", "hard", "short", "long"} and rows["hard"]["count"] == 48
+    assert rows["region"]["candidates"] == 40 and rows["region"]["count"] == 48
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[0] != " "]
+    assert lines[-7:] == "region region hard short long short long".split()
 
 
 # ---- bad input: one sentence that names it
 
 
-def test_bad_flags_are_refused(folder, tmp_path, capsys):
-    for flags, said in (
-        (["--image-root", folder], "--task is missing"),
-        (["--task", "retrieval", "--image-root", folder], "--task retrieval needs --annotations"),
-        (["--task", "long-retrieval", "--annotations", "x", "--image-root", folder], "needs --format"),
-        (
-            ["--task", "boxes", "--annotations", "x", "--image-root", folder, "--crop"],
-            "--crop has no part in --task boxes",
-        ),
-        (["--count", 3, "--task", "folder", "--image-root", folder], "--count has no part in --task folder"),
-        (["--task", "retrieval", "--split", "test"], "--split has no part in --format coco"),
-        (["--task", "retrieval", "--annotations", "a", "b", "--image-root", folder], "takes one path, got 2"),
-        (["--output", tmp_path / "none" / "x.json"], "expected a file in a folder that exists"),
-        (["--image-size", 20], "--image-size 20: expected a multiple of the patch size, 8"),
-    ):
-        assert said in refused(capsys, folder, *flags), flags
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--image-root x", "--task is missing"),
+        ("--task retrieval --image-root x", "--task retrieval needs --annotations"),
+        ("--task long-retrieval --annotations x --image-root x", "--task long-retrieval needs --format"),
+        ("--task boxes --annotations x --image-root x --crop", "--crop has no part in --task boxes"),
+        ("--task folder --image-root x --count 3", "--count has no part in --task folder"),
+        ("--task retrieval --annotations a b --image-root x", "takes one path, got 2"),
+        ("--output none/x.json", "expected a file in a folder that exists"),
+        ("--image-size 20", "--image-size 20: expected a multiple of the patch size, 8"),
+    ],
+)
+def test_bad_flags_are_refused(folder, capsys, flags, message):
+    assert message in refused(capsys, folder, *flags.split())
 
 
 def test_bad_data_is_refused(folder, tmp_path, capsys):
-    retrieval = ("--task", "retrieval", "--image-root", folder / "images", "--annotations")
-    assert "captions.json, images: expected a list" in refused(capsys, folder, *retrieval, coco(tmp_path, images={}))
+    def say(task, annotations, *flags, root=folder / "images"):
+        return refused(capsys, folder, "--task", task, "--annotations", annotations, "--image-root", root, *flags)
+
     broken = coco(tmp_path, annotations=[dict(image_id=10, caption="a"), dict(image_id=10)])
-    assert "annotations[1], caption: expected a text" in refused(capsys, folder, *retrieval, broken)
-    assert "does not exist" in refused(
-        capsys, folder, "--task", "retrieval", "--image-root", tmp_path, "--annotations", coco(tmp_path)
-    )
-    finehard = write(tmp_path / "x.json", [dict(f_path="0.png", caption="c", short_caption="s"), dict(f_path="0.png")])
-    said = refused(capsys, folder, *retrieval, finehard, "--format", "finehard")
-    assert "x.json, item 1, short_caption: expected a text" in said
+    assert "annotations[1], caption: expected a text" in say("retrieval", broken)
+    assert "at least one record, found none" in say("retrieval", coco(tmp_path, annotations=[]))
+    assert "does not exist" in say("retrieval", coco(tmp_path), root=tmp_path)
     share = write(tmp_path / "s.json", [dict(image="0.png", conversations=[{}, dict(value="v")])])
-    assert "s.json, item 0: expected a short caption" in refused(
-        capsys, folder, *retrieval, share, "--format", "sharegpt4v"
-    )
-    ovd = ("--task", "fg-ovd", "--image-root", folder / "images", "--annotations")
-    assert "no region here" in refused(capsys, folder, *ovd, fgovd(tmp_path / "e.jsonl", dict(bbox=[5, 5, 0, 0])))
-    assert "expected one text under pos_expression" in refused(
-        capsys, folder, *ovd, fgovd(tmp_path / "e.jsonl", dict(neg_expression=[]))
-    )
+    assert "s.json, item 0: expected a short caption" in say("retrieval", share, "--format", "sharegpt4v")
+    assert "no region here" in say("fg-ovd", fgovd(tmp_path / "e.jsonl", dict(bbox=[5, 5, 0, 0])))
+    assert "expected one text under pos_exp" in say("fg-ovd", fgovd(tmp_path / "e.jsonl", dict(neg_expression=[])))
     assert "at least two" in refused(capsys, folder, "--task", "folder", "--image-root", folder)
     assert "expected a file or folder of weights" in refused(capsys, folder, checkpoint="nothing.pt")
     assert "0.png was not written by torch.save" in refused(capsys, folder, checkpoint="images/0.png")
@@ -538,17 +406,15 @@ def test_what_the_model_is_shown(folder, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(FGCLIP, "forward", lambda self, batch: seen.append(batch["pixels"]) or forward(self, batch))
     data = ("--task", "retrieval", "--annotations", coco(tmp_path), "--image-root", folder / "images")
     run(folder, *data, *flags)
-    size, crop = 64 if "--image-size" in flags else 32, "--crop" in flags
-    expected = [preprocess(read_image(folder / "images" / f"{i}.png"), size, crop) for i in range(IMAGES)]
-    assert torch.equal(torch.cat(seen), torch.stack(expected))
+    assert torch.cat(seen).equal(pixels(folder, 64 if "--image-size" in flags else 32, "--crop" in flags))
 
 
 def test_two_processes_share_the_images_and_agree(folder, tmp_path, two_ranks):
     """Of three scenes, so that one process has one more."""
     shutil.copy(folder / "run.pt", tmp_path)
-    alone = figures(tmp_path, tmp_path, "--count", 3, "--batch-size", 2)["figures"]
+    alone = results(tmp_path, tmp_path, "--count", 3, "--batch-size", 2)["metrics"]
     encoded = [rank["images"] for rank in two_ranks(__file__, tmp_path)]
-    together = json.loads((tmp_path / "together.json").read_text())["figures"]
+    together = json.loads((tmp_path / "together.json").read_text())["metrics"]
     assert encoded == [2, 1] and together.keys() == alone.keys()
     for name, row in alone.items():
         assert together[name] == pytest.approx(row, rel=1e-4), name
@@ -556,15 +422,15 @@ def test_two_processes_share_the_images_and_agree(folder, tmp_path, two_ranks):
 
 def test_real_sample(shared, folder, tmp_path):
     data = shared / "data" / "fgclip"
-    found = figures(
+    found = results(
         folder, tmp_path, "--task", "fg-ovd", "--annotations", data / "fgovd", "--image-root", data / "coco"
     )
-    assert list(found["figures"]) == ["hard", "medium", "easy", "trivial"]
-    assert [row["regions"] for row in found["figures"].values()] == [59, 50, 23, 59]
+    assert list(found["metrics"]) == ["hard", "medium", "easy", "trivial"]
+    assert [row["count"] for row in found["metrics"].values()] == [59, 50, 23, 59]
     captions = data / "coco" / "annotations" / "captions_val2017.json"
     flags = ("--task", "retrieval", "--annotations", captions, "--image-root", data / "coco" / "val2017", "--limit", 20)
     assert (
-        found["truncated"] > 0 and figures(folder, tmp_path, *flags)["data"][0] == "20 images with 100 short captions"
+        found["truncated"] > 0 and results(folder, tmp_path, *flags)["data"][0] == "20 images with 100 short captions"
     )
 
 

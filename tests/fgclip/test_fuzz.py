@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from fgclip import FGCLIP, Tokenizer, load_model, save_clip_weights
-from fgclip.batches import Collate, RegionDataset, data_statistics
-from fgclip.data import COCO, FGOVD, FineHARD
-from fgclip.embedding import Views, collate
-from fgclip.evaluation_data import DCI, COCOBoxes, Flickr30k, ShareGPT4V
+from fgclip.data.benchmarks import DCI, COCOBoxes, Flickr30k, ShareGPT4V
+from fgclip.data.collate import Collate
+from fgclip.data.dataset import RegionDataset
+from fgclip.data.records import COCO, FGOVD, FineHARD
+from fgclip.data.statistics import data_statistics
 from trainkit.errors import InputError
 
 NAME, REGION = "a/1.png", dict(short_expr="b", long_expr="c", flag_short_neg=1, short_expr_negs={"0": "d"})
@@ -105,7 +106,7 @@ def use(opened, folder):
     if records:
         samples = [RegionDataset(records, folder, image_size=16)[i] for i in range(len(records))]
         assert Collate(Tokenizer("bytes"))(samples)["pixels"].isfinite().all()
-        boxes = torch.cat(collate([Views(records, folder, image_size=16)[0]])["boxes"])
+        boxes = torch.cat([sample.boxes for sample in samples])
         assert ((boxes >= 0) & (boxes <= 1)).all() and (boxes[:, 2:] > boxes[:, :2]).all()
 
 

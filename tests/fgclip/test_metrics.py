@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fgclip import metrics
-from fgclip.model import unit
-from fgclip.prompts import PHOTO, TEMPLATES, class_embeddings, class_prompts, read_templates
+from fgclip.model import l2_normalize
+from fgclip.prompts import PHOTO, TEMPLATES, class_prompts, read_templates
 from trainkit.errors import InputError
 
 
@@ -25,33 +25,23 @@ def test_retrieval_against_sorting(monkeypatch, chunk):
     monkeypatch.setattr(metrics, "CHUNK", chunk)
     torch.manual_seed(0)
     owner = torch.cat([torch.arange(10).repeat(2), torch.tensor([3, 3, 7])])[torch.randperm(23)]
-    image = unit(torch.randn(10, 6))
-    text = unit(0.5 * image[owner] + 0.4 * torch.randn(23, 6))
+    image = l2_normalize(torch.randn(10, 6))
+    text = l2_normalize(0.5 * image[owner] + 0.4 * torch.randn(23, 6))
     recall = metrics.retrieval_recall(image, text, owner)
     for k in (1, 5, 10):
         expected = brute_force_recall(image, text, owner, k)
-        found = recall[f"image_to_text_R@{k}"], recall[f"text_to_image_R@{k}"]
-        assert found == pytest.approx(expected), k
-    assert 0 < recall["text_to_image_R@1"] < recall["text_to_image_R@5"] < 1
+        assert [row[f"R@{k}"] for row in recall.values()] == pytest.approx(expected), k
+    assert 0 < recall["text_to_image"]["R@1"] < recall["text_to_image"]["R@5"] < 1
 
 
 def test_retrieval_ties_are_misses():
     """Features that say nothing retrieve nothing, whatever the order of the rows."""
-    same = unit(torch.ones(4, 3))
-    recall = metrics.retrieval_recall(same, same, torch.arange(4), ks=(1, 3, 4))
-    assert list(recall.values()) == [0, 0, 1, 0, 0, 1]
+    same = l2_normalize(torch.ones(4, 3))
+    assert [r.tolist() for r in metrics.retrieval_ranks(same, same, torch.arange(4))] == [[3] * 4] * 2
     image = torch.eye(2)
     text = torch.eye(2)[[0, 0, 1]]  # two right answers for the first image tie with each other: no wrong one
     ranks = metrics.retrieval_ranks(image, text, torch.tensor([0, 0, 1]))
     assert [r.tolist() for r in ranks] == [[0, 0], [0, 0, 0]]
-
-
-def test_retrieval_refuses_what_it_cannot_rank():
-    image = torch.eye(2)
-    with pytest.raises(ValueError, match="each of the 2 images"):
-        metrics.retrieval_ranks(image, image, torch.tensor([0, 0]))
-    with pytest.raises(ValueError, match="not finite"):
-        metrics.retrieval_ranks(image, torch.tensor([[0.0, 1], [torch.nan, 0]]), torch.tensor([0, 1]))
 
 
 def test_choice_among_a_variable_number():
@@ -62,21 +52,15 @@ def test_choice_among_a_variable_number():
         + [[0.5, 0], [0.1, 0], [0.5, 0], [0, 0]]  # tie: miss
         + [[0.9, 0.1], [0, -0.5]]  # hit
     )
-    counts = torch.tensor([3, 2, 4, 2])
-    assert metrics.choice_hits(query, candidates, counts).tolist() == [True, False, False, True]
-    assert metrics.choice_accuracy(query, candidates, counts) == 0.5
-    for bad in ([3, 2, 4, 1], [11, 0, 0, 0], [3, 2, 4, 1, 1], [10, 1, 0, 0]):
-        with pytest.raises(ValueError, match="sum to 11"):
-            metrics.choice_hits(query, candidates, torch.tensor(bad))
-    with pytest.raises(ValueError, match="not finite"):
-        metrics.choice_hits(query * torch.nan, candidates, counts)
+    row = metrics.choice_metrics(query, candidates, torch.tensor([3, 2, 4, 2]))
+    assert row == dict(accuracy=0.5, chance=pytest.approx((1 / 3 + 1 / 2 + 1 / 4 + 1 / 2) / 4), count=4, negatives=7)
 
 
-def test_topk_accuracy():
-    scores = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.3, 0.2], [0.0, 0.1, 0.2]])
-    assert metrics.topk_accuracy(scores, torch.tensor([1, 0, 0]), ks=(1, 2, 3)) == pytest.approx(
-        dict(top1=1 / 3, top2=2 / 3, top3=1)
-    )
+def test_classes():
+    scores = torch.eye(6)[[0, 0, 0, 1, 2]]
+    row = metrics.class_metrics(scores, torch.tensor([0, 0, 0, 2, 2]))
+    assert row == dict(top1=4 / 5, top5=4 / 5, class_mean=(1 + 1 / 2) / 2)  # a tie is a miss
+    assert "top5" not in metrics.class_metrics(scores[:, :3], torch.tensor([0, 0, 0, 1, 2]))
 
 
 def test_effective_rank():
@@ -90,30 +74,52 @@ def test_effective_rank():
 def test_pair_cosines():
     image = torch.tensor([[1.0, 0], [0, 1.0], [1.0, 0]])
     text = torch.tensor([[0.6, 0.8], [0, 1.0], [0.6, 0.8]])
-    found = metrics.pair_cosines(image, text)
-    assert found["matched"] == pytest.approx((0.6 + 1 + 0.6) / 3)
-    assert found["unmatched"] == pytest.approx((0 + 0.6 + 0.8 + 0.8 + 0.6 + 0) / 6)
-    masked = metrics.pair_cosines(image, text, torch.tensor([4, -1, 4]))
-    assert masked["unmatched"] == pytest.approx((0 + 0.8 + 0.8 + 0) / 4)
+    matched, unmatched = metrics.pair_cosines(image, text, torch.tensor([4, 1, 4]))
+    assert matched == pytest.approx((0.6 + 1 + 0.6) / 3)
+    assert unmatched == pytest.approx((0 + 0.8 + 0.8 + 0) / 4)
+
+
+@pytest.mark.parametrize(("captions", "expected"), [(180, 131), (40, 39), (1, 0)])
+def test_candidates_have_distinct_captions(captions, expected):
+    ids = torch.randint(0, captions, (500,), generator=torch.Generator().manual_seed(0)) * 7
+    others = metrics.distinct_candidates(ids)
+    assert others.shape == (500, expected) and others.equal(metrics.distinct_candidates(ids))
+    for own, drawn in zip(ids, ids[others], strict=True):
+        assert len(set(drawn.tolist()) - {own.item()}) == expected
+    if expected:
+        assert len(torch.unique(others)) > 400  # of several regions with a caption it is not always the same
+
+
+UNITS = torch.eye(200)
+
+
+def test_regions_that_are_told_apart_and_such_that_are_not():
+    ids = torch.arange(200)
+    told = metrics.region_metrics(UNITS, UNITS, ids, 10.0)
+    assert told["candidates"] == 132 and told["count"] == 200 and told["effective_rank"] == pytest.approx(200)
+    assert told["r1"] == told["region_to_text_r1"] == told["text_to_region_r1"] == told["cosine"] == 1
+    assert told["loss"] == pytest.approx(math.log(1 + 131 * math.exp(-10)), rel=1e-3)
+    same = metrics.region_metrics(UNITS[:1].expand(200, -1), UNITS[:1].expand(200, -1), ids, 10.0)
+    assert same["relative"] == pytest.approx(1) and same["r1"] == 0  # a tie is a miss
+
+
+def test_one_direction_can_fail_alone():
+    """Every text is nearest to its region, but all regions are nearest to text 0."""
+    row = metrics.region_metrics(l2_normalize(UNITS + 2 * UNITS[0]), UNITS, torch.arange(200), 1.0)
+    assert row["text_to_region_r1"] == 1 and row["region_to_text_r1"] < 0.6
+    assert row["r1"] == pytest.approx((1 + row["region_to_text_r1"]) / 2)
 
 
 def test_prompts(tmp_path):
     assert len(set(TEMPLATES)) == len(TEMPLATES) and all(t.count("{}") == 1 for t in TEMPLATES)
-    assert class_prompts(["hot_dog", "cat"], [PHOTO, "my {}"]) == [
-        "a photo of a hot dog.",
-        "my hot dog",
-        "a photo of a cat.",
-        "my cat",
-    ]
-    text = torch.tensor([[2.0, 0], [0, 5.0], [-3.0, 0], [-1.0, 0]])
-    expected = torch.tensor([[math.sqrt(0.5), math.sqrt(0.5)], [-1, 0]])
-    torch.testing.assert_close(class_embeddings(text, 2), expected)
+    prompts = ["a photo of a hot dog.", "my hot dog", "a photo of a cat.", "my cat"]
+    assert class_prompts(["hot_dog", "cat"], [PHOTO, "my {}"]) == prompts
     path = tmp_path / "templates.txt"
     path.write_text("a {} here\n\nthe {}\n")
     assert read_templates(path) == ("a {} here", "the {}")
-    for content, message in (("a dog", "one {}"), ("\n", "no template")):
+    for content in ("a dog", "{} {}", "\n"):
         path.write_text(content)
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match="templates.txt: expected lines such as .* each with one {}"):
             read_templates(path)
     with pytest.raises(InputError, match="absent.txt"):
         read_templates(tmp_path / "absent.txt")

@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fgclip import FGCLIP, Tokenizer
-from fgclip.batches import Collate
+from fgclip.data import Collate
 from fgclip.losses import PairBank, global_loss, symmetric_loss
 from fgclip.model import l2_normalize
 from fgclip.objective import FGCLIPLoss, freeze_unreached

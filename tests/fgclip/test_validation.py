@@ -1,80 +1,55 @@
-"""Figures of held-out images, against their definitions."""
-
-import math
+"""Metrics of images that were not trained on: what a model makes of a data set, against its own forward pass."""
 
 import pytest
 import torch
 
 from fgclip import Tokenizer
-from fgclip.batches import Collate
-from fgclip.model import unit
+from fgclip.data import Collate
+from fgclip.embedding import Embedder
+from fgclip.metrics import choice_metrics, region_metrics, retrieval_recall
+from fgclip.model import l2_normalize
 from fgclip.synthetic import SyntheticRegions
-from fgclip.validation import (
-    best_metric,
-    distinct_candidates,
-    embed,
-    region_figures,
-    validation_metrics,
-    validation_text,
-)
-
-UNITS = torch.eye(200)
+from fgclip.tasks import best_metric, validation_metrics, validation_text
 
 
-@pytest.mark.parametrize(("captions", "expected"), [(180, 131), (40, 39), (1, 0)])
-def test_candidates_have_distinct_captions(captions, expected):
-    ids = torch.randint(0, captions, (500,), generator=torch.Generator().manual_seed(0)) * 7
-    others = distinct_candidates(ids)
-    assert others.shape == (500, expected) and others.equal(distinct_candidates(ids))
-    for own, found in zip(ids, ids[others], strict=True):
-        assert len(set(found.tolist()) - {own.item()}) == expected
-    if expected:
-        assert len(torch.unique(others)) > 400  # of several regions with a caption it is not always the same
-
-
-def test_regions_that_are_told_apart_and_such_that_are_not():
-    ids = torch.arange(200)
-    told = region_figures(UNITS, UNITS, ids, 10.0)
-    assert told["candidates"] == 132 and told["count"] == 200
-    assert told["r1"] == told["region_to_text_r1"] == told["text_to_region_r1"] == 1
-    assert told["loss"] == pytest.approx(math.log(1 + 131 * math.exp(-10)), rel=1e-3)
-    same = region_figures(UNITS[:1].expand(200, -1), UNITS[:1].expand(200, -1), ids, 10.0)
-    assert same["relative"] == pytest.approx(1) and same["r1"] == 0  # a tie is a miss
-
-
-def test_one_direction_can_fail_alone():
-    """Every text is nearest to its region, but all regions are nearest to text 0."""
-    region = unit(UNITS + 2 * UNITS[0])
-    text = unit(UNITS)
-    figures = region_figures(region, text, torch.arange(200), 1.0)
-    assert figures["text_to_region_r1"] == 1 and figures["region_to_text_r1"] < 0.6
-    assert figures["r1"] == pytest.approx((1 + figures["region_to_text_r1"]) / 2)
-
-
-def test_embedding_a_data_set(small_model):
-    """The order is that of the data set, whatever the batch size, and hard rows belong to their regions."""
+def test_metrics_are_those_of_one_forward_pass(small_model):
+    """Whatever the batches; regions have the scale of their own loss, and the captions that the data set drew."""
     scenes = SyntheticRegions(7, seed=0, image_size=32, placement="free")
-    collate = Collate(Tokenizer("bytes"), context_length=24, long_context_length=36)
-    found = embed(small_model, scenes, collate, device="cpu", batch_size=3)
-    whole = collate([scenes[i] for i in range(7)])
     with torch.no_grad():
-        features = small_model(whole)
-    for name in ("image", "short", "long", "regions", "region_texts", "hard_texts"):
-        torch.testing.assert_close(found[name], unit(features[name]), msg=name)
-    assert found["hard_regions"].equal(found["regions"][whole["hard_regions"]])
-    assert found["hard_counts"].equal(whole["hard_counts"])
-    assert found["region_ids"].equal(whole["short_ids"][whole["region"]])
-    figures = validation_metrics(found, 14.0)
-    assert figures.keys() == {"region", "hard", "short", "long"} and figures["hard"]["count"] == len(found["regions"])
-    said = validation_text(figures)
-    assert f"{len(found['regions'])} regions among" in said and "long captions R@1" in said
-    captions = {name: found[name] for name in ("image", "short")}
-    assert validation_metrics(captions, 14.0).keys() == {"short"}
-    assert validation_metrics({"image": found["image"][:1]}, 14.0) == {}
+        small_model.logit_scale_finegraind.fill_(1.5)
+        batch = Collate(Tokenizer("bytes"), context_length=24, long_context_length=36)([scenes[i] for i in range(7)])
+        features = {name: l2_normalize(value) for name, value in small_model(batch).items() if value.ndim}
+    between = []
+    embedder = Embedder(small_model, Tokenizer("bytes"), batch_size=3, between=lambda: between.append(1))
+    metrics = validation_metrics(embedder, scenes)
+    scale, ids = small_model.logit_scales()["region"].item(), batch["short_ids"][batch["region"]]
+    region, image, every = features["regions"], features["image"], torch.arange(7)
+    expected = region_metrics(region, features["region_texts"], ids, scale)
+    assert metrics.pop("region") == pytest.approx(expected, rel=1e-5)
+    hard = choice_metrics(region[batch["hard_regions"]], features["hard_texts"], batch["hard_counts"])
+    assert metrics.pop("hard") == pytest.approx(hard) and hard["count"] == len(region)
+    assert metrics.keys() == {"short", "long"}
+    for name, row in metrics.items():
+        recall = retrieval_recall(image, features[name], every)
+        assert row["count"] == 7 and row["r1"] == sum(part["R@1"] for part in recall.values()) / 2
+        assert all(row[f"{way}_{k}"] == value for way, part in recall.items() for k, value in part.items())
+    assert len(between) > 3  # texts, too, can be interrupted
+    assert validation_metrics(embedder, scenes, regions=False, long=False).keys() == {"short"}
+    assert validation_metrics(embedder, SyntheticRegions(1, seed=0, image_size=32), regions=False) == {}
 
 
-def test_the_figure_that_chooses_a_checkpoint():
-    figures = {"region": {"r1": 0.5, "loss": 0.9}, "hard": {"accuracy": 0.3}, "short": {"r1": 0.2}, "long": {"r1": 0.4}}
-    assert best_metric(figures, "region") == (0.5, -0.9) and best_metric(figures, "hard")[0] == 0.3
-    assert best_metric(figures, "captions")[0] == pytest.approx(0.3)
+def test_the_line_on_the_console():
+    region = dict(count=600, candidates=132, loss=0.5, relative=0.1, r1=0.75, cosine=0.9, cosine_unmatched=0.1)
+    metrics = dict(region=region | dict(effective_rank=24.4), hard=dict(accuracy=0.5, count=600))
+    assert validation_text(metrics | dict(long=dict(r1=0.25, count=150))) == (
+        "600 regions among 132 captions: loss 0.500 (0.10 of chance), R@1 0.750, cosine 0.90 (others 0.10), effective "
+        "rank 24; hard negatives 0.500 of 600; long captions R@1 0.250 of 150"
+    )
+    assert validation_text({}) == "nothing to choose from"
+
+
+def test_the_metric_that_chooses_a_checkpoint():
+    metrics = {"region": {"r1": 0.5, "loss": 0.9}, "hard": {"accuracy": 0.3}, "short": {"r1": 0.2}, "long": {"r1": 0.4}}
+    assert best_metric(metrics, "region") == (0.5, -0.9) and best_metric(metrics, "hard")[0] == 0.3
+    assert best_metric(metrics, "captions")[0] == pytest.approx(0.3)
     assert best_metric({}, "region") == best_metric({}, "captions") == (-1, 0)

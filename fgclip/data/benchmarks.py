@@ -1,0 +1,119 @@
+"""Data that is only evaluated on: captioned images of the retrieval benchmarks, labelled boxes, folders of classes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fgclip.data.records import Record, Records, Region, field, objects, read_coco, read_instances, scaled, size_of
+from trainkit.errors import InputError
+from trainkit.files import is_image, natural, read_json, read_lines
+
+
+class Flickr30k(Records):
+    """One split of a captions file in Karpathy's layout (dataset_flickr30k.json, dataset_coco.json): an object with a
+    list under images, each with filename, split and sentences, which hold raw."""
+
+    def __init__(self, path: str | Path, split: str = "test", *, most_captions: int | None = None):
+        images = objects(read_json(path, "captions in Karpathy's layout", dict), "images", str(path))
+        splits = [field(image, "split", str, place) for image, place in images]
+        self.items = [item for item, name in zip(images, splits, strict=True) if name == split]
+        self.most_captions = most_captions
+        if not self.items:
+            names = ", ".join(sorted(set(splits))) or "several"
+            raise InputError(f"{path} has no split {split!r}; expected one of {names}")
+
+    def record(self, image: dict, source: str) -> Record:
+        sentences = objects(image, "sentences", source)[: self.most_captions]
+        captions = [field(sentence, "raw", str, place).strip() for sentence, place in sentences]
+        name = field(image, "filename", str, source)
+        if "filepath" in image:  # COCO's two folders
+            name = f"{field(image, 'filepath', str, source)}/{name}"
+        return Record(name, tuple(captions), " ".join(captions), source=source)
+
+
+class ShareGPT4V(Records):
+    """ShareGPT4V's captions (Chen et al. 2023): a JSON list of objects with image and conversations, whose second
+    entry's value is the long caption. There are no short ones."""
+
+    def record(self, item: dict, source: str) -> Record:
+        turns = objects(item, "conversations", source)
+        if len(turns) < 2:
+            raise InputError(f"{source}: expected two objects under the key conversations")
+        answer, place = turns[1]
+        return Record(field(item, "image", str, source), long=field(answer, "value", str, place), source=source)
+
+
+class DCI(Records):
+    """Densely Captioned Images (Urbanek et al. 2024): a folder of one file per image, with the keys image and
+    extra_caption, the long caption; short_caption is the short one where it is there."""
+
+    def record(self, item: dict, source: str) -> Record:
+        short = (field(item, "short_caption", str, source),) if "short_caption" in item else ()
+        long = field(item, "extra_caption", str, source)
+        return Record(field(item, "image", str, source), short, long, source=source)
+
+
+class COCOBoxes(Records):
+    """The images of an instances_*.json that have boxes; a region's one phrase is its category's name.
+
+    `categories` are the names of all categories of the file. Crowds are left out.
+    """
+
+    def __init__(self, path: str | Path):
+        (images,) = read_coco(Path(path), "images")
+        self.categories, self.instances = read_instances(Path(path))
+        if len(set(self.categories)) < len(self.categories):
+            raise InputError(f"{path}: expected categories with distinct names")
+        self.items = [(image, place) for image, place in images if field(image, "id", int, place) in self.instances]
+
+    def record(self, image: dict, source: str) -> Record:
+        size = size_of(image, source)
+        regions = tuple(Region(scaled(box, size), (name,)) for box, name in self.instances[image["id"]])
+        return Record(field(image, "file_name", str, source), regions=regions, source=source, size=size)
+
+
+class ClassFolders(Records):
+    """The images in a folder of class folders; a record's label is the number of its class.
+
+    class_names: a text file with one name per line, of the class folders in natural order (2 before 10); by default a
+    class is called what its folder is. `categories` are the names, `folders` the folders'.
+    """
+
+    def __init__(self, root: str | Path, class_names: str | Path | None = None):
+        root = Path(root)
+        if not root.is_dir():
+            raise InputError(f"{root} is not a folder of class folders")
+        folders = [f for f in root.iterdir() if f.is_dir() and not f.name.startswith((".", "__MACOSX"))]
+        folders.sort(key=lambda folder: natural(folder.name))
+        if len(folders) < 2:
+            raise InputError(f"{root} holds {len(folders)} folders; expected one per class, at least two")
+        self.folders = self.categories = tuple(folder.name for folder in folders)
+        if class_names is not None:
+            self.categories = tuple(read_lines(class_names, "names of classes, one per line"))
+            if len(self.categories) != len(folders):
+                raise InputError(
+                    f"{class_names} names {len(self.categories)} classes, but {root} holds {len(folders)} folders"
+                )
+        self.items = [
+            (path.relative_to(root), label)
+            for label, folder in enumerate(folders)
+            for path in sorted(folder.rglob("*"))
+            if is_image(path)
+        ]
+        if not self.items:
+            raise InputError(f"{root}: none of its {len(folders)} folders holds an image")
+
+    def record(self, image: Path, label: int) -> Record:
+        return Record(image, label=label)
+
+
+def by_image(records: Sequence[Record]) -> list[Record]:
+    """Records of the same image joined into one, in the order of their first; its source is that of the first."""
+    joined: dict[str, Record] = {}
+    for record in records:
+        first = joined.setdefault(record.image, record)
+        if first.size != record.size:
+            raise InputError(f"{record.source}: the size of {record.image} is another than in {first.source}")
+        if first is not record:
+            joined[record.image] = replace(first, regions=first.regions + record.regions)
+    return list(joined.values())

@@ -1,0 +1,126 @@
+"""What a model is asked about a data set, while it is trained and by `python -m fgclip.evaluate`.
+
+Evaluation tasks take `RegionDataset`s of all usable boxes, and return metrics, shares in 0..1, and a sentence about the
+data.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fgclip.data import RegionDataset, Sample, usable_regions
+from fgclip.embedding import Embedder
+from fgclip.losses import caption_ids
+from fgclip.metrics import choice_metrics, class_metrics, region_metrics, retrieval_recall
+from fgclip.prompts import class_embeddings
+from fgclip.regions import BoxStatistics
+from trainkit.errors import InputError
+
+
+def validation_metrics(
+    embedder: Embedder, data: Dataset, *, regions: bool = True, long: bool = True
+) -> dict[str, dict[str, float]]:
+    """Metrics of samples that were not trained on, as far as there is something to choose from.
+
+    region: `region_metrics` at the region's scale; hard: `choice_metrics` of each region's own phrase and its
+    alterations; short and long: `retrieval_recall` of images and captions, r1, both directions of R@1, and count.
+    """
+    samples, metrics = [data.describe(i) for i in range(len(data))], {}
+    image, region = embedder.images(data, regions)
+    if regions:
+        phrases, tokenizer = [phrase for s in samples for phrase in s.phrases], embedder.tokenizer
+        ids = caption_ids(tokenizer(phrases, embedder.model.text_model.context_length), tokenizer.eos_id)
+        if len(ids.unique()) > 1:
+            scale = embedder.model.logit_scales()["region"].item()
+            metrics["region"] = region_metrics(region, embedder.texts(phrases), ids, scale)
+        if any(group for s in samples for group in s.hard):
+            metrics["hard"] = hard_metrics(embedder, region, samples)
+    if len(samples) > 1 and all(s.short is not None for s in samples):
+        for name in ("short", "long") if long else ("short",):
+            text = embedder.texts([s.record.long if name == "long" else s.short for s in samples], long=name == "long")
+            recall = retrieval_recall(image, text, torch.arange(len(image)))
+            metrics[name] = {f"{way}_{k}": value for way, row in recall.items() for k, value in row.items()}
+            metrics[name] |= dict(r1=sum(row["R@1"] for row in recall.values()) / 2, count=len(image))
+    return metrics
+
+
+def validation_text(metrics: dict[str, dict[str, float]]) -> str:
+    """`validation_metrics` for people, in one line."""
+    parts = []
+    if "region" in metrics:
+        parts.append(
+            "{count} regions among {candidates} captions: loss {loss:.3f} ({relative:.2f} of chance), R@1 {r1:.3f}, "
+            "cosine {cosine:.2f} (others {cosine_unmatched:.2f}), effective rank {effective_rank:.0f}"
+            "".format(**metrics["region"])
+        )
+    if "hard" in metrics:
+        parts.append("hard negatives {accuracy:.3f} of {count}".format(**metrics["hard"]))
+    for name in ("short", "long"):
+        if name in metrics:
+            parts.append(f"{name} captions R@1 {metrics[name]['r1']:.3f} of {metrics[name]['count']}")
+    return "; ".join(parts) or "nothing to choose from"
+
+
+def best_metric(metrics: dict[str, dict[str, float]], by: str) -> tuple[float, float]:
+    """What chooses a checkpoint: R@1 of "region", accuracy of "hard", or R@1 of "captions", -1 without; and, to break
+    ties, the negative loss of the regions."""
+    names = ("short", "long") if by == "captions" else (by,)
+    values = [metrics[name]["accuracy" if name == "hard" else "r1"] for name in names if name in metrics]
+    return sum(values) / len(values) if values else -1.0, -metrics["region"]["loss"] if "region" in metrics else 0.0
+
+
+def hard_metrics(embedder: Embedder, region: Tensor, samples: Sequence[Sample]) -> dict[str, float]:
+    """`choice_metrics` of the regions (R, D) that have alterations, each among these and its own phrase."""
+    groups = [group for s in samples for group in s.hard]
+    text = embedder.texts([text for group in groups for text in group])
+    chosen = region[torch.tensor([bool(group) for group in groups])]
+    return choice_metrics(chosen, text, torch.tensor([len(group) for group in groups if group]))
+
+
+def retrieval(embedder: Embedder, data: RegionDataset, long: bool = False) -> tuple[dict, str]:
+    """`retrieval_recall` of all short captions or, with `long`, of the one long caption."""
+    if long and embedder.model.text_model.long_context_length is None:
+        raise InputError("--task long-retrieval: these weights have no long text path")
+    captions, kind = [(record.long,) if long else record.short for record in data.records], "long" if long else "short"
+    for record, texts in zip(data.records, captions, strict=True):
+        if not texts or not texts[0]:
+            raise InputError(f"{record.source}: expected a {kind} caption")
+    owner = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(texts) for texts in captions]))
+    image, _ = embedder.images(data)
+    text = embedder.texts([text for texts in captions for text in texts], long=long)
+    return retrieval_recall(image, text, owner), f"{len(image)} images with {len(text)} {kind} captions"
+
+
+def usable_samples(data: RegionDataset) -> tuple[list[Sample], str]:
+    """The samples without pixels, and a sentence about their boxes. Raises InputError where none is usable."""
+    samples, statistics = [data.describe(i) for i in range(len(data))], BoxStatistics()
+    count = sum(len(usable_regions(record, statistics=statistics)[1]) for record in data.records)
+    if not count:
+        source = data.records[0].source
+        raise InputError(f"{source}: no region here or in what follows has a usable box; {statistics}")
+    amiss = f"; {statistics}" if statistics.invalid or statistics.clipped else ""
+    return samples, f"{count} regions in {len(samples)} images{amiss}"
+
+
+def choice(embedder: Embedder, data: RegionDataset) -> tuple[dict, str]:
+    """FG-OVD: every region among its own phrase and its alterations."""
+    samples, sentence = usable_samples(data)
+    return hard_metrics(embedder, embedder.images(data, regions=True)[1], samples), sentence
+
+
+def classify(
+    embedder: Embedder, data: RegionDataset, categories: Sequence[str], templates: Sequence[str], boxes: bool
+) -> tuple[dict, str]:
+    """`class_metrics` of every box, whose phrase is its category, or of every image, labelled by its record."""
+    if boxes:
+        samples, sentence = usable_samples(data)
+        labels = torch.tensor([categories.index(phrase) for s in samples for phrase in s.phrases])
+        sentence = f"{len(categories)} categories in {len(templates)} templates; {sentence}"
+    else:
+        labels = torch.tensor([record.label for record in data.records])
+        sentence = f"{len(categories)} classes in {len(templates)} templates; "
+        sentence += f"{len(labels)} images of {len(labels.unique())}"
+    features = embedder.images(data, boxes)[boxes]
+    return class_metrics(features @ class_embeddings(embedder, categories, templates).T, labels), sentence
