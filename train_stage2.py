@@ -369,7 +369,7 @@ def main(arguments: list[str] | None = None) -> None:
     average = ema(detector, args.ema_decay) if args.ema_decay else None
 
     if isinstance(train_data, JointDataset):
-        lengths = tuple(map(len, train_data.parts))
+        lengths = tuple(map(len, train_data.datasets))
         sampler = BalancedSampler(lengths, args.batch_size, share=args.old_share, seed=args.seed)
     else:
         sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)

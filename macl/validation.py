@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import trainkit.distributed as distributed
-from macl.data import Plain, collate, to_float
+from macl.data import AsFloat, collate, to_float
 from macl.detector import Extracted, PairedFasterRCNN
 from macl.metrics import alignment, average_precision, ignore_all_but, miss_rate_curve, miss_rate_table, seen_in
 from macl.metrics.average_precision import MAX_DETECTIONS, MEASURES
@@ -55,7 +55,7 @@ def predict(
     own = [[index] for index in range(distributed.rank(), len(dataset), distributed.world_size())]
     batches = [sum(own[i : i + batch_size], []) for i in range(0, len(own), batch_size)]
     results = []
-    loader = make_loader(Plain(dataset), batches, collate, workers=workers, device=device)
+    loader = make_loader(AsFloat(dataset), batches, collate, workers=workers, device=device)
     for batch in distributed.in_step(loader, len(batches), between):
         images = {name: [image.to(device) for image in batch[name]] for name in ("visible", "infrared")}
         with autocast(amp, device):

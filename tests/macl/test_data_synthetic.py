@@ -11,7 +11,7 @@ import torch
 from macl.data import DAY_AND_NIGHT, NIGHT, SyntheticPairs
 from macl.data.figures import DISTRACTORS, person, rasterise
 from macl.data.painting import paint
-from macl.data.scenes import INFRARED, STREET_DAY, STREET_NIGHT, VISIBLE, Ground, Scene
+from macl.data.scenes import INFRARED, STREET_DAY, STREET_NIGHT, VISIBLE, Scene
 from trainkit.errors import InputError
 
 
@@ -95,7 +95,7 @@ def test_boxes_are_the_tight_extents_of_the_silhouette():
     scene = SyntheticPairs(20, seed=4).layout(2)
     for figure in scene.figures:
         mask = np.zeros((128, 160), dtype=bool)
-        mask[figure.raster.rows, figure.raster.columns] = figure.raster.inside
+        mask[figure.rows, figure.columns] = figure.inside
         rows, columns = np.nonzero(mask)
         assert figure.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
 
@@ -117,7 +117,7 @@ def quiet(**changes):
 
 def contrast(sample, figure, modality):
     """Mean absolute difference of tone between a figure's inside and its patch's outside."""
-    raster = figure.raster
+    raster = figure
     patch = sample[("visible", "infrared")[modality]].numpy().astype(float).mean(0)[raster.rows, raster.columns]
     return abs(patch[raster.coverage == 1].mean() - patch[raster.coverage == 0].mean())
 
@@ -140,20 +140,20 @@ def test_an_unseen_person_leaves_the_image_as_it_was():
     (figure,) = data.layout(0).figures
     assert figure.seen == (True, False) and figure.hidden == 0
     # Without an outline in infrared, no neighbouring pixels differ by more than the background's smooth texture does.
-    patch = data[0]["infrared"][0].numpy().astype(int)[figure.raster.rows, figure.raster.columns]
+    patch = data[0]["infrared"][0].numpy().astype(int)[figure.rows, figure.columns]
     assert np.abs(np.diff(patch, axis=1)).max() <= 6
 
 
 def test_an_unseen_person_still_hides_who_is_behind():
-    ground, shape = Ground(size=(128, 160), horizon=30.0, slope=1.1), person(np.random.default_rng(0))
+    ground, shape = Scene(size=(128, 160), horizon=30.0, slope=1.1), person(np.random.default_rng(0))
     far = ground.stand("person", shape, 80.0, 60.0)
     near = ground.stand("person", shape, 80.0, 60.0, seen=(True, False))
 
     def infrared(*figures):
-        scene = Scene(ground, buildings=(), figures=figures)
-        return paint(np.random.default_rng(1), quiet(), scene)[1][0].astype(float)[far.raster.rows, far.raster.columns]
+        scene = replace(ground, figures=figures)
+        return paint(np.random.default_rng(1), quiet(), scene)[1][0].astype(float)[far.rows, far.columns]
 
-    inside = far.raster.coverage == 1
+    inside = far.coverage == 1
     assert np.abs(infrared(far) - infrared())[inside].mean() > 15
     assert np.abs(infrared(far, near) - infrared())[inside].mean() < 2
 
@@ -174,9 +174,9 @@ def test_what_is_nearer_hides_what_is_farther():
     assert figures[-1].hidden == 0
     owner = np.zeros((128, 160), dtype=int)
     for number, figure in enumerate(figures, start=1):
-        owner[figure.raster.rows, figure.raster.columns][figure.raster.inside] = number
+        owner[figure.rows, figure.columns][figure.inside] = number
     for number, figure in enumerate(figures, start=1):
-        assert figure.hidden == pytest.approx(1 - (owner == number).sum() / figure.raster.inside.sum())
+        assert figure.hidden == pytest.approx(1 - (owner == number).sum() / figure.inside.sum())
 
 
 def test_the_size_of_the_images_is_a_choice():
@@ -232,12 +232,12 @@ def quiet_street(domain):
 
 
 def test_infrared_lies_lower_and_further_right_by_the_offset():
-    ground, shape = Ground(size=(128, 160), horizon=30.0, slope=1.1), person(np.random.default_rng(0))
+    ground, shape = Scene(size=(128, 160), horizon=30.0, slope=1.1), person(np.random.default_rng(0))
     figure = ground.stand("person", shape, 80.0, 40.0)
     domain = quiet_street(STREET_NIGHT)
 
     def infrared(domain, *figures):
-        return paint(np.random.default_rng(1), domain, Scene(ground, (), figures))[1][0].astype(float)
+        return paint(np.random.default_rng(1), domain, replace(ground, figures=figures))[1][0].astype(float)
 
     placed = {}
     for offset in ((0, 0), (1, 3)):
@@ -247,16 +247,16 @@ def test_infrared_lies_lower_and_further_right_by_the_offset():
 
 
 def test_hot_ground_shows_people_darker_and_warm_ground_brighter():
-    ground, shape = Ground(size=(128, 160), horizon=30.0, slope=1.1), person(np.random.default_rng(0))
+    ground, shape = Scene(size=(128, 160), horizon=30.0, slope=1.1), person(np.random.default_rng(0))
     figure = ground.stand("person", shape, 80.0, 40.0)
-    inside = (figure.raster.rows, figure.raster.columns)
+    inside = (figure.rows, figure.columns)
     for colder, sign in ((1.0, -1), (1e-9, 1)):
         domain = replace(quiet_street(STREET_DAY), colder=colder)
 
         def infrared(*figures, domain=domain):
-            return paint(np.random.default_rng(1), domain, Scene(ground, (), figures))[1][0].astype(float)
+            return paint(np.random.default_rng(1), domain, replace(ground, figures=figures))[1][0].astype(float)
 
-        change = (infrared(figure) - infrared())[inside][figure.raster.coverage == 1]
+        change = (infrared(figure) - infrared())[inside][figure.coverage == 1]
         assert sign * np.median(change) > 8
 
 
@@ -271,11 +271,11 @@ def test_stripes_run_down_whole_columns():
 
 
 def test_only_figures_seen_in_visible_light_throw_a_shadow():
-    ground, shape = Ground(size=(128, 160), horizon=30.0, slope=1.1), person(np.random.default_rng(0))
+    ground, shape = Scene(size=(128, 160), horizon=30.0, slope=1.1), person(np.random.default_rng(0))
     domain = replace(STREET_DAY, visible_noise=(0, 0))
 
     def visible(figure, shadows):
-        scene = Scene(ground, (), (figure,))
+        scene = replace(ground, figures=[figure])
         return paint(np.random.default_rng(1), replace(domain, shadows=shadows), scene)[0].astype(float)
 
     for seen in ((True, True), (False, True)):

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from macl.data import AugmentedDataset, PairedAugmentation, Plain, SyntheticPairs, collate
+from macl.data import AugmentedDataset, PairedAugmentation, AsFloat, SyntheticPairs, collate
 from macl.data.transforms import paired_mosaic
 from trainkit.loader import make_loader
 
@@ -147,7 +147,7 @@ def test_sizes_are_drawn_from_the_list():
 
 
 def test_photometry_stays_within_its_modality():
-    plain = Plain(Painted())[0]
+    plain = AsFloat(Painted())[0]
     torch.manual_seed(0)
     out = PairedAugmentation(flip=0.0, brightness=0.5, contrast=0.5)(Painted()[0])
     assert torch.equal(out["infrared"], plain["infrared"]) and not torch.equal(out["visible"], plain["visible"])
@@ -228,7 +228,7 @@ def test_a_spawned_worker_gives_the_same():
 
 
 def test_a_batch_is_a_dict_of_lists():
-    batch = collate([Plain(Painted())[index] for index in (2, 4)])
+    batch = collate([AsFloat(Painted())[index] for index in (2, 4)])
     assert set(batch) == {"visible", "infrared", "targets", "image_id", "path", "scene", "daytime"}
     assert [image.shape for image in batch["visible"]] == [(3, 120, 160)] * 2
     assert batch["image_id"] == [2, 4] and batch["path"] == ["painted/2", "painted/4"] and batch["scene"] == [2, 4]
@@ -239,7 +239,7 @@ def test_a_batch_is_a_dict_of_lists():
 
 
 def test_plain_keeps_the_pixels(tmp_path):
-    sample, plain = Painted()[1], Plain(Painted())[1]
+    sample, plain = Painted()[1], AsFloat(Painted())[1]
     assert torch.equal((plain["visible"] * 255).round().byte(), sample["visible"])
     assert_same(
         {key: plain[key] for key in ("boxes", "labels", "ignore")},
