@@ -65,8 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     classes, found = detector.kwargs["classes"], []
-    for index, (visible, infrared) in enumerate(pairs):
-        sample = read_pair(visible, infrared, image_id=index)
+    for visible, infrared in pairs:
+        sample = read_pair(visible, infrared)
         detections = detect_pair(detector, sample, args.device)
         name = (visible or infrared).stem
         images = {key: None if sample[key] is None else to_float(sample[key]) for key in ("visible", "infrared")}

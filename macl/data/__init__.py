@@ -2,8 +2,7 @@
 
 from macl.data.annotation import refuse_absent_classes
 from macl.data.joint import JointDataset
-from macl.data.kaist import KAIST
-from macl.data.kaist_labels import read_ground_truth
+from macl.data.kaist import KAIST, read_ground_truth
 from macl.data.llvip import LLVIP
 from macl.data.pairs import PairedDataset, hold_out
 from macl.data.sample import collate, find_pairs, read_image, read_pair

@@ -1,7 +1,7 @@
 """What an annotation file says of a pair, and what becomes of it: boxes that count, are ignored, or are left out."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,7 +45,6 @@ class Annotation:
     visible_in: Tensor | None = None  # (N, 2) bool
     clipped: int = 0  # boxes that reached out of the image
     dropped: int = 0  # boxes of no area within the image, left out
-    other_classes: int = 0  # objects of other classes, left out
 
     def per_box(self) -> dict[str, Tensor]:
         """The keys of a sample that are known."""
@@ -56,22 +55,27 @@ def annotate(
     labels: Labels,
     classes: Sequence[str],
     *,
-    ignored_names: Sequence[str] = (),
+    ignored_names: Sequence[str] | None = None,
     min_height: float = 0,
     max_occlusion: int | None = None,
     clip: bool = True,
 ) -> Annotation:
-    """The objects of `classes`, labelled 1, 2, ...; those of `ignored_names` are ignored under person's label.
+    """The objects of `classes`, labelled 1, 2, ...
 
-    min_height, max_occlusion: a lower box, in pixels, or more occlusion is ignored; None: occlusion is not known.
-    clip: clip boxes to the image, and leave out those of which nothing remains.
+    ignored_names: objects of these are ignored under person's label, and other names refused; None: others are left out
+    min_height, max_occlusion: a lower box, in pixels, or more occlusion is ignored; None: occlusion is not known
+    clip: clip boxes to the image, and leave out those of which nothing remains
     """
-    kept = [item for item in labels.objects if item.name in classes or item.name in ignored_names]
+    known = (*classes, *(ignored_names or ()))
+    kept = [item for item in labels.objects if item.name in known]
+    if ignored_names is not None and len(kept) < len(labels.objects):
+        name = next(item.name for item in labels.objects if item.name not in known)
+        raise InputError(f"{labels.place} names an object {shown(name)}; expected {', '.join(dict.fromkeys(known))}")
     numbers = [1 + classes.index(item.name if item.name in classes else "person") for item in kept]
     boxes = torch.tensor([item.box for item in kept], dtype=torch.float64).reshape(-1, 4)
     occlusion = torch.tensor([item.occlusion for item in kept], dtype=torch.int64)
     ignore = torch.tensor([item.ignore or item.name not in classes for item in kept], dtype=torch.bool)
-    ignore |= boxes[:, 3] - boxes[:, 1] < min_height - 1e-6  # x + w - x need not be w
+    ignore |= boxes[:, 3] - boxes[:, 1] < min_height - 1e-6  # y + h - y need not be h
     if max_occlusion is not None:
         ignore |= occlusion > max_occlusion
     inside = clip_boxes_to_image(boxes, labels.size[::-1]) if clip else boxes
@@ -87,7 +91,6 @@ def annotate(
         occlusion=None if max_occlusion is None else occlusion[remains],
         clipped=int((inside != boxes).any(dim=1)[remains].sum()),
         dropped=int((~remains).sum()),
-        other_classes=len(labels.objects) - len(kept),
     )
 
 
@@ -96,22 +99,17 @@ def refuse_absent_classes(dataset, *, every: bool) -> None:
 
     every: each of the classes has to occur, as in training; otherwise one will do. Annotations are read until then.
     """
-    refuse_absent(dataset.classes, map(dataset.annotation, range(len(dataset))), dataset.source, every=every)
-
-
-def refuse_absent(classes: Sequence[str], annotations: Iterable[Annotation], source: str, *, every: bool) -> None:
-    """`refuse_absent_classes` for annotations without a data set."""
     names, seen = Counter(), set()
-    for annotation in annotations:
+    for annotation in map(dataset.annotation, range(len(dataset))):
         names.update(annotation.names)
         seen.update(annotation.labels[~annotation.ignore].tolist())
-        if len(seen) == len(classes) or (seen and not every):
+        if len(seen) == len(dataset.classes) or (seen and not every):
             return
-    absent = " or ".join(shown(name) for label, name in enumerate(classes, 1) if label not in seen)
+    absent = " or ".join(shown(name) for label, name in enumerate(dataset.classes, 1) if label not in seen)
     known = ", ".join(f"{shown(name)} {count}" for name, count in names.most_common(12)) or "none at all"
     raise InputError(
         f"no object that counts has the class {absent}: is it spelt as in the data, given once, not always ignored? "
-        f"Names found: {known}. Read: {source}"
+        f"Names found: {known}. Read: {dataset.source}"
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 HEAD, TORSO, ARMS, LEGS = range(4)  # materials: parts that share a tone
 MATERIALS = 4
+DISTRACTORS = ("pillar", "bin_with_lid", "sign", "trunk", "bollard", "trestle")
 
 
 class Shape(NamedTuple):
@@ -53,62 +54,42 @@ def person(rng: np.random.Generator) -> Shape:
     return Shape(parts)
 
 
-def pillar(rng: np.random.Generator) -> Shape:
-    """A round post, duct or boiler as wide as a person."""
-    radius, band = uniform(rng, 0.12, 0.19), uniform(rng, 0.4, 0.8)
-    return Shape([(0, radius, 0, band, radius, radius, TORSO), (0, band, 0, 1 - radius, radius, radius, HEAD)])
-
-
-def bin_with_lid(rng: np.random.Generator) -> Shape:
-    """A bin, cabinet or heater: a box under a wider lid."""
-    half, lid = uniform(rng, 0.14, 0.21), uniform(rng, 0.05, 0.08)
-    body = (0, half, 0, 1 - 2 * lid - half, half, half, TORSO)
-    return Shape([body, (-0.15, 1 - lid, 0.15, 1 - lid, lid, lid, HEAD)], square=True)
-
-
-def sign(rng: np.random.Generator) -> Shape:
-    """A thin post with a board."""
-    post, board = uniform(rng, 0.02, 0.04), uniform(rng, 0.12, 0.18)
-    top = (0, 1 - 1.6 * board, 0, 1 - board, board, board, TORSO)
-    return Shape([(0, post, 0, 0.7, post, post, LEGS), top], square=True)
-
-
-def trunk(rng: np.random.Generator) -> Shape:
-    """A tree trunk or pipe that forks upwards."""
-    fork, spread = uniform(rng, 0.4, 0.6), uniform(rng, 0.1, 0.2)
-    stem = (0, 0.03, 0, fork, uniform(rng, 0.06, 0.1), 0.06, TORSO)
-    right = (0, fork, spread, uniform(rng, 0.75, 0.97), 0.055, 0.035, ARMS)
-    return Shape([stem, (0, fork, -spread, 0.95, 0.055, 0.035, ARMS), right])
-
-
-def bollard(rng: np.random.Generator) -> Shape:
-    """A thick post with a ball on top: a head without limbs."""
-    radius, ball = uniform(rng, 0.09, 0.14), uniform(rng, 0.08, 0.11)
-    top = 1 - 2 * ball - 0.6 * radius
-    return Shape([(0, radius, 0, top, 1.3 * radius, radius, TORSO), (0, 1 - ball, 0, 1 - ball, ball, ball, HEAD)])
-
-
-def trestle(rng: np.random.Generator) -> Shape:
-    """Two legs that meet at the top, with a bar across: limbs without a head."""
+def distractor(rng: np.random.Generator, kind: str) -> Shape:
+    """One of DISTRACTORS, as wide as a person."""
+    if kind == "pillar":  # a round post, duct or boiler
+        radius, band = uniform(rng, 0.12, 0.19), uniform(rng, 0.4, 0.8)
+        return Shape([(0, radius, 0, band, radius, radius, TORSO), (0, band, 0, 1 - radius, radius, radius, HEAD)])
+    if kind == "bin_with_lid":  # a bin, cabinet or heater: a box under a wider lid
+        half, lid = uniform(rng, 0.14, 0.21), uniform(rng, 0.05, 0.08)
+        body = (0, half, 0, 1 - 2 * lid - half, half, half, TORSO)
+        return Shape([body, (-0.15, 1 - lid, 0.15, 1 - lid, lid, lid, HEAD)], square=True)
+    if kind == "sign":  # a thin post with a board
+        post, board = uniform(rng, 0.02, 0.04), uniform(rng, 0.12, 0.18)
+        top = (0, 1 - 1.6 * board, 0, 1 - board, board, board, TORSO)
+        return Shape([(0, post, 0, 0.7, post, post, LEGS), top], square=True)
+    if kind == "trunk":  # a tree trunk or pipe that forks upwards
+        fork, spread = uniform(rng, 0.4, 0.6), uniform(rng, 0.1, 0.2)
+        stem = (0, 0.03, 0, fork, uniform(rng, 0.06, 0.1), 0.06, TORSO)
+        right = (0, fork, spread, uniform(rng, 0.75, 0.97), 0.055, 0.035, ARMS)
+        return Shape([stem, (0, fork, -spread, 0.95, 0.055, 0.035, ARMS), right])
+    if kind == "bollard":  # a thick post with a ball on top: a head without limbs
+        radius, ball = uniform(rng, 0.09, 0.14), uniform(rng, 0.08, 0.11)
+        top = 1 - 2 * ball - 0.6 * radius
+        return Shape([(0, radius, 0, top, 1.3 * radius, radius, TORSO), (0, 1 - ball, 0, 1 - ball, ball, ball, HEAD)])
+    # A trestle, two legs that meet at the top, with a bar across: limbs without a head.
     spread, bar = uniform(rng, 0.12, 0.2), uniform(rng, 0.25, 0.6)
     half = spread * (1 - bar)
     legs = [(foot, 0.04, 0, 0.96, 0.04, 0.04, LEGS) for foot in (-spread, spread)]
     return Shape([*legs, (-half, bar, half, bar, 0.035, 0.035, ARMS)])
 
 
-def wall(rng: np.random.Generator) -> Shape:
-    """A low wall or crate, wider than high."""
-    half = uniform(rng, 0.3, 0.5)
-    return Shape([(-uniform(rng, 0.2, 0.8), half, uniform(rng, 0.2, 0.8), half, half, half, TORSO)], square=True)
-
-
-def post(rng: np.random.Generator) -> Shape:
-    """A thin straight post."""
+def occluder(rng: np.random.Generator, low: bool) -> Shape:
+    """A low wall or crate, wider than high, or a thin straight post."""
+    if low:
+        half = uniform(rng, 0.3, 0.5)
+        return Shape([(-uniform(rng, 0.2, 0.8), half, uniform(rng, 0.2, 0.8), half, half, half, TORSO)], square=True)
     radius = uniform(rng, 0.02, 0.04)
     return Shape([(0, radius, 0, 1 - radius, radius, radius, TORSO)], square=True)
-
-
-DISTRACTORS = (pillar, bin_with_lid, sign, trunk, bollard, trestle)
 
 
 def rasterise(shape: Shape, *, foot: tuple[float, float], height: float, canvas: tuple[int, int]):

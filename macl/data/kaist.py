@@ -1,24 +1,15 @@
 """KAIST in its own tree, or in the VOC layout that it is often converted to.
 
 Hwang et al., "Multispectral Pedestrian Detection: Benchmark Dataset and Baseline" (CVPR 2015).
-
-images/setXX/VXXX/{visible,lwir}/IXXXXX.jpg         the original tree
-annotations/setXX/VXXX/IXXXXX.txt                   bbGt version 3, or .xml; KAIST-Paired's visible/IXXXXX.txt
-imageSets/NAME.txt                                  setXX/VXXX/IXXXXX a line
-
-visible/setXX_VXXX_visible_IXXXXX.jpg               the processed layout
-infrared/setXX_VXXX_lwir_IXXXXX.jpg
-Annotations/setXX_VXXX_visible_IXXXXX.xml
-ImageSets/NAME.txt                                  the visible and the lwir name of every pair, or either
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from macl.data.annotation import Annotation, Labels, check_person
-from macl.data.kaist_labels import Frame, annotate_kaist, ground_truth, parse_frame, read_json, read_labels
+from macl.data.annotation import Annotation, Labels, annotate, check_person, refuse_absent_classes
+from macl.data.kaist_labels import IGNORED_NAMES, Frame, parse_frame, read_json, read_labels
 from macl.data.pairs import OWN_DATA, Listing, Pair, PairedDataset, find_root, read_list
 from macl.data.sample import read_image
 from trainkit.errors import InputError
@@ -31,39 +22,80 @@ class Layout(NamedTuple):
 
     name: str
     folders: tuple[str, ...]  # by which it is known
-    visible: str
-    infrared: str
+    images: tuple[str, str]  # visible, infrared; without suffix
     annotations: tuple[str, ...]  # the first that exists is read by default
-    lists: tuple[str, ...]
+    lists: tuple[str, ...]  # a line is set06/V000/I00019, or a name of the processed layout's images
 
 
 LAYOUTS = (
     Layout(
         name="original tree",
         folders=("images",),
-        visible="images/{set}/{video}/visible/{image}",
-        infrared="images/{set}/{video}/lwir/{image}",
+        images=("images/{set}/{video}/visible/{image}", "images/{set}/{video}/lwir/{image}"),
         annotations=("annotations", "annotations-xml-new", "annotations-xml"),
         lists=("imageSets", "ImageSets"),
     ),
     Layout(
         name="processed VOC layout",
         folders=("visible", "infrared"),
-        visible="visible/{set}_{video}_visible_{image}",
-        infrared="infrared/{set}_{video}_lwir_{image}",
+        images=("visible/{set}_{video}_visible_{image}", "infrared/{set}_{video}_lwir_{image}"),
         annotations=("Annotations",),
         lists=("ImageSets", "ImageSets/Main"),
     ),
 )
 FORMS = (
-    "{set}/{video}/{image}.txt",
+    "{set}/{video}/{image}.txt",  # bbGt version 3
     "{set}/{video}/{image}.xml",
     "{set}_{video}_visible_{image}.xml",
     "{set}/{video}/visible/{image}.txt",  # KAIST-Paired (Zhang et al., 2019), which labels lwir by itself as well
 )
 
 
-class KAIST(PairedDataset):
+class KAISTFrames(PairedDataset):
+    """Frames with their labels; an annotation json has these alone. The annotation of a pair is Labels, or a file."""
+
+    scene_kind = "video"
+    size = None  # width, height in pixels; of all frames, unless the labels say it
+    rules = {"min_height": 0, "max_occlusion": 2}
+
+    def labels(self, index: int) -> Labels:
+        """What the annotation says of a frame, before any rule."""
+        pair = self.pairs[index]
+        labels = pair.annotation if isinstance(pair.annotation, Labels) else read_labels(pair.annotation)
+        if None not in (labels.size, self.size) and labels.size != self.size:
+            raise InputError(
+                f"{labels.place} says {labels.size[0]} x {labels.size[1]} pixels but {pair.visible} belongs to frames "
+                f"of {self.size[0]} x {self.size[1]}"
+            )
+        return labels._replace(size=self.size or labels.size)
+
+    def annotation(self, index: int, *, clip: bool = True) -> Annotation:
+        return annotate(self.labels(index), self.classes, ignored_names=IGNORED_NAMES, **self.rules, clip=clip)
+
+    people = annotation
+
+    def ground_truth(self) -> list[dict]:
+        """What `macl.metrics` compares detections with, one dict per frame, without the images.
+
+        boxes (not clipped), labels, ignore and occlusion as in a sample, daytime, and size (H, W).
+        """
+        truth = []
+        for index, pair in enumerate(self.pairs):
+            annotation = self.annotation(index, clip=False)
+            truth.append(annotation.per_box() | {"daytime": pair.daytime, "size": annotation.size[::-1]})
+        return truth
+
+    @staticmethod
+    def scene_name(scene: int) -> str:
+        return f"set{scene // 1000:02d}/V{scene % 1000:03d}"
+
+    @staticmethod
+    def scene_group(scene: int) -> int:
+        """The set: one place, by day or by night."""
+        return scene // 1000
+
+
+class KAIST(KAISTFrames):
     """Pairs of KAIST as samples (see macl.data.sample), with occlusion and daytime; scene is set and video, 6001 for
     set06/V001. Frames without people are kept.
 
@@ -84,8 +116,6 @@ class KAIST(PairedDataset):
     missing folder, list, image, partner or annotation, a bad name in the list and an annotation json of another form;
     when a sample is read, for a broken image, sizes that differ, and annotations of another version.
     """
-
-    scene_kind = "video"
 
     def __init__(
         self,
@@ -110,14 +140,12 @@ class KAIST(PairedDataset):
                 f"{file} lists {len(listed)} frames, of which none is left with stride {stride} (frames whose number "
                 "+ 1 is divisible by it)"
             )
-        listing = Listing()
-        annotation_of, about_labels = _find_annotations(root, layout, annotations, frames[0], listing)
-        pairs = []
-        for frame in frames:
+        labels, about_labels = _find_labels(_find_annotations(root, layout, annotations), frames)
+        listing, pairs = Listing(), []
+        for frame, label in zip(frames, labels, strict=True):
             what = f"{frame.name}, listed in {file}"
-            images = [listing.image(root / frame.path(form), what) for form in (layout.visible, layout.infrared)]
-            pairs.append(Pair(*images, annotation_of(frame), frame.scene, frame.daytime))
-        self.size = tuple(read_image(pairs[0].visible).shape[:0:-1])  # width, height; all frames have the same
+            images = [listing.image(root / frame.path(form), what) for form in layout.images]
+            pairs.append(Pair(*images, label, frame.scene, frame.daytime))
         day = sum(frame.daytime for frame in frames)
         kept = f" (chosen from {len(listed)} by stride {stride})" if stride > 1 else ""
         source = (
@@ -125,6 +153,7 @@ class KAIST(PairedDataset):
             f"{layout.name}, listed in {file}{kept}; labels of {about_labels}"
         )
         super().__init__(pairs, classes, split=file.stem, source=source)
+        self.size = tuple(read_image(pairs[0].visible).shape[:0:-1])
         self._set_rules(min_height, max_occlusion)
 
     def with_rules(self, *, min_height: float, max_occlusion: int) -> "KAIST":
@@ -132,39 +161,6 @@ class KAIST(PairedDataset):
         ruled = copy.copy(self)
         ruled._set_rules(min_height, max_occlusion)
         return ruled
-
-    def labels(self, index: int) -> Labels:
-        """What the annotation says of a frame, before any rule."""
-        pair = self.pairs[index]
-        labels = pair.annotation if isinstance(pair.annotation, Labels) else read_labels(pair.annotation)
-        if labels.size not in (None, self.size):
-            raise InputError(
-                f"{labels.place} says {labels.size[0]} x {labels.size[1]} pixels but {pair.visible} belongs to frames "
-                f"of {self.size[0]} x {self.size[1]}"
-            )
-        return labels._replace(size=self.size)
-
-    def annotation(self, index: int) -> Annotation:
-        return annotate_kaist(self.labels(index), self.classes, **self.rules)
-
-    people = annotation
-
-    def ground_truth(self) -> list[dict]:
-        """What `macl.metrics` compares detections with, without the images: of every frame boxes (not clipped), labels,
-        ignore, occlusion, daytime, and size (H, W)."""
-        return [
-            ground_truth(self.labels(index), self.classes, pair.daytime, **self.rules)
-            for index, pair in enumerate(self.pairs)
-        ]
-
-    @staticmethod
-    def scene_name(scene: int) -> str:
-        return f"set{scene // 1000:02d}/V{scene % 1000:03d}"
-
-    @staticmethod
-    def scene_group(scene: int) -> int:
-        """The set: one place, by day or by night."""
-        return scene // 1000
 
     def _set_rules(self, min_height: float, max_occlusion: int) -> None:
         self.rules = {"min_height": min_height, "max_occlusion": max_occlusion}
@@ -189,32 +185,39 @@ def _find_list(root: Path, layout: Layout, image_set: str | Path) -> Path:
     )
 
 
-def _find_annotations(
-    root: Path, layout: Layout, annotations: str | Path | None, first: Frame, listing: Listing
-) -> tuple[Callable[[Frame], Path | Labels], str]:
-    """What gives a frame's labels or their file, and a sentence about it."""
+def _find_annotations(root: Path, layout: Layout, annotations: str | Path | None) -> Path:
+    """The folder or json of the annotations."""
     if annotations is None:
-        own = [root / folder for folder in layout.annotations]
-        source = next((folder for folder in own if folder.is_dir()), own[0])
+        places = [root / folder for folder in layout.annotations]
     else:
-        places = [place for place in (root / annotations, Path(annotations)) if place.is_dir() or place.is_file()]
-        source = places[0] if places else Path(annotations)
-    if source.suffix == ".json" and source.is_file():
-        frames, version = read_json(source)
+        places = [root / annotations, Path(annotations)]
+    for place in places:
+        if place.is_dir() or (place.is_file() and place.suffix == ".json"):
+            return place
+    raise InputError(f"{places[0]} does not exist; expected a folder of annotations, or a json")
 
-        def labels_of(frame: Frame) -> Labels:
-            if frame not in frames:
-                raise InputError(f"{source} holds {len(frames)} frames but not {frame.name}; expected all listed")
-            return frames[frame]
 
-        return labels_of, f"{source} ({version})"
-    if not source.is_dir():
-        raise InputError(
-            f"{source} does not exist; expected a folder of annotations, in {root} or elsewhere, or a json"
-        )
-    form = next((form for form in FORMS if (source / first.path(form)).is_file()), FORMS[0])
-    kind = f"one {form[-3:]} file per {'visible image' if '/visible/' in form else 'frame'}"
-    return (
-        lambda frame: listing.file(source / frame.path(form), frame.name),
-        f"{source}, {kind} (which do not say of which revision)",
-    )
+def _find_labels(source: Path, frames: list[Frame]) -> tuple[list[Path | Labels], str]:
+    """The labels of every frame, or their file, and a sentence about them."""
+    if source.suffix == ".json":
+        known, version = read_json(source)
+        for frame in frames:
+            if frame not in known:
+                raise InputError(f"{source} holds {len(known)} frames but not {frame.name}; expected all listed")
+        return [known[frame] for frame in frames], f"{source} ({version})"
+    form = next((form for form in FORMS if (source / frames[0].path(form)).is_file()), FORMS[0])
+    listing, which = Listing(), "visible image" if "/visible/" in form else "frame"
+    about = f"{source}, one {form[-3:]} file per {which} (which do not say of which revision)"
+    return [listing.file(source / frame.path(form), frame.name) for frame in frames], about
+
+
+def read_ground_truth(path: str | Path) -> tuple[list[dict], str]:
+    """What KAIST.ground_truth gives, in the order of the image ids, from an annotation json alone; and its source."""
+    if Path(path).suffix != ".json":
+        raise InputError(f"{path} is not an annotation json; with a folder of annotations give the data's root as well")
+    frames, version = read_json(path)
+    pairs = [Pair(frame.name, None, labels, frame.scene, frame.daytime) for frame, labels in frames.items()]
+    source = f"KAIST: {len(frames)} frames of {path} ({version})"
+    data = KAISTFrames(pairs, ("person",), split="test", source=source)
+    refuse_absent_classes(data, every=False)
+    return data.ground_truth(), source

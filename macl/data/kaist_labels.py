@@ -5,12 +5,11 @@ kinds give the same numbers.
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import trainkit.files as files
-from macl.data.annotation import Annotation, Labels, Object, annotate, check_person, refuse_absent
+from macl.data.annotation import Labels, Object
 from macl.data.voc import corners, difficult, flag, parse_voc
 from trainkit.errors import InputError
 from trainkit.files import MAX_ID, image_size, number, numbers, plain_text, read_text, shown
@@ -57,34 +56,6 @@ def parse_frame(name: str, place: str) -> Frame:
     return Frame(*map(int, match.groups()))
 
 
-def annotate_kaist(labels: Labels, classes: Sequence[str], *, min_height=0, max_occlusion=2, clip=True) -> Annotation:
-    """`annotate` by KAIST's names; any other name raises InputError, as the annotation is of another version."""
-    check_person(classes, "KAIST's annotations")
-    known = dict.fromkeys((*classes, *IGNORED_NAMES))
-    for item in labels.objects:
-        if item.name not in known:
-            raise InputError(f"{labels.place} names an object {shown(item.name)}; expected KAIST's: {', '.join(known)}")
-    return annotate(
-        labels, classes, ignored_names=IGNORED_NAMES, min_height=min_height, max_occlusion=max_occlusion, clip=clip
-    )
-
-
-def ground_truth(labels: Labels, classes: Sequence[str], daytime: bool, **rules) -> dict:
-    """What `macl.metrics` compares a frame's detections with; boxes are not clipped, size is (H, W)."""
-    annotation = annotate_kaist(labels, classes, clip=False, **rules)
-    return annotation.per_box() | {"daytime": daytime, "size": labels.size[::-1]}
-
-
-def read_ground_truth(path: str | Path, classes: Sequence[str] = ("person",)) -> tuple[list[dict], str]:
-    """What KAIST.ground_truth gives, in the order of the image ids, from an annotation json alone; and its source."""
-    if Path(path).suffix != ".json":
-        raise InputError(f"{path} is not an annotation json; with a folder of annotations give the data's root as well")
-    frames, version = read_json(path)
-    source = f"KAIST: {len(frames)} frames of {path} ({version})"
-    refuse_absent(classes, (annotate_kaist(labels, classes) for labels in frames.values()), source, every=False)
-    return [ground_truth(labels, classes, frame.daytime) for frame, labels in frames.items()], source
-
-
 def read_labels(path: Path) -> Labels:
     """One frame's labels from its .txt or .xml file; raises InputError for another version of either."""
     return _read_bbgt(path) if path.suffix == ".txt" else _read_xml(path)
@@ -101,7 +72,7 @@ def _read_bbgt(path: Path) -> Labels:
             place = f"{path}, line {count} (a name and 11 numbers)"
             name, *values = line.split()
             values = numbers(values, place, 11)
-            objects.append(_object(name, values[:4], values[4], values[9], place))
+            objects.append(_object(name, _edges(*values[:4]), values[4], values[9], place))
     return Labels(str(path), None, objects)
 
 
@@ -110,11 +81,8 @@ def _read_xml(path: Path) -> Labels:
     size, items = parse_voc(path)
     objects = []
     for name, item in items:
-        if item.find("bndbox/x") is not None:
-            box = corners(item, path, "xywh")
-        else:
-            x1, y1, x2, y2 = corners(item, path)
-            box = (x1, y1, x2 - x1, y2 - y1)
+        tree = item.find("bndbox/x") is not None
+        box = _edges(*corners(item, path, "xywh")) if tree else corners(item, path)
         objects.append(_object(name, box, item.findtext("occlusion", "0"), difficult(item, path), str(path)))
     return Labels(str(path), size, objects)
 
@@ -126,10 +94,8 @@ def read_json(path: str | Path) -> tuple[dict[Frame, Labels], str]:
     {"image_id", "category_id", "bbox" [x, y, width, height], "occlusion", "ignore"}, and categories of {"id", "name"}.
     """
     data = files.read_json(path, "KAIST's annotations", dict)
-    names = {
-        _id(item, "id", place): plain_text(item.get("name"), f"{place}, name")
-        for place, item in _items(data, "categories", path)
-    }
+    categories = _items(data, "categories", path)
+    names = {_id(item, "id", place): plain_text(item.get("name"), f"{place}, name") for place, item in categories}
     by_id = {}
     for place, item in _items(data, "images", path):
         frame = parse_frame(plain_text(item.get("im_name"), f"{place}, im_name"), place)
@@ -146,7 +112,7 @@ def read_json(path: str | Path) -> tuple[dict[Frame, Labels], str]:
         image, category = _id(item, "image_id", place), _id(item, "category_id", place)
         if image not in by_id or category not in names:
             raise InputError(f"{place}: no image has the id {image}, or no category the id {category}")
-        box = numbers(item.get("bbox"), f"{place}, bbox (x, y, width, height)")
+        box = _edges(*numbers(item.get("bbox"), f"{place}, bbox (x, y, width, height)"))
         _, labels = by_id[image]
         labels.objects.append(_object(names[category], box, item.get("occlusion"), item.get("ignore"), place))
     improved = isinstance(data.get("info_improved"), dict)
@@ -165,7 +131,10 @@ def _id(item: dict, key: str, place: str) -> int:
     return number(item.get(key), f"{place}, {key}", -MAX_ID, MAX_ID, whole=True)
 
 
+def _edges(x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
+    return x, y, x + width, y + height
+
+
 def _object(name: str, box: tuple, occlusion, ignore, place: str) -> Object:
-    x, y, width, height = box
     level = number(occlusion, f"{place}, occlusion (none, partial or heavy)", 0, 2, whole=True)
-    return Object(name, (x, y, x + width, y + height), flag(ignore, f"{place}, ignore"), level)
+    return Object(name, box, flag(ignore, f"{place}, ignore"), level)

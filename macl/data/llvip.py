@@ -48,10 +48,6 @@ class LLVIP(PairedDataset):
     def annotation(self, index: int) -> Annotation:
         return read_voc(self.pairs[index].annotation, classes=self.classes)
 
-    @staticmethod
-    def scene_name(scene: int) -> str:
-        return f"{scene:02d}"
-
 
 def _find_names(root: Path, split: str) -> tuple[list[str], str]:
     """The names of the pairs, and where they were found."""

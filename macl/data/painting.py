@@ -34,14 +34,7 @@ def paint(rng: np.random.Generator, domain: Domain, scene: Scene) -> tuple[np.nd
     return visible, infrared.repeat(3, axis=0)
 
 
-def _paint_figure(
-    rng: np.random.Generator,
-    canvas: np.ndarray,
-    behind: np.ndarray,
-    figure: Figure,
-    modality: int,
-    contrast: tuple[float, float],
-) -> None:
+def _paint_figure(rng, canvas: np.ndarray, behind: np.ndarray, figure: Figure, modality: int, contrast: tuple) -> None:
     """Blends a figure over the canvas (C, H, W); one that is not seen looks like the background, and still hides.
 
     In visible light people may be brighter or darker than what is behind them and each part has a tone of its own; in

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from macl.data.annotation import Annotation
-from macl.data.sample import files_in, images_by_stem, read_images
+from macl.data.sample import files_in, images_by_stem, read_pair
 from trainkit.errors import InputError
 from trainkit.files import read_text, shown
 
@@ -51,26 +51,19 @@ class PairedDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict:
-        visible, infrared = read_images(*self.paths(index))  # (3, H, W)
-        annotation, (height, width) = self.annotation(index), visible.shape[1:]
+        visible, infrared = self.paths(index)
+        images, annotation = read_pair(visible, infrared), self.annotation(index)
+        _, height, width = images["visible"].shape
         if annotation.size != (width, height):
-            raise InputError(
-                f"{annotation.place} is for {annotation.size[0]} x {annotation.size[1]} pixels but "
-                f"{self.pairs[index].visible} has {width} x {height}"
-            )
-        return self.sample(index, visible, infrared, annotation)
+            said = " x ".join(map(str, annotation.size))
+            raise InputError(f"{annotation.place} is for {said} pixels but {visible} has {width} x {height}")
+        return self.sample(index, images, annotation)
 
-    def sample(self, index: int, visible: Tensor, infrared: Tensor, annotation: Annotation) -> dict:
+    def sample(self, index: int, images: dict[str, Tensor], annotation: Annotation) -> dict:
         pair = self.pairs[index]
-        return {
-            "visible": visible,
-            "infrared": infrared,
-            **annotation.per_box(),
-            "image_id": range(len(self))[index],
-            "path": str(pair.visible),
-            "scene": pair.scene,
-            **({} if pair.daytime is None else {"daytime": pair.daytime}),
-        }
+        sample = images | annotation.per_box()
+        sample |= {"image_id": range(len(self))[index], "path": str(pair.visible), "scene": pair.scene}
+        return sample if pair.daytime is None else sample | {"daytime": pair.daytime}
 
     def paths(self, index: int) -> tuple[Path, Path]:
         """The visible and the infrared image of a pair."""
@@ -82,7 +75,7 @@ class PairedDataset(Dataset):
 
     @staticmethod
     def scene_name(scene: int) -> str:
-        return str(scene)
+        return f"{scene:02d}"
 
     @staticmethod
     def scene_group(scene: int) -> int:
@@ -103,17 +96,17 @@ class PairedDataset(Dataset):
         annotations = [self.annotation(index) for index in range(len(self))]
         boxes = torch.cat([one.boxes for one in annotations])
         heights = (boxes[:, 3] - boxes[:, 1]).sort().values.tolist()
-        names, daytimes = Counter(), [pair.daytime for pair in self.pairs]
-        for one in annotations:
-            names.update(one.names)
+        names = Counter(name for one in annotations for name in one.names)
+        daytimes = [pair.daytime for pair in self.pairs]
+        dropped = sum(one.dropped for one in annotations)
         counts = {
             "pairs": len(self),
             "scenes": len(set(self.scenes)),
             "boxes": len(boxes),
             "ignored": sum(int(one.ignore.sum()) for one in annotations),
             "clipped": sum(one.clipped for one in annotations),
-            "dropped": sum(one.dropped for one in annotations),
-            "other_classes": sum(one.other_classes for one in annotations),
+            "dropped": dropped,
+            "other_classes": sum(names.values()) - len(boxes) - dropped,
             "empty_images": sum(len(one.boxes) == 0 for one in annotations),
             "min_height": heights[0] if heights else None,
             "median_height": heights[len(heights) // 2] if heights else None,
@@ -126,11 +119,9 @@ class PairedDataset(Dataset):
             levels = torch.cat([one.occlusion for one in annotations]).bincount(minlength=3).tolist()
             counts |= zip(("whole", "partial", "heavy"), levels, strict=True)
         if annotations[0].visible_in is not None:
-            visible, infrared = torch.cat([one.visible_in for one in annotations]).T
-            shown_in = (visible & infrared, visible & ~infrared, infrared & ~visible)
-            counts |= zip(
-                ("seen_in_both", "visible_only", "infrared_only"), (int(x.sum()) for x in shown_in), strict=True
-            )
+            seen = Counter(tuple(row) for one in annotations for row in one.visible_in.tolist())
+            counts |= {"seen_in_both": seen[True, True], "visible_only": seen[True, False],
+                       "infrared_only": seen[False, True]}  # fmt: skip
         return counts
 
 

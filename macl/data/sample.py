@@ -39,30 +39,16 @@ def read_image(path: str | Path) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W), channels last in memory, which resizes fastest
 
 
-def read_images(visible: str | Path | None, infrared: str | Path | None) -> tuple[Tensor | None, Tensor | None]:
-    """Both images of a pair, None where the path is; raises InputError when their sizes differ."""
-    images = tuple(None if path is None else read_image(path) for path in (visible, infrared))
-    sizes = [f"{image.shape[2]} x {image.shape[1]}" for image in images if image is not None]
+def read_pair(visible: str | Path | None, infrared: str | Path | None) -> dict[str, Tensor | None]:
+    """The images of a sample. One path may be None, and so is its image then; raises InputError if sizes differ."""
+    pair = {"visible": visible, "infrared": infrared}
+    pair = {modality: None if path is None else read_image(path) for modality, path in pair.items()}
+    sizes = [f"{image.shape[2]} x {image.shape[1]}" for image in pair.values() if image is not None]
     if len(set(sizes)) > 1:
         raise InputError(
             f"{visible} is {sizes[0]} but {infrared} is {sizes[1]}; expected a registered pair of one size"
         )
-    return images
-
-
-def read_pair(visible: str | Path | None, infrared: str | Path | None, *, image_id: int = 0) -> dict:
-    """A sample without boxes, for inference. One path may be None, and so is its image then."""
-    images = read_images(visible, infrared)
-    return {
-        "visible": images[0],
-        "infrared": images[1],
-        "boxes": torch.zeros(0, 4),
-        "labels": torch.zeros(0, dtype=torch.int64),
-        "ignore": torch.zeros(0, dtype=torch.bool),
-        "image_id": image_id,
-        "path": str(visible or infrared),
-        "scene": -1,
-    }
+    return pair
 
 
 def find_pairs(visible: str | Path | None, infrared: str | Path | None) -> list[tuple[Path | None, Path | None]]:

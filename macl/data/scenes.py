@@ -5,7 +5,7 @@ from functools import cached_property
 
 import numpy as np
 
-from macl.data.figures import DISTRACTORS, Shape, person, post, rasterise, uniform, wall
+from macl.data.figures import DISTRACTORS, Shape, distractor, occluder, person, rasterise, uniform
 
 VISIBLE, INFRARED = 0, 1
 
@@ -160,10 +160,8 @@ def _people(rng: np.random.Generator, domain: Domain, scene: Scene) -> list[Figu
             x = other.foot[0] + uniform(rng, -0.35, 0.35) * height
             x = min(max(x, 0.04 * scene.size[1]), 0.96 * scene.size[1])
         chance = rng.random()
-        seen = (
-            not domain.visible_only <= chance < domain.visible_only + domain.infrared_only,
-            not chance < domain.visible_only,
-        )
+        infrared_only = domain.visible_only <= chance < domain.visible_only + domain.infrared_only
+        seen = (not infrared_only, chance >= domain.visible_only)
         people.append(scene.stand("person", person(rng), x, height, seen=seen))
     return people
 
@@ -175,8 +173,7 @@ def _occluders(rng: np.random.Generator, domain: Domain, scene: Scene, people: l
         low = rng.random() < 0.5
         height = behind.height * (uniform(rng, 0.3, 0.6) if low else uniform(rng, 1.0, 1.4))
         x = behind.foot[0] + uniform(rng, -0.15, 0.15) * behind.height
-        shape = wall(rng) if low else post(rng)
-        occluders.append(scene.stand("occluder", shape, x, height, at=1.02 * behind.height))
+        occluders.append(scene.stand("occluder", occluder(rng, low), x, height, at=1.02 * behind.height))
     return occluders
 
 
@@ -185,14 +182,12 @@ def _distractors(rng: np.random.Generator, domain: Domain, scene: Scene, others:
     low, high = (share * scene.size[0] for share in domain.heights)
     distractors = []
     for number in range(count(rng, domain.distractors)):
-        draw = DISTRACTORS[int(uniform(rng, 0, len(DISTRACTORS)))]
+        kind = DISTRACTORS[int(uniform(rng, 0, len(DISTRACTORS)))]
         height, chance = uniform(rng, 1.2 * low, 0.9 * high), rng.random()
-        if number < 4:
-            seen = (number < 2 or chance < 0.25, number >= 2 or chance < 0.25)
-        else:
-            seen = (chance < 0.6, chance >= 0.4)
+        first = (number < 2 or chance < 0.25, number >= 2 or chance < 0.25)
+        seen = first if number < 4 else (chance < 0.6, chance >= 0.4)
         x = _free_place(rng, scene, others + distractors, height)
-        distractors.append(scene.stand(draw.__name__, draw(rng), x, height, seen=seen))
+        distractors.append(scene.stand(kind, distractor(rng, kind), x, height, seen=seen))
     return distractors
 
 
@@ -200,10 +195,11 @@ def _free_place(rng: np.random.Generator, scene: Scene, others: list[Figure], he
     """Of a few columns the one where a figure covers the others least."""
     left, right = 0.04 * scene.size[1], 0.96 * scene.size[1]
     columns = (left + (right - left) * rng.random(6)).tolist()
-    return min(
-        columns,
-        key=lambda x: sum(max(0.0, 0.25 * (other.height + height) - abs(other.foot[0] - x)) for other in others),
-    )
+
+    def covered(x: float) -> float:
+        return sum(max(0.0, 0.25 * (other.height + height) - abs(other.foot[0] - x)) for other in others)
+
+    return min(columns, key=covered)
 
 
 def count(rng: np.random.Generator, limits: tuple[int, int]) -> int:

@@ -46,47 +46,41 @@ class SyntheticPairs(PairedDataset):
         check_person(classes, "the drawn scenes")
         self.seed, self.size = seed, size
         self.domains = (domain,) if isinstance(domain, Domain) else tuple(domain)
-        pairs = [
-            Pair(f"synthetic/{seed}/{index:06d}", None, None, index, self.domains[index % len(self.domains)].daytime)
-            for index in range(count)
-        ]
-        by_day = sum(pair.daytime for pair in pairs)
+        daytimes = [self.domains[index % len(self.domains)].daytime for index in range(count)]
+        pairs = [Pair(f"synthetic/{seed}/{index:06d}", None, None, index, day) for index, day in enumerate(daytimes)]
         source = f"synthetic pairs: {count} scenes of {size[1]} x {size[0]} pixels drawn from seed {seed}"
-        source += f", {by_day} of them by day" if by_day else ""
+        source += f", {sum(daytimes)} of them by day" if any(daytimes) else ""
         super().__init__(pairs, classes, split="drawn scenes", source=source)
 
     def __getitem__(self, index: int) -> dict:
-        scene, rng = self._draw(index)
-        visible, infrared = map(torch.from_numpy, paint(rng, self.domain(index), scene))
-        return self.sample(index, visible, infrared, self._annotate(index, scene))
-
-    def domain(self, index: int) -> Domain:
-        """What scene `index` looks like."""
-        return self.domains[self.pairs[index].scene % len(self.domains)]
+        rng, domain, scene = self._draw(index)
+        images = zip(("visible", "infrared"), map(torch.from_numpy, paint(rng, domain, scene)), strict=True)
+        return self.sample(index, dict(images), self._annotate(index, domain, scene))
 
     def layout(self, index: int) -> Scene:
         """All that stands in a scene, people and other things, without its pixels."""
-        return self._draw(index)[0]
+        return self._draw(index)[-1]
 
     def annotation(self, index: int) -> Annotation:
-        return self._annotate(index, self.layout(index))
+        _, domain, scene = self._draw(index)
+        return self._annotate(index, domain, scene)
 
-    def _draw(self, index: int) -> tuple[Scene, np.random.Generator]:
-        rng = np.random.default_rng((self.seed, self.pairs[index].scene))
-        return lay_out(rng, self.domain(index), self.size), rng
+    def _draw(self, index: int) -> tuple[np.random.Generator, Domain, Scene]:
+        number = self.pairs[index].scene
+        rng, domain = np.random.default_rng((self.seed, number)), self.domains[number % len(self.domains)]
+        return rng, domain, lay_out(rng, domain, self.size)
 
-    def _annotate(self, index: int, scene: Scene) -> Annotation:
+    def _annotate(self, index: int, domain: Domain, scene: Scene) -> Annotation:
         people = [figure for figure in scene.figures if figure.kind == "person"]
         boxes = torch.tensor([figure.box for figure in people], dtype=torch.float32).reshape(-1, 4)
         hidden = torch.tensor([figure.hidden for figure in people], dtype=torch.float64)
-        small = boxes[:, 3] - boxes[:, 1] < self.domain(index).ignored_below * self.size[0]
         return Annotation(
-            place=str(self.pairs[index].visible),
+            place=self.pairs[index].visible,
             size=self.size[::-1],
             names=["person"] * len(people),
             boxes=boxes,
             labels=torch.full((len(people),), 1 + self.classes.index("person"), dtype=torch.int64),
-            ignore=(hidden > IGNORED) | small,
+            ignore=(hidden > IGNORED) | (boxes[:, 3] - boxes[:, 1] < domain.ignored_below * self.size[0]),
             occlusion=(hidden > PARTIAL).long() + (hidden > HEAVY).long(),
             visible_in=torch.tensor([figure.seen for figure in people], dtype=torch.bool).reshape(-1, 2),
         )
