@@ -55,19 +55,14 @@ class KAISTFrames(PairedDataset):
     """Frames with their labels; an annotation json has these alone. The annotation of a pair is Labels, or a file."""
 
     scene_kind = "video"
-    size = None  # width, height in pixels; of all frames, unless the labels say it
+    size = None  # width, height in pixels of frames whose labels do not say it
     rules = {"min_height": 0, "max_occlusion": 2}
 
     def labels(self, index: int) -> Labels:
         """What the annotation says of a frame, before any rule."""
-        pair = self.pairs[index]
-        labels = pair.annotation if isinstance(pair.annotation, Labels) else read_labels(pair.annotation)
-        if None not in (labels.size, self.size) and labels.size != self.size:
-            raise InputError(
-                f"{labels.place} says {labels.size[0]} x {labels.size[1]} pixels but {pair.visible} belongs to frames "
-                f"of {self.size[0]} x {self.size[1]}"
-            )
-        return labels._replace(size=self.size or labels.size)
+        source = self.pairs[index].annotation
+        labels = source if isinstance(source, Labels) else read_labels(source)
+        return labels._replace(size=labels.size or self.size)
 
     def annotation(self, index: int, *, clip: bool = True) -> Annotation:
         return annotate(self.labels(index), self.classes, ignored_names=IGNORED_NAMES, **self.rules, clip=clip)
@@ -96,8 +91,7 @@ class KAISTFrames(PairedDataset):
 
 
 class KAIST(KAISTFrames):
-    """Pairs of KAIST as samples (see macl.data.sample), with occlusion and daytime; scene is set and video, 6001 for
-    set06/V001. Frames without people are kept.
+    """Pairs of KAIST, with occlusion and daytime; scene is 6001 for set06/V001. Frames without people are kept.
 
     root: the folder that holds images/, or visible/ and infrared/; or its parent, where that is called kaist-rgbt or
         KAIST_processed.
@@ -108,9 +102,8 @@ class KAIST(KAISTFrames):
         divisible by it, whatever the list left out. train-all-01 with stride 2 is train-all-02.
     classes: the names that are real, labelled 1, 2, ..., person among them; people, cyclist and person? are ignored
         under person's label unless they are among them too.
-    min_height, max_occlusion: a box of less height in pixels, or more occlusion (0 none, 1 partial, 2 heavy), is
-        ignored. By default none is, as the rows of the miss rate have limits of their own; TRAINING_RULES are meant
-        for training.
+    min_height, max_occlusion: a lower box, in pixels, or more occlusion (0 none, 1 partial, 2 heavy) is ignored. None
+        is by default, as the rows of the miss rate have limits of their own; TRAINING_RULES are for training.
 
     `source` says which list, layout, labels and rules were read. Raises InputError at construction for the first
     missing folder, list, image, partner or annotation, a bad name in the list and an annotation json of another form;
@@ -136,10 +129,7 @@ class KAIST(KAISTFrames):
         listed = list(dict.fromkeys(parse_frame(*line) for line in read_list(file, "a frame").items()))
         frames = [frame for frame in listed if stride > 0 and (frame.number + 1) % stride == 0]
         if not frames:
-            raise InputError(
-                f"{file} lists {len(listed)} frames, of which none is left with stride {stride} (frames whose number "
-                "+ 1 is divisible by it)"
-            )
+            raise InputError(f"{file} lists {len(listed)} frames, but none whose number + 1 is divisible by {stride=}")
         labels, about_labels = _find_labels(_find_annotations(root, layout, annotations), frames)
         listing, pairs = Listing(), []
         for frame, label in zip(frames, labels, strict=True):
@@ -147,10 +137,9 @@ class KAIST(KAISTFrames):
             images = [listing.image(root / frame.path(form), what) for form in layout.images]
             pairs.append(Pair(*images, label, frame.scene, frame.daytime))
         day = sum(frame.daytime for frame in frames)
-        kept = f" (chosen from {len(listed)} by stride {stride})" if stride > 1 else ""
         source = (
-            f"KAIST {file.stem}: {len(pairs)} pairs ({day} by day, {len(pairs) - day} by night) of {root}, "
-            f"{layout.name}, listed in {file}{kept}; labels of {about_labels}"
+            f"KAIST {file.stem}: {len(pairs)} of {len(listed)} pairs ({day} by day, {len(pairs) - day} by night) of "
+            f"{root}, {layout.name}, listed in {file}; labels of {about_labels}"
         )
         super().__init__(pairs, classes, split=file.stem, source=source)
         self.size = tuple(read_image(pairs[0].visible).shape[:0:-1])
@@ -164,34 +153,26 @@ class KAIST(KAISTFrames):
 
     def _set_rules(self, min_height: float, max_occlusion: int) -> None:
         self.rules = {"min_height": min_height, "max_occlusion": max_occlusion}
-        rules = [f"below {min_height:g} pixels"] * (min_height > 0)
-        rules += [f"occluded by more than level {max_occlusion}"] * (max_occlusion < 2)
-        if rules:
-            self.source += f"; people {' or '.join(rules)} are ignored"
+        if self.rules != KAISTFrames.rules:
+            self.source += f"; people below {min_height:g} pixels or of occlusion above {max_occlusion} are ignored"
 
 
 def _find_list(root: Path, layout: Layout, image_set: str | Path) -> Path:
     """The file of a list: of the root's own by its name, any other by its path."""
     name = str(image_set).removesuffix(".txt")
-    folders = [root / folder for folder in layout.lists if (root / folder).is_dir()]
-    own = [folder / f"{name}.txt" for folder in folders if Path(name).name == name]
-    for file in (*own, Path(image_set)):
+    places = [*(root / folder / f"{name}.txt" for folder in layout.lists), Path(image_set)]
+    for file in places:
         if file.is_file():
             return file
-    known = sorted({file.stem for folder in folders for file in folder.glob("*.txt")})
-    raise InputError(
-        f"{(folders or [root / layout.lists[0]])[0] / name}.txt does not exist, and {image_set} is no list's path; "
-        f"expected one of {', '.join(known) or 'the lists of KAIST'}; {OWN_DATA}"
-    )
+    known = sorted({file.stem for folder in layout.lists for file in (root / folder).glob("*.txt")})
+    expected = ", ".join(known) or "the lists of KAIST"
+    raise InputError(f"{places[0]} does not exist; expected the path of a list, or one of {expected}; {OWN_DATA}")
 
 
 def _find_annotations(root: Path, layout: Layout, annotations: str | Path | None) -> Path:
     """The folder or json of the annotations."""
-    if annotations is None:
-        places = [root / folder for folder in layout.annotations]
-    else:
-        places = [root / annotations, Path(annotations)]
-    for place in places:
+    places = [root / folder for folder in ([annotations] if annotations else layout.annotations)]
+    for place in (*places, Path(annotations or places[0])):
         if place.is_dir() or (place.is_file() and place.suffix == ".json"):
             return place
     raise InputError(f"{places[0]} does not exist; expected a folder of annotations, or a json")

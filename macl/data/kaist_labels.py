@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import trainkit.files as files
 from macl.data.annotation import Labels, Object
-from macl.data.voc import corners, difficult, flag, parse_voc
+from macl.data.voc import corners, flag, parse_voc
 from trainkit.errors import InputError
 from trainkit.files import MAX_ID, image_size, number, numbers, plain_text, read_text, shown
 
@@ -83,7 +83,8 @@ def _read_xml(path: Path) -> Labels:
     for name, item in items:
         tree = item.find("bndbox/x") is not None
         box = _edges(*corners(item, path, "xywh")) if tree else corners(item, path)
-        objects.append(_object(name, box, item.findtext("occlusion", "0"), difficult(item, path), str(path)))
+        occlusion, difficult = item.findtext("occlusion", "0"), item.findtext("difficult", "")
+        objects.append(_object(name, box, occlusion, difficult, str(path)))
     return Labels(str(path), size, objects)
 
 

@@ -82,10 +82,11 @@ class PairedDataset(Dataset):
         """Scenes of a group are alike, so that one of them stands for the others (see `hold_out`)."""
         return 0
 
-    def subset(self, indices: Sequence[int], source: str) -> "PairedDataset":
-        """The same data set with some of its pairs, renumbered from 0; `source` becomes the new one's."""
+    def subset(self, indices: Sequence[int], why: str) -> "PairedDataset":
+        """The same data set with some of its pairs, renumbered from 0; `source` tells that and `why`."""
         chosen = copy.copy(self)
-        chosen.pairs, chosen.source = [self.pairs[index] for index in indices], source
+        chosen.pairs = [self.pairs[index] for index in indices]
+        chosen.source += f", {len(chosen)} of them {why}"
         return chosen
 
     def statistics(self) -> dict:
@@ -145,24 +146,17 @@ def hold_out(dataset: PairedDataset) -> tuple[PairedDataset, PairedDataset, str]
             break
     if chosen:
         held_out = [index for index, scene in enumerate(scenes) if scene in chosen]
-        sentence = (
-            f"Held out for validation: {len(held_out)} of the {total} pairs of {dataset.split}, all those of "
-            f"{dataset.scene_kind}{'s' * (len(chosen) > 1)} {', '.join(map(dataset.scene_name, sorted(chosen)))}"
-        )
+        which = f"all those of {dataset.scene_kind} {', '.join(map(dataset.scene_name, sorted(chosen)))}"
+        sentence = f"Held out for validation: {len(held_out)} of the {total} pairs of {dataset.split}, {which}"
     else:
         step = min(round(1 / HELD_OUT), total)
         held_out = range(step - 1, total, step)
         sentence = (
             f"Warning: {dataset.split} has no {dataset.scene_kind} to spare, so one in {step} of its {total} pairs is "
-            f"held out for validation ({len(held_out)} pairs), and validation pairs look like their neighbours in "
-            "training"
+            f"held out for validation ({len(held_out)} pairs), which look like their neighbours in training"
         )
     kept = sorted(set(range(total)) - set(held_out))
-    return (
-        dataset.subset(kept, f"{dataset.source}, {len(kept)} of them kept for training"),
-        dataset.subset(held_out, f"{dataset.source}, {len(held_out)} of them held out for validation"),
-        sentence,
-    )
+    return dataset.subset(kept, "kept for training"), dataset.subset(held_out, "held out for validation"), sentence
 
 
 def find_root(root: str | Path, known_as: Sequence[str], *layouts: Sequence[str]) -> tuple[Path, int]:

@@ -17,7 +17,6 @@ from macl.data.annotation import Annotation, check_person
 from macl.data.painting import paint
 from macl.data.pairs import Pair, PairedDataset
 from macl.data.scenes import NIGHT, Domain, Scene, lay_out
-from trainkit.errors import InputError
 
 # Hidden shares above which occlusion is partial, is heavy, and is too much to learn from.
 PARTIAL, HEAVY, IGNORED = 0.05, 0.5, 0.7
@@ -28,8 +27,7 @@ class SyntheticPairs(PairedDataset):
 
     seed: an integer >= 0; other seeds give other scenes. size: (H, W) in pixels. domain: what the scenes look like, one
     kind, or several kinds in turn. People of whom more than 70 % is hidden, and those below the domain's height, are
-    ignored. classes: the names that labels stand for. Raises InputError for a count below 1, a negative seed, and
-    classes without person.
+    ignored. classes: the names that labels stand for.
     """
 
     def __init__(
@@ -41,8 +39,6 @@ class SyntheticPairs(PairedDataset):
         domain: Domain | tuple[Domain, ...] = NIGHT,
         classes: Sequence[str] = ("person",),
     ):
-        if count < 1 or seed < 0:
-            raise InputError(f"drawn scenes: {count} of seed {seed} were asked for; expected at least 1, and 0 or more")
         check_person(classes, "the drawn scenes")
         self.seed, self.size = seed, size
         self.domains = (domain,) if isinstance(domain, Domain) else tuple(domain)

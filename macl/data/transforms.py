@@ -21,14 +21,14 @@ ERASED = (0.02, 0.1)  # share of the area
 class PairedAugmentation:
     """Turns a uint8 sample into an augmented float32 sample in 0..1; draws from torch's global generator.
 
-    Geometry, the same for both images, boxes and all that belongs to a box:
+    The same for both images, boxes and all that belongs to a box:
     mosaic: probability of a picture of four pairs of one data set (`AugmentedDataset` finds the other three).
     crop, crop_scale: probability of a crop, and the range of its sides as shares of the image's. A crop holds at least
         one box that is not ignored, whole if it fits, where there is one.
     flip: probability of a horizontal flip.
     A box of which less than MIN_SHOWN remains is ignored; one of less than a pixel is removed.
 
-    Photometry and erasing, drawn for each modality on its own:
+    Drawn for each modality on its own:
     brightness, contrast, saturation, hue: of visible, as in torchvision's ColorJitter.
     gain, offset, noise: infrared becomes a * infrared + b + n, where a is within 1 +- gain, b within +- offset, and
         n is normal with a standard deviation of up to noise (all for intensities in 0..1).
@@ -52,8 +52,6 @@ class PairedAugmentation:
         erase_visible: float = 0.0,
         erase_infrared: float = 0.0,
     ):
-        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale is {crop_scale}; expected 0 < smallest <= largest <= 1")
         self.mosaic, self.crop, self.crop_scale = mosaic, crop, crop_scale
         self.gain, self.offset, self.noise = gain, offset, noise
         self.flip = v2.RandomHorizontalFlip(flip)

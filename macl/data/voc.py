@@ -18,8 +18,7 @@ def read_voc(path: str | Path, *, classes: Sequence[str]) -> Annotation:
     InputError for a file that is missing, not XML, or not VOC.
     """
     size, items = parse_voc(path)
-    objects = [Object(name, _edges(item, path), difficult(item, path)) if name in classes else Object(name)
-               for name, item in items]  # fmt: skip
+    objects = [_read_object(name, item, path) if name in classes else Object(name) for name, item in items]
     return annotate(Labels(str(path), size, objects), classes)
 
 
@@ -44,16 +43,13 @@ def corners(item: ElementTree.Element, path: str | Path, sides: Sequence[str] = 
     return tuple(number(item.findtext(f"bndbox/{side}"), f"{path}, <bndbox><{side}>") for side in sides)
 
 
-def difficult(item: ElementTree.Element, path: str | Path) -> bool:
-    return flag(item.findtext("difficult", ""), f"{path}, <difficult>")
-
-
 def flag(value, place: str) -> bool:
     """Whether an annotation marks something: true, yes or a number from 1; not false, no, 0 or nothing."""
     word = str(value).strip().lower() if isinstance(value, str | bool) else value
     return number(_FLAGS.get(word, word) if isinstance(word, str) else word, place, 0, 9, whole=True) > 0
 
 
-def _edges(item: ElementTree.Element, path: str | Path) -> tuple[float, float, float, float]:
+def _read_object(name: str, item: ElementTree.Element, path: str | Path) -> Object:
     x1, y1, x2, y2 = corners(item, path)
-    return x1 - 1, y1 - 1, x2, y2
+    difficult = flag(item.findtext("difficult", ""), f"{path}, <difficult>")
+    return Object(name, (x1 - 1, y1 - 1, x2, y2), difficult)
