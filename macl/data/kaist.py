@@ -130,12 +130,15 @@ class KAIST(KAISTFrames):
         frames = [frame for frame in listed if stride > 0 and (frame.number + 1) % stride == 0]
         if not frames:
             raise InputError(f"{file} lists {len(listed)} frames, but none whose number + 1 is divisible by {stride=}")
-        labels, about_labels = _find_labels(_find_annotations(root, layout, annotations), frames)
-        listing, pairs = Listing(), []
-        for frame, label in zip(frames, labels, strict=True):
+        listing, images = Listing(), []
+        for frame in frames:
             what = f"{frame.name}, listed in {file}"
-            images = [listing.image(root / frame.path(form), what) for form in layout.images]
-            pairs.append(Pair(*images, label, frame.scene, frame.daytime))
+            images.append([listing.image(root / frame.path(form), what) for form in layout.images])
+        labels, about_labels = _find_labels(_find_annotations(root, layout, annotations), frames)
+        pairs = [
+            Pair(*both, label, frame.scene, frame.daytime)
+            for frame, both, label in zip(frames, images, labels, strict=True)
+        ]
         day = sum(frame.daytime for frame in frames)
         source = (
             f"KAIST {file.stem}: {len(pairs)} of {len(listed)} pairs ({day} by day, {len(pairs) - day} by night) of "

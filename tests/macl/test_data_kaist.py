@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from macl.data import KAIST, MisalignedDataset, AsFloat, collate, read_ground_truth
+from macl.data import KAIST, AsFloat, MisalignedDataset, collate, hold_out, read_ground_truth
 from macl.data.kaist import TRAINING_RULES
 from trainkit.errors import InputError
 from trainkit.loader import make_loader
@@ -80,6 +80,10 @@ def processed(root, frames=FRAMES, objects=(PERSON,), name="all"):
     return root
 
 
+def numbers(data):
+    return [(pair.scene, int(pair.visible.stem[-5:])) for pair in data.pairs]
+
+
 @pytest.fixture(params=[original, processed])
 def root(request, tmp_path):
     return request.param(tmp_path / "a visible infrared lwir place")  # the words of the layouts in the path itself
@@ -117,18 +121,18 @@ def test_a_sample_follows_the_contract_in_both_layouts(root):
 
 def test_source_says_layout_list_labels_and_counts(root):
     source = KAIST(root, "all").source
-    assert "5 pairs (3 by day, 2 by night)" in source and "all.txt" in source and str(root) in source
+    assert "5 of 5 pairs (3 by day, 2 by night)" in source and "all.txt" in source and str(root) in source
     assert ("original tree" in source) == (root / "images").exists()
     assert ("processed" in source) == (root / "ImageSets").exists()
     assert "nnotations, one" in source and "ignored" not in source
-    assert "below 20 pixels or occluded by more than level 1" in KAIST(root, "all", **TRAINING_RULES).source
+    assert "below 20 pixels or of occlusion above 1" in KAIST(root, "all", **TRAINING_RULES).source
 
 
 @pytest.mark.parametrize("folder", ["kaist-rgbt", "KAIST_processed"])
 def test_the_parent_of_the_root_will_do(tmp_path, folder):
     make = original if folder == "kaist-rgbt" else processed
     make(tmp_path / folder)
-    assert KAIST(tmp_path, "all").root == tmp_path / folder
+    assert str(tmp_path / folder) in KAIST(tmp_path, "all").source
 
 
 def test_the_same_boxes_from_every_kind_of_annotation(tree, tmp_path):
@@ -176,7 +180,7 @@ def test_suffixes_of_windows_and_label_folders_of_both_cameras(tree):
         write(tree / "paired" / video / "lwir" / f"{image}.txt", bbgt(("person", 1, 1, 9, 9, 0)))
     data = KAIST(tree, "all", "paired")
     assert data[0]["path"].endswith(".JPG") and data[0]["boxes"].tolist() == [[10, 20, 40, 80]]
-    assert "one txt file a visible image" in data.source
+    assert "one txt file per visible image" in data.source
 
 
 def test_small_and_occluded_people_are_ignored_by_rule(tree):
@@ -200,38 +204,17 @@ def test_marks_of_the_annotation_itself_are_kept(tree, tmp_path):
     assert KAIST(tree, one, "xml")[0]["ignore"].tolist() == [True]
 
 
-def test_frames_without_people_are_kept(tree):
+def test_boxes_are_clipped_dropped_and_counted_but_not_for_the_evaluator(tree):
+    objects = [("person", 80, 20, 17, 93, 1), ("people", 96, 1, 5, 5, 0), ("person", 5, 5, 0, 9, 0), PERSON, PERSON]
+    write(tree / "annotations" / f"{FRAMES[0]}.txt", bbgt(*objects))
     write(tree / "annotations" / f"{FRAMES[1]}.txt", bbgt())
     data = KAIST(tree, "all")
     assert len(data) == 5 and data[1]["boxes"].shape == (0, 4) and data[1]["occlusion"].shape == (0,)
-    assert data.statistics()["empty_images"] == 1
-
-
-def test_boxes_are_clipped_dropped_and_counted_but_not_for_the_evaluator(tree):
-    objects = [("person", 80, 20, 17, 93, 1), ("people", 96, 1, 5, 5, 0), ("person", 5, 5, 0, 9, 0), PERSON]
-    write(tree / "annotations" / f"{FRAMES[0]}.txt", bbgt(*objects))
-    data = KAIST(tree, "all")
-    assert data[0]["boxes"].tolist() == [[80, 20, 96, 112], [10, 20, 40, 80]]
-    assert data.ground_truth()[0]["boxes"].tolist() == [[80, 20, 97, 113], [96, 1, 101, 6], [10, 20, 40, 80]]
-    assert data.statistics() == {
-        "pairs": 5,
-        "day": 3,
-        "night": 2,
-        "scenes": 4,
-        "boxes": 6,
-        "ignored": 0,
-        "clipped": 1,
-        "dropped": 2,
-        "empty_images": 0,
-        "min_height": 60.0,
-        "median_height": 60.0,
-        "max_height": 92.0,
-        "named_people": 1,
-        "named_person": 7,
-        "whole": 5,
-        "partial": 1,
-        "heavy": 0,
-    }
+    assert data[0]["boxes"].tolist() == [[80, 20, 96, 112], [10, 20, 40, 80], [10, 20, 40, 80]]
+    assert data.ground_truth()[0]["boxes"].tolist()[:2] == [[80, 20, 97, 113], [96, 1, 101, 6]]
+    counts = dict(pairs=5, day=3, night=2, scenes=4, boxes=6, ignored=0, clipped=1, dropped=2, other_classes=0)
+    counts |= dict(empty_images=1, min_height=60.0, median_height=60.0, max_height=92.0, whole=5, partial=1, heavy=0)
+    assert data.statistics() == counts | dict(named_people=1, named_person=7)
 
 
 def test_ground_truth_needs_no_images(tree, tmp_path):
@@ -253,37 +236,21 @@ def test_stride_counts_as_the_lists_of_the_benchmark_do(tmp_path):
     frames = [f"set00/V00{video}/I{number:05d}" for video in (0, 1) for number in range(46)]
     tree = original(tmp_path / "kaist", frames, name="train-all-01")
     chosen = KAIST(tree, "train-all-01", stride=20)
-    assert [frame.name for frame in chosen.frames] == [
-        f"set00/V00{video}/I{number:05d}" for video in (0, 1) for number in (19, 39)
-    ]
-    assert len(KAIST(tree, "train-all-01", None, 2)) == 46 and "from 92 by stride 20" in chosen.source
+    assert numbers(chosen) == [(video, number) for video in (0, 1) for number in (19, 39)]
+    assert len(KAIST(tree, "train-all-01", None, 2)) == 46 and "4 of 92 pairs" in chosen.source
     two = write(tmp_path / "two.txt", "\n".join(frames[1::2]))
-    assert KAIST(tree, two, stride=20).frames == chosen.frames  # of the video's frames, not of the list's
-    refused(lambda: KAIST(tree, "train-all-01", stride=47), "stride 47", "92 frames", "train-all-01.txt")
-    refused(lambda: KAIST(tree, "train-all-01", stride=0), "stride is 0")
-
-
-def test_subsets_by_set(tmp_path):
-    tree = original(tmp_path / "kaist", [f"set{number:02d}/V000/I00000" for number in range(12)])
-
-    def sets(**chosen):
-        return [frame.set for frame in KAIST(tree, "all", **chosen).frames]
-
-    assert sets(daytime="day") == [0, 1, 2, 6, 7, 8] and sets(daytime="night") == [3, 4, 5, 9, 10, 11]
-    assert sets(place="campus") == [0, 3, 6, 9] and sets(place="road") == [1, 4, 7, 10]
-    assert sets(place="downtown", daytime="night") == [5, 11]
-    refused(lambda: KAIST(tree, "all", daytime="dusk"), "'dusk'", "night")
-    refused(lambda: KAIST(tree, "all", place="beach"), "'beach'", "campus")
-    refused(lambda: KAIST(tree, "all", max_occlusion=3), "max_occlusion is 3")
+    assert numbers(KAIST(tree, two, stride=20)) == numbers(chosen)  # of the video's frames, not of the list's
+    refused(lambda: KAIST(tree, "train-all-01", stride=47), "stride=47", "92 frames", "train-all-01.txt")
+    refused(lambda: KAIST(tree, "train-all-01", stride=0), "stride=0")
 
 
 def test_lists_name_frames_in_either_way(root, tmp_path):
     lines = "set06_V000_lwir_I00019\nset00/V000/I00001\n\nset00_V000_I00003\nset06_V000_visible_I00019\n"
     data = KAIST(root, write(tmp_path / "mine.txt", lines))
-    assert [frame.name for frame in data.frames] == [FRAMES[3], FRAMES[0], FRAMES[1]]  # in the list's order, each once
+    assert numbers(data) == [(6000, 19), (0, 1), (0, 3)]  # in the list's order, each once
     assert "mine.txt" in data.source
     assert len(KAIST(root, "all.txt")) == 5
-    refused(lambda: KAIST(root, "train-all-02"), "train-all-02.txt does not exist", "expected one of all")
+    refused(lambda: KAIST(root, "train-all-02"), "train-all-02.txt does not exist", "or one of all")
 
 
 @pytest.mark.parametrize(
@@ -305,10 +272,10 @@ def test_lists_of_unknown_frames(root, tmp_path, line, word):
     refused(lambda: KAIST(root, file), file, word)
 
 
-def test_lists_that_are_none(root, tmp_path):
-    refused(lambda: KAIST(root, write(tmp_path / "a.txt", " \n")), "a.txt is empty")
-    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
-    refused(lambda: KAIST(root, tmp_path / "b.txt"), "b.txt is not UTF-8")
+@pytest.mark.parametrize(("content", "word"), [(b" \n", "is empty"), (b"\xff\xfe\x00", "is not UTF-8")])
+def test_lists_that_are_none(root, tmp_path, content, word):
+    (tmp_path / "list.txt").write_bytes(content)
+    refused(lambda: KAIST(root, tmp_path / "list.txt"), "list.txt", word)
 
 
 @pytest.mark.parametrize("part", ["visible", "lwir", "annotations"])
@@ -321,13 +288,13 @@ def test_the_first_missing_file_is_named(tree, part):
 
 
 def test_missing_folders_are_named(tree, tmp_path):
-    refused(lambda: KAIST(tmp_path / "nowhere", "all"), "nowhere does not exist")
+    refused(lambda: KAIST(tmp_path / "nowhere", "all"), "nowhere/images does not exist")
     refused(lambda: KAIST(tmp_path, "all"), "images does not exist", "data of your own", "VOC form")
     refused(lambda: KAIST(tmp_path / "kaist" / "imageSets", "all"), "imageSets/images does not exist")
     half = processed(tmp_path / "half")
     (half / "infrared").rename(half / "thermal")
     refused(lambda: KAIST(half, "all"), half / "infrared", "does not exist")
-    refused(lambda: KAIST(tree, "all", "labels"), "labels is neither a folder of annotations")
+    refused(lambda: KAIST(tree, "all", "labels"), "labels does not exist", "expected a folder of annotations")
     (tree / "annotations").rename(tree / "old")
     refused(lambda: KAIST(tree, "all"), tree / "annotations", "does not exist")
     assert len(KAIST(tree, "all", "old")) == 5
@@ -343,7 +310,7 @@ def test_missing_folders_are_named(tree, tmp_path):
         ("% bbGt version=3\nperson 10 20 30 nan 0 0 0 0 0 0 0\n", "line 2"),
         ("% bbGt version=3\nperson 10 20 30 60 3 0 0 0 0 0 0\n", "heavy): expected a whole number from 0 to 2, got 3"),
         ("% bbGt version=3\nperson 10 20 2147483647 60 0 0 0 0 0 0 0\n", "expected a number from"),
-        (bbgt(("pedestrian", *PERSON[1:])), "'pedestrian'; expected KAIST's own: person"),
+        (bbgt(("pedestrian", *PERSON[1:])), "'pedestrian'; expected person, people, cyclist"),
     ],
 )
 def test_text_of_another_version(tree, content, word):
@@ -407,7 +374,7 @@ def box(**changes):
         (box(occlusion=None), "annotations 0, occlusion"),
         (box(occlusion=9), "from 0 to 2, got 9"),
         (box(ignore="perhaps"), "annotations 0, ignore"),
-        (changed(annotations=[{"id": 3, **changed()["annotations"][0]}] * 2), "holds an annotation id twice"),
+        (changed(annotations=[{"id": 3, **changed()["annotations"][0]}] * 2), "an annotation id twice"),
         (published({FRAMES[1]: [PERSON]}), "holds 1 frames but not set00/V000/I00001"),
     ],
 )
@@ -430,7 +397,7 @@ def test_broken_and_unequal_images(tree):
     Image.new("RGB", (96, 100)).save(file)
     refused(lambda: data[1], file, "96 x 100")
     Image.new("RGB", (96, 100)).save(tree / "images/set00/V000/visible/I00003.jpg")
-    refused(lambda: data[1], "96 x 100", "expected 96 x 112")
+    refused(lambda: data[1], "is for 96 x 112", "96 x 100")
     file.write_bytes(file.read_bytes()[:200])
     refused(lambda: data[1], file, "decoded")
 
@@ -439,10 +406,19 @@ def test_a_subset_is_renumbered(root):
     for image in root.rglob("set*/V001/*/I00039.jpg" if (root / "images").exists() else "*set11*_I00039.jpg"):
         Image.open(image).save(image.with_suffix(".png"))
         image.unlink()
-    data = KAIST(root, "all").subset([4, 0], "two of them")
-    assert len(data) == 2 and data.source == "two of them" and data.scenes == [11001, 0]
+    data = KAIST(root, "all").subset([4, 0], "kept")
+    assert len(data) == 2 and data.source.endswith("2 of them kept") and data.scenes == [11001, 0]
     assert data[0]["image_id"] == 0 and data[0]["path"].endswith("I00039.png") and data.statistics()["pairs"] == 2
     assert data[1]["path"].endswith("I00001.jpg")
+
+
+def test_a_video_of_every_set_is_held_out(tmp_path):
+    frames = [f"set{place:02d}/V{video:03d}/I00001" for place in (0, 3) for video in range(3)]
+    train, validation, sentence = hold_out(KAIST(original(tmp_path, [*frames, "set04/V000/I00001"]), "all"))
+    assert validation.scenes == [2, 3002] and train.scenes == [0, 1, 3000, 3001, 4000]
+    assert "2 of the 7 pairs of all, all those of video set00/V002, set03/V002" in sentence
+    ruled = train.with_rules(**TRAINING_RULES)
+    assert ruled.annotation(0).ignore.tolist() == [False] and "below 20 pixels" in ruled.source
 
 
 @pytest.mark.parametrize("annotations", [None, "json"])
