@@ -300,95 +300,83 @@ def test_missing_folders_are_named(tree, tmp_path):
     assert len(KAIST(tree, "all", "old")) == 5
 
 
-@pytest.mark.parametrize(
-    ("content", "word"),
-    [
-        (bbgt(PERSON, version=2), "expected '% bbGt version=3'"),
-        ("", "starts with ''"),
-        ("person 10 20 30 60 0 0 0 0 0 0 0\n", "starts with 'person"),
-        ("% bbGt version=3\nperson 10 20 30 60\n", "line 2 (a name and 11 numbers): expected 11 numbers"),
-        ("% bbGt version=3\nperson 10 20 30 nan 0 0 0 0 0 0 0\n", "line 2"),
-        ("% bbGt version=3\nperson 10 20 30 60 3 0 0 0 0 0 0\n", "heavy): expected a whole number from 0 to 2, got 3"),
-        ("% bbGt version=3\nperson 10 20 2147483647 60 0 0 0 0 0 0 0\n", "expected a number from"),
-        (bbgt(("pedestrian", *PERSON[1:])), "'pedestrian'; expected person, people, cyclist"),
-    ],
-)
-def test_text_of_another_version(tree, content, word):
-    file = write(tree / "annotations" / f"{FRAMES[0]}.txt", content)
-    refused(lambda: KAIST(tree, "all")[0], file, word)
-
-
-@pytest.mark.parametrize(
-    ("content", "word"),
-    [
-        ("<vbb/>", "<vbb>"),
-        ("no xml", "not XML"),
-        (xml(PERSON, size=(640, 480)), "640 x 480"),
-        (xml(PERSON).replace("<name>person</name>", ""), "without a <name>"),
-        (xml(PERSON).replace("<w>30</w>", ""), "<bndbox><w>"),
-        (xml(PERSON).replace("<x>10</x>", ""), "<bndbox><xmin>"),
-        (xml(("person", 1, 2, 3, "tall", 0)), "'tall'"),
-        (xml(("person", 1, 2, 3, 4, 5)), "heavy): expected a whole number from 0 to 2, got 5"),
-        (xml(("person", 1, 2, 3, "1.7e308", 0)), "<bndbox><h>: expected a number"),
-        (xml(PERSON).replace("</object>", "<difficult>maybe</difficult></object>"), "ignore: expected"),
-    ],
-)
-def test_xml_of_another_version(tree, content, word):
-    file = write(tree / "xml" / f"{FRAMES[0]}.xml", content)
-    one = write(tree / "one.txt", FRAMES[0])
-    refused(lambda: KAIST(tree, one, "xml")[0], file, word)
-
-
 def test_xml_without_occlusion_counts_as_whole(tree):
     write(tree / "xml" / f"{FRAMES[0]}.xml", xml(PERSON, occlusion=False))
     assert KAIST(tree, write(tree / "one.txt", FRAMES[0]), "xml")[0]["occlusion"].tolist() == [0]
+
+
+HEAD = "% bbGt version=3\n"
+BAD_TEXT = [
+    (bbgt(PERSON, version=2), "expected '% bbGt version=3'"),
+    ("", "starts with ''"),
+    ("person 10 20 30 60 0 0 0 0 0 0 0\n", "starts with 'person"),
+    (HEAD + "person 10 20 30 60\n", "line 2 (a name and 11 numbers): expected 11 numbers"),
+    (HEAD + "person 10 20 30 nan 0 0 0 0 0 0 0\n", "line 2"),
+    (HEAD + "person 10 20 30 60 3 0 0 0 0 0 0\n", "heavy): expected a whole number from 0 to 2, got 3"),
+    (HEAD + "person 10 20 2147483647 60 0 0 0 0 0 0 0\n", "expected a number from"),
+    (bbgt(("pedestrian", *PERSON[1:])), "'pedestrian'; expected person, people, cyclist"),
+]
+BAD_XML = [
+    ("<vbb/>", "<vbb>"),
+    ("no xml", "not XML"),
+    (xml(PERSON, size=(640, 480)), "640 x 480"),
+    (xml(PERSON).replace("<name>person</name>", ""), "without a <name>"),
+    (xml(PERSON).replace("<w>30</w>", ""), "<bndbox><w>"),
+    (xml(PERSON).replace("<x>10</x>", ""), "<bndbox><xmin>"),
+    (xml(("person", 1, 2, 3, "tall", 0)), "'tall'"),
+    (xml(("person", 1, 2, 3, 4, 5)), "heavy): expected a whole number from 0 to 2, got 5"),
+    (xml(PERSON).replace("</object>", "<difficult>maybe</difficult></object>"), "ignore: expected"),
+]
 
 
 def changed(**changes):
     return published({FRAMES[0]: [PERSON]}) | changes
 
 
+def image(**changes):
+    return changed(images=[changed()["images"][0] | changes])
+
+
 def box(**changes):
     return changed(annotations=[changed()["annotations"][0] | changes])
 
 
+BAD_JSON = [
+    ("{", "is not valid JSON"),
+    ("[" * 9000, "is not valid JSON"),
+    ([], "holds []; expected KAIST's annotations, an object"),
+    ({"images": []}, "a list of objects under categories"),
+    (changed(images=[], annotations=[]), "holds no images"),
+    (image(im_name="../x"), "images 0 names '../x'"),
+    (image(width=1e30), "images 0, width: expected a whole number"),
+    (changed(images=changed()["images"] * 2), "twice"),
+    (box(image_id=7), "annotations 0: no image has the id 7"),
+    (box(image_id=[[]]), "annotations 0, image_id: expected a whole number"),
+    (box(category_id=9), "annotations 0: no image has the id 0, or no category the id 9"),
+    (box(bbox=[1, 2, 3]), "annotations 0, bbox (x, y, width, height): expected 4 numbers"),
+    (box(bbox=[1, 2, 3, 10**400]), "annotations 0, bbox"),
+    (box(bbox=[1, 2, float("inf"), 4]), "annotations 0, bbox"),
+    (box(occlusion=None), "annotations 0, occlusion"),
+    (box(ignore="perhaps"), "annotations 0, ignore"),
+    (changed(annotations=[{"id": 3, **changed()["annotations"][0]}] * 2), "an annotation id twice"),
+    (published({FRAMES[1]: [PERSON]}), "holds 1 frames but not set00/V000/I00001"),
+    (published({FRAMES[0]: [PERSON]}, size=(640, 512)), "640 x 512"),
+]
+
+
 @pytest.mark.parametrize(
-    ("content", "word"),
+    ("name", "content", "word"),
     [
-        ("{", "is not valid JSON"),
-        ("[" * 9000, "is not valid JSON"),
-        ('{"images": ' + "9" * 5000 + "}", "is not valid JSON"),
-        ([], "holds []; expected KAIST's annotations, an object"),
-        ({"images": []}, "a list of objects under categories"),
-        (changed(images=[]), "holds no images"),
-        (changed(images=[], annotations=[]), "holds no images"),
-        (changed(images=[{"id": 0, "im_name": "../x", "width": 96, "height": 112}]), "images 0 names '../x'"),
-        (changed(images=changed()["images"] * 2), "twice"),
-        (changed(images=[changed()["images"][0] | {"width": 1e30}]), "images 0, width: expected a whole number"),
-        (box(image_id=7), "annotations 0: no image has the id 7"),
-        (box(image_id=[[]]), "annotations 0, image_id: expected a whole number"),
-        (box(category_id=9), "annotations 0: no image has the id 0, or no category the id 9"),
-        (box(bbox=[1, 2, 3]), "annotations 0, bbox (x, y, width, height): expected 4 numbers"),
-        (box(bbox=[1, 2, 3, 10**400]), "annotations 0, bbox"),
-        (box(bbox=[1, 2, float("inf"), 4]), "annotations 0, bbox"),
-        (box(occlusion=None), "annotations 0, occlusion"),
-        (box(occlusion=9), "from 0 to 2, got 9"),
-        (box(ignore="perhaps"), "annotations 0, ignore"),
-        (changed(annotations=[{"id": 3, **changed()["annotations"][0]}] * 2), "an annotation id twice"),
-        (published({FRAMES[1]: [PERSON]}), "holds 1 frames but not set00/V000/I00001"),
+        *((f"labels/{FRAMES[0]}.txt", *case) for case in BAD_TEXT),
+        *((f"labels/{FRAMES[0]}.xml", *case) for case in BAD_XML),
+        *(("labels.json", *case) for case in BAD_JSON),
     ],
 )
-def test_json_of_another_version(tree, tmp_path, content, word):
-    file = write(tmp_path / "test.json", content)
-    one = write(tmp_path / "one.txt", FRAMES[0])
-    refused(lambda: KAIST(tree, one, file), file, word)
-
-
-def test_json_for_images_of_another_size(tree, tmp_path):
-    file = write(tmp_path / "test.json", published({FRAMES[0]: [PERSON]}, size=(640, 512)))
-    data = KAIST(tree, write(tmp_path / "one.txt", FRAMES[0]), file)
-    refused(lambda: data[0], "640 x 512", "96 x 112", FRAMES[0])
-    refused(lambda: read_ground_truth(tree / "annotations"), "is not an annotation json")
+def test_annotations_of_another_version(tree, name, content, word):
+    file, one = write(tree / name, content), write(tree / "one.txt", FRAMES[0])
+    refused(lambda: KAIST(tree, one, name.split("/")[0])[0], file, word)
+    if name != "labels.json":
+        refused(lambda: read_ground_truth(tree / "labels"), "is not an annotation json")
 
 
 def test_broken_and_unequal_images(tree):
