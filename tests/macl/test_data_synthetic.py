@@ -122,16 +122,6 @@ def test_people_show_in_the_modalities_that_see_them(modality):
     assert np.median(shown) > 3 * np.median(hidden) and np.quantile(shown, 0.05) > np.median(hidden)
 
 
-def test_an_unseen_person_leaves_the_image_as_it_was():
-    domain = quiet(people=(1, 1), distractors=(0, 0), visible_only=1.0, infrared_only=0.0)
-    data = SyntheticPairs(1, seed=0, domain=domain)
-    (figure,) = data.layout(0).figures
-    assert figure.seen == (True, False) and figure.hidden == 0
-    # Without an outline in infrared, no neighbouring pixels differ by more than the background's smooth texture does.
-    patch = data[0]["infrared"][0].numpy().astype(int)[figure.rows, figure.columns]
-    assert np.abs(np.diff(patch, axis=1)).max() <= 6
-
-
 def test_an_unseen_person_still_hides_who_is_behind():
     far = GROUND.stand("person", PERSON, 80.0, 60.0)
     near = GROUND.stand("person", PERSON, 80.0, 60.0, seen=(True, False))
@@ -218,16 +208,6 @@ def test_hot_ground_shows_people_darker_and_warm_ground_brighter(colder, sign):
     figure, domain = GROUND.stand("person", PERSON, 80.0, 40.0), replace(quiet_street(STREET_DAY), colder=colder)
     change = (painted(domain, figure)[1] - painted(domain)[1])[0, figure.rows, figure.columns]
     assert sign * np.median(change[figure.coverage == 1]) > 8
-
-
-def test_stripes_run_down_whole_columns():
-    domain = quiet_street(STREET_NIGHT)
-    striped, plain = (
-        SyntheticPairs(1, seed=0, domain=replace(domain, stripes=stripes))[0]["infrared"][0].numpy().astype(int)
-        for stripes in (3.0, 0.0)
-    )
-    added = striped - plain
-    assert np.ptp(added, axis=0).max() <= 1 and added.mean(axis=0).std() > 1.5  # 1: rounding to bytes
 
 
 @pytest.mark.parametrize("seen", [(True, True), (False, True)])
