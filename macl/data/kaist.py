@@ -141,8 +141,8 @@ class KAIST(KAISTFrames):
         ]
         day = sum(frame.daytime for frame in frames)
         source = (
-            f"KAIST {file.stem}: {len(pairs)} of {len(listed)} pairs ({day} by day, {len(pairs) - day} by night) of "
-            f"{root}, {layout.name}, listed in {file}; labels of {about_labels}"
+            f"KAIST {file.stem}: {len(pairs)} pairs ({day} by day, {len(pairs) - day} by night) of {root}, "
+            f"{layout.name}, among the {len(listed)} listed in {file}; labels of {about_labels}"
         )
         super().__init__(pairs, classes, split=file.stem, source=source)
         self.size = tuple(read_image(pairs[0].visible).shape[:0:-1])
