@@ -382,7 +382,7 @@ def main(arguments: list[str] | None = None) -> None:
     average = ema(detector, args.ema_decay) if args.ema_decay else None
 
     if isinstance(train_data, JointDataset):
-        lengths = tuple(map(len, train_data.parts))
+        lengths = tuple(map(len, train_data.datasets))
         sampler = BalancedSampler(lengths, args.batch_size, share=args.old_share, seed=args.seed)
     else:
         sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
@@ -400,7 +400,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(args.seed * 1000 + distributed.rank())  # each process samples its own RoIs
     if args.check:
         train_step.weights |= apply_schedules(args, detector, full, step=1, total=total_steps, epoch=1)
-        parts = getattr(train_data, "parts", (train_data,))
+        parts = getattr(train_data, "datasets", (train_data,))
         data = dict(zip(("training", "training, old domain"), parts, strict=False)) | {"validation": val_data}
         check(messages, data, train_step, loader, detector)
         return

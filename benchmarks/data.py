@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from PIL import Image
-from torchvision.transforms import ColorJitter
+from torchvision import tv_tensors
+from torchvision.transforms import ColorJitter, v2
 from torchvision.transforms import functional as v1
 
 from benchmarks import common
@@ -38,7 +39,7 @@ class PlainPipeline:
         self.dataset, self.size, self.jitter = dataset, size, ColorJitter(brightness=0.2, contrast=0.2)
 
     def __getitem__(self, index: int) -> dict:
-        visible_path, infrared_path, annotation_path = self.dataset.paths(index)
+        visible_path, infrared_path, annotation_path, *_ = self.dataset.pairs[index]
         visible = Image.open(visible_path).convert("RGB")
         infrared = Image.open(infrared_path).convert("RGB")
         annotation = read_voc(annotation_path, classes=self.dataset.classes)
@@ -50,6 +51,20 @@ class PlainPipeline:
         visible, infrared = v1.to_tensor(self.jitter(visible)), v1.to_tensor(infrared)
         infrared = (infrared * random.uniform(0.9, 1.1) + random.uniform(-0.05, 0.05)).clamp(0, 1)
         return {"visible": visible, "infrared": infrared, "boxes": boxes, "labels": annotation.labels}
+
+
+class Resized:
+    """This project's samples, their shorter side resized as in the plain pipeline."""
+
+    def __init__(self, dataset: LLVIP, size: int):
+        self.dataset, self.resize = dataset, v2.Resize(size, antialias=True)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.dataset[index]
+        size = sample["visible"].shape[-2:]
+        boxes = tv_tensors.BoundingBoxes(sample["boxes"], format="XYXY", canvas_size=size)
+        images = (tv_tensors.Image(sample[name]) for name in ("visible", "infrared"))
+        return sample | dict(zip(("visible", "infrared", "boxes"), self.resize((*images, boxes)), strict=True))
 
 
 def write_pairs(root: Path, count: int) -> None:
@@ -70,8 +85,8 @@ def write_pairs(root: Path, count: int) -> None:
 
 def measure(dataset: LLVIP, count: int, size: int, rounds: int) -> list[str]:
     """The report's paragraphs on the first `count` pairs."""
-    augmentation = PairedAugmentation(sizes=(size,), brightness=0.2, contrast=0.2, gain=0.1, offset=0.05)
-    ours, plain = AugmentedDataset(dataset, augmentation, seed=0), PlainPipeline(dataset, size)
+    augmentation = PairedAugmentation(brightness=0.2, contrast=0.2, gain=0.1, offset=0.05)
+    ours, plain = AugmentedDataset(Resized(dataset, size), augmentation, seed=0), PlainPipeline(dataset, size)
     functions = {
         "PIL + torchvision v1": lambda: [plain[index] for index in range(count)],
         "this project": lambda: [ours[0, index] for index in range(count)],
@@ -81,7 +96,7 @@ def measure(dataset: LLVIP, count: int, size: int, rounds: int) -> list[str]:
     medians = {name: statistics.median(taken) / count for name, taken in times.items()}
     rows = [[name, f"{1000 * seconds:.1f}", f"{1 / seconds:.1f}"] for name, seconds in medians.items()]
     height, width = dataset[0]["visible"].shape[-2:]
-    kilobytes = statistics.mean(path.stat().st_size for i in range(count) for path in dataset.paths(i)[:2]) / 1024
+    kilobytes = statistics.mean(path.stat().st_size for i in range(count) for path in dataset.paths(i)) / 1024
     return [
         f"{count} pairs of {width} x {height} pixels, {kilobytes:.0f} KiB per image on average, shorter side to "
         f"{size}; medians of {rounds} rounds.",

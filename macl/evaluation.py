@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import trainkit.distributed as distributed
-from macl.data import Plain, collate
+from macl.data import AsFloat, collate
 from macl.detector import Extracted, PairedFasterRCNN
 from macl.metrics import alignment, average_precision, miss_rate_curve, miss_rate_table
 from macl.metrics.average_precision import MAX_DETECTIONS, MEASURES
@@ -49,7 +49,7 @@ def predict(
     detector.eval()
     local = range(distributed.rank(), len(dataset), distributed.world_size())
     batches = [list(local[i : i + batch_size]) for i in range(0, len(local), batch_size)]
-    loader = make_loader(Plain(dataset), batches, collate, workers=workers, device=device)
+    loader = make_loader(AsFloat(dataset), batches, collate, workers=workers, device=device)
     results = []
     for batch in distributed.in_step(loader, len(batches), between):
         targets = batch["targets"]

@@ -5,38 +5,20 @@ arithmetic is used (no sin, exp or sums whose order may change), so that the sam
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-# A capsule is x0, y0, x1, y1, r0, r1 (a segment, a radius at either end) and a material: the part that shares a tone.
-HEAD, TORSO, ARMS, LEGS = range(4)
+HEAD, TORSO, ARMS, LEGS = range(4)  # materials: parts that share a tone
 MATERIALS = 4
+DISTRACTORS = ("pillar", "bin_with_lid", "sign", "trunk", "bollard", "trestle")
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What rasterise needs of K capsules, in float32."""
+class Shape(NamedTuple):
+    """A capsule is x0, y0, x1, y1 (a segment), r0, r1 (the radius at either end) and its material."""
 
-    start: np.ndarray  # (2, K, 1, 1), x and y of one end
-    along: np.ndarray  # (2, K, 1, 1), from there to the other end
-    towards: np.ndarray  # (2, K, 1, 1), along divided by its squared length
-    radius: np.ndarray  # (K, 1, 1), at the start
-    widening: np.ndarray  # (K, 1, 1), how much larger the radius is at the other end
-    materials: np.ndarray  # (K,) intp
-    square: bool  # ends and sides are square instead of round
-    extent: tuple[float, float, float, float]  # left, right, bottom, top
-
-
-@dataclass(frozen=True)
-class Raster:
-    """A shape on the canvas: the patch rows x columns, its coverage in 0..1 and the material of each pixel."""
-
-    rows: slice
-    columns: slice
-    coverage: np.ndarray  # (h, w) float32
-    inside: np.ndarray  # (h, w) bool, coverage of more than one half
-    material: np.ndarray  # (h, w) intp
+    capsules: list[tuple]
+    square: bool = False  # ends and sides are square instead of round
 
 
 def uniform(rng: np.random.Generator, low: float, high: float) -> float:
@@ -69,139 +51,75 @@ def person(rng: np.random.Generator) -> Shape:
         elbow, hand = lean + side * shoulder + swing, side * shoulder + uniform(rng, 1.0, 1.8) * swing
         parts.append((lean + side * shoulder, 0.78, elbow, 0.63, 0.036 * build, 0.034, ARMS))
         parts.append((elbow, 0.63, hand, uniform(rng, 0.46, 0.56), 0.032, 0.026, ARMS))
-    return _shape(parts, square=False)
+    return Shape(parts)
 
 
-def pillar(rng: np.random.Generator) -> Shape:
-    """A round post, duct or boiler as wide as a person."""
-    radius, band = uniform(rng, 0.12, 0.19), uniform(rng, 0.4, 0.8)
-    return _shape(
-        [(0, radius, 0, band, radius, radius, TORSO), (0, band, 0, 1 - radius, radius, radius, HEAD)], square=False
-    )
-
-
-def bin_with_lid(rng: np.random.Generator) -> Shape:
-    """A bin, cabinet or heater: a box under a wider lid."""
-    half, lid = uniform(rng, 0.14, 0.21), uniform(rng, 0.05, 0.08)
-    body = (0, half, 0, 1 - 2 * lid - half, half, half, TORSO)
-    return _shape([body, (-0.15, 1 - lid, 0.15, 1 - lid, lid, lid, HEAD)], square=True)
-
-
-def sign(rng: np.random.Generator) -> Shape:
-    """A thin post with a board."""
-    post, board = uniform(rng, 0.02, 0.04), uniform(rng, 0.12, 0.18)
-    return _shape(
-        [(0, post, 0, 0.7, post, post, LEGS), (0, 1 - 1.6 * board, 0, 1 - board, board, board, TORSO)], square=True
-    )
-
-
-def trunk(rng: np.random.Generator) -> Shape:
-    """A tree trunk or pipe that forks upwards."""
-    fork, spread = uniform(rng, 0.4, 0.6), uniform(rng, 0.1, 0.2)
-    return _shape(
-        [
-            (0, 0.03, 0, fork, uniform(rng, 0.06, 0.1), 0.06, TORSO),
-            (0, fork, -spread, 0.95, 0.055, 0.035, ARMS),
-            (0, fork, spread, uniform(rng, 0.75, 0.97), 0.055, 0.035, ARMS),
-        ],
-        square=False,
-    )
-
-
-def bollard(rng: np.random.Generator) -> Shape:
-    """A thick post with a ball on top: a head without limbs."""
-    radius, ball = uniform(rng, 0.09, 0.14), uniform(rng, 0.08, 0.11)
-    top = 1 - 2 * ball - 0.6 * radius
-    return _shape(
-        [(0, radius, 0, top, 1.3 * radius, radius, TORSO), (0, 1 - ball, 0, 1 - ball, ball, ball, HEAD)], square=False
-    )
-
-
-def trestle(rng: np.random.Generator) -> Shape:
-    """Two legs that meet at the top, with a bar across: limbs without a head."""
+def distractor(rng: np.random.Generator, kind: str) -> Shape:
+    """One of DISTRACTORS, as wide as a person."""
+    if kind == "pillar":  # a round post, duct or boiler
+        radius, band = uniform(rng, 0.12, 0.19), uniform(rng, 0.4, 0.8)
+        return Shape([(0, radius, 0, band, radius, radius, TORSO), (0, band, 0, 1 - radius, radius, radius, HEAD)])
+    if kind == "bin_with_lid":  # a bin, cabinet or heater: a box under a wider lid
+        half, lid = uniform(rng, 0.14, 0.21), uniform(rng, 0.05, 0.08)
+        body = (0, half, 0, 1 - 2 * lid - half, half, half, TORSO)
+        return Shape([body, (-0.15, 1 - lid, 0.15, 1 - lid, lid, lid, HEAD)], square=True)
+    if kind == "sign":  # a thin post with a board
+        post, board = uniform(rng, 0.02, 0.04), uniform(rng, 0.12, 0.18)
+        top = (0, 1 - 1.6 * board, 0, 1 - board, board, board, TORSO)
+        return Shape([(0, post, 0, 0.7, post, post, LEGS), top], square=True)
+    if kind == "trunk":  # a tree trunk or pipe that forks upwards
+        fork, spread = uniform(rng, 0.4, 0.6), uniform(rng, 0.1, 0.2)
+        stem = (0, 0.03, 0, fork, uniform(rng, 0.06, 0.1), 0.06, TORSO)
+        right = (0, fork, spread, uniform(rng, 0.75, 0.97), 0.055, 0.035, ARMS)
+        return Shape([stem, (0, fork, -spread, 0.95, 0.055, 0.035, ARMS), right])
+    if kind == "bollard":  # a thick post with a ball on top: a head without limbs
+        radius, ball = uniform(rng, 0.09, 0.14), uniform(rng, 0.08, 0.11)
+        top = 1 - 2 * ball - 0.6 * radius
+        return Shape([(0, radius, 0, top, 1.3 * radius, radius, TORSO), (0, 1 - ball, 0, 1 - ball, ball, ball, HEAD)])
+    # A trestle, two legs that meet at the top, with a bar across: limbs without a head.
     spread, bar = uniform(rng, 0.12, 0.2), uniform(rng, 0.25, 0.6)
     half = spread * (1 - bar)
-    return _shape(
-        [
-            (-spread, 0.04, 0, 0.96, 0.04, 0.04, LEGS),
-            (spread, 0.04, 0, 0.96, 0.04, 0.04, LEGS),
-            (-half, bar, half, bar, 0.035, 0.035, ARMS),
-        ],
-        square=False,
-    )
+    legs = [(foot, 0.04, 0, 0.96, 0.04, 0.04, LEGS) for foot in (-spread, spread)]
+    return Shape([*legs, (-half, bar, half, bar, 0.035, 0.035, ARMS)])
 
 
-def wall(rng: np.random.Generator) -> Shape:
-    """A low wall or crate, wider than high."""
-    half = uniform(rng, 0.3, 0.5)
-    return _shape([(-uniform(rng, 0.2, 0.8), half, uniform(rng, 0.2, 0.8), half, half, half, TORSO)], square=True)
-
-
-def post(rng: np.random.Generator) -> Shape:
-    """A thin straight post."""
+def occluder(rng: np.random.Generator, low: bool) -> Shape:
+    """A low wall or crate, wider than high, or a thin straight post."""
+    if low:
+        half = uniform(rng, 0.3, 0.5)
+        return Shape([(-uniform(rng, 0.2, 0.8), half, uniform(rng, 0.2, 0.8), half, half, half, TORSO)], square=True)
     radius = uniform(rng, 0.02, 0.04)
-    return _shape([(0, radius, 0, 1 - radius, radius, radius, TORSO)], square=True)
+    return Shape([(0, radius, 0, 1 - radius, radius, radius, TORSO)], square=True)
 
 
-DISTRACTORS = (pillar, bin_with_lid, sign, trunk, bollard, trestle)
-
-
-def rasterise(shape: Shape, *, foot: tuple[float, float], height: float, canvas: tuple[int, int]) -> Raster:
+def rasterise(shape: Shape, *, foot: tuple[float, float], height: float, canvas: tuple[int, int]):
     """Draws a shape that stands at foot = (x, y), `height` pixels tall, on a canvas of (H, W) pixels.
 
-    Coverage falls from 1 to 0 over the pixel that the outline crosses. The patch may be empty when the shape stands
-    outside the canvas.
+    -> the patch's rows and columns as slices, its coverage (h, w) float32, which falls from 1 to 0 over the pixel that
+    the outline crosses, and the material of each pixel (h, w). The patch may be empty.
     """
-    left, right, bottom, top = shape.extent
-    columns = _span(foot[0] + left * height, foot[0] + right * height, canvas[1])
-    rows = _span(foot[1] - top * height, foot[1] - bottom * height, canvas[0])
+    x0, y0, x1, y1, r0, r1, materials = np.array(shape.capsules).T[:, :, None, None]  # each (K, 1, 1)
+    columns = _span(np.minimum(x0 - r0, x1 - r1).min(), np.maximum(x0 + r0, x1 + r1).max(), foot[0], height, canvas[1])
+    rows = _span(-np.maximum(y0 + r0, y1 + r1).max(), -np.minimum(y0 - r0, y1 - r1).min(), foot[1], height, canvas[0])
     x = (np.arange(columns.start, columns.stop) + (0.5 - foot[0])) / height
     y = (np.arange(rows.start, rows.stop) + (0.5 - foot[1])) / -height
-    from_x = x.astype(np.float32) - shape.start[0]  # (K, 1, w)
-    from_y = y.astype(np.float32)[:, None] - shape.start[1]  # (K, h, 1)
 
-    # Distance to the nearest point of each capsule's axis, against the radius there; in place, as this is most of the
-    # time of drawing a scene.
-    position = from_x * shape.towards[0] + from_y * shape.towards[1]  # (K, h, w), 0 at the start, 1 at the other end
-    np.maximum(position, 0, out=position)
-    np.minimum(position, 1, out=position)
-    across, down = position * shape.along[0], position * shape.along[1]
-    np.subtract(from_x, across, out=across)
-    np.subtract(from_y, down, out=down)
-    if shape.square:
-        distance = np.maximum(np.abs(across, out=across), np.abs(down, out=down), out=across)
-    else:
-        across *= across
-        down *= down
-        across += down
-        distance = np.sqrt(across, out=across)
-    position *= shape.widening
-    position += shape.radius
-    position -= distance  # (K, h, w), depth below the outline in units of height
-    coverage = position.max(axis=0)  # (h, w)
-    coverage *= np.float32(height)
-    coverage += np.float32(0.5)
-    coverage = np.minimum(np.maximum(coverage, 0), 1)
-    return Raster(rows, columns, coverage, coverage > 0.5, shape.materials[position.argmax(axis=0)])
+    # Distance to the nearest point of each capsule's segment, against the radius there.
+    along_x, along_y = x1 - x0, y1 - y0
+    squared = np.maximum(along_x * along_x + along_y * along_y, 1e-6)
+    table = (x0, y0, along_x, along_y, along_x / squared, along_y / squared, r0, r1 - r0)
+    x0, y0, along_x, along_y, towards_x, towards_y, radius, widening = (value.astype(np.float32) for value in table)
+    from_x, from_y = x.astype(np.float32) - x0, y.astype(np.float32)[:, None] - y0  # (K, 1, w), (K, h, 1)
+    position = np.minimum(np.maximum(from_x * towards_x + from_y * towards_y, 0), 1)  # (K, h, w), 1 at the other end
+    across, down = from_x - position * along_x, from_y - position * along_y
+    round_ends = np.sqrt(across * across + down * down)
+    distance = np.maximum(np.abs(across), np.abs(down)) if shape.square else round_ends
+    depth = position * widening + radius - distance  # below the outline, in units of height
+    coverage = np.minimum(np.maximum(depth.max(axis=0) * np.float32(height) + np.float32(0.5), 0), 1)
+    return rows, columns, coverage, materials[:, 0, 0].astype(np.intp)[depth.argmax(axis=0)]
 
 
-def _shape(parts: list[tuple], square: bool) -> Shape:
-    table = np.array(parts).T[:, :, None, None]  # (7, K, 1, 1)
-    start, along = table[:2], table[2:4] - table[:2]
-    towards = along / np.maximum(along[0] * along[0] + along[1] * along[1], 1e-6)
-    start, along, towards, radius, widening = (
-        values.astype(np.float32) for values in (start, along, towards, table[4], table[5] - table[4])
-    )
-    extent = (
-        min(min(x0 - r0, x1 - r1) for x0, _, x1, _, r0, r1, _ in parts),
-        max(max(x0 + r0, x1 + r1) for x0, _, x1, _, r0, r1, _ in parts),
-        min(min(y0 - r0, y1 - r1) for _, y0, _, y1, r0, r1, _ in parts),
-        max(max(y0 + r0, y1 + r1) for _, y0, _, y1, r0, r1, _ in parts),
-    )
-    return Shape(start, along, towards, radius, widening, table[6, :, 0, 0].astype(np.intp), square, extent)
-
-
-def _span(low: float, high: float, size: int) -> slice:
-    """The pixels from low to high and one more on either side, within 0..size."""
-    start = min(max(math.floor(low) - 1, 0), size)
-    return slice(start, max(start, min(math.ceil(high) + 1, size)))
+def _span(low: float, high: float, foot: float, height: float, size: int) -> slice:
+    """The pixels from foot + low * height to foot + high * height and one more on either side, within 0..size."""
+    start = min(max(math.floor(foot + low * height) - 1, 0), size)
+    return slice(start, max(start, min(math.ceil(foot + high * height) + 1, size)))

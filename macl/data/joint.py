@@ -1,33 +1,27 @@
 """Two data sets as one, for training on both at once."""
 
 import bisect
-import itertools
 
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 
-class JointDataset(Dataset):
+class JointDataset(ConcatDataset):
     """Data sets laid end to end. Samples also say which one they are of: "domain", from 0.
 
     Scene numbers stay apart: a scene of one data set never has the number of one of another; -1, not known, stays.
     """
 
     def __init__(self, *parts: Dataset):
-        self.parts = parts
-        self.starts = [0, *itertools.accumulate(map(len, parts))]
+        super().__init__(parts)
         self.source = " and ".join(part.source for part in parts)
 
-    def __len__(self) -> int:
-        return self.starts[-1]
-
     def __getitem__(self, index: int) -> dict:
-        index = range(len(self))[index]
-        domain = bisect.bisect(self.starts, index) - 1
-        sample = self.parts[domain][index - self.starts[domain]]
+        sample, domain = super().__getitem__(index), bisect.bisect(self.cumulative_sizes, index)
         scene = sample["scene"]
-        return sample | {"domain": domain, "scene": scene if scene < 0 else scene * len(self.parts) + domain}
+        return sample | {"domain": domain, "scene": scene if scene < 0 else scene * len(self.datasets) + domain}
 
     def beside(self, index: int) -> range:
         """The indices of the data set that `index` belongs to."""
-        stop = bisect.bisect(self.starts, index)
-        return range(self.starts[stop - 1], self.starts[stop])
+        starts = [0, *self.cumulative_sizes]
+        domain = bisect.bisect(self.cumulative_sizes, index)
+        return range(starts[domain], starts[domain + 1])

@@ -15,16 +15,14 @@ def paint(rng: np.random.Generator, domain: Domain, scene: Scene) -> tuple[np.nd
     infrared = _infrared_background(rng, domain, scene)[None]  # (1, H, W)
     # What a domain lacks draws nothing, so that a new property leaves the pictures of the older domains as they are.
     colder = domain.colder > 0 and rng.random() < domain.colder
-    for canvas, modality, contrast in (
-        (visible, VISIBLE, domain.visible_contrast),
-        (infrared, INFRARED, tuple(-strength if colder else strength for strength in domain.infrared_contrast)),
-    ):
+    heat = tuple(-strength if colder else strength for strength in domain.infrared_contrast)
+    for canvas, modality, contrast in ((visible, VISIBLE, domain.visible_contrast), (infrared, INFRARED, heat)):
         behind = canvas.copy()
         for figure in scene.figures:
             _paint_figure(rng, canvas, behind, figure, modality, contrast)
 
     _add_noise(rng, visible, uniform(rng, *domain.visible_noise))
-    infrared = _shifted(rng, infrared, offset=domain.offset, most=domain.misregistration)
+    infrared = _shifted(rng, infrared, domain)
     for _ in range(domain.blur):
         infrared = _blur(infrared)
     if domain.stripes:
@@ -32,29 +30,21 @@ def paint(rng: np.random.Generator, domain: Domain, scene: Scene) -> tuple[np.nd
         _add_noise(rng, columns, domain.stripes)
         infrared += columns
     _add_noise(rng, infrared, uniform(rng, *domain.infrared_noise))
-    return _to_bytes(visible), _to_bytes(infrared).repeat(3, axis=0)
+    visible, infrared = (np.clip(x + np.float32(0.5), 0, 255).astype(np.uint8) for x in (visible, infrared))
+    return visible, infrared.repeat(3, axis=0)
 
 
-def _paint_figure(
-    rng: np.random.Generator,
-    canvas: np.ndarray,
-    behind: np.ndarray,
-    figure: Figure,
-    modality: int,
-    contrast: tuple[float, float],
-) -> None:
+def _paint_figure(rng, canvas: np.ndarray, behind: np.ndarray, figure: Figure, modality: int, contrast: tuple) -> None:
     """Blends a figure over the canvas (C, H, W); one that is not seen looks like the background, and still hides.
 
     In visible light people may be brighter or darker than what is behind them and each part has a tone of its own; in
     infrared they are warmer (colder where the contrast is negative), most of all the head.
     """
-    raster = figure.raster
-    patch = canvas[:, raster.rows, raster.columns]  # (C, h, w)
+    patch, background = (image[:, figure.rows, figure.columns] for image in (canvas, behind))  # (C, h, w)
     if not figure.seen[modality]:
-        patch += raster.coverage * (behind[:, raster.rows, raster.columns] - patch)
+        patch += figure.coverage * (background - patch)
         return
-    h, w = raster.coverage.shape
-    around = behind[:, raster.rows.start + h // 2, raster.columns.start + w // 2]  # (C,)
+    around = background[:, patch.shape[1] // 2, patch.shape[2] // 2]  # (C,)
     strength = uniform(rng, *contrast)
     if figure.kind == "occluder":
         strength *= 0.4
@@ -64,18 +54,18 @@ def _paint_figure(
         darker = around.min() > 1.3 * strength and rng.random() < 0.5
         factors = [(-1 if darker else 1) * uniform(rng, 0.5, 1.4) for _ in range(MATERIALS)]
     tones = np.empty((len(canvas), MATERIALS), dtype=np.float32)
-    for channel in range(len(canvas)):
+    for channel, tone in enumerate(around.tolist()):
         hue = 1.0 if modality == INFRARED else uniform(rng, 0.75, 1.25)
-        tones[channel] = [float(around[channel]) + strength * factor * hue for factor in factors]
-    patch += raster.coverage * (tones[:, raster.material] - patch)
+        tones[channel] = [tone + strength * factor * hue for factor in factors]
+    patch += figure.coverage * (tones[:, figure.material] - patch)
 
 
 def _visible_background(rng: np.random.Generator, domain: Domain, scene: Scene) -> np.ndarray:
     """Sky, buildings with a few lit windows, and ground under lamps, headlights and shadows; (H, W) float32."""
-    height, width = scene.ground.size
+    height, width = scene.size
     y, x = np.arange(height, dtype=np.float32), np.arange(width, dtype=np.float32)
-    horizon, ambient = int(scene.ground.horizon), uniform(rng, *domain.ambient)
-    canvas = np.float32(ambient) * _texture(rng, (height, width), cells=(9, 11), low=0.75, high=1.25)
+    horizon, ambient = int(scene.horizon), uniform(rng, *domain.ambient)
+    canvas = np.float32(ambient) * _texture(rng, scene.size, cells=(9, 11), low=0.75, high=1.25)
     canvas[:horizon] *= np.float32(domain.sky)
     for rows, columns in scene.buildings:
         canvas[rows, columns] = ambient * uniform(rng, 0.5, 0.9)
@@ -87,48 +77,45 @@ def _visible_background(rng: np.random.Generator, domain: Domain, scene: Scene) 
     below = (y[horizon:] - horizon)[:, None]
     canvas[horizon:][np.abs(x - (centre + drift * below)) < np.float32(0.025) * below] *= np.float32(1.5)  # a lane
 
-    light = np.ones((height, width), dtype=np.float32)
+    light = np.ones(scene.size, dtype=np.float32)
     for _ in range(count(rng, domain.lamps)):
         peak = uniform(rng, *domain.lamp) / domain.ambient[1]
-        _add_light(rng, light, x, y, at=uniform(rng, -0.1, 1.1), row=uniform(rng, 0.2, 1), reach=(0.15, 0.4), peak=peak)
+        _add_light(rng, light, at=uniform(rng, -0.1, 1.1), row=uniform(rng, 0.2, 1), reach=(0.15, 0.4), peak=peak)
     for figure in scene.figures if domain.shadows else ():
         if figure.seen[VISIBLE]:
             shade, reach = np.ones_like(light), (0.2 * figure.height / width, 0.4 * figure.height / width)
             at, row = figure.foot[0] / width, figure.foot[1] / height
-            _add_light(rng, shade, x, y, at=at, row=row, reach=reach, peak=-domain.shadows)
+            _add_light(rng, shade, at=at, row=row, reach=reach, peak=-domain.shadows)
             light *= shade
     canvas *= light
     if rng.random() < domain.headlights:
         row, at, apart = uniform(rng, 0.3, 0.6), uniform(rng, 0.05, 0.85), uniform(rng, 0.04, 0.1)
         for shift in (0, apart):
-            _add_light(rng, canvas, x, y, at=at + shift, row=row, reach=(0.012, 0.03), peak=220.0)
+            _add_light(rng, canvas, at=at + shift, row=row, reach=(0.012, 0.03), peak=220.0)
     away_y, away_x = (y / np.float32(height / 2) - 1)[:, None], x / np.float32(width / 2) - 1
     return canvas * (1 - np.float32(domain.vignette / 2) * (away_x * away_x + away_y * away_y))
 
 
 def _infrared_background(rng: np.random.Generator, domain: Domain, scene: Scene) -> np.ndarray:
     """Cold sky, warmer buildings and ground, and warm patches without a person's shape; (H, W) float32."""
-    height, width = scene.ground.size
-    y, x = np.arange(height, dtype=np.float32), np.arange(width, dtype=np.float32)
     ground = uniform(rng, *domain.ground)
-    canvas = np.float32(ground) * _texture(rng, (height, width), cells=(7, 9), low=0.8, high=1.2)
-    canvas[: int(scene.ground.horizon)] *= np.float32(uniform(rng, 0.4, 0.7))
+    canvas = np.float32(ground) * _texture(rng, scene.size, cells=(7, 9), low=0.8, high=1.2)
+    canvas[: int(scene.horizon)] *= np.float32(uniform(rng, 0.4, 0.7))
     for rows, columns in scene.buildings:
         canvas[rows, columns] = ground * uniform(rng, 0.8, 1.3)
     for _ in range(count(rng, domain.warm_clutter)):
         peak = uniform(rng, *domain.infrared_contrast)
-        _add_light(rng, canvas, x, y, at=rng.random(), row=uniform(rng, 0.1, 1), reach=(0.02, 0.1), peak=peak)
+        _add_light(rng, canvas, at=rng.random(), row=uniform(rng, 0.1, 1), reach=(0.02, 0.1), peak=peak)
     return canvas
 
 
-def _add_light(rng, canvas, x, y, *, at: float, row: float, reach: tuple[float, float], peak: float) -> None:
-    """Adds a spot at shares of the width and height; its brightness falls with the distance, unevenly by axis."""
-    far_x = (x - np.float32(at * len(x))) / np.float32(uniform(rng, *reach) * len(x))
-    far_y = (y - np.float32(row * len(y))) / np.float32(uniform(rng, *reach) * len(x))
+def _add_light(rng, canvas: np.ndarray, *, at: float, row: float, reach: tuple[float, float], peak: float) -> None:
+    """Adds a spot at shares of the width and height, `reach` in widths; its light falls unevenly by axis."""
+    height, width = canvas.shape
+    far_x = (np.arange(width, dtype=np.float32) - np.float32(at * width)) / np.float32(uniform(rng, *reach) * width)
+    far_y = (np.arange(height, dtype=np.float32) - np.float32(row * height)) / np.float32(uniform(rng, *reach) * width)
     near = 1 / ((1 + far_x * far_x) + (far_y * far_y)[:, None])  # (H, W)
-    near *= near
-    near *= np.float32(peak)
-    canvas += near
+    canvas += near * near * np.float32(peak)
 
 
 def _texture(rng: np.random.Generator, size: tuple[int, int], *, cells: tuple[int, int], low: float, high: float):
@@ -156,20 +143,14 @@ def _blur(image: np.ndarray) -> np.ndarray:
         softened = image + image
         softened[:, 1:] += image[:, :-1]
         softened[:, :-1] += image[:, 1:]
-        softened[:, 0] += image[:, 0]
-        softened[:, -1] += image[:, -1]
-        softened *= np.float32(0.25)
-        image = softened.swapaxes(1, axis)
+        softened[:, [0, -1]] += image[:, [0, -1]]
+        image = (softened * np.float32(0.25)).swapaxes(1, axis)
     return image
 
 
-def _shifted(rng: np.random.Generator, image: np.ndarray, *, offset: tuple[int, int], most: int) -> np.ndarray:
-    """Moves (C, H, W) by `offset` and up to `most` pixels more or less, down and right; the border repeats."""
-    for axis, ahead in zip((1, 2), offset, strict=True):
-        step = int(uniform(rng, 0, 2 * most + 1)) - most - ahead
+def _shifted(rng: np.random.Generator, image: np.ndarray, domain: Domain) -> np.ndarray:
+    """Moves (C, H, W) down and right by the domain's offset, give or take its misregistration; the border repeats."""
+    for axis, ahead in zip((1, 2), domain.offset, strict=True):
+        step = int(uniform(rng, 0, 2 * domain.misregistration + 1)) - domain.misregistration - ahead
         image = image.take(np.clip(np.arange(image.shape[axis]) + step, 0, image.shape[axis] - 1), axis)
     return image
-
-
-def _to_bytes(canvas: np.ndarray) -> np.ndarray:
-    return np.clip(canvas + np.float32(0.5), 0, 255).astype(np.uint8)

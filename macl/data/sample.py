@@ -1,10 +1,9 @@
-"""The sample that every data set, the augmentation and inference share, and the readers of its two images.
+"""The sample that every data set, the augmentation and inference share, its batches, and the readers of its images.
 
 A sample is a dict:
 
     visible     (3, H, W) uint8 from a data set, float32 in 0..1 once prepared for the model
-    infrared    (3, H, W) like visible, pixel for pixel registered with it (as far as the cameras are); three equal
-                channels
+    infrared    (3, H, W) like visible, registered with it as far as the cameras are; three equal channels
     boxes       (N, 4) float32, x1 y1 x2 y2 in pixels of the visible image, 0 <= x1 < x2 <= W
     labels      (N,) int64, starting at 1 (0 is the background)
     ignore      (N,) bool: neither a target in training nor a miss or a false alarm in evaluation
@@ -35,57 +34,31 @@ PER_BOX = ("boxes", "labels", "ignore", "visible_in", "occlusion")
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Decodes an image file of 8 bits a channel to (3, H, W) uint8 RGB; grey is repeated three times.
-
-    Raises InputError as `trainkit.files.open_image` does.
-    """
+    """An image file as (3, H, W) uint8 RGB, grey repeated three times; refused is what `files.open_image` refuses."""
     pixels = np.array(open_image(path))  # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W), channels last in memory, which resizes fastest
 
 
-def check_same_size(*, visible: Tensor, infrared: Tensor, visible_path: str | Path, infrared_path: str | Path) -> None:
-    """Raises InputError unless both images have the same height and width."""
-    if visible.shape != infrared.shape:
-        sizes = [f"{image.shape[2]} x {image.shape[1]}" for image in (visible, infrared)]
+def read_pair(visible: str | Path | None, infrared: str | Path | None) -> dict[str, Tensor | None]:
+    """The images of a sample. One path may be None, and so is its image then; raises InputError if sizes differ."""
+    pair = {"visible": visible, "infrared": infrared}
+    pair = {modality: None if path is None else read_image(path) for modality, path in pair.items()}
+    sizes = [f"{image.shape[2]} x {image.shape[1]}" for image in pair.values() if image is not None]
+    if len(set(sizes)) > 1:
         raise InputError(
-            f"{visible_path} is {sizes[0]} but {infrared_path} is {sizes[1]}; expected a registered pair of one size"
+            f"{visible} is {sizes[0]} but {infrared} is {sizes[1]}; expected a registered pair of one size"
         )
-
-
-def read_pair(visible_path: str | Path | None, infrared_path: str | Path | None, *, image_id: int = 0) -> dict:
-    """Reads one pair, or one image where the other path is None, as a sample without boxes for inference.
-
-    The absent modality is None in the sample. Raises InputError as read_image does, and when the sizes differ.
-    """
-    if visible_path is None and infrared_path is None:
-        raise ValueError("read_pair needs a visible or an infrared path")
-    visible = None if visible_path is None else read_image(visible_path)
-    infrared = None if infrared_path is None else read_image(infrared_path)
-    if visible is not None and infrared is not None:
-        check_same_size(visible=visible, infrared=infrared, visible_path=visible_path, infrared_path=infrared_path)
-    return {
-        "visible": visible,
-        "infrared": infrared,
-        "boxes": torch.zeros(0, 4),
-        "labels": torch.zeros(0, dtype=torch.int64),
-        "ignore": torch.zeros(0, dtype=torch.bool),
-        "image_id": image_id,
-        "path": str(infrared_path if visible_path is None else visible_path),
-        "scene": -1,
-    }
+    return pair
 
 
 def find_pairs(visible: str | Path | None, infrared: str | Path | None) -> list[tuple[Path | None, Path | None]]:
-    """Lists (visible, infrared) image paths of two folders, matched by file name without suffix, in name order.
+    """The (visible, infrared) image paths of two folders, matched by file name without suffix, in name order.
 
-    Either argument may be None (a single modality), or both may be one image file each (any names). Raises InputError
-    for a missing path, a folder without images, two images of one stem, an image whose partner is missing, and where
-    every picture is its own partner.
+    One argument may be None (a single modality), or both may be an image file each, of any names. Raises InputError for
+    a missing path, a folder without images, an image without partner, and pictures that are their own partners.
     """
-    if visible is None and infrared is None:
-        raise ValueError("find_pairs needs a visible or an infrared path")
     both = [None if path is None else Path(path) for path in (visible, infrared)]
-    given = [path for path in both if path]
+    given = [path for path in both if path is not None]
     for path in given:
         if not os.path.exists(path):
             raise InputError(f"{path} does not exist; expected an image or a folder of images")
@@ -120,3 +93,20 @@ def images_by_stem(folder: Path) -> dict[str, str]:
         if other != name:
             raise InputError(f"{folder} holds both {other} and {name}; expected one a name")
     return dict(sorted(images.items()))
+
+
+def collate(samples: list[dict]) -> dict:
+    """A batch of samples: a dict of lists, as images may differ in size until the model pads them.
+
+    visible, infrared: (3, H_i, W_i) float32 images, what a detector takes as keywords of these names
+    targets: dicts of what the samples know of PER_BOX, and as () int64 the scene and, if any, the domain
+    image_id, path, scene, daytime: as in the samples; daytime is None where it is not known
+    """
+    batch = {key: [sample[key] for sample in samples] for key in ("visible", "infrared", "image_id", "path", "scene")}
+    batch["daytime"] = [sample.get("daytime") for sample in samples]
+    batch["targets"] = [
+        {key: sample[key] for key in PER_BOX if key in sample}
+        | {key: torch.tensor(sample[key]) for key in ("scene", "domain") if key in sample}
+        for sample in samples
+    ]
+    return batch

@@ -1,12 +1,11 @@
 """What stands where in a drawn scene: people, things that resemble them, and what hides them."""
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
-from macl.data.figures import DISTRACTORS, Raster, Shape, person, post, rasterise, uniform, wall
+from macl.data.figures import DISTRACTORS, Shape, distractor, occluder, person, rasterise, uniform
 
 VISIBLE, INFRARED = 0, 1
 
@@ -63,15 +62,18 @@ STREET_DAY = replace(
 DAY_AND_NIGHT = (STREET_DAY, STREET_NIGHT)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Figure:
     """Something that stands in the scene: kind "person", "occluder" or the name of a distractor's shape."""
 
     kind: str
+    seen: tuple[bool, bool]  # in visible light, in infrared
     foot: tuple[float, float]  # x, y in pixels
     height: float  # in pixels
-    raster: Raster
-    seen: tuple[bool, bool]  # in visible light, in infrared
+    rows: slice  # of the patch that it covers
+    columns: slice
+    coverage: np.ndarray  # (h, w) float32 in 0..1
+    material: np.ndarray  # (h, w) intp
     hidden: float = 0.0  # share of the silhouette behind nearer figures
 
     @property
@@ -79,32 +81,32 @@ class Figure:
         return self.kind not in ("person", "occluder")
 
     @cached_property
+    def inside(self) -> np.ndarray:
+        """The silhouette, (h, w) bool."""
+        return self.coverage > 0.5
+
+    @cached_property
     def box(self) -> tuple[int, int, int, int]:
         """Tight extents x1, y1, x2, y2 of the silhouette within the image, hidden parts included."""
-        rows, columns = (np.flatnonzero(self.raster.inside.any(axis=axis)) for axis in (1, 0))
-        top, left = self.raster.rows.start, self.raster.columns.start
+        rows, columns = (np.flatnonzero(self.inside.any(axis=axis)) for axis in (1, 0))
+        top, left = self.rows.start, self.columns.start
         return left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1
 
 
-@dataclass(frozen=True)
-class Ground:
+@dataclass
+class Scene:
     """Flat ground in perspective: a figure of height h has its foot slope * h pixels below the horizon."""
 
     size: tuple[int, int]  # H, W
     horizon: float
     slope: float
+    figures: list[Figure] = field(default_factory=list)  # from far to near
+    buildings: list[tuple[slice, slice]] = field(default_factory=list)  # rows, columns
 
     def stand(self, kind: str, shape: Shape, x: float, height: float, *, seen=(True, True), at=None) -> Figure:
         """A figure at column x, at the distance of a figure `at` pixels tall (default: its own height)."""
         foot = (x, self.horizon + self.slope * (height if at is None else at))
-        return Figure(kind, foot, height, rasterise(shape, foot=foot, height=height, canvas=self.size), seen)
-
-
-@dataclass(frozen=True)
-class Scene:
-    ground: Ground
-    buildings: tuple[tuple[slice, slice], ...]  # rows, columns
-    figures: tuple[Figure, ...]  # from far to near
+        return Figure(kind, seen, foot, height, *rasterise(shape, foot=foot, height=height, canvas=self.size))
 
 
 def lay_out(rng: np.random.Generator, domain: Domain, size: tuple[int, int]) -> Scene:
@@ -114,97 +116,90 @@ def lay_out(rng: np.random.Generator, domain: Domain, size: tuple[int, int]) -> 
     when the domain is so crowded that none is found.
     """
     for _ in range(100):
-        ground = Ground(size, uniform(rng, *domain.horizon) * size[0], uniform(rng, 1.05, 1.2))
-        people = _people(rng, domain, ground)
-        figures = people + _occluders(rng, domain, ground, people)
-        figures = _with_hidden_shares(figures + _distractors(rng, domain, ground, figures), size)
-        distractors = [figure for figure in figures if figure.is_distractor]
-        for modality in (VISIBLE, INFRARED):
-            hidden = [figure.hidden > 0.5 for figure in distractors if figure.seen[modality]]
-            if hidden.count(False) < min(2, len(hidden)):
-                break
-        else:
-            buildings = tuple(_building(rng, ground) for _ in range(count(rng, (1, 3))))
-            return Scene(ground, buildings, tuple(figures))
+        scene = Scene(size, uniform(rng, *domain.horizon) * size[0], uniform(rng, 1.05, 1.2))
+        people = _people(rng, domain, scene)
+        figures = people + _occluders(rng, domain, scene, people)
+        scene.figures = _far_to_near(figures + _distractors(rng, domain, scene, figures), size)
+        clear = [
+            [figure.hidden <= 0.5 for figure in scene.figures if figure.is_distractor and figure.seen[modality]]
+            for modality in (VISIBLE, INFRARED)
+        ]
+        if all(sum(one) >= min(2, len(one)) for one in clear):
+            scene.buildings = [_building(rng, scene) for _ in range(count(rng, (1, 3)))]
+            return scene
     raise ValueError(f"no scene shows its distractors in {domain}; expected fewer people and occluders")
 
 
-def _with_hidden_shares(figures: list[Figure], size: tuple[int, int]) -> list[Figure]:
-    """Sorts the figures that reach into the image from far to near, and measures what nearer ones hide of each."""
-    figures = [figure for figure in figures if figure.raster.inside.any()]
-    figures.sort(key=lambda figure: figure.foot[1])
+def _far_to_near(figures: list[Figure], size: tuple[int, int]) -> list[Figure]:
+    """Sorts the figures that reach into the image, and measures what nearer ones hide of each."""
+    figures = sorted((figure for figure in figures if figure.inside.any()), key=lambda figure: figure.foot[1])
     owner = np.full(size, -1, dtype=np.int16)  # the nearest figure at each pixel
     for number, figure in enumerate(figures):
-        owner[figure.raster.rows, figure.raster.columns][figure.raster.inside] = number
+        owner[figure.rows, figure.columns][figure.inside] = number
     shown = np.bincount(owner[owner >= 0], minlength=len(figures)).tolist()
-    return [
-        replace(figure, hidden=1 - pixels / int(np.count_nonzero(figure.raster.inside)))
-        for figure, pixels in zip(figures, shown, strict=True)
-    ]
+    for figure, pixels in zip(figures, shown, strict=True):
+        figure.hidden = 1 - pixels / int(np.count_nonzero(figure.inside))
+    return figures
 
 
-def _building(rng: np.random.Generator, ground: Ground) -> tuple[slice, slice]:
-    left, wide = int(uniform(rng, -0.1, 0.9) * ground.size[1]), int(uniform(rng, 0.15, 0.4) * ground.size[1])
-    top, floor = int(uniform(rng, 0.0, 0.8) * ground.horizon), int(ground.horizon) + 2
-    return slice(top, floor), slice(max(left, 0), min(left + wide, ground.size[1]))
+def _building(rng: np.random.Generator, scene: Scene) -> tuple[slice, slice]:
+    left, wide = int(uniform(rng, -0.1, 0.9) * scene.size[1]), int(uniform(rng, 0.15, 0.4) * scene.size[1])
+    top, floor = int(uniform(rng, 0.0, 0.8) * scene.horizon), int(scene.horizon) + 2
+    return slice(top, floor), slice(max(left, 0), min(left + wide, scene.size[1]))
 
 
-def _people(rng: np.random.Generator, domain: Domain, ground: Ground) -> list[Figure]:
-    low, high = (share * ground.size[0] for share in domain.heights)
-    left, right = 0.04 * ground.size[1], 0.96 * ground.size[1]
+def _people(rng: np.random.Generator, domain: Domain, scene: Scene) -> list[Figure]:
+    low, high = (share * scene.size[0] for share in domain.heights)
     people = []
     for _ in range(0 if rng.random() < domain.empty else count(rng, domain.people)):
         height = uniform(rng, low, high)
-        x = _free_place(rng, people, height, left, right)
+        x = _free_place(rng, scene, people, height)
         if people and rng.random() < domain.companions:
             other = people[int(uniform(rng, 0, len(people)))]
             height = min(max(other.height * uniform(rng, 0.85, 1.15), low), high)
-            x = min(max(other.foot[0] + uniform(rng, -0.35, 0.35) * height, left), right)
+            x = other.foot[0] + uniform(rng, -0.35, 0.35) * height
+            x = min(max(x, 0.04 * scene.size[1]), 0.96 * scene.size[1])
         chance = rng.random()
-        seen = (
-            not domain.visible_only <= chance < domain.visible_only + domain.infrared_only,
-            not chance < domain.visible_only,
-        )
-        people.append(ground.stand("person", person(rng), x, height, seen=seen))
+        infrared_only = domain.visible_only <= chance < domain.visible_only + domain.infrared_only
+        seen = (not infrared_only, chance >= domain.visible_only)
+        people.append(scene.stand("person", person(rng), x, height, seen=seen))
     return people
 
 
-def _occluders(rng: np.random.Generator, domain: Domain, ground: Ground, people: list[Figure]) -> list[Figure]:
+def _occluders(rng: np.random.Generator, domain: Domain, scene: Scene, people: list[Figure]) -> list[Figure]:
     occluders = []
     for _ in range(count(rng, domain.occluders) if people else 0):
         behind = people[int(uniform(rng, 0, len(people)))]
         low = rng.random() < 0.5
         height = behind.height * (uniform(rng, 0.3, 0.6) if low else uniform(rng, 1.0, 1.4))
         x = behind.foot[0] + uniform(rng, -0.15, 0.15) * behind.height
-        shape = wall(rng) if low else post(rng)
-        occluders.append(ground.stand("occluder", shape, x, height, at=1.02 * behind.height))
+        occluders.append(scene.stand("occluder", occluder(rng, low), x, height, at=1.02 * behind.height))
     return occluders
 
 
-def _distractors(rng: np.random.Generator, domain: Domain, ground: Ground, others: list[Figure]) -> list[Figure]:
+def _distractors(rng: np.random.Generator, domain: Domain, scene: Scene, others: list[Figure]) -> list[Figure]:
     """The first two are seen in visible light, the next two in infrared, so that neither image lacks them."""
-    low, high = (share * ground.size[0] for share in domain.heights)
+    low, high = (share * scene.size[0] for share in domain.heights)
     distractors = []
     for number in range(count(rng, domain.distractors)):
-        draw = DISTRACTORS[int(uniform(rng, 0, len(DISTRACTORS)))]
+        kind = DISTRACTORS[int(uniform(rng, 0, len(DISTRACTORS)))]
         height, chance = uniform(rng, 1.2 * low, 0.9 * high), rng.random()
-        if number < 4:
-            seen = (number < 2 or chance < 0.25, number >= 2 or chance < 0.25)
-        else:
-            seen = (chance < 0.6, chance >= 0.4)
-        x = _free_place(rng, others + distractors, height, 0.04 * ground.size[1], 0.96 * ground.size[1])
-        distractors.append(ground.stand(draw.__name__, draw(rng), x, height, seen=seen))
+        first = (number < 2 or chance < 0.25, number >= 2 or chance < 0.25)
+        seen = first if number < 4 else (chance < 0.6, chance >= 0.4)
+        x = _free_place(rng, scene, others + distractors, height)
+        distractors.append(scene.stand(kind, distractor(rng, kind), x, height, seen=seen))
     return distractors
 
 
-def _free_place(rng: np.random.Generator, others: list[Figure], height: float, left: float, right: float) -> float:
+def _free_place(rng: np.random.Generator, scene: Scene, others: list[Figure], height: float) -> float:
     """Of a few columns the one where a figure covers the others least."""
-    best, least = left, math.inf
-    for x in (left + (right - left) * rng.random(6)).tolist():
-        overlap = sum(max(0.0, 0.25 * (other.height + height) - abs(other.foot[0] - x)) for other in others)
-        if overlap < least:
-            best, least = x, overlap
-    return best
+    left, right = 0.04 * scene.size[1], 0.96 * scene.size[1]
+    columns = (left + (right - left) * rng.random(6)).tolist()
+
+    def covered(x: float) -> float:
+        return sum(max(0.0, 0.25 * (other.height + height) - abs(other.foot[0] - x)) for other in others)
+
+    return min(columns, key=covered)
 
 
 def count(rng: np.random.Generator, limits: tuple[int, int]) -> int:

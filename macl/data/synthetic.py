@@ -13,25 +13,21 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from macl.data.occurrence import label_of_people
+from macl.data.annotation import Annotation, check_person
 from macl.data.painting import paint
-from macl.data.scenes import INFRARED, NIGHT, VISIBLE, Domain, Figure, Scene, lay_out
-from trainkit.errors import InputError
+from macl.data.pairs import Pair, PairedDataset
+from macl.data.scenes import NIGHT, Domain, Scene, lay_out
 
-PARTIAL, HEAVY, IGNORED = (
-    0.05,
-    0.5,
-    0.7,
-)  # hidden shares above which occlusion is partial, heavy, too much to learn from
+# Hidden shares above which occlusion is partial, is heavy, and is too much to learn from.
+PARTIAL, HEAVY, IGNORED = 0.05, 0.5, 0.7
 
 
-class SyntheticPairs(torch.utils.data.Dataset):
+class SyntheticPairs(PairedDataset):
     """`count` drawn pairs as samples (see macl.data.sample), all keys known; each pair is a scene of its own.
 
     seed: an integer >= 0; other seeds give other scenes. size: (H, W) in pixels. domain: what the scenes look like, one
     kind, or several kinds in turn. People of whom more than 70 % is hidden, and those below the domain's height, are
-    ignored. classes: the names that labels stand for. Raises InputError for a count below 1, a negative seed, and
-    classes without person.
+    ignored. classes: the names that labels stand for.
     """
 
     def __init__(
@@ -43,91 +39,44 @@ class SyntheticPairs(torch.utils.data.Dataset):
         domain: Domain | tuple[Domain, ...] = NIGHT,
         classes: Sequence[str] = ("person",),
     ):
-        if count < 1:
-            raise InputError(f"a synthetic data set of {count} pairs was asked for; expected at least 1")
-        if seed < 0:
-            raise InputError(f"the synthetic data set's seed is {seed}; expected 0 or more")
-        self.count, self.seed, self.size, self.classes = count, seed, size, tuple(classes)
-        self.person = label_of_people(classes, "the drawn scenes")
+        check_person(classes, "the drawn scenes")
+        self.seed, self.size = seed, size
         self.domains = (domain,) if isinstance(domain, Domain) else tuple(domain)
-        by_day = sum(self.domain(index).daytime for index in range(count))
-        self.source = f"synthetic pairs: {count} scenes of {size[1]} x {size[0]} pixels drawn from seed {seed}"
-        self.source += f", {by_day} of them by day" if by_day else ""
-
-    def __len__(self) -> int:
-        return self.count
+        daytimes = [self.domains[index % len(self.domains)].daytime for index in range(count)]
+        pairs = [Pair(f"synthetic/{seed}/{index:06d}", None, None, index, day) for index, day in enumerate(daytimes)]
+        source = f"synthetic pairs: {count} scenes of {size[1]} x {size[0]} pixels drawn from seed {seed}"
+        source += f", {sum(daytimes)} of them by day" if any(daytimes) else ""
+        super().__init__(pairs, classes, split="drawn scenes", source=source)
 
     def __getitem__(self, index: int) -> dict:
-        index = range(self.count)[index]
-        rng, domain = np.random.default_rng((self.seed, index)), self.domain(index)
-        scene = lay_out(rng, domain, self.size)
-        visible, infrared = paint(rng, domain, scene)
-        people = [figure for figure in scene.figures if figure.kind == "person"]
-        hidden = torch.tensor([figure.hidden for figure in people], dtype=torch.float64)
-        return {
-            "visible": torch.from_numpy(visible),
-            "infrared": torch.from_numpy(infrared),
-            "boxes": torch.tensor([figure.box for figure in people], dtype=torch.float32).reshape(-1, 4),
-            "labels": torch.full((len(people),), self.person, dtype=torch.int64),
-            "ignore": torch.tensor([self._ignores(figure, domain) for figure in people], dtype=torch.bool),
-            "image_id": index,
-            "path": f"synthetic/{self.seed}/{index:06d}",
-            "scene": index,
-            "visible_in": torch.tensor([figure.seen for figure in people], dtype=torch.bool).reshape(-1, 2),
-            "occlusion": (hidden > PARTIAL).long() + (hidden > HEAVY).long(),
-            "daytime": domain.daytime,
-        }
-
-    def domain(self, index: int) -> Domain:
-        """What scene `index` looks like."""
-        return self.domains[index % len(self.domains)]
+        rng, domain, scene = self._draw(index)
+        images = zip(("visible", "infrared"), map(torch.from_numpy, paint(rng, domain, scene)), strict=True)
+        return self.sample(index, dict(images), self._annotate(index, domain, scene))
 
     def layout(self, index: int) -> Scene:
         """All that stands in a scene, people and other things, without its pixels."""
-        index = range(self.count)[index]
-        return lay_out(np.random.default_rng((self.seed, index)), self.domain(index), self.size)
+        return self._draw(index)[-1]
 
-    def objects(self, index: int) -> tuple[list[str], set[int]]:
-        """The names of all objects of a scene, and the labels that one of them has that is not ignored."""
-        people = [figure for figure in self.layout(index).figures if figure.kind == "person"]
-        counts = not all(self._ignores(figure, self.domain(index)) for figure in people)
-        return ["person"] * len(people), {self.person} if counts else set()
+    def annotation(self, index: int) -> Annotation:
+        _, domain, scene = self._draw(index)
+        return self._annotate(index, domain, scene)
 
-    def _ignores(self, figure: Figure, domain: Domain) -> bool:
-        return figure.hidden > IGNORED or figure.box[3] - figure.box[1] < domain.ignored_below * self.size[0]
+    def _draw(self, index: int) -> tuple[np.random.Generator, Domain, Scene]:
+        number = self.pairs[index].scene
+        rng, domain = np.random.default_rng((self.seed, number)), self.domains[number % len(self.domains)]
+        return rng, domain, lay_out(rng, domain, self.size)
 
-    def statistics(self) -> dict:
-        """The counts of LLVIP.statistics, scenes by day, people seen in both modalities and in only one, and the least
-        number of distractors that an image of each modality shows at least by half. No image is painted."""
-        scenes = [self.layout(index).figures for index in range(self.count)]
-        people = [figure for scene in scenes for figure in scene if figure.kind == "person"]
-        ignored = [
-            self._ignores(figure, self.domain(index))
-            for index, scene in enumerate(scenes)
-            for figure in scene
-            if figure.kind == "person"
-        ]
-        heights = sorted(figure.box[3] - figure.box[1] for figure in people)
-        distractors = [
-            [sum(f.seen[modality] for f in scene if f.is_distractor and f.hidden <= HEAVY) for scene in scenes]
-            for modality in (VISIBLE, INFRARED)
-        ]
-        return {
-            "pairs": self.count,
-            "scenes": self.count,
-            "by_day": sum(self.domain(index).daytime for index in range(self.count)),
-            "boxes": len(people),
-            "ignored": sum(ignored),
-            "clipped": 0,
-            "dropped": 0,
-            "other_classes": 0,
-            "empty_images": sum(not any(figure.kind == "person" for figure in scene) for scene in scenes),
-            "min_height": heights[0] if heights else None,
-            "median_height": heights[len(heights) // 2] if heights else None,
-            "max_height": heights[-1] if heights else None,
-            "seen_in_both": sum(figure.seen == (True, True) for figure in people),
-            "visible_only": sum(figure.seen == (True, False) for figure in people),
-            "infrared_only": sum(figure.seen == (False, True) for figure in people),
-            "min_visible_distractors": min(distractors[VISIBLE]),
-            "min_infrared_distractors": min(distractors[INFRARED]),
-        }
+    def _annotate(self, index: int, domain: Domain, scene: Scene) -> Annotation:
+        people = [figure for figure in scene.figures if figure.kind == "person"]
+        boxes = torch.tensor([figure.box for figure in people], dtype=torch.float32).reshape(-1, 4)
+        hidden = torch.tensor([figure.hidden for figure in people], dtype=torch.float64)
+        return Annotation(
+            place=self.pairs[index].visible,
+            size=self.size[::-1],
+            names=["person"] * len(people),
+            boxes=boxes,
+            labels=torch.full((len(people),), 1 + self.classes.index("person"), dtype=torch.int64),
+            ignore=(hidden > IGNORED) | (boxes[:, 3] - boxes[:, 1] < domain.ignored_below * self.size[0]),
+            occlusion=(hidden > PARTIAL).long() + (hidden > HEAVY).long(),
+            visible_in=torch.tensor([figure.seen for figure in people], dtype=torch.bool).reshape(-1, 2),
+        )

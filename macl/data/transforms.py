@@ -7,42 +7,41 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.ops import box_area
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from macl.data.joint import JointDataset
 from macl.data.sample import PER_BOX
 
+MIN_SHOWN = 0.3  # a box of which less of the area remains is ignored
+ERASED = (0.02, 0.1)  # share of the area
+
 
 class PairedAugmentation:
     """Turns a uint8 sample into an augmented float32 sample in 0..1; draws from torch's global generator.
 
-    Geometry, the same for both images, boxes and all that belongs to a box:
+    The same for both images, boxes and all that belongs to a box:
     mosaic: probability of a picture of four pairs of one data set (`AugmentedDataset` finds the other three).
     crop, crop_scale: probability of a crop, and the range of its sides as shares of the image's. A crop holds at least
         one box that is not ignored, whole if it fits, where there is one.
-    sizes, max_size: the shorter side becomes one of `sizes` at random, the longer one at most `max_size` pixels; None
-        leaves the size alone.
     flip: probability of a horizontal flip.
-    min_shown: a box of which less than this share of the area remains is ignored; one of less than a pixel is removed.
+    A box of which less than MIN_SHOWN remains is ignored; one of less than a pixel is removed.
 
-    Photometry and erasing, drawn for each modality on its own:
+    Drawn for each modality on its own:
     brightness, contrast, saturation, hue: of visible, as in torchvision's ColorJitter.
     gain, offset, noise: infrared becomes a * infrared + b + n, where a is within 1 +- gain, b within +- offset, and
         n is normal with a standard deviation of up to noise (all for intensities in 0..1).
-    erase_visible, erase_infrared, erase_scale: probability of a black rectangle, and its share of the area.
+    erase_visible, erase_infrared: probability of a black rectangle.
     """
 
     def __init__(
         self,
         *,
         flip: float = 0.5,
-        sizes: tuple[int, ...] | None = None,
-        max_size: int | None = None,
         crop: float = 0.0,
         crop_scale: tuple[float, float] = (0.6, 1.0),
         mosaic: float = 0.0,
-        min_shown: float = 0.3,
         brightness: float = 0.0,
         contrast: float = 0.0,
         saturation: float = 0.0,
@@ -52,41 +51,25 @@ class PairedAugmentation:
         noise: float = 0.0,
         erase_visible: float = 0.0,
         erase_infrared: float = 0.0,
-        erase_scale: tuple[float, float] = (0.02, 0.1),
     ):
-        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale is {crop_scale}; expected 0 < smallest <= largest <= 1")
-        if sizes is None and max_size is not None:
-            raise ValueError("max_size does nothing without sizes")
-        self.mosaic, self.crop, self.crop_scale, self.min_shown = mosaic, crop, crop_scale, min_shown
+        self.mosaic, self.crop, self.crop_scale = mosaic, crop, crop_scale
         self.gain, self.offset, self.noise = gain, offset, noise
-        geometry = [v2.RandomHorizontalFlip(flip)]
-        if sizes is not None:  # before the flip, which then has less to move
-            geometry.insert(0, v2.RandomShortestSize(min_size=list(sizes), max_size=max_size, antialias=True))
-        self.resize_and_flip = v2.Compose(geometry)
+        self.flip = v2.RandomHorizontalFlip(flip)
         self.jitter = v2.ColorJitter(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
-        self.erase_visible = v2.RandomErasing(erase_visible, scale=erase_scale)
-        self.erase_infrared = v2.RandomErasing(erase_infrared, scale=erase_scale)
+        self.erase_visible = v2.RandomErasing(erase_visible, scale=ERASED)
+        self.erase_infrared = v2.RandomErasing(erase_infrared, scale=ERASED)
 
     def __call__(self, sample: dict) -> dict:
-        pair = {
-            "visible": tv_tensors.Image(sample["visible"]),
-            "infrared": tv_tensors.Image(sample["infrared"]),
-            "boxes": tv_tensors.BoundingBoxes(
-                sample["boxes"], format="XYXY", canvas_size=tuple(sample["visible"].shape[-2:])
-            ),
-        }
-        shown = torch.ones(len(sample["boxes"]))
+        pair, shown = _as_pair(sample), torch.ones(len(sample["boxes"]))
         if _happens(self.crop):
-            before = _areas(pair["boxes"])
-            pair = _cropped(pair, *_crop_window(pair["boxes"], sample["ignore"], self.crop_scale))
-            shown = _areas(pair["boxes"]) / before
-        pair = {key: value.as_subclass(Tensor) for key, value in self.resize_and_flip(pair).items()}
-
+            before = box_area(sample["boxes"])
+            pair = _cropped(pair, *_crop_window(sample, self.crop_scale))
+            shown = box_area(pair["boxes"].as_subclass(Tensor)) / before
+        pair = {key: value.as_subclass(Tensor) for key, value in self.flip(pair).items()}
         visible = self.erase_visible(self.jitter(to_float(pair["visible"])))
         infrared = self.erase_infrared(self._infrared_photometry(to_float(pair["infrared"])))
         augmented = sample | {"visible": visible, "infrared": infrared, "boxes": pair["boxes"]}
-        augmented["ignore"] = sample["ignore"] | (shown < self.min_shown)
+        augmented["ignore"] = sample["ignore"] | (shown < MIN_SHOWN)
         return _without_vanished(augmented)
 
     def _infrared_photometry(self, infrared: Tensor) -> Tensor:
@@ -119,16 +102,15 @@ class AugmentedDataset(Dataset):
             torch.default_generator.manual_seed(int(seed[0]))  # torch.manual_seed would reach the GPUs' generators
             sample = self.dataset[index]
             if _happens(self.transform.mosaic):
-                beside = (
-                    self.dataset.beside(index) if isinstance(self.dataset, JointDataset) else range(len(self.dataset))
-                )
+                joint = isinstance(self.dataset, JointDataset)
+                beside = self.dataset.beside(index) if joint else range(len(self.dataset))
                 others = torch.randint(beside.start, beside.stop, (3,)).tolist()
                 sample = paired_mosaic([sample, *(self.dataset[other] for other in others)])
             return self.transform(sample)
 
 
-class Plain(Dataset):
-    """A data set of uint8 samples as float32 samples in 0..1, nothing else changed; its keys are indices."""
+class AsFloat(Dataset):
+    """A data set of uint8 samples as float32 samples in 0..1, nothing else changed."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -148,8 +130,6 @@ class MisalignedDataset(Dataset):
     """
 
     def __init__(self, dataset: Dataset, *, modality: str, pixels: int):
-        if modality not in ("visible", "infrared"):
-            raise ValueError(f"modality is {modality!r}; expected visible or infrared")
         self.dataset, self.modality, self.pixels = dataset, modality, pixels
 
     def __len__(self) -> int:
@@ -172,49 +152,46 @@ def paired_mosaic(samples: list[dict]) -> dict:
     """One sample out of four, of the size of the first, whose other keys it keeps.
 
     Around a random point each pair fills a quarter: enlarged or reduced in proportion until it covers the quarter, then
-    cropped at random, the same for both modalities. Boxes of which less than 30 % remains are ignored.
+    cropped at random, the same for both modalities.
     """
     height, width = samples[0]["visible"].shape[-2:]
     split_y, split_x = round(_uniform(0.35, 0.65) * height), round(_uniform(0.35, 0.65) * width)
     canvas = {modality: torch.empty_like(samples[0][modality]) for modality in ("visible", "infrared")}
-    rows, columns = ((0, split_y), (split_y, height)), ((0, split_x), (split_x, width))
     quarters = []
-    for sample, (top, bottom), (left, right) in zip(
-        samples, (rows[0], rows[0], rows[1], rows[1]), (columns * 2), strict=True
-    ):
+    for number, sample in enumerate(samples):
+        top, bottom = ((0, split_y), (split_y, height))[number // 2]
+        left, right = ((0, split_x), (split_x, width))[number % 2]
         h, w = sample["visible"].shape[-2:]
         scale = max((bottom - top) / h, (right - left) / w)
         size = [math.ceil(h * scale), math.ceil(w * scale)]
-        pair = {modality: F.resize(tv_tensors.Image(sample[modality]), size, antialias=True) for modality in canvas}
-        boxes = sample["boxes"] * torch.tensor([size[1] / w, size[0] / h] * 2)
-        pair["boxes"] = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(size))
+        pair = {key: F.resize(value, size, antialias=True) for key, value in _as_pair(sample).items()}
+        before = box_area(pair["boxes"].as_subclass(Tensor))
         start_y, start_x = (round(_uniform(0, most)) for most in (size[0] - (bottom - top), size[1] - (right - left)))
         pair = _cropped(pair, start_y, start_x, bottom - top, right - left)
         for modality, image in canvas.items():
             image[:, top:bottom, left:right] = pair[modality]
-        kept = pair["boxes"].as_subclass(Tensor)
-        quarter = sample | {"boxes": kept + torch.tensor([left, top] * 2)}
-        quarter["ignore"] = sample["ignore"] | (_areas(kept) / _areas(boxes) < 0.3)
-        quarters.append(quarter)
+        boxes = pair["boxes"].as_subclass(Tensor)
+        ignore = sample["ignore"] | (box_area(boxes) / before < MIN_SHOWN)
+        quarters.append(sample | {"boxes": boxes + torch.tensor([left, top] * 2), "ignore": ignore})
     per_box = {key: torch.cat([quarter[key] for quarter in quarters]) for key in PER_BOX if key in samples[0]}
     return _without_vanished(samples[0] | canvas | per_box)
 
 
-def _crop_window(boxes: Tensor, ignore: Tensor, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+def _as_pair(sample: dict) -> dict:
+    """What shares its geometry: both images and the boxes, as torchvision's transforms know them."""
+    boxes = tv_tensors.BoundingBoxes(sample["boxes"], format="XYXY", canvas_size=tuple(sample["visible"].shape[-2:]))
+    return {"visible": tv_tensors.Image(sample["visible"]), "infrared": tv_tensors.Image(sample["infrared"]),
+            "boxes": boxes}  # fmt: skip
+
+
+def _crop_window(sample: dict, scale: tuple[float, float]) -> tuple[int, int, int, int]:
     """top, left, height, width of a random crop around one of the boxes that are not ignored."""
-    height, width = boxes.canvas_size
+    height, width = sample["visible"].shape[-2:]
     crop_height, crop_width = (max(1, round(_uniform(*scale) * side)) for side in (height, width))
-    wanted = boxes.as_subclass(Tensor)[~ignore]
-    if len(wanted):
-        x1, y1, x2, y2 = wanted[int(torch.randint(len(wanted), ()))].tolist()
-    else:
-        x1, y1, x2, y2 = 0, 0, width, height
-    return (
-        _crop_start(y1, y2, crop_height, height),
-        _crop_start(x1, x2, crop_width, width),
-        crop_height,
-        crop_width,
-    )
+    wanted = sample["boxes"][~sample["ignore"]]
+    x1, y1, x2, y2 = wanted[int(torch.randint(len(wanted), ()))].tolist() if len(wanted) else (0, 0, width, height)
+    top, left = _crop_start(y1, y2, crop_height, height), _crop_start(x1, x2, crop_width, width)
+    return top, left, crop_height, crop_width
 
 
 def _crop_start(low: float, high: float, length: int, size: int) -> int:
@@ -235,11 +212,6 @@ def _without_vanished(sample: dict) -> dict:
     keep = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(dim=1)
     sample = sample | {"boxes": boxes}
     return sample | {key: sample[key][keep] for key in PER_BOX if key in sample}
-
-
-def _areas(boxes: Tensor) -> Tensor:
-    boxes = boxes.as_subclass(Tensor)
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # (N,)
 
 
 def _uniform(low: float, high: float) -> float:

@@ -18,17 +18,8 @@ def test_samples_keep_their_order_and_say_where_they_are_from():
         joint[5]
 
 
-def test_scenes_that_are_not_known_stay_so():
-    class Nameless(SyntheticPairs):
-        def __getitem__(self, index):
-            return super().__getitem__(index) | {"scene": -1}
-
-    joint = JointDataset(Nameless(2, 0), Nameless(2, 1))
-    assert [joint[index]["scene"] for index in range(4)] == [-1] * 4
-
-
 class Flat(torch.utils.data.Dataset):
-    """Pairs of one grey value each; with `seen`, of what can be seen in which modality."""
+    """Pairs of one grey value each, of unknown scenes; with `seen`, of what can be seen in which modality."""
 
     source = "flat"
 
@@ -41,15 +32,15 @@ class Flat(torch.utils.data.Dataset):
     def __getitem__(self, index):
         image = torch.full((3, 40, 40), self.grey, dtype=torch.uint8)
         truth = {"boxes": torch.tensor([[1.0, 1, 39, 39]]), "labels": torch.ones(1, dtype=torch.int64)}
-        truth |= {"ignore": torch.zeros(1, dtype=torch.bool), "scene": index, **self.seen}
+        truth |= {"ignore": torch.zeros(1, dtype=torch.bool), "scene": -1, **self.seen}
         return {"visible": image, "infrared": image.clone(), **truth}
 
 
-def test_mosaics_are_of_one_data_set():
+def test_mosaics_are_of_one_data_set_and_unknown_scenes_stay_so():
     joint = JointDataset(Flat(3, 255, visible_in=torch.ones(1, 2, dtype=torch.bool)), Flat(2, 0))
     data = AugmentedDataset(joint, PairedAugmentation(mosaic=1.0), seed=0)
     for epoch in range(4):
         for index in range(5):
             sample = data[epoch, index]
             assert sample["domain"] == (index > 2) and set(sample["visible"].unique().tolist()) == {float(index < 3)}
-            assert ("visible_in" in sample) == (index < 3)
+            assert ("visible_in" in sample) == (index < 3) and sample["scene"] == -1

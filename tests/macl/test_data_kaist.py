@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from macl.data import KAIST, MisalignedDataset, Plain, collate, read_ground_truth
+from macl.data import KAIST, AsFloat, MisalignedDataset, collate, hold_out, read_ground_truth
 from macl.data.kaist import TRAINING_RULES
 from trainkit.errors import InputError
 from trainkit.loader import make_loader
@@ -80,6 +80,10 @@ def processed(root, frames=FRAMES, objects=(PERSON,), name="all"):
     return root
 
 
+def numbers(data):
+    return [(pair.scene, int(pair.visible.stem[-5:])) for pair in data.pairs]
+
+
 @pytest.fixture(params=[original, processed])
 def root(request, tmp_path):
     return request.param(tmp_path / "a visible infrared lwir place")  # the words of the layouts in the path itself
@@ -115,20 +119,14 @@ def test_a_sample_follows_the_contract_in_both_layouts(root):
     assert sample["path"] == str(data.paths(4)[0])
 
 
-def test_source_says_layout_list_labels_and_counts(root):
-    source = KAIST(root, "all").source
+@pytest.mark.parametrize(("make", "name"), [(original, "kaist-rgbt"), (processed, "KAIST_processed")])
+def test_source_says_layout_list_labels_and_counts_and_the_parent_of_the_root_will_do(tmp_path, make, name):
+    root = make(tmp_path / name)
+    source = KAIST(tmp_path, "all").source
     assert "5 pairs (3 by day, 2 by night)" in source and "all.txt" in source and str(root) in source
-    assert ("original tree" in source) == (root / "images").exists()
-    assert ("processed" in source) == (root / "ImageSets").exists()
+    assert ("original tree" in source) == (make is original) != ("processed VOC layout" in source)
     assert "nnotations, one" in source and "ignored" not in source
-    assert "below 20 pixels or occluded by more than level 1" in KAIST(root, "all", **TRAINING_RULES).source
-
-
-@pytest.mark.parametrize("folder", ["kaist-rgbt", "KAIST_processed"])
-def test_the_parent_of_the_root_will_do(tmp_path, folder):
-    make = original if folder == "kaist-rgbt" else processed
-    make(tmp_path / folder)
-    assert KAIST(tmp_path, "all").root == tmp_path / folder
+    assert "below 20 pixels or of occlusion above 1" in KAIST(root, "all", **TRAINING_RULES).source
 
 
 def test_the_same_boxes_from_every_kind_of_annotation(tree, tmp_path):
@@ -147,23 +145,19 @@ def test_the_same_boxes_from_every_kind_of_annotation(tree, tmp_path):
             assert torch.equal(sample[key], expected[key]), (annotations, key)
 
 
-def test_boxes_of_other_names_are_kept_and_ignored(tree):
-    names = ("people", "person?", "cyclist", "person", "person?a")
-    write(tree / "annotations" / f"{FRAMES[0]}.txt", bbgt(*((name, *PERSON[1:]) for name in names)))
-    sample = KAIST(tree, "all")[0]
-    assert sample["ignore"].tolist() == [True, True, True, False, True] and sample["labels"].tolist() == [1] * 5
-    sample = KAIST(tree, "all", classes=("person", "cyclist"))[0]
-    assert sample["ignore"].tolist() == [True, True, False, False, True]
-    assert sample["labels"].tolist() == [1, 1, 2, 1, 1]
-
-
-def test_person_may_stand_anywhere_among_the_classes_but_has_to(tree, tmp_path):
-    objects = [("people", *PERSON[1:]), PERSON, ("cyclist", *PERSON[1:])]
+def test_boxes_of_other_names_are_ignored_and_person_has_to_be_among_the_classes(tree, tmp_path):
+    objects = [(name, *PERSON[1:]) for name in ("people", "person?", "cyclist", "person", "person?a")]
     write(tree / "annotations" / f"{FRAMES[0]}.txt", bbgt(*objects))
-    sample = KAIST(tree, "all", classes=("car", "person"))[0]
-    assert sample["labels"].tolist() == [2, 2, 2] and sample["ignore"].tolist() == [True, False, True]
+    for classes, labels in (
+        (("person",), [1] * 5),
+        (("car", "person"), [2] * 5),
+        (("person", "cyclist"), [1, 1, 2, 1, 1]),
+    ):
+        sample = KAIST(tree, "all", classes=classes)[0]
+        assert sample["labels"].tolist() == labels
+        assert sample["ignore"].tolist() == [True, True, "cyclist" not in classes, False, True]
     refused(lambda: KAIST(tree, "all", classes=("car", "cyclist")), "named person", "'car', 'cyclist'")
-    people = write(tmp_path / "people.json", published({FRAMES[0]: objects[::2]}))
+    people = write(tmp_path / "people.json", published({FRAMES[0]: objects[:3:2]}))
     refused(lambda: read_ground_truth(people), people, "'person'", "'cyclist' 1", "'people' 1")
 
 
@@ -176,7 +170,7 @@ def test_suffixes_of_windows_and_label_folders_of_both_cameras(tree):
         write(tree / "paired" / video / "lwir" / f"{image}.txt", bbgt(("person", 1, 1, 9, 9, 0)))
     data = KAIST(tree, "all", "paired")
     assert data[0]["path"].endswith(".JPG") and data[0]["boxes"].tolist() == [[10, 20, 40, 80]]
-    assert "one txt file a visible image" in data.source
+    assert "one txt file per visible image" in data.source
 
 
 def test_small_and_occluded_people_are_ignored_by_rule(tree):
@@ -200,38 +194,17 @@ def test_marks_of_the_annotation_itself_are_kept(tree, tmp_path):
     assert KAIST(tree, one, "xml")[0]["ignore"].tolist() == [True]
 
 
-def test_frames_without_people_are_kept(tree):
+def test_boxes_are_clipped_dropped_and_counted_but_not_for_the_evaluator(tree):
+    objects = [("person", 80, 20, 17, 93, 1), ("people", 96, 1, 5, 5, 0), ("person", 5, 5, 0, 9, 0), PERSON, PERSON]
+    write(tree / "annotations" / f"{FRAMES[0]}.txt", bbgt(*objects))
     write(tree / "annotations" / f"{FRAMES[1]}.txt", bbgt())
     data = KAIST(tree, "all")
     assert len(data) == 5 and data[1]["boxes"].shape == (0, 4) and data[1]["occlusion"].shape == (0,)
-    assert data.statistics()["empty_images"] == 1
-
-
-def test_boxes_are_clipped_dropped_and_counted_but_not_for_the_evaluator(tree):
-    objects = [("person", 80, 20, 17, 93, 1), ("people", 96, 1, 5, 5, 0), ("person", 5, 5, 0, 9, 0), PERSON]
-    write(tree / "annotations" / f"{FRAMES[0]}.txt", bbgt(*objects))
-    data = KAIST(tree, "all")
-    assert data[0]["boxes"].tolist() == [[80, 20, 96, 112], [10, 20, 40, 80]]
-    assert data.ground_truth()[0]["boxes"].tolist() == [[80, 20, 97, 113], [96, 1, 101, 6], [10, 20, 40, 80]]
-    assert data.statistics() == {
-        "pairs": 5,
-        "day": 3,
-        "night": 2,
-        "scenes": 4,
-        "boxes": 6,
-        "ignored": 0,
-        "clipped": 1,
-        "dropped": 2,
-        "empty_images": 0,
-        "min_height": 60.0,
-        "median_height": 60.0,
-        "max_height": 92.0,
-        "named_people": 1,
-        "named_person": 7,
-        "whole": 5,
-        "partial": 1,
-        "heavy": 0,
-    }
+    assert data[0]["boxes"].tolist() == [[80, 20, 96, 112], [10, 20, 40, 80], [10, 20, 40, 80]]
+    assert data.ground_truth()[0]["boxes"].tolist()[:2] == [[80, 20, 97, 113], [96, 1, 101, 6]]
+    counts = dict(pairs=5, day=3, night=2, scenes=4, boxes=6, ignored=0, clipped=1, dropped=2, other_classes=0)
+    counts |= dict(empty_images=1, min_height=60.0, median_height=60.0, max_height=92.0, whole=5, partial=1, heavy=0)
+    assert data.statistics() == counts | dict(named_people=1, named_person=7)
 
 
 def test_ground_truth_needs_no_images(tree, tmp_path):
@@ -253,37 +226,21 @@ def test_stride_counts_as_the_lists_of_the_benchmark_do(tmp_path):
     frames = [f"set00/V00{video}/I{number:05d}" for video in (0, 1) for number in range(46)]
     tree = original(tmp_path / "kaist", frames, name="train-all-01")
     chosen = KAIST(tree, "train-all-01", stride=20)
-    assert [frame.name for frame in chosen.frames] == [
-        f"set00/V00{video}/I{number:05d}" for video in (0, 1) for number in (19, 39)
-    ]
-    assert len(KAIST(tree, "train-all-01", None, 2)) == 46 and "from 92 by stride 20" in chosen.source
+    assert numbers(chosen) == [(video, number) for video in (0, 1) for number in (19, 39)]
+    assert len(KAIST(tree, "train-all-01", None, 2)) == 46 and "among the 92 listed" in chosen.source
     two = write(tmp_path / "two.txt", "\n".join(frames[1::2]))
-    assert KAIST(tree, two, stride=20).frames == chosen.frames  # of the video's frames, not of the list's
-    refused(lambda: KAIST(tree, "train-all-01", stride=47), "stride 47", "92 frames", "train-all-01.txt")
-    refused(lambda: KAIST(tree, "train-all-01", stride=0), "stride is 0")
-
-
-def test_subsets_by_set(tmp_path):
-    tree = original(tmp_path / "kaist", [f"set{number:02d}/V000/I00000" for number in range(12)])
-
-    def sets(**chosen):
-        return [frame.set for frame in KAIST(tree, "all", **chosen).frames]
-
-    assert sets(daytime="day") == [0, 1, 2, 6, 7, 8] and sets(daytime="night") == [3, 4, 5, 9, 10, 11]
-    assert sets(place="campus") == [0, 3, 6, 9] and sets(place="road") == [1, 4, 7, 10]
-    assert sets(place="downtown", daytime="night") == [5, 11]
-    refused(lambda: KAIST(tree, "all", daytime="dusk"), "'dusk'", "night")
-    refused(lambda: KAIST(tree, "all", place="beach"), "'beach'", "campus")
-    refused(lambda: KAIST(tree, "all", max_occlusion=3), "max_occlusion is 3")
+    assert numbers(KAIST(tree, two, stride=20)) == numbers(chosen)  # of the video's frames, not of the list's
+    refused(lambda: KAIST(tree, "train-all-01", stride=47), "stride=47", "92 frames", "train-all-01.txt")
+    refused(lambda: KAIST(tree, "train-all-01", stride=0), "stride=0")
 
 
 def test_lists_name_frames_in_either_way(root, tmp_path):
     lines = "set06_V000_lwir_I00019\nset00/V000/I00001\n\nset00_V000_I00003\nset06_V000_visible_I00019\n"
     data = KAIST(root, write(tmp_path / "mine.txt", lines))
-    assert [frame.name for frame in data.frames] == [FRAMES[3], FRAMES[0], FRAMES[1]]  # in the list's order, each once
+    assert numbers(data) == [(6000, 19), (0, 1), (0, 3)]  # in the list's order, each once
     assert "mine.txt" in data.source
     assert len(KAIST(root, "all.txt")) == 5
-    refused(lambda: KAIST(root, "train-all-02"), "train-all-02.txt does not exist", "expected one of all")
+    refused(lambda: KAIST(root, "train-all-02"), "train-all-02.txt does not exist", "or one of all")
 
 
 @pytest.mark.parametrize(
@@ -305,10 +262,10 @@ def test_lists_of_unknown_frames(root, tmp_path, line, word):
     refused(lambda: KAIST(root, file), file, word)
 
 
-def test_lists_that_are_none(root, tmp_path):
-    refused(lambda: KAIST(root, write(tmp_path / "a.txt", " \n")), "a.txt is empty")
-    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
-    refused(lambda: KAIST(root, tmp_path / "b.txt"), "b.txt is not UTF-8")
+@pytest.mark.parametrize(("content", "word"), [(b" \n", "is empty"), (b"\xff\xfe\x00", "is not UTF-8")])
+def test_lists_that_are_none(root, tmp_path, content, word):
+    (tmp_path / "list.txt").write_bytes(content)
+    refused(lambda: KAIST(root, tmp_path / "list.txt"), "list.txt", word)
 
 
 @pytest.mark.parametrize("part", ["visible", "lwir", "annotations"])
@@ -321,55 +278,16 @@ def test_the_first_missing_file_is_named(tree, part):
 
 
 def test_missing_folders_are_named(tree, tmp_path):
-    refused(lambda: KAIST(tmp_path / "nowhere", "all"), "nowhere does not exist")
+    refused(lambda: KAIST(tmp_path / "nowhere", "all"), "nowhere/images does not exist")
     refused(lambda: KAIST(tmp_path, "all"), "images does not exist", "data of your own", "VOC form")
     refused(lambda: KAIST(tmp_path / "kaist" / "imageSets", "all"), "imageSets/images does not exist")
     half = processed(tmp_path / "half")
     (half / "infrared").rename(half / "thermal")
     refused(lambda: KAIST(half, "all"), half / "infrared", "does not exist")
-    refused(lambda: KAIST(tree, "all", "labels"), "labels is neither a folder of annotations")
+    refused(lambda: KAIST(tree, "all", "labels"), "labels does not exist", "expected a folder of annotations")
     (tree / "annotations").rename(tree / "old")
     refused(lambda: KAIST(tree, "all"), tree / "annotations", "does not exist")
     assert len(KAIST(tree, "all", "old")) == 5
-
-
-@pytest.mark.parametrize(
-    ("content", "word"),
-    [
-        (bbgt(PERSON, version=2), "expected '% bbGt version=3'"),
-        ("", "starts with ''"),
-        ("person 10 20 30 60 0 0 0 0 0 0 0\n", "starts with 'person"),
-        ("% bbGt version=3\nperson 10 20 30 60\n", "line 2 (a name and 11 numbers): expected 11 numbers"),
-        ("% bbGt version=3\nperson 10 20 30 nan 0 0 0 0 0 0 0\n", "line 2"),
-        ("% bbGt version=3\nperson 10 20 30 60 3 0 0 0 0 0 0\n", "heavy): expected a whole number from 0 to 2, got 3"),
-        ("% bbGt version=3\nperson 10 20 2147483647 60 0 0 0 0 0 0 0\n", "expected a number from"),
-        (bbgt(("pedestrian", *PERSON[1:])), "'pedestrian'; expected KAIST's own: person"),
-    ],
-)
-def test_text_of_another_version(tree, content, word):
-    file = write(tree / "annotations" / f"{FRAMES[0]}.txt", content)
-    refused(lambda: KAIST(tree, "all")[0], file, word)
-
-
-@pytest.mark.parametrize(
-    ("content", "word"),
-    [
-        ("<vbb/>", "<vbb>"),
-        ("no xml", "not XML"),
-        (xml(PERSON, size=(640, 480)), "640 x 480"),
-        (xml(PERSON).replace("<name>person</name>", ""), "without a <name>"),
-        (xml(PERSON).replace("<w>30</w>", ""), "<bndbox><w>"),
-        (xml(PERSON).replace("<x>10</x>", ""), "<bndbox><xmin>"),
-        (xml(("person", 1, 2, 3, "tall", 0)), "'tall'"),
-        (xml(("person", 1, 2, 3, 4, 5)), "heavy): expected a whole number from 0 to 2, got 5"),
-        (xml(("person", 1, 2, 3, "1.7e308", 0)), "<bndbox><h>: expected a number"),
-        (xml(PERSON).replace("</object>", "<difficult>maybe</difficult></object>"), "ignore: expected"),
-    ],
-)
-def test_xml_of_another_version(tree, content, word):
-    file = write(tree / "xml" / f"{FRAMES[0]}.xml", content)
-    one = write(tree / "one.txt", FRAMES[0])
-    refused(lambda: KAIST(tree, one, "xml")[0], file, word)
 
 
 def test_xml_without_occlusion_counts_as_whole(tree):
@@ -377,51 +295,78 @@ def test_xml_without_occlusion_counts_as_whole(tree):
     assert KAIST(tree, write(tree / "one.txt", FRAMES[0]), "xml")[0]["occlusion"].tolist() == [0]
 
 
+HEAD = "% bbGt version=3\n"
+BAD_TEXT = [
+    (bbgt(PERSON, version=2), "expected '% bbGt version=3'"),
+    ("", "starts with ''"),
+    ("person 10 20 30 60 0 0 0 0 0 0 0\n", "starts with 'person"),
+    (HEAD + "person 10 20 30 60\n", "line 2 (a name and 11 numbers): expected 11 numbers"),
+    (HEAD + "person 10 20 30 nan 0 0 0 0 0 0 0\n", "line 2"),
+    (HEAD + "person 10 20 30 60 3 0 0 0 0 0 0\n", "heavy): expected a whole number from 0 to 2, got 3"),
+    (HEAD + "person 10 20 2147483647 60 0 0 0 0 0 0 0\n", "expected a number from"),
+    (bbgt(("pedestrian", *PERSON[1:])), "'pedestrian'; expected person, people, cyclist"),
+]
+BAD_XML = [
+    ("<vbb/>", "<vbb>"),
+    ("no xml", "not XML"),
+    (xml(PERSON, size=(640, 480)), "640 x 480"),
+    (xml(PERSON).replace("<name>person</name>", ""), "without a <name>"),
+    (xml(PERSON).replace("<w>30</w>", ""), "<bndbox><w>"),
+    (xml(PERSON).replace("<x>10</x>", ""), "<bndbox><xmin>"),
+    (xml(("person", 1, 2, 3, "tall", 0)), "'tall'"),
+    (xml(("person", 1, 2, 3, 4, 5)), "heavy): expected a whole number from 0 to 2, got 5"),
+    (xml(PERSON).replace("</object>", "<difficult>maybe</difficult></object>"), "ignore: expected"),
+]
+
+
 def changed(**changes):
     return published({FRAMES[0]: [PERSON]}) | changes
+
+
+def image(**changes):
+    return changed(images=[changed()["images"][0] | changes])
 
 
 def box(**changes):
     return changed(annotations=[changed()["annotations"][0] | changes])
 
 
+BAD_JSON = [
+    ("{", "is not valid JSON"),
+    ("[" * 9000, "is not valid JSON"),
+    ([], "holds []; expected KAIST's annotations, an object"),
+    ({"images": []}, "a list of objects under categories"),
+    (changed(images=[], annotations=[]), "holds no images"),
+    (image(im_name="../x"), "images 0 names '../x'"),
+    (image(width=1e30), "images 0, width: expected a whole number"),
+    (changed(images=changed()["images"] * 2), "twice"),
+    (box(image_id=7), "annotations 0: no image has the id 7"),
+    (box(image_id=[[]]), "annotations 0, image_id: expected a whole number"),
+    (box(category_id=9), "annotations 0: no image has the id 0, or no category the id 9"),
+    (box(bbox=[1, 2, 3]), "annotations 0, bbox (x, y, width, height): expected 4 numbers"),
+    (box(bbox=[1, 2, 3, 10**400]), "annotations 0, bbox"),
+    (box(bbox=[1, 2, float("inf"), 4]), "annotations 0, bbox"),
+    (box(occlusion=None), "annotations 0, occlusion"),
+    (box(ignore="perhaps"), "annotations 0, ignore"),
+    (changed(annotations=[{"id": 3, **changed()["annotations"][0]}] * 2), "an annotation id twice"),
+    (published({FRAMES[1]: [PERSON]}), "holds 1 frames but not set00/V000/I00001"),
+    (published({FRAMES[0]: [PERSON]}, size=(640, 512)), "640 x 512"),
+]
+
+
 @pytest.mark.parametrize(
-    ("content", "word"),
+    ("name", "content", "word"),
     [
-        ("{", "is not valid JSON"),
-        ("[" * 9000, "is not valid JSON"),
-        ('{"images": ' + "9" * 5000 + "}", "is not valid JSON"),
-        ([], "holds []; expected KAIST's annotations, an object"),
-        ({"images": []}, "a list of objects under categories"),
-        (changed(images=[]), "holds no images"),
-        (changed(images=[], annotations=[]), "holds no images"),
-        (changed(images=[{"id": 0, "im_name": "../x", "width": 96, "height": 112}]), "images 0 names '../x'"),
-        (changed(images=changed()["images"] * 2), "twice"),
-        (changed(images=[changed()["images"][0] | {"width": 1e30}]), "images 0, width: expected a whole number"),
-        (box(image_id=7), "annotations 0: no image has the id 7"),
-        (box(image_id=[[]]), "annotations 0, image_id: expected a whole number"),
-        (box(category_id=9), "annotations 0: no image has the id 0, or no category the id 9"),
-        (box(bbox=[1, 2, 3]), "annotations 0, bbox (x, y, width, height): expected 4 numbers"),
-        (box(bbox=[1, 2, 3, 10**400]), "annotations 0, bbox"),
-        (box(bbox=[1, 2, float("inf"), 4]), "annotations 0, bbox"),
-        (box(occlusion=None), "annotations 0, occlusion"),
-        (box(occlusion=9), "from 0 to 2, got 9"),
-        (box(ignore="perhaps"), "annotations 0, ignore"),
-        (changed(annotations=[{"id": 3, **changed()["annotations"][0]}] * 2), "holds an annotation id twice"),
-        (published({FRAMES[1]: [PERSON]}), "holds 1 frames but not set00/V000/I00001"),
+        *((f"labels/{FRAMES[0]}.txt", *case) for case in BAD_TEXT),
+        *((f"labels/{FRAMES[0]}.xml", *case) for case in BAD_XML),
+        *(("labels.json", *case) for case in BAD_JSON),
     ],
 )
-def test_json_of_another_version(tree, tmp_path, content, word):
-    file = write(tmp_path / "test.json", content)
-    one = write(tmp_path / "one.txt", FRAMES[0])
-    refused(lambda: KAIST(tree, one, file), file, word)
-
-
-def test_json_for_images_of_another_size(tree, tmp_path):
-    file = write(tmp_path / "test.json", published({FRAMES[0]: [PERSON]}, size=(640, 512)))
-    data = KAIST(tree, write(tmp_path / "one.txt", FRAMES[0]), file)
-    refused(lambda: data[0], "640 x 512", "96 x 112", FRAMES[0])
-    refused(lambda: read_ground_truth(tree / "annotations"), "is not an annotation json")
+def test_annotations_of_another_version(tree, name, content, word):
+    file, one = write(tree / name, content), write(tree / "one.txt", FRAMES[0])
+    refused(lambda: KAIST(tree, one, name.split("/")[0])[0], file, word)
+    if name != "labels.json":
+        refused(lambda: read_ground_truth(tree / "labels"), "is not an annotation json")
 
 
 def test_broken_and_unequal_images(tree):
@@ -430,7 +375,7 @@ def test_broken_and_unequal_images(tree):
     Image.new("RGB", (96, 100)).save(file)
     refused(lambda: data[1], file, "96 x 100")
     Image.new("RGB", (96, 100)).save(tree / "images/set00/V000/visible/I00003.jpg")
-    refused(lambda: data[1], "96 x 100", "expected 96 x 112")
+    refused(lambda: data[1], "is for 96 x 112", "96 x 100")
     file.write_bytes(file.read_bytes()[:200])
     refused(lambda: data[1], file, "decoded")
 
@@ -439,10 +384,19 @@ def test_a_subset_is_renumbered(root):
     for image in root.rglob("set*/V001/*/I00039.jpg" if (root / "images").exists() else "*set11*_I00039.jpg"):
         Image.open(image).save(image.with_suffix(".png"))
         image.unlink()
-    data = KAIST(root, "all").subset([4, 0], "two of them")
-    assert len(data) == 2 and data.source == "two of them" and data.scenes == [11001, 0]
+    data = KAIST(root, "all").subset([4, 0], "kept")
+    assert len(data) == 2 and data.source.endswith("2 of them kept") and data.scenes == [11001, 0]
     assert data[0]["image_id"] == 0 and data[0]["path"].endswith("I00039.png") and data.statistics()["pairs"] == 2
     assert data[1]["path"].endswith("I00001.jpg")
+
+
+def test_a_video_of_every_set_is_held_out(tmp_path):
+    frames = [f"set{place:02d}/V{video:03d}/I00001" for place in (0, 3) for video in range(3)]
+    train, validation, sentence = hold_out(KAIST(original(tmp_path, [*frames, "set04/V000/I00001"]), "all"))
+    assert validation.scenes == [2, 3002] and train.scenes == [0, 1, 3000, 3001, 4000]
+    assert "2 of the 7 pairs of all, all those of video set00/V002, set03/V002" in sentence
+    ruled = train.with_rules(**TRAINING_RULES)
+    assert ruled.annotation(0).ignore.tolist() == [False] and "below 20 pixels" in ruled.source
 
 
 @pytest.mark.parametrize("annotations", [None, "json"])
@@ -454,12 +408,12 @@ def test_it_is_lazy_and_can_be_pickled(tree, tmp_path, annotations):
         (tree / "images" / video / "visible" / f"{image}.jpg").write_bytes(b"")
     again = pickle.loads(pickle.dumps(KAIST(tree, "all", annotations)))
     assert again[0]["boxes"].tolist() == [[10, 20, 40, 80]]
-    batch = next(iter(make_loader(Plain(again), [[0, 0]], collate)))
+    batch = next(iter(make_loader(AsFloat(again), [[0, 0]], collate)))
     assert batch["daytime"] == [True, True] and batch["targets"][0]["occlusion"].tolist() == [0]
 
 
 @pytest.mark.parametrize(("pixels", "first", "last"), [(0, 0, 95), (7, 0, 88), (-7, 7, 95), (200, 0, 0)])
-def test_a_misaligned_modality_lies_further_right(tree, pixels, first, last):
+def test_a_misaligned_modality_lies_further_right(pixels, first, last):
     columns = torch.arange(96, dtype=torch.uint8).expand(3, 112, 96)
     sample = {"visible": columns, "infrared": columns, "boxes": torch.tensor([[1.0, 2, 3, 4]])}
     moved = MisalignedDataset([sample], modality="infrared", pixels=pixels)[0]

@@ -1,0 +1,119 @@
+"""What an annotation file says of a pair, and what becomes of it: boxes that count, are ignored, or are left out."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
+
+from macl.data.sample import PER_BOX
+from trainkit.errors import InputError
+from trainkit.files import shown
+
+
+class Object(NamedTuple):
+    """An object of an annotation file; those of classes that nobody asks for need no box."""
+
+    name: str
+    box: tuple[float, float, float, float] | None = None  # x1, y1, x2, y2 in pixels
+    ignore: bool = False  # as the annotation marks it
+    occlusion: int = 0  # 0 none, 1 partial, 2 heavy
+
+
+class Labels(NamedTuple):
+    """All that an annotation file says of a pair."""
+
+    place: str  # the file, and where in it, for messages
+    size: tuple[int, int] | None  # width, height in pixels; None where it does not say
+    objects: list[Object]
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """The boxes of a sample; `occlusion` and `visible_in` are None where they are not known."""
+
+    place: str
+    size: tuple[int, int]  # width, height in pixels
+    names: list[str]  # of all objects, in the file's order
+    boxes: Tensor  # (N, 4) float32, x1 y1 x2 y2
+    labels: Tensor  # (N,) int64
+    ignore: Tensor  # (N,) bool
+    occlusion: Tensor | None = None  # (N,) int64
+    visible_in: Tensor | None = None  # (N, 2) bool
+    clipped: int = 0  # boxes that reached out of the image
+    dropped: int = 0  # boxes of no area within the image, left out
+
+    def per_box(self) -> dict[str, Tensor]:
+        """The keys of a sample that are known."""
+        return {key: getattr(self, key) for key in PER_BOX if getattr(self, key) is not None}
+
+
+def annotate(
+    labels: Labels,
+    classes: Sequence[str],
+    *,
+    ignored_names: Sequence[str] | None = None,
+    min_height: float = 0,
+    max_occlusion: int | None = None,
+    clip: bool = True,
+) -> Annotation:
+    """The objects of `classes`, labelled 1, 2, ...
+
+    ignored_names: objects of these are ignored under person's label, and other names refused; None: others are left out
+    min_height, max_occlusion: a lower box, in pixels, or more occlusion is ignored; None: occlusion is not known
+    clip: clip boxes to the image, and leave out those of which nothing remains
+    """
+    known = (*classes, *(ignored_names or ()))
+    kept = [item for item in labels.objects if item.name in known]
+    if ignored_names is not None and len(kept) < len(labels.objects):
+        name = next(item.name for item in labels.objects if item.name not in known)
+        raise InputError(f"{labels.place} names an object {shown(name)}; expected {', '.join(dict.fromkeys(known))}")
+    numbers = [1 + classes.index(item.name if item.name in classes else "person") for item in kept]
+    boxes = torch.tensor([item.box for item in kept], dtype=torch.float64).reshape(-1, 4)
+    occlusion = torch.tensor([item.occlusion for item in kept], dtype=torch.int64)
+    ignore = torch.tensor([item.ignore or item.name not in classes for item in kept], dtype=torch.bool)
+    ignore |= boxes[:, 3] - boxes[:, 1] < min_height - 1e-6  # y + h - y need not be h
+    if max_occlusion is not None:
+        ignore |= occlusion > max_occlusion
+    inside = clip_boxes_to_image(boxes, labels.size[::-1]) if clip else boxes
+    rounded = inside.float()
+    remains = (rounded[:, :2] < rounded[:, 2:]).all(dim=1)
+    return Annotation(
+        place=labels.place,
+        size=labels.size,
+        names=[item.name for item in labels.objects],
+        boxes=rounded[remains],
+        labels=torch.tensor(numbers, dtype=torch.int64)[remains],
+        ignore=ignore[remains],
+        occlusion=None if max_occlusion is None else occlusion[remains],
+        clipped=int((inside != boxes).any(dim=1)[remains].sum()),
+        dropped=int((~remains).sum()),
+    )
+
+
+def refuse_absent_classes(dataset, *, every: bool) -> None:
+    """Raises InputError, with the names that occur, where no object that is not ignored has one of the classes.
+
+    every: each of the classes has to occur, as in training; otherwise one will do. Annotations are read until then.
+    """
+    names, seen = Counter(), set()
+    for annotation in map(dataset.annotation, range(len(dataset))):
+        names.update(annotation.names)
+        seen.update(annotation.labels[~annotation.ignore].tolist())
+        if len(seen) == len(dataset.classes) or (seen and not every):
+            return
+    absent = " or ".join(shown(name) for label, name in enumerate(dataset.classes, 1) if label not in seen)
+    known = ", ".join(f"{shown(name)} {count}" for name, count in names.most_common(12)) or "none at all"
+    raise InputError(
+        f"no object that counts has the class {absent}: is it spelt as in the data, given once, not always ignored? "
+        f"Names found: {known}. Read: {dataset.source}"
+    )
+
+
+def check_person(classes: Sequence[str], source: str) -> None:
+    """Raises InputError where person is not among the classes."""
+    if "person" not in classes:
+        raise InputError(f"{source} hold people, named person; the classes are {', '.join(map(shown, classes))}")
