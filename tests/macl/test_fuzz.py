@@ -1,0 +1,148 @@
+"""Damaged pairs, annotations, detections and checkpoints: read sanely, or refused in a line that names the place."""
+
+import io
+import json
+
+import pytest
+import torch
+from mutants import hunt
+from PIL import Image
+
+import macl
+from macl.data import KAIST, LLVIP, AsFloat, collate
+from macl.metrics import average_precision
+from macl.metrics.detection_files import read_detections
+from trainkit.files import open_image
+from trainkit.report import main as report
+
+SIZE = dict(width=32, height=24)
+PERSON = dict(name="person", difficult=0, bndbox=dict(xmin=3, ymin=4, xmax=13, ymax=20))
+FRAMES = ["set00/V000/I00019", "set06/V001/I00039"]
+PUBLISHED = dict(
+    images=[dict(id=i, im_name=name, **SIZE) for i, name in enumerate(FRAMES)],
+    annotations=[dict(image_id=i, category_id=1, bbox=[3, 4, 10, 15], occlusion=0, ignore=0) for i in range(2)],
+    categories=[dict(id=0, name="__ignore__"), dict(id=1, name="person")],
+)
+DETECTIONS = [dict(image_id=1, bbox=[3, 4, 10, 15], score=0.5), dict(image_id=2, bbox=[1, 2, 3, 4], score=0.1)]
+SMALL = dict(
+    backbone="resnet18", norm="group", fpn_channels=4, fpn_levels=3, head_width=4, macl_hidden=[4], macl_dim=4,
+    anchor_sizes=[8, 16, 32], min_size=[32], max_size=64,
+)  # fmt: skip
+
+
+def save(path, size=(32, 24)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (90, 60, 30)).save(path)
+
+
+@pytest.fixture
+def llvip(tmp_path):
+    for name in ("010001", "020001"):
+        for modality in ("visible", "infrared"):
+            save(tmp_path / modality / "train" / f"{name}.png")
+    (tmp_path / "Annotations").mkdir()
+    box = "<bndbox><xmin>3</xmin><ymin>4</ymin><xmax>13</xmax><ymax>20</ymax></bndbox>"
+    size = "<size><width>32</width><height>24</height></size>"
+    sound = f"<annotation>{size}<object><name>person</name>{box}</object></annotation>"
+    (tmp_path / "Annotations" / "020001.xml").write_text(sound)
+    return tmp_path
+
+
+@pytest.fixture
+def kaist(tmp_path):
+    for frame in FRAMES:
+        video, image = frame.rsplit("/", 1)
+        for modality in ("visible", "lwir"):
+            save(tmp_path / "images" / video / modality / f"{image}.jpg")
+        path = tmp_path / "annotations" / f"{frame}.txt"
+        path.parent.mkdir(parents=True)
+        path.write_text("% bbGt version=3\n")
+    (tmp_path / "imageSets").mkdir()
+    (tmp_path / "imageSets" / "all.txt").write_text("\n".join(FRAMES))
+    return tmp_path
+
+
+def use(data):
+    """What training makes of what was read."""
+    data.statistics()
+    batch = collate([AsFloat(data)[i] for i in range(len(data))])
+    for target in batch["targets"]:
+        boxes = target["boxes"]
+        assert boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all() and (boxes.abs() <= 1e6).all()
+
+
+COUNTS = [200, pytest.param(1500, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_voc_annotations(llvip, count):
+    sound = dict(size=SIZE, object=[PERSON, PERSON | dict(difficult=1)])
+    hunt(llvip / "Annotations" / "010001.xml", sound, lambda path: use(LLVIP(llvip, "train")), count)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize(
+    ("name", "sound"),
+    [
+        ("imageSets/all.txt", FRAMES),
+        (f"annotations/{FRAMES[0]}.txt", ["% bbGt version=3", ["person", 3, 4, 10, 15, *[0] * 7]]),
+        ("published.json", PUBLISHED),
+    ],
+)
+def test_lists_and_annotations_of_kaist(kaist, name, sound, count):
+    annotations = kaist / name if name.endswith("json") else None
+    hunt(kaist / name, sound, lambda path: use(KAIST(kaist, "all", annotations)), count)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("suffix", ["json", "txt"])
+def test_detection_files(tmp_path, suffix, count):
+    sound = DETECTIONS if suffix == "json" else ["1,3,4,10,15,0.5", "2,1,2,3,4,0.1"]
+    box = dict(boxes=torch.tensor([[3.0, 4, 13, 19]]), labels=torch.ones(1).long(), ignore=torch.zeros(1).bool())
+
+    def use(path):
+        detections = read_detections(path, 2)
+        assert all(part.isfinite().all() for frame in detections for part in frame.values())
+        average_precision(detections, [box, box])
+
+    hunt(tmp_path / f"detections.{suffix}", sound, use, count)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(400, marks=pytest.mark.slow)])
+def test_checkpoints(tmp_path, count):
+    detector = macl.build_detector(**SMALL)
+    tensors = {name: tensor for name, tensor in detector.state_dict().items()}
+    sound = dict(script="stage1", model_kwargs=dict(SMALL), model=tensors, ema=None)
+
+    def use(path):
+        with torch.inference_mode():
+            macl.load_detector(path)(visible=[torch.rand(3, 32, 32)], infrared=[torch.rand(3, 32, 32)])
+
+    hunt(tmp_path / "best.pt", sound, use, count)
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["args.json", "metrics.jsonl"])
+def test_reports_of_a_run(tmp_path, name, count, capsys):
+    pytest.importorskip("matplotlib")
+    run = tmp_path / "run"
+    run.mkdir()
+    record = dict(script="stage1", arguments=dict(lr=0.1, classes=["person"]), resumed=[], versions=dict(torch="2"))
+    lines = [dict(step=i, epoch=1, kind="train", loss=1.0 / i, lr=0.1) for i in (1, 2)]
+    lines.append(dict(step=2, epoch=1, kind="validation", both=dict(ap50=0.5, per_class=dict(person=dict(ap50=0.5)))))
+    kept = {"args.json": record, "metrics.jsonl": lines}
+    for other, value in kept.items():
+        (run / other).write_text(json.dumps(value) if other == "args.json" else "\n".join(map(json.dumps, value)))
+    hunt(run / name, kept[name], lambda path: report([str(run), "--output", str(tmp_path / "page.html")]), count)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "AVIF"])
+def test_pictures(tmp_path, kind, count):
+    out = io.BytesIO()
+    image = Image.effect_noise((24, 16), 60).convert("RGB")
+    try:
+        image.save(out, kind)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow writes no {kind}")
+    hunt(tmp_path / f"one.{kind.lower()}", out.getvalue(), open_image, count)
