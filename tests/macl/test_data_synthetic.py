@@ -29,6 +29,7 @@ def test_a_sample_follows_the_contract():
     assert sample["visible_in"].shape == (count, 2) and sample["visible_in"].any(dim=1).all()
     assert sample["image_id"] == 3 and sample["scene"] == 3 and sample["daytime"] is False
     assert torch.equal(sample["infrared"][0], sample["infrared"][2])
+    assert SyntheticPairs(5, seed=1, classes=("car", "person"))[3]["labels"].tolist() == [2] * count > []
 
 
 @pytest.mark.parametrize(("domain", "expected"), [(NIGHT, "82577aad4b944c10"), (DAY_AND_NIGHT, "65574125ff1c5106")])

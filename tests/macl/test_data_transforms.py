@@ -164,6 +164,7 @@ def test_mosaic_takes_all_four():
     sample = paired_mosaic([data[index] for index in range(4)])
     assert sample["visible"].shape == (3, 120, 160) and sample["image_id"] == 0
     quarters = {(x > 80, y > 60) for x, y in (sample["boxes"][:, :2] + sample["boxes"][:, 2:]).div(2).tolist()}
+    assert any(paired_mosaic([data[0]] * 4)["ignore"].any() for _ in range(5))  # slivers
     assert len(quarters) == 4 and len(sample["boxes"]) == len(sample["visible_in"]) == len(sample["occlusion"])
 
 

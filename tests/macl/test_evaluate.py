@@ -400,7 +400,7 @@ def test_scripts_train_on_no_class_that_nobody_has(kaist, tmp_path):
     kaist_flags = ["--data-root", kaist, "--image-set", "mine", "--val-image-set", "mine", "--min-height", 1]
     args = stage2([*map(str, kaist_flags), "--llvip-root", str(root)])
     train, validation, old, said = train_stage2.open_data(args, ["car", "person"])
-    assert {data.classes for data in (*train.datasets, validation, old)} == {("car", "person")}
+    assert all(data.classes == ("car", "person") for data in (*train.datasets, validation, old))
     assert any("car may be unlearnt" in line for line in said)
     with pytest.raises(InputError, match="named person"):
         train_stage2.open_data(args, ["car"])
