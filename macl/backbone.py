@@ -9,47 +9,35 @@ from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 NORMS = ("frozen_batch", "batch", "sync_batch", "group", "modality_batch")
-MODALITIES = {"visible": "visible", "infrared": "infrared", "lwir": "infrared", "thermal": "infrared"}
+MODALITIES = ("visible", "infrared")
 
 
 class ModalityBatchNorm2d(nn.Module):
-    """One BatchNorm a modality (domain-specific batch normalisation, Chang et al., 2019).
+    """One BatchNorm per modality (domain-specific batch normalisation, Chang et al., 2019).
 
-    `layout` says how the rows of the next batch divide: [("visible", rows), ("infrared", rows)], also under the names
-    "lwir" and "thermal"; the backbone sets it. State dicts of a plain BatchNorm load into both copies.
+    `layout` divides the rows of the next batch: [("visible", rows), ("infrared", rows)]. The backbone sets it.
+    State dicts of a plain BatchNorm load into both copies.
     """
 
-    def __init__(self, channels: int, *, eps: float = 1e-5, momentum: float = 0.1):
+    def __init__(self, channels: int, *, eps: float = 1e-5):
         super().__init__()
-        self.visible = nn.BatchNorm2d(channels, eps=eps, momentum=momentum)
-        self.infrared = nn.BatchNorm2d(channels, eps=eps, momentum=momentum)
-        self._layout: list[tuple[str, int]] | None = None
-
-    def set_layout(self, layout: Sequence[tuple[str, int]]) -> None:
-        unknown = [name for name, _ in layout if name not in MODALITIES]
-        if unknown:
-            raise ValueError(f"modality {unknown[0]!r} is none of {', '.join(MODALITIES)}")
-        self._layout = [(MODALITIES[name], rows) for name, rows in layout]
+        self.visible = nn.BatchNorm2d(channels, eps=eps)
+        self.infrared = nn.BatchNorm2d(channels, eps=eps)
+        self.layout: Sequence[tuple[str, int]] = ()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._layout is None:
-            raise ValueError(
-                "call set_layout first: a modality norm must know which rows are visible and which infrared"
-            )
-        parts = x.split([rows for _, rows in self._layout])
-        return torch.cat([getattr(self, name)(part) for (name, _), part in zip(self._layout, parts, strict=True)])
+        parts = x.split([rows for _, rows in self.layout])
+        return torch.cat([getattr(self, name)(part) for (name, _), part in zip(self.layout, parts, strict=True)])
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        plain = [key for key in state_dict if key.startswith(prefix) and "." not in key[len(prefix) :]]
-        for key in plain:
+        for key in [prefix + name for name in self.visible.state_dict() if prefix + name in state_dict]:
             value = state_dict.pop(key)
-            for name in ("visible", "infrared"):
-                state_dict[f"{prefix}{name}.{key[len(prefix) :]}"] = value
+            state_dict |= {f"{prefix}{name}.{key.removeprefix(prefix)}": value for name in MODALITIES}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def norm_layer(kind: str, *, eps: float = 1e-5):
-    """A constructor channels -> norm layer: frozen_batch, batch, sync_batch, group (32 groups), modality_batch."""
+    """A constructor channels -> norm layer. kind: one of NORMS; "group" has 32 groups."""
     constructors = {
         "frozen_batch": lambda channels: FrozenBatchNorm2d(channels, eps=eps),
         "batch": lambda channels: nn.BatchNorm2d(channels, eps=eps),
@@ -103,8 +91,10 @@ BACKBONES = {
 class Backbone(nn.Module):
     """torchvision's ResNet up to the last stage that is asked for, run once over the images of both modalities.
 
-    stages: how many of the four stages (C2 to C5) to compute and return. frozen_stages: 0 trains everything; n > 0
-    freezes the stem and the first n stages for good: no gradient, and norms in eval mode after every `.train()`.
+    name: one of BACKBONES.
+    norm, norm_eps: see `norm_layer`.
+    stages: how many of the four stages (C2 to C5) to compute and return.
+    frozen_stages: see `freeze`.
     """
 
     def __init__(self, name: str, *, norm: str, norm_eps: float = 1e-5, stages: int = 4, frozen_stages: int = 0):
@@ -115,30 +105,25 @@ class Backbone(nn.Module):
             raise ValueError(f"frozen_stages is {frozen_stages}, must be 0 to 4")
         block, layers = BACKBONES[name]
         body = resnet.ResNet(block, list(layers), norm_layer=norm_layer(norm, eps=norm_eps))
-        for stem in ("conv1", "bn1", "relu", "maxpool"):
-            setattr(self, stem, getattr(body, stem))
-        for stage in range(1, stages + 1):
-            setattr(self, f"layer{stage}", getattr(body, f"layer{stage}"))
-        self.stages = stages
+        for part in ("conv1", "bn1", "relu", "maxpool", *(f"layer{stage}" for stage in range(1, stages + 1))):
+            setattr(self, part, getattr(body, part))
+        self.stages = [getattr(self, f"layer{stage}") for stage in range(1, stages + 1)]
         self.out_channels = [width * block.expansion for width in (64, 128, 256, 512)[:stages]]
         self.freeze(frozen_stages)
 
     def freeze(self, stages: int) -> None:
-        """Freeze the stem and the first `stages` stages; 0 unfreezes everything."""
-        self.frozen_stages = min(stages, self.stages)
-        frozen = set(self._frozen_parts())
-        for module in self.children():
-            module.requires_grad_(module not in frozen)
-        self.train(self.training)
+        """Freeze the stem and the first `stages` stages: no gradient, and norms in eval mode after every `.train()`.
 
-    def _frozen_parts(self) -> list[nn.Module]:
-        if self.frozen_stages == 0:
-            return []
-        return [self.conv1, self.bn1, *(getattr(self, f"layer{stage}") for stage in range(1, self.frozen_stages + 1))]
+        0 unfreezes everything.
+        """
+        self.frozen = [self.conv1, self.bn1, *self.stages[:stages]] if stages else []
+        for module in self.children():
+            module.requires_grad_(module not in self.frozen)
+        self.train(self.training)
 
     def train(self, mode: bool = True):
         super().train(mode)
-        for module in self._frozen_parts():
+        for module in self.frozen:
             module.eval()
         return self
 
@@ -149,10 +134,10 @@ class Backbone(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, ModalityBatchNorm2d):
-                module.set_layout(layout)
+                module.layout = layout
         x = self.maxpool(self.relu(conv_norm(images, self.conv1, self.bn1)))
         maps = []
-        for stage in range(1, self.stages + 1):
-            x = getattr(self, f"layer{stage}")(x)
+        for stage in self.stages:
+            x = stage(x)
             maps.append(x)
         return maps

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 import trainkit.distributed as distributed
 from macl.data import Plain, collate, to_float
-from macl.detector import Extracted, PairedFasterRCNN
+from macl.detector import Features, PairedFasterRCNN
 from macl.metrics import alignment, average_precision, ignore_all_but, miss_rate_curve, miss_rate_table, seen_in
 from macl.metrics.average_precision import MAX_DETECTIONS, MEASURES
 from macl.metrics.miss_rate import DAYTIMES, FRAME
@@ -88,7 +88,7 @@ def to_cpu(detections: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in detections.items()}
 
 
-def embed(detector: PairedFasterRCNN, extracted: list[Extracted], targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
+def embed(detector: PairedFasterRCNN, extracted: list[Features], targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
     """The (visible, infrared) embeddings of each image's boxes that are not ignored, or of the image; on the CPU."""
     boxes = [target["boxes"][~target["ignore"]].to(extracted[0].pyramids["visible"][0].device) for target in targets]
     rows = [len(box) if detector.macl_level == "roi" else 1 for box in boxes]

@@ -163,7 +163,7 @@ def test_stage_1_starts_from_a_run_of_stage_2(run, tmp_path, capsys):
     flags = "--synthetic-train 4 --synthetic-val 2 --batch-size 2 --epochs 1 --workers 0 --device cpu --max-steps 1"
     train_stage1.main([*flags.split(), "--init-from", str(run / "best.pt"), "--output", str(tmp_path / "run")])
     said = capsys.readouterr().out
-    assert "left out: macl.hard; left out: alignment" in said
+    assert "left out: alignment.classifier; left out: macl.hard.banks.infrared" in said
     assert {name for name in metrics(tmp_path / "run")[0] if name.startswith("loss_")} == {
         "loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_macl"
     }  # fmt: skip

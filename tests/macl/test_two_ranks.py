@@ -52,9 +52,9 @@ def pairs(counts, first_scene=0):
 
 def run(detector, chosen):
     visible, infrared, targets = (list(column) for column in zip(*chosen, strict=True))
-    losses = detector(visible=visible, infrared=infrared, targets=targets)
+    losses, metrics = detector(visible=visible, infrared=infrared, targets=targets, with_metrics=True)
     sum(losses.values()).backward()
-    return {name: loss.item() for name, loss in losses.items()}
+    return {name: loss.item() for name, loss in losses.items()}, metrics
 
 
 def gradients(detector):
@@ -68,9 +68,9 @@ def two_steps(detector, wrapped, counts, share):
     with torch.no_grad():
         for parameter in detector.macl.projector.parameters():
             parameter.add_(0.1)
-    losses = run(wrapped, pairs(counts)[share])
+    losses, metrics = run(wrapped, pairs(counts)[share])
     banks = {name: value.clone() for name, value in detector.macl.hard.state_dict().items()}
-    return {"losses": losses, "gradients": gradients(detector), "banks": banks, "monitor": dict(detector.monitor)}
+    return {"losses": losses, "gradients": gradients(detector), "banks": banks, "metrics": metrics}
 
 
 def evaluated(detector):
@@ -85,7 +85,7 @@ if __name__ == "__main__":
     for name, counts in BOXES.items():
         detector = model()
         own = pairs(counts)[2 * distributed.rank() : 2 * distributed.rank() + 2]
-        losses = run(DistributedDataParallel(detector), own)
+        losses, _ = run(DistributedDataParallel(detector), own)
         seen[name] = {"losses": losses, "gradients": gradients(detector)}
     for kind, kwargs in ALIGNED.items():
         for name, counts in BOXES.items():
@@ -107,7 +107,7 @@ def seen(two_ranks, tmp_path_factory):
 @pytest.mark.parametrize("name", BOXES)
 def test_losses_and_gradients_are_the_single_process(seen, name):
     detector = model()
-    expected = run(detector, pairs(BOXES[name]))
+    expected, _ = run(detector, pairs(BOXES[name]))
     for loss, value in expected.items():
         assert sum(rank[name]["losses"][loss] for rank in seen) / 2 == pytest.approx(value, rel=1e-9, abs=1e-12)
     for parameter, gradient in gradients(detector).items():
@@ -125,13 +125,13 @@ def test_banks_and_alignment_are_those_of_the_single_process(seen, kind, name):
     for loss, value in expected["losses"].items():
         assert sum(rank["losses"][loss] for rank in ranks) / 2 == pytest.approx(value, rel=1e-9, abs=1e-12), loss
     for rank in ranks:
-        for part in ("gradients", "banks", "monitor"):
+        for part in ("gradients", "banks", "metrics"):
             assert rank[part].keys() == expected[part].keys()
             for key, value in expected[part].items():
                 torch.testing.assert_close(rank[part][key], value, rtol=1e-7, atol=1e-11)
     assert len(detector.macl.hard.banks["visible"]) == 7
     if sum(BOXES[name]):
-        assert expected["monitor"]["dhn_hardest"] != 0 and expected["monitor"]["dhn_masked"] > 0
+        assert expected["metrics"]["dhn_hardest"] != 0 and expected["metrics"]["dhn_masked"] > 0
 
 
 def test_every_rank_hears_of_every_image_once(seen):
