@@ -1,4 +1,4 @@
-"""Anchors, matching, sampling and coding of boxes, with the conventions of torchvision's Faster R-CNN.
+"""Anchors, matching, sampling, coding and scaling of boxes, with the conventions of torchvision's Faster R-CNN.
 
 Boxes are (N, 4) float32, x1, y1, x2, y2 in pixels. Sources: Ren et al., Faster R-CNN (2015), section 3.1.2 for the
 anchors and the box parametrisation; Girshick, Fast R-CNN (2015), section 2.3 for the sampling.
@@ -21,10 +21,7 @@ MAX_LOG_RATIO = math.log(1000.0 / 16)  # a decoded side grows by at most this fa
 
 
 class AnchorGenerator(nn.Module):
-    """Anchors of every level, rounded as torchvision rounds them.
-
-    sizes: one side length in pixels per level. aspect_ratios: height / width, the same on every level.
-    """
+    """Anchors, rounded as torchvision does. sizes: side in pixels per level. aspect_ratios: height / width, of each."""
 
     def __init__(self, *, sizes: tuple[float, ...], aspect_ratios: tuple[float, ...]):
         super().__init__()
@@ -76,8 +73,7 @@ def match(
 ) -> Tensor:
     """Index of the target that each box stands for, BELOW (negative) or BETWEEN (left out): (N,) int64.
 
-    boxes: (N, 4).
-    targets: (G, 4). A box takes the one of highest IoU.
+    boxes: (N, 4). targets: (G, 4); a box takes the one of highest IoU.
     foreground, background: IoU from which on a box is positive, and below which it is negative.
     keep_best: every target also keeps the boxes that overlap it most, however little.
     ignore: (K, 4). Negatives with at least half of their area in one of these are left out.
@@ -125,6 +121,29 @@ def box_regression_loss(
     if kind == "smooth_l1":
         return F.smooth_l1_loss(offsets, encoded, beta=beta, reduction="sum")
     raise ValueError(f"box loss {kind!r} is none of smooth_l1, l1, giou")
+
+
+def rescale(boxes: Tensor, old: Size, new: Size) -> Tensor:
+    """Boxes of an image of size `old` in one of size `new`."""
+    if old == new:
+        return boxes
+    ratio_y, ratio_x = new[0] / old[0], new[1] / old[1]
+    return boxes * boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+
+
+def prepare_target(target: dict[str, Tensor], old: Size, new: Size) -> dict[str, Tensor]:
+    """The target in pixels of the resized image, its ignored boxes set apart under `ignored` (K, 4)."""
+    boxes = target["boxes"]
+    if boxes.dim() != 2 or boxes.shape[1] != 4 or not (boxes[:, 2:] > boxes[:, :2]).all():
+        raise ValueError(f"target boxes must be (N, 4) with x1 < x2 and y1 < y2, got {boxes.tolist()}")
+    boxes = rescale(boxes, old, new)
+    keep = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+    if "ignore" in target:
+        keep = ~target["ignore"]
+    prepared = {"boxes": boxes[keep], "labels": target["labels"][keep], "ignored": boxes[~keep]}
+    if "visible_in" in target:
+        prepared["visible_in"] = target["visible_in"][keep]
+    return prepared | {key: target[key] for key in ("scene", "domain") if key in target}
 
 
 def check_finite(tensors: Iterable[Tensor], what: str) -> None:

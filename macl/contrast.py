@@ -21,15 +21,13 @@ class MACLHead(nn.Module):
 
     Row i of both inputs shows the same thing; the other rows (of all processes) are the negatives.
 
-    in_dim, hidden_dims, out_dim: widths of the projector.
+    in_dim, hidden_dims, out_dim, dropout: of the projector.
     norm: of the projector, "none", "layer", "group" or "batch".
     norm_groups: of norm "group". With one or two channels per group it normalises the signal away.
-    dropout: of the projector.
-    direction: "both" averages visible -> infrared and infrared -> visible, as CLIP does; "visible_to_infrared" is one
-        half of it.
+    direction: "both" averages visible -> infrared and infrared -> visible, as CLIP does; "visible_to_infrared" is half.
     temperature: the initial one; it is learned through its logarithm and held in TEMPERATURES.
-    bank_size: rows of the memory banks, 0 for no hard negatives.
-    hard_k, hard_mode, hard_momentum: see `HardNegatives`, which is then `hard`.
+    bank_size: rows of the memory banks, 0 for no hard negatives; else `hard` holds them.
+    hard_k, hard_mode, hard_momentum: see `HardNegatives`.
     """
 
     def __init__(
@@ -74,21 +72,18 @@ class MACLHead(nn.Module):
         return losses["loss_macl"], metrics
 
     def compare(self, visible: Tensor, infrared: Tensor, ids: Tensor | None = None) -> tuple[dict, dict, dict]:
-        """Losses, metrics and embeddings of the rows of both modalities.
+        """Losses, metrics and embeddings; in training the latter enter the banks, after the losses.
 
         visible, infrared: (N, in_dim); N may differ between processes and be 0.
-        ids: (N,) int64, the scene of each row (-1: not known), wanted where there are hard negatives: rows of the bank
-            of a query's own scene, which may show the same thing, are none of its negatives.
+        ids: (N,) int64, the scene of each row (-1: not known), wanted where there are hard negatives: a query gets none
+            of its own scene, which may show the same thing.
 
         -> losses: loss_macl, a mean over the queries of all processes (exactly 0 but connected with one or none), and
-        loss_dhn with hard negatives of mode "softplus".
-        -> metrics (): macl_candidates, keys of the batch; macl_relative, the loss over those by ln(candidates), 1 for
-        chance; macl_recall, the share of queries whose positive scores highest among them; temperature; with hard
-        negatives dhn_fill, the filled share of the banks, dhn_hardest, the mean similarity of a query's hardest
-        negative, and dhn_masked, the share of the rows in use that were of the query's scene.
+        loss_dhn of hard_mode "softplus".
+        -> metrics (): macl_candidates, keys of the batch; macl_relative, their loss by ln(candidates), 1 for chance;
+        macl_recall, the share of queries whose positive scores highest; temperature; with hard negatives dhn_fill, the
+        filled share of the banks, dhn_hardest, the mean similarity of the hardest, and dhn_masked, the masked share.
         -> embeddings: modality -> (N, out_dim) of this process.
-
-        In training the embeddings enter the banks afterwards: what a query meets there is older than this batch.
         """
         if self.hard is not None and ids is None:
             raise ValueError("hard negatives need the scene of every row, so that none of them shows the positive")
@@ -105,9 +100,7 @@ class MACLHead(nn.Module):
             self.hard.enqueue(self.projector, features, keys, ids)
         return losses, metrics, embeddings
 
-    def _one_direction(
-        self, query: Tensor, keys: Tensor, first: int, modality: str, ids: Tensor | None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _one_direction(self, query: Tensor, keys: Tensor, first: int, modality: str, ids: Tensor | None):
         """Losses of this process's queries, and sums over them for the log. Query i's positive is keys[first + i]."""
         losses = positive = (query.sum() + keys.sum()) * 0 * self.temperature
         recalled = losses.detach()

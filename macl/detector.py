@@ -11,14 +11,13 @@ from torch import Tensor, nn
 import kernels
 import trainkit.distributed as distributed
 from macl.backbone import MODALITIES, Backbone
-from macl.boxes import Size
+from macl.boxes import Size, prepare_target, rescale
 from macl.contrast import MACLHead
-from macl.domain import DomainAlignment, pool
+from macl.domain import DomainAlignment
 from macl.fpn import FPN
 from macl.fusion import Fusion
 from macl.roi_head import RoIHead, with_image_index
 from macl.rpn import RPN
-from macl.targets import contrast_boxes, prepare_target, rescale, stack_labels
 
 MULTIPLE = 32  # padded image sides are multiples of it
 
@@ -143,19 +142,14 @@ class PairedFasterRCNN(nn.Module):
         return losses | more, metrics
 
     def alignment_losses(self, features: list[Features], targets: list[dict]) -> tuple[dict, dict]:
-        """Losses and metrics of what brings the modalities together: the contrastive head, and the alignment.
-
-        targets: prepared, in the order of `features`.
-        """
+        """Losses and metrics of contrast and alignment. targets: prepared, in the order of `features`."""
         if self.macl is None and self.alignment is None:
             return {}, {}
         if len(features[0].pyramids) < 2:
-            raise ValueError(
-                "contrast and alignment need both modalities in training; build the detector with macl_level='none', "
-                "mmd_level='none' and adversary='none'"
-            )
+            raise ValueError("contrast and alignment need both modalities in training; build the detector without them")
         losses, metrics, embeddings = {}, {}, None
-        boxes = contrast_boxes(targets)
+        # The boxes that, as far as is known, can be seen in both modalities.
+        boxes = [t["boxes"][t["visible_in"].all(dim=1)] if "visible_in" in t else t["boxes"] for t in targets]
         if self.macl is not None:
             scenes = None if self.macl.hard is None else self.per_row(stack_labels(targets, "scene"), boxes)
             losses, metrics, embeddings = self.macl.compare(*self.pooled_features(features, boxes), scenes)
@@ -164,13 +158,8 @@ class PairedFasterRCNN(nn.Module):
         domains = torch.zeros(len(targets), dtype=torch.int64, device=boxes[0].device)
         if self.alignment.domains > 1:
             domains = stack_labels(targets, "domain")
-        pooled = None
-        if self.alignment.pools:
-            pooled = {
-                name: torch.cat([pool(group.pyramids[name], group.sizes, group.batch_size) for group in features])
-                for name in MODALITIES
-            }
-        more, about = self.alignment(pooled, domains, embeddings, self.per_row(domains, boxes), self.reversal_scale)
+        row_domains = self.per_row(domains, boxes)
+        more, about = self.alignment(features, domains, embeddings, row_domains, self.reversal_scale)
         return losses | more, metrics | about
 
     def detect(
@@ -201,9 +190,9 @@ class PairedFasterRCNN(nn.Module):
         return {"both": MODALITIES, **{name: (name,) for name in MODALITIES}}
 
     def embed(self, features: list[Features], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The contrastive embeddings in the visible and in the infrared image, (N, out_dim) each.
+        """The contrastive embeddings (N, out_dim) of the visible and of the infrared images.
 
-        One row per box (n_i, 4 per image); of a detector with macl_level "image" one row per image.
+        boxes: (n_i, 4) per image. One row per box, or with macl_level "image" per image.
         """
         where = [image for group in features for image in group.images]
         boxes = [rescale(boxes[place], old, new) for place, old, new in where]
@@ -241,15 +230,13 @@ class PairedFasterRCNN(nn.Module):
         return {name: [level[i] for level in split] for i, name in enumerate(images)}
 
     def wait_for_all(self, features: list[Features]) -> None:
-        """As many passes as the process that has most sizes makes: synchronised norms wait for one another in each.
-
-        So do their gradients, for which the maps of an empty pass join the first map.
-        """
+        """Empty passes up to the most that a process makes: synchronised norms wait for one another in each."""
         most = int(distributed.gather(torch.tensor([len(features)])).max())
         pyramids = features[0].pyramids
         for _ in range(most - len(features)):
             empty = self.pyramids(dict.fromkeys(pyramids, []), (MULTIPLE, MULTIPLE))
             first = next(iter(pyramids.values()))
+            # Their backward waits too: the empty maps join the first one's graph.
             first[0] = first[0] + sum(level.sum() for levels in empty.values() for level in levels)
 
     def resize(self, image: Tensor, min_size: int | None) -> Tensor:
@@ -293,6 +280,13 @@ class PairedFasterRCNN(nn.Module):
         if self.macl_level == "image":
             return labels
         return torch.cat([label.expand(len(box)) for label, box in zip(labels, boxes, strict=True)])
+
+
+def stack_labels(targets: list[dict[str, Tensor]], key: str) -> Tensor:
+    """One label per image, (B,) int64. Raises ValueError where a target has none."""
+    if not all(key in target for target in targets):
+        raise ValueError(f"every target needs {key!r}, a 0-d int64 tensor, for the losses of this detector")
+    return torch.stack([target[key] for target in targets])
 
 
 def check_inputs(images: dict[str, list[Tensor]], targets: list[dict] | None, training: bool) -> None:

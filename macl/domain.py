@@ -1,8 +1,4 @@
-"""Domain alignment: features that do not tell which modality, or which data set, they come from.
-
-Two ways: the maximum mean discrepancy (MMD) between two sets of features, and a classifier of their origin whose
-gradient is reversed before it reaches them.
-"""
+"""Domain alignment: features that do not tell which modality, or which data set, they come from."""
 
 import itertools
 import math
@@ -23,8 +19,7 @@ FACTORS = (0.5, 1.0, 2.0)  # of the median distance: the bandwidths of the media
 def mmd(x: Tensor, y: Tensor, sigmas: list[float] | Tensor, unbiased: bool = True, paired: bool = False) -> Tensor:
     """Squared maximum mean discrepancy between two samples (Gretton et al., JMLR 2012).
 
-    x: (N, D).
-    y: (M, D).
+    x: (N, D). y: (M, D).
     sigmas: bandwidths in the units of x; the kernel is the mean of exp(-|a - b|^2 / (2 sigma^2)) over them.
     unbiased: MMD_u^2 (equation 3), which may be negative; else MMD_b^2 (equation 5).
     paired: row i of both belongs to the same thing, so N = M and the pairs (x_i, y_i) are left out of the cross term
@@ -67,10 +62,7 @@ def gradient_reversal(x: Tensor, scale: float) -> Tensor:
 
 
 def grl_schedule(progress: float) -> float:
-    """The published schedule of that scale, 2 / (1 + exp(-10 p)) - 1 (Ganin et al. 2016, section 5.2).
-
-    progress: p, from 0 to 1. -> 0 at the start, 0.9999 at the end.
-    """
+    """The published schedule of that scale (Ganin et al. 2016, section 5.2): 0 at progress 0, 0.9999 at progress 1."""
     return 2 / (1 + math.exp(-10 * progress)) - 1
 
 
@@ -103,11 +95,11 @@ class DomainAlignment(nn.Module):
     def __init__(
         self,
         *,
-        mmd_level: str = "none",
-        mmd_sigmas: tuple[float, ...] | None = None,
-        mmd_unbiased: bool = True,
-        adversary: str = "none",
-        domains: int = 1,
+        mmd_level: str,
+        mmd_sigmas: tuple[float, ...] | None,
+        mmd_unbiased: bool,
+        adversary: str,
+        domains: int,
         pooled_dim: int,
     ):
         super().__init__()
@@ -124,30 +116,28 @@ class DomainAlignment(nn.Module):
         self.classifier = None
         if adversary != "none":
             self.classifier = DomainClassifier(pooled_dim, domains=domains if adversary == "dataset" else 2)
-        self.pools = mmd_level == "pyramid" or adversary != "none"
 
     def forward(
-        self,
-        pooled: dict[str, Tensor] | None,
-        image_domains: Tensor,
-        embedded: dict[str, Tensor] | None,
-        row_domains: Tensor,
-        reversal_scale: float = 1.0,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        self, features: list, image_domains: Tensor, embedded: dict | None, row_domains: Tensor, reversal_scale: float
+    ) -> tuple[dict, dict]:
         """Losses and metrics of `mmd_loss` and `adversarial_loss`, as far as they were asked for.
 
-        pooled: modality -> (B, pooled_dim), from `pool`, where it `pools`.
+        features: the detector's.
         image_domains: (B,) int64, the data set of each image; ValueError for one beyond `domains`.
-        embedded: modality -> (N, D), for MMD of the embeddings.
-        row_domains: (N,) int64, the data set of each of their rows.
+        embedded: modality -> (N, D), for MMD of the embeddings. row_domains: (N,) int64, the data set of each row.
         reversal_scale: of the classifier's reversed gradient.
         """
         if self.domains > 1 and (last := int(image_domains.max())) >= self.domains:
             raise ValueError(f"a target's domain is {last}; expected less than domains={self.domains}")
+        if self.mmd_level == "pyramid" or self.classifier is not None:
+            pooled = {
+                name: torch.cat([pool(group.pyramids[name], group.sizes, group.batch_size) for group in features])
+                for name in features[0].pyramids
+            }
         losses, metrics = {}, {}
         if self.mmd_level == "embedding":
             losses, metrics = self.mmd_loss(embedded, row_domains)
-        elif self.mmd_level == "pyramid":
+        if self.mmd_level == "pyramid":
             rows = {name: F.normalize(x, dim=1) for name, x in pooled.items()}
             losses, metrics = self.mmd_loss(rows, image_domains)
         if self.classifier is not None:
@@ -155,14 +145,14 @@ class DomainAlignment(nn.Module):
             losses, metrics = losses | more, metrics | about
         return losses, metrics
 
-    def mmd_loss(self, features: dict[str, Tensor], domains: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def mmd_loss(self, features: dict[str, Tensor], domains: Tensor) -> tuple[dict, dict]:
         """MMD between the modalities, and between the data sets, over the rows of all processes.
 
         features: modality -> (N, D) rows of this process, row i of both from the same thing.
         domains: (N,) int64, the data set of each row.
 
-        -> losses loss_mmd and, with several data sets, loss_mmd_domains, the mean over the pairs of data sets and the
-        modalities that have two rows at least each; metrics mmd_bandwidth and mmd_rows.
+        -> loss_mmd and, with several data sets, loss_mmd_domains, the mean over modalities and pairs of data sets with
+        two rows at least; mmd_bandwidth and mmd_rows for the log.
         """
         features = {name: distributed.all_gather_with_grad(at_least_float32(rows)) for name, rows in features.items()}
         visible, infrared = features["visible"], features["infrared"]
@@ -191,16 +181,10 @@ class DomainAlignment(nn.Module):
             middle = sigmas.median()
         return mmd(x, y, sigmas, unbiased=self.mmd_unbiased, paired=paired), middle
 
-    def adversarial_loss(
-        self, pooled: dict[str, Tensor], domains: Tensor, scale: float
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The classifier's cross-entropy, a mean over the rows of all processes.
+    def adversarial_loss(self, pooled: dict[str, Tensor], domains: Tensor, scale: float) -> tuple[dict, dict]:
+        """The classifier's cross-entropy, a mean over the rows of all processes, and its accuracy.
 
-        pooled: modality -> (B, pooled_dim).
-        domains: (B,) int64, the data set of each image.
-        scale: of the reversed gradient.
-
-        -> loss loss_adversary, metric adversary_accuracy.
+        pooled: modality -> (B, pooled_dim). domains: (B,) int64, of each image. scale: of the reversed gradient.
         """
         rows = torch.cat(list(pooled.values()))
         labels = domains.repeat(len(pooled))
@@ -216,16 +200,15 @@ class DomainAlignment(nn.Module):
 def pool(pyramid: list[Tensor], sizes: list[Size], batch_size: Size) -> Tensor:
     """The mean of every map over the part that an image covers, the maps side by side: (B, levels * C).
 
+    pyramid: (B, C, H_l, W_l) maps of a padded batch. sizes, batch_size: of its images without the padding and with it.
     The padding is left out, for it would tell the data sets apart by their image sizes.
-
-    pyramid: (B, C, H_l, W_l) maps of a padded batch.
-    sizes: of each image in it.
-    batch_size: as padded.
     """
     rows = []
     for i, (height, width) in enumerate(sizes):
-        down, right = height / batch_size[0], width / batch_size[1]
-        ends = [(math.ceil(down * level.shape[2]), math.ceil(right * level.shape[3])) for level in pyramid]
-        covered = [level[i, :, :bottom, :end] for level, (bottom, end) in zip(pyramid, ends, strict=True)]
-        rows.append(torch.cat([part.mean(dim=(1, 2)) for part in covered]))
+        means = []
+        for level in pyramid:
+            bottom = math.ceil(height / batch_size[0] * level.shape[2])
+            right = math.ceil(width / batch_size[1] * level.shape[3])
+            means.append(level[i, :, :bottom, :right].mean(dim=(1, 2)))
+        rows.append(torch.cat(means))
     return torch.stack(rows)

@@ -9,10 +9,9 @@ from macl.msp import MSPReweight
 class FPN(nn.Module):
     """Top-down pyramid over the backbone's maps.
 
-    in_channels: channels of each backbone map, finest first.
-    out_channels: channels of each map returned.
+    in_channels: of each backbone map, finest first.
+    out_channels: of each map returned.
     out_levels: maps returned; those beyond the backbone's are the coarsest one subsampled by 2, 4, ...
-    msp: reweights the maps returned.
     """
 
     def __init__(self, *, in_channels: list[int], out_channels: int, out_levels: int, msp: MSPReweight | None = None):

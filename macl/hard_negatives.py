@@ -20,11 +20,8 @@ NO_NEGATIVE = -1e30  # the similarity that stands for "none": finite, so that it
 def hard_negatives(query: Tensor, bank: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
     """Indices of the rows of a bank that are most similar to each query, the largest inner product first.
 
-    query: (N, D).
-    bank: (K, D).
-    k: at least 1, else ValueError.
+    query: (N, D). bank: (K, D). k: at least 1, else ValueError.
     mask: bool, broadcastable to (N, K), True for rows that a query must not get.
-
     -> (N, min(k, K)) int64; -1 where no further row is left.
     """
     if k < 1:
@@ -80,7 +77,6 @@ def in_denominator(losses: Tensor, positive: Tensor, similarity: Tensor, tempera
 class HardNegatives(nn.Module):
     """Memory banks of the embeddings of each modality that serves as key, and the choice of the hardest of their rows.
 
-    projector: of the head.
     size, dim: of each bank.
     k: rows per query. It and `active`, how many of the newest rows take part, may change at any time.
     mode: "denominator" puts them into that of InfoNCE, "softplus" makes a loss of their own of them.
@@ -124,9 +120,8 @@ class HardNegatives(nn.Module):
     def enqueue(self, projector: nn.Module, features: dict[str, Tensor], keys: dict[str, Tensor], ids: Tensor) -> None:
         """Store this step's rows, the same in rank order on every process.
 
-        features: modality -> (n, in_dim) of this process.
+        features: modality -> (n, in_dim), and ids (n,), the scenes, of this process.
         keys: modality -> (N, dim) embeddings of all processes.
-        ids: (n,), the scenes of this process's rows.
         """
         if self.key_projector is not None:
             self.update_momentum_projector(projector)

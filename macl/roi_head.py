@@ -58,12 +58,10 @@ class RoIHead(nn.Module):
         self.box_loss, self.box_beta, self.label_smoothing = box_loss, box_beta, label_smoothing
         self.score_threshold, self.nms_iou, self.max_detections = score_threshold, nms_iou, max_detections
 
-    def losses(
-        self, features: list[Tensor], proposals: list[Tensor], targets: list[dict]
-    ) -> dict[str, tuple[Tensor, int]]:
-        """features: (B, C, H_l, W_l). proposals: (n_i, 4) per image. targets: as `prepare_target` makes them.
+    def losses(self, features: list[Tensor], proposals: list[Tensor], targets: list[dict]) -> dict:
+        """loss_classifier and loss_box_reg, each as (sum, number of terms).
 
-        -> loss_classifier and loss_box_reg, each as (sum, number of terms).
+        features: (B, C, H_l, W_l). proposals: (n_i, 4) per image. targets: as `prepare_target` makes them.
         """
         chosen = [self.choose(*pair) for pair in zip(proposals, targets, strict=True)]
         proposals, labels, boxes = zip(*chosen, strict=True)
@@ -73,10 +71,8 @@ class RoIHead(nn.Module):
         classification = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
         refined, references = offsets[positive, labels[positive]], proposals[positive]
         regression = box_regression_loss(self.box_loss, refined, boxes[positive], references, self.coder, self.box_beta)
-        return {
-            "loss_classifier": (classification, len(labels)),
-            "loss_box_reg": (regression + offsets.sum() * 0, len(labels)),
-        }
+        regression = regression + offsets.sum() * 0  # a path to all parameters, also without a positive
+        return {"loss_classifier": (classification, len(labels)), "loss_box_reg": (regression, len(labels))}
 
     def detect(
         self, features: list[Tensor], proposals: list[Tensor], sizes: list[Size], score_threshold: float | None = None

@@ -102,7 +102,7 @@ class RPN(nn.Module):
 
     def forward(
         self, features: list[Tensor], sizes: list[Size], batch_size: Size, targets: list[dict] | None
-    ) -> tuple[list[Tensor], dict[str, tuple[Tensor, int]]]:
+    ) -> tuple[list[Tensor], dict]:
         """Proposals (n_i, 4) per image, and loss_objectness and loss_rpn_box_reg, each as (sum, number of terms).
 
         features: (B, C, H_l, W_l).
@@ -138,7 +138,7 @@ class RPN(nn.Module):
             proposals.append(image_boxes[large][keep])
         return proposals
 
-    def losses(self, features: list[Tensor], anchors: Tensor, targets: list[dict]) -> dict[str, tuple[Tensor, int]]:
+    def losses(self, features: list[Tensor], anchors: Tensor, targets: list[dict]) -> dict:
         """features: (B, C, H_l, W_l). anchors: (N, 4), of all levels. -> the losses of `forward`."""
         rows = []
         rule = dict(foreground=FOREGROUND, background=BACKGROUND, keep_best=True)
