@@ -1,6 +1,7 @@
 """ResNet feature maps with the norm layers, freezing and modality handling that the paired detector needs."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,6 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-NORMS = ("frozen_batch", "batch", "sync_batch", "group", "modality_batch")
 MODALITIES = ("visible", "infrared")
 
 
@@ -36,18 +36,13 @@ class ModalityBatchNorm2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def norm_layer(kind: str, *, eps: float = 1e-5):
-    """A constructor channels -> norm layer. kind: one of NORMS; "group" has 32 groups."""
-    constructors = {
-        "frozen_batch": lambda channels: FrozenBatchNorm2d(channels, eps=eps),
-        "batch": lambda channels: nn.BatchNorm2d(channels, eps=eps),
-        "sync_batch": lambda channels: nn.SyncBatchNorm(channels, eps=eps),
-        "group": lambda channels: nn.GroupNorm(min(32, channels), channels, eps=eps),
-        "modality_batch": lambda channels: ModalityBatchNorm2d(channels, eps=eps),
-    }
-    if kind not in constructors:
-        raise ValueError(f"norm {kind!r} is none of {', '.join(NORMS)}")
-    return constructors[kind]
+NORMS = {
+    "frozen_batch": FrozenBatchNorm2d,
+    "batch": nn.BatchNorm2d,
+    "sync_batch": nn.SyncBatchNorm,
+    "group": lambda channels, eps: nn.GroupNorm(min(32, channels), channels, eps=eps),
+    "modality_batch": ModalityBatchNorm2d,
+}
 
 
 def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
@@ -91,8 +86,7 @@ BACKBONES = {
 class Backbone(nn.Module):
     """torchvision's ResNet up to the last stage that is asked for, run once over the images of both modalities.
 
-    name: one of BACKBONES.
-    norm, norm_eps: see `norm_layer`.
+    name, norm: of BACKBONES and NORMS.
     stages: how many of the four stages (C2 to C5) to compute and return.
     frozen_stages: see `freeze`.
     """
@@ -101,10 +95,12 @@ class Backbone(nn.Module):
         super().__init__()
         if name not in BACKBONES:
             raise ValueError(f"backbone {name!r} is none of {', '.join(BACKBONES)}")
+        if norm not in NORMS:
+            raise ValueError(f"norm {norm!r} is none of {', '.join(NORMS)}")
         if not 0 <= frozen_stages <= 4:
             raise ValueError(f"frozen_stages is {frozen_stages}, must be 0 to 4")
         block, layers = BACKBONES[name]
-        body = resnet.ResNet(block, list(layers), norm_layer=norm_layer(norm, eps=norm_eps))
+        body = resnet.ResNet(block, list(layers), norm_layer=partial(NORMS[norm], eps=norm_eps))
         for part in ("conv1", "bn1", "relu", "maxpool", *(f"layer{stage}" for stage in range(1, stages + 1))):
             setattr(self, part, getattr(body, part))
         self.stages = [getattr(self, f"layer{stage}") for stage in range(1, stages + 1)]
@@ -112,10 +108,7 @@ class Backbone(nn.Module):
         self.freeze(frozen_stages)
 
     def freeze(self, stages: int) -> None:
-        """Freeze the stem and the first `stages` stages: no gradient, and norms in eval mode after every `.train()`.
-
-        0 unfreezes everything.
-        """
+        """No gradient for the stem and so many stages, whose norms stay in eval mode; 0 unfreezes everything."""
         self.frozen = [self.conv1, self.bn1, *self.stages[:stages]] if stages else []
         for module in self.children():
             module.requires_grad_(module not in self.frozen)
@@ -128,9 +121,9 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: Tensor, layout: Sequence[tuple[str, int]]) -> list[Tensor]:
-        """images: (B, 3, H, W), the modalities one after the other; layout: [("visible", rows), ("infrared", rows)].
+        """images: (B, 3, H, W), rows as `layout` says. -> maps C2, C3, ... (B, C_l, H / 4, W / 4), ...
 
-        -> maps C2, C3, ... (B, C_l, H / 4, W / 4), ... One batch for both, so that shared statistics are those of both.
+        layout: [("visible", rows), ("infrared", rows)]. One batch, so that shared statistics are those of both.
         """
         for module in self.modules():
             if isinstance(module, ModalityBatchNorm2d):

@@ -21,7 +21,7 @@ MAX_LOG_RATIO = math.log(1000.0 / 16)  # a decoded side grows by at most this fa
 
 
 class AnchorGenerator(nn.Module):
-    """Anchors, rounded as torchvision does. sizes: side in pixels per level. aspect_ratios: height / width, of each."""
+    """Anchors rounded as torchvision's. sizes: a side in pixels per level. aspect_ratios: height / width."""
 
     def __init__(self, *, sizes: tuple[float, ...], aspect_ratios: tuple[float, ...]):
         super().__init__()

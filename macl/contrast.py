@@ -127,14 +127,12 @@ class MACLHead(nn.Module):
     def _metrics(self, sums: list[dict[str, Tensor]], count: int) -> dict[str, Tensor]:
         """Metrics over all processes, means over the directions. count: of the keys of the batch."""
         total = torch.stack([torch.stack([value.double() for value in one.values()]) for one in sums])
-        total = distributed.all_reduce_sum(total).sum(dim=0)
-        total = dict(zip(sums[0], total, strict=True))
+        total = dict(zip(sums[0], distributed.all_reduce_sum(total).sum(dim=0), strict=True))
         queries = count * len(self.directions)
+        chance = queries * math.log(count) if count > 1 else math.inf
         metrics = {
             "macl_candidates": self.temperature.new_tensor(float(count)),
-            "macl_relative": total["loss"]
-            / len(self.directions)
-            / (count * math.log(count) if count > 1 else math.inf),
+            "macl_relative": total["loss"] / chance,
             "macl_recall": total["recalled"] / max(1, queries),
             "temperature": self.temperature.detach(),
         }

@@ -65,10 +65,10 @@ def softplus_loss(similarity: Tensor, found: Tensor, temperature: Tensor | float
 
 
 def in_denominator(losses: Tensor, positive: Tensor, similarity: Tensor, temperature: Tensor) -> Tensor:
-    """InfoNCE losses (N,) whose denominator also holds negatives of that similarity (N, k).
+    """InfoNCE losses (N,) whose denominator also holds negatives of that similarity (N, k). positive: logits (N,).
 
-    With l = log(sum_j exp(s_j)) - p over the columns so far, p = `positive` (N,) the positive's logit and h the
-    logsumexp of the new ones, the loss over both is log(exp(l + p) + exp(h)) - p = logaddexp(l, h - p).
+    With l = log(sum_j exp(s_j)) - p so far and h the logsumexp of the new columns, the loss over both is
+    log(exp(l + p) + exp(h)) - p = logaddexp(l, h - p).
     """
     hard = (similarity / temperature).logsumexp(dim=1)
     return torch.logaddexp(losses, hard - positive)

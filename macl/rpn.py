@@ -58,9 +58,9 @@ class RPNHead(nn.Module):
 
 
 def windows_of_three(feature: Tensor, image: Tensor, pixel: Tensor) -> Tensor:
-    """What a 3x3 convolution sees of a map (B, C, H, W) at n pixels, row * W + column: (n, 9, C), zeros outside.
+    """What a 3x3 convolution sees of a map (B, C, H, W) at n pixels: (n, 9, C), zeros outside.
 
-    image, pixel: (n,); the images in ascending order.
+    image: (n,), in ascending order. pixel: (n,), row * W + column.
     """
     channels, _, width = feature.shape[1:]
     corner = pixel // width * (width + 2) + pixel % width  # in the padded map, (n,)

@@ -13,10 +13,6 @@ from trainkit import distributed
 DETECTION_LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
 
 
-def nothing():
-    return {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-
-
 def detect(model, **images):
     with torch.no_grad():
         return model.eval()(**images)
@@ -61,14 +57,14 @@ def test_both_modalities_reach_the_detections(build, batch):
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_one_camera_alone(build, batch, fusion):
+@pytest.mark.parametrize("name", MODALITIES)
+def test_one_camera_alone(build, batch, fusion, name):
     model = build(fusion=fusion, score_threshold=0.0)
-    for name in ("visible", "infrared"):
-        if fusion in ("visible", "infrared") and fusion != name:
-            with pytest.raises(ValueError, match=f"{fusion} images alone"):
-                detect(model, **{name: batch[name]})
-        else:
-            assert len(detect(model, **{name: batch[name]})) == 2
+    if fusion in MODALITIES and fusion != name:
+        with pytest.raises(ValueError, match=f"{fusion} images alone"):
+            detect(model, **{name: batch[name]})
+    else:
+        assert len(detect(model, **{name: batch[name]})) == 2
 
 
 @pytest.mark.parametrize("kind", ["mean", "gated"])
@@ -95,7 +91,7 @@ def test_modality_dropout_masks_one_modality_at_its_rate_and_never_both(build):
 
 
 def test_images_without_boxes_train_the_background(build, batch):
-    batch["targets"] = [nothing(), nothing()]
+    batch["targets"] = [{name: value[:0] for name, value in target.items()} for target in batch["targets"]]
     losses = build().train()(**batch)
     assert losses["loss_classifier"] > 0 and losses["loss_objectness"] > 0
     assert losses["loss_macl"] == 0 and losses["loss_box_reg"] == 0 and losses["loss_rpn_box_reg"] == 0
@@ -115,18 +111,17 @@ def test_ignored_boxes_are_neither_positive_nor_negative(build, batch):
     assert losses["loss_box_reg"] == 0 and losses["loss_macl"] == 0
 
 
-def test_contrast_leaves_out_boxes_that_only_one_camera_sees(build, batch):
-    model = build().train()
-    batch["targets"][0]["visible_in"] = torch.tensor([[True, True], [True, False], [True, True]])
-    batch["targets"][1]["visible_in"] = torch.tensor([[False, True]])
-    _, metrics = model(**batch, with_metrics=True)
-    assert metrics["macl_candidates"] == 2
-
-
-def test_image_level_contrast_compares_images(build, batch):
-    losses, metrics = build(macl_level="image").train()(**batch, with_metrics=True)
-    losses["loss_macl"].backward()
-    assert metrics["macl_candidates"] == 2
+@pytest.mark.parametrize(("level", "candidates"), [("roi", [4, 2]), ("image", [2, 2])])
+def test_contrast_compares_images_or_the_boxes_that_both_cameras_see(build, batch, level, candidates):
+    model, found = build(macl_level=level).train(), []
+    for one_sided in (False, True):
+        if one_sided:
+            batch["targets"][0]["visible_in"] = torch.tensor([[True, True], [True, False], [True, True]])
+            batch["targets"][1]["visible_in"] = torch.tensor([[False, True]])
+        losses, metrics = model(**batch, with_metrics=True)
+        losses["loss_macl"].backward()
+        found.append(metrics["macl_candidates"])
+    assert found == candidates
 
 
 def test_resizing_gives_detections_in_pixels_of_the_given_image(build, batch):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from macl.contrast import MACLHead, hard_negative_loss, hard_negatives
-from macl.hard_negatives import HARD_MODES, HardNegatives, choose, in_denominator
+from macl.hard_negatives import HARD_MODES, choose, in_denominator
 
 
 def features(rows, seed=0):
@@ -234,18 +234,3 @@ def test_autocast_leaves_the_similarities_in_float32():
     exact = embedded["visible"].double() @ model.hard.banks["infrared"].features.double().T
     expected = exact.sort(descending=True).values
     torch.testing.assert_close(similarity[:, :3].double(), expected, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"mode": "numerator"}, "'numerator' is none of denominator, softplus"),
-        ({"k": 0}, "0 hard negatives"),
-        ({"k": 9}, "9 hard negatives from a bank of 8 rows"),
-        ({"momentum": 1.0}, "momentum 1.0"),
-    ],
-)
-def test_values_that_make_no_sense_are_refused(wrong, said):
-    known = dict(size=8, dim=4, k=4, mode="softplus", momentum=0.0, modalities=["visible"])
-    with pytest.raises(ValueError, match=said):
-        HardNegatives(torch.nn.Linear(4, 4), **known | wrong)
