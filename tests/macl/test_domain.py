@@ -63,7 +63,8 @@ def test_equal_rows_have_a_finite_gradient():
 
 def alignment(**kwargs):
     torch.manual_seed(0)
-    return DomainAlignment(**{"pooled_dim": 6, "mmd_level": "embedding"} | kwargs).double()
+    known = dict(pooled_dim=6, mmd_level="embedding", mmd_sigmas=None, mmd_unbiased=True, adversary="none", domains=1)
+    return DomainAlignment(**known | kwargs).double()
 
 
 def test_the_median_heuristic_follows_the_scale_of_the_features():
