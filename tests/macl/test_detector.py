@@ -105,10 +105,13 @@ def test_ignored_boxes_are_neither_positive_nor_negative(build, batch):
     assert found.tolist() == [BETWEEN, BETWEEN, BELOW]
     found = match(boxes, boxes[:1], foreground=0.9, background=0.3, keep_best=True, ignore=ignored)
     assert found.tolist() == [0, BETWEEN, BELOW]
-    # As targets they leave no positives behind.
-    batch["targets"] = [t | {"ignore": torch.ones(len(t["boxes"]), dtype=torch.bool)} for t in batch["targets"]]
-    losses = build().train()(**batch)
+    # As targets they leave no positives behind, and fewer negatives than if they were absent.
+    ignored = [t | {"ignore": torch.ones(len(t["boxes"]), dtype=torch.bool)} for t in batch["targets"]]
+    absent = [{name: value[:0] for name, value in target.items()} for target in batch["targets"]]
+    model = build(rpn_samples=10**6, roi_samples=10**6).train()
+    losses, others = (model(**batch | {"targets": targets}) for targets in (ignored, absent))
     assert losses["loss_box_reg"] == 0 and losses["loss_macl"] == 0
+    assert all(losses[name] != others[name] for name in ("loss_objectness", "loss_classifier"))
 
 
 @pytest.mark.parametrize(("level", "candidates"), [("roi", [4, 2]), ("image", [2, 2])])
@@ -137,6 +140,24 @@ def test_resizing_gives_detections_in_pixels_of_the_given_image(build, batch):
     for found, image in zip(detect(model, visible=large), large, strict=True):
         assert found["boxes"][:, 2].max() > image.shape[-1] * 0.9
         assert found["boxes"].min() >= 0 and found["boxes"][:, 3].max() <= image.shape[-2]
+
+
+@torch.no_grad()
+def test_boxes_are_embedded_where_they_are_in_the_resized_image(build):
+    model, plain = (build(min_size=size).eval() for size in (64, None))
+    given = {name: [torch.rand(3, 32, 32)] for name in MODALITIES}
+    resized = {name: [model.resize(image, 64) for image in images] for name, images in given.items()}
+    box = torch.tensor([[4.0, 6.0, 20.0, 30.0]])
+    expected = plain.embed(plain.extract(resized), [2 * box])
+    torch.testing.assert_close(model.embed(model.extract(given), [box]), expected)
+
+
+@pytest.mark.parametrize("part", ["rpn.head.bbox_pred", "roi_head.cls_score"])
+def test_detection_stops_at_nan(build, batch, part):
+    model = build()
+    torch.nn.init.constant_(model.get_submodule(part).bias, float("nan"))
+    with pytest.raises(macl.InputError, match="region proposals" if "rpn" in part else "scores and boxes"):
+        detect(model, visible=batch["visible"])
 
 
 @pytest.fixture

@@ -197,6 +197,14 @@ def test_a_checkpoint_without_the_new_parts_initialises_a_detector_with_them(bui
     assert torch.equal(model.alignment.classifier.fc[0].weight, first)
 
 
+def test_a_plain_norm_initialises_that_of_both_modalities(build, tmp_path):
+    source, model = build(norm="batch"), build(norm="modality_batch")
+    torch.nn.init.uniform_(source.backbone.bn1.weight)
+    load_initial_weights(model, save(source, tmp_path / "stage1.pt"))
+    for norm in (model.backbone.bn1.visible, model.backbone.bn1.infrared):
+        assert torch.equal(norm.weight, source.backbone.bn1.weight)
+
+
 def test_a_bank_of_another_size_starts_empty(build, labelled, tmp_path):
     source = build(**DHN).train()
     source(**labelled)
