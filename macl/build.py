@@ -143,6 +143,7 @@ def build_roi_head(values: SimpleNamespace) -> RoIHead:
 
 
 def build_contrast(values: SimpleNamespace) -> MACLHead | None:
+    """None for macl_level "none"."""
     if values.macl_level not in MACL_LEVELS:
         raise ValueError(f"macl_level {values.macl_level!r} is none of {', '.join(MACL_LEVELS)}")
     if values.macl_level == "none":
@@ -158,6 +159,7 @@ def build_contrast(values: SimpleNamespace) -> MACLHead | None:
 
 
 def build_alignment(values: SimpleNamespace) -> DomainAlignment | None:
+    """None where it would have nothing to do; its values are checked all the same."""
     mmd = dict(mmd_level=values.mmd_level, mmd_sigmas=values.mmd_sigmas, mmd_unbiased=values.mmd_unbiased)
     pooled_dim = values.fpn_channels * values.fpn_levels
     alignment = DomainAlignment(**mmd, adversary=values.adversary, domains=values.domains, pooled_dim=pooled_dim)
