@@ -300,11 +300,11 @@ def apply_schedules(args: argparse.Namespace, detector, full: dict[str, float], 
     """Apply the per-step schedules of gradient reversal and hard negatives; return the loss weights of this step."""
     kinds = {f"loss_{name}": getattr(args, f"{name}_ramp") for name in ("macl", "dhn", "mmd", "adversary")}
     kinds["loss_mmd_domains"] = args.mmd_ramp
-    detector.reversal_scale = grl_schedule(step / total)
+    detector.set_schedule(reversal_scale=grl_schedule(step / total))
     if args.dhn_size:
         stage = bisect.bisect_left(args.dhn_milestones, epoch)  # milestones that are over, epochs counting from 1
-        detector.macl.hard.k = args.dhn_k[min(stage, len(args.dhn_k) - 1)]
-        detector.macl.hard.active = args.dhn_active[min(stage, len(args.dhn_active) - 1)]
+        k, active = (sizes[min(stage, len(sizes) - 1)] for sizes in (args.dhn_k, args.dhn_active))
+        detector.set_schedule(hard_k=k, hard_active=active)
     return {name: ramped(weight, kinds.get(name, "constant"), step, args.ramp_steps) for name, weight in full.items()}
 
 

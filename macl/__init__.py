@@ -10,8 +10,9 @@ if not hasattr(kernels, "roi_align_project"):
 
 from macl.build import build_detector, load_detector  # noqa: E402
 from macl.detector import PairedFasterRCNN  # noqa: E402
-from macl.weights import LoadReport, load_torchvision_weights  # noqa: E402
+from macl.weights import load_torchvision_weights  # noqa: E402
 from trainkit.errors import InputError  # noqa: E402
+from trainkit.load_report import LoadReport  # noqa: E402
 
 __all__ = [
     "InputError",

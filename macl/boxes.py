@@ -1,53 +1,41 @@
-"""Anchors, matching, sampling and coding of boxes, with the conventions of torchvision's Faster R-CNN.
+"""Anchors, matching, sampling, coding and scaling of boxes, with the conventions of torchvision's Faster R-CNN.
 
 Boxes are (N, 4) float32, x1, y1, x2, y2 in pixels. Sources: Ren et al., Faster R-CNN (2015), section 3.1.2 for the
 anchors and the box parametrisation; Girshick, Fast R-CNN (2015), section 2.3 for the sampling.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import ops
 
-BELOW, BETWEEN = -1, -2  # what `match` says of a box that matched nothing
+from trainkit.errors import InputError
+
+Size = tuple[int, int]  # (height, width) in pixels
+
+BELOW, BETWEEN = -1, -2  # what `match` gives a box without a target
 MAX_LOG_RATIO = math.log(1000.0 / 16)  # a decoded side grows by at most this factor
 
 
 class AnchorGenerator(nn.Module):
-    """Anchors of every level, rounded as torchvision rounds them.
+    """Anchors rounded as torchvision's. sizes: a side in pixels per level. aspect_ratios: height / width."""
 
-    sizes: one tuple of side lengths in pixels a level; aspect_ratios: height / width, the same on every level.
-    """
-
-    def __init__(self, *, sizes: tuple[tuple[float, ...], ...], aspect_ratios: tuple[float, ...]):
+    def __init__(self, *, sizes: tuple[float, ...], aspect_ratios: tuple[float, ...]):
         super().__init__()
-        self.sizes, self.aspect_ratios = sizes, aspect_ratios
-        for level, scales in enumerate(sizes):
-            self.register_buffer(f"cell_{level}", self._cell(scales), persistent=False)
+        heights = torch.sqrt(torch.tensor(aspect_ratios, dtype=torch.float32))
+        for level, size in enumerate(sizes):
+            w, h = 1 / heights * size, heights * size
+            cell = (torch.stack([-w, -h, w, h], dim=1) / 2).round()  # (A, 4)
+            self.register_buffer(f"cell_{level}", cell, persistent=False)
 
-    @property
-    def per_location(self) -> int:
-        return len(self.sizes[0]) * len(self.aspect_ratios)
-
-    def _cell(self, scales: tuple[float, ...]) -> Tensor:
-        heights = torch.sqrt(torch.tensor(self.aspect_ratios, dtype=torch.float32))
-        sides = torch.tensor(scales, dtype=torch.float32)
-        h = (heights[:, None] * sides).flatten()
-        w = ((1 / heights)[:, None] * sides).flatten()
-        return (torch.stack([-w, -h, w, h], dim=1) / 2).round()  # (A, 4)
-
-    def forward(self, features: list[Tensor], image_size: tuple[int, int]) -> list[Tensor]:
-        """features: (B, C, H_l, W_l) a level; image_size: height and width of the padded batch. -> (H_l * W_l * A, 4)
-        a level.
-        """
-        if len(features) != len(self.sizes):
-            raise ValueError(f"{len(features)} feature levels but anchor sizes for {len(self.sizes)}")
+    def forward(self, features: list[Tensor], image_size: Size) -> list[Tensor]:
+        """features: (B, C, H_l, W_l). image_size: of the padded batch. -> (H_l * W_l * A, 4) per level."""
         levels = []
-        for level, feature in enumerate(features):
+        for cell, feature in zip(self.buffers(), features, strict=True):
             height, width = feature.shape[-2:]
-            cell = getattr(self, f"cell_{level}")
             ys = torch.arange(height, device=cell.device) * (image_size[0] // height)
             xs = torch.arange(width, device=cell.device) * (image_size[1] // width)
             y, x = torch.meshgrid(ys, xs, indexing="ij")
@@ -81,60 +69,41 @@ class BoxCoder:
 
 
 def match(
-    boxes: Tensor,
-    targets: Tensor,
-    *,
-    foreground: float,
-    background: float,
-    keep_best: bool,
-    ignore: Tensor | None = None,
+    boxes: Tensor, targets: Tensor, *, foreground: float, background: float, keep_best: bool, ignore: Tensor
 ) -> Tensor:
-    """Which target each box stands for.
+    """Index of the target that each box stands for, BELOW (negative) or BETWEEN (left out): (N,) int64.
 
-    boxes (N, 4), targets (G, 4). A box takes its target of highest IoU when that is at least `foreground`; below
-    `background` it is `BELOW` (negative), in between `BETWEEN` (left out). With `keep_best` every target also keeps
-    the boxes that overlap it most, however little. Boxes that are not positive and lie with at least half of their
-    area in one of the `ignore` (K, 4) boxes are left out too. -> (N,) int64.
+    boxes: (N, 4). targets: (G, 4); a box takes the one of highest IoU.
+    foreground, background: IoU from which on a box is positive, and below which it is negative.
+    keep_best: every target also keeps the boxes that overlap it most, however little.
+    ignore: (K, 4). Negatives with at least half of their area in one of these are left out.
     """
-    if targets.shape[0]:
+    result = torch.full((len(boxes),), BELOW, dtype=torch.int64, device=boxes.device)
+    if len(targets):
         overlap = ops.box_iou(targets, boxes)  # (G, N)
         best, matched = overlap.max(dim=0)
         result = torch.where(best >= foreground, matched, torch.where(best < background, BELOW, BETWEEN))
         if keep_best:
-            most = overlap.max(dim=1, keepdim=True).values
-            kept = (overlap == most).any(dim=0)
+            kept = (overlap == overlap.max(dim=1, keepdim=True).values).any(dim=0)
             result = torch.where(kept, matched, result)
-    else:
-        result = torch.full((boxes.shape[0],), BELOW, dtype=torch.int64, device=boxes.device)
-    if ignore is not None and ignore.shape[0]:
-        covered = _intersection(boxes, ignore).max(dim=1).values >= 0.5 * ops.box_area(boxes)
-        result = torch.where((result == BELOW) & covered, BETWEEN, result)
+    if len(ignore):
+        top_left = torch.maximum(boxes[:, None, :2], ignore[:, :2])  # (N, K, 2)
+        bottom_right = torch.minimum(boxes[:, None, 2:], ignore[:, 2:])
+        common = (bottom_right - top_left).clamp(min=0).prod(dim=-1).max(dim=1).values
+        result = torch.where((result == BELOW) & (common >= 0.5 * ops.box_area(boxes)), BETWEEN, result)
     return result
 
 
-def _intersection(boxes: Tensor, others: Tensor) -> Tensor:
-    """(N, 4), (K, 4) -> (N, K) areas."""
-    top_left = torch.maximum(boxes[:, None, :2], others[:, :2])
-    bottom_right = torch.minimum(boxes[:, None, 2:], others[:, 2:])
-    return (bottom_right - top_left).clamp(min=0).prod(dim=-1)
-
-
-def sample(
-    matched: Tensor, *, count: int, positive_fraction: float, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+def sample(matched: Tensor, *, count: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
     """At most `count` boxes, at most `positive_fraction` of them positive, the rest negative. -> indices of both.
 
     Draws permutations in torchvision's order, so that the same generator state gives its samples.
     """
     positive, negative = torch.where(matched >= 0)[0], torch.where(matched == BELOW)[0]
-    positives = min(positive.numel(), int(count * positive_fraction))
-    negatives = min(negative.numel(), count - positives)
-
-    def draw(indices: Tensor, number: int) -> Tensor:
-        order = torch.randperm(indices.numel(), device=indices.device, generator=generator)
-        return indices[order[:number]]
-
-    return draw(positive, positives), draw(negative, negatives)
+    positives = min(len(positive), int(count * positive_fraction))
+    positive = positive[torch.randperm(len(positive), device=matched.device)[:positives]]
+    negative = negative[torch.randperm(len(negative), device=matched.device)[: count - positives]]
+    return positive, negative
 
 
 def box_regression_loss(
@@ -152,3 +121,32 @@ def box_regression_loss(
     if kind == "smooth_l1":
         return F.smooth_l1_loss(offsets, encoded, beta=beta, reduction="sum")
     raise ValueError(f"box loss {kind!r} is none of smooth_l1, l1, giou")
+
+
+def rescale(boxes: Tensor, old: Size, new: Size) -> Tensor:
+    """Boxes of an image of size `old` in one of size `new`."""
+    if old == new:
+        return boxes
+    ratio_y, ratio_x = new[0] / old[0], new[1] / old[1]
+    return boxes * boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+
+
+def prepare_target(target: dict[str, Tensor], old: Size, new: Size) -> dict[str, Tensor]:
+    """The target in pixels of the resized image, its ignored boxes set apart under `ignored` (K, 4)."""
+    boxes = target["boxes"]
+    if boxes.dim() != 2 or boxes.shape[1] != 4 or not (boxes[:, 2:] > boxes[:, :2]).all():
+        raise ValueError(f"target boxes must be (N, 4) with x1 < x2 and y1 < y2, got {boxes.tolist()}")
+    boxes = rescale(boxes, old, new)
+    keep = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+    if "ignore" in target:
+        keep = ~target["ignore"]
+    prepared = {"boxes": boxes[keep], "labels": target["labels"][keep], "ignored": boxes[~keep]}
+    if "visible_in" in target:
+        prepared["visible_in"] = target["visible_in"][keep]
+    return prepared | {key: target[key] for key in ("scene", "domain") if key in target}
+
+
+def check_finite(tensors: Iterable[Tensor], what: str) -> None:
+    """Raises InputError unless all values are finite: of NaN a detector silently finds nothing."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise InputError(f"{what} are not finite; the run has diverged, or --amp fp16 is too narrow for its values")

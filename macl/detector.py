@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,52 +10,45 @@ from torch import Tensor, nn
 
 import kernels
 import trainkit.distributed as distributed
-from macl.backbone import Backbone
+from macl.backbone import MODALITIES, Backbone
+from macl.boxes import Size, prepare_target, rescale
 from macl.contrast import MACLHead
-from macl.domain import DomainAlignment, pool
+from macl.domain import DomainAlignment
 from macl.fpn import FPN
 from macl.fusion import Fusion
 from macl.roi_head import RoIHead, with_image_index
 from macl.rpn import RPN
-from macl.targets import contrast_boxes, prepare_target, rescale, stack_labels
 
 MULTIPLE = 32  # padded image sides are multiples of it
-MODALITIES = ("visible", "infrared")
 
 
-class Extracted(NamedTuple):
-    """What backbone and neck made of those images of a batch that have one padded size.
+class Features(NamedTuple):
+    """What backbone and neck made of the images of a batch that have one padded size.
 
-    A list of them, one a size, is what detection, embedding and losses start from. Images of several sizes stay apart
-    as far as the regions of interest: padded to a common size, a norm, a border or a stride would change with the other
-    images of the batch.
+    Images of several sizes stay apart up to the regions of interest: padded to a common size, a norm, a border or a
+    stride would change with the other images of the batch.
     """
 
-    pyramids: dict[str, list[Tensor]]  # (B, C, H_l, W_l) a level, for each modality given
-    original_sizes: list[tuple[int, int]]  # (height, width) of the images as given
-    sizes: list[tuple[int, int]]  # as resized
-    batch_size: tuple[int, int]  # as padded
-    places: list[int]  # of the images in the batch
+    pyramids: dict[str, list[Tensor]]  # per modality given (B, C, H_l, W_l), finest first
+    images: list[tuple[int, Size, Size]]  # place in the batch, size as given, size as resized
+    batch_size: Size  # as padded
 
-    def images(self) -> Iterator[tuple[int, tuple[int, int], tuple[int, int]]]:
-        """Place, original size and size of each image."""
-        return zip(self.places, self.original_sizes, self.sizes, strict=True)
+    @property
+    def sizes(self) -> list[Size]:
+        """Of the images, as resized."""
+        return [size for _, _, size in self.images]
 
 
 class PairedFasterRCNN(nn.Module):
     """Faster R-CNN with one backbone and neck for both modalities, and the contrastive heads that train them.
 
-    modality_dropout: probabilities that the visible, or the infrared, features of a training image are masked before
-    the fusion (never both). min_size, max_size: resize so that the short side is min_size (of several, a random one for
-    each batch in training and the last in evaluation) unless the long one would exceed max_size; None leaves the size
-    alone.
-    macl_level: what the contrastive head embeds, "roi", every ground-truth box (pooled to macl_roi_size x
-    macl_roi_size), or "image", the mean over all positions and levels. alignment: the losses between the modalities, or
-    data sets, where there are any; `reversal_scale` scales the reversed gradient of its classifier and may be changed
-    at any time, as may `macl.hard.k` and `macl.hard.active`.
-
-    `kwargs` holds the plain values `build_detector` was called with. `monitor` holds what the last training forward
-    has to say besides its losses.
+    macl, alignment: None where they are not wanted.
+    macl_level: what the contrastive head embeds, "roi", every ground-truth box, or "image", the mean of all maps.
+    macl_roi_size: bins per side of a pooled box.
+    statistics: mean and std of each modality, three floats each.
+    min_size: short side to resize images to; of several, training draws one per batch, evaluation takes the last.
+    max_size: longest side after resizing.
+    kwargs: what `build_detector` was called with.
     """
 
     def __init__(
@@ -67,32 +59,40 @@ class PairedFasterRCNN(nn.Module):
         fusion: Fusion,
         rpn: RPN,
         roi_head: RoIHead,
-        macl: MACLHead | None = None,
-        macl_level: str = "roi",
-        macl_roi_size: int = 4,
-        alignment: DomainAlignment | None = None,
-        modality_dropout: tuple[float, float] = (0.0, 0.0),
+        macl: MACLHead | None,
+        alignment: DomainAlignment | None,
+        macl_level: str,
+        macl_roi_size: int,
         statistics: dict[str, tuple[tuple[float, ...], tuple[float, ...]]],
-        min_size: int | tuple[int, ...] | None = None,
-        max_size: int | None = None,
-        kwargs: dict | None = None,
+        min_size: int | tuple[int, ...] | None,
+        max_size: int | None,
+        kwargs: dict,
     ):
         super().__init__()
-        if sum(modality_dropout) > 1 or min(modality_dropout) < 0:
-            raise ValueError(f"modality_dropout {modality_dropout}: two probabilities whose sum is at most 1")
-        self.backbone, self.neck, self.fusion = backbone, neck, fusion
-        self.rpn, self.roi_head = rpn, roi_head
+        self.backbone, self.neck, self.fusion, self.rpn, self.roi_head = backbone, neck, fusion, rpn, roi_head
         self.macl, self.macl_level, self.macl_roi_size = macl, macl_level, macl_roi_size
         self.alignment, self.reversal_scale = alignment, 1.0
-        self.modality_dropout = modality_dropout
-        self.min_sizes = (min_size,) if isinstance(min_size, int) else tuple(min_size or ())
+        self.min_sizes = min_size if isinstance(min_size, list | tuple) else (min_size,)
         self.max_size = max_size
         for modality, (mean, std) in statistics.items():
             # Not in the state dict: they are among the kwargs that rebuild the model.
             self.register_buffer(f"{modality}_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
             self.register_buffer(f"{modality}_std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.kwargs = kwargs or {}
-        self.monitor: dict[str, Tensor] = {}
+        self.kwargs = kwargs
+
+    def set_schedule(
+        self, *, reversal_scale: float | None = None, hard_k: int | None = None, hard_active: int | None = None
+    ) -> None:
+        """Set what may change from step to step; None leaves a value as it is.
+
+        reversal_scale: of the domain classifier's reversed gradient. hard_k, hard_active: see `HardNegatives`.
+        """
+        if reversal_scale is not None:
+            self.reversal_scale = reversal_scale
+        if hard_k is not None:
+            self.macl.hard.k = hard_k
+        if hard_active is not None:
+            self.macl.hard.active = hard_active
 
     def forward(
         self,
@@ -100,81 +100,71 @@ class PairedFasterRCNN(nn.Module):
         visible: list[Tensor] | None = None,
         infrared: list[Tensor] | None = None,
         targets: list[dict[str, Tensor]] | None = None,
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Losses in training, detections in evaluation.
+        with_metrics: bool = False,
+    ):
+        """Losses in training, detections in evaluation. Raises ValueError for images or targets of the wrong form.
 
-        visible, infrared: lists of (3, H, W) float images in 0..1, the two of a pair of equal size; either list may
-        be None.
-        targets, one dict an image: boxes (N, 4) float32 xyxy in pixels, labels (N,) int64 from 1, and optionally
-        ignore (N,) bool (neither positive nor negative) and visible_in (N, 2) bool (in which modality a box can be
-        seen). Hard negatives need scene () int64 (the same for images that may show the same people, -1: not known),
-        several data sets domain () int64 (which of them, from 0).
+        visible, infrared: (3, H, W) float images in 0..1, the two of a pair of equal size; either list may be None.
+        targets: per training image boxes (N, 4) float32, x1, y1, x2, y2 in pixels; labels (N,) int64, from 1;
+            optionally ignore (N,) bool, neither positive nor negative; visible_in (N, 2) bool, the modalities in which
+            a box can be seen; for hard negatives scene () int64, the same for images that may show the same people,
+            -1 for not known; for several data sets domain () int64, from 0.
+        with_metrics: whether training returns (losses, metrics).
 
-        -> training: dict of unweighted scalar losses loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg,
-        and of the parts that exist loss_macl, loss_dhn, loss_mmd, loss_mmd_domains, loss_adversary. Evaluation: per
-        image dict(boxes (n, 4), labels (n,), scores (n,)) in pixels of the given image. Raises ValueError for images or
-        targets of the wrong form.
+        -> training: unweighted losses (): loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg, and of the
+        parts that exist loss_macl, loss_dhn, loss_mmd, loss_mmd_domains, loss_adversary. Metrics: detached scalars ()
+        for the log, of the same names each time.
+        -> evaluation: per image dict(boxes (n, 4), labels (n,), scores (n,)) in pixels of the given image.
         """
-        images = {name: given for name, given in zip(MODALITIES, (visible, infrared), strict=True) if given is not None}
+        given = {"visible": visible, "infrared": infrared}
+        images = {name: part for name, part in given.items() if part is not None}
         check_inputs(images, targets, self.training)
-        extracted = self.extract(images)
-        return self.losses(extracted, targets) if self.training else self.detect(extracted)
+        features = self.extract(images)
+        if not self.training:
+            return self.detect(features)
+        losses, metrics = self.losses(features, targets)
+        return (losses, metrics) if with_metrics else losses
 
-    def losses(self, extracted: list[Extracted], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The unweighted losses; also refreshes `monitor`."""
-        prepared, terms = [], {}
-        for group in extracted:
-            own = [prepare_target(targets[place], old, new) for place, old, new in group.images()]
-            fused = self.fusion(group.pyramids, self.draw_present(group.pyramids))
-            proposals, found = self.rpn(fused, group.sizes, group.batch_size, own)
-            for name, term in (found | self.roi_head.losses(fused, proposals, own)).items():
-                terms.setdefault(name, []).append(term)
-            prepared += own
-        losses = {name: distributed.global_mean(*map(sum, zip(*term, strict=True))) for name, term in terms.items()}
-        self.monitor = {}
-        for found, said in self.alignment_losses(extracted, prepared):
-            losses |= found
-            self.monitor |= said
-        return losses
+    def losses(self, features: list[Features], targets: list[dict[str, Tensor]]) -> tuple[dict, dict]:
+        """Losses and metrics, as `forward` returns them."""
+        prepared, terms = [], []
+        for group in features:
+            wanted = [prepare_target(targets[place], old, new) for place, old, new in group.images]
+            fused = self.fusion(group.pyramids)
+            proposals, rpn_terms = self.rpn(fused, group.sizes, group.batch_size, wanted)
+            terms.append(rpn_terms | self.roi_head.losses(fused, proposals, wanted))
+            prepared += wanted
+        losses = {}
+        for name in terms[0]:
+            sums, counts = zip(*(term[name] for term in terms), strict=True)
+            losses[name] = distributed.global_mean(sum(sums), sum(counts))
+        more, metrics = self.alignment_losses(features, prepared)
+        return losses | more, metrics
 
-    def alignment_losses(
-        self, extracted: list[Extracted], targets: list[dict]
-    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """Losses and figures of what brings the modalities together: the contrastive head, and the alignment.
-
-        targets: prepared, in the order of `extracted`.
-        """
+    def alignment_losses(self, features: list[Features], targets: list[dict]) -> tuple[dict, dict]:
+        """Losses and metrics of contrast and alignment. targets: prepared, in the order of `features`."""
         if self.macl is None and self.alignment is None:
-            return
-        if len(extracted[0].pyramids) < 2:
-            raise ValueError(
-                "contrast and alignment need both modalities in training; build the detector with macl_level='none', "
-                "mmd_level='none' and adversary='none'"
-            )
-        boxes, embeddings = contrast_boxes(targets), None
+            return {}, {}
+        if len(features[0].pyramids) < 2:
+            raise ValueError("contrast and alignment need both modalities in training; build the detector without them")
+        losses, metrics, embeddings = {}, {}, None
+        # The boxes that, as far as is known, can be seen in both modalities.
+        boxes = [t["boxes"][t["visible_in"].all(dim=1)] if "visible_in" in t else t["boxes"] for t in targets]
         if self.macl is not None:
             scenes = None if self.macl.hard is None else self.per_row(stack_labels(targets, "scene"), boxes)
-            contrast = self.macl.compare(*self.contrast_features(extracted, boxes), scenes)
-            embeddings = {"visible": contrast.visible, "infrared": contrast.infrared}
-            yield contrast.losses, contrast.statistics
-        if self.alignment is not None:
-            if self.alignment.domains > 1:
-                domains = stack_labels(targets, "domain")
-            else:
-                domains = torch.zeros(len(targets), dtype=torch.int64, device=boxes[0].device)
-            pooled = None
-            if self.alignment.pools:
-                pooled = {
-                    name: torch.cat([pool(group.pyramids[name], group.sizes, group.batch_size) for group in extracted])
-                    for name in MODALITIES
-                }
-            yield self.alignment(
-                pooled, domains, embeddings, self.per_row(domains, boxes), reversal_scale=self.reversal_scale
-            )
+            losses, metrics, embeddings = self.macl.compare(*self.pooled_features(features, boxes), scenes)
+        if self.alignment is None:
+            return losses, metrics
+        domains = torch.zeros(len(targets), dtype=torch.int64, device=boxes[0].device)
+        if self.alignment.domains > 1:
+            domains = stack_labels(targets, "domain")
+        row_domains = self.per_row(domains, boxes)
+        more, about = self.alignment(features, domains, embeddings, row_domains, self.reversal_scale)
+        return losses | more, metrics | about
 
     def detect(
         self,
-        extracted: list[Extracted],
+        features: list[Features],
         modalities: tuple[str, ...] = MODALITIES,
         *,
         score_threshold: float | None = None,
@@ -184,11 +174,11 @@ class PairedFasterRCNN(nn.Module):
         score_threshold: None takes the detector's own.
         """
         detections = {}
-        for group in extracted:
+        for group in features:
             fused = self.fusion({name: group.pyramids[name] for name in modalities if name in group.pyramids})
             proposals, _ = self.rpn(fused, group.sizes, group.batch_size, None)
             found = self.roi_head.detect(fused, proposals, group.sizes, score_threshold=score_threshold)
-            for (place, original, size), one in zip(group.images(), found, strict=True):
+            for (place, original, size), one in zip(group.images, found, strict=True):
                 detections[place] = one | {"boxes": rescale(one["boxes"], size, original)}
         return [detections[place] for place in sorted(detections)]
 
@@ -199,39 +189,37 @@ class PairedFasterRCNN(nn.Module):
             return {self.fusion.kind: (self.fusion.kind,)}
         return {"both": MODALITIES, **{name: (name,) for name in MODALITIES}}
 
-    def embed(self, extracted: list[Extracted], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The contrastive embeddings in the visible and in the infrared image, (N, out_dim) each.
+    def embed(self, features: list[Features], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The contrastive embeddings (N, out_dim) of the visible and of the infrared images.
 
-        One row a given box (n_i, 4 an image); of a detector with macl_level "image" one row an image.
+        boxes: (n_i, 4) per image. One row per box, or with macl_level "image" per image.
         """
-        where = [image for group in extracted for image in group.images()]
+        where = [image for group in features for image in group.images]
         boxes = [rescale(boxes[place], old, new) for place, old, new in where]
         counts = [1 if self.macl_level == "image" else len(box) for box in boxes]
         order = sorted(range(len(where)), key=lambda i: where[i][0])
-        embedded = (self.macl.embed(rows).split(counts) for rows in self.contrast_features(extracted, boxes))
+        embedded = (self.macl.embed(rows).split(counts) for rows in self.pooled_features(features, boxes))
         return tuple(torch.cat([parts[i] for i in order]) for parts in embedded)
 
-    def extract(self, images: dict[str, list[Tensor]]) -> list[Extracted]:
-        """Resize, normalise and pad the images of each modality, and run both of each size through backbone and neck as
-        one batch.
-        """
-        original_sizes = [tuple(image.shape[-2:]) for image in next(iter(images.values()))]
-        min_size = self.draw_min_size()
-        images = {name: [self.resize(image, min_size) for image in given] for name, given in images.items()}
-        sizes = [tuple(image.shape[-2:]) for image in next(iter(images.values()))]
-        groups = {}  # padded size -> places
-        for place, size in enumerate(sizes):
-            groups.setdefault(tuple(math.ceil(side / MULTIPLE) * MULTIPLE for side in size), []).append(place)
-        extracted = []
-        for batch_size, places in groups.items():
-            own = {name: [given[place] for place in places] for name, given in images.items()}
-            known = ([of[place] for place in places] for of in (original_sizes, sizes))
-            extracted.append(Extracted(self.pyramids(own, batch_size), *known, batch_size, places))
+    def extract(self, images: dict[str, list[Tensor]]) -> list[Features]:
+        """Resize, normalise and pad the images, and run those of one size of both modalities through the network."""
+        several = self.training and len(self.min_sizes) > 1
+        min_size = self.min_sizes[int(torch.randint(len(self.min_sizes), ())) if several else -1]
+        resized = {name: [self.resize(image, min_size) for image in given] for name, given in images.items()}
+        groups: dict[Size, list[tuple[int, Size, Size]]] = {}
+        for place, pair in enumerate(zip(*(next(iter(part.values())) for part in (images, resized)), strict=True)):
+            old, new = (tuple(image.shape[-2:]) for image in pair)
+            padded = tuple(math.ceil(side / MULTIPLE) * MULTIPLE for side in new)
+            groups.setdefault(padded, []).append((place, old, new))
+        features = []
+        for batch_size, members in groups.items():
+            chosen = {name: [given[place] for place, _, _ in members] for name, given in resized.items()}
+            features.append(Features(self.pyramids(chosen, batch_size), members, batch_size))
         if self.training and isinstance(self.backbone.bn1, nn.SyncBatchNorm):
-            self.wait_for_all(extracted)
-        return extracted
+            self.wait_for_all(features)
+        return features
 
-    def pyramids(self, images: dict[str, list[Tensor]], size: tuple[int, int]) -> dict[str, list[Tensor]]:
+    def pyramids(self, images: dict[str, list[Tensor]], size: Size) -> dict[str, list[Tensor]]:
         """Maps (B, C, H_l, W_l) of the images of each modality, padded to `size`."""
         batch = torch.cat([self.batch(given, name, size) for name, given in images.items()])
         # The layout in which convolutions are fastest: on a CPU their backward takes half as long again channels-last.
@@ -241,22 +229,15 @@ class PairedFasterRCNN(nn.Module):
         split = [level.chunk(len(images)) for level in maps]
         return {name: [level[i] for level in split] for i, name in enumerate(images)}
 
-    def wait_for_all(self, extracted: list[Extracted]) -> None:
-        """As many passes as the process that has most sizes makes: in each the norms wait for one another, and so do
-        their gradients, for which what is empty joins the first map.
-        """
-        most = int(distributed.gather(torch.tensor([len(extracted)])).max())
-        for pyramids in [extracted[0].pyramids] * (most - len(extracted)):
+    def wait_for_all(self, features: list[Features]) -> None:
+        """Empty passes up to the most that a process makes: synchronised norms wait for one another in each."""
+        most = int(distributed.gather(torch.tensor([len(features)])).max())
+        pyramids = features[0].pyramids
+        for _ in range(most - len(features)):
             empty = self.pyramids(dict.fromkeys(pyramids, []), (MULTIPLE, MULTIPLE))
             first = next(iter(pyramids.values()))
+            # Their backward waits too: the empty maps join the first one's graph.
             first[0] = first[0] + sum(level.sum() for levels in empty.values() for level in levels)
-
-    def draw_min_size(self) -> int | None:
-        """The short side to resize a batch to: a random one of several in training, the last in evaluation."""
-        if not self.min_sizes:
-            return None
-        which = int(torch.randint(len(self.min_sizes), ())) if self.training and len(self.min_sizes) > 1 else -1
-        return self.min_sizes[which]
 
     def resize(self, image: Tensor, min_size: int | None) -> Tensor:
         if min_size is None:
@@ -268,67 +249,55 @@ class PairedFasterRCNN(nn.Module):
         size = [max(1, math.floor(side * factor)) for side in (height, width)]
         return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
 
-    def batch(self, images: list[Tensor], modality: str, size: tuple[int, int]) -> Tensor:
-        """Normalise and zero-pad to one size (height, width). -> (B, 3, H, W)."""
+    def batch(self, images: list[Tensor], modality: str, size: Size) -> Tensor:
+        """Normalise and zero-pad to one size. -> (B, 3, H, W)."""
         mean, std = getattr(self, f"{modality}_mean"), getattr(self, f"{modality}_std")
         batch = mean.new_zeros(len(images), 3, *size)
         for row, image in zip(batch, images, strict=True):
             row[:, : image.shape[-2], : image.shape[-1]] = (image - mean) / std
         return batch
 
-    def draw_present(self, pyramids: dict[str, list[Tensor]]) -> Tensor | None:
-        """(B, 2) bool: which modalities the fusion may see of each training image; None where all of them."""
-        drop_visible, drop_infrared = self.modality_dropout
-        if len(pyramids) < 2 or drop_visible + drop_infrared == 0:
-            return None
-        finest = pyramids["visible"][0]
-        draw = torch.rand(len(finest))
-        return torch.stack([draw >= drop_visible, draw < 1 - drop_infrared], dim=1).to(finest.device)
-
-    def contrast_features(self, extracted: list[Extracted], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def pooled_features(self, features: list[Features], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """What the contrastive head compares: (N, in_dim) of the visible and of the infrared pyramids.
 
-        One row for each of the boxes (n_i, 4) of the images, in the order of `extracted` and in pixels as resized; at
-        image level for each image.
+        boxes: (n_i, 4) per image, in the order of `features`, in pixels as resized. One row per box, or per image.
         """
         rows, boxes = {name: [] for name in MODALITIES}, iter(boxes)
-        for group in extracted:
-            own = list(itertools.islice(boxes, len(group.places)))
+        for group in features:
+            chosen = with_image_index(list(itertools.islice(boxes, len(group.images))))
             for name, found in rows.items():
-                levels = group.pyramids[name]
+                levels, scales = group.pyramids[name], self.roi_head.scales
                 if self.macl_level == "image":
                     found.append(torch.stack([level.mean(dim=(2, 3)) for level in levels]).mean(dim=0))
                 else:
-                    found.append(self.roi_features(levels, own))
+                    levels = levels[: len(scales)]
+                    pooled = kernels.multiscale_roi_align(levels, chosen, scales=scales, output_size=self.macl_roi_size)
+                    found.append(pooled.flatten(1))
         return tuple(map(torch.cat, rows.values()))
 
     def per_row(self, labels: Tensor, boxes: list[Tensor]) -> Tensor:
-        """Labels (B,) of the images as those of the rows that `contrast_features` makes of them, (N,)."""
+        """Labels (B,) of the images as those of the rows that `pooled_features` makes of them, (N,)."""
         if self.macl_level == "image":
             return labels
         return torch.cat([label.expand(len(box)) for label, box in zip(labels, boxes, strict=True)])
 
-    def roi_features(self, pyramid: list[Tensor], boxes: list[Tensor]) -> Tensor:
-        """boxes: (n_i, 4) an image, in pixels of the batch. -> (sum n_i, C * macl_roi_size ** 2)."""
-        scales = self.roi_head.scales
-        return kernels.multiscale_roi_align(
-            pyramid[: len(scales)], with_image_index(boxes), scales=scales, output_size=self.macl_roi_size
-        ).flatten(1)
+
+def stack_labels(targets: list[dict[str, Tensor]], key: str) -> Tensor:
+    """One label per image, (B,) int64. Raises ValueError where a target has none."""
+    if not all(key in target for target in targets):
+        raise ValueError(f"every target needs {key!r}, a 0-d int64 tensor, for the losses of this detector")
+    return torch.stack([target[key] for target in targets])
 
 
 def check_inputs(images: dict[str, list[Tensor]], targets: list[dict] | None, training: bool) -> None:
     """Raise ValueError, in one sentence, for what the forward cannot work with."""
     if not images or not all(images.values()):
         raise ValueError("give visible= or infrared= images, or both, at least one image each")
-    for name, given in images.items():
-        for image in given:
-            if image.dim() != 3 or image.shape[0] != 3 or not image.is_floating_point():
-                raise ValueError(
-                    f"{name} images must be (3, H, W) floats in 0..1, got {tuple(image.shape)} {image.dtype}"
-                )
-    if len(images) == 2:
-        pairs = [[tuple(image.shape) for image in given] for given in images.values()]
-        if pairs[0] != pairs[1]:
-            raise ValueError(f"visible and infrared images differ in number or size: {pairs[0]} and {pairs[1]}")
-    if training and (targets is None or len(targets) != len(next(iter(images.values())))):
+    for image in itertools.chain(*images.values()):
+        if image.dim() != 3 or len(image) != 3 or not image.is_floating_point():
+            raise ValueError(f"images must be (3, H, W) floats in 0..1, got {tuple(image.shape)} {image.dtype}")
+    shapes = [[tuple(image.shape) for image in given] for given in images.values()]
+    if shapes[0] != shapes[-1]:
+        raise ValueError(f"visible and infrared images differ in number or size: {shapes[0]} and {shapes[-1]}")
+    if training and (targets is None or len(targets) != len(shapes[0])):
         raise ValueError("training needs targets, one for each image")

@@ -1,8 +1,4 @@
-"""Domain alignment: features that do not tell which modality, or which data set, they come from.
-
-Two ways: the maximum mean discrepancy (MMD) between two sets of features, and a classifier of their origin whose
-gradient is reversed before it reaches them.
-"""
+"""Domain alignment: features that do not tell which modality, or which data set, they come from."""
 
 import itertools
 import math
@@ -12,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import trainkit.distributed as distributed
+from macl.boxes import Size
 from trainkit.device import at_least_float32
 
 MMD_LEVELS = ("none", "embedding", "pyramid")
@@ -20,47 +17,32 @@ FACTORS = (0.5, 1.0, 2.0)  # of the median distance: the bandwidths of the media
 
 
 def mmd(x: Tensor, y: Tensor, sigmas: list[float] | Tensor, unbiased: bool = True, paired: bool = False) -> Tensor:
-    """Squared maximum mean discrepancy between two samples (Gretton et al., JMLR 2012), the mean over several kernels
-    exp(-|a - b|^2 / (2 sigma^2)).
+    """Squared maximum mean discrepancy between two samples (Gretton et al., JMLR 2012).
 
-    x: (N, D), y: (M, D); sigmas: bandwidths, in the units of x. unbiased: True for MMD_u^2 (their equation 3), which
-    may be negative; False for MMD_b^2 (equation 5). paired: row i of both belongs to the same thing, so that the two
-    are not independent and N = M: the pairs (x_i, y_i) are left out of the cross term too (their h-statistic, equation
-    4), else the estimate is too small by what they have in common. -> (), float32 at least; exactly 0, but connected,
-    with fewer than two rows (biased: one) on either side. Raises ValueError for paired samples that are biased or
-    differ in size.
+    x: (N, D). y: (M, D).
+    sigmas: bandwidths in the units of x; the kernel is the mean of exp(-|a - b|^2 / (2 sigma^2)) over them.
+    unbiased: MMD_u^2 (equation 3), which may be negative; else MMD_b^2 (equation 5).
+    paired: row i of both belongs to the same thing, so N = M and the pairs (x_i, y_i) are left out of the cross term
+        (h-statistic, equation 4), else the estimate is too small by what they have in common. Unbiased only.
+
+    -> (), float32 at least; exactly 0, but connected, with fewer than two rows (biased: one) on either side.
     """
     if paired and (len(x) != len(y) or not unbiased):
         raise ValueError(f"the paired form is unbiased and of equally many rows, got {len(x)} and {len(y)}")
     x, y = at_least_float32(x), at_least_float32(y)
     if min(len(x), len(y)) < (2 if unbiased else 1):
         return (x.sum() + y.sum()) * 0
-    within_x = _mean(_kernel(x, x, sigmas), without_diagonal=unbiased)
-    within_y = _mean(_kernel(y, y, sigmas), without_diagonal=unbiased)
-    return within_x + within_y - 2 * _mean(_kernel(x, y, sigmas), without_diagonal=paired)
+    scales = 2 * torch.as_tensor(sigmas, dtype=x.dtype, device=x.device).square()
 
+    def mean_kernel(a: Tensor, b: Tensor, *, without_diagonal: bool) -> Tensor:
+        squared = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
+        kernel = sum((-squared / scale).exp() for scale in scales) / len(scales)  # (len(a), len(b))
+        if not without_diagonal:
+            return kernel.mean()
+        return (kernel.sum() - kernel.diagonal().sum()) / (len(kernel) * (len(kernel) - 1))
 
-def _kernel(x: Tensor, y: Tensor, sigmas: list[float] | Tensor) -> Tensor:
-    """Mean over the bandwidths of the Gaussian kernel, (N, M)."""
-    squared = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
-    scales = 2 * torch.as_tensor(sigmas, dtype=squared.dtype, device=squared.device).square()
-    return sum((-squared / scale).exp() for scale in scales) / len(scales)
-
-
-def _mean(kernel: Tensor, *, without_diagonal: bool) -> Tensor:
-    if not without_diagonal:
-        return kernel.mean()
-    return (kernel.sum() - kernel.diagonal().sum()) / (len(kernel) * (len(kernel) - 1))
-
-
-@torch.no_grad()
-def median_distance(x: Tensor, y: Tensor) -> Tensor:
-    """The median distance between two rows of the joint sample (Gretton et al. 2012, section 8), (), without gradient.
-
-    0 where there are fewer than two rows.
-    """
-    distances = F.pdist(at_least_float32(torch.cat([x, y])))
-    return distances.median() if len(distances) else distances.sum()
+    within = mean_kernel(x, x, without_diagonal=unbiased) + mean_kernel(y, y, without_diagonal=unbiased)
+    return within - 2 * mean_kernel(x, y, without_diagonal=paired)
 
 
 class _Reverse(torch.autograd.Function):
@@ -80,25 +62,19 @@ def gradient_reversal(x: Tensor, scale: float) -> Tensor:
 
 
 def grl_schedule(progress: float) -> float:
-    """The published schedule of that scale: 2 / (1 + exp(-10 p)) - 1 for a progress p from 0 to 1 (Ganin et al. 2016,
-    section 5.2), counted in steps: 0 at the start, 0.9999 at the end."""
+    """The published schedule of that scale (Ganin et al. 2016, section 5.2): 0 at progress 0, 0.9999 at progress 1."""
     return 2 / (1 + math.exp(-10 * progress)) - 1
 
 
 class DomainClassifier(nn.Module):
-    """Tells domains apart, behind a gradient reversal: what it learns to use, the features learn to do without.
-
-    Linear, ReLU, dropout, Linear, over (N, in_dim) features or (N, in_dim, H, W) maps, averaged over their positions.
-    """
+    """Tells domains apart, behind a gradient reversal: what it learns to use, the features learn to do without."""
 
     def __init__(self, in_dim: int, hidden: int = 128, domains: int = 2, dropout: float = 0.5):
         super().__init__()
-        if domains < 2:
-            raise ValueError(f"a domain classifier needs two domains at least, got {domains}")
         self.fc = nn.Sequential(nn.Linear(in_dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, domains))
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """scale: of the reversed gradient; the classifier's own is left as it is. -> logits (N, domains)."""
+        """x: (N, in_dim), or (N, in_dim, H, W) to be averaged. scale: of the reversed gradient. -> (N, domains)."""
         if x.dim() == 4:
             x = x.mean(dim=(2, 3))
         return self.fc(gradient_reversal(x, scale))
@@ -107,24 +83,24 @@ class DomainClassifier(nn.Module):
 class DomainAlignment(nn.Module):
     """The losses that the detector takes from this file.
 
-    mmd_level: "embedding" compares the contrastive embeddings, "pyramid" what `pool` makes of the pyramids, scaled to
-    length 1, "none" nothing. mmd_sigmas: bandwidths; None takes the median distance of the two sets at hand, halved, as
-    it is and doubled, without gradient. mmd_unbiased: see `mmd`; the modalities are compared in its paired form.
-    adversary: a `DomainClassifier` of the pooled pyramids that guesses the "modality" or the "dataset", or "none".
-    domains: how many data sets there are; with several, MMD compares these too, each modality with its own kind.
+    mmd_level: what MMD compares: "embedding", the contrastive ones; "pyramid", the pooled pyramids scaled to length 1;
+        or "none".
+    mmd_sigmas: bandwidths; None for the median distance of the two sets at hand, halved, as it is and doubled.
+    mmd_unbiased: see `mmd`; the modalities are compared in its paired form.
+    adversary: what a `DomainClassifier` of the pooled pyramids guesses: "modality", "dataset", or "none".
+    domains: number of data sets; with several, MMD compares these too, each modality with its own kind.
     pooled_dim: length of a row of `pool`.
     """
 
     def __init__(
         self,
         *,
-        mmd_level: str = "none",
-        mmd_sigmas: tuple[float, ...] | None = None,
-        mmd_unbiased: bool = True,
-        adversary: str = "none",
-        domains: int = 1,
+        mmd_level: str,
+        mmd_sigmas: tuple[float, ...] | None,
+        mmd_unbiased: bool,
+        adversary: str,
+        domains: int,
         pooled_dim: int,
-        hidden: int = 128,
     ):
         super().__init__()
         if mmd_level not in MMD_LEVELS:
@@ -133,56 +109,50 @@ class DomainAlignment(nn.Module):
             raise ValueError(f"mmd_sigmas {list(mmd_sigmas)}: expected bandwidths above 0, or None")
         if adversary not in ADVERSARIES:
             raise ValueError(f"adversary {adversary!r} is none of {', '.join(ADVERSARIES)}")
-        if domains < 1 or (adversary == "dataset" and domains < 2):
-            raise ValueError(
-                f"adversary {adversary!r} with domains={domains}: data sets to tell apart are two at least"
-            )
+        if domains < (2 if adversary == "dataset" else 1):
+            raise ValueError(f"adversary {adversary!r} with domains={domains}: it tells two data sets apart at least")
         self.mmd_level, self.mmd_sigmas, self.mmd_unbiased = mmd_level, mmd_sigmas, mmd_unbiased
         self.adversary, self.domains = adversary, domains
         self.classifier = None
         if adversary != "none":
-            self.classifier = DomainClassifier(pooled_dim, hidden, domains if adversary == "dataset" else 2)
-
-    @property
-    def pools(self) -> bool:
-        """Whether it looks at the pooled pyramids."""
-        return self.mmd_level == "pyramid" or self.classifier is not None
+            self.classifier = DomainClassifier(pooled_dim, domains=domains if adversary == "dataset" else 2)
 
     def forward(
-        self,
-        pooled: dict[str, Tensor] | None,
-        image_domains: Tensor,
-        embedded: dict[str, Tensor] | None,
-        row_domains: Tensor,
-        *,
-        reversal_scale: float = 1.0,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses and figures for the log of `discrepancy` and `deceive`, as far as they were asked for.
+        self, features: list, image_domains: Tensor, embedded: dict | None, row_domains: Tensor, reversal_scale: float
+    ) -> tuple[dict, dict]:
+        """Losses and metrics of `mmd_loss` and `adversarial_loss`, as far as they were asked for.
 
-        pooled: modality -> (B, pooled_dim), from `pool`, where it `pools`; embedded: modality -> (N, D), for that
-        level; image_domains (B,) and row_domains (N,) int64, the data set of each. Raises ValueError for a data set
-        beyond `domains`.
+        features: the detector's.
+        image_domains: (B,) int64, the data set of each image; ValueError for one beyond `domains`.
+        embedded: modality -> (N, D), for MMD of the embeddings. row_domains: (N,) int64, the data set of each row.
+        reversal_scale: of the classifier's reversed gradient.
         """
-        if self.domains > 1 and int(image_domains.max()) >= self.domains:
-            raise ValueError(
-                f"a target's domain is {int(image_domains.max())}; expected less than domains={self.domains}"
-            )
-        losses, figures = {}, {}
+        if self.domains > 1 and (last := int(image_domains.max())) >= self.domains:
+            raise ValueError(f"a target's domain is {last}; expected less than domains={self.domains}")
+        if self.mmd_level == "pyramid" or self.classifier is not None:
+            pooled = {
+                name: torch.cat([pool(group.pyramids[name], group.sizes, group.batch_size) for group in features])
+                for name in features[0].pyramids
+            }
+        losses, metrics = {}, {}
         if self.mmd_level == "embedding":
-            losses, figures = self.discrepancy(embedded, row_domains)
-        elif self.mmd_level == "pyramid":
-            losses, figures = self.discrepancy({n: F.normalize(x, dim=1) for n, x in pooled.items()}, image_domains)
+            losses, metrics = self.mmd_loss(embedded, row_domains)
+        if self.mmd_level == "pyramid":
+            rows = {name: F.normalize(x, dim=1) for name, x in pooled.items()}
+            losses, metrics = self.mmd_loss(rows, image_domains)
         if self.classifier is not None:
-            found, said = self.deceive(pooled, image_domains, reversal_scale)
-            losses, figures = losses | found, figures | said
-        return losses, figures
+            more, about = self.adversarial_loss(pooled, image_domains, reversal_scale)
+            losses, metrics = losses | more, metrics | about
+        return losses, metrics
 
-    def discrepancy(self, features: dict[str, Tensor], domains: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def mmd_loss(self, features: dict[str, Tensor], domains: Tensor) -> tuple[dict, dict]:
         """MMD between the modalities, and between the data sets, over the rows of all processes.
 
-        features: modality -> (N, D) rows of this process, row i of both from the same thing; domains: (N,) int64, the
-        data set of each. -> losses loss_mmd and, with several data sets, loss_mmd_domains, the mean over the pairs of
-        data sets and the modalities that have two rows at least each; for the log mmd_bandwidth and mmd_rows.
+        features: modality -> (N, D) rows of this process, row i of both from the same thing.
+        domains: (N,) int64, the data set of each row.
+
+        -> loss_mmd and, with several data sets, loss_mmd_domains, the mean over modalities and pairs of data sets with
+        two rows at least; mmd_bandwidth and mmd_rows for the log.
         """
         features = {name: distributed.all_gather_with_grad(at_least_float32(rows)) for name, rows in features.items()}
         visible, infrared = features["visible"], features["infrared"]
@@ -200,47 +170,45 @@ class DomainAlignment(nn.Module):
         return losses, {"mmd_bandwidth": bandwidth, "mmd_rows": bandwidth.new_tensor(float(len(visible)))}
 
     def _mmd(self, x: Tensor, y: Tensor, *, paired: bool = False) -> tuple[Tensor, Tensor]:
-        """The discrepancy, and the middle one of its bandwidths."""
-        if self.mmd_sigmas is None:
-            middle = median_distance(x, y).clamp(min=1e-4)  # rows that all are the same have distance 0
+        """The discrepancy, and the middle one of its bandwidths, which takes no gradient."""
+        if self.mmd_sigmas is None:  # the median heuristic (Gretton et al. 2012, section 8)
+            distances = F.pdist(torch.cat([x, y]).detach())
+            middle = distances.median() if len(distances) else distances.sum()
+            middle = middle.clamp(min=1e-4)  # rows that all are the same have distance 0
             sigmas = torch.stack([middle * factor for factor in FACTORS])
         else:
             sigmas = x.new_tensor(self.mmd_sigmas)
             middle = sigmas.median()
         return mmd(x, y, sigmas, unbiased=self.mmd_unbiased, paired=paired), middle
 
-    def deceive(
-        self, pooled: dict[str, Tensor], domains: Tensor, scale: float
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The classifier's cross-entropy, loss_adversary, a mean over the rows of all processes; its reversed gradient
-        is scaled by `scale`.
+    def adversarial_loss(self, pooled: dict[str, Tensor], domains: Tensor, scale: float) -> tuple[dict, dict]:
+        """The classifier's cross-entropy, a mean over the rows of all processes, and its accuracy.
 
-        pooled: modality -> (B, pooled_dim); domains: (B,) int64, the data set of each. For the log adversary_accuracy.
+        pooled: modality -> (B, pooled_dim). domains: (B,) int64, of each image. scale: of the reversed gradient.
         """
         rows = torch.cat(list(pooled.values()))
+        labels = domains.repeat(len(pooled))
         if self.adversary == "modality":
             labels = torch.arange(len(pooled), device=rows.device).repeat_interleave(len(domains))
-        else:
-            labels = domains.repeat(len(pooled))
         logits = at_least_float32(self.classifier(rows, scale))
         loss = distributed.global_mean(F.cross_entropy(logits, labels, reduction="sum"), len(rows))
-        with torch.no_grad():
-            right = (logits.argmax(dim=1) == labels).sum()
-            total = distributed.all_reduce_sum(torch.stack([right, torch.full_like(right, len(rows))]))
-        return {"loss_adversary": loss}, {"adversary_accuracy": total[0] / total[1]}
+        right = (logits.argmax(dim=1) == labels).sum()
+        right, count = distributed.all_reduce_sum(torch.stack([right, torch.full_like(right, len(rows))]))
+        return {"loss_adversary": loss}, {"adversary_accuracy": right / count}
 
 
-def pool(pyramid: list[Tensor], sizes: list[tuple[int, int]], batch_size: tuple[int, int]) -> Tensor:
+def pool(pyramid: list[Tensor], sizes: list[Size], batch_size: Size) -> Tensor:
     """The mean of every map over the part that an image covers, the maps side by side: (B, levels * C).
 
-    pyramid: (B, C, H_l, W_l) maps of a padded batch of batch_size (height, width); sizes: (height, width) of each image
-    in it. The padding is left out, for it would tell the data sets apart by their image sizes.
+    pyramid: (B, C, H_l, W_l) maps of a padded batch. sizes, batch_size: of its images without the padding and with it.
+    The padding is left out, for it would tell the data sets apart by their image sizes.
     """
     rows = []
     for i, (height, width) in enumerate(sizes):
-        down, right = height / batch_size[0], width / batch_size[1]
-        covered = [
-            level[i, :, : math.ceil(down * level.shape[2]), : math.ceil(right * level.shape[3])] for level in pyramid
-        ]
-        rows.append(torch.cat([part.mean(dim=(1, 2)) for part in covered]))
+        means = []
+        for level in pyramid:
+            bottom = math.ceil(height / batch_size[0] * level.shape[2])
+            right = math.ceil(width / batch_size[1] * level.shape[3])
+            means.append(level[i, :, :bottom, :right].mean(dim=(1, 2)))
+        rows.append(torch.cat(means))
     return torch.stack(rows)

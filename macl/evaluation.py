@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 import trainkit.distributed as distributed
 from macl.data import AsFloat, collate
-from macl.detector import Extracted, PairedFasterRCNN
+from macl.detector import Features, PairedFasterRCNN
 from macl.metrics import alignment, average_precision, miss_rate_curve, miss_rate_table
 from macl.metrics.average_precision import MAX_DETECTIONS, MEASURES
 from macl.metrics.miss_rate import DAYTIMES, FRAME
@@ -78,7 +78,7 @@ def predict(
     return sorted(gathered, key=lambda result: result["image_id"])
 
 
-def embed(detector: PairedFasterRCNN, extracted: list[Extracted], targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
+def embed(detector: PairedFasterRCNN, extracted: list[Features], targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
     """The (visible, infrared) embeddings of each image's boxes that are not ignored, or of the image; on the CPU."""
     boxes = [target["boxes"][~target["ignore"]].to(extracted[0].pyramids["visible"][0].device) for target in targets]
     rows = [len(box) if detector.macl_level == "roi" else 1 for box in boxes]

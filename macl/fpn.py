@@ -7,16 +7,15 @@ from macl.msp import MSPReweight
 
 
 class FPN(nn.Module):
-    """Top-down pyramid over the backbone's maps, optionally reweighted by MSP.
+    """Top-down pyramid over the backbone's maps.
 
-    in_channels: channels of each backbone map, finest first. out_levels: number of maps returned; those beyond the
-    backbone's are the coarsest one subsampled by 2, 4, ... (P6 as a 1x1 max pool of P5 with stride 2).
+    in_channels: of each backbone map, finest first.
+    out_channels: of each map returned.
+    out_levels: maps returned; those beyond the backbone's are the coarsest one subsampled by 2, 4, ...
     """
 
     def __init__(self, *, in_channels: list[int], out_channels: int, out_levels: int, msp: MSPReweight | None = None):
         super().__init__()
-        if out_levels < len(in_channels):
-            raise ValueError(f"out_levels {out_levels} is less than the {len(in_channels)} backbone maps")
         self.inner = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in in_channels)
         self.outer = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels)
         self.extra_levels = out_levels - len(in_channels)

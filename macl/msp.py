@@ -7,9 +7,9 @@ from torch import Tensor, nn
 class MSPReweight(nn.Module):
     """out = x * (1 + gate * sigmoid(attention(x))), shared by all levels and both modalities.
 
-    The gate is one learned scalar that starts at 0, so that a network with MSP starts as the one without. (The
-    system this comes from adds two parallel 1x1 convolutions; their sum is the one convolution here.) hidden: width of
-    a ReLU layer in the attention, None for a single 1x1 convolution.
+    The gate is one learned scalar that starts at 0, so a network with MSP starts as the one without.
+
+    hidden: width of a ReLU layer in the attention; None for a single 1x1 convolution.
     """
 
     def __init__(self, channels: int, *, hidden: int | None = None):

@@ -9,31 +9,33 @@ PROJECTOR_NORMS = ("none", "layer", "group", "batch")
 
 
 class ProjectorBatchNorm(nn.BatchNorm1d):
-    """BatchNorm that falls back to its running statistics where a batch has fewer than two rows to take them from."""
+    """BatchNorm that falls back to its running statistics where a batch has fewer than two rows."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.shape[0] < 2:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
 
 
 def projector(
     in_dim: int, hidden_dims: tuple[int, ...], out_dim: int, *, norm: str, norm_groups: int, dropout: float
 ) -> nn.Sequential:
-    """Linear, norm, ReLU and dropout for every hidden width, then a Linear to `out_dim`."""
+    """Linear, norm, ReLU and dropout per hidden width, then a Linear to `out_dim`."""
     norms = {
-        "none": lambda width: None,
         "layer": nn.LayerNorm,
         "group": lambda width: nn.GroupNorm(norm_groups, width),
         "batch": ProjectorBatchNorm,
     }
-    if norm not in norms:
+    if norm not in PROJECTOR_NORMS:
         raise ValueError(f"projector norm {norm!r} is none of {', '.join(PROJECTOR_NORMS)}")
-    layers: list[nn.Module | None] = []
+    layers: list[nn.Module] = []
     for width in hidden_dims:
-        layers += [nn.Linear(in_dim, width), norms[norm](width), nn.ReLU(), nn.Dropout(dropout) if dropout else None]
+        layers.append(nn.Linear(in_dim, width))
+        layers += [norms[norm](width)] if norm != "none" else []
+        layers.append(nn.ReLU())
+        layers += [nn.Dropout(dropout)] if dropout else []
         in_dim = width
-    return nn.Sequential(*(layer for layer in layers if layer is not None), nn.Linear(in_dim, out_dim))
+    return nn.Sequential(*layers, nn.Linear(in_dim, out_dim))
 
 
 def embed(projector: nn.Module, features: Tensor) -> Tensor:

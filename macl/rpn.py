@@ -5,11 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import ops
 
-from macl.boxes import AnchorGenerator, BoxCoder, box_regression_loss, match, sample
-from macl.precision import check_finite
+from macl.boxes import AnchorGenerator, BoxCoder, Size, box_regression_loss, check_finite, match, sample
 from trainkit.device import at_least_float32
 
-SMALLEST_SIDE = 1e-3  # pixels; proposals below it are dropped
+FOREGROUND, BACKGROUND = 0.7, 0.3  # IoU of a positive anchor at least, of a negative one less
+NMS_IOU = 0.7
+BETA = 1 / 9  # of the smooth L1 loss
+MIN_SIDE = 1e-3  # pixels; proposals below it are dropped
 
 
 class RPNHead(nn.Module):
@@ -25,9 +27,7 @@ class RPNHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """features: (B, C, H_l, W_l). -> objectness (B, H_l * W_l * A) and offsets (B, H_l * W_l * A, 4) a level,
-        float32.
-        """
+        """features: (B, C, H_l, W_l). -> per level objectness (B, N_l) and offsets (B, N_l, 4), float32."""
         objectness, offsets = [], []
         for feature in features:
             hidden = F.relu(self.conv(feature))
@@ -36,19 +36,17 @@ class RPNHead(nn.Module):
         return objectness, offsets
 
     def at(self, features: list[Tensor], image: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` says of single anchors, with gradients that cost no more than these anchors.
+        """`forward` at n single anchors, whose gradients cost no more than these: objectness (n,) and offsets (n, 4).
 
-        image, anchor (n,): which image, in ascending order, and which row of the anchors of all levels one after the
-        other.
-        -> objectness (n,) and offsets (n, 4), float32.
+        image: (n,), in ascending order. anchor: (n,), row among the anchors of all levels one after the other.
         """
         anchors = self.cls_logits.out_channels
         ends = torch.tensor([level.shape[2] * level.shape[3] * anchors for level in features]).cumsum(0).tolist()
         windows = features[0].new_zeros(len(anchor), 9, features[0].shape[1])
         for feature, start, end in zip(features, [0, *ends], ends, strict=False):
             (here,) = torch.where((anchor >= start) & (anchor < end))
-            seen = windows_of_three(feature, image[here], (anchor[here] - start) // anchors)
-            windows = windows.index_copy(0, here, seen)
+            found = windows_of_three(feature, image[here], (anchor[here] - start) // anchors)
+            windows = windows.index_copy(0, here, found)
         hidden = F.relu(F.linear(windows.transpose(1, 2).flatten(1), self.conv.weight.flatten(1), self.conv.bias))
         shape = anchor % anchors  # every level has a multiple of `anchors`
         objectness, offsets = (
@@ -60,33 +58,30 @@ class RPNHead(nn.Module):
 
 
 def windows_of_three(feature: Tensor, image: Tensor, pixel: Tensor) -> Tensor:
-    """What a 3x3 convolution sees of a map (B, C, H, W) at n pixels, row * W + column: (n, 9, C), zeros outside.
+    """What a 3x3 convolution sees of a map (B, C, H, W) at n pixels: (n, 9, C), zeros outside.
 
-    image, pixel (n,); the images in ascending order.
+    image: (n,), in ascending order. pixel: (n,), row * W + column.
     """
-    channels, height, width = feature.shape[1:]
-    step = torch.arange(-1, 2, device=pixel.device)
-    y = (pixel // width)[:, None] + step.repeat_interleave(3)  # (n, 9)
-    x = (pixel % width)[:, None] + step.repeat(3)
-    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
-    if not feature.is_cpu:
-        return feature[image[:, None], :, y, x] * inside[..., None]
-    # The gradient of that indexing adds up in whatever order a CPU's threads come; that of `gather` does not.
+    channels, _, width = feature.shape[1:]
+    corner = pixel // width * (width + 2) + pixel % width  # in the padded map, (n,)
+    step = torch.arange(3, device=pixel.device)
+    index = corner[:, None] + (step[:, None] * (width + 2) + step).flatten()  # (n, 9)
+    padded = F.pad(feature, (1, 1, 1, 1)).flatten(2)  # (B, C, (H + 2) * (W + 2))
     counts = torch.bincount(image, minlength=len(feature)).tolist()
+    # The gradient of indexing would add up in whatever order a CPU's threads come; that of `gather` does not.
     windows = [
-        pixels.flatten(1).gather(1, own.reshape(1, -1).expand(channels, -1)).T.reshape(len(own), 9, channels)
-        for pixels, own in zip(feature, (y * width + x).split(counts), strict=True)
+        one.gather(1, rows.reshape(1, -1).expand(channels, -1)).T.reshape(len(rows), 9, channels)
+        for one, rows in zip(padded, index.split(counts), strict=True)
     ]
-    return torch.cat(windows) * inside[..., None]
+    return torch.cat(windows)
 
 
 class RPN(nn.Module):
     """Anchors, head, proposals and losses.
 
-    pre_nms, post_nms: proposals kept before (a level) and after NMS (an image), as (training, evaluation).
-    foreground, background: IoU thresholds of a positive and a negative anchor. samples, positive_fraction: anchors an
-    image in the loss. beta: of the smooth L1 loss.
+    pre_nms: proposals kept before NMS per level, in training and in evaluation.
+    post_nms: proposals kept after NMS per image, in training and in evaluation.
+    samples: anchors per image in the loss, a share of `positive_fraction` of them positive at most.
     """
 
     def __init__(
@@ -94,46 +89,36 @@ class RPN(nn.Module):
         *,
         head: RPNHead,
         anchors: AnchorGenerator,
-        pre_nms: tuple[int, int] = (2000, 1000),
-        post_nms: tuple[int, int] = (2000, 1000),
-        nms_iou: float = 0.7,
-        foreground: float = 0.7,
-        background: float = 0.3,
-        samples: int = 256,
-        positive_fraction: float = 0.5,
-        beta: float = 1 / 9,
+        pre_nms: tuple[int, int],
+        post_nms: tuple[int, int],
+        samples: int,
+        positive_fraction: float,
     ):
         super().__init__()
         self.head, self.anchors = head, anchors
         self.coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
-        self.pre_nms, self.post_nms, self.nms_iou = pre_nms, post_nms, nms_iou
-        self.foreground, self.background = foreground, background
-        self.samples, self.positive_fraction, self.beta = samples, positive_fraction, beta
+        self.pre_nms, self.post_nms = pre_nms, post_nms
+        self.samples, self.positive_fraction = samples, positive_fraction
 
     def forward(
-        self,
-        features: list[Tensor],
-        image_sizes: list[tuple[int, int]],
-        batch_size: tuple[int, int],
-        targets: list[dict] | None,
-    ) -> tuple[list[Tensor], dict[str, tuple[Tensor, int]]]:
-        """features: (B, C, H_l, W_l); image_sizes: (height, width) of each image without padding; batch_size: with it.
+        self, features: list[Tensor], sizes: list[Size], batch_size: Size, targets: list[dict] | None
+    ) -> tuple[list[Tensor], dict]:
+        """Proposals (n_i, 4) per image, and loss_objectness and loss_rpn_box_reg, each as (sum, number of terms).
 
-        -> proposals (n_i, 4) an image, and when there are targets the losses loss_objectness and loss_rpn_box_reg, each
-        as (sum, number of terms).
+        features: (B, C, H_l, W_l).
+        sizes, batch_size: of the images without padding, and with it.
+        targets: as `prepare_target` makes them; None for no losses.
         """
         anchors = self.anchors(features, batch_size)
         # The losses look at few anchors: they run the head again there, so that its backward is theirs alone.
         with torch.no_grad():
-            proposals = self.propose(*self.head(features), anchors, image_sizes)
-        if targets is None:
-            return proposals, {}
-        return proposals, self.losses(features, torch.cat(anchors), targets)
+            proposals = self.propose(*self.head(features), anchors, sizes)
+        return proposals, {} if targets is None else self.losses(features, torch.cat(anchors), targets)
 
     def propose(
-        self, objectness: list[Tensor], offsets: list[Tensor], anchors: list[Tensor], image_sizes: list[tuple[int, int]]
+        self, objectness: list[Tensor], offsets: list[Tensor], anchors: list[Tensor], sizes: list[Size]
     ) -> list[Tensor]:
-        """Proposals (n_i, 4) an image, best first: decoded, clipped to their image, NMS within each level."""
+        """Proposals (n_i, 4) per image, best first: decoded, clipped to their image, NMS within each level."""
         if not self.training:
             check_finite((*objectness, *offsets), "the region proposals")
         pre_nms, post_nms = (pair[0 if self.training else 1] for pair in (self.pre_nms, self.post_nms))
@@ -146,37 +131,25 @@ class RPN(nn.Module):
             levels.append(torch.full_like(index[0], level))
         scores, boxes, levels = torch.cat(scores, 1), torch.cat(boxes, 1), torch.cat(levels)
         proposals = []
-        for image_boxes, image_scores, size in zip(boxes, scores, image_sizes, strict=True):
+        for image_boxes, image_scores, size in zip(boxes, scores, sizes, strict=True):
             image_boxes = ops.clip_boxes_to_image(image_boxes, size)
-            large = ops.remove_small_boxes(image_boxes, SMALLEST_SIDE)
-            keep = ops.batched_nms(image_boxes[large], image_scores[large], levels[large], self.nms_iou)[:post_nms]
+            large = ops.remove_small_boxes(image_boxes, MIN_SIDE)
+            keep = ops.batched_nms(image_boxes[large], image_scores[large], levels[large], NMS_IOU)[:post_nms]
             proposals.append(image_boxes[large][keep])
         return proposals
 
-    def losses(self, features: list[Tensor], anchors: Tensor, targets: list[dict]) -> dict[str, tuple[Tensor, int]]:
-        """features: (B, C, H_l, W_l); anchors: (N, 4), of all levels. -> the losses, as `forward` gives them."""
-        image, anchor, labels, boxes = [], [], [], []
-        for number, target in enumerate(targets):
-            matched = match(
-                anchors,
-                target["boxes"],
-                foreground=self.foreground,
-                background=self.background,
-                keep_best=True,
-                ignore=target.get("ignored"),
-            )
-            chosen = torch.cat(sample(matched, count=self.samples, positive_fraction=self.positive_fraction))
-            matched = matched[chosen]
-            image.append(torch.full_like(chosen, number))
-            anchor.append(chosen)
-            labels.append(matched >= 0)
-            boxes.append(target["boxes"][matched[matched >= 0]])
-        image, anchor, labels, boxes = (torch.cat(part) for part in (image, anchor, labels, boxes))
+    def losses(self, features: list[Tensor], anchors: Tensor, targets: list[dict]) -> dict:
+        """features: (B, C, H_l, W_l). anchors: (N, 4), of all levels. -> the losses of `forward`."""
+        rows = []
+        rule = dict(foreground=FOREGROUND, background=BACKGROUND, keep_best=True)
+        for image, target in enumerate(targets):
+            matched = match(anchors, target["boxes"], ignore=target["ignored"], **rule)
+            anchor = torch.cat(sample(matched, count=self.samples, positive_fraction=self.positive_fraction))
+            which = matched[anchor]
+            rows.append((torch.full_like(anchor, image), anchor, which >= 0, target["boxes"][which[which >= 0]]))
+        image, anchor, positive, boxes = map(torch.cat, zip(*rows, strict=True))
         logits, deltas = self.head.at(features, image, anchor)
-        sums = {
-            "loss_objectness": F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum"),
-            "loss_rpn_box_reg": box_regression_loss(
-                "smooth_l1", deltas[labels], boxes, anchors[anchor[labels]], self.coder, self.beta
-            ),
-        }
-        return {name: (total, len(labels)) for name, total in sums.items()}
+        classification = F.binary_cross_entropy_with_logits(logits, positive.to(logits.dtype), reduction="sum")
+        references = anchors[anchor[positive]]
+        regression = box_regression_loss("smooth_l1", deltas[positive], boxes, references, self.coder, BETA)
+        return {"loss_objectness": (classification, len(anchor)), "loss_rpn_box_reg": (regression, len(anchor))}

@@ -100,7 +100,7 @@ def forward_losses(model: torch.nn.Module, batch: dict) -> tuple[dict[str, Tenso
     """The unweighted losses of a collated batch, and the metrics to log. model: the detector, wrapped in DDP or not."""
     device = next(model.parameters()).device
     inputs = to_device({name: batch[name] for name in ("visible", "infrared", "targets")}, device)
-    return model(**inputs), getattr(model, "module", model).monitor
+    return model(**inputs, with_metrics=True)
 
 
 def validate(

@@ -81,7 +81,7 @@ def test_stage_1_starts_from_a_run_of_stage_2(tuned, tmp_path, capsys):
     flags = "--synthetic-train 4 --synthetic-val 2 --batch-size 2 --epochs 1 --workers 0 --device cpu --max-steps 1"
     train_stage1.main([*flags.split(), "--init-from", str(tuned / "best.pt"), "--output", str(tmp_path / "run")])
     output = capsys.readouterr().out
-    assert "left out: macl.hard; left out: alignment" in output
+    assert "left out: alignment.classifier; left out: macl.hard.banks.infrared" in output
     assert {name for name in metrics(tmp_path / "run")[0] if name.startswith("loss_")} == {
         "loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_macl"
     }  # fmt: skip
@@ -210,12 +210,11 @@ def test_real_frames_of_kaist_and_llvip(begun, shared, tmp_path, capsys):
 
 def test_hard_negatives_grow_from_stage_to_stage():
     args = train_stage2.parse_arguments("--dhn-k 4,8,16 --dhn-active 32,64 --dhn-milestones 1,3".split())
-    hard = SimpleNamespace()
-    detector, seen = SimpleNamespace(macl=SimpleNamespace(hard=hard)), []
+    seen, detector = [], SimpleNamespace(set_schedule=lambda **values: seen.append(values))
     for epoch in (1, 2, 3, 4):
         train_stage2.apply_schedules(args, detector, {}, step=epoch, total=4, epoch=epoch)
-        seen.append((hard.k, hard.active))
-    assert seen == [(4, 32), (8, 64), (8, 64), (16, 64)]  # one epoch, two, and the rest
+    stages = [(values["hard_k"], values["hard_active"]) for values in seen if "hard_k" in values]
+    assert stages == [(4, 32), (8, 64), (8, 64), (16, 64)]  # one epoch, two, and the rest
 
 
 def test_two_processes_fine_tune_together(begun, tmp_path, two_ranks):

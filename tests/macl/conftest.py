@@ -1,8 +1,11 @@
+import math
+
 import numpy
 import pytest
 import torch
 
 import macl
+from macl.contrast import MACLHead
 
 SMALL = dict(
     backbone="resnet18",
@@ -52,6 +55,7 @@ class Golden:
     """The arrays of a file of recorded numbers, by name or by the beginning of it."""
 
     def __init__(self, path):
+        self.name = path.stem
         self.arrays = {name: torch.as_tensor(value) for name, value in numpy.load(path).items()}
 
     def __getitem__(self, name):
@@ -65,6 +69,38 @@ class Golden:
 
     def list(self, prefix):
         return [self[f"{prefix}{i}"] for i in range(len(self.arrays)) if f"{prefix}{i}" in self]
+
+    def close(self, found, name, rtol, atol):
+        torch.testing.assert_close(found.detach(), self[name].to(found.dtype), rtol=rtol, atol=atol)
+
+    def all_close(self, found, prefix, rtol, atol):
+        """`found` by name against what was recorded under a prefix."""
+        for name in self.under(prefix):
+            self.close(found[name], prefix + name, rtol, atol)
+
+    def head(self, **kwargs):
+        """A head with the recorded projector and temperature, and the recorded features as leaves."""
+        weights, features = self.under("w.proj."), [self[name] for name in ("z_vis", "z_ir")]
+        widths = [w.shape[0] for name, w in weights.items() if name.endswith("weight") and w.dim() == 2]
+        sizes = features[0].shape[1], widths[:-1], widths[-1]
+        head = MACLHead(*sizes, direction="visible_to_infrared", **kwargs).to(features[0].dtype)
+        head.projector.load_state_dict(weights)
+        with torch.no_grad():
+            head.log_temperature.fill_(math.log(self["w.tau"].item()))
+        return head, *(feature.clone().requires_grad_() for feature in features)
+
+    def gradients_are_close(self, head, visible, infrared, rtol, atol):
+        self.close(visible.grad, "grad_z_vis", rtol, atol)
+        self.close(infrared.grad, "grad_z_ir", rtol, atol)
+        expected = (self["g.tau"] * self["w.tau"]).to(
+            visible.dtype
+        )  # of the temperature, there; of its logarithm, here
+        torch.testing.assert_close(head.log_temperature.grad, expected, rtol=rtol, atol=atol)
+        assert self.under("g.proj.") or self.under("g.norm.proj.")
+        gradients = {name: parameter.grad for name, parameter in head.projector.named_parameters()}
+        self.all_close(gradients, "g.proj.", rtol, atol)
+        norms = {name: gradient.norm() for name, gradient in gradients.items()}
+        self.all_close(norms, "g.norm.proj.", rtol, atol)
 
 
 @pytest.fixture

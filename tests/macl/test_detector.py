@@ -2,19 +2,15 @@
 
 import pytest
 import torch
+from torchvision.models import resnet18
 
 import macl
-from macl.backbone import NORMS
+from macl.backbone import MODALITIES, NORMS
 from macl.boxes import BELOW, BETWEEN, match
-from macl.detector import MODALITIES
 from macl.fusion import FUSIONS, Fusion
 from trainkit import distributed
 
 DETECTION_LOSSES = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
-
-
-def nothing():
-    return {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
 
 
 def detect(model, **images):
@@ -22,7 +18,7 @@ def detect(model, **images):
         return model.eval()(**images)
 
 
-@pytest.mark.parametrize("norm", ["frozen_batch", "batch", "group", "modality_batch", "sync_batch"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("fusion", ["mean", "gated"])
 def test_a_gradient_reaches_every_trainable_parameter(build, batch, norm, fusion):
     model = build(norm=norm, fusion=fusion)
@@ -61,26 +57,27 @@ def test_both_modalities_reach_the_detections(build, batch):
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_one_camera_alone(build, batch, fusion):
+@pytest.mark.parametrize("name", MODALITIES)
+def test_one_camera_alone(build, batch, fusion, name):
     model = build(fusion=fusion, score_threshold=0.0)
-    for name in ("visible", "infrared"):
-        if fusion in ("visible", "infrared") and fusion != name:
-            with pytest.raises(ValueError, match=f"{fusion} images alone"):
-                detect(model, **{name: batch[name]})
-        else:
-            assert len(detect(model, **{name: batch[name]})) == 2
+    if fusion in MODALITIES and fusion != name:
+        with pytest.raises(ValueError, match=f"{fusion} images alone"):
+            detect(model, **{name: batch[name]})
+    else:
+        assert len(detect(model, **{name: batch[name]})) == 2
 
 
 @pytest.mark.parametrize("kind", ["mean", "gated"])
-def test_a_masked_modality_leaves_no_trace(kind):
+def test_a_masked_modality_leaves_no_trace(kind, monkeypatch):
     torch.manual_seed(0)
-    fusion = Fusion(kind, channels=4)
+    fusion = Fusion(kind, channels=4, dropout=(0.3, 0.3))
     if kind == "gated":
         torch.nn.init.normal_(fusion.gate.weight)
     visible, infrared = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
     present = torch.tensor([[True, True], [True, False], [False, True]])
     pyramids = {"visible": [visible], "infrared": [infrared]}
-    (fused,), (free,) = fusion(pyramids, present), fusion(pyramids)
+    monkeypatch.setattr(fusion, "sample_modality_mask", lambda count: present)
+    (fused,), (free,) = fusion(pyramids), fusion.eval()(pyramids)
     torch.testing.assert_close(fused[0], free[0])
     assert torch.equal(fused[1], visible[1]) and torch.equal(fused[2], infrared[2])
     if kind == "mean":
@@ -88,15 +85,13 @@ def test_a_masked_modality_leaves_no_trace(kind):
 
 
 def test_modality_dropout_masks_one_modality_at_its_rate_and_never_both(build):
-    model = build(modality_dropout=(0.3, 0.2))
-    pyramids = dict.fromkeys(("visible", "infrared"), [torch.zeros(20000, 1)])
-    present = model.draw_present(pyramids)
+    present = build(modality_dropout=(0.3, 0.2)).fusion.sample_modality_mask(20000)
     assert present.any(dim=1).all()
     torch.testing.assert_close(present.float().mean(dim=0), torch.tensor([0.7, 0.8]), atol=0.02, rtol=0)
 
 
 def test_images_without_boxes_train_the_background(build, batch):
-    batch["targets"] = [nothing(), nothing()]
+    batch["targets"] = [{name: value[:0] for name, value in target.items()} for target in batch["targets"]]
     losses = build().train()(**batch)
     assert losses["loss_classifier"] > 0 and losses["loss_objectness"] > 0
     assert losses["loss_macl"] == 0 and losses["loss_box_reg"] == 0 and losses["loss_rpn_box_reg"] == 0
@@ -106,28 +101,30 @@ def test_images_without_boxes_train_the_background(build, batch):
 def test_ignored_boxes_are_neither_positive_nor_negative(build, batch):
     boxes = torch.tensor([[0.0, 0, 10, 20], [1, 0, 11, 20], [50, 50, 60, 70]])
     ignored = torch.tensor([[0.0, 0, 12, 22]])
-    found = match(boxes, torch.zeros(0, 4), foreground=0.5, background=0.5, keep_best=False, ignore=ignored)
+    found = match(boxes, boxes[:0], foreground=0.5, background=0.5, keep_best=False, ignore=ignored)
     assert found.tolist() == [BETWEEN, BETWEEN, BELOW]
     found = match(boxes, boxes[:1], foreground=0.9, background=0.3, keep_best=True, ignore=ignored)
     assert found.tolist() == [0, BETWEEN, BELOW]
-    # As targets they leave no positives behind.
-    batch["targets"] = [t | {"ignore": torch.ones(len(t["boxes"]), dtype=torch.bool)} for t in batch["targets"]]
-    losses = build().train()(**batch)
+    # As targets they leave no positives behind, and fewer negatives than if they were absent.
+    ignored = [t | {"ignore": torch.ones(len(t["boxes"]), dtype=torch.bool)} for t in batch["targets"]]
+    absent = [{name: value[:0] for name, value in target.items()} for target in batch["targets"]]
+    model = build(rpn_samples=10**6, roi_samples=10**6).train()
+    losses, others = (model(**batch | {"targets": targets}) for targets in (ignored, absent))
     assert losses["loss_box_reg"] == 0 and losses["loss_macl"] == 0
+    assert all(losses[name] != others[name] for name in ("loss_objectness", "loss_classifier"))
 
 
-def test_contrast_leaves_out_boxes_that_only_one_camera_sees(build, batch):
-    model = build()
-    batch["targets"][0]["visible_in"] = torch.tensor([[True, True], [True, False], [True, True]])
-    batch["targets"][1]["visible_in"] = torch.tensor([[False, True]])
-    model.train()(**batch)
-    assert model.monitor["macl_candidates"] == 2
-
-
-def test_image_level_contrast_compares_images(build, batch):
-    model = build(macl_level="image")
-    model.train()(**batch)["loss_macl"].backward()
-    assert model.monitor["macl_candidates"] == 2
+@pytest.mark.parametrize(("level", "candidates"), [("roi", [4, 2]), ("image", [2, 2])])
+def test_contrast_compares_images_or_the_boxes_that_both_cameras_see(build, batch, level, candidates):
+    model, found = build(macl_level=level).train(), []
+    for one_sided in (False, True):
+        if one_sided:
+            batch["targets"][0]["visible_in"] = torch.tensor([[True, True], [True, False], [True, True]])
+            batch["targets"][1]["visible_in"] = torch.tensor([[False, True]])
+        losses, metrics = model(**batch, with_metrics=True)
+        losses["loss_macl"].backward()
+        found.append(metrics["macl_candidates"])
+    assert found == candidates
 
 
 def test_resizing_gives_detections_in_pixels_of_the_given_image(build, batch):
@@ -143,6 +140,24 @@ def test_resizing_gives_detections_in_pixels_of_the_given_image(build, batch):
     for found, image in zip(detect(model, visible=large), large, strict=True):
         assert found["boxes"][:, 2].max() > image.shape[-1] * 0.9
         assert found["boxes"].min() >= 0 and found["boxes"][:, 3].max() <= image.shape[-2]
+
+
+@torch.no_grad()
+def test_boxes_are_embedded_where_they_are_in_the_resized_image(build):
+    model, plain = (build(min_size=size).eval() for size in (64, None))
+    given = {name: [torch.rand(3, 32, 32)] for name in MODALITIES}
+    resized = {name: [model.resize(image, 64) for image in images] for name, images in given.items()}
+    box = torch.tensor([[4.0, 6.0, 20.0, 30.0]])
+    expected = plain.embed(plain.extract(resized), [2 * box])
+    torch.testing.assert_close(model.embed(model.extract(given), [box]), expected)
+
+
+@pytest.mark.parametrize("part", ["rpn.head.bbox_pred", "roi_head.cls_score"])
+def test_detection_stops_at_nan(build, batch, part):
+    model = build()
+    torch.nn.init.constant_(model.get_submodule(part).bias, float("nan"))
+    with pytest.raises(macl.InputError, match="region proposals" if "rpn" in part else "scores and boxes"):
+        detect(model, visible=batch["visible"])
 
 
 @pytest.fixture
@@ -208,17 +223,19 @@ def test_synchronised_norms_make_as_many_passes_on_every_process(build, unequal,
 
 def test_pairs_of_different_size_or_form_are_refused(build, batch):
     model = build()
-    with pytest.raises(ValueError, match="differ in number or size"):
-        detect(model, visible=batch["visible"], infrared=batch["infrared"][:1])
-    with pytest.raises(ValueError, match="differ in number or size"):
-        detect(model, visible=batch["visible"], infrared=batch["infrared"][::-1])
-    with pytest.raises(ValueError, match="visible= or infrared="):
-        detect(model)
-    with pytest.raises(ValueError, match="floats in 0..1"):
-        detect(model, visible=[torch.zeros(3, 64, 64, dtype=torch.uint8)])
-    with pytest.raises(ValueError, match="x1 < x2"):
-        bad = {"boxes": torch.tensor([[5.0, 5, 5, 9]]), "labels": torch.ones(1, dtype=torch.int64)}
-        model.train()(**batch | {"targets": [bad, bad]})
+    for images, said in (
+        ({"visible": batch["visible"], "infrared": batch["infrared"][:1]}, "differ in number or size"),
+        ({"visible": batch["visible"], "infrared": batch["infrared"][::-1]}, "differ in number or size"),
+        ({}, "visible= or infrared="),
+        ({"visible": [torch.zeros(3, 64, 64, dtype=torch.uint8)]}, "floats in 0..1"),
+        ({"visible": [torch.zeros(64, 64)]}, "floats in 0..1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            detect(model, **images)
+    bad = {"boxes": torch.tensor([[5.0, 5, 5, 9]]), "labels": torch.ones(1, dtype=torch.int64)}
+    for targets, said in (([bad, bad], "x1 < x2"), ([bad], "one for each image"), (None, "one for each image")):
+        with pytest.raises(ValueError, match=said):
+            model.train()(**batch | {"targets": targets})
 
 
 def test_a_checkpoint_rebuilds_the_detector(build, batch, tmp_path):
@@ -226,10 +243,52 @@ def test_a_checkpoint_rebuilds_the_detector(build, batch, tmp_path):
     torch.save({"model_kwargs": model.kwargs, "model": model.state_dict(), "ema": None}, tmp_path / "last.pt")
     again = macl.load_detector(tmp_path / "last.pt")
     assert again.kwargs == model.kwargs
-    for own, other in zip(
-        detect(model, visible=batch["visible"]), detect(again, visible=batch["visible"]), strict=True
-    ):
-        assert all(torch.equal(own[key], other[key]) for key in own)
+    found = [detect(detector, visible=batch["visible"]) for detector in (model, again)]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_checkpoint_gives_its_averaged_weights_unless_the_raw_ones_are_asked_for(build, tmp_path):
+    model = build()
+    average = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    torch.save({"model_kwargs": model.kwargs, "model": model.state_dict(), "ema": average}, tmp_path / "last.pt")
+    for weights, expected in (("ema", average), ("raw", model.state_dict())):
+        found = macl.load_detector(tmp_path / "last.pt", weights=weights).state_dict()
+        torch.testing.assert_close(dict(found), dict(expected))
+
+
+DAMAGED = {
+    "is not a checkpoint": lambda whole: {"weight": torch.zeros(3)},
+    "another version of the detector": lambda whole: whole | {"model_kwargs": {"colour": "red"}},
+    "its keywords are 3": lambda whole: whole | {"model_kwargs": 3},
+    "backbone: expected a str, got 3": lambda whole: of_kwargs(whole, backbone=3),
+    "msp: expected a bool, got 1": lambda whole: of_kwargs(whole, msp=1),
+    "rpn_pre_nms: expected a number": lambda whole: of_kwargs(whole, rpn_pre_nms=["many", 3]),
+    "rpn_post_nms: expected .* or the like, got 3": lambda whole: of_kwargs(whole, rpn_post_nms=3),
+    "nms_iou: expected a number": lambda whole: of_kwargs(whole, nms_iou=float("nan")),
+    "head_width: expected a whole number": lambda whole: of_kwargs(whole, head_width=2.5),
+    "min_size: expected a number": lambda whole: of_kwargs(whole, min_size="small"),
+    "build no detector: fpn_levels is 9": lambda whole: of_kwargs(whole, fpn_levels=9),
+    "build no detector": lambda whole: of_kwargs(whole, visible_mean=[0.5, 0.5]),
+    "model: .*: expected .* got": lambda whole: of_kwargs(whole, fpn_channels=16),
+    "model: expected 81 values, got None": lambda whole: whole | {"model": None},
+    "ema: 'backbone.bn1.bias' is missing": lambda whole: whole | {"ema": {}},
+    "model: backbone.conv1.weight holds numbers that are not finite": lambda whole: (
+        whole | {"model": whole["model"] | {"backbone.conv1.weight": torch.full((64, 3, 7, 7), float("nan"))}}
+    ),
+}
+
+
+def of_kwargs(whole, **changes):
+    return whole | {"model_kwargs": whole["model_kwargs"] | changes}
+
+
+@pytest.mark.parametrize("said", DAMAGED)
+def test_a_damaged_checkpoint_is_one_sentence_that_names_it(build, tmp_path, said):
+    model = build()
+    whole = {"model_kwargs": model.kwargs, "model": dict(model.state_dict()), "ema": None}
+    torch.save(DAMAGED[said](whole), tmp_path / "last.pt")
+    with pytest.raises(macl.InputError, match=f"last.pt.*{said}"):
+        macl.load_detector(tmp_path / "last.pt")
 
 
 def test_files_that_are_no_checkpoint_are_named(tmp_path):
@@ -238,17 +297,9 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path):
     (tmp_path / "text.pt").write_text("no weights")
     with pytest.raises(macl.InputError, match="text.pt was not written by torch.save"):
         macl.load_detector(tmp_path / "text.pt")
-    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
-    with pytest.raises(macl.InputError, match="other.pt is not a checkpoint"):
-        macl.load_detector(tmp_path / "other.pt")
-    torch.save({"model_kwargs": {"colour": "red"}, "model": {}}, tmp_path / "new.pt")
-    with pytest.raises(macl.InputError, match="another version"):
-        macl.load_detector(tmp_path / "new.pt")
 
 
 def test_imagenet_weights_fill_the_backbone_and_both_modality_norms(build):
-    from torchvision.models import resnet18
-
     source = resnet18(weights=None)
     torch.nn.init.uniform_(source.bn1.weight)
     model = build(norm="modality_batch", fpn_levels=4, anchor_sizes=(16, 32, 64, 128))
@@ -257,9 +308,10 @@ def test_imagenet_weights_fill_the_backbone_and_both_modality_norms(build):
     assert all(not name.startswith("backbone") for name in report.missing)
     assert torch.equal(model.backbone.bn1.visible.weight, source.bn1.weight)
     assert torch.equal(model.backbone.bn1.infrared.weight, source.bn1.weight)
-    assert "the ImageNet classifier: fc.weight, fc.bias" in str(report)
-    with pytest.raises(macl.InputError, match="nothing in"):
-        macl.load_torchvision_weights(model, {"a.weight": torch.zeros(3)})
+    assert "no such part in this detector: fc.weight, fc.bias" in str(report)
+    for wrong, said in (({"a.weight": torch.zeros(3)}, "fills 0 of the"), ({"a": 3}, "no state dict")):
+        with pytest.raises(macl.InputError, match=f"the state dict .*{said}"):
+            macl.load_torchvision_weights(model, wrong)
 
 
 def test_autocast_trains_in_bf16(build, batch):

@@ -28,15 +28,8 @@ def labelled(batch):
     box = torch.tensor([[60.0, 5, 75, 40]])
     first, second = batch["targets"]
     boxes = [first["boxes"][:2], torch.cat([second["boxes"], box])]
-    targets = [
-        {
-            "boxes": boxes[i],
-            "labels": torch.ones(2, dtype=torch.int64),
-            "scene": torch.tensor(i),
-            "domain": torch.tensor(i),
-        }
-        for i in range(2)
-    ]
+    labels, number = torch.ones(2, dtype=torch.int64), [torch.tensor(i) for i in range(2)]
+    targets = [{"boxes": b, "labels": labels, "scene": i, "domain": i} for b, i in zip(boxes, number, strict=True)]
     return batch | {"targets": targets}
 
 
@@ -49,7 +42,7 @@ def test_every_loss_has_a_gradient_at_the_backbone(build, labelled, name):
     kwargs, expected = CONFIGURATIONS[name]
     model = build(**kwargs).train()
     model(**labelled)
-    losses = model(**of_other_scenes(labelled))  # the bank now holds something
+    losses, metrics = model(**of_other_scenes(labelled), with_metrics=True)  # the bank now holds something
     assert {key for key in losses if key in ("loss_macl", "loss_dhn") or "mmd" in key or "adversary" in key} == expected
     weights = [model.backbone.conv1.weight, model.neck.outer[0].weight]
     for key in expected:
@@ -59,7 +52,8 @@ def test_every_loss_has_a_gradient_at_the_backbone(build, labelled, name):
     sum(losses.values()).backward()
     for key, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, key
-    assert all(value.isfinite() and value.dim() == 0 for value in model.monitor.values())
+    assert metrics
+    assert all(value.isfinite() and value.shape == () and not value.requires_grad for value in metrics.values())
 
 
 @pytest.mark.parametrize("level", ["roi", "image"])
@@ -70,9 +64,10 @@ def test_the_people_of_a_picture_are_never_its_negatives(build, labelled, level)
     labelled["targets"][1]["ignore"] = torch.tensor([True, False])
     for _ in range(3):
         labelled["targets"][1]["scene"] = torch.tensor(0)
-        loss, plain = (model(**labelled)["loss_macl"] for model in (with_bank, without))
-        torch.testing.assert_close(loss, plain)
-    assert with_bank.monitor["dhn_masked"] == 1 and with_bank.monitor["dhn_hardest"] == 0
+        losses, metrics = with_bank(**labelled, with_metrics=True)
+        plain = without(**labelled)["loss_macl"]
+        torch.testing.assert_close(losses["loss_macl"], plain)
+    assert metrics["dhn_masked"] == 1 and metrics["dhn_hardest"] == 0
     assert with_bank(**of_other_scenes(labelled))["loss_macl"] > plain
 
 
@@ -81,10 +76,8 @@ def test_rows_of_the_bank_carry_the_scene_of_their_picture(build, labelled):
     labelled["targets"][0]["visible_in"] = torch.tensor([[True, False], [True, True]])
     labelled["targets"][1]["scene"] = torch.tensor(5)
     model(**labelled)
-    for bank in model.macl.hard.banks.values():
-        assert bank.ids.tolist() == [0, 5, 5]
     model.eval()(visible=labelled["visible"], infrared=labelled["infrared"])
-    assert [len(bank) for bank in model.macl.hard.banks.values()] == [3, 3]
+    assert [bank.ids.tolist() for bank in model.macl.hard.banks.values()] == [[0, 5, 5]] * 2
 
 
 def test_scenes_come_from_the_loader(build):
@@ -97,18 +90,31 @@ def test_scenes_come_from_the_loader(build):
     assert set(model.macl.hard.banks["visible"].ids.tolist()) == {1, 3}
 
 
-def test_the_scale_of_the_reversed_gradient_can_be_set(build, labelled):
+def test_the_schedule_reaches_the_reversed_gradient(build, labelled):
     model = build(adversary="modality", macl_level="none").train()
     model.alignment.classifier.eval()  # without dropout
     gradients = {}
     for scale in (0.0, 0.5, 1.0):
-        model.reversal_scale = scale
+        model.set_schedule(reversal_scale=scale)
         model.zero_grad()
         model(**labelled)["loss_adversary"].backward()
         gradients[scale] = [model.backbone.conv1.weight.grad, model.alignment.classifier.fc[0].weight.grad]
     assert gradients[0.0][0].norm() == 0
     torch.testing.assert_close(gradients[0.5][0] * 2, gradients[1.0][0])
     torch.testing.assert_close(gradients[0.0][1], gradients[1.0][1])
+
+
+def test_the_schedule_reaches_the_hard_negatives(build, labelled):
+    model, plain = build(**DHN).train(), build().train()
+    model(**labelled)
+    model.set_schedule(hard_k=1, hard_active=1)
+    model.set_schedule(reversal_scale=0.5)  # what is not named stays as it is
+    assert (model.macl.hard.k, model.macl.hard.active) == (1, 1)
+    later = of_other_scenes(labelled)
+    (losses, metrics), alone = model(**later, with_metrics=True), plain(**later)
+    assert metrics["dhn_masked"] == 0 and losses["loss_macl"] > alone["loss_macl"]
+    model.set_schedule(hard_active=0)
+    torch.testing.assert_close(model(**later)["loss_macl"], alone["loss_macl"])
 
 
 def test_the_new_parts_leave_the_first_weights_of_the_others_alone(build):
@@ -120,34 +126,53 @@ def test_the_new_parts_leave_the_first_weights_of_the_others_alone(build):
 
 def test_targets_that_lack_a_label_are_refused(build, labelled):
     bare = [{key: target[key] for key in ("boxes", "labels")} for target in labelled["targets"]]
-    with pytest.raises(ValueError, match="every target needs 'scene'"):
-        build(**DHN).train()(**labelled | {"targets": bare})
-    with pytest.raises(ValueError, match="every target needs 'domain'"):
-        build(mmd_level="pyramid", domains=2).train()(**labelled | {"targets": bare})
-    build(mmd_level="pyramid").train()(**labelled | {"targets": bare})  # one data set needs no label
     far = [target | {"domain": torch.tensor(2)} for target in labelled["targets"]]
-    with pytest.raises(ValueError, match="domain is 2; expected less than domains=2"):
-        build(mmd_level="pyramid", domains=2).train()(**labelled | {"targets": far})
-    with pytest.raises(ValueError, match="both modalities in training"):
-        build(macl_level="none", adversary="modality").train()(visible=labelled["visible"], targets=bare)
-
-
-def test_impossible_detectors_are_refused(build):
-    for wrong, said in (
-        (DHN | {"macl_level": "none"}, "dhn_size 32 needs the contrastive head"),
-        ({"mmd_level": "embedding", "macl_level": "none"}, "mmd_level 'embedding' needs the contrastive head"),
-        ({"dhn_size": 4, "dhn_k": 8}, "8 hard negatives from a bank of 4 rows"),
-        ({"dhn_size": -1}, "bank of -1 rows"),
-        (DHN | {"dhn_mode": "both"}, "'both' is none of denominator, softplus"),
-        ({"adversary": "dataset"}, "two at least"),
-        ({"mmd_level": "image"}, "'image' is none of none, embedding, pyramid"),
+    for kwargs, changes, said in (
+        (DHN, {"targets": bare}, "every target needs 'scene'"),
+        (dict(mmd_level="pyramid", domains=2), {"targets": bare}, "every target needs 'domain'"),
+        (dict(mmd_level="pyramid", domains=2), {"targets": far}, "domain is 2; expected less than domains=2"),
+        (dict(macl_level="none", adversary="modality"), {"infrared": None}, "both modalities in training"),
     ):
         with pytest.raises(ValueError, match=said):
-            build(**wrong)
+            build(**kwargs).train()(**labelled | changes)
+    build(mmd_level="pyramid").train()(**labelled | {"targets": bare})  # one data set needs no label
 
 
-def save(model, path, **others):
-    torch.save({"model_kwargs": model.kwargs, "model": model.state_dict(), "ema": None} | others, path)
+IMPOSSIBLE = [
+    (DHN | {"macl_level": "none"}, "need the contrastive head"),
+    ({"mmd_level": "embedding", "macl_level": "none"}, "need the contrastive head"),
+    ({"macl_level": "pixel"}, "'pixel' is none of roi, image, none"),
+    ({"backbone": "vgg"}, "'vgg' is none of resnet18"),
+    ({"norm": "none"}, "'none' is none of frozen_batch"),
+    ({"frozen_stages": 5}, "frozen_stages is 5"),
+    ({"fpn_levels": 2}, "fpn_levels is 2"),
+    ({"fusion": "max"}, "'max' is none of mean, gated"),
+    ({"modality_dropout": (0.7, 0.4)}, "sum is at most 1"),
+    ({"macl_norm": "instance"}, "'instance' is none of none, layer"),
+    ({"macl_direction": "sideways"}, "'sideways' is none of both"),
+    ({"macl_temperature": 3.0}, "temperature 3.0 is outside"),
+    (DHN | {"dhn_size": 4}, "8 hard negatives from a bank of 4 rows"),
+    (DHN | {"dhn_k": 0}, "0 hard negatives"),
+    ({"dhn_size": -1}, "bank of -1 rows"),
+    (DHN | {"dhn_mode": "both"}, "'both' is none of denominator, softplus"),
+    (DHN | {"dhn_momentum": 1.0}, "momentum 1.0"),
+    ({"mmd_level": "image"}, "'image' is none of none, embedding, pyramid"),
+    ({"mmd_sigmas": (1.0, 0.0)}, "mmd_sigmas"),
+    ({"mmd_sigmas": ()}, "mmd_sigmas"),
+    ({"adversary": "camera"}, "'camera' is none of none, modality, dataset"),
+    ({"adversary": "dataset"}, "two data sets apart at least"),
+    ({"domains": 0}, "domains=0"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "said"), IMPOSSIBLE)
+def test_impossible_detectors_are_refused(build, wrong, said):
+    with pytest.raises(ValueError, match=said):
+        build(**wrong)
+
+
+def save(source, path, **others):
+    torch.save({"model_kwargs": source.kwargs, "model": source.state_dict(), "ema": None} | others, path)
     return path
 
 
@@ -161,9 +186,8 @@ def test_a_checkpoint_without_the_new_parts_initialises_a_detector_with_them(bui
     first = model.alignment.classifier.fc[0].weight.clone()
     said = load_initial_weights(model, path)
     assert said == (
-        f"all {len(source.state_dict())} tensors loaded; newly made: macl.hard.banks.infrared, empty, 32 rows; "
-        "newly made: macl.hard.banks.visible, empty, 32 rows; "
-        "newly made: macl.hard.key_projector, a copy of macl.projector; newly made: alignment.classifier"
+        f"all {len(source.state_dict())} tensors loaded; newly made: alignment.classifier; newly made: "
+        "macl.hard.banks.infrared; newly made: macl.hard.banks.visible; newly made: macl.hard.key_projector"
     )
     state = model.state_dict()
     for name, value in source.state_dict().items():
@@ -171,6 +195,14 @@ def test_a_checkpoint_without_the_new_parts_initialises_a_detector_with_them(bui
     for name, value in model.macl.projector.state_dict().items():
         assert torch.equal(state[f"macl.hard.key_projector.{name}"], value), name
     assert torch.equal(model.alignment.classifier.fc[0].weight, first)
+
+
+def test_a_plain_norm_initialises_that_of_both_modalities(build, tmp_path):
+    source, model = build(norm="batch"), build(norm="modality_batch")
+    torch.nn.init.uniform_(source.backbone.bn1.weight)
+    load_initial_weights(model, save(source, tmp_path / "stage1.pt"))
+    for norm in (model.backbone.bn1.visible, model.backbone.bn1.infrared):
+        assert torch.equal(norm.weight, source.backbone.bn1.weight)
 
 
 def test_a_bank_of_another_size_starts_empty(build, labelled, tmp_path):
@@ -181,7 +213,7 @@ def test_a_bank_of_another_size_starts_empty(build, labelled, tmp_path):
     assert load_initial_weights(same, path) == f"all {len(source.state_dict())} tensors loaded"
     assert torch.equal(same.macl.hard.banks["visible"].features, source.macl.hard.banks["visible"].features)
     said = load_initial_weights(larger, path)
-    assert "macl.hard.banks.infrared starts empty: 64 rows where the checkpoint has 32" in said
+    assert said.endswith("; newly made: macl.hard.banks.infrared; newly made: macl.hard.banks.visible")
     assert said.startswith(f"all {len(source.state_dict()) - 8} tensors loaded")
     assert len(larger.macl.hard.banks["visible"]) == 0
     again = macl.load_detector(path)
@@ -190,13 +222,12 @@ def test_a_bank_of_another_size_starts_empty(build, labelled, tmp_path):
 
 def test_anything_else_that_differs_is_refused(build, tmp_path):
     path = save(build(**DHN), tmp_path / "stage2.pt")
-    assert "left out: macl.hard" in load_initial_weights(build(), path)
-    with pytest.raises(macl.InputError, match="another detector"):
-        load_initial_weights(build(**DHN, macl_dim=8), path)
+    assert "left out: macl.hard.banks.visible" in load_initial_weights(build(), path)
+    for kwargs in (DHN | {"macl_dim": 8}, DHN | {"fpn_channels": 16}):
+        with pytest.raises(macl.InputError, match="another detector"):
+            load_initial_weights(build(**kwargs), path)
     whole = build()
     incomplete = whole.state_dict()
     del incomplete["macl.projector.0.weight"]
-    torch.save({"model_kwargs": whole.kwargs, "model": incomplete}, tmp_path / "incomplete.pt")
-    for kwargs in ({}, DHN | {"dhn_momentum": 0.9}):
-        with pytest.raises(macl.InputError, match="macl.projector.0.weight"):
-            load_initial_weights(build(**kwargs), tmp_path / "incomplete.pt")
+    with pytest.raises(macl.InputError, match="macl.projector.0.weight' is missing"):
+        load_initial_weights(build(**DHN), save(whole, tmp_path / "incomplete.pt", model=incomplete))

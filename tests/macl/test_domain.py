@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from macl.domain import DomainAlignment, DomainClassifier, gradient_reversal, grl_schedule, median_distance, mmd, pool
+from macl.domain import DomainAlignment, DomainClassifier, gradient_reversal, grl_schedule, mmd, pool
 
 
 def normal(rows, seed=0, dim=6):
@@ -41,6 +41,9 @@ def test_the_paired_form_is_unbiased_for_dependent_pairs_and_the_other_is_not():
             values.append(mmd(x, y, [1.0], paired=paired))
     means = {paired: torch.stack(values).mean().item() for paired, values in estimates.items()}
     assert abs(means[True]) < 0.01 and means[False] < -0.2
+    for wrong in ({"y": normal(4)}, {"unbiased": False}):
+        with pytest.raises(ValueError, match="paired form"):
+            mmd(**{"x": normal(3), "y": normal(3, 1), "sigmas": [1.0], "paired": True} | wrong)
 
 
 @pytest.mark.parametrize("rows", [(0, 0), (1, 1), (1, 4), (4, 0)])
@@ -52,12 +55,6 @@ def test_too_few_rows_give_exactly_zero_and_stay_connected(rows):
     assert mmd(normal(1), normal(1, 1), [1.0], unbiased=False) > 0
 
 
-def test_pairs_are_equally_many_and_unbiased():
-    for wrong in ({"y": normal(4)}, {"unbiased": False}):
-        with pytest.raises(ValueError, match="paired form"):
-            mmd(**{"x": normal(3), "y": normal(3, 1), "sigmas": [1.0], "paired": True} | wrong)
-
-
 def test_equal_rows_have_a_finite_gradient():
     x = normal(4).requires_grad_()
     mmd(x, x.detach().clone(), [1.0], unbiased=False).backward()
@@ -66,7 +63,8 @@ def test_equal_rows_have_a_finite_gradient():
 
 def alignment(**kwargs):
     torch.manual_seed(0)
-    return DomainAlignment(**{"pooled_dim": 6, "mmd_level": "embedding"} | kwargs).double()
+    known = dict(pooled_dim=6, mmd_level="embedding", mmd_sigmas=None, mmd_unbiased=True, adversary="none", domains=1)
+    return DomainAlignment(**known | kwargs).double()
 
 
 def test_the_median_heuristic_follows_the_scale_of_the_features():
@@ -75,46 +73,30 @@ def test_the_median_heuristic_follows_the_scale_of_the_features():
     domains = torch.zeros(8, dtype=torch.int64)
     for factor in (1.0, 100.0):
         features = {"visible": (x * factor).requires_grad_(), "infrared": y * factor}
-        losses, said = alignment().discrepancy(features, domains)
+        losses, metrics = alignment().mmd_loss(features, domains)
         distances = torch.cdist(*[torch.cat(list(features.values()))] * 2)
-        expected = distances[torch.ones(16, 16).triu(1).bool()].median()
-        torch.testing.assert_close(said["mmd_bandwidth"], expected.detach())
-        sigmas = [expected.item() * share for share in (0.5, 1.0, 2.0)]
-        torch.testing.assert_close(losses["loss_mmd"], mmd(x * factor, y * factor, sigmas, paired=True))
-        (gradient,) = torch.autograd.grad(losses["loss_mmd"], features["visible"])
-        (expected,) = torch.autograd.grad(
-            mmd(features["visible"], y * factor, sigmas, paired=True), features["visible"]
-        )
-        torch.testing.assert_close(gradient, expected)  # none flows through the bandwidth
-    assert losses["loss_mmd"] > 0.1 and said["mmd_rows"] == 8
-    fixed, said = alignment(mmd_sigmas=(1.0, 2.0, 4.0)).discrepancy(features, domains)
-    assert fixed["loss_mmd"] == 0 and said["mmd_bandwidth"] == 2
-    assert median_distance(x[:1], x[:0]) == 0
-
-
-def test_following_the_discrepancy_brings_the_modalities_together():
-    visible, infrared = normal(30).requires_grad_(), normal(30, 1) + 1.5
-    domains, model = torch.zeros(30, dtype=torch.int64), alignment()
-    optimizer = torch.optim.SGD([visible], lr=20.0)
-    apart = (visible.mean(0) - infrared.mean(0)).norm().item()
-    for _ in range(100):
-        optimizer.zero_grad()
-        model.discrepancy({"visible": visible, "infrared": infrared}, domains)[0]["loss_mmd"].backward()
-        optimizer.step()
-    assert (visible.mean(0) - infrared.mean(0)).norm() < apart / 4
+        median = distances[torch.ones(16, 16).triu(1).bool()].median().detach()
+        torch.testing.assert_close(metrics["mmd_bandwidth"], median)
+        expected = mmd(*features.values(), median * torch.tensor([0.5, 1.0, 2.0]), paired=True)
+        torch.testing.assert_close(losses["loss_mmd"], expected)
+        gradients = [torch.autograd.grad(loss, features["visible"]) for loss in (losses["loss_mmd"], expected)]
+        torch.testing.assert_close(*gradients)  # none flows through the bandwidth
+    assert losses["loss_mmd"] > 0.1 and metrics["mmd_rows"] == 8
+    fixed, metrics = alignment(mmd_sigmas=(1.0, 2.0, 4.0)).mmd_loss(features, domains)
+    assert fixed["loss_mmd"] == 0 and metrics["mmd_bandwidth"] == 2
 
 
 def test_data_sets_are_compared_within_each_modality():
     """Three data sets of which the last has a single row: only the first two can be compared."""
     features = {"visible": normal(9), "infrared": normal(9, 1)}
     domains = torch.tensor([0, 1, 0, 1, 1, 2, 0, 1, 0])
-    losses, _ = alignment(domains=3, mmd_sigmas=(1.0,)).discrepancy(features, domains)
+    losses, _ = alignment(domains=3, mmd_sigmas=(1.0,)).mmd_loss(features, domains)
     expected = [mmd(rows[domains == 0], rows[domains == 1], [1.0]) for rows in features.values()]
     torch.testing.assert_close(losses["loss_mmd_domains"], torch.stack(expected).mean())
     alone = {name: rows.requires_grad_() for name, rows in features.items()}
-    losses, _ = alignment(domains=3).discrepancy(alone, torch.zeros(9, dtype=torch.int64))
+    losses, _ = alignment(domains=3).mmd_loss(alone, torch.zeros(9, dtype=torch.int64))
     assert losses["loss_mmd_domains"] == 0 and losses["loss_mmd_domains"].requires_grad
-    assert "loss_mmd_domains" not in alignment().discrepancy(alone, torch.zeros(9, dtype=torch.int64))[0]
+    assert "loss_mmd_domains" not in alignment().mmd_loss(alone, torch.zeros(9, dtype=torch.int64))[0]
 
 
 def test_the_gradient_is_reversed_for_the_features_and_not_for_the_classifier():
@@ -124,37 +106,30 @@ def test_the_gradient_is_reversed_for_the_features_and_not_for_the_classifier():
     (y * cotangent).sum().backward()
     torch.testing.assert_close(x.grad, -0.3 * cotangent)
 
-    classifier = DomainClassifier(6, 4, 3).double().eval()
-    labels = torch.tensor([0, 2, 1, 1, 0])
+    classifier, labels = DomainClassifier(6, 4, 3).double().eval(), torch.tensor([0, 2, 1, 1, 0])
     gradients = {}
     for scale in (0.5, -1.0):  # -1 undoes the reversal
         loss = F.cross_entropy(classifier(x, scale), labels)
         gradients[scale] = torch.autograd.grad(loss, [x, *classifier.parameters()])
     torch.testing.assert_close(gradients[0.5][0], -0.5 * gradients[-1.0][0])
-    for own, other in zip(gradients[0.5][1:], gradients[-1.0][1:], strict=True):
-        torch.testing.assert_close(own, other)
-    maps = torch.randn(5, 6, 3, 4, dtype=torch.float64)
-    torch.testing.assert_close(classifier(maps), classifier(maps.mean(dim=(2, 3))))
+    torch.testing.assert_close(gradients[0.5][1:], gradients[-1.0][1:])
 
 
-def test_the_published_schedule_starts_at_zero_and_ends_near_one():
-    assert grl_schedule(0) == 0
-    assert grl_schedule(0.1) == pytest.approx(0.46211716)
-    assert grl_schedule(0.5) == pytest.approx(0.98661430)
-    assert grl_schedule(1) == pytest.approx(0.99990920)
+@pytest.mark.parametrize(("progress", "scale"), [(0, 0), (0.1, 0.46211716), (0.5, 0.98661430), (1, 0.99990920)])
+def test_the_published_schedule(progress, scale):
+    assert grl_schedule(progress) == pytest.approx(scale)
 
 
 @pytest.mark.parametrize("adversary", ["modality", "dataset"])
 def test_the_adversary_guesses_what_it_is_asked(adversary):
     model = alignment(adversary=adversary, domains=3).eval()
-    pooled = {"visible": normal(4), "infrared": normal(4, 1)}
-    domains = torch.tensor([0, 2, 1, 1])
-    losses, said = model.deceive(pooled, domains, 1.0)
+    pooled, domains = {"visible": normal(4), "infrared": normal(4, 1)}, torch.tensor([0, 2, 1, 1])
+    losses, metrics = model.adversarial_loss(pooled, domains, 1.0)
     logits = model.classifier(torch.cat(list(pooled.values())))
     labels = torch.tensor([0, 2, 1, 1] * 2 if adversary == "dataset" else [0] * 4 + [1] * 4)
     assert logits.shape[1] == (3 if adversary == "dataset" else 2)
     torch.testing.assert_close(losses["loss_adversary"], F.cross_entropy(logits, labels))
-    assert said["adversary_accuracy"] == (logits.argmax(1) == labels).double().mean()
+    assert metrics["adversary_accuracy"] == (logits.argmax(1) == labels).double().mean()
 
 
 def test_pooling_leaves_the_padding_out():
@@ -164,18 +139,3 @@ def test_pooling_leaves_the_padding_out():
     torch.testing.assert_close(rows[0], torch.cat([level[0].mean(dim=(1, 2)) for level in pyramid]))
     torch.testing.assert_close(rows[1, :3], pyramid[0][1, :, :8, :13].mean(dim=(1, 2)))  # 12.5 columns: 13
     torch.testing.assert_close(rows[1, 3:], pyramid[1][1, :, :4, :7].mean(dim=(1, 2)))
-
-
-def test_values_that_make_no_sense_are_refused():
-    for wrong, said in (
-        ({"mmd_level": "roi"}, "mmd_level 'roi'"),
-        ({"mmd_sigmas": (1.0, 0.0)}, "mmd_sigmas"),
-        ({"mmd_sigmas": ()}, "mmd_sigmas"),
-        ({"adversary": "camera"}, "adversary 'camera'"),
-        ({"adversary": "dataset"}, "domains=1"),
-        ({"domains": 0}, "domains=0"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            alignment(**wrong)
-    with pytest.raises(ValueError, match="two domains at least"):
-        DomainClassifier(4, 4, 1)

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from macl.contrast import HARD_MODES, HardNegatives, MACLHead, hard_negative_loss, hard_negatives
-from macl.hard_negatives import Chosen, choose, in_denominator
+from macl.contrast import MACLHead, hard_negative_loss, hard_negatives
+from macl.hard_negatives import HARD_MODES, choose, in_denominator
 
 
 def features(rows, seed=0):
@@ -33,10 +33,6 @@ def filled(rows=14, **kwargs):
     return model
 
 
-def state_of(hard):
-    return {name: value.clone() for name, value in hard.state_dict().items()}
-
-
 def test_the_hardest_rows_come_first_and_masked_ones_never():
     query, bank = unit(4), unit(9, seed=1)
     mask = torch.rand(4, 9, generator=torch.Generator().manual_seed(2)) < 0.5
@@ -54,27 +50,22 @@ def test_the_hardest_rows_come_first_and_masked_ones_never():
 @pytest.mark.parametrize("direction", ["both", "visible_to_infrared"])
 def test_in_the_denominator_they_are_columns_of_one_cross_entropy(direction):
     """Loss and every gradient, that of the temperature included, are those of the logits laid side by side."""
-    model, visible, infrared = (
-        filled(direction=direction),
-        features(6).requires_grad_(),
-        features(6, 1).requires_grad_(),
-    )
+    model, inputs = filled(direction=direction), [features(6, seed).requires_grad_() for seed in (0, 1)]
     twin = copy.deepcopy(model)
-    found = model.compare(visible, infrared, torch.arange(6))
-    assert set(found.losses) == {"loss_macl"}
+    losses, _, _ = model.compare(*inputs, torch.arange(6))
+    assert set(losses) == {"loss_macl"}
     parameters = dict(model.named_parameters())
-    gradients = torch.autograd.grad(found.losses["loss_macl"], [visible, infrared, *parameters.values()])
+    gradients = torch.autograd.grad(losses["loss_macl"], [*inputs, *parameters.values()])
 
-    embedded = {"visible": twin.embed(visible), "infrared": twin.embed(infrared)}
+    embedded = dict(zip(("visible", "infrared"), map(twin.embed, inputs), strict=True))
     expected = []
     for query, key in twin.directions:
-        rows = twin.hard.banks[key].features
-        hard = (embedded[query] @ rows.T).topk(5).values
+        hard = (embedded[query] @ twin.hard.banks[key].features.T).topk(5).values
         logits = torch.cat([embedded[query] @ embedded[key].T, hard], dim=1) / twin.temperature
         expected.append(F.cross_entropy(logits, torch.arange(6)))
     expected = torch.stack(expected).mean()
-    torch.testing.assert_close(found.losses["loss_macl"], expected)
-    wanted = torch.autograd.grad(expected, [visible, infrared, *dict(twin.named_parameters()).values()])
+    torch.testing.assert_close(losses["loss_macl"], expected)
+    wanted = torch.autograd.grad(expected, [*inputs, *dict(twin.named_parameters()).values()])
     for name, own, other in zip(["visible", "infrared", *parameters], gradients, wanted, strict=True):
         torch.testing.assert_close(own, other, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -83,8 +74,7 @@ def test_a_loss_near_zero_keeps_its_precision():
     """One column at e^-70, one hard negative at e^-60: in float32 the loss is their sum, not 0."""
     losses = torch.tensor([math.exp(-70)], requires_grad=True)
     similarity = torch.tensor([[0.4]], requires_grad=True)
-    chosen = Chosen(similarity, torch.tensor([[True]]))
-    loss = in_denominator(losses, torch.tensor([100.0]), chosen, torch.tensor(0.01))
+    loss = in_denominator(losses, torch.tensor([100.0]), similarity, torch.tensor(0.01))
     loss.sum().backward()
     assert loss.item() == pytest.approx(math.exp(-70) + math.exp(-60), rel=1e-4, abs=0)
     assert similarity.grad.item() == pytest.approx(math.exp(-60) / 0.01, rel=1e-4, abs=0)
@@ -92,14 +82,13 @@ def test_a_loss_near_zero_keeps_its_precision():
 
 def test_the_separate_term_is_the_mean_softplus_of_what_was_chosen():
     model, visible, infrared = filled(hard_mode="softplus"), features(6), features(6, 1)
-    found = model.compare(visible, infrared, torch.arange(6))
-    plain = head(bank_size=0).compare(visible, infrared)
-    torch.testing.assert_close(found.losses["loss_macl"], plain.losses["loss_macl"])
+    losses, _, embedded = model.compare(visible, infrared, torch.arange(6))
+    torch.testing.assert_close(losses["loss_macl"], head(bank_size=0)(visible, infrared)[0])
     expected = [
-        F.softplus((query @ model.hard.banks[name].features[:14].T).topk(5).values / 0.07).mean()
-        for query, name in ((found.visible, "infrared"), (found.infrared, "visible"))
+        F.softplus((embedded[query] @ model.hard.banks[key].features[:14].T).topk(5).values / 0.07).mean()
+        for query, key in model.directions
     ]
-    torch.testing.assert_close(found.losses["loss_dhn"], torch.stack(expected).mean())
+    torch.testing.assert_close(losses["loss_dhn"], torch.stack(expected).mean())
 
 
 def test_the_separate_term_counts_only_rows_that_exist():
@@ -127,75 +116,74 @@ def test_without_negatives_the_loss_is_the_plain_one(mode, case):
             bank.id_buffer.fill_(7)
     model.hard.active = 0 if case == "none in use" else 20
     visible, infrared = features(rows).requires_grad_(), features(rows, 1).requires_grad_()
-    found = model.compare(visible, infrared, scenes)
-    torch.testing.assert_close(found.losses["loss_macl"], head(bank_size=0)(visible, infrared)[0])
-    assert found.losses.get("loss_dhn", 0) == 0
-    sum(found.losses.values()).backward()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert all(torch.isfinite(parameter.grad).all() for parameter in (*trained, visible, infrared))
-    assert all(value.isfinite() for value in found.statistics.values())
+    losses, metrics, _ = model.compare(visible, infrared, scenes)
+    torch.testing.assert_close(losses["loss_macl"], head(bank_size=0)(visible, infrared)[0])
+    assert losses.get("loss_dhn", 0) == 0
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(leaf.grad).all() for leaf in (*model.parameters(), visible, infrared))
+    assert all(value.isfinite() for value in metrics.values())
 
 
 def test_the_positive_is_never_among_the_negatives():
     """The same people come back in every step, embedded alike in both modalities: a row of theirs would score 1."""
-    model = head(bank_size=64, hard_k=64)
-    people = features(8)
+    model, people = head(bank_size=64, hard_k=64), features(8)
+    query = model.embed(people)
     for step in range(4):
         scenes = torch.arange(8) // 2 + 10  # four scenes of two
-        query = model.embed(people)
         for name in model.hard.banks:
-            chosen, _ = model.hard.choose(query, name, scenes)
-            assert chosen.found.sum() == 8 * 6 * step  # all rows of the other three scenes, of every step so far
-            assert chosen.similarity.max() < 1 - 1e-6
+            similarity, found, _ = model.hard.choose(query, name, scenes)
+            assert found.sum() == 8 * 6 * step  # all rows of the other three scenes, of every step so far
+            assert similarity.max() < 1 - 1e-6
         model.compare(people, people, scenes)
-    assert model.hard.choose(query, "visible", scenes + 50)[0].similarity.max().item() == pytest.approx(1)
-    assert (model.hard.choose(query, "visible", torch.full((8,), -1))[0].found.sum(dim=1) == 32).all()
-
-
-def test_unknown_scenes_mask_nothing():
-    model = head()
-    model.compare(features(3), features(3, 1), torch.tensor([-1, -1, 4]))
-    chosen, _ = model.hard.choose(unit(3), "visible", torch.tensor([-1, 4, 9]))
-    assert chosen.found.sum(dim=1).tolist() == [3, 2, 3]
+    assert model.hard.choose(query, "visible", scenes + 50)[0].max().item() == pytest.approx(1)
+    unknown = torch.full((8,), -1)  # masks nothing
+    assert (model.hard.choose(query, "visible", unknown)[1].sum(dim=1) == 32).all()
+    model.hard.banks["visible"].id_buffer[:3] = -1
+    assert (model.hard.choose(query, "visible", unknown)[1].sum(dim=1) == 32).all()
 
 
 def test_only_the_newest_rows_take_part():
     model = head(bank_size=6, hard_k=6)
-    bank = model.hard.banks["visible"]
-    rows = unit(9, seed=3)
+    bank, rows = model.hard.banks["visible"], unit(9, seed=3)
     for first, stop in ((0, 4), (4, 9)):  # the second batch wraps around
         bank.enqueue(rows[first:stop])
         for active in (1, 3, 6):
             model.hard.active = active
-            chosen, _ = model.hard.choose(rows, "visible", torch.full((9,), -1))
+            similarity, found, _ = model.hard.choose(rows, "visible", torch.full((9,), -1))
             in_use = rows[max(0, stop - min(active, 6)) : stop]
             expected = (rows @ in_use.T).sort(dim=1, descending=True).values
-            torch.testing.assert_close(chosen.similarity[:, : len(in_use)], expected)
-            assert (chosen.found.sum(dim=1) == len(in_use)).all()
+            torch.testing.assert_close(similarity[:, : len(in_use)], expected)
+            assert (found.sum(dim=1) == len(in_use)).all()
 
 
-def test_rows_enter_the_bank_of_their_modality_after_the_loss_and_in_training_only():
-    model, visible, infrared, scenes = head(), features(3), features(3, 1), torch.tensor([4, 4, 6])
-    model.eval().compare(visible, infrared, scenes)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_rows_enter_the_bank_of_their_modality_after_the_loss_and_in_training_only(momentum):
+    model, scenes = head(hard_momentum=momentum), torch.tensor([4, 4, 6])
+    inputs = {"visible": features(3), "infrared": features(3, 1)}
+    model.eval().compare(*inputs.values(), scenes)
     assert [len(bank) for bank in model.hard.banks.values()] == [0, 0]
-    found = model.train().compare(visible, infrared, scenes)
-    torch.testing.assert_close(found.losses["loss_macl"], head(bank_size=0)(visible, infrared)[0])
-    for name, embedded in (("visible", found.visible), ("infrared", found.infrared)):
-        bank = model.hard.banks[name]
-        assert torch.equal(bank.features, embedded.detach()) and not bank.buffer.requires_grad
-        assert torch.equal(bank.ids, scenes)
-    again = model.compare(visible, infrared, scenes + 10)
-    assert again.losses["loss_macl"] > found.losses["loss_macl"]  # the hardest negative is now the positive's twin
+    losses, _, embedded = model.train().compare(*inputs.values(), scenes)
+    torch.testing.assert_close(losses["loss_macl"], head(bank_size=0)(*inputs.values())[0])
+    for name, bank in model.hard.banks.items():
+        torch.testing.assert_close(bank.features, embedded[name].detach(), rtol=0, atol=1e-15)
+        assert torch.equal(bank.ids, scenes) and not bank.buffer.requires_grad
+    saved = copy.deepcopy(model.state_dict())
+    again, _, _ = model.compare(*inputs.values(), scenes + 10)
+    assert again["loss_macl"] > losses["loss_macl"]  # the hardest negative is now the positive's twin
+    resumed = head(hard_momentum=momentum)  # a saved bank goes on where it was
+    resumed.load_state_dict(saved)
+    assert torch.equal(resumed.compare(*inputs.values(), scenes + 10)[0]["loss_macl"], again["loss_macl"])
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in model.state_dict().items())
     assert set(head(direction="visible_to_infrared").hard.banks) == {"infrared"}
     with pytest.raises(ValueError, match="scene of every row"):
-        model.compare(visible, infrared)
+        model.compare(*inputs.values())
 
 
 def test_a_bank_overwritten_before_the_backward_changes_no_gradient():
     query, gradients = unit(4).requires_grad_(), []
     for overwrite in (False, True):
         bank = unit(6, seed=1)
-        similarity = choose(query, bank, 3).similarity
+        similarity, _ = choose(query, bank, 3)
         if overwrite:
             bank.zero_()
         gradients += torch.autograd.grad(similarity.square().sum(), query)
@@ -212,66 +200,37 @@ def test_the_key_projector_follows_slowly_and_makes_the_rows():
         model.projector[1].running_mean.add_(3.0)
     before = copy.deepcopy(dict(keys.named_parameters()))
     model.compare(features(3), features(3, 1), torch.arange(3))
-    assert not keys.training
     for (name, own), live in zip(keys.named_parameters(), model.projector.parameters(), strict=True):
         torch.testing.assert_close(own, before[name] * 0.9 + live * 0.1)
         assert own.grad is None
     torch.testing.assert_close(keys[1].running_mean, model.projector[1].running_mean)
-    expected = F.normalize(keys(features(3)), dim=1)
+    expected = F.normalize(keys.eval()(features(3)), dim=1)  # without dropout
     torch.testing.assert_close(model.hard.banks["visible"].features, expected)
-    assert "key_projector.0.weight" in state_of(model.hard)
+    assert "hard.key_projector.0.weight" in model.state_dict()
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_a_saved_bank_goes_on_where_it_was(momentum):
-    model, again = (head(hard_momentum=momentum, norm="layer") for _ in range(2))
-    model.compare(features(3), features(3, 1), torch.arange(3))
-    again.load_state_dict(model.state_dict())
-    losses = [m.compare(features(4, 2), features(4, 3), torch.arange(4)).losses["loss_macl"] for m in (model, again)]
-    assert torch.equal(*losses)
-    for name, value in state_of(model.hard).items():
-        assert torch.equal(value, again.hard.state_dict()[name]), name
-
-
-def test_what_the_log_says():
-    model = filled(14, direction="visible_to_infrared")
-    scenes = torch.tensor([100, 101, 7])
-    found = model.compare(features(3), features(3, 1), scenes)
-    similarity = found.visible @ unit(14, seed=10).T
+def test_the_metrics_of_hard_negatives():
+    model, scenes = filled(14, direction="visible_to_infrared"), torch.tensor([100, 101, 7])
+    losses, metrics, embedded = model.compare(features(3), features(3, 1), scenes)
+    similarity = embedded["visible"].detach() @ unit(14, seed=10).T
     similarity[0, 0] = similarity[1, 1] = -math.inf
-    said = found.statistics
-    assert said["dhn_fill"].item() == pytest.approx(14 / 20)
-    assert said["dhn_masked"].item() == pytest.approx(2 / (3 * 14))
-    torch.testing.assert_close(said["dhn_hardest"], similarity.max(dim=1).values.mean().detach())
+    assert metrics["dhn_fill"].item() == pytest.approx(14 / 20)
+    assert metrics["dhn_masked"].item() == pytest.approx(2 / (3 * 14))
+    torch.testing.assert_close(metrics["dhn_hardest"], similarity.max(dim=1).values.mean())
     plain, known = head(bank_size=0, direction="visible_to_infrared")(features(3), features(3, 1))
-    torch.testing.assert_close(said["macl_relative"], known["macl_relative"])  # of the batch's own keys alone
-    assert found.losses["loss_macl"] > plain
+    torch.testing.assert_close(metrics["macl_relative"], known["macl_relative"])  # of the batch's own keys alone
+    assert losses["loss_macl"] > plain
 
 
 def test_autocast_leaves_the_similarities_in_float32():
     cosine = torch.linspace(0.9, 0.901, 20)  # all the same in bfloat16
     bank = torch.stack([cosine, (1 - cosine**2).sqrt()], dim=1)
+    model = head(hard_k=20).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         indices = hard_negatives(torch.tensor([[1.0, 0.0]]), bank, 20)
-    assert indices[0].tolist() == list(range(19, -1, -1))
-    torch.manual_seed(0)
-    model = MACLHead(12, (10,), 8, bank_size=20, hard_k=20)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = model.compare(features(3).float(), features(3, 1).float(), torch.arange(3))
-        chosen, _ = model.hard.choose(found.visible, "infrared", torch.full((3,), -1))
-    assert chosen.similarity.dtype == torch.float32
-    similarity = found.visible.double() @ model.hard.banks["infrared"].features.double().T
-    torch.testing.assert_close(
-        chosen.similarity[:, :3].double(), similarity.sort(descending=True).values, atol=1e-6, rtol=0
-    )
-
-
-def test_values_that_make_no_sense_are_refused():
-    for wrong, said in (
-        ({"mode": "numerator"}, "numerator"),
-        ({"k": 0}, "0 hard negatives"),
-        ({"k": 9}, "9 hard negatives from a bank of 8 rows"),
-        ({"momentum": 1.0}, "momentum 1.0"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            HardNegatives(torch.nn.Linear(4, 4), **{"size": 8, "dim": 4, "k": 4} | wrong)
+        _, _, embedded = model.compare(features(3).float(), features(3, 1).float(), torch.arange(3))
+        similarity, _, _ = model.hard.choose(embedded["visible"], "infrared", torch.full((3,), -1))
+    assert indices[0].tolist() == list(range(19, -1, -1)) and similarity.dtype == torch.float32
+    exact = embedded["visible"].double() @ model.hard.banks["infrared"].features.double().T
+    expected = exact.sort(descending=True).values
+    torch.testing.assert_close(similarity[:, :3].double(), expected, atol=1e-6, rtol=0)

@@ -13,8 +13,9 @@ SIZES = ((6, 9), (3, 4), (1, 1))
 @pytest.fixture
 def rpn():
     torch.manual_seed(0)
-    anchors = AnchorGenerator(sizes=((16.0,), (32.0,), (64.0,)), aspect_ratios=(0.5, 1.0, 2.0))
-    rpn = RPN(head=RPNHead(8, anchors.per_location), anchors=anchors, samples=40)
+    anchors = AnchorGenerator(sizes=(16.0, 32.0, 64.0), aspect_ratios=(0.5, 1.0, 2.0))
+    kept = dict(pre_nms=(2000, 1000), post_nms=(2000, 1000), samples=40, positive_fraction=0.5)
+    rpn = RPN(head=RPNHead(8, 3), anchors=anchors, **kept)
     for parameter in rpn.head.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return rpn.double()
@@ -26,6 +27,16 @@ def features(requires_grad=True):
     return [part.requires_grad_(requires_grad) for part in maps]
 
 
+def losses(rpn, maps, boxes):
+    """The sum of the losses over two images, of which the first has `boxes`."""
+    targets = [{"boxes": part, "ignored": part[:0]} for part in (boxes, boxes[:0])]
+    _, found = rpn(maps, [(48, 72)] * 2, (48, 72), targets)
+    return sum(total for total, _ in found.values())
+
+
+BOX = torch.tensor([[4.0, 4.0, 30.0, 34.0]], dtype=torch.float64)
+
+
 def test_single_anchors_equal_the_dense_head_with_all_gradients(rpn):
     maps = features()
     dense = [torch.cat(parts, 1) for parts in rpn.head(maps)]  # (2, N), (2, N, 4)
@@ -34,38 +45,30 @@ def test_single_anchors_equal_the_dense_head_with_all_gradients(rpn):
     order = torch.randperm(len(anchor), generator=torch.Generator().manual_seed(2))[:-7]
     order = order[image[order].argsort(stable=True)]  # image by image, their anchors in any order
     single = rpn.head.at(maps, image[order], anchor[order])
-    inputs = [*maps, *rpn.head.parameters()]
     results = []
     for logits, offsets in ((part[image[order], anchor[order]] for part in dense), single):
         loss = F.softplus(logits).sum() + (offsets.sin() * torch.arange(1.0, 5)).sum()
-        results.append([logits, offsets, *torch.autograd.grad(loss, inputs)])
-    for expected, ours in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+        results.append([logits, offsets, *torch.autograd.grad(loss, [*maps, *rpn.head.parameters()])])
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("boxes", [torch.zeros(0, 4), torch.tensor([[4.0, 4.0, 30.0, 34.0]])])
+@pytest.mark.parametrize("boxes", [BOX[:0], BOX])
 def test_every_parameter_of_the_head_has_a_gradient(rpn, boxes):
-    targets = [{"boxes": boxes.double()}, {"boxes": torch.zeros(0, 4, dtype=torch.float64)}]
-    _, losses = rpn(features(False), [(48, 72)] * 2, (48, 72), targets)
-    sum(total for total, _ in losses.values()).backward()
+    losses(rpn, features(False), boxes).backward()
     assert all(parameter.grad is not None for parameter in rpn.head.parameters())
     assert (rpn.head.cls_logits.weight.grad != 0).any()
 
 
 def test_under_autocast_the_losses_train_the_head(rpn):
     """The dense pass without gradient must leave no cast weights behind that the losses would take."""
-    targets = [{"boxes": torch.tensor([[4.0, 4.0, 30.0, 34.0]])}] * 2
-    rpn.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, losses = rpn([part.float() for part in features(False)], [(48, 72)] * 2, (48, 72), targets)
-    sum(total for total, _ in losses.values()).backward()
+        loss = losses(rpn.float(), [part.float() for part in features(False)], BOX.float())
+    loss.backward()
     assert all((parameter.grad != 0).any() for parameter in rpn.head.parameters())
 
 
 def test_the_backward_of_the_losses_is_that_of_few_anchors_and_of_one_order(rpn, backward_nodes):
-    target = {"boxes": torch.tensor([[4.0, 4.0, 30.0, 34.0]], dtype=torch.float64)}
-    _, losses = rpn(features(), [(48, 72)] * 2, (48, 72), [target, target])
-    nodes = backward_nodes(sum(total for total, _ in losses.values()))
+    nodes = backward_nodes(losses(rpn, features(), BOX))
     assert not any("Convolution" in name for name in nodes)  # of all anchors
     windows = windows_of_three(features()[0], torch.tensor([0, 1, 1]), torch.tensor([5, 5, 6]))
     assert "GatherBackward0" in backward_nodes(windows)  # threads add up what indexing reads in any order
