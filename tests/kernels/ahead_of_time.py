@@ -29,17 +29,7 @@ def target_of(name):
 
 def map_types(dtype, pooling):
     """The types of the levels' description, in the order in which every gathering kernel takes it."""
-    names = [
-        "features",
-        "heights",
-        "widths",
-        "strides_b",
-        "strides_c",
-        "strides_h",
-        "strides_w",
-        "scales",
-        "thresholds",
-    ]
+    names = "features heights widths strides_b strides_c strides_h strides_w scales thresholds".split()
     kinds = [f"*{dtype}", "fp32", "fp32", *["i32"] * 4, "fp32", "fp32"]
     return {name: (kind,) * pooling["LEVELS"] for name, kind in zip(names, kinds, strict=True)}
 
@@ -81,54 +71,45 @@ def pool_project(pooling, last=True):
         launch = roi.PROJECT.get(target, roi.PROJECT["default"])
         blocks = dict(BLOCK_R=launch.rows, BLOCK_D=launch.columns, BLOCK_C=launch.channels)
         precision = "ieee" if target.startswith("gfx") else "tf32x3"
-        flags = dict(CHANNELS_LAST=last, BIASED=True, UPCAST=False, PRECISION=precision)
+        flags = dict(CHANNELS_LAST=last, UPCAST=False, PRECISION=precision)
         return roi.pool_project, map_types(dtype, pooling) | pointers | sizes, pooling | flags | blocks, launch
 
     return build
 
 
-def loss_constants(target, launch, dim):
-    precision = "ieee" if target.startswith("gfx") else "tf32x3"
-    blocks = dict(BLOCK_N=launch.rows, BLOCK_M=launch.columns, BLOCK_D=dim)
-    return dict(KEY_IDS=True, UPCAST=False, PRECISION=precision) | blocks
-
-
 def loss_types(kernel, dtype):
-    """Types by the name of the argument: rows in `dtype`, indices and ids in int64, figures in float32."""
-    known = dict(query=f"*{dtype}", key=f"*{dtype}", bank=f"*{dtype}", coefficient=f"*{dtype}", unit="fp32")
+    """Types by the name of the argument: rows in `dtype`, indices and ids in int64, metrics in float32."""
+    known = dict.fromkeys(("query", "key", "bank", "coefficient"), f"*{dtype}")
     known |= dict.fromkeys(("target", "bank_valid", "query_ids", "key_ids", "bank_ids"), "*i64")
-    sizes = ("rows", "keys", "bank_rows", "dim", "key_splits", "blocks_a_split", "splits", "columns")
-    known |= dict.fromkeys(sizes, "i32") | dict(count_in="*i32")
-    if kernel is not contrastive.stream:
-        known |= dict(count_out="*i64")
+    sizes = ("rows", "keys", "bank_rows", "dim", "key_splits", "blocks_per_split", "splits", "columns")
+    known |= dict.fromkeys(sizes, "i32") | dict.fromkeys(("count_in", "count_out"), "*i32")
+    known |= dict(stats_out=("*fp32",) * 4 + ("*i64",))
     return {name: known.get(name, "*fp32") for name in kernel.arg_names if not name.isupper()}
 
 
 def streamed(kernel, dim):
     def build(dtype, target):
         launch = contrastive.STREAM.get(target, contrastive.STREAM["default"])[dim]
-        constants = loss_constants(target, launch, dim)
-        if kernel is contrastive.stream:
-            constants |= dict(HAS_VALID=True, BANK_IDS=True, WITH_MEAN=True)
-        return kernel, loss_types(kernel, dtype) | dict(count_out="*i32"), constants, launch
+        precision = "ieee" if target.startswith("gfx") else "tf32x3"
+        constants = dict(UPCAST=False, PRECISION=precision, BLOCK_N=launch.rows, BLOCK_M=launch.columns, BLOCK_D=dim)
+        return kernel, loss_types(kernel, dtype), constants, launch
 
     return build
 
 
 def combine(dtype, target):
-    types = loss_types(contrastive.combine, dtype)
-    launch = contrastive.Launch(rows=1, columns=0, warps=4, stages=2)
-    return contrastive.combine, types, dict(WITH_MEAN=True, BLOCK_D=512), launch
+    launch = contrastive.Launch(rows=1, warps=4, stages=2)
+    return contrastive.combine, loss_types(contrastive.combine, dtype), dict(BLOCK_D=512), launch
 
 
-def settle_rows(dtype, target):
-    flags = dict(HAS_VALID=True, KEY_IDS=True, BANK_IDS=True, WITH_GRADIENT=True, BLOCK=contrastive.ROW_BLOCK)
-    launch = contrastive.Launch(rows=1, columns=0, warps=contrastive.ROW_WARPS, stages=2)
-    return contrastive.settle_rows, loss_types(contrastive.settle_rows, dtype), flags, launch
+def finish_rows(dtype, target):
+    launch = contrastive.Launch(rows=1, warps=contrastive.ROW_WARPS, stages=2)
+    types = loss_types(contrastive.finish_rows, dtype)
+    return contrastive.finish_rows, types, dict(BLOCK=contrastive.ROW_BLOCK), launch
 
 
 # Known to be bad: twice the channels a tile's accumulator has registers for.
-spilling = pool_backward(PYRAMID, roi.Launch(rows=0, columns=0, channels=512, warps=4, stages=1))
+spilling = pool_backward(PYRAMID, roi.Launch(channels=512, warps=4, stages=1))
 
 KERNELS = {}
 for kind, pooling in dict(pyramid=PYRAMID, regions=REGIONS).items():
@@ -139,7 +120,7 @@ KERNELS["pool_project"], KERNELS["pool_project_nchw"] = pool_project(REGIONS), p
 for width in contrastive.STREAM["default"]:
     KERNELS[f"stream_{width}"] = streamed(contrastive.stream, width)
     KERNELS[f"key_gradient_{width}"] = streamed(contrastive.key_gradient, width)
-KERNELS |= dict(combine=combine, settle_rows=settle_rows)
+KERNELS |= dict(combine=combine, finish_rows=finish_rows)
 
 
 def divisible_by_16(kernel, types):

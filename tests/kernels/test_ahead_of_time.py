@@ -48,7 +48,7 @@ def test_kernels_fit_hopper(tmp_path):
         "pool_forward_regions",
         "stream_512",
         "combine",
-        "settle_rows",
+        "finish_rows",
     )
     lines = compiled("sm_90", tmp_path, *names)
     assert lines and not [line for line in lines if not fits(line)]
