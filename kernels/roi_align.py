@@ -8,10 +8,10 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from kernels import roi_align_cpu
 from kernels.dispatch import no_autocast, resolve_backend
+from kernels.products import linear
 
 
 class Pooling(NamedTuple):
@@ -84,7 +84,7 @@ def roi_align_project(
         # Expected, not measured; `python benchmarks/kernels.py` compares both on a GPU.
         if backend == "triton" and output_size == (1, 1) and len(weight) <= 256:
             return _pool_project(features, rois, weight, bias, *pooling)
-        return F.linear(_pool(features, rois, *pooling, backend).flatten(1), weight, bias)
+        return linear(_pool(features, rois, *pooling, backend).flatten(1), weight, bias)
 
 
 def _autocast(tensor):
@@ -99,7 +99,7 @@ def _checked(features, rois, scales, output_size):
     """The features after autocast and the output size as a pair; raises on arguments that do not fit together."""
     features = list(features)
     if not features or len(features) != len(scales):
-        raise ValueError(f"one scale a level is needed, got {len(features)} features and {len(scales)} scales")
+        raise ValueError(f"one scale per level is needed, got {len(features)} features and {len(scales)} scales")
     first = features[0]
     for feature in features:
         if feature.ndim != 4 or feature.shape[:2] != first.shape[:2]:
