@@ -27,6 +27,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import macl
 from benchmarks import common
+from trainkit.device import autocast
 
 PROPOSALS = 1000
 
@@ -68,7 +69,7 @@ def serve(args: argparse.Namespace) -> None:
     images, targets = batch(args)
     for _ in sys.stdin:
         model.zero_grad(set_to_none=True)
-        with common.autocast(args.device, args.amp):
+        with autocast(args.amp, args.device):
             losses = model(visible=images, targets=targets) if name == "macl" else model(images, targets)
         sum(losses.values()).backward()
         if args.device == "cuda":
@@ -111,9 +112,8 @@ def main() -> None:
 
     times, peaks = measure(["macl", "torchvision"] + ([PLAIN] if args.device == "cpu" else []), args.rounds)
     rows = common.time_rows(times, "macl")
-    rows = [
-        [*row, f"{peak:.0f}", f"{peaks['macl'] / peak:.2f}"] for row, peak in zip(rows, peaks.values(), strict=True)
-    ]
+    for row, peak in zip(rows, peaks.values(), strict=True):
+        row += [f"{peak:.0f}", f"{peaks['macl'] / peak:.2f}"]
     size = f"{args.height}x{args.width}, batch {args.batch_size}, {args.rois} RoIs per image"
     instructions = f"-{torch.backends.cpu.get_cpu_capability().lower()}" if args.device == "cpu" else ""
     common.finish(
