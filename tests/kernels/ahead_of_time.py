@@ -108,6 +108,18 @@ def finish_rows(dtype, target):
     return contrastive.finish_rows, types, dict(BLOCK=contrastive.ROW_BLOCK), launch
 
 
+def bare(build):
+    """Without any optional input: no ids, no valid count, no gradient."""
+
+    def without(dtype, target):
+        kernel, types, constants, launch = build(dtype, target)
+        optional = "bank_valid query_ids key_ids bank_ids weight mean_in mean_out coefficient row_grad_out".split()
+        constants |= {name: None for name in optional if name in types}
+        return kernel, types, constants, launch
+
+    return without
+
+
 # Known to be bad: twice the channels a tile's accumulator has registers for.
 spilling = pool_backward(PYRAMID, roi.Launch(channels=512, warps=4, stages=1))
 
@@ -120,7 +132,10 @@ KERNELS["pool_project"], KERNELS["pool_project_nchw"] = pool_project(REGIONS), p
 for width in contrastive.STREAM["default"]:
     KERNELS[f"stream_{width}"] = streamed(contrastive.stream, width)
     KERNELS[f"key_gradient_{width}"] = streamed(contrastive.key_gradient, width)
-KERNELS |= dict(combine=combine, finish_rows=finish_rows)
+KERNELS |= dict(
+    combine=combine, finish_rows=finish_rows, combine_bare=bare(combine), finish_rows_bare=bare(finish_rows)
+)
+KERNELS["stream_128_bare"] = bare(streamed(contrastive.stream, 128))
 
 
 def divisible_by_16(kernel, types):
