@@ -53,12 +53,8 @@ ARMS = {
         STAGE_1, "--no-msp --macl-weight 0.001", "a projector that reads its features and hardly shapes them",
         against=("detector",), seeds=5,
     ),
-    "macl": Arm(
-        STAGE_1, "--no-msp", "contrast between the modalities (MACL)", against=("detector", "probe"), seeds=5
-    ),
-    "light": Arm(
-        STAGE_1, "--no-msp --macl-weight 0.1", "MACL with a tenth of the weight", against=("detector", "macl"), seeds=3
-    ),
+    "macl": Arm(STAGE_1, "--no-msp", "contrast between the modalities (MACL)", against=("detector", "probe"), seeds=5),
+    "light": Arm(STAGE_1, "--no-msp --macl-weight 0.1", "MACL at a tenth of the weight", against=("detector", "macl")),
     "msp": Arm(STAGE_1, "--macl-weight 0", "multi-scale pyramid reweighting (MSP)", against=("detector",)),
     "undropped": Arm(
         STAGE_1, "--no-msp --macl-weight 0 --modality-dropout 0 0", "the detector alone, no modality ever masked",
@@ -72,9 +68,7 @@ ARMS = {
         STAGE_2, "--mmd-level none", "hard negatives in the denominator (DHN)",
         against=("tuned",), begins_with="macl", seeds=5,
     ),
-    "mmd": Arm(
-        STAGE_2, "--dhn-size 0", "domain alignment: MMD of the embeddings", against=("tuned",), begins_with="macl"
-    ),
+    "mmd": Arm(STAGE_2, "--dhn-size 0", "MMD of the embeddings (domain alignment)", ("tuned",), begins_with="macl"),
 }  # fmt: skip
 
 # Name of a metric -> where a validation line of metrics.jsonl has it. Stage 1 validates on the domain that it trains
@@ -99,6 +93,22 @@ def arguments_of(name: str, seed: int, *, steps: int, scenes: int, arms: dict[st
     return [arm.script, *shared.split(), *share.split(), *arm.flags.split()]
 
 
+def finished_runs(args: argparse.Namespace, arms: dict[str, Arm]) -> dict[tuple[str, int], dict]:
+    """(arm, seed) -> the latest result that was made with the arguments of now. InputError for a line that is none."""
+    finished = {}
+    lines = args.results.read_text(encoding="utf-8").splitlines() if args.results.exists() else ()
+    for number, line in enumerate(lines, 1):
+        try:
+            result = json.loads(line)
+        except json.JSONDecodeError:
+            raise InputError(f"{args.results}, line {number}: expected a json object; remove the line") from None
+        name, seed = result["arm"], result["seed"]
+        now = name in arms and arguments_of(name, seed, steps=args.steps, scenes=args.scenes, arms=arms)
+        if result["arguments"] == now:
+            finished[name, seed] = result
+    return finished
+
+
 def wanted(arms: dict[str, Arm], names: list[str], seeds: int | None) -> list[tuple[str, int]]:
     """The (arm, seed) to be measured: for each arm, what it is compared with and begins with comes along."""
     most = dict.fromkeys(arms, 0)
@@ -119,8 +129,8 @@ def measure(name: str, seed: int, args: argparse.Namespace, arms: dict[str, Arm]
     command = [sys.executable, *known_by, "--output", str(folder)]
     if arm.begins_with:
         command += ["--init-from", str(args.runs / f"{arm.begins_with}-{seed}" / "best.pt")]
-    log = args.runs / f"{name}-{seed}.log"
     args.runs.mkdir(parents=True, exist_ok=True)
+    log = args.runs / f"{name}-{seed}.log"
     with log.open("w", encoding="utf-8") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         run = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
@@ -261,22 +271,6 @@ def main(arguments: list[str] | None = None, *, arms: dict[str, Arm] = ARMS, mea
         print(f"\n{text}")
     if failures:
         raise SystemExit(1)
-
-
-def finished_runs(args: argparse.Namespace, arms: dict[str, Arm]) -> dict[tuple[str, int], dict]:
-    """(arm, seed) -> the latest result that was made with the arguments of now. InputError for a line that is none."""
-    finished = {}
-    lines = args.results.read_text(encoding="utf-8").splitlines() if args.results.exists() else ()
-    for number, line in enumerate(lines, 1):
-        try:
-            result = json.loads(line)
-        except json.JSONDecodeError:
-            raise InputError(f"{args.results}, line {number}: expected a json object; remove the line") from None
-        name, seed = result["arm"], result["seed"]
-        now = name in arms and arguments_of(name, seed, steps=args.steps, scenes=args.scenes, arms=arms)
-        if result["arguments"] == now:
-            finished[name, seed] = result
-    return finished
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ RESULTS = Path(__file__).resolve().parent / "results"
 TIME_COLUMNS = ["model", "median s", "min s", "max s", "time over ours (all rounds)"]
 
 
-def make_parser(description: str, *, rounds: int, threads: int | None = None) -> argparse.ArgumentParser:
+def make_parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
     """A parser with the flags of every benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds that count (default: {rounds})")
-    parser.add_argument("--threads", type=int, default=threads or torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
     return parser
 
@@ -67,11 +67,16 @@ def ratio(times: list[float], reference: list[float]) -> str:
 
 def time_rows(times: dict[str, list[float]], reference: str) -> list[list[str]]:
     """Rows for TIME_COLUMNS; times as from `take_turns`."""
-    rows = []
-    for name, taken in times.items():
-        seconds = [f"{value:.3f}" for value in (statistics.median(taken), min(taken), max(taken))]
-        rows.append([name, *seconds, ratio(taken, times[reference])])
-    return rows
+    return [
+        [
+            name,
+            f"{statistics.median(taken):.3f}",
+            f"{min(taken):.3f}",
+            f"{max(taken):.3f}",
+            ratio(taken, times[reference]),
+        ]
+        for name, taken in times.items()
+    ]
 
 
 def memory(device: str, peak: bool = False) -> float:

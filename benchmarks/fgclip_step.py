@@ -102,12 +102,15 @@ class PlainFGCLIP(nn.Module):
             x = layer(x)
         pooled = tower.post_layernorm(self.vision.layers[-1](x)[:, 0])
         short = self.encode_text(batch["short_texts"], long=False)
-        features = {"image": self.rest.visual_projection(pooled), "short": short[batch["short"]]}
-        if "boxes" in batch:
-            features["regions"] = self.encode_regions(x, batch["boxes"], size)
-            features |= dict(region_texts=short[batch["region"]], hard_texts=short[batch["hard"]])
-            features["long"] = self.encode_text(batch["long_texts"], long=True)[batch["long"]]
-        return features | {f"scale_{name}": scale for name, scale in self.rest.logit_scales().items()}
+        return {
+            "image": self.rest.visual_projection(pooled),
+            "short": short[batch["short"]],
+            "long": self.encode_text(batch["long_texts"], long=True)[batch["long"]],
+            "regions": self.encode_regions(x, batch["boxes"], size),
+            "region_texts": short[batch["region"]],
+            "hard_texts": short[batch["hard"]],
+            **{f"scale_{name}": scale for name, scale in self.rest.logit_scales().items()},
+        }
 
 
 def plain_symmetric_loss(image: Tensor, text: Tensor, scale: Tensor, *, ids: Tensor, bank: PairBank | None) -> Tensor:
@@ -139,11 +142,10 @@ def losses_of(features: dict, batch: dict, bank: PairBank | None, symmetric, har
     losses = {}
     for name, (image, text, scale, ids, _) in pairs.items():
         losses[name] = symmetric(image, text, scale, ids=ids, bank=bank if name == "region" else None)
-    if "hard_texts" in features:
-        region, text = unit(features["regions"])[batch["hard_regions"]], unit(features["hard_texts"])
-        ids = batch["short_ids"][batch["hard"]]
-        losses["hard"] = hard(region, text, features["scale_hard"], counts=batch["hard_counts"], ids=ids)
-    if bank is not None and "region" in pairs:
+    region, text = unit(features["regions"])[batch["hard_regions"]], unit(features["hard_texts"])
+    ids = batch["short_ids"][batch["hard"]]
+    losses["hard"] = hard(region, text, features["scale_hard"], counts=batch["hard_counts"], ids=ids)
+    if bank is not None:
         bank.enqueue(pairs["region"].image, pairs["region"].text, pairs["region"].ids)
     return losses
 
@@ -179,22 +181,12 @@ class Contender:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def make_batch(args: argparse.Namespace, regions: bool) -> dict:
+def make_batch(args: argparse.Namespace) -> dict:
     scenes = SyntheticRegions(args.batch_size, seed=0, image_size=SIZES[args.size]["vision"]["image_size"])
     records = [scenes.record(i) for i in range(len(scenes))]
     words = learn_merges([*PHRASES, *(text for record in records for text in (record.long, *record.short))])
-    collate = Collate(fgclip.Tokenizer(words), regions=regions, long_context_length=248 if regions else None)
+    collate = Collate(fgclip.Tokenizer(words), regions=True, long_context_length=248)
     return to_device(collate([scenes[i] for i in range(args.batch_size)]), args.device)
-
-
-def speed_rows(case: str, args: argparse.Namespace, batch: dict, bank_size: int) -> list[list[str]]:
-    """Rows of the table, after a check that ours and the plain form give the same losses."""
-    contenders = {name: Contender(name, args, batch, bank_size) for name in NAMES}
-    with torch.no_grad():
-        ours, plain = (contender.losses() for contender in contenders.values())
-    torch.testing.assert_close(ours, plain, rtol=1e-4 if args.amp == "none" else 0.02, atol=0)
-    times = common.take_turns({name: contender.step for name, contender in contenders.items()}, args.rounds, warmup=2)
-    return [[case, *row] for row in common.time_rows(times, "fgclip")]
 
 
 def main() -> None:
@@ -206,30 +198,31 @@ def main() -> None:
     parser.add_argument("--memory-of", nargs=2, metavar=("NAME", "BANK_SIZE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    batch = make_batch(args, regions=True)
+    batch = make_batch(args)
     if args.memory_of:
         contender = Contender(args.memory_of[0], args, batch, int(args.memory_of[1]))
         return print(common.extra_memory(lambda: [contender.step() for _ in range(3)], args.device))
 
     counts = [len(batch[name]) for name in ("region", "short_texts", "long_texts")]
-    speed = speed_rows(f"all four, bank {args.bank_size}", args, batch, args.bank_size)
-    speed += speed_rows("short captions", args, make_batch(args, regions=False), 0)
+    contenders = {name: Contender(name, args, batch, args.bank_size) for name in NAMES}
+    with torch.no_grad():
+        ours, plain = (contender.losses() for contender in contenders.values())
+    torch.testing.assert_close(ours, plain, rtol=1e-4 if args.amp == "none" else 0.02, atol=0)
+    times = common.take_turns({name: contender.step for name, contender in contenders.items()}, args.rounds, warmup=2)
     peaks = [
         [str(size), *(f"{common.in_fresh_process('--memory-of', name, str(size)):.1f}" for name in NAMES)]
         for size in args.bank_sizes
     ]
-    common.finish(
-        [
-            f"# FG-CLIP training step, {args.size} towers, batch {args.batch_size}, amp {args.amp}",
-            "{} regions, {} distinct short and {} long texts; ".format(*counts)
-            + f"{common.machine(args.device, ('torchvision',))}; {args.rounds} rounds",
-            common.table(["losses", *common.TIME_COLUMNS], speed),
-            "Peak memory of a step with all four losses, in MiB above what is held before it:",
-            common.table(["places in the bank", *NAMES], peaks),
-        ],
-        f"fgclip-step-{args.device}-{args.amp}",
-        args.write,
-    )
+    report = [
+        f"# FG-CLIP training step, {args.size} towers, batch {args.batch_size}, amp {args.amp}",
+        "{} regions, {} distinct short and {} long texts; ".format(*counts)
+        + f"{common.machine(args.device, ('torchvision',))}; {args.rounds} rounds",
+        f"All four losses, a bank of {args.bank_size}:",
+        common.table(common.TIME_COLUMNS, common.time_rows(times, "fgclip")),
+        "Peak memory of a step, in MiB above what is held before it:",
+        common.table(["places in the bank", *NAMES], peaks),
+    ]
+    common.finish(report, f"fgclip-step-{args.device}-{args.amp}", args.write)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def contrastive_loss(
     implementation="auto",
 ):
     """InfoNCE (van den Oord et al., CPC, eq. 4) with a memory bank (He et al., MoCo, eq. 1):
-    the cross-entropy of logit_scale * query @ [key; bank].T, one row a query.
+    the cross-entropy of logit_scale * query @ [key; bank].T, one row per query.
 
     query: (N, D), key: (M, D), any floating dtype, also mixed; logits and loss are float32 (float64 when query or key
         is), with or without autocast. The caller normalises.

@@ -4,7 +4,7 @@ Two engines. "stream" is for few queries in half precision, where reading the ba
 block of queries and passes over one share of the columns with an online softmax whose weighted mean of columns is the
 query's gradient; a second kernel combines the shares in a fixed order, a third gives the in-batch keys their gradient.
 "chunked" is for many queries, where the products are the cost, and for float32: float32 logits of a chunk of rows by
-cuBLAS, one kernel a row that turns them into the coefficients of the gradient, and two more products.
+cuBLAS, one kernel per row that turns them into the coefficients of the gradient, and two more products.
 
 Half-precision inputs are multiplied as they are with float32 sums. Coefficients of the gradient are rounded to the
 inputs' precision only after the row's own factor, tiny where the loss is tiny, is taken out, so that float16 does not
@@ -151,8 +151,7 @@ def stream(
 
 @triton.jit
 def _store_row(stats_out, n, lse, positive, largest, count):
-    """Stores a row's RowStats from its negatives' logsumexp, largest logit and count. Returns lse's share in the loss's
-    gradient, sigmoid(lse - positive)."""
+    """Stores a row's RowStats; lse, largest, count: of its negatives. Returns d loss / d lse, sigmoid(lse - positive)."""
     loss_out, logsumexp_out, positive_out, largest_out, count_out = stats_out
     margin = lse - positive
     # softplus and sigmoid without overflow: e^-|x| is at most 1.

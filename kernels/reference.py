@@ -19,7 +19,7 @@ def coordinate_dtype(features):
 def assign_levels(rois, scales):
     """Pyramid level of each RoI, torchvision's `LevelMapper` (Lin et al., FPN, eq. 1): 4 + log2(sqrt(area) / 224).
 
-    rois: (R, 5) floats; scales: one float a level, each about half of the one before. Returns (R,) int64 indices into
+    rois: (R, 5) floats; scales: one float per level, each about half of the one before. Returns (R,) int64 indices into
     `scales`, or -1 where the area is not a number (torchvision leaves those rows at zero).
     """
     if len(scales) == 1:
@@ -35,10 +35,12 @@ def assign_levels(rois, scales):
 def sample_axis(low, high, bins, extent, sampling_ratio, aligned):
     """The bilinear taps of one axis: where each RoI samples and with which weights.
 
-    low, high: (R,) edges of the RoIs in feature pixels (already shifted when `aligned`); extent: (R,) pixels of the
-    axis. Returns index (R, bins, S, 2) int64, weight (R, bins, S, 2) and count (R,), the samples a bin by which the sum
-    is divided. Samples outside [-1, extent] weigh nothing; with an adaptive grid only the samples that can lie inside
-    are listed, so that a huge box costs no more than the map.
+    low, high: (R,) edges of the RoIs in feature pixels (already shifted when `aligned`).
+    extent: (R,) pixels of the axis.
+
+    Returns index (R, bins, S, 2) int64, weight (R, bins, S, 2) and count (R,), the samples per bin that the sum is
+    divided by. Samples outside [-1, extent] weigh nothing; with an adaptive grid only those that can lie inside are
+    listed, so that a huge box costs no more than the map.
     """
     size = high - low
     if not aligned:

@@ -32,9 +32,9 @@ def multiscale_roi_align(
         channels-last memory; sums run in float32 (float64 for float64). Under autocast they are cast to its dtype.
     rois: (R, 5) floats = image index, x1, y1, x2, y2 in pixels of the image; coordinates stay in float32 (float64 with
         float64 features) and get no gradient. A box with a coordinate that is not finite pools to zero.
-    scales: one float a level, feature pixels per image pixel; several levels halve from one to the next, and a RoI's
+    scales: one float per level, feature pixels per image pixel; several levels halve from one to the next, and a RoI's
         level is clamp(floor(4 + log2(sqrt(area) / 224) + 1e-6)) (Lin et al., FPN, eq. 1, as torchvision rounds it).
-    output_size: int or (ph, pw). sampling_ratio: samples a bin and axis; 0 or less: adaptive, ceil(size / bins).
+    output_size: int or (ph, pw). sampling_ratio: samples per bin and axis; 0 or less: adaptive, ceil(size / bins).
     aligned: shift coordinates by half a pixel and do not force boxes to at least one pixel.
     implementation: "auto" (Triton on a GPU, PyTorch elsewhere), "triton" or "torch".
 
@@ -60,7 +60,7 @@ def roi_align_project(
     aligned=False,
     implementation="auto",
 ):
-    """RoIAlign and the linear layer on its flattened output as one operator: features, rois -> (R, D).
+    """RoIAlign and the linear layer on its flattened output: features, rois -> (R, D).
 
     weight: (D, C * ph * pw), flattened in the order (C, ph, pw); bias: (D,) or None; both are cast like the features
     under autocast and must have their dtype otherwise. Everything else, and what is raised, as in

@@ -378,7 +378,7 @@ def pool_project(
         for c_start in range(0, channels, BLOCK_C):
             c = c_start + tl.arange(0, BLOCK_C)
             offset = c.to(tl.int64)[None, :] + tl.zeros_like(row)[:, None]
-            if not CHANNELS_LAST:  # of one level the stride is a number, of several one a RoI
+            if not CHANNELS_LAST:  # of one level the stride is a number, of several one per RoI
                 offset *= (tl.zeros_like(row) + _select(strides_c, level, LEVELS).to(tl.int64))[:, None]
             pooled = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
             for i in range(0, most_y):
