@@ -67,16 +67,11 @@ def ratio(times: list[float], reference: list[float]) -> str:
 
 def time_rows(times: dict[str, list[float]], reference: str) -> list[list[str]]:
     """Rows for TIME_COLUMNS; times as from `take_turns`."""
-    return [
-        [
-            name,
-            f"{statistics.median(taken):.3f}",
-            f"{min(taken):.3f}",
-            f"{max(taken):.3f}",
-            ratio(taken, times[reference]),
-        ]
-        for name, taken in times.items()
-    ]
+    rows = []
+    for name, taken in times.items():
+        seconds = [f"{value:.3f}" for value in (statistics.median(taken), min(taken), max(taken))]
+        rows.append([name, *seconds, ratio(taken, times[reference])])
+    return rows
 
 
 def memory(device: str, peak: bool = False) -> float:

@@ -34,15 +34,13 @@ def map_types(dtype, pooling):
     return {name: (kind,) * pooling["LEVELS"] for name, kind in zip(names, kinds, strict=True)}
 
 
-def padded(pooling):
-    return triton.next_power_of_2(pooling["PW"])
-
-
 def pool_forward(pooling, last=True):
     def build(dtype, target):
         types = map_types(dtype, pooling) | dict(rois="*fp32", out=f"*{dtype}", batch="i32", channels="i32")
         launch = roi.FORWARD_ONE_BIN if pooling["PW"] == 1 else roi.FORWARD
-        constants = pooling | dict(PW_PAD=padded(pooling), CHANNELS_LAST=last, BLOCK_C=launch.channels)
+        constants = pooling | dict(
+            PW_PAD=triton.next_power_of_2(pooling["PW"]), CHANNELS_LAST=last, BLOCK_C=launch.channels
+        )
         return roi.pool_forward, types, constants, launch
 
     return build
@@ -59,7 +57,12 @@ def pool_backward(pooling, launch=None):
         precision = "ieee" if target.startswith("gfx") else "tf32x3"
         rows = roi.bin_rows((pooling["PH"], pooling["PW"]))
         tile = dict(UPCAST=False, PRECISION=precision, TILE=roi.TILE, SCAN=roi.SCAN, BLOCK_C=chosen.channels)
-        return roi.pool_backward, types, pooling | dict(PW_PAD=padded(pooling), BIN_ROWS=rows) | tile, chosen
+        return (
+            roi.pool_backward,
+            types,
+            pooling | dict(PW_PAD=triton.next_power_of_2(pooling["PW"]), BIN_ROWS=rows) | tile,
+            chosen,
+        )
 
     return build
 

@@ -198,8 +198,3 @@ def test_the_public_loss_takes_the_kernels():
         results.append([loss, *torch.autograd.grad(loss, [query, key]), stats.candidates])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-4)
-
-
-def test_float64_is_refused():
-    with pytest.raises(TypeError, match="float64"):
-        multiscale_roi_align(pyramid(torch.float64), ROIS, scales=SCALES, output_size=2, implementation="triton")

@@ -67,6 +67,10 @@ def test_equal_ids_are_left_out_but_never_the_target_and_never_minus_one(loss):
     torch.testing.assert_close(stats[0], logits.logsumexp(1))
 
 
+def test_the_bank_gets_no_gradient():
+    assert not contrastive_loss(rows(3), rows(3, seed=1), 10.0, bank=rows(5, seed=2).requires_grad_()).requires_grad
+
+
 def test_a_row_without_negatives_costs_nothing_and_has_no_gradient():
     query, key = rows(1).requires_grad_(), rows(1, seed=1).requires_grad_()
     loss, stats = contrastive_loss(query, key, 10.0, with_stats=True)

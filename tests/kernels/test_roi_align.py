@@ -57,8 +57,9 @@ def test_a_pyramid_pools_as_torchvision(output_size, sampling_ratio, channels_la
     laid = [part.contiguous(memory_format=torch.channels_last) for part in features] if channels_last else features
     pooled = multiscale_roi_align(laid, rois, scales=SCALES, output_size=output_size, sampling_ratio=sampling_ratio)
     expected = torchvision_multiscale(features, rois, output_size, sampling_ratio)
-    ours, right = with_gradients(pooled, features), with_gradients(expected, features)
-    torch.testing.assert_close(ours, right, rtol=1e-10, atol=1e-10)
+    ours, right = with_gradients(pooled, [*features, *laid]), with_gradients(expected, features)
+    torch.testing.assert_close(ours[:5], right, rtol=1e-10, atol=1e-10)
+    assert all(part.stride() == like.stride() for part, like in zip(ours[5:], laid, strict=True))
 
 
 @pytest.mark.parametrize("side", [111.99999, 112.0, 112.00001, 223.9999, 224.0, 224.0002, 448.0, 447.9998])
