@@ -14,16 +14,17 @@ from pathlib import Path
 
 import torch
 
+from trainkit.device import AUTOCAST
+
 RESULTS = Path(__file__).resolve().parent / "results"
-AMP = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 TIME_COLUMNS = ["model", "median s", "min s", "max s", "time over ours (all rounds)"]
 
 
-def make_parser(description: str, *, rounds: int, threads: int | None = None) -> argparse.ArgumentParser:
+def make_parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
     """A parser with the flags of every benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds that count (default: {rounds})")
-    parser.add_argument("--threads", type=int, default=threads or torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--write", action="store_true", help="write the table to benchmarks/results/")
     return parser
 
@@ -32,11 +33,7 @@ def add_step_flags(parser: argparse.ArgumentParser, batch_size: int) -> None:
     """The flags of benchmarks of a training step."""
     parser.add_argument("--batch-size", type=int, default=batch_size, help=f"images per step (default: {batch_size})")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--amp", choices=tuple(AMP), default="none", help="dtype of autocast (default: none)")
-
-
-def autocast(device: str, amp: str) -> torch.autocast:
-    return torch.autocast(device, dtype=AMP[amp], enabled=amp != "none")
+    parser.add_argument("--amp", choices=tuple(AUTOCAST), default="none", help="dtype of autocast (default: none)")
 
 
 def wall_seconds(function) -> float:
@@ -49,13 +46,9 @@ def wall_seconds(function) -> float:
 
 
 def take_turns(functions: dict, rounds: int, *, warmup: int = 1, seconds=wall_seconds) -> dict[str, list[float]]:
-    """name -> seconds of each round.
+    """name -> seconds of each round; every round calls every function once, so that other load slows all of them down.
 
-    functions: name -> function without arguments.
-    warmup: rounds that do not count.
-    seconds: measures one call of a function.
-
-    Every round calls every function once, so that other load on the machine slows all of them down: compare ratios.
+    functions: name -> function without arguments; warmup: rounds that do not count; seconds(function) measures a call.
     """
     times = {name: [] for name in functions}
     for round_ in range(warmup + rounds):

@@ -106,10 +106,11 @@ def measure(dataset: LLVIP, count: int, size: int, rounds: int) -> list[str]:
 
 
 def main() -> None:
-    parser = common.make_parser(__doc__, rounds=9, threads=1)
+    parser = common.make_parser(__doc__, rounds=9)
     parser.add_argument("--root", type=Path, help="LLVIP's folder (default: temporary files of its size)")
     parser.add_argument("--pairs", type=int, default=12, help="pairs per round (default: 12)")
     parser.add_argument("--size", type=int, default=512, help="shorter side after resizing, pixels (default: 512)")
+    parser.set_defaults(threads=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:

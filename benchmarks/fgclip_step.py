@@ -4,16 +4,14 @@
     python benchmarks/fgclip_step.py --device cuda --amp bf16 --size base --batch-size 64 --bank-sizes 0,4096,65536
 
 The plain form has the same weights in nn.TransformerEncoder, torchvision's roi_align, and F.cross_entropy over the
-whole matrix of logits. It gets the same batch, with each distinct text once, and gives the same losses. Where open_clip
-is installed, its model and loss are compared too, on images and short captions. The steps (forward, losses, backward,
-AdamW, and the bank's new entries) take turns in one process. Peak memory is measured in a fresh process each, above
-what the process held before its first step, which includes the bank.
+whole matrix of logits. It gets the same batch, with each distinct text once, and gives the same losses. The steps
+(forward, losses, backward, AdamW, and the bank's new entries) take turns in one process. Peak memory is that of a fresh
+process each, above what it held before its first step, which includes the bank.
 """
 
 import argparse
 import copy
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,7 +25,7 @@ from torchvision.ops import roi_align
 import fgclip
 from benchmarks import common
 from fgclip.data import Collate
-from trainkit.device import to_device
+from trainkit.device import autocast, to_device
 from fgclip.losses import PairBank, hard_negative_loss, symmetric_loss
 from fgclip.model import l2_normalize
 from fgclip.synthetic import PHRASES, SyntheticRegions
@@ -41,10 +39,11 @@ SIZES = {
         text=dict(vocab_size=1024, width=128, layers=4, heads=4, mlp_width=512),
         embed_dim=128,
     ),
-    "base": dict(),  # FG-CLIP's published one
+    "base": dict(vision=dict(image_size=224)),  # FG-CLIP's published one
 }
 WEIGHTS = dict(long=1.0, short=1.0, region=0.1, hard=0.5)
 LR = 1e-4
+NAMES = ("fgclip", "plain")
 
 
 def plain_encoder(encoder: nn.Module) -> nn.TransformerEncoder:
@@ -103,12 +102,15 @@ class PlainFGCLIP(nn.Module):
             x = layer(x)
         pooled = tower.post_layernorm(self.vision.layers[-1](x)[:, 0])
         short = self.encode_text(batch["short_texts"], long=False)
-        features = {"image": self.rest.visual_projection(pooled), "short": short[batch["short"]]}
-        if "boxes" in batch:
-            features["regions"] = self.encode_regions(x, batch["boxes"], size)
-            features |= dict(region_texts=short[batch["region"]], hard_texts=short[batch["hard"]])
-            features["long"] = self.encode_text(batch["long_texts"], long=True)[batch["long"]]
-        return features | {f"scale_{name}": scale for name, scale in self.rest.logit_scales().items()}
+        return {
+            "image": self.rest.visual_projection(pooled),
+            "short": short[batch["short"]],
+            "long": self.encode_text(batch["long_texts"], long=True)[batch["long"]],
+            "regions": self.encode_regions(x, batch["boxes"], size),
+            "region_texts": short[batch["region"]],
+            "hard_texts": short[batch["hard"]],
+            **{f"scale_{name}": scale for name, scale in self.rest.logit_scales().items()},
+        }
 
 
 def plain_symmetric_loss(image: Tensor, text: Tensor, scale: Tensor, *, ids: Tensor, bank: PairBank | None) -> Tensor:
@@ -154,66 +156,30 @@ def losses_of(features: dict, batch: dict, bank: PairBank | None, symmetric, har
     return losses
 
 
-class OpenCLIP(nn.Module):
-    """open_clip's model of the same sizes (weights of its own) and its loss, on images and short captions.
-
-    Its text tower always reads its whole context, 77 tokens as a rule; here it is made as short as the batch's texts.
-    """
-
-    def __init__(self, model: fgclip.FGCLIP, context_length: int):
-        super().__init__()
-        import open_clip
-
-        vision, text = model.vision_model, model.text_model
-        heads = vision.encoder.layers[0].self_attn.heads
-        self.model = open_clip.CLIP(
-            embed_dim=model.visual_projection.out_features,
-            vision_cfg=dict(
-                layers=len(vision.encoder.layers), width=vision.width, head_width=vision.width // heads,
-                patch_size=vision.patch_size, image_size=vision.image_size,
-            ),
-            text_cfg=dict(
-                context_length=context_length, vocab_size=text.vocab_size, width=text.width,
-                heads=text.encoder.layers[0].self_attn.heads, layers=len(text.encoder.layers),
-            ),
-            quick_gelu=True,
-        )  # fmt: skip
-        self.loss = open_clip.ClipLoss()
-
-    def forward(self, batch: dict) -> dict[str, Tensor]:
-        """The losses of a batch."""
-        return {"short": self.loss(*self.model(batch["pixels"], batch["short_texts"][batch["short"]])[:3])}
-
-
 class Contender:
-    """A model, "fgclip", "plain" or "open_clip", with its optimizer and a full bank."""
+    """A model, "fgclip" or "plain", with its optimizer and a full bank."""
 
     def __init__(self, name: str, args: argparse.Namespace, batch: dict, bank_size: int = 0):
-        self.name, self.device, self.amp, self.batch, self.bank = name, args.device, args.amp, batch, None
+        self.name, self.args, self.batch, self.bank = name, args, batch, None
         torch.manual_seed(0)
         model = fgclip.FGCLIP(**SIZES[args.size])
         dim = model.visual_projection.out_features
         if name == "plain":
             model = PlainFGCLIP(model)
-        elif name == "open_clip":
-            model = OpenCLIP(model, batch["short_texts"].shape[1])
         self.model = model.to(args.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR)
         if bank_size:
             self.bank = PairBank(bank_size, dim, device=args.device)
             torch.manual_seed(1)  # the forms draw different amounts when they are built
-            for rows in torch.arange(bank_size, device=args.device).split(1024):
-                pairs = l2_normalize(torch.randn(2, len(rows), dim, device=args.device))
-                self.bank.enqueue(*pairs, rows + 2**40)
+            pairs = l2_normalize(torch.randn(2, bank_size, dim, device=args.device))
+            self.bank.enqueue(*pairs, torch.arange(bank_size, device=args.device) + 2**40)
 
     def losses(self) -> dict[str, Tensor]:
-        with common.autocast(self.device, self.amp):
+        with autocast(self.args.amp, self.args.device):
             output = self.model(self.batch)
-            if self.name == "open_clip":
-                return output
-            plain = self.name == "plain"
-            forms = (plain_symmetric_loss, plain_hard_loss) if plain else (symmetric_loss, hard_negative_loss)
-            return losses_of(output, self.batch, self.bank, *forms)
+            if self.name == "plain":
+                return losses_of(output, self.batch, self.bank, plain_symmetric_loss, plain_hard_loss)
+            return losses_of(output, self.batch, self.bank, symmetric_loss, hard_negative_loss)
 
     def step(self) -> None:
         sum(WEIGHTS[name] * loss for name, loss in self.losses().items()).backward()
@@ -221,30 +187,12 @@ class Contender:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def make_batch(args: argparse.Namespace, regions: bool) -> dict:
-    tower = SIZES[args.size].get("vision", dict(image_size=224))
-    scenes = SyntheticRegions(args.batch_size, seed=0, image_size=tower["image_size"])
+def make_batch(args: argparse.Namespace) -> dict:
+    scenes = SyntheticRegions(args.batch_size, seed=0, image_size=SIZES[args.size]["vision"]["image_size"])
     records = [scenes.record(i) for i in range(len(scenes))]
     words = learn_merges([*PHRASES, *(text for record in records for text in (record.long, *record.short))])
-    collate = Collate(fgclip.Tokenizer(words), regions=regions, long_context_length=248 if regions else None)
+    collate = Collate(fgclip.Tokenizer(words), regions=True, long_context_length=248)
     return to_device(collate([scenes[i] for i in range(args.batch_size)]), args.device)
-
-
-def check_equal(ours: Contender, plain: Contender) -> None:
-    """Exit where both do not give the same losses."""
-    tolerance = 1e-4 if ours.amp == "none" else 0.02
-    with torch.no_grad():
-        expected = plain.losses()
-        for name, loss in ours.losses().items():
-            if abs(loss - expected[name]) > tolerance * abs(expected[name]):
-                raise SystemExit(f"the loss {name} is {loss} here and {expected[name]} in plain form")
-
-
-def speed_rows(case: str, names: list[str], args: argparse.Namespace, batch: dict, bank_size: int) -> list[list[str]]:
-    contenders = {name: Contender(name, args, batch, bank_size) for name in names}
-    check_equal(contenders["fgclip"], contenders["plain"])
-    times = common.take_turns({name: contender.step for name, contender in contenders.items()}, args.rounds, warmup=2)
-    return [[case, *row] for row in common.time_rows(times, "fgclip")]
 
 
 def main() -> None:
@@ -256,31 +204,31 @@ def main() -> None:
     parser.add_argument("--memory-of", nargs=2, metavar=("NAME", "BANK_SIZE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    batch = make_batch(args, regions=True)
+    batch = make_batch(args)
     if args.memory_of:
         contender = Contender(args.memory_of[0], args, batch, int(args.memory_of[1]))
         return print(common.extra_memory(lambda: [contender.step() for _ in range(3)], args.device))
 
-    texts = f"{len(batch['short_texts'])} distinct short and {len(batch['long_texts'])} long texts"
-    packages = ("torchvision", "open_clip_torch") if find_spec("open_clip") else ("torchvision",)
-    speed = speed_rows(f"all four, bank {args.bank_size}", ["fgclip", "plain"], args, batch, args.bank_size)
-    names = ["fgclip", "plain", "open_clip"] if find_spec("open_clip") else ["fgclip", "plain"]
-    speed += speed_rows("short captions", names, args, make_batch(args, regions=False), 0)
+    counts = [len(batch[name]) for name in ("region", "short_texts", "long_texts")]
+    contenders = {name: Contender(name, args, batch, args.bank_size) for name in NAMES}
+    with torch.no_grad():
+        ours, plain = (contender.losses() for contender in contenders.values())
+    torch.testing.assert_close(ours, plain, rtol=1e-4 if args.amp == "none" else 0.02, atol=0)
+    times = common.take_turns({name: contender.step for name, contender in contenders.items()}, args.rounds, warmup=2)
     peaks = [
-        [str(size), *(f"{common.in_fresh_process('--memory-of', name, str(size)):.1f}" for name in ("fgclip", "plain"))]
+        [str(size), *(f"{common.in_fresh_process('--memory-of', name, str(size)):.1f}" for name in NAMES)]
         for size in args.bank_sizes
     ]
-    common.finish(
-        [
-            f"# FG-CLIP training step, {args.size} towers, batch {args.batch_size}, amp {args.amp}",
-            f"{len(batch['region'])} regions, {texts}; {common.machine(args.device, packages)}; {args.rounds} rounds",
-            common.table(["losses", *common.TIME_COLUMNS], speed),
-            "Peak memory of a step with all four losses, in MiB above what is held before it:",
-            common.table(["places in the bank", "fgclip", "plain"], peaks),
-        ],
-        f"fgclip-step-{args.device}-{args.amp}",
-        args.write,
-    )
+    report = [
+        f"# FG-CLIP training step, {args.size} towers, batch {args.batch_size}, amp {args.amp}",
+        "{} regions, {} distinct short and {} long texts; ".format(*counts)
+        + f"{common.machine(args.device, ('torchvision',))}; {args.rounds} rounds",
+        f"All four losses, a bank of {args.bank_size}:",
+        common.table(common.TIME_COLUMNS, common.time_rows(times, "fgclip")),
+        "Peak memory of a step, in MiB above what is held before it:",
+        common.table(["places in the bank", *NAMES], peaks),
+    ]
+    common.finish(report, f"fgclip-step-{args.device}-{args.amp}", args.write)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,6 +28,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import macl
 from benchmarks import common
+from trainkit.device import autocast, to_device
 
 PROPOSALS = 1000
 
@@ -57,18 +59,17 @@ def batch(args: argparse.Namespace) -> tuple[list, list]:
     corner = torch.rand(8, 2, generator=generator) * torch.tensor([args.width - 60.0, args.height - 130.0])
     size = torch.tensor([20.0, 50.0]) + torch.rand(8, 2, generator=generator) * torch.tensor([40.0, 80.0])
     target = {"boxes": torch.cat([corner, corner + size], 1), "labels": torch.ones(8, dtype=torch.int64)}
-    target = {name: value.to(args.device) for name, value in target.items()}
-    return [image.to(args.device) for image in images], [target] * args.batch_size
+    return to_device(images, args.device), [to_device(target, args.device)] * args.batch_size
 
 
 def serve(args: argparse.Namespace) -> None:
     """The process of one detector: a step for each line that comes in, then the peak memory in MiB."""
-    name = args.serve.split(",")[0]
+    name = "macl" if args.serve == "macl" else "torchvision"
     model = models(args)[name].to(args.device).train()
     images, targets = batch(args)
     for _ in sys.stdin:
         model.zero_grad(set_to_none=True)
-        with common.autocast(args.device, args.amp):
+        with autocast(args.amp, args.device):
             losses = model(visible=images, targets=targets) if name == "macl" else model(images, targets)
         sum(losses.values()).backward()
         if args.device == "cuda":
@@ -77,23 +78,21 @@ def serve(args: argparse.Namespace) -> None:
     print(common.memory(args.device, peak=True))
 
 
-def request_step(process: subprocess.Popen) -> None:
-    process.stdin.write("\n")
-    process.stdin.flush()
-    if not process.stdout.readline():
-        sys.exit("the process of a detector stopped: see above")
-
-
 def measure(names: list[str], rounds: int) -> tuple[dict, dict]:
     """name -> seconds of each round, and name -> peak memory in MiB."""
+
+    def request_step(name: str) -> None:
+        print(file=processes[name].stdin, flush=True)
+        if not processes[name].stdout.readline():
+            sys.exit("the process of a detector stopped: see above")
+
     with contextlib.ExitStack() as stack:
         processes = {}
         for name in names:
             command = [sys.executable, *sys.argv, "--serve", name]
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             processes[name] = stack.enter_context(process)
-        functions = {name: lambda process=process: request_step(process) for name, process in processes.items()}
-        times = common.take_turns(functions, rounds, warmup=2)
+        times = common.take_turns({name: partial(request_step, name) for name in names}, rounds, warmup=2)
         return times, {name: float(process.communicate()[0]) for name, process in processes.items()}
 
 
@@ -111,20 +110,16 @@ def main() -> None:
 
     times, peaks = measure(["macl", "torchvision"] + ([PLAIN] if args.device == "cpu" else []), args.rounds)
     rows = common.time_rows(times, "macl")
-    rows = [
-        [*row, f"{peak:.0f}", f"{peaks['macl'] / peak:.2f}"] for row, peak in zip(rows, peaks.values(), strict=True)
-    ]
+    for row, peak in zip(rows, peaks.values(), strict=True):
+        row += [f"{peak:.0f}", f"{peaks['macl'] / peak:.2f}"]
     size = f"{args.height}x{args.width}, batch {args.batch_size}, {args.rois} RoIs per image"
     instructions = f"-{torch.backends.cpu.get_cpu_capability().lower()}" if args.device == "cpu" else ""
-    common.finish(
-        [
-            f"# Training step, {size}, amp {args.amp}",
-            f"{common.machine(args.device, ('torchvision',))}; {args.rounds} rounds",
-            common.table([*common.TIME_COLUMNS, "peak MiB", "our peak over it"], rows),
-        ],
-        f"training-step-{args.device}-{args.amp}{instructions}",
-        args.write,
-    )
+    report = [
+        f"# Training step, {size}, amp {args.amp}",
+        f"{common.machine(args.device, ('torchvision',))}; {args.rounds} rounds",
+        common.table([*common.TIME_COLUMNS, "peak MiB", "our peak over it"], rows),
+    ]
+    common.finish(report, f"training-step-{args.device}-{args.amp}{instructions}", args.write)
 
 
 if __name__ == "__main__":

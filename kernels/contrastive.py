@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 
 from kernels import contrastive_cpu
-from kernels.contrastive_cpu import Problem
-from kernels.implementation import choose, uncast
+from kernels.contrastive_cpu import LossInputs, empty_row_stats
+from kernels.dispatch import no_autocast, resolve_backend
+from kernels.reference import logit_dtype, reduce_rows
 
 
 class ContrastiveStats(NamedTuple):
@@ -42,7 +43,7 @@ def contrastive_loss(
     implementation="auto",
 ):
     """InfoNCE (van den Oord et al., CPC, eq. 4) with a memory bank (He et al., MoCo, eq. 1):
-    the cross-entropy of logit_scale * query @ [key; bank].T, one row a query.
+    the cross-entropy of logit_scale * query @ [key; bank].T, one row per query.
 
     query: (N, D), key: (M, D), any floating dtype, also mixed; logits and loss are float32 (float64 when query or key
         is), with or without autocast. The caller normalises.
@@ -63,36 +64,28 @@ def contrastive_loss(
     [0, M); on a GPU such a row's loss is NaN, since looking would stall it.
     """
     _check(query, key, target, bank, query_ids, key_ids, bank_ids, reduction)
-    implementation = choose(implementation, [query, key])
+    backend = resolve_backend(implementation, [query, key])
     if target is None:
         target = torch.arange(query.shape[0], device=query.device)
-    elif not torch.compiler.is_compiling():  # there the operator's own gather refuses it
-        _check_target(target, key.shape[0])
+    elif _misses(target, key.shape[0]):
+        raise ValueError(f"every target must be a row of key, in [0, {key.shape[0]})")
     if not isinstance(logit_scale, torch.Tensor):
         logit_scale = torch.full((), logit_scale, device=query.device)
-    if bank is not None and bank.requires_grad:
-        bank = bank.detach()
-    if bank is not None and bank_valid is not None:
-        bank, bank_ids, bank_valid = _bank_in_use(bank, bank_ids, bank_valid)
-    problem = Problem(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
-    if implementation == "torch" and reduction != "none" and not recompute and not with_stats:
-        loss = contrastive_cpu.small_loss(problem, reduction)
-        if loss is not None:
-            return loss
-    with uncast(query):  # logits are float32
-        wanted = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, logit_scale))
-        keep = wanted and not recompute and reduction != "none"
-        loss, *stats = _contrast(*problem, reduction, keep, implementation)[:5]
+    if bank_valid is not None and not isinstance(bank_valid, torch.Tensor):  # a number only cuts the view
+        if bank_valid < 0:
+            raise ValueError(f"bank_valid must not be negative, got {bank_valid}")
+        bank, bank_ids = (None if part is None else part[:bank_valid] for part in (bank, bank_ids))
+        bank_valid = None
+    bank = None if bank is None else bank.detach()
+    inputs = LossInputs(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
+    weight = None
+    wanted = torch.is_grad_enabled() and any(part.requires_grad for part in inputs[:3])
+    if wanted and not recompute and reduction != "none":
+        row = 1 / max(1, query.shape[0]) if reduction == "mean" else 1.0
+        weight = torch.full_like(query[:, 0], row, dtype=logit_dtype(query, key))
+    with no_autocast(query):  # logits are float32
+        loss, *stats = _contrast(*inputs, weight, reduction, backend)[:5]
     return (loss, ContrastiveStats(*stats)) if with_stats else loss
-
-
-def _bank_in_use(bank, ids, valid):
-    """Bank, ids and the valid count that a kernel must still look at: a number only cuts the view."""
-    if isinstance(valid, torch.Tensor):
-        return bank, ids, valid
-    if valid < 0:
-        raise ValueError(f"bank_valid must not be negative, got {valid}")
-    return bank[:valid], None if ids is None else ids[:valid], None
 
 
 @torch.library.custom_op("macl_fgclip::contrastive_loss", mutates_args=())
@@ -106,103 +99,65 @@ def _contrast(
     query_ids: torch.Tensor | None,
     key_ids: torch.Tensor | None,
     bank_ids: torch.Tensor | None,
+    weight: torch.Tensor | None,
     reduction: str,
-    keep: bool,
-    implementation: str,
+    backend: str,
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:
-    """Loss, four statistics, and the gradients of query, key and logit_scale where `keep` (empty tensors otherwise)."""
-    problem = Problem(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
-    rows = query.shape[0]
-    weight = None
-    if keep:
-        weight = torch.full_like(query[:, 0], 1 / max(1, rows) if reduction == "mean" else 1, dtype=problem.dtype)
-    result, gradients = _engine(implementation).contrast(problem, weight)
-    loss = result.loss if reduction == "none" else result.loss.sum()
-    loss = loss / max(1, rows) if reduction == "mean" else loss
-    kept = tuple(gradients) if keep else tuple(loss.new_empty(0) for _ in range(3))
-    return loss, *result[1:], *kept
+    """Loss, four statistics, and the gradients of query, key and logit_scale.
+
+    The gradients are those of the sum of the rows' losses times weight (N,); empty tensors without weight.
+    """
+    inputs = LossInputs(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
+    (loss, *stats), gradients = _engine(backend).contrast(inputs, weight)
+    if gradients is None:
+        gradients = [loss.new_empty(0) for _ in range(3)]
+    return reduce_rows(loss, reduction), *stats, *gradients
 
 
 @_contrast.register_fake
-def _(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids, reduction, keep, implementation):
-    dtype = Problem(query, key, *[None] * 7).dtype
-    row = query.new_empty(query.shape[0], dtype=dtype)
-    loss = row if reduction == "none" else row.new_empty(())
-    stats = (
-        torch.empty_like(row),
-        torch.empty_like(row),
-        torch.empty_like(row),
-        torch.empty_like(row, dtype=torch.int64),
-    )
-    if not keep:
-        return loss, *stats, row.new_empty(0), row.new_empty(0), row.new_empty(0)
-    return loss, *stats, row.new_empty(query.shape), row.new_empty(key.shape), row.new_empty(())
+def _(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids, weight, reduction, backend):
+    loss, *stats = empty_row_stats(query, logit_dtype(query, key))
+    shapes = [0, 0, 0] if weight is None else [query.shape, key.shape, ()]
+    return reduce_rows(loss, reduction), *stats, *(loss.new_empty(shape) for shape in shapes)
 
 
-@torch.library.custom_op("macl_fgclip::contrastive_loss_backward", mutates_args=())
-def _contrast_backward(
-    weight: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    logit_scale: torch.Tensor,
-    target: torch.Tensor,
-    bank: torch.Tensor | None,
-    bank_valid: torch.Tensor | None,
-    query_ids: torch.Tensor | None,
-    key_ids: torch.Tensor | None,
-    bank_ids: torch.Tensor | None,
-    implementation: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of the sum of the rows' losses times `weight` (N,)."""
-    problem = Problem(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
-    with uncast(query):
-        return tuple(_engine(implementation).contrast(problem, weight)[1])
-
-
-@_contrast_backward.register_fake
-def _(weight, query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids, implementation):
-    return weight.new_empty(query.shape), weight.new_empty(key.shape), weight.new_empty(())
-
-
-def _remember(ctx, inputs, output):
-    *problem, reduction, keep, implementation = inputs
-    loss, *rest = output
-    ctx.mark_non_differentiable(*rest)
+def _save(ctx, inputs, output):
+    *tensors, weight, ctx.reduction, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.keep, ctx.implementation, ctx.reduction = keep, implementation, reduction
-    ctx.dtypes = [part.dtype for part in problem[:3]]
-    ctx.save_for_backward(*(rest[-3:] if keep else problem))
+    ctx.kept, ctx.dtypes = weight is not None, [part.dtype for part in tensors[:3]]
+    ctx.save_for_backward(*(output[5:] if ctx.kept else tensors))
 
 
 def _gradients(ctx, grad, *_):
-    if ctx.keep:
+    if ctx.kept:
         gradients = [grad * part for part in ctx.saved_tensors]
     else:
-        problem = Problem(*ctx.saved_tensors)
-        rows = problem.query.shape[0]
-        weight = grad / max(1, rows) if ctx.reduction == "mean" else grad
-        gradients = _contrast_backward(weight.expand(rows).contiguous(), *problem, ctx.implementation)
+        rows = ctx.saved_tensors[0].shape[0]
+        weight = (grad / max(1, rows) if ctx.reduction == "mean" else grad).expand(rows).contiguous()
+        with no_autocast(grad):
+            gradients = _contrast(*ctx.saved_tensors, weight, "none", ctx.backend)[5:]
     gradients = [part.to(dtype) for part, dtype in zip(gradients, ctx.dtypes, strict=True)]
     return *gradients, *[None] * 9
 
 
-_contrast.register_autograd(_gradients, setup_context=_remember)
+_contrast.register_autograd(_gradients, setup_context=_save)
 
 
-def _engine(implementation):
+def _engine(backend):
     """The module with `contrast`; triton is imported only where it is used."""
-    if implementation == "torch":
+    if backend == "torch":
         return contrastive_cpu
     from kernels import contrastive_triton
 
     return contrastive_triton
 
 
-def _check_target(target, keys):
-    if target.device.type == "cpu" and not ((target >= 0) & (target < keys)).all():
-        raise ValueError(f"every target must be a row of key, in [0, {keys})")
+def _misses(target, keys):
+    """Whether a target is no row of key: known on the CPU, where a compiled operator's own gather refuses it."""
+    return target.is_cpu and not torch.compiler.is_compiling() and not ((target >= 0) & (target < keys)).all()
 
 
 def _check(query, key, target, bank, query_ids, key_ids, bank_ids, reduction):
@@ -221,8 +176,6 @@ def _check(query, key, target, bank, query_ids, key_ids, bank_ids, reduction):
         raise ValueError(f"without target, query i belongs to key i: got {len(query)} queries and {len(key)} keys")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    if target is None and query_ids is None and key_ids is None and bank_ids is None:
-        return
     bank_ids = None if bank is None else bank_ids
     for name, tensor in dict(target=target, query_ids=query_ids, key_ids=key_ids, bank_ids=bank_ids).items():
         if tensor is None:

@@ -4,37 +4,25 @@ Two engines. "stream" is for few queries in half precision, where reading the ba
 block of queries and passes over one share of the columns with an online softmax whose weighted mean of columns is the
 query's gradient; a second kernel combines the shares in a fixed order, a third gives the in-batch keys their gradient.
 "chunked" is for many queries, where the products are the cost, and for float32: float32 logits of a chunk of rows by
-cuBLAS, one kernel a row that turns them into the coefficients of the gradient, and two more products.
+cuBLAS, one kernel per row that turns them into the coefficients of the gradient, and two more products.
 
 Half-precision inputs are multiplied as they are with float32 sums. Coefficients of the gradient are rounded to the
 inputs' precision only after the row's own factor, tiny where the loss is tiny, is taken out, so that float16 does not
 lose them. As elsewhere, `UPCAST` is for the interpreter.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from kernels.contrastive_cpu import Gradients, Rows
-from kernels.gpu import INTERPRETED, PRECISION, launch_for, on_its_device
+from kernels.contrastive_cpu import Gradients, empty_row_stats
+from kernels.gpu import INTERPRETED, PRECISION, Launch, launch_for, on_its_device
 
 NO_NEGATIVE = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 UNIT = tl.constexpr(32768.0)  # coefficients of at most 1 times this use float16's whole range
 CHUNK_BYTES = 256 * 2**20  # logits and coefficients held at a time by the chunked engine
-
-
-class Launch(NamedTuple):
-    """Block sizes of a kernel."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-
 
 # Expected, not measured: what compiles without spills (tests/kernels/test_ahead_of_time.py), by the padded width of a
 # row. Wider rows go to the chunked engine.
@@ -72,7 +60,13 @@ def _logits(query, block, scale, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     return product * (scale * LOG2_E)
 
 
-@triton.jit(do_not_specialize=["rows", "keys", "key_splits", "blocks_a_split"])
+@triton.jit
+def _differ(ids, others):
+    """Whether two ids are not the same, where -1 is nobody's."""
+    return (ids != others) | (ids == -1)
+
+
+@triton.jit(do_not_specialize=["rows", "keys", "key_splits", "blocks_per_split"])
 def stream(
     query,
     key,
@@ -92,11 +86,7 @@ def stream(
     bank_rows,
     dim,
     key_splits,
-    blocks_a_split,
-    HAS_VALID: tl.constexpr,
-    KEY_IDS: tl.constexpr,
-    BANK_IDS: tl.constexpr,
-    WITH_MEAN: tl.constexpr,
+    blocks_per_split,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -110,12 +100,14 @@ def stream(
     block = _load_rows(query, n, rows, dim, BLOCK_D)
     own = tl.load(target + n, mask=n < rows, other=-1)
     my_id = tl.zeros_like(own) - 1
-    if KEY_IDS or BANK_IDS:
+    if query_ids is not None:
         my_id = tl.load(query_ids + n, mask=n < rows, other=-1)
     in_bank = split >= key_splits
-    used = tl.minimum(bank_rows, tl.load(bank_valid).to(tl.int32)) if HAS_VALID else bank_rows
-    first = tl.where(in_bank, split - key_splits, split) * blocks_a_split * BLOCK_M
-    last = tl.minimum(first + blocks_a_split * BLOCK_M, tl.where(in_bank, used, keys))
+    used = bank_rows
+    if bank_valid is not None:
+        used = tl.minimum(bank_rows, tl.load(bank_valid).to(tl.int32))
+    first = tl.where(in_bank, split - key_splits, split) * blocks_per_split * BLOCK_M
+    last = tl.minimum(first + blocks_per_split * BLOCK_M, tl.where(in_bank, used, keys))
     columns = tl.where(in_bank, bank, key)
     maximum = tl.full((BLOCK_N,), NO_NEGATIVE, dtype=tl.float32)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -127,19 +119,19 @@ def stream(
         logits = _logits(block, part, multiplier, UPCAST, PRECISION)
         place = m + tl.where(in_bank, keys, 0)  # column of [key; bank]
         negative = (m < last)[None, :] & (place[None, :] != own[:, None])
-        if KEY_IDS:
+        if key_ids is not None:
             ids = tl.load(key_ids + m, mask=m < tl.where(in_bank, 0, last), other=-1)
-            negative &= (ids[None, :] != my_id[:, None]) | (my_id == -1)[:, None]
-        if BANK_IDS:
+            negative &= _differ(ids[None, :], my_id[:, None])
+        if bank_ids is not None:
             ids = tl.load(bank_ids + m, mask=m < tl.where(in_bank, last, 0), other=-1)
-            negative &= (ids[None, :] != my_id[:, None]) | (my_id == -1)[:, None]
+            negative &= _differ(ids[None, :], my_id[:, None])
         logits = tl.where(negative, logits, NO_NEGATIVE)
         higher = tl.maximum(maximum, tl.max(logits, axis=1))
         shrink = tl.exp2(maximum - higher)
         weight = tl.where(negative, tl.exp2(logits - higher[:, None]), 0.0)
         total = total * shrink + tl.sum(weight, axis=1)
         count += tl.sum(negative.to(tl.int32), axis=1)
-        if WITH_MEAN:
+        if mean_out is not None:
             mean *= shrink[:, None]
             if UPCAST:
                 mean = tl.dot(weight, part.to(tl.float32), mean, input_precision="ieee")
@@ -150,11 +142,28 @@ def stream(
     tl.store(maximum_out + out, maximum, mask=n < rows)
     tl.store(total_out + out, total, mask=n < rows)
     tl.store(count_out + out, count, mask=n < rows)
-    if WITH_MEAN:
+    if mean_out is not None:
         d = tl.arange(0, BLOCK_D)
         mask = (n < rows)[:, None] & (d < dim)[None, :]
         mean = mean if UPCAST else mean / UNIT
         tl.store(mean_out + out[:, None] * dim + d[None, :], mean, mask=mask)
+
+
+@triton.jit
+def _store_row(stats_out, n, lse, positive, largest, count):
+    """Stores a row's RowStats; lse, largest, count: of its negatives. Returns sigmoid(lse - positive)."""
+    loss_out, logsumexp_out, positive_out, largest_out, count_out = stats_out
+    margin = lse - positive
+    # softplus and sigmoid without overflow: e^-|x| is at most 1.
+    small = tl.exp(-tl.abs(margin))
+    log1p = tl.where(small < 1e-4, small - 0.5 * small * small, tl.log(1.0 + small))
+    loss = tl.where(count > 0, tl.maximum(margin, 0.0) + log1p, 0.0 * positive)
+    tl.store(loss_out + n, loss)
+    tl.store(logsumexp_out + n, positive + loss)
+    tl.store(positive_out + n, positive)
+    tl.store(largest_out + n, tl.where(count > 0, largest, float("-inf")))
+    tl.store(count_out + n, (count + 1).to(tl.int64))
+    return tl.where(count > 0, tl.where(margin >= 0, 1.0, small) / (1.0 + small), 0.0 * positive)
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "splits"])
@@ -168,20 +177,15 @@ def combine(
     total_in,
     count_in,
     mean_in,
-    loss_out,
-    logsumexp_out,
-    positive_out,
-    largest_out,
-    count_out,
+    stats_out,
     query_grad,
     scale_grad,
     lse_out,
-    pull_out,
+    row_grad_out,
     rows,
     keys,
     dim,
     splits,
-    WITH_MEAN: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """One row: the shares of its negatives become loss, statistics and the query's gradient, in the order of shares."""
@@ -197,33 +201,22 @@ def combine(
     for split in range(1, splits):
         maximum = tl.maximum(maximum, tl.load(maximum_in + split * rows + n))
     total = 0.0
-    count = 1
+    count = 0
     mean = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for split in range(0, splits):
         shrink = tl.exp2(tl.load(maximum_in + split * rows + n) - maximum)
         total += tl.load(total_in + split * rows + n) * shrink
         count += tl.load(count_in + split * rows + n)
-        if WITH_MEAN:
+        if weight is not None:
             mean += tl.load(mean_in + (split * rows + n) * dim + d, mask=d < dim, other=0.0) * shrink
-    any_negative = count > 1
-    safe = tl.where(any_negative, total, 1.0)
+    safe = tl.where(count > 0, total, 1.0)
     lse = maximum * LN_2 + tl.log(safe)
-    margin = lse - positive
-    # softplus and sigmoid without overflow: e^-|x| is at most 1.
-    small = tl.exp(-tl.abs(margin))
-    log1p = tl.where(small < 1e-4, small - 0.5 * small * small, tl.log(1.0 + small))
-    loss = tl.where(any_negative, tl.maximum(margin, 0.0) + log1p, 0.0 * positive)
-    tl.store(loss_out + n, loss)
-    tl.store(positive_out + n, positive)
-    tl.store(logsumexp_out + n, positive + loss)
-    tl.store(largest_out + n, tl.where(any_negative, maximum * LN_2, float("-inf")))
-    tl.store(count_out + n, count.to(tl.int64))
-    if WITH_MEAN:
-        sigmoid = tl.where(margin >= 0, 1.0, small) / (1.0 + small)
-        pull = tl.where(any_negative, tl.load(weight + n) * sigmoid, 0.0 * positive)
-        tl.store(pull_out + n, pull)
+    sigmoid = _store_row(stats_out, n, lse, positive, maximum * LN_2, count)
+    if weight is not None:
+        row_grad = tl.load(weight + n) * sigmoid
+        tl.store(row_grad_out + n, row_grad)
         tl.store(lse_out + n, lse * LOG2_E)
-        direction = (mean / safe - wanted) * pull
+        direction = (mean / safe - wanted) * row_grad
         tl.store(scale_grad + n, tl.sum(direction * mine, axis=0))
         tl.store(query_grad + n * dim + d, direction * multiplier, mask=d < dim)
 
@@ -237,12 +230,11 @@ def key_gradient(
     query_ids,
     key_ids,
     lse,
-    pull,
+    row_grad,
     key_grad,
     rows,
     keys,
     dim,
-    KEY_IDS: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -253,7 +245,7 @@ def key_gradient(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     multiplier = tl.load(scale).to(tl.float32)
     mine = _load_rows(key, m, keys, dim, BLOCK_D)
-    if KEY_IDS:
+    if key_ids is not None:
         my_id = tl.load(key_ids + m, mask=m < keys, other=-1)
     total = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     for start in range(0, rows, BLOCK_N):
@@ -261,16 +253,16 @@ def key_gradient(
         part = _load_rows(query, n, rows, dim, BLOCK_D)
         logits = _logits(mine, part, multiplier, UPCAST, PRECISION)  # (BLOCK_M, BLOCK_N)
         own = tl.load(target + n, mask=n < rows, other=-1)
-        row_lse = tl.load(lse + n, mask=n < rows, other=0.0)
-        row_pull = tl.load(pull + n, mask=n < rows, other=0.0)
-        positive = own[None, :] == m[:, None]
+        lse_of_row = tl.load(lse + n, mask=n < rows, other=0.0)
+        grad_of_row = tl.load(row_grad + n, mask=n < rows, other=0.0)
         live = (n < rows)[None, :] & (m < keys)[:, None]
+        positive = live & (own[None, :] == m[:, None])
         negative = live & (own[None, :] != m[:, None])
-        if KEY_IDS:
+        if key_ids is not None:
             ids = tl.load(query_ids + n, mask=n < rows, other=-1)
-            negative &= (ids[None, :] != my_id[:, None]) | (ids == -1)[None, :]
-        share = tl.where(negative, tl.exp2(tl.where(negative, logits - row_lse[None, :], 0.0)), 0.0)
-        share = tl.where(positive & live, -1.0, share) * row_pull[None, :]
+            negative &= _differ(ids[None, :], my_id[:, None])
+        share = tl.where(negative, tl.exp2(tl.where(negative, logits - lse_of_row[None, :], 0.0)), 0.0)
+        share = tl.where(positive, -1.0, share) * grad_of_row[None, :]
         if UPCAST:
             total = tl.dot(share, part.to(tl.float32), total, input_precision="ieee")
         else:
@@ -282,7 +274,7 @@ def key_gradient(
 
 
 @triton.jit(do_not_specialize=["keys"])
-def settle_rows(
+def finish_rows(
     key_products,
     bank_products,
     scale,
@@ -293,24 +285,15 @@ def settle_rows(
     query_ids,
     key_ids,
     bank_ids,
-    loss_out,
-    logsumexp_out,
-    positive_out,
-    largest_out,
-    count_out,
-    pull_out,
-    unit,
+    stats_out,
+    row_grad_out,
     keys,
     bank_rows,
-    HAS_VALID: tl.constexpr,
-    KEY_IDS: tl.constexpr,
-    BANK_IDS: tl.constexpr,
-    WITH_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row of float32 products with keys and bank: loss, statistics, and the row's part in the gradient.
 
-    That is the weight `pull` times the coefficients / unit: the negatives' softmax, and -1 for the target.
+    That is row_grad times the coefficients / UNIT: the negatives' softmax, and -1 for the target.
     """
     n = tl.program_id(0).to(tl.int64)
     columns = keys + bank_rows
@@ -321,42 +304,32 @@ def settle_rows(
     exists = (own >= 0) & (own < keys)
     positive = tl.load(key_row + tl.where(exists, own, 0)) * multiplier + tl.where(exists, 0.0, float("nan"))
     my_id = tl.zeros_like(own) - 1
-    if KEY_IDS or BANK_IDS:
+    if query_ids is not None:
         my_id = tl.load(query_ids + n)
     limit = columns
-    if HAS_VALID:
+    if bank_valid is not None:
         limit = tl.minimum(limit, keys + tl.load(bank_valid).to(tl.int32))
     maximum = NO_NEGATIVE
     total = 0.0
     count = 0
     for start in range(0, columns, BLOCK):
         m = start + tl.arange(0, BLOCK)
-        negative = _is_negative(m, own, my_id, limit, keys, key_ids, bank_ids, KEY_IDS, BANK_IDS)
+        negative = _is_negative(m, own, my_id, limit, keys, key_ids, bank_ids)
         values = tl.where(negative, _row_logits(key_row, bank_row, multiplier, m, keys, columns), NO_NEGATIVE)
         higher = tl.maximum(maximum, tl.max(values, axis=0))
         total = total * tl.exp(maximum - higher)
         total += tl.sum(tl.where(negative, tl.exp(values - higher), 0.0), axis=0)
         count += tl.sum(negative.to(tl.int32), axis=0)
         maximum = higher
-    any_negative = count > 0
-    safe = tl.where(any_negative, total, 1.0)
-    margin = maximum + tl.log(safe) - positive
-    small = tl.exp(-tl.abs(margin))
-    log1p = tl.where(small < 1e-4, small - 0.5 * small * small, tl.log(1.0 + small))
-    loss = tl.where(any_negative, tl.maximum(margin, 0.0) + log1p, 0.0 * positive)
-    tl.store(loss_out + n, loss)
-    tl.store(positive_out + n, positive)
-    tl.store(logsumexp_out + n, positive + loss)
-    tl.store(largest_out + n, tl.where(any_negative, maximum, float("-inf")))
-    tl.store(count_out + n, (count + 1).to(tl.int64))
-    if WITH_GRADIENT:
-        sigmoid = tl.where(margin >= 0, 1.0, small) / (1.0 + small)
-        tl.store(pull_out + n, tl.where(any_negative, tl.load(weight + n) * sigmoid, 0.0 * positive))
+    safe = tl.where(count > 0, total, 1.0)
+    sigmoid = _store_row(stats_out, n, maximum + tl.log(safe), positive, maximum, count)
+    if weight is not None:
+        tl.store(row_grad_out + n, tl.load(weight + n) * sigmoid)
         for start in range(0, columns, BLOCK):
             m = start + tl.arange(0, BLOCK)
-            negative = _is_negative(m, own, my_id, limit, keys, key_ids, bank_ids, KEY_IDS, BANK_IDS)
+            negative = _is_negative(m, own, my_id, limit, keys, key_ids, bank_ids)
             values = tl.where(negative, _row_logits(key_row, bank_row, multiplier, m, keys, columns), maximum)
-            share = tl.where(negative, tl.exp(values - maximum) / safe, tl.where(m == own, -1.0, 0.0)) * unit
+            share = tl.where(negative, tl.exp(values - maximum) / safe, tl.where(m == own, -1.0, 0.0)) * UNIT
             tl.store(coefficient + n * columns + m, share.to(coefficient.dtype.element_ty), mask=m < columns)
 
 
@@ -369,15 +342,13 @@ def _row_logits(key_row, bank_row, multiplier, m, keys, columns):
 
 
 @triton.jit
-def _is_negative(m, own, my_id, limit, keys, key_ids, bank_ids, KEY_IDS: tl.constexpr, BANK_IDS: tl.constexpr):
+def _is_negative(m, own, my_id, limit, keys, key_ids, bank_ids):
     """Which columns of [key; bank] are negatives of a row."""
     negative = (m < limit) & (m != own)
-    if KEY_IDS:
-        ids = tl.load(key_ids + m, mask=m < keys, other=-1)
-        negative &= (ids != my_id) | (ids == -1)
-    if BANK_IDS:
-        ids = tl.load(bank_ids + (m - keys), mask=(m >= keys) & (m < limit), other=-1)
-        negative &= (ids != my_id) | (ids == -1)
+    if key_ids is not None:
+        negative &= _differ(tl.load(key_ids + m, mask=m < keys, other=-1), my_id)
+    if bank_ids is not None:
+        negative &= _differ(tl.load(bank_ids + (m - keys), mask=(m >= keys) & (m < limit), other=-1), my_id)
     return negative
 
 
@@ -388,128 +359,110 @@ def engine(rows, dim, dtype):
 
 
 @on_its_device
-def contrast(problem, weight=None, engine_name=None):
-    """As `contrastive_cpu.contrast`: Rows, and the Gradients of the weighted sum of losses where weight is given."""
-    operands = [problem.query, problem.key] + ([] if problem.bank is None else [problem.bank])
-    common = operands[0].dtype
-    for part in operands[1:]:
-        common = torch.promote_types(common, part.dtype)
-    query, key, *bank = (part.to(common).contiguous() for part in operands)
-    problem = problem._replace(query=query, key=key, bank=bank[0] if bank else None)
-    weight = None if weight is None else weight.float().contiguous()
-    if len(query) == 0:
-        rows = _empty_rows(query)
-        if weight is None:
-            return rows, None
+def contrast(inputs, weight=None, engine_name=None):
+    """As `contrastive_cpu.contrast`."""
+    query, key, bank = inputs.query, inputs.key, inputs.bank
+    dtype = torch.promote_types(query.dtype, key.dtype)
+    dtype = dtype if bank is None else torch.promote_types(dtype, bank.dtype)
+    query, key, bank = (None if part is None else part.to(dtype).contiguous() for part in (query, key, bank))
+    inputs = inputs._replace(query=query, key=key, bank=bank)
+    if bank is None:
+        inputs = inputs._replace(bank_valid=None, bank_ids=None)
+    if inputs.query_ids is None:
+        inputs = inputs._replace(key_ids=None, bank_ids=None)
+    stats = empty_row_stats(query, torch.float32)
+    gradients = None
+    if weight is not None:
+        weight = weight.float().contiguous()
         for_query, for_key = (torch.zeros_like(part, dtype=torch.float32) for part in (query, key))
-        return rows, Gradients(for_query, for_key, for_query.sum())
-    name = engine_name or engine(*query.shape, common)
-    return (_stream if name == "stream" else _chunked)(problem, weight)
+        gradients = Gradients(for_query, for_key, for_query.new_zeros(()))
+    if len(query) == 0:
+        return stats, gradients
+    name = engine_name or engine(*query.shape, dtype)
+    return stats, (_stream if name == "stream" else _chunked)(inputs, weight, stats, gradients)
 
 
-def _flags(problem):
-    """Which optional inputs there are, and something to point at where one is missing."""
-    with_ids = problem.query_ids is not None
-    key_ids, bank_ids = with_ids and problem.key_ids is not None, with_ids and problem.bank_ids is not None
-    pointers = dict(
-        bank_valid=problem.target if problem.bank_valid is None else problem.bank_valid,
-        query_ids=problem.query_ids if with_ids else problem.target,
-        key_ids=problem.key_ids if key_ids else problem.target,
-        bank_ids=problem.bank_ids if bank_ids else problem.target,
-    )
-    return pointers, dict(KEY_IDS=key_ids, BANK_IDS=bank_ids and problem.bank is not None)
-
-
-def _empty_rows(query):
-    stats = [query.new_empty(len(query), dtype=torch.float32) for _ in range(4)]
-    return Rows(*stats, query.new_empty(len(query), dtype=torch.int64))
-
-
-def _stream(problem, weight):
-    query, key, bank = problem.query, problem.key, problem.bank
+def _stream(inputs, weight, stats, gradients):
+    """Fills the stats; returns the Gradients, None without weight."""
+    query, key, bank, target = inputs.query, inputs.key, inputs.bank, inputs.target
     rows, dim = query.shape
     bank_rows = 0 if bank is None else len(bank)
     padded = max(16, triton.next_power_of_2(dim))
     launch = launch_for(STREAM, query.device)[max(64, padded)]
     blocks = [triton.cdiv(count, launch.columns) for count in (len(key), bank_rows)]
-    a_split = max(1, triton.cdiv(sum(blocks), SPLITS))
-    key_splits, bank_splits = (triton.cdiv(count, a_split) for count in blocks)
+    per_split = max(1, triton.cdiv(sum(blocks), SPLITS))
+    key_splits, bank_splits = (triton.cdiv(count, per_split) for count in blocks)
     splits = key_splits + bank_splits
-    with_gradient = weight is not None
-    shares = [query.new_empty(splits, rows, dtype=torch.float32) for _ in range(2)]
-    counts = query.new_empty(splits, rows, dtype=torch.int32)
-    means = query.new_empty((splits, rows, dim) if with_gradient else (1,), dtype=torch.float32)
-    pointers, flags = _flags(problem)
-    tile = dict(UPCAST=INTERPRETED, PRECISION=PRECISION, BLOCK_N=launch.rows, BLOCK_M=launch.columns, BLOCK_D=padded)
-    options = dict(num_warps=launch.warps, num_stages=launch.stages)
+    maximum, total = (query.new_empty(splits, rows, dtype=torch.float32) for _ in range(2))
+    count = query.new_empty(splits, rows, dtype=torch.int32)
+    mean = for_scale = lse = row_grad = None
+    if weight is not None:
+        mean = query.new_empty(splits, rows, dim, dtype=torch.float32)
+        for_scale, lse, row_grad = (query.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    options = dict(UPCAST=INTERPRETED, PRECISION=PRECISION, num_warps=launch.warps, num_stages=launch.stages)
+    options |= dict(BLOCK_N=launch.rows, BLOCK_M=launch.columns, BLOCK_D=padded)
     stream[(triton.cdiv(rows, launch.rows), splits)](
         query,
         key,
         key if bank is None else bank,
-        problem.logit_scale,
-        problem.target,
-        *pointers.values(),
-        *shares,
-        counts,
-        means,
+        inputs.logit_scale,
+        target,
+        inputs.bank_valid,
+        inputs.query_ids,
+        inputs.key_ids,
+        inputs.bank_ids,
+        maximum,
+        total,
+        count,
+        mean,
         rows,
         len(key),
         bank_rows,
         dim,
         key_splits,
-        a_split,
-        HAS_VALID=problem.bank_valid is not None,
-        WITH_MEAN=with_gradient,
-        **flags,
-        **tile,
+        per_split,
         **options,
     )
-    result = _empty_rows(query)
-    for_query = query.new_empty(rows, dim, dtype=torch.float32)
-    for_scale, lse, pull = (query.new_empty(rows, dtype=torch.float32) for _ in range(3))
     combine[(rows,)](
         query,
         key,
-        problem.logit_scale,
-        problem.target,
-        weight if with_gradient else lse,
-        *shares,
-        counts,
-        means,
-        *result,
-        for_query,
+        inputs.logit_scale,
+        target,
+        weight,
+        maximum,
+        total,
+        count,
+        mean,
+        tuple(stats),
+        None if gradients is None else gradients.query,
         for_scale,
         lse,
-        pull,
+        row_grad,
         rows,
         len(key),
         dim,
         splits,
-        WITH_MEAN=with_gradient,
         BLOCK_D=padded,
     )
-    if not with_gradient:
-        return result, None
-    for_key = key.new_empty(key.shape, dtype=torch.float32)
-    largest = pull.abs().amax().clamp(min=1e-30)  # relative to it, float16 coefficients do not underflow
+    if gradients is None:
+        return None
+    largest = row_grad.abs().amax().clamp(min=1e-30)  # relative to it, float16 coefficients do not underflow
     key_gradient[(triton.cdiv(len(key), launch.columns),)](
         query,
         key,
-        problem.logit_scale,
-        problem.target,
-        pointers["query_ids"],
-        pointers["key_ids"],
+        inputs.logit_scale,
+        target,
+        inputs.query_ids,
+        inputs.key_ids,
         lse,
-        pull / largest,
-        for_key,
+        row_grad / largest,
+        gradients.key,
         rows,
         len(key),
         dim,
-        KEY_IDS=flags["KEY_IDS"],
-        **tile,
         **options,
     )
-    return result, Gradients(for_query, for_key.mul_(largest), for_scale.sum())
+    return Gradients(gradients.query, gradients.key.mul_(largest), for_scale.sum())
 
 
 def _product(left, right):
@@ -519,54 +472,49 @@ def _product(left, right):
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
-def _chunked(problem, weight):
-    query, key, bank = problem.query, problem.key, problem.bank
-    rows, dim = query.shape
-    columns = len(key) + (0 if bank is None else len(bank))
-    with_gradient = weight is not None
-    unit = UNIT.value
-    size = min(rows, max(16, CHUNK_BYTES // (columns * 6)))
-    scale = problem.logit_scale.float()
-    result = _empty_rows(query)
-    coefficient = query.new_empty((size, columns) if with_gradient else (1,), dtype=query.dtype)
-    pull = query.new_empty(rows, dtype=torch.float32)
-    for_query = query.new_empty(rows, dim, dtype=torch.float32)
-    for_key = key.new_zeros(key.shape, dtype=torch.float32)
-    pointers, flags = _flags(problem)
-    sides = [(key, slice(0, len(key)))] + ([] if bank is None else [(bank, slice(len(key), columns))])
-    for start in range(0, rows, size):
-        part = slice(start, min(rows, start + size))
+def _chunked(inputs, weight, stats, gradients):
+    """Fills the stats; returns the Gradients, None without weight."""
+    query, key, bank = inputs.query, inputs.key, inputs.bank
+    sides = [(key, slice(0, len(key)))]
+    if bank is not None:
+        sides.append((bank, slice(len(key), len(key) + len(bank))))
+    columns = sides[-1][1].stop
+    size = min(len(query), max(16, CHUNK_BYTES // (columns * 6)))
+    scale = inputs.logit_scale.float()
+    coefficient = row_grad = None
+    if weight is not None:
+        coefficient = query.new_empty(size, columns)
+        row_grad = query.new_empty(len(query), dtype=torch.float32)
+    for start in range(0, len(query), size):
+        part = slice(start, min(len(query), start + size))
         count = part.stop - start
         products = [_product(query[part], side.T) for side, _ in sides]
-        settle_rows[(count,)](
+        of_rows = [None if rows is None else rows[part] for rows in (weight, inputs.query_ids, row_grad)]
+        finish_rows[(count,)](
             products[0],
             products[-1],
             scale,
             coefficient,
-            problem.target[part],
-            weight[part] if with_gradient else scale,
-            pointers["bank_valid"],
-            pointers["query_ids"][part],
-            pointers["key_ids"],
-            pointers["bank_ids"],
-            *(stat[part] for stat in result),
-            pull[part],
-            unit,
+            inputs.target[part],
+            of_rows[0],
+            inputs.bank_valid,
+            of_rows[1],
+            inputs.key_ids,
+            inputs.bank_ids,
+            tuple(stat[part] for stat in stats),
+            of_rows[2],
             len(key),
             columns - len(key),
-            HAS_VALID=problem.bank_valid is not None,
-            WITH_GRADIENT=with_gradient,
             BLOCK=min(ROW_BLOCK, triton.next_power_of_2(columns)),
             num_warps=ROW_WARPS,
-            **flags,
         )
-        if with_gradient:
-            used, factor = coefficient[:count], pull[part, None]
-            for_query[part] = sum(_product(used[:, where], side) for side, where in sides).mul_(factor / unit)
+        if gradients is not None:
+            used, factor = coefficient[:count], row_grad[part, None]
+            products = [_product(used[:, where], side) for side, where in sides]
+            gradients.query[part] = sum(products).mul_(factor / UNIT.value)
             largest = factor.abs().amax().clamp(min=1e-30)
-            pulled = (query[part] * (factor / largest)).to(query.dtype)
-            for_key.add_(_product(used[:, : len(key)].T, pulled).mul_(largest / unit))
-    if not with_gradient:
-        return result, None
-    for_scale = (for_query * query).sum()
-    return result, Gradients(for_query * scale, for_key * scale, for_scale)
+            relative = (query[part] * (factor / largest)).to(query.dtype)
+            gradients.key.add_(_product(used[:, : len(key)].T, relative).mul_(largest / UNIT.value))
+    if gradients is None:
+        return None
+    return Gradients(gradients.query * scale, gradients.key * scale, (gradients.query * query).sum())

@@ -1,6 +1,7 @@
 """What the Triton kernels need to know of the machine."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,18 +11,25 @@ INTERPRETED = triton.knobs.runtime.interpret
 PRECISION = "ieee" if torch.version.hip else "tf32x3"
 
 
-def architecture(device):
-    """A GPU's architecture as compilers name it, "sm_90" or "gfx942"; "default" for any other device."""
-    if device.type != "cuda":
-        return "default"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]  # "gfx942:sramecc+:xnack-"
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+class Launch(NamedTuple):
+    """Block sizes of a kernel; what one does not use is 0."""
+
+    warps: int
+    stages: int
+    rows: int = 0
+    columns: int = 0
+    channels: int = 0
 
 
 def launch_for(table, device):
-    """The entry of a table by architecture for a device, "default" where it has none of its own."""
-    return table.get(architecture(device), table["default"])
+    """The entry of a table by architecture ("sm_90", "gfx942") for a device, "default" where it has none of its own."""
+    if device.type != "cuda":
+        return table["default"]
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]  # "gfx942:sramecc+:xnack-"
+    else:
+        name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return table.get(name, table["default"])
 
 
 def on_its_device(function):

@@ -19,7 +19,7 @@ def coordinate_dtype(features):
 def assign_levels(rois, scales):
     """Pyramid level of each RoI, torchvision's `LevelMapper` (Lin et al., FPN, eq. 1): 4 + log2(sqrt(area) / 224).
 
-    rois: (R, 5) floats; scales: one float a level, each about half of the one before. Returns (R,) int64 indices into
+    rois: (R, 5) floats; scales: one float per level, each about half of the one before. Returns (R,) int64 indices into
     `scales`, or -1 where the area is not a number (torchvision leaves those rows at zero).
     """
     if len(scales) == 1:
@@ -35,10 +35,12 @@ def assign_levels(rois, scales):
 def sample_axis(low, high, bins, extent, sampling_ratio, aligned):
     """The bilinear taps of one axis: where each RoI samples and with which weights.
 
-    low, high: (R,) edges of the RoIs in feature pixels (already shifted when `aligned`); extent: (R,) pixels of the
-    axis. Returns index (R, bins, S, 2) int64, weight (R, bins, S, 2) and count (R,), the samples a bin by which the sum
-    is divided. Samples outside [-1, extent] weigh nothing; with an adaptive grid only the samples that can lie inside
-    are listed, so that a huge box costs no more than the map.
+    low, high: (R,) edges of the RoIs in feature pixels (already shifted when `aligned`).
+    extent: (R,) pixels of the axis.
+
+    Returns index (R, bins, S, 2) int64, weight (R, bins, S, 2) and count (R,), the samples per bin that the sum is
+    divided by. Samples outside [-1, extent] weigh nothing; with an adaptive grid only those that can lie inside are
+    listed, so that a huge box costs no more than the map.
     """
     size = high - low
     if not aligned:
@@ -110,45 +112,14 @@ def roi_align_project(features, rois, weight, bias=None, **pooling):
     return F.linear(multiscale_roi_align(features, rois, **pooling).flatten(1), weight, bias)  # (R, D)
 
 
-def candidate_mask(target, keys, bank, bank_valid, query_ids, key_ids, bank_ids):
-    """Which of the M + K columns are negatives of each query, (N, M + K) bool: all but the target, the unused rows of
-    the bank, and the columns that carry the query's id (unless it is -1)."""
-    rows = len(target)
-    column = torch.arange(keys + bank, device=target.device)
-    negative = column != target[:, None]
-    if bank_valid is not None:
-        negative = negative & (column < keys + bank_valid)
-    if query_ids is not None:
-        same_key = _same_id(query_ids, key_ids, rows, keys)
-        same_bank = _same_id(query_ids, bank_ids, rows, bank)
-        negative = negative & ~torch.cat([same_key, same_bank], 1)
-    return negative
+def logit_dtype(query, key):
+    """float64 when one of them is, float32 otherwise: of logits, sums and losses."""
+    return torch.float64 if torch.float64 in (query.dtype, key.dtype) else torch.float32
 
 
-def _same_id(query_ids, ids, rows, columns):
-    if ids is None:
-        return torch.zeros(rows, columns, dtype=torch.bool, device=query_ids.device)
+def same_id(query_ids, ids):
+    """Which columns carry the row's id, (N, K) bool; -1 is nobody's."""
     return (query_ids[:, None] == ids) & (query_ids[:, None] != -1)
-
-
-def contrastive_rows(query, key, logit_scale, *, target, bank, bank_valid, query_ids, key_ids, bank_ids):
-    """Per-row loss (N,) and (logsumexp, positive, largest negative, candidates), each (N,).
-
-    Cross-entropy (van den Oord et al., CPC, eq. 4), the positive split off: softplus(lse_negatives - positive) keeps
-    its gradient where the loss is below the rounding of the logits.
-    """
-    dtype = torch.float64 if torch.float64 in (query.dtype, key.dtype) else torch.float32
-    candidates = key if bank is None else torch.cat([key.to(dtype), bank.detach().to(dtype)])
-    logits = logit_scale.to(dtype) * (query.to(dtype) @ candidates.to(dtype).T)  # (N, M + K)
-    negative = candidate_mask(target, len(key), len(candidates) - len(key), bank_valid, query_ids, key_ids, bank_ids)
-    positive = logits.gather(1, target[:, None]).squeeze(1)
-    others = torch.where(negative, logits, NO_NEGATIVE)
-    lse = torch.logsumexp(others, 1)
-    loss = F.softplus(lse - positive, threshold=50)
-    with torch.no_grad():
-        largest = torch.where(negative, logits, -math.inf).amax(1)
-        total = torch.logaddexp(torch.where(negative.any(1), lse, -math.inf), positive)
-    return loss, (total, positive.detach(), largest, negative.sum(1) + 1)
 
 
 def contrastive_loss(
@@ -163,16 +134,36 @@ def contrastive_loss(
     key_ids=None,
     bank_ids=None,
     reduction="mean",
+    with_stats=False,
 ):
-    """Twin of `kernels.contrastive_loss`; the argument meanings are given there."""
-    target = torch.arange(len(query), device=query.device) if target is None else target
-    masks = dict(bank=bank, bank_valid=bank_valid, query_ids=query_ids, key_ids=key_ids, bank_ids=bank_ids)
-    loss, _ = contrastive_rows(query, key, logit_scale, target=target, **masks)
-    return reduce_rows(loss, reduction)
+    """Twin of `kernels.contrastive_loss`; the argument meanings are given there. Statistics: a tuple in their order.
+
+    Cross-entropy (van den Oord et al., CPC, eq. 4), the positive split off: softplus(lse_negatives - positive) keeps
+    its gradient where the loss is below the rounding of the logits.
+    """
+    dtype, rows, keys = logit_dtype(query, key), len(query), len(key)
+    target = torch.arange(rows, device=query.device) if target is None else target
+    columns = key if bank is None else torch.cat([key.to(dtype), bank.detach().to(dtype)])
+    logits = logit_scale * (query.to(dtype) @ columns.to(dtype).T)  # (N, M + K)
+    index = torch.arange(len(columns), device=query.device)
+    negative = index != target[:, None]  # all but the target,
+    if bank_valid is not None:
+        negative = negative & (index < keys + bank_valid)  # the unused rows of the bank,
+    for ids, part in ((key_ids, slice(keys)), (bank_ids, slice(keys, None))):
+        if query_ids is not None and ids is not None:
+            negative[:, part] &= ~same_id(query_ids, ids)  # and what carries the query's id
+    positive = logits.gather(1, target[:, None]).squeeze(1)
+    lse = torch.logsumexp(torch.where(negative, logits, NO_NEGATIVE), 1)
+    loss = reduce_rows(F.softplus(lse - positive, threshold=50), reduction)
+    if not with_stats:
+        return loss
+    largest = torch.where(negative, logits, -math.inf).amax(1)
+    total = torch.logaddexp(torch.where(negative.any(1), lse, -math.inf), positive)
+    return loss, (total.detach(), positive.detach(), largest.detach(), negative.sum(1) + 1)
 
 
 def reduce_rows(loss, reduction):
     """(N,) per-row losses to "none", "sum" or "mean"; the mean of no rows is 0."""
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / max(len(loss), 1)
+    return loss.sum() if reduction == "sum" else loss.sum() / max(loss.shape[0], 1)

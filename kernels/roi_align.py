@@ -8,12 +8,10 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from kernels import roi_align_cpu
-from kernels.implementation import choose, uncast
-from kernels.products import linear, product, transposed
-from kernels.reference import coordinate_dtype
+from kernels.dispatch import no_autocast, resolve_backend
+from kernels.products import linear
 
 
 class Pooling(NamedTuple):
@@ -34,9 +32,9 @@ def multiscale_roi_align(
         channels-last memory; sums run in float32 (float64 for float64). Under autocast they are cast to its dtype.
     rois: (R, 5) floats = image index, x1, y1, x2, y2 in pixels of the image; coordinates stay in float32 (float64 with
         float64 features) and get no gradient. A box with a coordinate that is not finite pools to zero.
-    scales: one float a level, feature pixels per image pixel; several levels halve from one to the next, and a RoI's
+    scales: one float per level, feature pixels per image pixel; several levels halve from one to the next, and a RoI's
         level is clamp(floor(4 + log2(sqrt(area) / 224) + 1e-6)) (Lin et al., FPN, eq. 1, as torchvision rounds it).
-    output_size: int or (ph, pw). sampling_ratio: samples a bin and axis; 0 or less: adaptive, ceil(size / bins).
+    output_size: int or (ph, pw). sampling_ratio: samples per bin and axis; 0 or less: adaptive, ceil(size / bins).
     aligned: shift coordinates by half a pixel and do not force boxes to at least one pixel.
     implementation: "auto" (Triton on a GPU, PyTorch elsewhere), "triton" or "torch".
 
@@ -45,11 +43,9 @@ def multiscale_roi_align(
     when an image index is outside [0, B); on a GPU such a row comes out as NaN, since looking would stall it.
     """
     features, output_size = _checked(features, rois, scales, output_size)
-    implementation, rois = choose(implementation, features), rois.detach()
     pooling = Pooling([float(scale) for scale in scales], output_size, sampling_ratio, aligned)
-    with uncast(features[0]):  # its casts are done
-        pooled = _pool_plainly(features, rois, pooling, implementation)
-        return _pool(features, rois, *pooling, implementation) if pooled is None else pooled
+    with no_autocast(rois):  # its casts are done
+        return _pool(features, rois.detach(), *pooling, resolve_backend(implementation, features))
 
 
 def roi_align_project(
@@ -64,7 +60,7 @@ def roi_align_project(
     aligned=False,
     implementation="auto",
 ):
-    """RoIAlign and the linear layer on its flattened output as one operator: features, rois -> (R, D).
+    """RoIAlign and the linear layer on its flattened output: features, rois -> (R, D).
 
     weight: (D, C * ph * pw), flattened in the order (C, ph, pw); bias: (D,) or None; both are cast like the features
     under autocast and must have their dtype otherwise. Everything else, and what is raised, as in
@@ -81,24 +77,14 @@ def roi_align_project(
         if part is not None and (part.dtype != features[0].dtype or part.device != features[0].device):
             expected = f"{features[0].dtype} on {features[0].device}"
             raise TypeError(f"{name} must be {expected} like the features, got {part.dtype} on {part.device}")
-    implementation, rois = choose(implementation, features), rois.detach()
+    backend, rois = resolve_backend(implementation, features), rois.detach()
     pooling = Pooling([float(scale) for scale in scales], output_size, sampling_ratio, aligned)
-    with uncast(features[0]):
-        pooled = _pool_plainly(features, rois, pooling, implementation)
-        if pooled is not None:
-            return F.linear(pooled.flatten(1), weight, bias)
-        return _pool_project(features, rois, weight, bias, *pooling, implementation)[0]
-
-
-def _pool_plainly(features, rois, pooling, implementation):
-    """The pooling without a registered operator, which costs problems this small more than the work itself: eager, on
-    the CPU, one bin on a small map. None elsewhere.
-    """
-    if implementation != "torch" or torch.compiler.is_compiling():
-        return None
-    rois = rois.to(coordinate_dtype(features))
-    plan = roi_align_cpu.plan_dense([feature.shape for feature in features], rois, pooling)
-    return None if plan is None else roi_align_cpu.gather_dense(features[0], plan)
+    with no_autocast(rois):
+        # The fused kernel is for one bin and few outputs; beyond that it would repeat the gather per block of outputs.
+        # Expected, not measured; `python benchmarks/kernels.py` compares both on a GPU.
+        if backend == "triton" and output_size == (1, 1) and len(weight) <= 256:
+            return _pool_project(features, rois, weight, bias, *pooling)
+        return linear(_pool(features, rois, *pooling, backend).flatten(1), weight, bias)
 
 
 def _autocast(tensor):
@@ -113,7 +99,7 @@ def _checked(features, rois, scales, output_size):
     """The features after autocast and the output size as a pair; raises on arguments that do not fit together."""
     features = list(features)
     if not features or len(features) != len(scales):
-        raise ValueError(f"one scale a level is needed, got {len(features)} features and {len(scales)} scales")
+        raise ValueError(f"one scale per level is needed, got {len(features)} features and {len(scales)} scales")
     first = features[0]
     for feature in features:
         if feature.ndim != 4 or feature.shape[:2] != first.shape[:2]:
@@ -147,15 +133,16 @@ def _pool(
     output_size: list[int],
     sampling_ratio: int,
     aligned: bool,
-    implementation: str,
+    backend: str,
 ) -> torch.Tensor:
-    pooling = Pooling(scales, tuple(output_size), sampling_ratio, aligned)
-    _check_image_index(rois, features[0].shape[0])
-    return _engine(implementation).gather(features, rois, pooling)
+    images = features[0].shape[0]
+    if rois.is_cpu and not ((rois[:, 0] >= 0) & (rois[:, 0] < images)).all():
+        raise ValueError(f"the image index of every roi must be in [0, {images})")
+    return _engine(backend).forward(features, rois, Pooling(scales, tuple(output_size), sampling_ratio, aligned))
 
 
 @_pool.register_fake
-def _(features, rois, scales, output_size, sampling_ratio, aligned, implementation):
+def _(features, rois, scales, output_size, sampling_ratio, aligned, backend):
     return features[0].new_empty(rois.shape[0], *output_size, features[0].shape[1]).permute(0, 3, 1, 2)
 
 
@@ -164,38 +151,28 @@ def _pool_backward(
     grad: torch.Tensor,
     rois: torch.Tensor,
     shapes: list[int],
-    channels_last: list[bool],
     scales: list[float],
     sampling_ratio: int,
     aligned: bool,
-    implementation: str,
+    backend: str,
 ) -> list[torch.Tensor]:
-    """The gradients of the features. shapes: (B, C, H, W) of all levels in one list."""
+    """The gradients of the features, (B, H, W, C) each. shapes: (B, C, H, W) of all levels in one list."""
     pooling = Pooling(scales, tuple(grad.shape[2:]), sampling_ratio, aligned)
     shapes = [tuple(shapes[start : start + 4]) for start in range(0, len(shapes), 4)]
-    pixels = _engine(implementation).scatter(grad, rois, shapes, pooling)
-    return [_as_map(part.to(grad.dtype), last) for part, last in zip(pixels, channels_last, strict=True)]
+    return [pixels.to(grad.dtype) for pixels in _engine(backend).backward(grad, rois, shapes, pooling)]
 
 
 @_pool_backward.register_fake
-def _(grad, rois, shapes, channels_last, scales, sampling_ratio, aligned, implementation):
-    levels = zip(shapes[0::4], shapes[1::4], shapes[2::4], shapes[3::4], channels_last, strict=True)
-    return [_as_map(grad.new_empty(b, height, width, c), last) for b, c, height, width, last in levels]
+def _(grad, rois, shapes, scales, sampling_ratio, aligned, backend):
+    levels = zip(shapes[0::4], shapes[1::4], shapes[2::4], shapes[3::4], strict=True)
+    return [grad.new_empty(batch, height, width, channels) for batch, channels, height, width in levels]
 
 
-def _as_map(pixels, channels_last):
-    """(B, H, W, C) as (B, C, H, W), in channels-last or in contiguous memory."""
-    if channels_last:
-        return pixels.permute(0, 3, 1, 2)
-    batch, height, width, channels = pixels.shape
-    return transposed(pixels.flatten(1, 2)).view(batch, channels, height, width)
-
-
-def _remember(ctx, inputs, output):
-    features, rois, scales, _, sampling_ratio, aligned, implementation = inputs
+def _save_pool(ctx, inputs, output):
+    features, rois, scales, _, sampling_ratio, aligned, backend = inputs
     ctx.save_for_backward(rois)
     ctx.maps = _maps(features)
-    ctx.pooling = scales, sampling_ratio, aligned, implementation
+    ctx.pooling = scales, sampling_ratio, aligned, backend
 
 
 def _maps(features):
@@ -203,12 +180,18 @@ def _maps(features):
     return [size for feature in features for size in feature.shape], [feature.stride(1) == 1 for feature in features]
 
 
+def _feature_gradients(grad, rois, maps, pooling):
+    """The gradients of the features, in the features' memory format."""
+    shapes, channels_last = maps
+    gradients = [pixels.permute(0, 3, 1, 2) for pixels in _pool_backward(grad, rois, shapes, *pooling)]
+    return [part if last else part.contiguous() for part, last in zip(gradients, channels_last, strict=True)]
+
+
 def _pool_gradients(ctx, grad):
-    (rois,) = ctx.saved_tensors
-    return _pool_backward(grad, rois, *ctx.maps, *ctx.pooling), None, None, None, None, None, None
+    return _feature_gradients(grad, *ctx.saved_tensors, ctx.maps, ctx.pooling), *[None] * 6
 
 
-_pool.register_autograd(_pool_gradients, setup_context=_remember)
+_pool.register_autograd(_pool_gradients, setup_context=_save_pool)
 
 
 @torch.library.custom_op("macl_fgclip::roi_align_project", mutates_args=())
@@ -221,79 +204,45 @@ def _pool_project(
     output_size: list[int],
     sampling_ratio: int,
     aligned: bool,
-    implementation: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The projection (R, D), and the pooled rows (R, C * ph * pw) that the gradient of the weight needs.
-
-    No rows where gather and projection are one launch: then the backward pools again.
-    """
+) -> torch.Tensor:
+    """The projection (R, D) in one Triton launch; its backward pools again."""
     pooling = Pooling(scales, tuple(output_size), sampling_ratio, aligned)
-    _check_image_index(rois, features[0].shape[0])
-    if _in_one_launch(implementation, weight, output_size):
-        projected = _engine(implementation).project(features, rois, weight, bias, pooling)
-        return projected, projected.new_empty(0, weight.shape[1])
-    bins = _engine(implementation).gather(features, rois, pooling).flatten(2).transpose(1, 2)  # (R, ph * pw, C)
-    pooled = transposed(bins).flatten(1)
-    return linear(pooled, weight, bias), pooled
+    return _engine("triton").project(features, rois, weight, bias, pooling)
 
 
 @_pool_project.register_fake
-def _(features, rois, weight, bias, scales, output_size, sampling_ratio, aligned, implementation):
-    kept = 0 if _in_one_launch(implementation, weight, output_size) else rois.shape[0]
-    return weight.new_empty(rois.shape[0], weight.shape[0]), weight.new_empty(kept, weight.shape[1])
+def _(features, rois, weight, bias, scales, output_size, sampling_ratio, aligned):
+    return weight.new_empty(rois.shape[0], weight.shape[0])
 
 
-def _in_one_launch(implementation, weight, output_size):
-    """Whether the single-launch kernel serves a projection: where it need not gather again for many outputs.
-
-    Expected of one bin and few outputs, not measured; `python benchmarks/kernels.py` compares both on a GPU.
-    """
-    return implementation == "triton" and output_size[0] * output_size[1] == 1 and weight.shape[0] <= 256
+def _save_projection(ctx, inputs, output):
+    features, rois, weight, _, *pooling = inputs
+    ctx.save_for_backward(rois, weight, *features)
+    ctx.pooling = pooling
 
 
-def _remember_projection(ctx, inputs, output):
-    features, rois, weight, bias, scales, output_size, sampling_ratio, aligned, implementation = inputs
-    again = features if _in_one_launch(implementation, weight, output_size) else []
-    ctx.save_for_backward(rois, weight, output[1], *again)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.maps = _maps(features)
-    ctx.pooling = scales, sampling_ratio, aligned, implementation
-    ctx.bins = features[0].shape[1], *output_size
-
-
-def _projection_gradients(ctx, grad, _):
-    rois, weight, pooled, *features = ctx.saved_tensors
+def _projection_gradients(ctx, grad):
+    rois, weight, *features = ctx.saved_tensors
     need_features, _, need_weight, need_bias, *_ = ctx.needs_input_grad
-    for_features, for_weight, for_bias = [None] * len(need_features), None, None
+    for_features, for_weight, for_bias = [None] * len(features), None, None
+    scales, output_size, *sampling = ctx.pooling
     if any(need_features):
-        for_bins = product(grad, weight.T).view(-1, *ctx.bins)  # (R, C, ph, pw)
-        for_features = _pool_backward(for_bins, rois, *ctx.maps, *ctx.pooling)
+        for_bins = (grad @ weight).view(len(rois), -1, *output_size)  # (R, C, ph, pw)
+        for_features = _feature_gradients(for_bins, rois, _maps(features), (scales, *sampling, "triton"))
     if need_weight:
-        if features:
-            scales, *rest = ctx.pooling
-            pooled = _pool(features, rois, scales, ctx.bins[1:], *rest).flatten(1)
-        for_weight = product(grad.T, pooled.T)
+        for_weight = grad.T @ _pool(features, rois, *ctx.pooling, "triton").flatten(1)
     if need_bias:
         for_bias = grad.sum(0)
-    return for_features, None, for_weight, for_bias, None, None, None, None, None
+    return for_features, None, for_weight, for_bias, None, None, None, None
 
 
-_pool_project.register_autograd(_projection_gradients, setup_context=_remember_projection)
+_pool_project.register_autograd(_projection_gradients, setup_context=_save_projection)
 
 
-def _engine(implementation):
-    """The module with `gather` and `scatter`; triton is imported only where it is used."""
-    if implementation == "torch":
+def _engine(backend):
+    """The module with `forward` and `backward`; triton is imported only where it is used."""
+    if backend == "torch":
         return roi_align_cpu
     from kernels import roi_align_triton
 
     return roi_align_triton
-
-
-def _check_image_index(rois, images):
-    if not rois.is_cpu:
-        return
-    index = rois.numpy()[:, 0]  # looking at so few numbers costs PyTorch several times as much
-    if len(index) and not (index.min() >= 0 and index.max() < images):
-        raise ValueError(f"the image index of every roi must be in [0, {images})")

@@ -12,40 +12,28 @@ precision run in float32 there (`UPCAST`), because the interpreter multiplies bf
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu import INTERPRETED, PRECISION, launch_for, on_its_device
+from kernels.gpu import INTERPRETED, PRECISION, Launch, launch_for, on_its_device
+from kernels.reference import assign_levels
 
-TILE = 8  # pixels a side of a backward tile
+TILE = 8  # pixels per side of a backward tile
 SCAN = 128  # RoIs looked at together in the backward
 
-
-class Launch(NamedTuple):
-    """Block sizes of a kernel; what one does not use is 0."""
-
-    rows: int
-    columns: int
-    channels: int
-    warps: int
-    stages: int
-
-
-# Expected, not measured: chosen by what compiles without spills (tests/kernels/test_ahead_of_time.py); to be filled by
-# `python benchmarks/kernels.py --tune` on the GPU in question.
-FORWARD = Launch(rows=0, columns=0, channels=256, warps=4, stages=2)
-FORWARD_ONE_BIN = Launch(rows=0, columns=0, channels=256, warps=1, stages=2)  # 8 channels a thread: 16-byte loads
+# Expected, not measured: chosen by what compiles without spills (tests/kernels/test_ahead_of_time.py).
+FORWARD = Launch(channels=256, warps=4, stages=2)
+FORWARD_ONE_BIN = Launch(channels=256, warps=1, stages=2)  # 8 channels per thread: 16-byte loads
 BACKWARD = {
-    "default": Launch(rows=0, columns=0, channels=32, warps=4, stages=1),
-    "sm_90": Launch(rows=0, columns=0, channels=128, warps=4, stages=1),
+    "default": Launch(channels=32, warps=4, stages=1),
+    "sm_90": Launch(channels=128, warps=4, stages=1),
 }
 BACKWARD_ONE_BIN = {
-    "default": Launch(rows=0, columns=0, channels=64, warps=4, stages=1),
-    "sm_90": Launch(rows=0, columns=0, channels=128, warps=4, stages=1),
-    "sm_100": Launch(rows=0, columns=0, channels=128, warps=8, stages=1),
+    "default": Launch(channels=64, warps=4, stages=1),
+    "sm_90": Launch(channels=128, warps=4, stages=1),
+    "sm_100": Launch(channels=128, warps=8, stages=1),
 }
 PROJECT = {
     "default": Launch(rows=32, columns=64, channels=64, warps=8, stages=2),
@@ -123,6 +111,28 @@ def _position(start, length, count, total, sample, extent):
     return tl.minimum(tl.maximum(tl.where(inside, position, 0.0), 0.0), extent - 1.0), inside
 
 
+@triton.jit
+def _add_sample(total, origin, y, x, height, width, stride_h, stride_w, mask):
+    """total (N, C) plus the bilinear interpolation at y, x (N,). origin: the channels' pointers; mask: (N, C)."""
+    y_low = tl.floor(y)
+    x_low = tl.floor(x)
+    y_part = y - y_low
+    x_part = x - x_low
+    lower = y_low.to(tl.int64) * stride_h
+    upper = tl.minimum(y_low + 1.0, height - 1.0).to(tl.int64) * stride_h
+    left = x_low.to(tl.int64) * stride_w
+    right = tl.minimum(x_low + 1.0, width - 1.0).to(tl.int64) * stride_w
+    tap = tl.load(origin + (lower + left)[:, None], mask=mask, other=0.0).to(tl.float32)
+    total += tap * ((1 - y_part) * (1 - x_part))[:, None]
+    tap = tl.load(origin + (lower + right)[:, None], mask=mask, other=0.0).to(tl.float32)
+    total += tap * ((1 - y_part) * x_part)[:, None]
+    tap = tl.load(origin + (upper + left)[:, None], mask=mask, other=0.0).to(tl.float32)
+    total += tap * (y_part * (1 - x_part))[:, None]
+    tap = tl.load(origin + (upper + right)[:, None], mask=mask, other=0.0).to(tl.float32)
+    total += tap * (y_part * x_part)[:, None]
+    return total
+
+
 @triton.jit(do_not_specialize=["batch"])
 def pool_forward(
     features,
@@ -175,25 +185,10 @@ def pool_forward(
     total = tl.zeros((PW_PAD, BLOCK_C), dtype=tl.float32)
     for i in range(0, steps_y):
         y, inside_y = _position(start_y, length_y, count_y, total_y, first_y + i, height)
-        y_low = tl.floor(y)
-        y_part = y - y_low
-        upper = tl.minimum(y_low + 1.0, height - 1.0).to(tl.int64) * stride_h
-        lower = y_low.to(tl.int64) * stride_h
         for j in range(0, steps_x):
             x, inside_x = _position(start_x, length_x, count_x, total_x, first_x + j, width)
-            x_low = tl.floor(x)
-            x_part = x - x_low
-            left = x_low.to(tl.int64) * stride_w
-            right = tl.minimum(x_low + 1.0, width - 1.0).to(tl.int64) * stride_w
             mask = live & (inside_x & inside_y)[:, None]
-            tap = base + offset_c[None, :] + (lower + left)[:, None]
-            total += tl.load(tap, mask=mask, other=0.0).to(tl.float32) * ((1 - y_part) * (1 - x_part))[:, None]
-            tap = base + offset_c[None, :] + (lower + right)[:, None]
-            total += tl.load(tap, mask=mask, other=0.0).to(tl.float32) * ((1 - y_part) * x_part)[:, None]
-            tap = base + offset_c[None, :] + (upper + left)[:, None]
-            total += tl.load(tap, mask=mask, other=0.0).to(tl.float32) * (y_part * (1 - x_part))[:, None]
-            tap = base + offset_c[None, :] + (upper + right)[:, None]
-            total += tl.load(tap, mask=mask, other=0.0).to(tl.float32) * (y_part * x_part)[:, None]
+            total = _add_sample(total, base + offset_c[None, :], y, x, height, width, stride_h, stride_w, mask)
     total = total / (count_y * count_x) + tl.where(exists, 0.0, float("nan"))
     place = out + ((row * PH + p) * PW + tl.arange(0, PW_PAD))[:, None] * channels + c[None, :]
     tl.store(place, total.to(out.dtype.element_ty), mask=live)
@@ -350,7 +345,6 @@ def pool_project(
     SAMPLES: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    BIASED: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -384,30 +378,15 @@ def pool_project(
         for c_start in range(0, channels, BLOCK_C):
             c = c_start + tl.arange(0, BLOCK_C)
             offset = c.to(tl.int64)[None, :] + tl.zeros_like(row)[:, None]
-            if not CHANNELS_LAST:  # of one level the stride is a number, of several one a RoI
+            if not CHANNELS_LAST:  # of one level the stride is a number, of several one per RoI
                 offset *= (tl.zeros_like(row) + _select(strides_c, level, LEVELS).to(tl.int64))[:, None]
             pooled = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
             for i in range(0, most_y):
                 y, inside_y = _position(start_y, length_y, count_y, total_y, first_y + i, height)
-                y_low = tl.floor(y)
-                y_part = y - y_low
-                lower = y_low.to(tl.int64) * stride_h
-                upper = tl.minimum(y_low + 1.0, height - 1.0).to(tl.int64) * stride_h
                 for j in range(0, most_x):
                     x, inside_x = _position(start_x, length_x, count_x, total_x, first_x + j, width)
-                    x_low = tl.floor(x)
-                    x_part = x - x_low
-                    near = x_low.to(tl.int64) * stride_w
-                    far = tl.minimum(x_low + 1.0, width - 1.0).to(tl.int64) * stride_w
                     mask = (used & inside_y & inside_x)[:, None] & (c < channels)[None, :]
-                    tap = tl.load((base + lower + near)[:, None] + offset, mask=mask, other=0.0).to(tl.float32)
-                    pooled += tap * ((1 - y_part) * (1 - x_part))[:, None]
-                    tap = tl.load((base + lower + far)[:, None] + offset, mask=mask, other=0.0).to(tl.float32)
-                    pooled += tap * ((1 - y_part) * x_part)[:, None]
-                    tap = tl.load((base + upper + near)[:, None] + offset, mask=mask, other=0.0).to(tl.float32)
-                    pooled += tap * (y_part * (1 - x_part))[:, None]
-                    tap = tl.load((base + upper + far)[:, None] + offset, mask=mask, other=0.0).to(tl.float32)
-                    pooled += tap * (y_part * x_part)[:, None]
+                    pooled = _add_sample(pooled, base[:, None] + offset, y, x, height, width, stride_h, stride_w, mask)
             pooled = pooled / (count_y * count_x)[:, None]
             mask = (c < channels)[:, None] & (d < dim)[None, :]
             place = weight + (index * channels + c).to(tl.int64)[:, None] * dim + d[None, :]
@@ -416,7 +395,7 @@ def pool_project(
                 result = tl.dot(pooled, part.to(tl.float32), result, input_precision="ieee")
             else:
                 result = tl.dot(pooled.to(part.dtype), part, result, input_precision=PRECISION)
-    if BIASED:
+    if bias is not None:
         result += tl.load(bias + d, mask=d < dim, other=0.0).to(tl.float32)[None, :]
     result = tl.where(exists[:, None], result, float("nan"))
     place = out + row[:, None] * dim + d[None, :]
@@ -426,8 +405,6 @@ def pool_project(
 @functools.cache
 def level_thresholds(scales):
     """The smallest float32 area of each level; torchvision's rounding of the logarithm is found by bisection."""
-    from kernels.reference import assign_levels
-
     thresholds = [0.0]
     for level in range(1, len(scales)):
         low, high = 0, 0x7F7FFFFF  # bit patterns of positive float32 numbers are in their order
@@ -438,10 +415,6 @@ def level_thresholds(scales):
             low, high = (low, middle) if assign_levels(box, scales)[0] >= level else (middle + 1, high)
         thresholds.append(float(torch.tensor([low], dtype=torch.int32).view(torch.float32)))
     return tuple(thresholds)
-
-
-def _padded(size):
-    return triton.next_power_of_2(size)
 
 
 def _sizes(shapes):
@@ -457,43 +430,50 @@ def _maps(features, scales):
     return tuple(features), *_sizes([part.shape for part in features]), *strides, scales, level_thresholds(scales)
 
 
+def _options(pooling, launch):
+    """The constants that all kernels share."""
+    return dict(
+        LEVELS=len(pooling.scales),
+        PH=pooling.output_size[0],
+        PW=pooling.output_size[1],
+        SAMPLES=max(0, pooling.sampling_ratio),
+        ALIGNED=pooling.aligned,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+
+
 @on_its_device
-def gather(features, rois, pooling):
+def forward(features, rois, pooling):
     """features, rois -> (R, C, ph, pw), channels-last in memory, in the features' dtype."""
     channels, (height, width) = features[0].shape[1], pooling.output_size
     out = features[0].new_empty(len(rois), height, width, channels)
     if len(rois):
         launch = FORWARD_ONE_BIN if width == 1 else FORWARD
-        block = min(launch.channels, _padded(channels))
+        block = min(launch.channels, triton.next_power_of_2(channels))
         pool_forward[(len(rois) * height, triton.cdiv(channels, block))](
             *_maps(features, pooling.scales),
             rois.float().contiguous(),
             out,
             features[0].shape[0],
             channels,
-            LEVELS=len(features),
-            PH=height,
-            PW=width,
-            PW_PAD=_padded(width),
-            SAMPLES=max(0, pooling.sampling_ratio),
-            ALIGNED=pooling.aligned,
+            PW_PAD=triton.next_power_of_2(width),
             CHANNELS_LAST=all(feature.stride(1) == 1 for feature in features),
             BLOCK_C=block,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
+            **_options(pooling, launch),
         )
     return out.permute(0, 3, 1, 2)
 
 
 @on_its_device
-def scatter(grad, rois, shapes, pooling):
-    """The sums over RoIs at every pixel, one (B, H, W, C) tensor a level, in the gradient's dtype."""
+def backward(grad, rois, shapes, pooling):
+    """The sums over RoIs at every pixel, one (B, H, W, C) tensor per level, in the gradient's dtype."""
     batch, channels = shapes[0][:2]
     gradients = tuple(grad.new_empty(batch, height, width, channels) for _, _, height, width in shapes)
     tiles = sum(batch * triton.cdiv(shape[2], TILE) * triton.cdiv(shape[3], TILE) for shape in shapes)
-    padded, scales = _padded(pooling.output_size[1]), tuple(pooling.scales)
+    padded, scales = triton.next_power_of_2(pooling.output_size[1]), tuple(pooling.scales)
     launch = launch_for(BACKWARD_ONE_BIN if padded == 1 else BACKWARD, grad.device)
-    block = max(16, min(launch.channels, _padded(channels)))
+    block = max(16, min(launch.channels, triton.next_power_of_2(channels)))
     if batch:
         pool_backward[(tiles, triton.cdiv(channels, block))](
             gradients,
@@ -505,28 +485,22 @@ def scatter(grad, rois, shapes, pooling):
             len(rois),
             batch,
             channels,
-            LEVELS=len(shapes),
-            PH=pooling.output_size[0],
-            PW=pooling.output_size[1],
             PW_PAD=padded,
             BIN_ROWS=bin_rows(pooling.output_size),
-            SAMPLES=max(0, pooling.sampling_ratio),
-            ALIGNED=pooling.aligned,
             UPCAST=INTERPRETED,
             PRECISION=PRECISION,
             TILE=TILE,
             SCAN=SCAN,
             BLOCK_C=block,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
+            **_options(pooling, launch),
         )
     return list(gradients)
 
 
 def bin_rows(output_size):
     """Bin rows of one matrix product in the backward: up to 64 bins, at least the 16 a tensor core wants."""
-    padded = _padded(output_size[1])
-    return max(1, 16 // padded, min(_padded(output_size[0]), 64 // padded))
+    height, width = (triton.next_power_of_2(size) for size in output_size)
+    return max(1, 16 // width, min(height, 64 // width))
 
 
 @on_its_device
@@ -534,34 +508,25 @@ def project(features, rois, weight, bias, pooling):
     """Gather and projection in one launch: weight (D, C * ph * pw) -> (R, D)."""
     channels, (height, width) = features[0].shape[1], pooling.output_size
     out = weight.new_empty(len(rois), len(weight))
-    if len(rois) == 0:
-        return out
-    by_bin = weight.view(len(weight), channels, height * width).permute(2, 1, 0).contiguous()  # (ph * pw, C, D)
-    launch = launch_for(PROJECT, weight.device)
-    block = max(16, min(launch.channels, _padded(channels)))
-    pool_project[(triton.cdiv(len(rois), launch.rows), triton.cdiv(len(weight), launch.columns))](
-        *_maps(features, pooling.scales),
-        rois.float().contiguous(),
-        by_bin,
-        by_bin if bias is None else bias,
-        out,
-        len(rois),
-        features[0].shape[0],
-        channels,
-        len(weight),
-        LEVELS=len(features),
-        PH=height,
-        PW=width,
-        SAMPLES=max(0, pooling.sampling_ratio),
-        ALIGNED=pooling.aligned,
-        CHANNELS_LAST=all(feature.stride(1) == 1 for feature in features),
-        BIASED=bias is not None,
-        UPCAST=INTERPRETED,
-        PRECISION=PRECISION,
-        BLOCK_R=launch.rows,
-        BLOCK_D=launch.columns,
-        BLOCK_C=block,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-    )
+    if len(rois):
+        launch = launch_for(PROJECT, weight.device)
+        by_bin = weight.view(len(weight), channels, height * width).permute(2, 1, 0).contiguous()  # (ph * pw, C, D)
+        pool_project[(triton.cdiv(len(rois), launch.rows), triton.cdiv(len(weight), launch.columns))](
+            *_maps(features, pooling.scales),
+            rois.float().contiguous(),
+            by_bin,
+            bias,
+            out,
+            len(rois),
+            features[0].shape[0],
+            channels,
+            len(weight),
+            CHANNELS_LAST=all(feature.stride(1) == 1 for feature in features),
+            UPCAST=INTERPRETED,
+            PRECISION=PRECISION,
+            BLOCK_R=launch.rows,
+            BLOCK_D=launch.columns,
+            BLOCK_C=max(16, min(launch.channels, triton.next_power_of_2(channels))),
+            **_options(pooling, launch),
+        )
     return out

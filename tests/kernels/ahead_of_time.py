@@ -29,30 +29,18 @@ def target_of(name):
 
 def map_types(dtype, pooling):
     """The types of the levels' description, in the order in which every gathering kernel takes it."""
-    names = [
-        "features",
-        "heights",
-        "widths",
-        "strides_b",
-        "strides_c",
-        "strides_h",
-        "strides_w",
-        "scales",
-        "thresholds",
-    ]
+    names = "features heights widths strides_b strides_c strides_h strides_w scales thresholds".split()
     kinds = [f"*{dtype}", "fp32", "fp32", *["i32"] * 4, "fp32", "fp32"]
     return {name: (kind,) * pooling["LEVELS"] for name, kind in zip(names, kinds, strict=True)}
-
-
-def padded(pooling):
-    return triton.next_power_of_2(pooling["PW"])
 
 
 def pool_forward(pooling, last=True):
     def build(dtype, target):
         types = map_types(dtype, pooling) | dict(rois="*fp32", out=f"*{dtype}", batch="i32", channels="i32")
         launch = roi.FORWARD_ONE_BIN if pooling["PW"] == 1 else roi.FORWARD
-        constants = pooling | dict(PW_PAD=padded(pooling), CHANNELS_LAST=last, BLOCK_C=launch.channels)
+        constants = pooling | dict(
+            PW_PAD=triton.next_power_of_2(pooling["PW"]), CHANNELS_LAST=last, BLOCK_C=launch.channels
+        )
         return roi.pool_forward, types, constants, launch
 
     return build
@@ -69,7 +57,12 @@ def pool_backward(pooling, launch=None):
         precision = "ieee" if target.startswith("gfx") else "tf32x3"
         rows = roi.bin_rows((pooling["PH"], pooling["PW"]))
         tile = dict(UPCAST=False, PRECISION=precision, TILE=roi.TILE, SCAN=roi.SCAN, BLOCK_C=chosen.channels)
-        return roi.pool_backward, types, pooling | dict(PW_PAD=padded(pooling), BIN_ROWS=rows) | tile, chosen
+        return (
+            roi.pool_backward,
+            types,
+            pooling | dict(PW_PAD=triton.next_power_of_2(pooling["PW"]), BIN_ROWS=rows) | tile,
+            chosen,
+        )
 
     return build
 
@@ -81,54 +74,57 @@ def pool_project(pooling, last=True):
         launch = roi.PROJECT.get(target, roi.PROJECT["default"])
         blocks = dict(BLOCK_R=launch.rows, BLOCK_D=launch.columns, BLOCK_C=launch.channels)
         precision = "ieee" if target.startswith("gfx") else "tf32x3"
-        flags = dict(CHANNELS_LAST=last, BIASED=True, UPCAST=False, PRECISION=precision)
+        flags = dict(CHANNELS_LAST=last, UPCAST=False, PRECISION=precision)
         return roi.pool_project, map_types(dtype, pooling) | pointers | sizes, pooling | flags | blocks, launch
 
     return build
 
 
-def loss_constants(target, launch, dim):
-    precision = "ieee" if target.startswith("gfx") else "tf32x3"
-    blocks = dict(BLOCK_N=launch.rows, BLOCK_M=launch.columns, BLOCK_D=dim)
-    return dict(KEY_IDS=True, UPCAST=False, PRECISION=precision) | blocks
-
-
 def loss_types(kernel, dtype):
-    """Types by the name of the argument: rows in `dtype`, indices and ids in int64, figures in float32."""
-    known = dict(query=f"*{dtype}", key=f"*{dtype}", bank=f"*{dtype}", coefficient=f"*{dtype}", unit="fp32")
+    """Types by the name of the argument: rows in `dtype`, indices and ids in int64, metrics in float32."""
+    known = dict.fromkeys(("query", "key", "bank", "coefficient"), f"*{dtype}")
     known |= dict.fromkeys(("target", "bank_valid", "query_ids", "key_ids", "bank_ids"), "*i64")
-    sizes = ("rows", "keys", "bank_rows", "dim", "key_splits", "blocks_a_split", "splits", "columns")
-    known |= dict.fromkeys(sizes, "i32") | dict(count_in="*i32")
-    if kernel is not contrastive.stream:
-        known |= dict(count_out="*i64")
+    sizes = ("rows", "keys", "bank_rows", "dim", "key_splits", "blocks_per_split", "splits", "columns")
+    known |= dict.fromkeys(sizes, "i32") | dict.fromkeys(("count_in", "count_out"), "*i32")
+    known |= dict(stats_out=("*fp32",) * 4 + ("*i64",))
     return {name: known.get(name, "*fp32") for name in kernel.arg_names if not name.isupper()}
 
 
 def streamed(kernel, dim):
     def build(dtype, target):
         launch = contrastive.STREAM.get(target, contrastive.STREAM["default"])[dim]
-        constants = loss_constants(target, launch, dim)
-        if kernel is contrastive.stream:
-            constants |= dict(HAS_VALID=True, BANK_IDS=True, WITH_MEAN=True)
-        return kernel, loss_types(kernel, dtype) | dict(count_out="*i32"), constants, launch
+        precision = "ieee" if target.startswith("gfx") else "tf32x3"
+        constants = dict(UPCAST=False, PRECISION=precision, BLOCK_N=launch.rows, BLOCK_M=launch.columns, BLOCK_D=dim)
+        return kernel, loss_types(kernel, dtype), constants, launch
 
     return build
 
 
 def combine(dtype, target):
-    types = loss_types(contrastive.combine, dtype)
-    launch = contrastive.Launch(rows=1, columns=0, warps=4, stages=2)
-    return contrastive.combine, types, dict(WITH_MEAN=True, BLOCK_D=512), launch
+    launch = contrastive.Launch(rows=1, warps=4, stages=2)
+    return contrastive.combine, loss_types(contrastive.combine, dtype), dict(BLOCK_D=512), launch
 
 
-def settle_rows(dtype, target):
-    flags = dict(HAS_VALID=True, KEY_IDS=True, BANK_IDS=True, WITH_GRADIENT=True, BLOCK=contrastive.ROW_BLOCK)
-    launch = contrastive.Launch(rows=1, columns=0, warps=contrastive.ROW_WARPS, stages=2)
-    return contrastive.settle_rows, loss_types(contrastive.settle_rows, dtype), flags, launch
+def finish_rows(dtype, target):
+    launch = contrastive.Launch(rows=1, warps=contrastive.ROW_WARPS, stages=2)
+    types = loss_types(contrastive.finish_rows, dtype)
+    return contrastive.finish_rows, types, dict(BLOCK=contrastive.ROW_BLOCK), launch
+
+
+def bare(build):
+    """Without any optional input: no ids, no valid count, no gradient."""
+
+    def without(dtype, target):
+        kernel, types, constants, launch = build(dtype, target)
+        optional = "bank_valid query_ids key_ids bank_ids weight mean_in mean_out coefficient row_grad_out".split()
+        constants |= {name: None for name in optional if name in types}
+        return kernel, types, constants, launch
+
+    return without
 
 
 # Known to be bad: twice the channels a tile's accumulator has registers for.
-spilling = pool_backward(PYRAMID, roi.Launch(rows=0, columns=0, channels=512, warps=4, stages=1))
+spilling = pool_backward(PYRAMID, roi.Launch(channels=512, warps=4, stages=1))
 
 KERNELS = {}
 for kind, pooling in dict(pyramid=PYRAMID, regions=REGIONS).items():
@@ -139,7 +135,10 @@ KERNELS["pool_project"], KERNELS["pool_project_nchw"] = pool_project(REGIONS), p
 for width in contrastive.STREAM["default"]:
     KERNELS[f"stream_{width}"] = streamed(contrastive.stream, width)
     KERNELS[f"key_gradient_{width}"] = streamed(contrastive.key_gradient, width)
-KERNELS |= dict(combine=combine, settle_rows=settle_rows)
+KERNELS |= dict(
+    combine=combine, finish_rows=finish_rows, combine_bare=bare(combine), finish_rows_bare=bare(finish_rows)
+)
+KERNELS["stream_128_bare"] = bare(streamed(contrastive.stream, 128))
 
 
 def divisible_by_16(kernel, types):

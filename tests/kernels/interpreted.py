@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from triton.runtime import interpreter
 
-from benchmarks.kernel_tuning import tune
 from kernels import (
     contrastive_loss,
     contrastive_triton,
@@ -18,8 +17,8 @@ from kernels import (
     roi_align_project,
     roi_align_triton,
 )
-from kernels.contrastive_cpu import Problem, contrast
-from kernels.roi_align import Pooling, _pool_project
+from kernels.contrastive_cpu import LossInputs, contrast
+from kernels.roi_align import Pooling
 
 SCALES = [0.25, 0.125]
 ROIS = torch.tensor(
@@ -126,7 +125,6 @@ def test_the_one_launch_operator_has_all_gradients():
     weight, bias = torch.randn(5, 19, requires_grad=True), torch.randn(5, requires_grad=True)
     inputs = [*features, weight, bias]
     arguments = dict(scales=SCALES, output_size=1)
-    assert _pool_project(features, ROIS, weight, bias, SCALES, [1, 1], 2, False, "triton")[1].numel() == 0
     results = [
         roi_align_project(features, ROIS, weight, bias, **arguments, implementation=name)
         for name in ("triton", "torch")
@@ -140,10 +138,10 @@ def test_a_missing_image_shows_as_nan_and_touches_no_gradient():
     features = [part.requires_grad_() for part in pyramid(torch.float32)]
     rois = torch.tensor([[2, 0.0, 0, 9, 9], [-1, 0, 0, 9, 9], [0, 0, 0, 9, 9]])
     pooling = Pooling(SCALES, (2, 2), 2, False)
-    pooled = roi_align_triton.gather([part.detach() for part in features], rois, pooling)
+    pooled = roi_align_triton.forward([part.detach() for part in features], rois, pooling)
     assert pooled[:2].isnan().all() and pooled[2].isfinite().all()
     shapes = [tuple(part.shape) for part in features]
-    gradients = roi_align_triton.scatter(torch.ones_like(pooled[:2]), rois[:2], shapes, pooling)
+    gradients = roi_align_triton.backward(torch.ones_like(pooled[:2]), rois[:2], shapes, pooling)
     assert all((part == 0).all() for part in gradients)
 
 
@@ -160,7 +158,7 @@ def loss_problem(n, m, k, dim, dtype, ids, seed=0):
     valid = torch.tensor(k - 7) if ids and k else None
     bank = rows(k) if k else None
     bank_ids = labels(k) if k else None
-    return Problem(rows(n), rows(m), torch.tensor(20.0), target, bank, valid, labels(n), labels(m), bank_ids)
+    return LossInputs(rows(n), rows(m), torch.tensor(20.0), target, bank, valid, labels(n), labels(m), bank_ids)
 
 
 @pytest.mark.parametrize("engine", ["stream", "chunked"])
@@ -200,25 +198,3 @@ def test_the_public_loss_takes_the_kernels():
         results.append([loss, *torch.autograd.grad(loss, [query, key]), stats.candidates])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-4)
-
-
-def test_float64_is_refused():
-    with pytest.raises(TypeError, match="float64"):
-        multiscale_roi_align(pyramid(torch.float64), ROIS, scales=SCALES, output_size=2, implementation="triton")
-
-
-def test_the_tuner_tries_every_launch(monkeypatch, capsys):
-    """`benchmarks/kernels.py --tune`, which is at home on a GPU alone."""
-    for table in ("FORWARD", "FORWARD_ONE_BIN"):  # it writes there
-        monkeypatch.setattr(roi_align_triton, table, getattr(roi_align_triton, table))
-    small = dict(size=(64, 64), rois=1, channels=16, bank_rows=40, dtype=torch.float32)
-
-    def measure(function):
-        function()
-        return 1.0
-
-    tune(measure, "cpu", ["FORWARD, pyramid"], **small)
-    said = capsys.readouterr().out
-    with pytest.raises(ValueError, match="FORWARD, pyramid; BACKWARD, pyramid; FORWARD, one bin"):
-        tune(measure, "cpu", ["FORWRAD"], **small)
-    assert said.count("Launch(") == 16 and "FORWARD" in said and "STREAM" not in said and "inf" not in said

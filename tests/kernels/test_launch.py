@@ -1,6 +1,5 @@
-"""Which block sizes a GPU gets: those of its architecture, by the name that compilers give it."""
+"""Which block sizes and which GPU a kernel gets, and what it is compiled for."""
 
-import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -8,50 +7,44 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernels.contrastive_triton import contrast
-from kernels.gpu import launch_for, on_its_device
-from kernels.roi_align_triton import _maps, _sizes, gather, project, scatter
+from kernels import contrastive_triton, roi_align_triton
+from kernels.gpu import launch_for
 
 TABLE = {"default": 0, "sm_90": 1, "gfx942": 2}
 
 
-@pytest.mark.parametrize(("capability", "launch"), [((9, 0), 1), ((8, 6), 0)])
-def test_nvidia(monkeypatch, capability, launch):
-    monkeypatch.setattr(torch.version, "hip", None)
+@pytest.mark.parametrize(
+    ("hip", "capability", "name", "launch"),
+    [
+        (None, (9, 0), "", 1),
+        (None, (8, 6), "", 0),
+        ("6.4", None, "gfx942:sramecc+:xnack-", 2),
+        ("6.4", None, "gfx90a", 0),
+    ],
+)
+def test_a_gpu_gets_the_launch_of_its_architecture(monkeypatch, hip, capability, name, launch):
+    monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert launch_for(TABLE, torch.device("cuda")) == launch
-
-
-@pytest.mark.parametrize(("name", "launch"), [("gfx942:sramecc+:xnack-", 2), ("gfx90a", 0)])
-def test_amd(monkeypatch, name, launch):
-    monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
     assert launch_for(TABLE, torch.device("cuda")) == launch
+    assert launch_for(TABLE, torch.device("cpu")) == 0  # the interpreter
 
 
-def test_the_interpreter_has_the_default():
-    assert launch_for(TABLE, torch.device("cpu")) == 0
-
-
-@pytest.mark.parametrize("wrap", [lambda tensor: tensor, lambda tensor: [tensor]])
-def test_a_launch_is_on_the_device_of_its_first_argument(monkeypatch, wrap):
-    seen, tensor = [], torch.zeros(1)
-    monkeypatch.setattr(torch.cuda, "device_of", lambda of: seen.append(of) or contextlib.nullcontext())
-    assert on_its_device(lambda first, other: other)(wrap(tensor), other=3) == 3
-    assert seen == [tensor]
-
-
-@pytest.mark.parametrize("function", [gather, scatter, project, contrast])
-def test_every_launching_function_looks_for_its_device(monkeypatch, function):
+@pytest.mark.parametrize(
+    "module, name", [(roi_align_triton, "forward backward project"), (contrastive_triton, "contrast")]
+)
+def test_every_launching_function_looks_for_the_device_of_its_first_argument(monkeypatch, module, name):
     class Asked(Exception):
         pass
 
     def device_of(tensor):
+        assert torch.equal(tensor, torch.ones(1))
         raise Asked
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    with pytest.raises(Asked):
-        function([torch.zeros(1)])
+    for function in name.split():
+        with pytest.raises(Asked):
+            getattr(module, function)([torch.ones(1)])
 
 
 def compiled_for(value):
@@ -62,11 +55,9 @@ def compiled_for(value):
 
 
 def test_images_of_another_size_do_not_compile_again():
-    def pyramid(height, width):
+    def maps(height, width):
         shapes = [(2, 256, height // stride, width // stride) for stride in (4, 8, 16, 32)]
-        return [torch.zeros(shape).contiguous(memory_format=torch.channels_last) for shape in shapes]
+        features = [torch.zeros(shape).contiguous(memory_format=torch.channels_last) for shape in shapes]
+        return roi_align_triton._maps(features, (1 / 4, 1 / 8, 1 / 16, 1 / 32))
 
-    one, other = pyramid(128, 160), pyramid(96, 224)
-    scales = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
-    assert compiled_for(_maps(one, scales)) == compiled_for(_maps(other, scales))
-    assert _sizes([part.shape for part in other]) == ((24, 12, 6, 3), (56, 28, 14, 7))
+    assert compiled_for(maps(128, 160)) == compiled_for(maps(96, 224))

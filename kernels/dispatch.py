@@ -1,4 +1,4 @@
-"""Which implementation an operator runs, and with which casts."""
+"""Which backend an operator runs on, and with which casts."""
 
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -8,17 +8,15 @@ import torch
 HAS_TRITON = find_spec("triton") is not None
 
 
-def choose(implementation, tensors):
+def resolve_backend(implementation, tensors):
     """ "triton" or "torch" for the `implementation` argument of an operator on `tensors`; raises where it cannot run.
 
     Triton's kernels sum in float32, so float64 always takes PyTorch.
     """
     if implementation not in ("auto", "triton", "torch"):
         raise ValueError(f'implementation must be "auto", "triton" or "torch", got {implementation!r}')
-    if implementation in ("auto", "torch") and tensors[0].is_cpu:
-        return "torch"
-    double = any(tensor.dtype == torch.float64 for tensor in tensors)
     device = tensors[0].device.type
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
     if implementation == "auto":
         return "triton" if device == "cuda" and HAS_TRITON and not double else "torch"
     if implementation == "triton":
@@ -31,9 +29,9 @@ def choose(implementation, tensors):
     return implementation
 
 
-def uncast(tensor):
-    """A context in which autocast leaves everything as it is; costs next to nothing where it is off."""
-    device = "cpu" if tensor.is_cpu else tensor.device.type  # the name of a device costs as much as a small product
+def no_autocast(tensor):
+    """A context in which autocast leaves everything on the tensor's device as it is."""
+    device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
