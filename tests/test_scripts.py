@@ -251,6 +251,17 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_images(tmp_path, capsys, 
     assert "not a finite number" in sentence and "synthetic/0/" in sentence
 
 
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_each_process_samples_its_own_regions(name, request, monkeypatch, tmp_path):
+    whole, seeds = request.getfixturevalue(name), []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    monkeypatch.setattr(distributed, "rank", lambda: 3)
+    monkeypatch.setattr(whole.script, "Run", lambda *_, **__: sys.exit())
+    with pytest.raises(SystemExit):
+        run(whole.script, whole.flags, tmp_path / "run", "--seed", 7)
+    assert seeds == [7, 7003]
+
+
 def test_stage_1_measures_mean_and_deviation(stage1):
     detector = stage1.parts["TrainStep"].results[0].model
     data = train_stage1.SyntheticPairs(32, 0)
