@@ -37,19 +37,13 @@ class FGCLIP(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        vision: dict | None = None,
-        text: dict | None = None,
-        embed_dim: int = 512,
-        logit_scale: float = MAX_LOGIT_SCALE,
-        roi_projection: bool = False,
-    ):
+        self, *, vision: dict | None = None, text: dict | None = None, embed_dim: int = 512,
+        logit_scale: float = MAX_LOGIT_SCALE, roi_projection: bool = False,
+    ):  # fmt: skip
         super().__init__()
         vision, text = dict(vision or {}), dict(text or {})
-        self.config = dict(
-            vision=vision, text=text, embed_dim=embed_dim, logit_scale=logit_scale, roi_projection=roi_projection
-        )
+        self.config = dict(vision=vision, text=text, embed_dim=embed_dim, roi_projection=roi_projection)
+        self.config["logit_scale"] = logit_scale
         self.vision_model = VisionTower(**vision)
         self.text_model = TextTower(**text)
         self.visual_projection = nn.Linear(self.vision_model.width, embed_dim, bias=False)
@@ -82,7 +76,7 @@ class FGCLIP(nn.Module):
         return model.to(self.logit_scale.device)
 
     def set_checkpointing(self, enabled: bool) -> None:
-        """Whether the blocks' activations are recomputed in the backward pass: less memory, about a third more time."""
+        """Whether the backward pass recomputes the blocks' activations: less memory, about a third more time."""
         self.vision_model.encoder.checkpointing = enabled
         self.text_model.encoder.checkpointing = enabled
 
@@ -97,9 +91,9 @@ class FGCLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scales(self) -> None:
-        """Holds the multipliers between 1 and 100; to be called after every optimizer step.
+        """Holds the multipliers between 1 and 100. Call it after every optimizer step.
 
-        The parameter itself is held: a clamp in the forward pass would leave it without a gradient, above for ever.
+        A clamp in the forward pass would leave the parameter without a gradient, and outside for ever.
         """
         for scale in self.log_scales().values():
             scale.clamp_(0, MAX_LOGIT_SCALE)
@@ -114,7 +108,7 @@ class FGCLIP(nn.Module):
 
         long: use the long table and its projection, for L up to 248 with the published 77 short positions.
         attention_mask: (N, L), 1 = read; padding behind the end token needs none.
-        Raises ValueError where L exceeds the table, or there is no long one.
+        Raises ValueError where L exceeds the table.
         """
         pooled = self.text_model(tokens, long=long, attention_mask=attention_mask)
         return (self.text_filip_projection if long else self.text_projection)(pooled)

@@ -1,7 +1,6 @@
 """What a model is asked about a data set, while it is trained and by `python -m fgclip.evaluate`.
 
-Evaluation tasks take `RegionDataset`s of all usable boxes, and return metrics, shares in 0..1, and a sentence about the
-data.
+`retrieval`, `choice` and `classify` return metrics, shares in 0..1, and a sentence about the data.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from fgclip.data import RegionDataset, Sample, usable_regions
 from fgclip.embedding import Embedder
 from fgclip.losses import caption_ids
 from fgclip.metrics import choice_metrics, class_metrics, region_metrics, retrieval_recall
-from fgclip.prompts import class_embeddings
+from fgclip.model import l2_normalize
 from fgclip.regions import BoxStatistics
 from trainkit.errors import InputError
 
@@ -24,8 +23,8 @@ def validation_metrics(
 ) -> dict[str, dict[str, float]]:
     """Metrics of samples that were not trained on, as far as there is something to choose from.
 
-    region: `region_metrics` at the region's scale; hard: `choice_metrics` of each region's own phrase and its
-    alterations; short and long: `retrieval_recall` of images and captions, r1, both directions of R@1, and count.
+    region: `region_metrics` at the region's scale. hard: `choice_metrics` of each region's phrase and its alterations.
+    short, long: `retrieval_recall` of images and captions; r1, the mean of both directions; count.
     """
     samples, metrics = [data.describe(i) for i in range(len(data))], {}
     image, region = embedder.images(data, regions)
@@ -47,25 +46,22 @@ def validation_metrics(
 
 
 def validation_text(metrics: dict[str, dict[str, float]]) -> str:
-    """`validation_metrics` for people, in one line."""
-    parts = []
-    if "region" in metrics:
-        parts.append(
-            "{count} regions among {candidates} captions: loss {loss:.3f} ({relative:.2f} of chance), R@1 {r1:.3f}, "
-            "cosine {cosine:.2f} (others {cosine_unmatched:.2f}), effective rank {effective_rank:.0f}"
-            "".format(**metrics["region"])
-        )
-    if "hard" in metrics:
-        parts.append("hard negatives {accuracy:.3f} of {count}".format(**metrics["hard"]))
-    for name in ("short", "long"):
-        if name in metrics:
-            parts.append(f"{name} captions R@1 {metrics[name]['r1']:.3f} of {metrics[name]['count']}")
-    return "; ".join(parts) or "nothing to choose from"
+    """`validation_metrics` in one line."""
+    texts = dict(
+        region="{count} regions among {candidates} captions: loss {loss:.3f} ({relative:.2f} of chance), R@1 {r1:.3f}, "
+        "cosine {cosine:.2f} (others {cosine_unmatched:.2f}), effective rank {effective_rank:.0f}",
+        hard="hard negatives {accuracy:.3f} of {count}",
+        short="short captions R@1 {r1:.3f} of {count}",
+        long="long captions R@1 {r1:.3f} of {count}",
+    )
+    return "; ".join(texts[name].format(**row) for name, row in metrics.items()) or "nothing to choose from"
 
 
 def best_metric(metrics: dict[str, dict[str, float]], by: str) -> tuple[float, float]:
-    """What chooses a checkpoint: R@1 of "region", accuracy of "hard", or R@1 of "captions", -1 without; and, to break
-    ties, the negative loss of the regions."""
+    """What chooses a checkpoint: R@1 of "region" or "captions", accuracy of "hard", -1 without.
+
+    The negative loss of the regions breaks ties.
+    """
     names = ("short", "long") if by == "captions" else (by,)
     values = [metrics[name]["accuracy" if name == "hard" else "r1"] for name in names if name in metrics]
     return sum(values) / len(values) if values else -1.0, -metrics["region"]["loss"] if "region" in metrics else 0.0
@@ -100,8 +96,7 @@ def usable_samples(data: RegionDataset) -> tuple[list[Sample], str]:
     if not count:
         source = data.records[0].source
         raise InputError(f"{source}: no region here or in what follows has a usable box; {statistics}")
-    amiss = f"; {statistics}" if statistics.invalid or statistics.clipped else ""
-    return samples, f"{count} regions in {len(samples)} images{amiss}"
+    return samples, f"{count} regions in {len(samples)} images; {statistics}"
 
 
 def choice(embedder: Embedder, data: RegionDataset) -> tuple[dict, str]:
@@ -113,14 +108,17 @@ def choice(embedder: Embedder, data: RegionDataset) -> tuple[dict, str]:
 def classify(
     embedder: Embedder, data: RegionDataset, categories: Sequence[str], templates: Sequence[str], boxes: bool
 ) -> tuple[dict, str]:
-    """`class_metrics` of every box, whose phrase is its category, or of every image, labelled by its record."""
+    """`class_metrics` of every box, whose phrase is its category, or of every image, labelled by its record.
+
+    A class is the mean of the unit vectors of its prompts; underscores in its name are read as spaces.
+    """
     if boxes:
         samples, sentence = usable_samples(data)
         labels = torch.tensor([categories.index(phrase) for s in samples for phrase in s.phrases])
-        sentence = f"{len(categories)} categories in {len(templates)} templates; {sentence}"
     else:
         labels = torch.tensor([record.label for record in data.records])
-        sentence = f"{len(categories)} classes in {len(templates)} templates; "
-        sentence += f"{len(labels)} images of {len(labels.unique())}"
-    features = embedder.images(data, boxes)[boxes]
-    return class_metrics(features @ class_embeddings(embedder, categories, templates).T, labels), sentence
+        sentence = f"{len(labels)} images of {len(labels.unique())}"
+    prompts = [template.replace("{}", name.replace("_", " ")) for name in categories for template in templates]
+    classes = l2_normalize(embedder.texts(prompts).unflatten(0, (len(categories), -1)).mean(dim=1))  # (C, D)
+    row = class_metrics(embedder.images(data, boxes)[boxes], classes, labels)
+    return row, f"{len(categories)} classes in {len(templates)} templates; {sentence}"

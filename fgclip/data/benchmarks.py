@@ -1,4 +1,4 @@
-"""Data that is only evaluated on: captioned images of the retrieval benchmarks, labelled boxes, folders of classes."""
+"""Data to evaluate on: captioned images of the retrieval benchmarks, labelled boxes, folders of classes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,8 +10,7 @@ from trainkit.files import is_image, natural, read_json, read_lines
 
 
 class Flickr30k(Records):
-    """One split of a captions file in Karpathy's layout (dataset_flickr30k.json, dataset_coco.json): an object with a
-    list under images, each with filename, split and sentences, which hold raw."""
+    """One split of a captions file in Karpathy's layout (dataset_flickr30k.json, dataset_coco.json)."""
 
     def __init__(self, path: str | Path, split: str = "test", *, most_captions: int | None = None):
         images = objects(read_json(path, "captions in Karpathy's layout", dict), "images", str(path))
@@ -32,8 +31,7 @@ class Flickr30k(Records):
 
 
 class ShareGPT4V(Records):
-    """ShareGPT4V's captions (Chen et al. 2023): a JSON list of objects with image and conversations, whose second
-    entry's value is the long caption. There are no short ones."""
+    """ShareGPT4V's long captions (Chen et al. 2023): image, and the value of the second of conversations."""
 
     def record(self, item: dict, source: str) -> Record:
         turns = objects(item, "conversations", source)
@@ -44,8 +42,10 @@ class ShareGPT4V(Records):
 
 
 class DCI(Records):
-    """Densely Captioned Images (Urbanek et al. 2024): a folder of one file per image, with the keys image and
-    extra_caption, the long caption; short_caption is the short one where it is there."""
+    """Densely Captioned Images (Urbanek et al. 2024): a folder of one file per image.
+
+    Keys: image, extra_caption (the long caption), maybe short_caption.
+    """
 
     def record(self, item: dict, source: str) -> Record:
         short = (field(item, "short_caption", str, source),) if "short_caption" in item else ()
@@ -54,10 +54,7 @@ class DCI(Records):
 
 
 class COCOBoxes(Records):
-    """The images of an instances_*.json that have boxes; a region's one phrase is its category's name.
-
-    `categories` are the names of all categories of the file. Crowds are left out.
-    """
+    """The images of an instances_*.json that have boxes; a region's one phrase is its category's name."""
 
     def __init__(self, path: str | Path):
         (images,) = read_coco(Path(path), "images")
@@ -75,8 +72,7 @@ class COCOBoxes(Records):
 class ClassFolders(Records):
     """The images in a folder of class folders; a record's label is the number of its class.
 
-    class_names: a text file with one name per line, of the class folders in natural order (2 before 10); by default a
-    class is called what its folder is. `categories` are the names, `folders` the folders'.
+    class_names: a text file with one name per line for the folders in natural order (2 before 10); by default their own.
     """
 
     def __init__(self, root: str | Path, class_names: str | Path | None = None):
@@ -91,15 +87,10 @@ class ClassFolders(Records):
         if class_names is not None:
             self.categories = tuple(read_lines(class_names, "names of classes, one per line"))
             if len(self.categories) != len(folders):
-                raise InputError(
-                    f"{class_names} names {len(self.categories)} classes, but {root} holds {len(folders)} folders"
-                )
-        self.items = [
-            (path.relative_to(root), label)
-            for label, folder in enumerate(folders)
-            for path in sorted(folder.rglob("*"))
-            if is_image(path)
-        ]
+                names = f"{class_names} names {len(self.categories)} classes"
+                raise InputError(f"{names}, but {root} holds {len(folders)} folders")
+        paths = [(path, label) for label, folder in enumerate(folders) for path in sorted(folder.rglob("*"))]
+        self.items = [(path.relative_to(root), label) for path, label in paths if is_image(path)]
         if not self.items:
             raise InputError(f"{root}: none of its {len(folders)} folders holds an image")
 
@@ -108,7 +99,7 @@ class ClassFolders(Records):
 
 
 def by_image(records: Sequence[Record]) -> list[Record]:
-    """Records of the same image joined into one, in the order of their first; its source is that of the first."""
+    """Records of the same image joined into one, in the order and with the source of their first."""
     joined: dict[str, Record] = {}
     for record in records:
         first = joined.setdefault(record.image, record)

@@ -33,21 +33,15 @@ class Collate:
     Beside what forward takes it holds
         short_ids (U,) and long_ids (V,), the `caption_ids`;
         labels (B,) and region_labels (R,), the classes;
-        hard_regions (K,), rows of the regions with hard negatives, hard_counts (K,), texts of each in `hard`;
+        hard_regions (K,), rows of the regions with hard negatives; hard_counts (K,), their texts in `hard`;
         truncated, how many distinct texts were cut; sources, what names each image.
-    regions, hard: whether the batch has them at all; long_context_length None: it has no long texts. Without captions
-    it has neither short nor long ones.
+    regions, hard: whether the batch has them. long_context_length: None leaves out the long texts.
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        *,
-        context_length: int = 77,
-        long_context_length: int | None = 248,
-        regions: bool = True,
-        hard: bool = True,
-    ):
+        self, tokenizer: Tokenizer, *, context_length: int = 77, long_context_length: int | None = 248,
+        regions: bool = True, hard: bool = True,
+    ):  # fmt: skip
         self.tokenizer, self.regions, self.hard = tokenizer, regions, hard
         self.context_length, self.long_context_length = context_length, long_context_length
 

@@ -14,12 +14,12 @@ from torchvision import transforms
 from fgclip import Tokenizer
 from fgclip.data.benchmarks import DCI, ClassFolders, COCOBoxes, Flickr30k, ShareGPT4V, by_image
 from fgclip.data.collate import Collate
-from fgclip.data.dataset import RegionDataset, evenly, hold_out, image_ids, usable_regions
+from fgclip.data.dataset import RegionDataset, data_statistics, evenly, hold_out, image_ids, usable_regions
 from fgclip.data.records import COCO, FGOVD, FineHARD, JsonItems, Record, Region, scaled
-from fgclip.data.statistics import data_statistics
-from fgclip.images import normalise, preprocess, read_image
+from fgclip.images import normalise, preprocess
 from fgclip.regions import BoxStatistics, boxes_to_rois, usable_boxes
 from trainkit.errors import InputError
+from trainkit.files import open_image
 
 
 def item(i, **changes):
@@ -319,12 +319,12 @@ def test_images(tmp_path):
     colours = np.full((4, 6, 3), 200, dtype=np.uint8)
     Image.fromarray(colours).quantize(4).save(tmp_path / "palette.png", transparency=0)
     Image.fromarray(colours[..., 0]).save(tmp_path / "grey.png")
-    assert {read_image(tmp_path / name).mode for name in ("palette.png", "grey.png")} == {"RGB"}
+    assert {open_image(tmp_path / name).mode for name in ("palette.png", "grey.png")} == {"RGB"}
     (tmp_path / "cut.png").write_bytes((tmp_path / "palette.png").read_bytes()[:60])
     (tmp_path / "text.jpg").write_text("not an image")
     for name in ("cut.png", "text.jpg", "absent.png"):
         with pytest.raises(InputError, match=f"{name}.*some.json, item 3"):
-            read_image(tmp_path / name, "some.json, item 3")
+            open_image(tmp_path / name, "some.json, item 3")
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../0.png", "a/../../0.png", "", "a\0b"])

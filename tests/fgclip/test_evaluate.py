@@ -14,11 +14,12 @@ import torch
 from fgclip import FGCLIP, Tokenizer, evaluate, load_model, save_clip_weights
 from fgclip.data import Record, Region, RegionDataset
 from fgclip.embedding import Embedder
-from fgclip.images import preprocess, read_image
+from fgclip.images import preprocess
 from fgclip.model import l2_normalize
 from fgclip.prompts import read_templates
 from fgclip.tasks import retrieval
 from trainkit.errors import InputError, one_sentence
+from trainkit.files import open_image
 
 MERGES = [["t", "h"], ["th", "e</w>"], ["r", "e"], ["re", "d</w>"]]
 VOCAB = 514 + len(MERGES)
@@ -64,7 +65,7 @@ def refused(capsys, folder, *flags, **kwargs) -> str:
 
 def pixels(folder, size=32, crop=False):
     """The four images as the model reads them."""
-    return torch.stack([preprocess(read_image(folder / "images" / f"{i}.png"), size, crop) for i in range(IMAGES)])
+    return torch.stack([preprocess(open_image(folder / "images" / f"{i}.png"), size, crop) for i in range(IMAGES)])
 
 
 def dataset(records, folder):

@@ -11,9 +11,8 @@ from PIL import Image
 from fgclip import FGCLIP, Tokenizer, load_model, save_clip_weights
 from fgclip.data.benchmarks import DCI, COCOBoxes, Flickr30k, ShareGPT4V
 from fgclip.data.collate import Collate
-from fgclip.data.dataset import RegionDataset
+from fgclip.data.dataset import RegionDataset, data_statistics
 from fgclip.data.records import COCO, FGOVD, FineHARD
-from fgclip.data.statistics import data_statistics
 
 NAME, REGION = "a/1.png", dict(short_expr="b", long_expr="c", flag_short_neg=1, short_expr_negs={"0": "d"})
 FINEHARD = [dict(f_path=NAME, caption="a", short_caption="b", label=1, bbox_info=[REGION | dict(bbox=[0, 0.1, 1, 1])])]

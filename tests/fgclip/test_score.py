@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from fgclip import Tokenizer, score
-from fgclip.images import preprocess, read_image
+from fgclip.images import preprocess
 from fgclip.model import l2_normalize
 from trainkit.errors import one_sentence
+from trainkit.files import open_image
 
 MERGES = [["t", "h"], ["th", "e</w>"], ["r", "e"], ["re", "d</w>"]]
 TEXTS = ["a red cat", "a dog", "something"]
@@ -41,7 +42,7 @@ def refused(capsys, folder, *flags) -> str:
 
 
 def pixels(folder):
-    return preprocess(read_image(folder / "images" / "0.png"), 32)[None]
+    return preprocess(open_image(folder / "images" / "0.png"), 32)[None]
 
 
 def texts_of(texts):
