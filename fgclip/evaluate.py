@@ -184,9 +184,8 @@ def table(metrics: dict[str, dict[str, float]]) -> str:
     """Rows of metrics as aligned text, shares in percent; rows with the same columns share a heading."""
 
     def cell(name: str, value: float) -> str:
-        if isinstance(value, int):
-            return str(value)
-        return f"{value:.3f}" if name in NOT_PERCENT else f"{100 * value:.1f}"
+        text = f"{value:.3f}" if name in NOT_PERCENT else f"{100 * value:.1f}"
+        return str(value) if isinstance(value, int) else text
 
     blocks = []
     for names, rows in groupby(metrics, key=lambda row: list(metrics[row])):
@@ -198,7 +197,7 @@ def table(metrics: dict[str, dict[str, float]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`python -m fgclip.evaluate`: print the metrics of one task; `arguments` without the program's name."""
+    """`python -m fgclip.evaluate`: print the metrics of one task."""
     parser = make_parser(__doc__)
     add_model_flags(parser)
     add_arguments(parser)

@@ -17,8 +17,7 @@ from trainkit.distributed import gather, gather_and_place, global_mean
 class PairBank(nn.Module):
     """The last `size` pairs of unit vectors, images (or regions) and their texts, as negatives of later batches.
 
-    classes: 2 gives normal and abnormal scenes half of the places each.
-    Every rank holds the same rows; keep the bank outside of what DDP wraps.
+    classes: 2 gives normal and abnormal scenes half of the places each. Keep the bank outside of what DDP wraps.
     """
 
     def __init__(self, size: int, dim: int, *, classes: int = 1, device: torch.device | str | None = None):

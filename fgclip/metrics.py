@@ -54,9 +54,9 @@ def choice_metrics(query: Tensor, candidates: Tensor, counts: Tensor) -> dict[st
 
 
 def class_metrics(features: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
-    """top1 and, of more than five classes, top5 accuracy over all rows; class_mean, the mean of the classes' own top1.
+    """top1 and, of more than five classes, top5 accuracy; class_mean, the mean top1 of the classes that have rows.
 
-    features (N, D), classes (C, D), labels (N,). Classes without a row are left out of the mean.
+    features (N, D), classes (C, D), labels (N,).
     """
     found = ranks(features, classes, labels, torch.arange(len(classes)))
     top = {f"top{k}": (found < k).double().mean().item() for k in (1, 5) if k == 1 or len(classes) > k}
@@ -65,10 +65,7 @@ def class_metrics(features: Tensor, classes: Tensor, labels: Tensor) -> dict[str
 
 
 def effective_rank(features: Tensor) -> float:
-    """exp of the entropy of the singular values' shares (Roy and Vetterli 2007), between 1 and D.
-
-    features (N, D) as they are, not centred: rows that all point one way have rank 1.
-    """
+    """exp of the entropy of the singular values' shares (Roy and Vetterli 2007) of features (N, D), between 1 and D."""
     values = torch.linalg.svdvals(features.double())
     return torch.special.entr(values / values.sum()).sum().exp().item()
 

@@ -1,12 +1,10 @@
-"""Boxes: which of them are usable, and the features inside them."""
+"""Boxes: which of them are usable, and where they lie on a feature map."""
 
 from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from kernels import roi_align_project
 
 
 class BoxStatistics(Counter):
@@ -46,14 +44,3 @@ def boxes_to_rois(boxes: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     cells = torch.cat(list(boxes)) * boxes[0].new_tensor([width, height, width, height])
     index = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
     return torch.cat([index, cells], dim=1)
-
-
-def pool_regions(features: Tensor, boxes: Sequence[Tensor], projection: Tensor) -> Tensor:
-    """Projected mean of the map (B, C, h, w) inside each box, boxes as in `boxes_to_rois`, to (R, D).
-
-    RoIAlign (He et al. 2017) to a single cell with as many samples as the box covers cells, times projection (D, C).
-    """
-    if len(boxes) != len(features):
-        raise ValueError(f"{len(boxes)} lists of boxes for {len(features)} images")
-    rois = boxes_to_rois([b.to(features.device, torch.float32) for b in boxes], features.shape[-2:])
-    return roi_align_project([features], rois, projection, scales=[1.0], output_size=1, sampling_ratio=-1, aligned=True)

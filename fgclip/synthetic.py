@@ -13,16 +13,8 @@ from fgclip.data import Record, Region, Sample, draw_sample
 from fgclip.images import normalise
 from fgclip.tokenizer import learn_merges
 
-COLOURS = {
-    "red": (0.9, 0.1, 0.1),
-    "green": (0.1, 0.7, 0.1),
-    "blue": (0.1, 0.2, 0.9),
-    "yellow": (0.95, 0.9, 0.1),
-    "purple": (0.6, 0.1, 0.7),
-    "orange": (1.0, 0.55, 0.0),
-    "white": (1.0, 1.0, 1.0),
-    "cyan": (0.1, 0.85, 0.9),
-}
+COLOURS = dict(red=(0.9, 0.1, 0.1), green=(0.1, 0.7, 0.1), blue=(0.1, 0.2, 0.9), yellow=(0.95, 0.9, 0.1))
+COLOURS |= dict(purple=(0.6, 0.1, 0.7), orange=(1.0, 0.55, 0.0), white=(1.0, 1.0, 1.0), cyan=(0.1, 0.85, 0.9))
 TEXTURES = ("plain", "striped", "dotted", "checked")
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 ATTRIBUTES = (tuple(COLOURS), TEXTURES, SHAPES)
@@ -40,12 +32,8 @@ PHRASES = tuple(phrase(kind) for kind in KINDS)
 
 def alterations(kind: tuple[str, str, str]) -> list[str]:
     """The phrases that differ from this one in exactly one attribute."""
-    return [
-        phrase(kind[:i] + (value,) + kind[i + 1 :])
-        for i, values in enumerate(ATTRIBUTES)
-        for value in values
-        if value != kind[i]
-    ]
+    changes = [(i, value) for i, values in enumerate(ATTRIBUTES) for value in values if value != kind[i]]
+    return [phrase(kind[:i] + (value,) + kind[i + 1 :]) for i, value in changes]
 
 
 def shape_mask(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -1,7 +1,4 @@
-"""What a model is asked about a data set, while it is trained and by `python -m fgclip.evaluate`.
-
-`retrieval`, `choice` and `classify` return metrics, shares in 0..1, and a sentence about the data.
-"""
+"""Metrics of a model on a data set, and a sentence about the data. Shares are in 0..1."""
 
 from collections.abc import Sequence
 
@@ -58,10 +55,7 @@ def validation_text(metrics: dict[str, dict[str, float]]) -> str:
 
 
 def best_metric(metrics: dict[str, dict[str, float]], by: str) -> tuple[float, float]:
-    """What chooses a checkpoint: R@1 of "region" or "captions", accuracy of "hard", -1 without.
-
-    The negative loss of the regions breaks ties.
-    """
+    """R@1 of "region" or "captions", accuracy of "hard", -1 without; the negative loss of the regions breaks ties."""
     names = ("short", "long") if by == "captions" else (by,)
     values = [metrics[name]["accuracy" if name == "hard" else "r1"] for name in names if name in metrics]
     return sum(values) / len(values) if values else -1.0, -metrics["region"]["loss"] if "region" in metrics else 0.0

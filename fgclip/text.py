@@ -50,10 +50,7 @@ class TextEmbeddings(nn.Module):
 
 
 class TextTower(nn.Module):
-    """A causal transformer, pooled at the row of the end token.
-
-    eos_id: id of the end token. None: the largest id in a text, which is the same for CLIP's vocabulary.
-    """
+    """A causal transformer, pooled at the row of the end token. eos_id: its id, None for the largest id in a text."""
 
     def __init__(
         self,

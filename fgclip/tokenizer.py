@@ -32,10 +32,7 @@ WORD_CACHE = 65536
 
 @cache
 def byte_symbols() -> dict[int, str]:
-    """The printable character that stands for each byte, in the order of the vocabulary.
-
-    Bytes that Latin-1 can print come first and stand for themselves, the others follow as chr(256), chr(257), ...
-    """
+    """The character that stands for each byte, in the vocabulary's order: itself if printable, else chr(256), ..."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

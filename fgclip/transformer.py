@@ -73,10 +73,7 @@ class Block(nn.Module):
         return (pooled + self.mlp(self.layer_norm2(pooled))).squeeze(1)  # (B, C)
 
     def value_path(self, x: Tensor) -> Tensor:
-        """forward with every token attending to itself alone: the value projection replaces the attention.
-
-        The dense features of FG-CLIP (Xie et al. 2025), after MaskCLIP (Zhou et al. 2022, section 3.2).
-        """
+        """forward with every token attending to itself alone (MaskCLIP, Zhou et al. 2022, section 3.2)."""
         x = x + self.self_attn.out_proj(self.self_attn.v_proj(self.layer_norm1(x)))
         return x + self.mlp(self.layer_norm2(x))  # (B, L, C)
 

@@ -44,10 +44,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """A ViT with a norm before its blocks, for images whose sides are multiples of the patch size.
-
-    image_size: side in pixels of the square images that the position table is laid out for.
-    """
+    """A ViT with a norm before its blocks. image_size: side of the square images that the position table is for."""
 
     def __init__(
         self,

@@ -158,10 +158,7 @@ def make_missing(state: dict[str, Tensor]) -> dict[str, str]:
 
 
 def build(arguments: Mapping, state: Mapping[str, Tensor], source: str) -> FGCLIP:
-    """FGCLIP(**arguments) with copies of the tensors, in float32 on the CPU. Raises InputError where they do not fit.
-
-    Both are from a file. The model is made without memory first, in case the file claims a large one.
-    """
+    """FGCLIP(**arguments) with copies of the tensors, in float32 on the CPU. Raises InputError where they don't fit."""
     try:
         arguments = dict(arguments)
         for tower in ("vision", "text"):
@@ -172,7 +169,7 @@ def build(arguments: Mapping, state: Mapping[str, Tensor], source: str) -> FGCLI
                 elif key != "activation" and (key, value) != ("eos_id", None):
                     most = len(state) if key == "layers" else 2**31
                     sizes[key] = number(value, f"{source}: {tower}, {key}", int(key != "eos_id"), most, whole=True)
-        with torch.device("meta"):
+        with torch.device("meta"):  # in case the file claims a large one
             model = FGCLIP(**arguments)
     except InputError:
         raise

@@ -42,10 +42,7 @@ class ShareGPT4V(Records):
 
 
 class DCI(Records):
-    """Densely Captioned Images (Urbanek et al. 2024): a folder of one file per image.
-
-    Keys: image, extra_caption (the long caption), maybe short_caption.
-    """
+    """Densely Captioned Images (Urbanek et al. 2024), a file per image: image, extra_caption, maybe short_caption."""
 
     def record(self, item: dict, source: str) -> Record:
         short = (field(item, "short_caption", str, source),) if "short_caption" in item else ()
@@ -70,10 +67,7 @@ class COCOBoxes(Records):
 
 
 class ClassFolders(Records):
-    """The images in a folder of class folders; a record's label is the number of its class.
-
-    class_names: a text file with one name per line for the folders in natural order (2 before 10); by default their own.
-    """
+    """The images in a folder of class folders, 2 before 10; class_names: a file of names for them, one per line."""
 
     def __init__(self, root: str | Path, class_names: str | Path | None = None):
         root = Path(root)

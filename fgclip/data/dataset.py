@@ -104,10 +104,7 @@ def image_ids(records: Sequence[Record], image_root: str | Path = "") -> np.ndar
 
 
 def hold_out(records: Sequence[Record], share: float, most: int) -> tuple[Sequence, Sequence]:
-    """Training and validation records, without an image in common.
-
-    Validation takes this share of the images, evenly spaced, at least 1 and at most so many, one record per image.
-    """
+    """Training and validation records, without an image in common; validation takes at most so many images."""
     _, first, image = np.unique(image_ids(records), return_index=True, return_inverse=True)
     count = min(most, max(1, round(share * len(first))))
     if count >= len(first):

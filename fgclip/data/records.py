@@ -109,10 +109,7 @@ def index_file(path: Path) -> np.ndarray:
 
 
 def annotation_files(path: str | Path) -> list[Path]:
-    """The JSON files that a path stands for: itself, those of a folder, or those that a .txt lists, one per line.
-
-    Listed paths are relative to the list and stay below its folder.
-    """
+    """The JSON files that a path stands for: itself, those of a folder, or those that a .txt lists."""
     path, paths = Path(path), [Path(path)]
     if path.suffix == ".txt":
         paths = [files.inside(path.parent, name, str(path)) for name in files.read_lines(path)]
@@ -166,10 +163,7 @@ def refuse_fractions(boxes: Sequence[Box], source: str) -> None:
 
 
 class Records(Sequence):
-    """Records of `annotation_files`, each made when it is asked for.
-
-    `items` are annotations with their places for messages; `record` makes a `Record` of one, or raises InputError.
-    """
+    """Records of `annotation_files`, made on demand. `items` are annotations with their places for messages."""
 
     def __init__(self, path: str | Path):
         self.items: Sequence[tuple[dict, str]] = JsonItems(annotation_files(path))
@@ -182,11 +176,7 @@ class Records(Sequence):
 
 
 class FineHARD(Records):
-    """FineHARD's annotations (FG-CLIP, section 3.3).
-
-    Keys: f_path, caption, short_caption; maybe label and bbox_info, a list of bbox (xyxy in fractions, further numbers
-    ignored), short_expr, maybe long_expr and, where flag_short_neg is 1, short_expr_negs.
-    """
+    """FineHARD's annotations (FG-CLIP, section 3.3), described in docs/fgclip.md."""
 
     def record(self, item: dict, source: str) -> Record:
         return Record(
@@ -220,10 +210,7 @@ class FineHARD(Records):
 
 
 class FGOVD(Records):
-    """A benchmark file of FG-OVD (Bianchi et al. 2024) in JSON lines: one region per record, without captions.
-
-    Keys: img_path, bbox (xywh in pixels), width, height, pos_expression with one phrase, neg_expression.
-    """
+    """A benchmark file of FG-OVD (Bianchi et al. 2024) in JSON lines: one region per record, without captions."""
 
     def record(self, item: dict, source: str) -> Record:
         positive, negatives = (

@@ -65,7 +65,7 @@ def use(opened, folder):
         assert (opened(["a red car", "cab"]) < opened.vocab_size).all()
         return
     records = [opened[i] for i in range(len(opened))]
-    data_statistics(records, Tokenizer("bytes"))
+    data_statistics(records)
     if records:
         samples = [RegionDataset(records, folder, image_size=16)[i] for i in range(len(records))]
         assert Collate(Tokenizer("bytes"))(samples)["pixels"].isfinite().all()
