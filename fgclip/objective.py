@@ -46,7 +46,7 @@ class FGCLIPLoss:
         features = self.model(batch)
         losses, image = {}, l2_normalize(features["image"])
         for name in ("long", "short", "region"):
-            if name in self.names and name in batch:
+            if name in self.names:
                 loss = self.contrast(name, image, features, batch, counts[name])
                 losses[f"loss_{name}"] = self.factors[name] * loss
         if "hard" in self.names:

@@ -47,14 +47,12 @@ class Collate:
 
     def __call__(self, samples: Sequence[Sample]) -> dict:
         truncated, short, long = self.tokenizer.truncated, Texts(), Texts()
-        captioned = all(s.short is not None for s in samples)
         batch = dict(
             pixels=torch.stack([s.pixels for s in samples]),  # (B, 3, S, S)
             labels=torch.tensor([s.record.label for s in samples]),
             sources=[s.record.source for s in samples],
         )
-        if captioned:
-            batch["short"] = short.index(s.short for s in samples)
+        batch["short"] = short.index(s.short for s in samples)
         if self.regions:
             groups = [group if self.hard else [] for s in samples for group in s.hard]
             kept = [i for i, group in enumerate(groups) if group]
@@ -67,7 +65,7 @@ class Collate:
                 hard_counts=torch.tensor([len(groups[i]) for i in kept], dtype=torch.int64),
             )
         batch["short_texts"], batch["short_ids"] = short.tokens(self.tokenizer, self.context_length)
-        if captioned and self.long_context_length is not None:
+        if self.long_context_length is not None:
             batch["long"] = long.index(s.record.long for s in samples)
             batch["long_texts"], batch["long_ids"] = long.tokens(self.tokenizer, self.long_context_length)
         return batch | dict(truncated=self.tokenizer.truncated - truncated)

@@ -19,7 +19,6 @@ from fgclip.data.records import COCO, FGOVD, FineHARD, JsonItems, Record, Region
 from fgclip.images import normalise, preprocess
 from fgclip.regions import BoxStatistics, boxes_to_rois, usable_boxes
 from trainkit.errors import InputError
-from trainkit.files import open_image
 
 
 def item(i, **changes):
@@ -314,18 +313,6 @@ def test_boxes_are_clipped_dropped_and_counted():
     assert usable_boxes(torch.zeros(0, 4))[0].shape == (0, 4) and "0 boxes" in str(BoxStatistics())
 
 
-def test_images(tmp_path):
-    colours = np.full((4, 6, 3), 200, dtype=np.uint8)
-    Image.fromarray(colours).quantize(4).save(tmp_path / "palette.png", transparency=0)
-    Image.fromarray(colours[..., 0]).save(tmp_path / "grey.png")
-    assert {open_image(tmp_path / name).mode for name in ("palette.png", "grey.png")} == {"RGB"}
-    (tmp_path / "cut.png").write_bytes((tmp_path / "palette.png").read_bytes()[:60])
-    (tmp_path / "text.jpg").write_text("not an image")
-    for name in ("cut.png", "text.jpg", "absent.png"):
-        with pytest.raises(InputError, match=f"{name}.*some.json, item 3"):
-            open_image(tmp_path / name, "some.json, item 3")
-
-
 @pytest.mark.parametrize("name", ["/etc/passwd", "../0.png", "a/../../0.png", "", "a\0b"])
 def test_image_paths_stay_below_their_root(images, name):
     dataset = RegionDataset([Record(name, ("a",), "b", source="some.json, item 0")], images, image_size=16)
@@ -398,23 +385,6 @@ def test_an_image_is_held_out_in_all_its_records(tmp_path):
     both = [Record(name, (), "") for name in ("b/0.png", "1.png")]
     ids, below = image_ids(both, tmp_path / "a"), image_ids([Record("0.png", (), "")], f"{tmp_path}/./a//b")
     assert below[0] == ids[0] != ids[1]
-
-
-def test_a_batch_runs_through_the_model(tmp_path, images, small_model):
-    records = [item(0), item(1, bbox_info=[])]
-    dataset = RegionDataset(FineHARD(finehard(tmp_path, items=records)), images, image_size=32)
-    collate = Collate(Tokenizer("bytes"), context_length=24, long_context_length=36)
-    features = small_model(collate([dataset[0], dataset[1]]))
-    assert {k: len(v) for k, v in features.items() if v.ndim} == dict(
-        image=2, short=2, long=2, regions=2, region_texts=2, hard_texts=4
-    )
-    assert len(small_model(collate([dataset[1]]))["hard_texts"]) == 0
-
-
-def test_fgovd_batches_have_no_captions(images):
-    record = Record("0.png", (), "", (Region((0, 0, 1, 1), ("a",), ("b",)),))
-    batch = Collate(Tokenizer("bytes"))([RegionDataset([record], images, image_size=16)[0]])
-    assert not {"short", "long"} & batch.keys() and batch["hard_counts"].tolist() == [2]
 
 
 def test_most_regions_are_counted_after_the_bad_ones():

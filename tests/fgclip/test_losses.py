@@ -112,15 +112,6 @@ def test_bank_gets_no_gradient_and_is_read_before_it_is_written():
     assert len(again) == len(bank) == 4
 
 
-def test_two_classes_do_not_drive_each_other_out():
-    bank = PairBank(4, 6, classes=2)
-    first, many = rows(1, 1), rows(9, 2)
-    bank.enqueue(first, first, torch.tensor([1]), labels=torch.tensor([1]))
-    bank.enqueue(many, many, torch.arange(10, 19), labels=torch.tensor([0, 0, 0, 0, 0, 0, 0, 0, 5]))
-    for side in ("images", "texts"):
-        assert sorted(bank.negatives(side)["bank_ids"].tolist()) == [1, 16, 17] and len(bank) == 3
-
-
 @pytest.mark.parametrize("counts", [[3, 1, 4], [11, 11], [1]])
 def test_hard_negatives(counts):
     region, text = rows(len(counts), 1), rows(sum(counts), 2)

@@ -178,19 +178,6 @@ def test_what_is_not_frozen_is_reached(names, roi_projection):
     assert len(names) < 4 or not every - gradients.keys()
 
 
-def test_ranges_are_those_of_all_micro_batches():
-    ends = []
-    for micro_batches in ([range(5)], [range(5, 10)], [range(5), range(5, 10)]):
-        objective = FGCLIPLoss(make_model(Tokenizer(vocabulary()).vocab_size), names=["long"], banks={}, device="cpu")
-        batches = make_batches(micro_batches)
-        objective.begin(batches)
-        for batch in batches:
-            objective(batch)
-        ends.append(objective.logit_ranges["long"])
-    low, high = torch.stack(ends[:2]).T
-    assert ends[2].tolist() == [low.min(), high.max()]
-
-
 def test_a_batch_without_regions_or_negatives():
     loss, gradients, metrics = one_step([(0,)], ["region", "hard"])
     assert loss == 0 and math.isnan(metrics["region_r1"]) and math.isnan(metrics["hard_r1"])

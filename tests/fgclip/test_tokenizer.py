@@ -154,14 +154,6 @@ def test_long_texts_keep_their_end_and_are_counted():
     assert own.truncated == 2
 
 
-def test_word_cache_is_bounded(monkeypatch):
-    monkeypatch.setattr(tokenizer, "WORD_CACHE", 8)
-    own = Tokenizer("bytes")
-    texts = [f"w{chr(97 + i)} <|endoftext|>" for i in range(26)]
-    assert own(texts, 9).equal(torch.cat([Tokenizer("bytes")(text, 9) for text in texts]))
-    assert len(own.words) <= 8
-
-
 def test_golden_punctuation(golden):
     """A text in which no merge applies but at digits and signs, whose ids need no merges file."""
     g = golden("tokenize")
