@@ -57,14 +57,12 @@ def check_image_size(model: FGCLIP, image_size: int) -> None:
 
 def published_tokenizer(path: Path, vocab: str | Path | None, vocab_size: int) -> Tokenizer:
     """The tokenizer for published weights with a vocabulary of so many tokens."""
-    if vocab == "bytes":
-        if vocab_size < Tokenizer("bytes").vocab_size:
-            raise InputError(f"--vocab bytes: {path} knows only {vocab_size} tokens, fewer than there are bytes")
-        return Tokenizer("bytes", vocab_size=vocab_size)
     if vocab is None:
         folder = path if path.is_dir() else path.parent
         vocab = next((folder / name for name in MERGE_FILES if (folder / name).is_file()), None)
     tokenizer = Tokenizer(vocab)
+    if vocab == "bytes" and tokenizer.vocab_size <= vocab_size:
+        return Tokenizer("bytes", vocab_size=vocab_size)
     if tokenizer.vocab_size != vocab_size:
         raise InputError(
             f"{path} was trained on a vocabulary of {vocab_size} tokens, but there are {tokenizer.vocab_size} here "

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fgclip.data import RegionDataset, Sample, usable_regions
+from fgclip.data import RegionDataset, Sample, data_statistics
 from fgclip.embedding import Embedder
 from fgclip.losses import caption_ids
 from fgclip.metrics import choice_metrics, class_metrics, region_metrics, retrieval_recall
 from fgclip.model import l2_normalize
-from fgclip.regions import BoxStatistics
 from trainkit.errors import InputError
 
 
@@ -85,12 +84,11 @@ def retrieval(embedder: Embedder, data: RegionDataset, long: bool = False) -> tu
 
 def usable_samples(data: RegionDataset) -> tuple[list[Sample], str]:
     """The samples without pixels, and a sentence about their boxes. Raises InputError where none is usable."""
-    samples, statistics = [data.describe(i) for i in range(len(data))], BoxStatistics()
-    count = sum(len(usable_regions(record, statistics=statistics)[1]) for record in data.records)
-    if not count:
+    samples, statistics = [data.describe(i) for i in range(len(data))], data_statistics(data.records)
+    if not statistics.regions:
         source = data.records[0].source
-        raise InputError(f"{source}: no region here or in what follows has a usable box; {statistics}")
-    return samples, f"{count} regions in {len(samples)} images; {statistics}"
+        raise InputError(f"{source}: no region here or in what follows has a usable box; {statistics.boxes}")
+    return samples, f"{statistics.regions} regions in {len(samples)} images; {statistics.boxes}"
 
 
 def choice(embedder: Embedder, data: RegionDataset) -> tuple[dict, str]:

@@ -88,16 +88,12 @@ def test_only_offsets_are_kept_in_memory(tmp_path):
 
 DAMAGED = {
     "nothing": "",
-    "number": "3",
     "list of numbers": "[1, 2]",
     "cut in an object": '[{"f_path": "a"}, {"f_path": ',
-    "cut in a string": '[{"f_path": "a"}, {"f_path": "b}]',
     "no end": '[{"f_path": "a"}',
-    "closed twice": '[{"f_path": "a"}}]',
     "not between objects": '[{"f_path": "a"}, 3, {"f_path": "b"}]',
     "text between lines": '{"f_path": "a"}\nb\n{"f_path": "b"}',
     "broken object": '[{"f_path": "a" "b"}]',
-    "broken line": '{"f_path": "a"}\n{"f_path"\n',
     "COCO": '{\n"images": []\n}',
 }
 
@@ -294,16 +290,13 @@ def test_classes_are_in_natural_order(tmp_path):
 
 
 def test_boxes_are_clipped_dropped_and_counted():
-    boxes = torch.tensor(
-        [
-            [0.1, 0.1, 0.5, 0.5],
-            [-0.2, 0.5, 0.5, 1.7],  # clipped
-            [0.5, 0.1, 0.4, 0.5],  # inverted
-            [0.3, 0.3, 0.3, 0.9],  # no width
-            [1.1, 0.2, 1.4, 0.5],  # outside
-            [0.0, torch.nan, 1.0, 1.0],
-        ]
+    clipped, inverted, empty, outside = (
+        [-0.2, 0.5, 0.5, 1.7],
+        [0.5, 0.1, 0.4, 0.5],
+        [0.3, 0.3, 0.3, 0.9],
+        [1.1, 0, 2, 1],
     )
+    boxes = torch.tensor([[0.1, 0.1, 0.5, 0.5], clipped, inverted, empty, outside, [0.0, torch.nan, 1.0, 1.0]])
     statistics = BoxStatistics()
     kept, which = usable_boxes(boxes, statistics)
     torch.testing.assert_close(kept, torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.0, 0.5, 0.5, 1.0]]))
@@ -454,14 +447,11 @@ def test_real_sample(shared):
     finehard, coco = FineHARD(data / "finehard_format_DERIVED.json"), data / "coco"
     captions = COCO(coco / "annotations" / "captions_val2017.json")
     assert len(finehard) == 25 and len(captions) == 65
-    tokenizer = Tokenizer("bytes")
-    for records in (finehard, captions):
-        statistics = data_statistics(records)
-        assert statistics.images == len(records) and statistics.regions > len(records)
-        assert statistics.boxes["total"] - statistics.boxes.invalid == statistics.regions
     for records, root in ((finehard, coco), (captions, coco / "val2017")):
+        statistics = data_statistics(records)
+        assert statistics.boxes["total"] - statistics.boxes.invalid == statistics.regions > len(records)
         dataset = RegionDataset(records, root, image_size=32)
-        batch = Collate(tokenizer)([dataset[0, i] for i in range(3)])
+        batch = Collate(Tokenizer("bytes"))([dataset[0, i] for i in range(3)])
         assert batch["pixels"].shape == (3, 3, 32, 32) and len(batch["region"]) == sum(map(len, batch["boxes"])) > 0
     for letter in ("e", "m", "h"):
         records = FGOVD(data / "fgovd" / f"{letter}_attributes_llava.jsonl")

@@ -94,22 +94,15 @@ def test_statistics_count_bank_and_mask():
     assert statistics["candidates"] == 2 * (3 + 4)  # the first row's copy in the bank is no negative
 
 
-def test_bank_gets_no_gradient_and_is_read_before_it_is_written():
-    bank = PairBank(4, 6).double()
-    image, text = rows(2, 1), rows(2, 2)
-    alone = symmetric_loss(image, text, SCALE, bank=bank)
-    torch.testing.assert_close(alone, symmetric_loss(image, text, SCALE))
+def test_a_bank_gets_no_gradient_and_may_change_before_the_backward():
+    bank, image, text = PairBank(4, 6).double(), rows(2, 1), rows(2, 2)
+    torch.testing.assert_close(symmetric_loss(image, text, SCALE, bank=bank), symmetric_loss(image, text, SCALE))
     bank.enqueue(image, text)
     assert not any(buffer.requires_grad for buffer in bank.buffers())
     loss = symmetric_loss(image, text, SCALE, bank=bank)
     before = torch.autograd.grad(loss, image, retain_graph=True)[0]
     bank.enqueue(rows(4, 5), rows(4, 6))
-    assert torch.autograd.grad(loss, image)[0].equal(before)
-    again = PairBank(4, 6).double()
-    again.load_state_dict(bank.state_dict())
-    for name, value in bank.negatives("images").items():
-        assert again.negatives("images")[name].equal(value)
-    assert len(again) == len(bank) == 4
+    assert torch.autograd.grad(loss, image)[0].equal(before) and len(bank) == 4
 
 
 @pytest.mark.parametrize("counts", [[3, 1, 4], [11, 11], [1]])

@@ -8,6 +8,7 @@ from torch import nn
 from fgclip import FGCLIP, Tokenizer
 from fgclip.model import MAX_LOGIT_SCALE, l2_normalize
 from fgclip.text import stretch_positions
+from fgclip.transformer import MLP
 
 SHORT_TEXTS = ["a red square", "two", "the left half is green", ""]
 
@@ -72,16 +73,10 @@ def test_text_tower_equals_torch_transformer(small_model, tokens, padded):
 
 
 def test_gelu_is_the_exact_one():
-    model = FGCLIP(
-        vision=dict(image_size=8, patch_size=4, width=8, layers=1, heads=1, mlp_width=8, activation="gelu"),
-        text=dict(vocab_size=8, context_length=4, width=8, layers=1, heads=1, mlp_width=8),
-        embed_dim=4,
-    )
-    x = torch.randn(5, 8)
-    mlp = model.vision_model.encoder.layers[0].mlp
+    mlp, x = MLP(8, 8, "gelu"), torch.randn(5, 8)
     torch.testing.assert_close(mlp(x), mlp.fc2(F.gelu(mlp.fc1(x))))
     with pytest.raises(ValueError, match="relu"):
-        FGCLIP(vision=dict(activation="relu", layers=1))
+        MLP(8, 8, "relu")
 
 
 def test_value_path_is_attention_to_oneself(small_model):

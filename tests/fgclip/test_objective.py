@@ -76,14 +76,9 @@ def steps(wrap, micro_batches, classes=1):
         batches = make_batches(micro_batches)
         objective.begin(batches, use_banks=stepper.steps >= 1)
         result = stepper(batches, keep_gradients=True)
-        seen.append(
-            dict(
-                losses=result.losses,
-                metrics=objective.metrics(),
-                gradients={name: p.grad.clone() for name, p in bare.named_parameters()},
-                banks={name: value.clone() for name, value in banks.state_dict().items()},
-            )
-        )
+        gradients = {name: p.grad.clone() for name, p in bare.named_parameters()}
+        content = {name: value.clone() for name, value in banks.state_dict().items()}
+        seen.append(dict(losses=result.losses, metrics=objective.metrics(), gradients=gradients, banks=content))
     return seen
 
 
