@@ -76,7 +76,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags besides those of the model."""
     add = parser.add_argument_group("data").add_argument
     add("--task", choices=tuple(TASKS), help="what to evaluate; without it and without data: synthetic")
     add("--annotations", nargs="+", metavar="PATH", help="annotation file or folder; of fg-ovd one or several")
@@ -197,7 +196,6 @@ def table(metrics: dict[str, dict[str, float]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`python -m fgclip.evaluate`: print the metrics of one task."""
     parser = make_parser(__doc__)
     add_model_flags(parser)
     add_arguments(parser)

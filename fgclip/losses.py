@@ -101,8 +101,7 @@ def hard_negative_loss(
 ):  # fmt: skip
     """Cross-entropy of each region's own phrase among alterations of it (FG-CLIP, hard fine-grained negatives).
 
-    region: (K, D).
-    text: (H, D), region after region, its own phrase first.
+    region: (K, D). text: (H, D), region after region, its own phrase first.
     counts: (K,) int64, phrases per region, at least 1.
     ids: (H,) int64; an alteration with the id of the region's own phrase is left out; -1 is nobody's id.
     reduction, with_stats: as in `symmetric_loss`.

@@ -27,7 +27,6 @@ from trainkit.files import numbers, open_image, read_lines
 
 # fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `python -m fgclip.score`."""
     add_model_flags(parser)
     add = parser.add_argument_group("what to score").add_argument
     add("--image", required=True, metavar="FILE", help="the image; it is squashed to the square that the model reads")
@@ -97,7 +96,6 @@ def as_text(result: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`python -m fgclip.score`: print how well captions fit an image or its boxes."""
     parser = make_parser(__doc__)
     add_arguments(parser)
     args = parser.parse_args(arguments)

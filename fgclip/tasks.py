@@ -32,7 +32,7 @@ def validation_metrics(
             metrics["region"] = region_metrics(region, embedder.texts(phrases), ids, scale)
         if any(group for s in samples for group in s.hard):
             metrics["hard"] = hard_metrics(embedder, region, samples)
-    if len(samples) > 1 and all(s.short is not None for s in samples):
+    if len(samples) > 1:
         for name in ("short", "long") if long else ("short",):
             text = embedder.texts([s.record.long if name == "long" else s.short for s in samples], long=name == "long")
             recall = retrieval_recall(image, text, torch.arange(len(image)))

@@ -53,18 +53,9 @@ class TextTower(nn.Module):
     """A causal transformer, pooled at the row of the end token. eos_id: its id, None for the largest id in a text."""
 
     def __init__(
-        self,
-        *,
-        vocab_size: int = 49408,
-        context_length: int = 77,
-        width: int = 512,
-        layers: int = 12,
-        heads: int = 8,
-        mlp_width: int = 2048,
-        activation: str = "quick_gelu",
-        eps: float = 1e-5,
-        eos_id: int | None = None,
-    ):
+        self, *, vocab_size: int = 49408, context_length: int = 77, width: int = 512, layers: int = 12, heads: int = 8,
+        mlp_width: int = 2048, activation: str = "quick_gelu", eps: float = 1e-5, eos_id: int | None = None,
+    ):  # fmt: skip
         super().__init__()
         if context_length < 2:
             raise ValueError(f"context_length {context_length} has no room for the start and end tokens")

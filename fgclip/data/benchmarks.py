@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fgclip.data.records import Record, Records, Region, field, objects, read_coco, read_instances, scaled, size_of
+from fgclip.data.records import Record, Records, Region, field, objects, read_coco, read_instances, scaled
 from trainkit.errors import InputError
-from trainkit.files import is_image, natural, read_json, read_lines
+from trainkit.files import image_size, is_image, natural, read_json, read_lines
 
 
 class Flickr30k(Records):
@@ -61,7 +61,7 @@ class COCOBoxes(Records):
         self.items = [(image, place) for image, place in images if field(image, "id", int, place) in self.instances]
 
     def record(self, image: dict, source: str) -> Record:
-        size = size_of(image, source)
+        size = image_size(image.get("width"), image.get("height"), source)
         regions = tuple(Region(scaled(box, size), (name,)) for box, name in self.instances[image["id"]])
         return Record(field(image, "file_name", str, source), regions=regions, source=source, size=size)
 

@@ -145,10 +145,6 @@ def box_of(item: dict, source: str) -> Box:
     return files.numbers(field(item, "bbox", list, source)[:4], f"{source}, bbox")
 
 
-def size_of(item: dict, source: str) -> tuple[int, int]:
-    return files.image_size(item.get("width"), item.get("height"), source)
-
-
 def scaled(box: Box, size: tuple[int, int]) -> Box:
     """A box of left, top, width, height in pixels as xyxy in fractions of an image of (width, height)."""
     (x, y, w, h), (width, height) = box, size
@@ -219,7 +215,7 @@ class FGOVD(Records):
         )
         if len(positive) != 1 or not negatives:
             raise InputError(f"{source}: expected one text under pos_expression and some under neg_expression")
-        box, size = box_of(item, source), size_of(item, source)
+        box, size = box_of(item, source), files.image_size(item.get("width"), item.get("height"), source)
         refuse_fractions([box], source)
         regions = (Region(scaled(box, size), positive, negatives),)
         return Record(field(item, "img_path", str, source), regions=regions, source=source, size=size)
@@ -277,7 +273,7 @@ class COCO(Records):
     def record(self, image: dict, source: str) -> Record:
         captions = self.captions[image["id"]][: self.most_captions]
         boxes = self.instances.get(image["id"], ())
-        size = size_of(image, source) if boxes else None
+        size = files.image_size(image.get("width"), image.get("height"), source) if boxes else None
         regions = tuple(Region(scaled(box, size), (f"a {name}",)) for box, name in boxes)
         name = field(image, "file_name", str, source)
         return Record(name, tuple(captions), " ".join(captions), regions, source=source, size=size)
