@@ -52,7 +52,8 @@ def load_model(
 def check_image_size(model: FGCLIP, image_size: int) -> None:
     patch = model.vision_model.patch_size
     if image_size % patch or image_size > MAX_IMAGE_SIZE:
-        raise InputError(f"--image-size {image_size}: expected a multiple of {patch}, at most {MAX_IMAGE_SIZE}")
+        expected = f"a multiple of the patch size, {patch}, of at most {MAX_IMAGE_SIZE}"
+        raise InputError(f"--image-size {image_size}: expected {expected}")
 
 
 def published_tokenizer(path: Path, vocab: str | Path | None, vocab_size: int) -> Tokenizer:

@@ -322,7 +322,7 @@ def test_synthetic_scenes_are_the_default(folder, tmp_path, capsys):
         ("--task folder --image-root x --count 3", "--count has no part in --task folder"),
         ("--task retrieval --annotations a b --image-root x", "takes one path, got 2"),
         ("--output none/x.json", "expected a file in a folder that exists"),
-        ("--image-size 20", "--image-size 20: expected a multiple of 8"),
+        ("--image-size 20", "--image-size 20: expected a multiple of the patch size, 8"),
     ],
 )
 def test_bad_flags_are_refused(folder, capsys, flags, message):

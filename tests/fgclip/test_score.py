@@ -91,12 +91,12 @@ def test_bad_input_is_refused(folder, capsys):
             ("--text", "a", "--box", "5,5,20,20", "--box", "0.1,0,0.5,1"),
             "--box 0.1,0,0.5,1: expected x1",
         ),
-        (("--text", "a", "--image-size", "8192"), "at most 4096"),
+        (("--text", "a", "--image-size", "8192"), "of at most 4096"),
         (("--text", "a", "--box", "30,4,5,20"), "--box 30,4,5,20: expected x1,y1,x2,y2"),
         (("--text", "a", "--box", "60,4,70,20"), "overlapping the image of 40x30"),
         (("--text", "a", "--image", folder / "none.png"), "none.png does not exist"),
         (("--text-file", folder / "none.txt"), "none.txt does not exist"),
-        (("--text", "a", "--image-size", 12), "--image-size 12: expected a multiple of 8"),
+        (("--text", "a", "--image-size", 12), "--image-size 12: expected a multiple of the patch size, 8"),
         (("--text", "a", "--vocab", "bytes"), "brings its own tokenizer"),
     ):
         assert said in refused(capsys, score.main, *command(folder), *flags), flags
