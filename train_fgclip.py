@@ -22,9 +22,8 @@ import torch
 
 from fgclip import FGCLIP, Tokenizer, load_model
 from fgclip.data.collate import Collate
-from fgclip.data.dataset import RegionDataset, evenly, hold_out, image_ids
+from fgclip.data.dataset import DataStatistics, RegionDataset, data_statistics, evenly, hold_out, image_ids
 from fgclip.data.records import COCO, FineHARD
-from fgclip.data.statistics import DataStatistics, data_statistics
 from fgclip.embedding import Embedder
 from fgclip.loading import check_image_size
 from fgclip.losses import PairBank
@@ -385,14 +384,14 @@ def about_losses(args: argparse.Namespace, model: FGCLIP, banks: torch.nn.Module
     return text
 
 
-def check(messages: list[str], train_data, val_data, tokenizer, lengths, train_step, objective, loader, model) -> None:
+def check(messages: list[str], train_data, val_data, train_step, objective, loader, model) -> None:
     """--check: what the data holds, one step, and whether a gradient reaches every part."""
     for line in messages:
         print(line)
     for name, data in (("training", train_data), ("validation", val_data)):
         indices = evenly(range(len(data)), CHECKED)
         print(f"{name}, {len(indices)} of {len(data)} records read:")
-        statistics = data_statistics(map(data.record, indices), tokenizer, **lengths)
+        statistics = data_statistics(map(data.record, indices))
         print("  " + str(statistics).replace("\n", "\n  "))
     batches = [next(iter(loader))]
     objective.begin(batches)
@@ -410,7 +409,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     bare, tokenizer, about_model = build_model(args)
     train_data, val_data, messages = open_data(args, bare.vision_model.image_size)
-    statistics = data_statistics(map(train_data.record, evenly(range(len(train_data)), LOOKED_AT)), None)
+    statistics = data_statistics(map(train_data.record, evenly(range(len(train_data)), LOOKED_AT)))
     check_data(args, statistics)
     messages += [f"of {statistics.images} images looked at: {statistics.boxes}", *about_model]
 
@@ -451,7 +450,7 @@ def main(arguments: list[str] | None = None) -> None:
         clip_norm=args.clip_norm,
     )  # fmt: skip
     if args.check:
-        check(messages, train_data, val_data, tokenizer, lengths, train_step, objective, loader, bare)
+        check(messages, train_data, val_data, train_step, objective, loader, bare)
         return
 
     run = Run(

@@ -1,3 +1,3 @@
-"""Older names of what is in `fgclip.data`."""
+"""An older place of what is in `fgclip.data`."""
 
-from fgclip.data import Collate, RegionDataset, data_statistics, evenly, hold_out, usable_regions  # noqa: F401
+from fgclip.data import hold_out  # noqa: F401

@@ -1,21 +1,18 @@
 """Unit features of the images, boxes and texts of a whole data set, the work shared among the processes."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 import trainkit.distributed as distributed
-from fgclip.data import RegionDataset, Sample, Texts
+from fgclip.data import Sample, Texts
 from fgclip.model import FGCLIP, l2_normalize
 from fgclip.tokenizer import Tokenizer
 from trainkit.device import autocast, to_device
 from trainkit.errors import InputError
 from trainkit.loader import make_loader
-
-Views = partial(RegionDataset, max_regions=None)  # samples with all usable boxes of a record
 
 
 def collate(samples: Sequence[Sample]) -> dict:
@@ -31,39 +28,29 @@ class Embedder:
     """
 
     def __init__(
-        self,
-        model: FGCLIP,
-        tokenizer: Tokenizer,
-        *,
-        device: torch.device | str = "cpu",
-        batch_size: int = 32,
-        workers: int = 0,
-        amp: str = "none",
-        between: Callable[[], None] | None = None,
-    ):
+        self, model: FGCLIP, tokenizer: Tokenizer, *, device: torch.device | str = "cpu", batch_size: int = 32,
+        workers: int = 0, amp: str = "none", between: Callable[[], None] | None = None,
+    ):  # fmt: skip
         self.model, self.tokenizer, self.device = model.to(device), tokenizer, torch.device(device)
         self.batch_size, self.workers, self.amp, self.between = batch_size, workers, amp, between
         self.truncated = 0  # distinct texts that were cut
 
     @torch.inference_mode()
     def images(self, dataset: Dataset, regions: bool = False) -> tuple[Tensor, Tensor]:
-        """Unit features of the images (N, D) and, with `regions`, of their boxes (R, D), images in order.
-
-        dataset: of samples. Each image is read and encoded on one process.
-        """
+        """Unit features of the images (N, D) and, with `regions`, of their boxes (R, D), images in order."""
         local = torch.arange(distributed.rank(), len(dataset), distributed.world_size())
         batches = [part.tolist() for part in local.split(self.batch_size)] if len(local) else []
-        images, boxes, counts = [], [], []
+        images, boxes, owner = [], [], []
         loader = make_loader(dataset, batches, collate, workers=self.workers, device=self.device)
-        for batch in distributed.in_step(loader, len(batches), self.between):
+        for indices, batch in zip(batches, distributed.in_step(loader, len(batches), self.between), strict=True):
             batch = to_device(batch, self.device)
-            counts += [len(b) for b in batch["boxes"] if regions]
             with autocast(self.amp, self.device):
                 features = self.model(batch if regions else dict(pixels=batch["pixels"]))
             images.append(features["image"])
-            boxes += [features["regions"]] if regions else []
-        owner = local.repeat_interleave(torch.tensor(counts)) if counts else local[:0]
-        return self.together(images, local, "images"), self.together(boxes, owner, "boxes")
+            if regions:
+                boxes.append(features["regions"])
+                owner += [index for index, rows in zip(indices, batch["boxes"], strict=True) for _ in rows]
+        return self.together(images, local, "images"), self.together(boxes, local.new_tensor(owner), "boxes")
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str], long: bool = False) -> Tensor:
@@ -91,7 +78,5 @@ class Embedder:
         rows = distributed.gather(torch.cat([none, *(l2_normalize(part).cpu() for part in features)]))
         if not rows.isfinite().all():
             source = self.model.load_report.source if hasattr(self.model, "load_report") else "the model"
-            raise InputError(
-                f"{source}: the features of some {what} are not finite; the weights are damaged, or --amp is too narrow"
-            )
+            raise InputError(f"{source}: the features of some {what} are not finite: damaged weights or narrow --amp")
         return rows[distributed.gather(places).argsort(stable=True)]

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from fgclip.data.benchmarks import DCI, ClassFolders, COCOBoxes, Flickr30k, ShareGPT4V, by_image
-from fgclip.data.dataset import RegionDataset
+from fgclip.data import benchmarks
+from fgclip.data.dataset import RegionDataset, evenly
 from fgclip.data.records import COCO, FGOVD, FineHARD, Record, annotation_files
 from fgclip.embedding import Embedder
 from fgclip.loading import check_image_size, load_model
@@ -39,10 +39,10 @@ from trainkit.tables import aligned
 
 FORMATS = {
     "coco": lambda args: COCO(args.annotations[0], most_captions=args.captions),
-    "flickr30k": lambda args: Flickr30k(args.annotations[0], args.split, most_captions=args.captions),
+    "flickr30k": lambda args: benchmarks.Flickr30k(args.annotations[0], args.split, most_captions=args.captions),
     "finehard": lambda args: FineHARD(args.annotations[0]),
-    "sharegpt4v": lambda args: ShareGPT4V(args.annotations[0]),
-    "dci": lambda args: DCI(args.annotations[0]),
+    "sharegpt4v": lambda args: benchmarks.ShareGPT4V(args.annotations[0]),
+    "dci": lambda args: benchmarks.DCI(args.annotations[0]),
 }
 NEEDED = object()
 RETRIEVAL = dict(annotations=NEEDED, image_root=NEEDED, split="test", captions=5, limit=None, crop=False)
@@ -56,7 +56,6 @@ TASKS = {  # the flags of each and their defaults, None where there is none
 }
 NOT_PERCENT = ("loss", "relative", "cosine", "cosine_unmatched", "effective_rank", "effective_rank_texts")
 COLUMNS = 6  # of a table, so that it fits a terminal
-LEVELS = {"h_": "hard", "1_": "hard", "m_": "medium", "2_": "medium", "e_": "easy", "3_": "easy", "shuffle": "trivial"}
 
 
 # fmt: off
@@ -77,7 +76,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags besides those of the model."""
     add = parser.add_argument_group("data").add_argument
     add("--task", choices=tuple(TASKS), help="what to evaluate; without it and without data: synthetic")
     add("--annotations", nargs="+", metavar="PATH", help="annotation file or folder; of fg-ovd one or several")
@@ -136,26 +134,17 @@ def settle(args: argparse.Namespace) -> None:
 
 
 def first_records(data: Sequence[Record], args: argparse.Namespace) -> list[Record]:
-    """At most --limit records; reading them finds the first that does not follow its schema."""
+    """At most --limit records, all read."""
     records = [data[i] for i in range(min(len(data), args.limit or len(data)))]
     if not records:
         raise InputError(f"--annotations {args.annotations[0]}: expected at least one record, found none")
     return records
 
 
-def fgovd_files(paths: list[str]) -> dict[str, Path]:
-    """FG-OVD's files by the level that their published name stands for, hardest first; others by their own name."""
-    files = [file for path in paths for file in annotation_files(path)]
-    names = [next((level for start, level in LEVELS.items() if f.stem.startswith(start)), f.stem) for f in files]
-    order = list(LEVELS.values())
-    named = {name if names.count(name) == 1 else str(file): file for name, file in zip(names, files, strict=True)}
-    return dict(sorted(named.items(), key=lambda one: order.index(one[0]) if one[0] in order else len(order)))
-
-
 def evaluate(args: argparse.Namespace, embedder: Embedder) -> tuple[dict[str, dict], list[str]]:
     """Rows of metrics by name, and sentences about the data they are of."""
 
-    def dataset(records: list[Record]) -> RegionDataset:
+    def dataset(records: Sequence[Record]) -> RegionDataset:
         shown = dict(max_regions=0, crop=True) if args.crop else dict(max_regions=None)
         return RegionDataset(records, args.image_root, image_size=args.image_size, **shown)
 
@@ -170,31 +159,32 @@ def evaluate(args: argparse.Namespace, embedder: Embedder) -> tuple[dict[str, di
         return metrics, [sentence]
     if args.task == "fg-ovd":
         metrics, sentences = {}, []
-        for name, file in fgovd_files(args.annotations).items():
-            metrics[name], sentence = choice(embedder, dataset(by_image(first_records(FGOVD(file), args))))
+        files = [file for path in args.annotations for file in annotation_files(path)]
+        stems = [file.stem for file in files]
+        for file, stem in zip(files, stems, strict=True):
+            name = stem if stems.count(stem) == 1 else str(file)
+            metrics[name], sentence = choice(embedder, dataset(benchmarks.by_image(first_records(FGOVD(file), args))))
             sentences.append(f"{name}: {sentence}")
         return metrics, sentences
     templates = read_templates(args.templates) if args.templates else TEMPLATES
     if args.task == "boxes":
-        data = COCOBoxes(args.annotations[0])
-        records = first_records(data, args)
-    else:
-        data = ClassFolders(args.image_root, args.class_names)
-        count = min(args.limit or len(data), len(data))
-        records = [data[i * len(data) // count] for i in range(count)]
-    row, sentence = classify(embedder, dataset(records), data.categories, templates, boxes=args.task == "boxes")
+        data = benchmarks.COCOBoxes(args.annotations[0])
+        row, sentence = classify(embedder, dataset(first_records(data, args)), data.categories, templates, boxes=True)
+        return {"boxes": row}, [sentence]
+    data = benchmarks.ClassFolders(args.image_root, args.class_names)
+    records = evenly(data, args.limit or len(data))
+    row, sentence = classify(embedder, dataset(records), data.categories, templates, boxes=False)
     if args.class_names:
         sentence += "; folders: " + ", ".join(map(" = ".join, zip(data.folders, data.categories, strict=True)))
-    return {"boxes" if args.task == "boxes" else "images": row}, [sentence]
+    return {"images": row}, [sentence]
 
 
 def table(metrics: dict[str, dict[str, float]]) -> str:
     """Rows of metrics as aligned text, shares in percent; rows with the same columns share a heading."""
 
     def cell(name: str, value: float) -> str:
-        if isinstance(value, int):
-            return str(value)
-        return f"{value:.3f}" if name in NOT_PERCENT else f"{100 * value:.1f}"
+        text = f"{value:.3f}" if name in NOT_PERCENT else f"{100 * value:.1f}"
+        return str(value) if isinstance(value, int) else text
 
     blocks = []
     for names, rows in groupby(metrics, key=lambda row: list(metrics[row])):
@@ -206,7 +196,6 @@ def table(metrics: dict[str, dict[str, float]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`python -m fgclip.evaluate`: print the metrics of one task; `arguments` without the program's name."""
     parser = make_parser(__doc__)
     add_model_flags(parser)
     add_arguments(parser)

@@ -1,4 +1,4 @@
-"""Image files to pixels, as CLIP wants them."""
+"""Pictures to pixels, as CLIP wants them."""
 
 import torchvision.transforms.v2.functional as F
 from PIL import Image
@@ -6,18 +6,15 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from fgclip.model import PIXEL_MEAN, PIXEL_STD
-from trainkit.files import open_image as read_image
-
-__all__ = ["normalise", "preprocess", "read_image"]
 
 MAX_RATIO = 20  # of a longer strip only the centre is scaled
 
 
 def preprocess(image: Image.Image, size: int, crop: bool = False) -> Tensor:
-    """Normalised pixels (3, size, size), float32.
+    """Normalised pixels (3, size, size), float32, resized bicubically.
 
-    The image is squashed to a square as in FG-CLIP, so that boxes need no change, or with `crop` its short side is
-    scaled to size and the centre kept as in CLIP. Bicubic.
+    The image is squashed to a square as in FG-CLIP, so that boxes stay valid. With `crop` its short side is scaled to
+    size and the centre kept, as in CLIP.
     """
     if crop:
         longest = MAX_RATIO * min(image.size)

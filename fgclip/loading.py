@@ -1,6 +1,6 @@
 """A model and the tokenizer that belongs to it, from a training run's checkpoint or from published weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fgclip.model import FGCLIP
@@ -16,22 +16,17 @@ MERGE_FILES = ("tokenizer.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 
 
 def load_model(
-    path: str | Path,
-    vocab: str | Path | None = None,
-    *,
-    weights: str = "ema",
-    trust_torchscript: bool = False,
-    heads: Sequence[int] | None = None,
-    activation: str | None = None,
-) -> tuple[FGCLIP, Tokenizer]:
+    path: str | Path, vocab: str | Path | None = None, *, weights: str = "ema", trust_torchscript: bool = False,
+    heads: Sequence[int] | None = None, activation: str | None = None,
+) -> tuple[FGCLIP, Tokenizer]:  # fmt: skip
     """The model, in evaluation mode on the CPU, and its tokenizer.
 
-    path: a checkpoint of train_fgclip.py, which brings its tokenizer along, or whatever `load_clip_weights` reads.
+    path: a checkpoint of train_fgclip.py, which holds its tokenizer, or whatever `load_clip_weights` reads.
     vocab: for published weights, the merges as in `Tokenizer`; by default a file of them beside the weights, else those
-        of an installed CLIP package. "bytes" goes without any, with weights that were trained on merges to no good.
-    weights: of a run, "ema" takes the averaged weights where there are any, "raw" the trained ones.
+        of an installed CLIP package.
+    weights: for a run, "ema" takes the averaged weights where there are any, "raw" the trained ones.
     trust_torchscript, heads, activation: for published weights, as in `load_clip_weights`.
-    Raises InputError on files of another kind, and where tokenizer and weights do not have the same vocabulary.
+    Raises InputError on files of another kind, and where tokenizer and weights differ in their vocabulary.
     """
     path = Path(path)
     run = read_run(path)
@@ -41,8 +36,17 @@ def load_model(
     for flag, value in (("--vocab", vocab), ("--heads", heads), ("--activation", activation)):
         if value is not None:
             raise InputError(f"{flag}: the run's checkpoint {path} brings its own tokenizer, heads and activation")
-    model, tokenizer = restore(run, path, weights)
-    return model.eval(), tokenizer
+    if run.get("script") != "fgclip":
+        raise InputError(f"{path} is a checkpoint of train_{run.get('script')}.py; expected one of train_fgclip.py")
+    if lacking := [key for key in ("model", "merges") if key not in run]:
+        raise InputError(f"{path} lacks {', '.join(lacking)}, which a checkpoint of train_fgclip.py holds")
+    state = state_dict_of(run["ema"] if weights == "ema" and run.get("ema") is not None else run["model"], path)
+    model = build(run["model_kwargs"], state, f"{path} (damaged, or written by another version of the model)")
+    model.load_report = LoadReport(str(path), list(state))
+    merges, vocab_size = checked_merges(run["merges"], str(path)), model.text_model.vocab_size
+    if Tokenizer(merges).vocab_size > vocab_size:
+        raise InputError(f"{path}: more merges than the model's {vocab_size} tokens")
+    return model.eval(), Tokenizer(merges, vocab_size=vocab_size)
 
 
 def check_image_size(model: FGCLIP, image_size: int) -> None:
@@ -52,38 +56,17 @@ def check_image_size(model: FGCLIP, image_size: int) -> None:
         raise InputError(f"--image-size {image_size}: expected {expected}")
 
 
-def restore(run: Mapping, path: Path, weights: str) -> tuple[FGCLIP, Tokenizer]:
-    """The model and tokenizer of a run's checkpoint that is already read.
-
-    Keys: script; model_kwargs, the keywords of FGCLIP; model and ema (None without averaging), state dicts; merges, the
-    tokenizer's, a list of pairs.
-    """
-    if run.get("script") != "fgclip":
-        raise InputError(f"{path} is a checkpoint of train_{run.get('script')}.py; expected one of train_fgclip.py")
-    if lacking := [key for key in ("model", "merges") if key not in run]:
-        raise InputError(f"{path} lacks {', '.join(lacking)}, which a checkpoint of train_fgclip.py holds")
-    state = state_dict_of(run["ema"] if weights == "ema" and run.get("ema") is not None else run["model"], path)
-    model = build(run["model_kwargs"], state, f"{path} (damaged, or written by another version of the model)")
-    model.load_report = LoadReport(str(path), list(state))
-    tokenizer = Tokenizer(checked_merges(run["merges"], str(path)))
-    if tokenizer.vocab_size > model.text_model.vocab_size:
-        raise InputError(f"{path}: merges for {tokenizer.vocab_size} tokens, but the model has fewer")
-    return model, Tokenizer(tokenizer.merges, vocab_size=model.text_model.vocab_size)
-
-
 def published_tokenizer(path: Path, vocab: str | Path | None, vocab_size: int) -> Tokenizer:
-    """The tokenizer for published weights, whose vocabulary has so many tokens. Raises InputError."""
-    if vocab == "bytes":
-        if vocab_size < Tokenizer("bytes").vocab_size:
-            raise InputError(f"--vocab bytes: {path} knows only {vocab_size} tokens, fewer than there are bytes")
-        return Tokenizer("bytes", vocab_size=vocab_size)
+    """The tokenizer for published weights with a vocabulary of so many tokens."""
     if vocab is None:
         folder = path if path.is_dir() else path.parent
         vocab = next((folder / name for name in MERGE_FILES if (folder / name).is_file()), None)
     tokenizer = Tokenizer(vocab)
+    if vocab == "bytes" and tokenizer.vocab_size <= vocab_size:
+        return Tokenizer("bytes", vocab_size=vocab_size)
     if tokenizer.vocab_size != vocab_size:
         raise InputError(
             f"{path} was trained on a vocabulary of {vocab_size} tokens, but there are {tokenizer.vocab_size} here "
-            f"({tokenizer.description}); name the right file of merges with --vocab"
+            f"({tokenizer.description}); name the merges with --vocab"
         )
     return tokenizer

@@ -1,7 +1,7 @@
 """The losses of FG-CLIP (Xie et al. 2025), gathered across ranks, and the memory bank of negatives.
 
-All take unit vectors and the scale itself, not its logarithm; logits are float32. Each rank scores its own rows against
-those of all ranks; the mean of what the ranks return is the loss of the whole batch.
+All take unit vectors and the scale itself, not its logarithm. Logits are float32. Each rank scores its own rows against
+those of all ranks; the mean over the ranks is the loss of the whole batch.
 """
 
 import hashlib
@@ -17,8 +17,7 @@ from trainkit.distributed import gather, gather_and_place, global_mean
 class PairBank(nn.Module):
     """The last `size` pairs of unit vectors, images (or regions) and their texts, as negatives of later batches.
 
-    classes: 2 gives normal and abnormal scenes half of the places each, so that the common ones do not evict the rare.
-    Every rank holds the same rows. The state dict carries them; keep the bank outside of what DDP wraps.
+    classes: 2 gives normal and abnormal scenes half of the places each. Keep the bank outside of what DDP wraps.
     """
 
     def __init__(self, size: int, dim: int, *, classes: int = 1, device: torch.device | str | None = None):
@@ -38,10 +37,10 @@ class PairBank(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, image: Tensor, text: Tensor, ids: Tensor | None = None, labels: Tensor | None = None) -> None:
-        """Stores every rank's pairs (n, D) in rank order; to be called after the loss, on all ranks.
+        """Stores every rank's pairs (n, D) in rank order. Call it after the loss, on all ranks.
 
         ids: (n,) int64, as in `symmetric_loss`.
-        labels: (n,), the class of each pair, for a bank of two classes; pairs with other values are left out.
+        labels: (n,), 0 or 1 per pair, for a bank of two classes; pairs with other values are left out.
         """
         if ids is None:
             ids = torch.full((len(image),), -1, dtype=torch.int64, device=image.device)
@@ -65,15 +64,9 @@ def caption_ids(tokens: Tensor, eos_id: int) -> Tensor:
 
 
 def symmetric_loss(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    *,
-    ids: Tensor | None = None,
-    bank: PairBank | None = None,
-    reduction: str = "mean",
-    with_stats: bool = False,
-):
+    image: Tensor, text: Tensor, logit_scale: Tensor, *, ids: Tensor | None = None, bank: PairBank | None = None,
+    reduction: str = "mean", with_stats: bool = False,
+):  # fmt: skip
     """Half the cross-entropy of every image (or region) among all texts, half that of every text among all images.
 
     image, text: (N, D), pair i is row i; N may be 0 and differ between ranks.
@@ -103,29 +96,17 @@ region_loss = symmetric_loss  # regions and their phrases
 
 
 def hard_negative_loss(
-    region: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    *,
-    counts: Tensor | None = None,
-    ids: Tensor | None = None,
-    reduction: str = "mean",
-    with_stats: bool = False,
-):
+    region: Tensor, text: Tensor, logit_scale: Tensor, *, counts: Tensor, ids: Tensor | None = None,
+    reduction: str = "mean", with_stats: bool = False,
+):  # fmt: skip
     """Cross-entropy of each region's own phrase among alterations of it (FG-CLIP, hard fine-grained negatives).
 
-    region: (K, D).
-    text: (H, D), region after region, its own phrase first.
-    counts: (K,) int64, how many phrases each region has, at least 1; by default H / K.
+    region: (K, D). text: (H, D), region after region, its own phrase first.
+    counts: (K,) int64, phrases per region, at least 1.
     ids: (H,) int64; an alteration with the id of the region's own phrase is left out; -1 is nobody's id.
     reduction, with_stats: as in `symmetric_loss`.
     """
-    if counts is None:
-        counts = torch.full((len(region),), len(text) // max(len(region), 1), device=region.device)
-    # One synchronisation with a GPU instead of three.
-    fewest, width, total = torch.stack([*counts.aminmax(), counts.sum()]).tolist() if len(counts) else (1, 1, 0)
-    if len(counts) != len(region) or total != len(text) or fewest < 1:
-        raise ValueError(f"counts {counts.tolist()} are not those of {len(region)} regions and {len(text)} phrases")
+    width = int(counts.max()) if len(counts) else 1
     owner = torch.repeat_interleave(counts, output_size=len(text))  # (H,)
     first = counts.cumsum(0) - counts  # (K,), where each region's own phrase stands
     column = torch.arange(len(text), device=text.device) - first[owner]

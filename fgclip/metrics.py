@@ -10,41 +10,37 @@ CANDIDATES = 132  # captions that a region is held against, its own among them
 CHUNK = 256  # rows held against their candidates at once
 
 
-def retrieval_ranks(image: Tensor, text: Tensor, image_of_text: Tensor) -> tuple[Tensor, Tensor]:
-    """How many wrong answers score at least as high as the best right one, for every image and for every text.
+def ranks(query: Tensor, key: Tensor, query_ids: Tensor, key_ids: Tensor) -> Tensor:
+    """How many wrong keys score at least as high as the best right one, per query (N,) int64; 0 is a hit at one.
 
-    image (N, D), text (M, D), image_of_text (M,): the row of each text's image; an image may have any number of texts,
-    at least one. Returns (N,) and (M,) int64; 0 is a hit at one. Holds no N x M matrix.
+    query (N, D), key (M, D). ids (N,) and (M,): keys with the query's id are right, at least one per query.
     """
-    image_ranks, text_ranks = [], []
-    for rows in torch.arange(len(image)).split(CHUNK):
-        scores = image[rows] @ text.T  # (n, M)
-        right = image_of_text == rows[:, None]
+    counts = []
+    for rows in torch.arange(len(query)).split(CHUNK):
+        scores = query[rows] @ key.T  # (n, M)
+        right = key_ids == query_ids[rows, None]
         best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        image_ranks.append(((scores >= best) & ~right).sum(dim=1))
-    for rows in torch.arange(len(text)).split(CHUNK):
-        text_ranks.append(_ranks(text[rows] @ image.T, image_of_text[rows]))
-    return torch.cat(image_ranks), torch.cat(text_ranks)
-
-
-def _ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many wrong columns score at least as high as the right one: scores (N, C), labels (N,) to (N,)."""
-    return (scores >= scores.gather(1, labels[:, None])).sum(dim=1) - 1
+        counts.append(((scores >= best) & ~right).sum(dim=1))
+    return torch.cat(counts)
 
 
 def retrieval_recall(image: Tensor, text: Tensor, image_of_text: Tensor) -> dict[str, dict[str, float]]:
-    """R@1, R@5 and R@10 of image_to_text and text_to_image, in 0..1. Arguments: `retrieval_ranks`.
+    """R@1, R@5 and R@10 of image_to_text and text_to_image, in 0..1.
 
+    image (N, D), text (M, D), image_of_text (M,): the row of each text's image; every image has at least one text.
     An image is a hit at k when one of its texts is among the k highest (Karpathy and Fei-Fei 2015).
     """
-    ranks = zip(("image_to_text", "text_to_image"), retrieval_ranks(image, text, image_of_text), strict=True)
-    return {name: {f"R@{k}": (r < k).double().mean().item() for k in (1, 5, 10)} for name, r in ranks}
+    rows = torch.arange(len(image))
+    found = dict(
+        image_to_text=ranks(image, text, rows, image_of_text), text_to_image=ranks(text, image, image_of_text, rows)
+    )
+    return {name: {f"R@{k}": (r < k).double().mean().item() for k in (1, 5, 10)} for name, r in found.items()}
 
 
 def choice_metrics(query: Tensor, candidates: Tensor, counts: Tensor) -> dict[str, float]:
     """The share of queries that score their own candidate above all their others. FG-OVD (Bianchi et al. 2024).
 
-    query (K, D); candidates (H, D), query after query, the right one first; counts (K,): candidates of each, 2 or more.
+    query (K, D); candidates (H, D), query after query, the right one first; counts (K,): candidates per query, >= 2.
     -> accuracy; chance, the mean of 1 / candidates; count K; negatives, how many in all.
     """
     owner, first = torch.repeat_interleave(counts), counts.cumsum(0) - counts
@@ -52,38 +48,26 @@ def choice_metrics(query: Tensor, candidates: Tensor, counts: Tensor) -> dict[st
     beaten = (scores >= scores[first][owner]).int()  # by itself once
     hits = torch.zeros_like(counts).int().index_add(0, owner, beaten) == 1
     return dict(
-        accuracy=hits.double().mean().item(),
-        chance=(1 / counts.double()).mean().item(),
-        count=len(query),
-        negatives=len(candidates) - len(query),
-    )
+        accuracy=hits.double().mean().item(), chance=(1 / counts.double()).mean().item(),
+        count=len(query), negatives=len(candidates) - len(query),
+    )  # fmt: skip
 
 
-def class_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """top1 and, of more than five classes, top5 accuracy over all rows; class_mean, the mean of the classes' own top1.
+def class_metrics(features: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
+    """top1 and, of more than five classes, top5 accuracy; class_mean, the mean top1 of the classes that have rows.
 
-    scores (N, C), labels (N,). Classes without a row are left out of the mean.
+    features (N, D), classes (C, D), labels (N,).
     """
-    ranks = _ranks(scores, labels)
-    per_class = [(ranks[labels == label] < 1).double().mean() for label in labels.unique()]
-    ks = (1, 5) if scores.shape[1] > 5 else (1,)
-    top = {f"top{k}": (ranks < k).double().mean().item() for k in ks}
+    found = ranks(features, classes, labels, torch.arange(len(classes)))
+    top = {f"top{k}": (found < k).double().mean().item() for k in (1, 5) if k == 1 or len(classes) > k}
+    per_class = [(found[labels == label] < 1).double().mean() for label in labels.unique()]
     return top | dict(class_mean=torch.stack(per_class).mean().item())
 
 
 def effective_rank(features: Tensor) -> float:
-    """exp of the entropy of the singular values' shares (Roy and Vetterli 2007), between 1 and D.
-
-    features (N, D) as they are, not centred: rows that all point one way have rank 1.
-    """
+    """exp of the entropy of the singular values' shares (Roy and Vetterli 2007) of features (N, D), between 1 and D."""
     values = torch.linalg.svdvals(features.double())
     return torch.special.entr(values / values.sum()).sum().exp().item()
-
-
-def pair_cosines(image: Tensor, text: Tensor, ids: Tensor) -> tuple[float, float]:
-    """Mean cosine of the pairs, and of all others whose ids (N,) differ, of (N, D) and (N, D)."""
-    cosines = image @ text.T  # (N, N)
-    return cosines.diagonal().mean().item(), cosines[ids[:, None] != ids].mean().item()
 
 
 def distinct_candidates(ids: Tensor, count: int = CANDIDATES, seed: int = 0) -> Tensor:
@@ -105,10 +89,11 @@ def region_metrics(region: Tensor, text: Tensor, ids: Tensor, logit_scale: float
 
     region, text (N, D), ids (N,) of at least two captions. -> loss, the mean cross-entropy of both directions;
     relative, that over ln(candidates), 1 is chance; r1, both directions; region_to_text_r1 and text_to_region_r1;
-    candidates; count N; cosine, cosine_unmatched; effective_rank, and that of the texts.
+    candidates; count N; mean cosine of the pairs, cosine_unmatched of all others whose ids differ; effective_rank of
+    the regions, and of the texts.
     """
     others = distinct_candidates(ids)
-    losses, hits = [], []
+    losses, hits, cosines = [], [], region @ text.T  # (N, N)
     for query, key in ((region, text), (text, region)):
         parts = []
         for rows in torch.arange(len(region)).split(CHUNK):
@@ -120,7 +105,6 @@ def region_metrics(region: Tensor, text: Tensor, ids: Tensor, logit_scale: float
         losses.append(loss)
         hits.append(hit)
     loss, candidates = sum(losses) / 2, others.shape[1] + 1
-    matched, unmatched = pair_cosines(region, text, ids)
     return dict(
         loss=loss,
         relative=loss / torch.tensor(float(candidates)).log().item(),
@@ -129,8 +113,8 @@ def region_metrics(region: Tensor, text: Tensor, ids: Tensor, logit_scale: float
         text_to_region_r1=hits[1],
         candidates=candidates,
         count=len(region),
-        cosine=matched,
-        cosine_unmatched=unmatched,
+        cosine=cosines.diagonal().mean().item(),
+        cosine_unmatched=cosines[ids[:, None] != ids].mean().item(),
         effective_rank=effective_rank(region),
         effective_rank_texts=effective_rank(text),
     )

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fgclip.regions import pool_regions
+from fgclip.regions import boxes_to_rois
 from fgclip.text import TextTower
 from fgclip.vision import VisionTower, interpolate_positions
+from kernels import roi_align_project
 from trainkit.device import at_least_float32
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
@@ -37,19 +38,13 @@ class FGCLIP(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        vision: dict | None = None,
-        text: dict | None = None,
-        embed_dim: int = 512,
-        logit_scale: float = MAX_LOGIT_SCALE,
-        roi_projection: bool = False,
-    ):
+        self, *, vision: dict | None = None, text: dict | None = None, embed_dim: int = 512,
+        logit_scale: float = MAX_LOGIT_SCALE, roi_projection: bool = False,
+    ):  # fmt: skip
         super().__init__()
         vision, text = dict(vision or {}), dict(text or {})
-        self.config = dict(
-            vision=vision, text=text, embed_dim=embed_dim, logit_scale=logit_scale, roi_projection=roi_projection
-        )
+        self.config = dict(vision=vision, text=text, embed_dim=embed_dim, roi_projection=roi_projection)
+        self.config["logit_scale"] = logit_scale
         self.vision_model = VisionTower(**vision)
         self.text_model = TextTower(**text)
         self.visual_projection = nn.Linear(self.vision_model.width, embed_dim, bias=False)
@@ -71,7 +66,7 @@ class FGCLIP(nn.Module):
         return self._rebuilt(dict(roi_projection=True), {"roi_projection.weight": self.visual_projection.weight})
 
     def with_image_size(self, image_size: int) -> "FGCLIP":
-        """The same model with its position table interpolated for square images of that side in pixels."""
+        """The same model with its position table interpolated for square images of that side."""
         side, table = image_size // self.vision_model.patch_size, self.vision_model.embeddings.position_embedding.weight
         tables = {"vision_model.embeddings.position_embedding.weight": interpolate_positions(table, (side, side))}
         return self._rebuilt(dict(vision=self.config["vision"] | dict(image_size=image_size)), tables)
@@ -82,7 +77,7 @@ class FGCLIP(nn.Module):
         return model.to(self.logit_scale.device)
 
     def set_checkpointing(self, enabled: bool) -> None:
-        """Whether the blocks' activations are recomputed in the backward pass: less memory, about a third more time."""
+        """Whether the backward pass recomputes the blocks' activations: less memory, about a third more time."""
         self.vision_model.encoder.checkpointing = enabled
         self.text_model.encoder.checkpointing = enabled
 
@@ -97,10 +92,8 @@ class FGCLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scales(self) -> None:
-        """Holds the multipliers between 1 and 100; to be called after every optimizer step.
-
-        The parameter itself is held: a clamp in the forward pass would leave it without a gradient, above for ever.
-        """
+        """Holds the multipliers between 1 and 100. Call it after every optimizer step."""
+        # A clamp in the forward pass would leave the parameter without a gradient, and outside for ever.
         for scale in self.log_scales().values():
             scale.clamp_(0, MAX_LOGIT_SCALE)
 
@@ -114,7 +107,7 @@ class FGCLIP(nn.Module):
 
         long: use the long table and its projection, for L up to 248 with the published 77 short positions.
         attention_mask: (N, L), 1 = read; padding behind the end token needs none.
-        Raises ValueError where L exceeds the table, or there is no long one.
+        Raises ValueError where L exceeds the table.
         """
         pooled = self.text_model(tokens, long=long, attention_mask=attention_mask)
         return (self.text_filip_projection if long else self.text_projection)(pooled)
@@ -128,24 +121,29 @@ class FGCLIP(nn.Module):
     def encode_regions(self, pixels: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """Features (R, D) of R boxes, images in order, not normalised.
 
-        boxes: one (n_i, 4) tensor per image, n_i may be 0, xyxy in fractions 0..1. A box outside its image gives zeros.
+        boxes: one (n_i, 4) tensor per image, xyxy in 0..1. A box outside its image gives zeros.
         """
         tokens, size = self.vision_model.penultimate(pixels)
         return self._pool_regions(tokens, size, boxes)
 
     def _pool_regions(self, tokens: Tensor, size: tuple[int, int], boxes: Sequence[Tensor]) -> Tensor:
-        projection = getattr(self, "roi_projection", self.visual_projection)
-        return pool_regions(self.vision_model.dense(tokens, size), boxes, projection.weight)
+        """RoIAlign (He et al. 2017) to a single cell with as many samples as the box covers cells, projected."""
+        if len(boxes) != len(tokens):
+            raise ValueError(f"{len(boxes)} lists of boxes for {len(tokens)} images")
+        dense = self.vision_model.dense(tokens, size)  # (B, C, h, w)
+        weight = getattr(self, "roi_projection", self.visual_projection).weight
+        rois = boxes_to_rois([b.to(dense.device, torch.float32) for b in boxes], size)
+        return roi_align_project([dense], rois, weight, scales=[1.0], output_size=1, sampling_ratio=-1, aligned=True)
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
-        """Every feature that the losses of one batch need, each distinct image and text encoded once; not normalised.
+        """Every feature that the losses of one batch need, not normalised, each distinct image and text encoded once.
 
         batch: pixels (B, 3, H, W), and any of
             short_texts (U, L) tokens, and into its rows: short (B,), region (R,), hard (H,) int64;
             long_texts (V, L) tokens, long (B,) into its rows;
             boxes, a list of B tensors (n_i, 4), R together.
-        Returns image (B, D), short (B, D), long (B, D), regions (R, D), region_texts (R, D), hard_texts (H, D), as far
-        as the batch has what they are made of, and the multipliers scale_global, scale_region and scale_hard.
+        Returns image, short, long (B, D), regions, region_texts (R, D) and hard_texts (H, D), where the batch has what
+        they are made of, and the multipliers scale_global, scale_region and scale_hard.
         """
         tokens, size = self.vision_model.penultimate(batch["pixels"])
         features = {"image": self.visual_projection(self.vision_model.pool(tokens))}

@@ -1,12 +1,13 @@
-"""The loss of a training step with its memory banks, and the metrics by which the step is watched."""
+"""The loss of a training step with its memory banks, and its metrics."""
 
+import math
 from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 import trainkit.distributed as distributed
-from fgclip.losses import PairBank, hard_negative_loss, symmetric_loss
+from fgclip.losses import hard_negative_loss, symmetric_loss
 from fgclip.model import FGCLIP, l2_normalize
 from trainkit.device import to_device
 
@@ -18,23 +19,15 @@ class FGCLIPLoss:
 
     model: FGCLIP, in DDP or not.
     names: those of LOSSES that are computed.
-    banks: by name of a loss (not hard), the negatives of earlier steps.
+    banks: the negatives of earlier steps, by name of a loss (not hard).
 
     Each step calls `begin` with its micro-batches, then the loss with each in turn, then `metrics`. A loss is a mean
-    over the pairs of all micro-batches on all ranks. Averaged as equals, the micro-batches so make the step of one
-    large batch in everything but the number of negatives.
+    over the pairs of all micro-batches on all ranks: their average is that of one large batch, but for the number of
+    negatives.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        names: Collection[str],
-        banks: Mapping[str, PairBank] | nn.ModuleDict,
-        device: torch.device | str,
-    ):
-        self.model, self.names, self.device = model, list(names), device
-        self.banks = dict(banks.items())
+    def __init__(self, model: nn.Module, *, names: Collection[str], banks: Mapping | nn.ModuleDict, device):
+        self.model, self.names, self.banks, self.device = model, list(names), dict(banks.items()), device
         self.logit_ranges: dict[str, Tensor] = {}  # smallest and largest logit (2,) of the step on this rank
 
     def begin(self, batches: list[dict], *, use_banks: bool = True) -> None:
@@ -53,25 +46,21 @@ class FGCLIPLoss:
         features = self.model(batch)
         losses, image = {}, l2_normalize(features["image"])
         for name in ("long", "short", "region"):
-            if name in self.names and name in batch:
+            if name in self.names:
                 loss = self.contrast(name, image, features, batch, counts[name])
                 losses[f"loss_{name}"] = self.factors[name] * loss
         if "hard" in self.names:
+            region, text = l2_normalize(features["regions"]), l2_normalize(features["hard_texts"])
+            options = dict(counts=batch["hard_counts"], ids=batch["short_ids"][batch["hard"]])
             loss, stats = hard_negative_loss(
-                l2_normalize(features["regions"])[batch["hard_regions"]],
-                l2_normalize(features["hard_texts"]),
-                features["scale_hard"],
-                counts=batch["hard_counts"],
-                ids=batch["short_ids"][batch["hard"]],
-                reduction="sum",
-                with_stats=True,
+                region[batch["hard_regions"]], text, features["scale_hard"], **options, reduction="sum", with_stats=True
             )
             losses["loss_hard"] = self.factors["hard"] * loss
-            self.add("hard", **stats)
-        self.add("", truncated=batch["truncated"])
+            self.add_quality("hard", stats)
+        self.add("truncated", batch["truncated"], 0)
         for name in ("image", "short", "long", "regions", "region_texts"):
             if name in features:
-                self.add(f"norm_{name}", sum=features[name].detach().norm(dim=-1).sum(), count=len(features[name]))
+                self.add(f"norm_{name}", features[name].detach().norm(dim=-1).sum(), len(features[name]))
         return losses
 
     def contrast(self, name: str, image: Tensor, features: dict, batch: dict, count: Tensor) -> Tensor:
@@ -92,23 +81,30 @@ class FGCLIPLoss:
                 in_batch = symmetric_loss(image, text, scale, ids=ids, reduction="sum", with_stats=True)[1]
         if bank is not None:
             bank.enqueue(image, text, ids, labels)
-        self.add(name, **stats, columns=count * stats["rows"])
-        self.add(f"{name}_in_batch", **in_batch)
         with torch.no_grad():
+            self.add_quality(name, stats)
+            self.add_quality(f"{name}_in_batch", in_batch)
+            self.add(f"{name}_in_batch", in_batch["loss"], in_batch["rows"])
+            self.add(f"{name}_candidates", count * stats["rows"], stats["rows"])
+            self.add(f"{name}_unmasked", stats["candidates"], stats["rows"])
             cosines = image @ text.T  # (N, N)
             other = ids[:, None] != ids
-            self.add(name, matched=cosines.diagonal().sum(), pairs=len(image))
-            self.add(name, unmatched=cosines[other].sum(), other_pairs=other.sum())
+            self.add(f"{name}_cosine", cosines.diagonal().sum(), len(image))
+            self.add(f"{name}_cosine_unmatched", cosines[other].sum(), other.sum())
             if len(image):
                 ends = scale * torch.stack(cosines.aminmax())
                 ends = torch.stack([ends, self.logit_ranges.get(name, ends)])
                 self.logit_ranges[name] = torch.stack(ends.aminmax())
         return loss
 
-    def add(self, group: str, **values: Tensor | float) -> None:
-        """Sums up over the micro-batches; the names are the same on every rank."""
-        for name, value in values.items():
-            self.sums[group, name] = self.sums.get((group, name), 0) + value
+    def add_quality(self, name: str, stats: dict[str, Tensor]) -> None:
+        self.add(f"{name}_relative", stats["loss_over_chance"], stats["rows_with_negatives"])
+        self.add(f"{name}_r1", stats["top1"], stats["rows_with_negatives"])
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """Adds a sum over so many values to the mean `name`; the names are the same on every rank."""
+        totals, counts = self.sums.get(name, (0, 0))
+        self.sums[name] = totals + total, counts + count
 
     def metrics(self) -> dict[str, float]:
         """The metrics of the step, over all micro-batches and ranks; NaN where nothing was counted.
@@ -119,33 +115,15 @@ class FGCLIPLoss:
             _in_batch, _in_batch_relative, _in_batch_r1: loss, relative loss and R@1 without the bank;
             _cosine, _cosine_unmatched: means of the pairs, and of all others in a rank's micro-batch;
             _bank: pairs in the bank.
-        Of the hard negatives hard_relative and hard_r1. norm_*: mean length of the features.
+        Of the hard negatives hard_relative and hard_r1. norm_*: mean length of the features. truncated: texts cut.
         """
-        keys = list(self.sums)
-        values = [torch.as_tensor(self.sums[key], dtype=torch.float64, device=self.device) for key in keys]
-        total = dict(zip(keys, distributed.all_reduce_sum(torch.stack(values).cpu()).tolist(), strict=True))
-
-        def mean(group: str, value: str, count: str) -> float:
-            return total[group, value] / total[group, count] if total[group, count] else float("nan")
-
-        metrics = {}
-        for name in self.names:
-            metrics[f"{name}_relative"] = mean(name, "loss_over_chance", "rows_with_negatives")
-            metrics[f"{name}_r1"] = mean(name, "top1", "rows_with_negatives")
-            if name == "hard":
-                continue
-            in_batch = f"{name}_in_batch"
-            metrics[f"{name}_candidates"] = mean(name, "columns", "rows")
-            metrics[f"{name}_unmasked"] = mean(name, "candidates", "rows")
-            metrics[in_batch] = mean(in_batch, "loss", "rows")
-            metrics[f"{in_batch}_relative"] = mean(in_batch, "loss_over_chance", "rows_with_negatives")
-            metrics[f"{in_batch}_r1"] = mean(in_batch, "top1", "rows_with_negatives")
-            metrics[f"{name}_cosine"] = mean(name, "matched", "pairs")
-            metrics[f"{name}_cosine_unmatched"] = mean(name, "unmatched", "other_pairs")
-            if name in self.banks:
-                metrics[f"{name}_bank"] = len(self.banks[name])
-        metrics |= {group: mean(group, "sum", "count") for group, value in keys if value == "count"}
-        return metrics | {"truncated": int(total["", "truncated"])}
+        values = [value for pair in self.sums.values() for value in pair]
+        values = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
+        values = distributed.all_reduce_sum(torch.stack(values).cpu()).view(-1, 2).tolist()
+        sums = dict(zip(self.sums, values, strict=True))
+        means = {name: total / count if count else math.nan for name, (total, count) in sums.items()}
+        banks = {f"{name}_bank": len(self.banks[name]) for name in self.names if name in self.banks}
+        return means | banks | dict(truncated=int(sums["truncated"][0]))
 
 
 def freeze_unreached(model: FGCLIP, names: Collection[str]) -> None:

@@ -1,33 +1,24 @@
-"""Boxes: what a data set calls them, which of them are usable, and where they lie on a feature map."""
+"""Boxes: which of them are usable, and where they lie on a feature map."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels import roi_align_project
 
-
-@dataclass
-class BoxStatistics:
-    """What `usable_boxes` met so far."""
-
-    total: int = 0
-    clipped: int = 0
-    inverted: int = 0
-    empty: int = 0
-    not_finite: int = 0
+class BoxStatistics(Counter):
+    """Numbers of boxes that `usable_boxes` met: total, inverted, empty, not_finite, and clipped of those kept."""
 
     @property
     def invalid(self) -> int:
-        return self.inverted + self.empty + self.not_finite
+        return self["inverted"] + self["empty"] + self["not_finite"]
 
     def __str__(self) -> str:
-        share = self.invalid / self.total if self.total else 0.0
         return (
-            f"{self.total} boxes, {self.invalid} ({share:.2%}) dropped: {self.inverted} inverted, "
-            f"{self.empty} without area inside the image, {self.not_finite} not finite; {self.clipped} kept and clipped"
+            f"{self['total']} boxes, {self.invalid} ({self.invalid / max(self['total'], 1):.2%}) dropped: "
+            f"{self['inverted']} inverted, {self['empty']} without area inside the image, "
+            f"{self['not_finite']} not finite; {self['clipped']} kept and clipped"
         )
 
 
@@ -41,11 +32,9 @@ def usable_boxes(boxes: Tensor, statistics: BoxStatistics | None = None) -> tupl
     clipped = boxes.clamp(0, 1)
     kept = finite & ~inverted & (clipped[:, 2:] > clipped[:, :2]).all(dim=1)
     if statistics is not None:
-        statistics.total += len(boxes)
-        statistics.not_finite += int((~finite).sum())
-        statistics.inverted += int(inverted.sum())
-        statistics.empty += int((finite & ~inverted & ~kept).sum())
-        statistics.clipped += int((kept & (clipped != boxes).any(dim=1)).sum())
+        changed = kept & (clipped != boxes).any(dim=1)
+        kinds = dict(not_finite=~finite, inverted=inverted, empty=finite & ~inverted & ~kept, clipped=changed)
+        statistics.update({name: int(which.sum()) for name, which in kinds.items()}, total=len(boxes))
     return clipped[kept], kept
 
 
@@ -55,16 +44,3 @@ def boxes_to_rois(boxes: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     cells = torch.cat(list(boxes)) * boxes[0].new_tensor([width, height, width, height])
     index = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
     return torch.cat([index, cells], dim=1)
-
-
-def pool_regions(features: Tensor, boxes: Sequence[Tensor], projection: Tensor) -> Tensor:
-    """Projected mean of the map inside each box, images in order: (B, C, h, w), boxes as in `boxes_to_rois` to (R, D).
-
-    RoIAlign (He et al. 2017) to a single cell with as many samples as the box covers cells, times projection (D, C).
-    """
-    if len(boxes) != len(features):
-        raise ValueError(f"{len(boxes)} lists of boxes for {len(features)} images")
-    rois = boxes_to_rois([b.to(features.device, torch.float32) for b in boxes], features.shape[-2:])
-    return roi_align_project(
-        [features], rois, projection, scales=[1.0], output_size=1, sampling_ratio=-1, aligned=True
-    )  # (R, D)

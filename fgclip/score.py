@@ -16,22 +16,17 @@ from torch import Tensor
 
 from fgclip.embedding import Embedder
 from fgclip.evaluate import add_model_flags, open_model
-from fgclip.images import preprocess, read_image
+from fgclip.images import preprocess
 from fgclip.model import l2_normalize
 from fgclip.regions import usable_boxes
 from trainkit import distributed
 from trainkit.arguments import make_parser
 from trainkit.errors import InputError, one_sentence
-from trainkit.files import numbers, read_lines
-
-
-def name_of(sides: tuple[float, ...]) -> str:
-    return ",".join(f"{side:g}" for side in sides)
+from trainkit.files import numbers, open_image, read_lines
 
 
 # fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `python -m fgclip.score`."""
     add_model_flags(parser)
     add = parser.add_argument_group("what to score").add_argument
     add("--image", required=True, metavar="FILE", help="the image; it is squashed to the square that the model reads")
@@ -47,27 +42,26 @@ def fractions(boxes: list[tuple[float, ...]], image: Image.Image) -> Tensor:
     """Boxes (n, 4) of pixels in fractions of the image, clipped to it."""
     kept, usable = usable_boxes(torch.tensor(boxes, dtype=torch.float64) / torch.tensor(image.size * 2))
     for sides, fits in zip(boxes, usable.tolist(), strict=True):
-        if max(map(abs, sides)) <= 1:
-            raise InputError(f"--box {name_of(sides)} looks like fractions; expected x1,y1,x2,y2 in pixels")
-        if not fits:
+        if not fits or max(map(abs, sides)) <= 1:
             size = f"{image.width}x{image.height}"
-            raise InputError(
-                f"--box {name_of(sides)}: expected x1,y1,x2,y2 with x1 < x2 and y1 < y2 that meets the image of {size} "
-                "pixels"
-            )
+            expected = f"expected x1,y1,x2,y2 in pixels with x1 < x2 and y1 < y2, overlapping the image of {size}"
+            raise InputError(f"--box {name_of(sides)}: {expected}")
     return kept.float()
+
+
+def name_of(sides: tuple[float, ...]) -> str:
+    return ",".join(f"{side:g}" for side in sides)
 
 
 @torch.inference_mode()
 def score(
     embedder: Embedder, image: Image.Image, texts: list[str], boxes: list[tuple[float, ...]], image_size: int
 ) -> dict:
-    """Cosines and probabilities of the texts for the image or, where boxes (xyxy in its pixels) are given, for each.
+    """Cosines and probabilities of the texts for the image or, where given, for each of its boxes (xyxy in pixels).
 
     image_size: side of the square that the image is squashed to.
-    Returns scale, the multiplier of the cosines; texts; long, which of them took the long path, because they are too
-    long for the short one; truncated, how many were cut; and regions: one dict of box (None for the image), cosine and
-    probability, lists as long as texts. Raises InputError on a box without area inside the image.
+    Returns scale, the multiplier of the cosines; texts; long, which of them took the long path; truncated, how many
+    were cut; regions, one dict per box of box (None for the image), cosine and probability, one float per text.
     """
     model, tower = embedder.model, embedder.model.text_model
     pixels = preprocess(image, image_size).unsqueeze(0).to(embedder.device)  # (1, 3, S, S)
@@ -89,7 +83,7 @@ def score(
 
 
 def as_text(result: dict) -> str:
-    """A table for the image or for each box, the captions in the order given."""
+    """A table for the image or for each box."""
     lines, texts = [], list(zip(result["texts"], result["long"], strict=True))
     for region in result["regions"]:
         lines.append("image" if region["box"] is None else f"box {name_of(region['box'])}")
@@ -102,7 +96,6 @@ def as_text(result: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`python -m fgclip.score`: print how well captions fit an image or its boxes."""
     parser = make_parser(__doc__)
     add_arguments(parser)
     args = parser.parse_args(arguments)
@@ -111,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not texts:
         raise InputError("give captions with --text or --text-file")
     boxes = [numbers(text.split(","), f"--box {text}") for text in args.box]
-    image, device = read_image(args.image), distributed.start(args.device)
+    image, device = open_image(args.image), distributed.start(args.device)
     embedder = Embedder(*open_model(args), device=device)
     result = score(embedder, image, texts, boxes, args.image_size)
     tokenizer = embedder.tokenizer.description

@@ -1,4 +1,4 @@
-"""Scenes of coloured, textured shapes with captions, drawn from a seed, so that everything runs without a download."""
+"""Scenes of coloured, textured shapes with captions, drawn from a seed."""
 
 import random
 from dataclasses import replace
@@ -13,16 +13,8 @@ from fgclip.data import Record, Region, Sample, draw_sample
 from fgclip.images import normalise
 from fgclip.tokenizer import learn_merges
 
-COLOURS = {
-    "red": (0.9, 0.1, 0.1),
-    "green": (0.1, 0.7, 0.1),
-    "blue": (0.1, 0.2, 0.9),
-    "yellow": (0.95, 0.9, 0.1),
-    "purple": (0.6, 0.1, 0.7),
-    "orange": (1.0, 0.55, 0.0),
-    "white": (1.0, 1.0, 1.0),
-    "cyan": (0.1, 0.85, 0.9),
-}
+COLOURS = dict(red=(0.9, 0.1, 0.1), green=(0.1, 0.7, 0.1), blue=(0.1, 0.2, 0.9), yellow=(0.95, 0.9, 0.1))
+COLOURS |= dict(purple=(0.6, 0.1, 0.7), orange=(1.0, 0.55, 0.0), white=(1.0, 1.0, 1.0), cyan=(0.1, 0.85, 0.9))
 TEXTURES = ("plain", "striped", "dotted", "checked")
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 ATTRIBUTES = (tuple(COLOURS), TEXTURES, SHAPES)
@@ -40,12 +32,8 @@ PHRASES = tuple(phrase(kind) for kind in KINDS)
 
 def alterations(kind: tuple[str, str, str]) -> list[str]:
     """The phrases that differ from this one in exactly one attribute."""
-    return [
-        phrase(kind[:i] + (value,) + kind[i + 1 :])
-        for i, values in enumerate(ATTRIBUTES)
-        for value in values
-        if value != kind[i]
-    ]
+    changes = [(i, value) for i, values in enumerate(ATTRIBUTES) for value in values if value != kind[i]]
+    return [phrase(kind[:i] + (value,) + kind[i + 1 :]) for i, value in changes]
 
 
 def shape_mask(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -102,22 +90,16 @@ def quarter(box: np.ndarray) -> str:
 
 
 class SyntheticRegions(Dataset):
-    """`count` scenes of a seed; scene i is the same whatever the others are. Keys and samples as of `RegionDataset`.
+    """`count` scenes of a seed. Keys and samples as of `RegionDataset`.
 
-    Every object has a colour, a texture and a shape (192 phrases), and 10 hard negatives, which differ from its phrase
-    in one of them. Scenes with a red object carry the label 1.
+    Every object has a colour, a texture and a shape (192 phrases). Its 10 hard negatives differ in one of them. Scenes
+    with a red object have label 1.
     placement: "grid" puts one object in each quarter, "free" two to four anywhere, in any size.
-    max_regions: of more objects so many, drawn anew for every visit, are the regions of the sample; all are seen.
+    max_regions: regions per sample, drawn anew for every visit; all objects are in the picture.
     """
 
     def __init__(
-        self,
-        count: int,
-        *,
-        seed: int,
-        image_size: int = 64,
-        placement: str = "grid",
-        max_regions: int | None = None,
+        self, count: int, *, seed: int, image_size: int = 64, placement: str = "grid", max_regions: int | None = None
     ):
         self.count, self.seed, self.image_size, self.max_regions = count, seed, image_size, max_regions
         self.boxes_of = PLACEMENTS[placement]
@@ -126,7 +108,7 @@ class SyntheticRegions(Dataset):
         return self.count
 
     def plan(self, index: int) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
-        """Boxes (n, 4) and what is in them; no two objects of a scene are of the same kind."""
+        """Boxes (n, 4) and what is in them, all different."""
         if not 0 <= index < self.count:
             raise IndexError(index)
         rng = np.random.default_rng((self.seed, index, 0))
@@ -158,8 +140,7 @@ class SyntheticRegions(Dataset):
         return draw_sample(record, draw)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        index = key[1] if isinstance(key, tuple) else key
-        return replace(self.describe(key), pixels=normalise(self.picture(index)))
+        return replace(self.describe(key), pixels=normalise(self.picture(key[1] if isinstance(key, tuple) else key)))
 
     def picture(self, index: int) -> Tensor:
         """The scene (3, S, S) in 0..1."""
@@ -180,6 +161,6 @@ class SyntheticRegions(Dataset):
 
 
 def vocabulary() -> list[tuple[str, str]]:
-    """Merges of a tokenizer for which every word of the scenes is one token."""
+    """Merges that make one token of every word of the scenes."""
     records = map(SyntheticRegions(100, seed=0).record, range(100))
     return learn_merges([*PHRASES, *(text for record in records for text in (record.long, *record.short))])

@@ -1,8 +1,4 @@
-"""What a model is asked about a data set, while it is trained and by `python -m fgclip.evaluate`.
-
-Evaluation tasks take `RegionDataset`s of all usable boxes, and return metrics, shares in 0..1, and a sentence about the
-data.
-"""
+"""Metrics of a model on a data set, and a sentence about the data. Shares are in 0..1."""
 
 from collections.abc import Sequence
 
@@ -10,12 +6,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fgclip.data import RegionDataset, Sample, usable_regions
+from fgclip.data import RegionDataset, Sample, data_statistics
 from fgclip.embedding import Embedder
 from fgclip.losses import caption_ids
 from fgclip.metrics import choice_metrics, class_metrics, region_metrics, retrieval_recall
-from fgclip.prompts import class_embeddings
-from fgclip.regions import BoxStatistics
+from fgclip.model import l2_normalize
 from trainkit.errors import InputError
 
 
@@ -24,8 +19,8 @@ def validation_metrics(
 ) -> dict[str, dict[str, float]]:
     """Metrics of samples that were not trained on, as far as there is something to choose from.
 
-    region: `region_metrics` at the region's scale; hard: `choice_metrics` of each region's own phrase and its
-    alterations; short and long: `retrieval_recall` of images and captions, r1, both directions of R@1, and count.
+    region: `region_metrics` at the region's scale. hard: `choice_metrics` of each region's phrase and its alterations.
+    short, long: `retrieval_recall` of images and captions; r1, the mean of both directions; count.
     """
     samples, metrics = [data.describe(i) for i in range(len(data))], {}
     image, region = embedder.images(data, regions)
@@ -37,7 +32,7 @@ def validation_metrics(
             metrics["region"] = region_metrics(region, embedder.texts(phrases), ids, scale)
         if any(group for s in samples for group in s.hard):
             metrics["hard"] = hard_metrics(embedder, region, samples)
-    if len(samples) > 1 and all(s.short is not None for s in samples):
+    if len(samples) > 1:
         for name in ("short", "long") if long else ("short",):
             text = embedder.texts([s.record.long if name == "long" else s.short for s in samples], long=name == "long")
             recall = retrieval_recall(image, text, torch.arange(len(image)))
@@ -47,25 +42,19 @@ def validation_metrics(
 
 
 def validation_text(metrics: dict[str, dict[str, float]]) -> str:
-    """`validation_metrics` for people, in one line."""
-    parts = []
-    if "region" in metrics:
-        parts.append(
-            "{count} regions among {candidates} captions: loss {loss:.3f} ({relative:.2f} of chance), R@1 {r1:.3f}, "
-            "cosine {cosine:.2f} (others {cosine_unmatched:.2f}), effective rank {effective_rank:.0f}"
-            "".format(**metrics["region"])
-        )
-    if "hard" in metrics:
-        parts.append("hard negatives {accuracy:.3f} of {count}".format(**metrics["hard"]))
-    for name in ("short", "long"):
-        if name in metrics:
-            parts.append(f"{name} captions R@1 {metrics[name]['r1']:.3f} of {metrics[name]['count']}")
-    return "; ".join(parts) or "nothing to choose from"
+    """`validation_metrics` in one line."""
+    texts = dict(
+        region="{count} regions among {candidates} captions: loss {loss:.3f} ({relative:.2f} of chance), R@1 {r1:.3f}, "
+        "cosine {cosine:.2f} (others {cosine_unmatched:.2f}), effective rank {effective_rank:.0f}",
+        hard="hard negatives {accuracy:.3f} of {count}",
+        short="short captions R@1 {r1:.3f} of {count}",
+        long="long captions R@1 {r1:.3f} of {count}",
+    )
+    return "; ".join(texts[name].format(**row) for name, row in metrics.items()) or "nothing to choose from"
 
 
 def best_metric(metrics: dict[str, dict[str, float]], by: str) -> tuple[float, float]:
-    """What chooses a checkpoint: R@1 of "region", accuracy of "hard", or R@1 of "captions", -1 without; and, to break
-    ties, the negative loss of the regions."""
+    """R@1 of "region" or "captions", accuracy of "hard", -1 without; the negative loss of the regions breaks ties."""
     names = ("short", "long") if by == "captions" else (by,)
     values = [metrics[name]["accuracy" if name == "hard" else "r1"] for name in names if name in metrics]
     return sum(values) / len(values) if values else -1.0, -metrics["region"]["loss"] if "region" in metrics else 0.0
@@ -95,13 +84,11 @@ def retrieval(embedder: Embedder, data: RegionDataset, long: bool = False) -> tu
 
 def usable_samples(data: RegionDataset) -> tuple[list[Sample], str]:
     """The samples without pixels, and a sentence about their boxes. Raises InputError where none is usable."""
-    samples, statistics = [data.describe(i) for i in range(len(data))], BoxStatistics()
-    count = sum(len(usable_regions(record, statistics=statistics)[1]) for record in data.records)
-    if not count:
+    samples, statistics = [data.describe(i) for i in range(len(data))], data_statistics(data.records)
+    if not statistics.regions:
         source = data.records[0].source
-        raise InputError(f"{source}: no region here or in what follows has a usable box; {statistics}")
-    amiss = f"; {statistics}" if statistics.invalid or statistics.clipped else ""
-    return samples, f"{count} regions in {len(samples)} images{amiss}"
+        raise InputError(f"{source}: no region here or in what follows has a usable box; {statistics.boxes}")
+    return samples, f"{statistics.regions} regions in {len(samples)} images; {statistics.boxes}"
 
 
 def choice(embedder: Embedder, data: RegionDataset) -> tuple[dict, str]:
@@ -113,14 +100,17 @@ def choice(embedder: Embedder, data: RegionDataset) -> tuple[dict, str]:
 def classify(
     embedder: Embedder, data: RegionDataset, categories: Sequence[str], templates: Sequence[str], boxes: bool
 ) -> tuple[dict, str]:
-    """`class_metrics` of every box, whose phrase is its category, or of every image, labelled by its record."""
+    """`class_metrics` of every box, whose phrase is its category, or of every image, labelled by its record.
+
+    A class is the mean of the unit vectors of its prompts; underscores in its name are read as spaces.
+    """
     if boxes:
         samples, sentence = usable_samples(data)
         labels = torch.tensor([categories.index(phrase) for s in samples for phrase in s.phrases])
-        sentence = f"{len(categories)} categories in {len(templates)} templates; {sentence}"
     else:
         labels = torch.tensor([record.label for record in data.records])
-        sentence = f"{len(categories)} classes in {len(templates)} templates; "
-        sentence += f"{len(labels)} images of {len(labels.unique())}"
-    features = embedder.images(data, boxes)[boxes]
-    return class_metrics(features @ class_embeddings(embedder, categories, templates).T, labels), sentence
+        sentence = f"{len(labels)} images of {len(labels.unique())}"
+    prompts = [template.replace("{}", name.replace("_", " ")) for name in categories for template in templates]
+    classes = l2_normalize(embedder.texts(prompts).unflatten(0, (len(categories), -1)).mean(dim=1))  # (C, D)
+    row = class_metrics(embedder.images(data, boxes)[boxes], classes, labels)
+    return row, f"{len(categories)} classes in {len(templates)} templates; {sentence}"

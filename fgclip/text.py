@@ -42,8 +42,6 @@ class TextEmbeddings(nn.Module):
         """Tokens (N, L) to (N, L, C)."""
         positions = self.position_embedding.weight  # (L, C)
         if long:
-            if not hasattr(self, "position_embedding_res"):
-                raise ValueError("there is no long text path: the short position table has no row beyond the kept ones")
             kept, rest = self.position_embedding_ori.weight, self.position_embedding_res.weight
             positions = torch.cat([kept[:KEPT_POSITIONS], rest[KEPT_POSITIONS:]])
         if tokens.ndim != 2 or tokens.shape[1] > len(positions):
@@ -52,24 +50,12 @@ class TextEmbeddings(nn.Module):
 
 
 class TextTower(nn.Module):
-    """A causal transformer, pooled at the row of the end token.
-
-    eos_id: id of the end token. None: the largest id in a text, which is the same for CLIP's vocabulary.
-    """
+    """A causal transformer, pooled at the row of the end token. eos_id: its id, None for the largest id in a text."""
 
     def __init__(
-        self,
-        *,
-        vocab_size: int = 49408,
-        context_length: int = 77,
-        width: int = 512,
-        layers: int = 12,
-        heads: int = 8,
-        mlp_width: int = 2048,
-        activation: str = "quick_gelu",
-        eps: float = 1e-5,
-        eos_id: int | None = None,
-    ):
+        self, *, vocab_size: int = 49408, context_length: int = 77, width: int = 512, layers: int = 12, heads: int = 8,
+        mlp_width: int = 2048, activation: str = "quick_gelu", eps: float = 1e-5, eos_id: int | None = None,
+    ):  # fmt: skip
         super().__init__()
         if context_length < 2:
             raise ValueError(f"context_length {context_length} has no room for the start and end tokens")
@@ -85,21 +71,17 @@ class TextTower(nn.Module):
             self.embeddings.position_embedding_res.weight.data.copy_(table)
             self.embeddings.position_embedding_ori.weight.data.copy_(table)
 
-    def end_rows(self, tokens: Tensor) -> Tensor:
-        """The pooled row (N,) of each text; row 0 of a text without its end token."""
-        return (tokens if self.eos_id is None else (tokens == self.eos_id).int()).argmax(dim=-1)
-
     def forward(self, tokens: Tensor, long: bool = False, attention_mask: Tensor | None = None) -> Tensor:
         """Tokens (N, L) int64 to pooled features (N, C). attention_mask: (N, L), 1 = read."""
         x = self.embeddings(tokens, long)
-        rows = self.end_rows(tokens)
+        rows = (tokens if self.eos_id is None else (tokens == self.eos_id).int()).argmax(dim=-1)  # (N,)
         index = torch.arange(tokens.shape[1], device=tokens.device)
         seen = index <= rows[:, None]  # (N, L): what the pooled row may see
         mask = None
         if attention_mask is not None:
             keep = attention_mask.bool()
             seen = seen & (keep | (index == rows[:, None]))
-            # Every token sees itself, so that no row of the attention is empty; a padded one reaches no other.
+            # Every token sees itself, so that no row of the attention is empty.
             mask = (keep[:, None] & (index <= index[:, None])) | (index == index[:, None])
             mask = mask[:, None]  # (N, 1, L, L)
         x = self.encoder.penultimate(x, mask, mask is None)

@@ -32,10 +32,7 @@ WORD_CACHE = 65536
 
 @cache
 def byte_symbols() -> dict[int, str]:
-    """The printable character that stands for each byte, in the order of the vocabulary.
-
-    Bytes that Latin-1 can print come first and stand for themselves, the others follow as chr(256), chr(257), ...
-    """
+    """The character that stands for each byte, in the vocabulary's order: itself if printable, else chr(256), ..."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -43,10 +40,7 @@ def byte_symbols() -> dict[int, str]:
 
 @cache
 def word_pattern():
-    """Splits clean text into words: specials, contractions, runs of letters, single digits, runs of anything else.
-
-    CLIP's classes \\p{L} and \\p{N} in terms of \\w, which is letters, numbers and the underscore.
-    """
+    """Specials, contractions, runs of letters, single digits, runs of anything else; \\p{L} and \\p{N} told by \\w."""
     numerals = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
     letter, number, other = rf"[^\W\d_{numerals}]", rf"[\d{numerals}]", r"(?:_|[^\s\w])"
     special = f"{re.escape(START)}|{re.escape(END)}"
@@ -63,18 +57,15 @@ def clean(text: str) -> str:
 
 
 def installed_merges() -> Path | None:
-    """The merges file inside an installed CLIP package, found without importing it."""
-    for package in ("clip", "open_clip"):
-        spec = find_spec(package)
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            path = Path(folder) / "bpe_simple_vocab_16e6.txt.gz"
-            if path.is_file():
-                return path
-    return None
+    """The merges file inside an installed CLIP package, which is not imported."""
+    specs = [spec for spec in map(find_spec, ("clip", "open_clip")) if spec]
+    folders = (folder for spec in specs for folder in spec.submodule_search_locations or [])
+    paths = (Path(folder) / "bpe_simple_vocab_16e6.txt.gz" for folder in folders)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_merges(path: str | Path) -> list[tuple[str, str]]:
-    """Reads a bpe_simple_vocab_16e6.txt.gz, a merges.txt or a Hugging Face tokenizer.json, else raises InputError."""
+    """The merges in a bpe_simple_vocab_16e6.txt.gz, a merges.txt or a Hugging Face tokenizer.json."""
     path = regular_file(path, "bpe_simple_vocab_16e6.txt.gz, merges.txt or tokenizer.json")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -96,7 +87,7 @@ def read_merges(path: str | Path) -> list[tuple[str, str]]:
 
 
 def checked_merges(merges, source: str) -> list[tuple[str, str]]:
-    """Pairs of symbols from a list of pairs or of lines with one pair each. Raises InputError."""
+    """Pairs of symbols from a list of pairs or of lines with one pair each."""
     if not isinstance(merges, list | tuple):
         raise InputError(f"{source}, merges: expected a list of pairs, got {shown(merges)}")
     pairs = [pair.split() if isinstance(pair, str) else pair for pair in merges]
@@ -107,10 +98,7 @@ def checked_merges(merges, source: str) -> list[tuple[str, str]]:
 
 
 def learn_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
-    """Merges that make one token of every word of the texts, the most frequent pair first (Sennrich et al. 2016).
-
-    Takes one pass over the distinct words per merge: meant for small vocabularies.
-    """
+    """Merges that make one token of every word of the texts, the most frequent pair first (Sennrich et al. 2016)."""
     counts = Counter(word for text in texts for word in word_pattern().findall(clean(text)))
     words = {word: word_symbols(word) for word in counts}
     merges = []
@@ -132,15 +120,14 @@ class Tokenizer:
         None takes the merges of an installed CLIP package (clip or open_clip), else "bytes".
     vocab_size: number of ids, by default as many as needed. Start and end are the last two.
 
-    `description` says in one sentence what is in use, `merges` is the list, `truncated` counts the texts cut so far.
+    `description` says what is in use, `truncated` counts the texts cut so far.
     """
 
     def __init__(self, vocab: str | Path | Sequence[tuple[str, str]] | None = None, *, vocab_size: int | None = None):
         if vocab is None:
             vocab = installed_merges() or "bytes"
         if isinstance(vocab, str | Path):
-            merges = [] if vocab == "bytes" else read_merges(vocab)
-            origin = f"of {vocab}"
+            merges, origin = [] if vocab == "bytes" else read_merges(vocab), f"of {vocab}"
         else:
             merges, origin = [tuple(pair) for pair in vocab], "learned from the data"
         self.merges = merges
@@ -183,10 +170,10 @@ class Tokenizer:
             if pair not in self.ranks:
                 break
             symbols = merge_pair(symbols, pair)
-        if len(self.words) >= WORD_CACHE:
-            self.words.clear()
-        self.words[word] = [self.encoder[s] for s in symbols]
-        return self.words[word]
+        ids = [self.encoder[s] for s in symbols]
+        if len(self.words) < WORD_CACHE:
+            self.words[word] = ids
+        return ids
 
 
 def word_symbols(word: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The pre-norm transformer block that both towers are made of. Parameter names are those of Hugging Face's CLIP."""
+"""The pre-norm transformer block of both towers. Parameter names are those of Hugging Face's CLIP."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, scaled by the inverse root of the head's width."""
+    """Multi-head self-attention."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -64,10 +64,7 @@ class Block(nn.Module):
         return x + self.mlp(self.layer_norm2(x))  # (B, L, C)
 
     def pool(self, x: Tensor, rows: Tensor | int, mask: Tensor | None = None) -> Tensor:
-        """Only the output row `rows` (an index, or one per sample (B,)) of forward, at the price of one query.
-
-        mask: (B, L), True = may be seen by that row.
-        """
+        """Only the output row `rows` of forward, an index or one per sample (B,). mask: (B, L), True = may be seen."""
         batch = torch.arange(len(x), device=x.device)
         normed = self.layer_norm1(x)
         query = normed[batch, rows].unsqueeze(1)  # (B, 1, C)
@@ -76,10 +73,7 @@ class Block(nn.Module):
         return (pooled + self.mlp(self.layer_norm2(pooled))).squeeze(1)  # (B, C)
 
     def value_path(self, x: Tensor) -> Tensor:
-        """forward with every token attending to itself alone, so that the value projection replaces the attention.
-
-        The dense features of FG-CLIP (Xie et al. 2025), after MaskCLIP (Zhou et al. 2022, section 3.2).
-        """
+        """forward with every token attending to itself alone (MaskCLIP, Zhou et al. 2022, section 3.2)."""
         x = x + self.self_attn.out_proj(self.self_attn.v_proj(self.layer_norm1(x)))
         return x + self.mlp(self.layer_norm2(x))  # (B, L, C)
 
@@ -87,8 +81,8 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """A stack of blocks. The towers run the last one themselves, because only one of its rows is pooled.
 
-    Weights start normal, residual branches scaled down by depth (OpenAI CLIP; Radford et al. 2019, section 2.3).
-    `checkpointing` computes the blocks' activations again in the backward pass instead of keeping them.
+    Residual branches start scaled down by depth (OpenAI CLIP; Radford et al. 2019, section 2.3).
+    `checkpointing` computes activations again in the backward pass instead of keeping them.
     """
 
     def __init__(self, layers: int, width: int, heads: int, mlp_width: int, activation: str, eps: float):

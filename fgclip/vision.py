@@ -44,23 +44,12 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """A ViT with a norm before its blocks, for images whose sides are multiples of the patch size.
-
-    image_size: side in pixels of the square images that the position table is laid out for.
-    """
+    """A ViT with a norm before its blocks. image_size: side of the square images that the position table is for."""
 
     def __init__(
-        self,
-        *,
-        image_size: int = 224,
-        patch_size: int = 16,
-        width: int = 768,
-        layers: int = 12,
-        heads: int = 12,
-        mlp_width: int = 3072,
-        activation: str = "quick_gelu",
-        eps: float = 1e-5,
-    ):
+        self, *, image_size: int = 224, patch_size: int = 16, width: int = 768, layers: int = 12, heads: int = 12,
+        mlp_width: int = 3072, activation: str = "quick_gelu", eps: float = 1e-5,
+    ):  # fmt: skip
         super().__init__()
         self.image_size, self.patch_size, self.width = image_size, patch_size, width
         self.embeddings = VisionEmbeddings(image_size, patch_size, width)

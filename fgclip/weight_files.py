@@ -1,4 +1,4 @@
-"""Weights and their configs from files and folders. Only a TorchScript archive that the caller trusts can run code."""
+"""Weights and their configs from files and folders."""
 
 import zipfile
 from pathlib import Path
@@ -11,8 +11,7 @@ from trainkit.files import inside, number, read_json, read_torch, regular_file, 
 
 EXPECTED = "a file or folder of weights"
 WEIGHT_FILES = "model.safetensors pytorch_model.bin open_clip_model.safetensors open_clip_pytorch_model.bin".split()
-# Of open_clip's configs: sizes with open_clip's defaults; keys that say nothing about the features; values that, under
-# any other key, change nothing.
+# open_clip's configs: sizes with their defaults; keys without effect on the features; values without effect elsewhere.
 OPEN_CLIP = dict(vision=dict(width=768, layers=12, head_width=64), text=dict(width=512, layers=12, heads=8))
 OPEN_CLIP_FREE = ("patch_size", "image_size", "vocab_size", "context_length", "mlp_ratio", "patch_dropout", "pad_id")
 OPEN_CLIP_FREE += ("output_tokens", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "eos_id")
@@ -20,7 +19,7 @@ OPEN_CLIP_PLAIN = ("tok", "argmax", "default", "linear", "learnable")
 
 
 def read_weights(path: Path, trust_torchscript: bool = False) -> dict[str, Tensor]:
-    """The tensors in a file, or in a folder with one of WEIGHT_FILES or its .index.json. Raises InputError."""
+    """The tensors in a file, or in a folder with one of WEIGHT_FILES or its .index.json."""
     if not path.is_dir():
         return read_file(path, trust_torchscript)
     names = [name + end for name in WEIGHT_FILES for end in ("", ".index.json")]
@@ -55,7 +54,7 @@ def read_file(path: Path, trust_torchscript: bool) -> dict[str, Tensor]:
 
 
 def read_run(path: Path) -> dict | None:
-    """A training run's checkpoint; None for weights of other kinds. Raises InputError."""
+    """A training run's checkpoint; None for weights of other kinds."""
     if path.is_dir() or regular_file(path, EXPECTED).suffix == ".safetensors" or is_torchscript(path):
         return None
     content = read_torch(path, EXPECTED)
@@ -63,7 +62,7 @@ def read_run(path: Path) -> dict | None:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Told by the names inside the archive; nothing of it is loaded."""
+    """Whether a file is a TorchScript archive; nothing of it is loaded."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
@@ -89,7 +88,7 @@ def read_config(folder: Path) -> dict:
 
 
 def from_open_clip(config: dict, source: str) -> dict:
-    """An open_clip_config.json in the words of Hugging Face's. Raises InputError for what is not built here."""
+    """An open_clip_config.json in the words of Hugging Face's."""
     model, converted = config.get("model_cfg", config), {}
     for tower, defaults in OPEN_CLIP.items():
         given = model.get(f"{tower}_cfg") if isinstance(model, dict) else None

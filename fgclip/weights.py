@@ -1,7 +1,7 @@
 """Published weights in, and out again: OpenAI's CLIP, open_clip, Hugging Face's CLIP and FG-CLIP.
 
-Read the files (`weight_files`), convert names and config to Hugging Face's, which are the model's own, load strictly:
-every tensor of the source has a place, every parameter is filled from the source or reported as made from another one.
+Names and config become Hugging Face's, which are the model's. Loading is strict: every tensor of the source has a
+place, and every parameter is filled from the source or reported as made from another one.
 """
 
 import inspect
@@ -41,37 +41,27 @@ OPENAI_NAMES = (  # patterns and what they become, one after the other
 )
 OPENAI_FACTS = ("input_resolution", "context_length", "vocab_size")  # numbers beside the weights
 HUGGING_FACE_NAMES = dict(  # of sizes, and ours
-    hidden_size="width",
-    num_hidden_layers="layers",
-    num_attention_heads="heads",
-    intermediate_size="mlp_width",
-    hidden_act="activation",
-    layer_norm_eps="eps",
-    image_size="image_size",
-    patch_size="patch_size",
+    hidden_size="width", num_hidden_layers="layers", num_attention_heads="heads", intermediate_size="mlp_width",
+    hidden_act="activation", layer_norm_eps="eps", image_size="image_size", patch_size="patch_size",
     vocab_size="vocab_size",
-)
+)  # fmt: skip
 # Width and layers of image and text tower: OpenAI's models, and open_clip's whose heads are 64 wide.
 PUBLISHED = ((768, 12, 512, 12), (1024, 24, 768, 12), (896, 12, 640, 12), (512, 12, 512, 12), (512, 12, 384, 12))
 PUBLISHED += ((384, 12, 384, 12), (384, 12, 256, 10))
 
 
 def load_clip_weights(
-    path_or_state_dict: str | Path | Mapping[str, Tensor],
-    config: dict | None = None,
-    *,
-    trust_torchscript: bool = False,
-    heads: Sequence[int] | None = None,
-    activation: str | None = None,
-) -> FGCLIP:
+    path_or_state_dict: str | Path | Mapping[str, Tensor], config: dict | None = None, *,
+    trust_torchscript: bool = False, heads: Sequence[int] | None = None, activation: str | None = None,
+) -> FGCLIP:  # fmt: skip
     """The model that the weights describe, in float32 on the CPU, with a `LoadReport` as its `load_report`.
 
     path_or_state_dict: a Hugging Face directory, a file (safetensors, torch.save, OpenAI's TorchScript), or a dict.
-    config: the dict of a Hugging Face config.json; by default read from config.json or open_clip_config.json in the
-        directory, or beside the file. Without one the end token is the largest id.
+    config: the dict of a Hugging Face config.json; by default config.json or open_clip_config.json in the directory,
+        or beside the file. Without one the end token is the largest id.
     trust_torchscript: read TorchScript archives too, whose code torch.jit.load may run.
-    heads, activation: attention heads of image and text tower, "gelu" or "quick_gelu", where no config tells. By
-        default they are guessed for the published sizes that have heads of 64: width / 64, quick_gelu.
+    heads, activation: heads of image and text tower, "gelu" or "quick_gelu", where no config tells. By default they are
+        guessed for published sizes: width / 64, quick_gelu.
     Raises InputError on a file that is none of these, and on a tensor that is missing, unknown or of another shape.
     """
     if isinstance(path_or_state_dict, Mapping):
@@ -143,10 +133,8 @@ def infer_arguments(
                 sizes[key] = guesses[key]
                 guessed.append(f"{tower} {key} {sizes[key]} (--{key})")
         if sizes.get("heads", 1) is None:
-            raise InputError(
-                f"{name}: how many attention heads models of widths {width} and {text_width} have is not known; "
-                "expected config.json or open_clip_config.json beside it, or --heads VISION TEXT"
-            )
+            expected = "config.json or open_clip_config.json beside it, or --heads VISION TEXT"
+            raise InputError(f"{name}: the number of attention heads is not known; expected {expected}")
     end = (config.get("text_config") or {}).get("eos_token_id")
     text["eos_id"] = None if end == 2 else end  # 2: files of before the id was corrected
     if guessed:
@@ -170,10 +158,7 @@ def make_missing(state: dict[str, Tensor]) -> dict[str, str]:
 
 
 def build(arguments: Mapping, state: Mapping[str, Tensor], source: str) -> FGCLIP:
-    """FGCLIP(**arguments) with copies of the tensors, in float32 on the CPU. Raises InputError where they do not fit.
-
-    Both are from a file. The model is made without memory first, so that it costs nothing to claim a large one.
-    """
+    """FGCLIP(**arguments) with copies of the tensors, in float32 on the CPU. Raises InputError where they don't fit."""
     try:
         arguments = dict(arguments)
         for tower in ("vision", "text"):
@@ -184,7 +169,7 @@ def build(arguments: Mapping, state: Mapping[str, Tensor], source: str) -> FGCLI
                 elif key != "activation" and (key, value) != ("eos_id", None):
                     most = len(state) if key == "layers" else 2**31
                     sizes[key] = number(value, f"{source}: {tower}, {key}", int(key != "eos_id"), most, whole=True)
-        with torch.device("meta"):
+        with torch.device("meta"):  # in case the file claims a large one
             model = FGCLIP(**arguments)
     except InputError:
         raise

@@ -1,17 +1,16 @@
-"""Data that is only evaluated on: captioned images of the retrieval benchmarks, labelled boxes, folders of classes."""
+"""Data to evaluate on: captioned images of the retrieval benchmarks, labelled boxes, folders of classes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fgclip.data.records import Record, Records, Region, field, objects, read_coco, read_instances, scaled, size_of
+from fgclip.data.records import Record, Records, Region, field, objects, read_coco, read_instances, scaled
 from trainkit.errors import InputError
-from trainkit.files import is_image, natural, read_json, read_lines
+from trainkit.files import image_size, is_image, natural, read_json, read_lines
 
 
 class Flickr30k(Records):
-    """One split of a captions file in Karpathy's layout (dataset_flickr30k.json, dataset_coco.json): an object with a
-    list under images, each with filename, split and sentences, which hold raw."""
+    """One split of a captions file in Karpathy's layout (dataset_flickr30k.json, dataset_coco.json)."""
 
     def __init__(self, path: str | Path, split: str = "test", *, most_captions: int | None = None):
         images = objects(read_json(path, "captions in Karpathy's layout", dict), "images", str(path))
@@ -32,8 +31,7 @@ class Flickr30k(Records):
 
 
 class ShareGPT4V(Records):
-    """ShareGPT4V's captions (Chen et al. 2023): a JSON list of objects with image and conversations, whose second
-    entry's value is the long caption. There are no short ones."""
+    """ShareGPT4V's long captions (Chen et al. 2023): image, and the value of the second of conversations."""
 
     def record(self, item: dict, source: str) -> Record:
         turns = objects(item, "conversations", source)
@@ -44,8 +42,7 @@ class ShareGPT4V(Records):
 
 
 class DCI(Records):
-    """Densely Captioned Images (Urbanek et al. 2024): a folder of one file per image, with the keys image and
-    extra_caption, the long caption; short_caption is the short one where it is there."""
+    """Densely Captioned Images (Urbanek et al. 2024), a file per image: image, extra_caption, maybe short_caption."""
 
     def record(self, item: dict, source: str) -> Record:
         short = (field(item, "short_caption", str, source),) if "short_caption" in item else ()
@@ -54,10 +51,7 @@ class DCI(Records):
 
 
 class COCOBoxes(Records):
-    """The images of an instances_*.json that have boxes; a region's one phrase is its category's name.
-
-    `categories` are the names of all categories of the file. Crowds are left out.
-    """
+    """The images of an instances_*.json that have boxes; a region's one phrase is its category's name."""
 
     def __init__(self, path: str | Path):
         (images,) = read_coco(Path(path), "images")
@@ -67,17 +61,13 @@ class COCOBoxes(Records):
         self.items = [(image, place) for image, place in images if field(image, "id", int, place) in self.instances]
 
     def record(self, image: dict, source: str) -> Record:
-        size = size_of(image, source)
+        size = image_size(image.get("width"), image.get("height"), source)
         regions = tuple(Region(scaled(box, size), (name,)) for box, name in self.instances[image["id"]])
         return Record(field(image, "file_name", str, source), regions=regions, source=source, size=size)
 
 
 class ClassFolders(Records):
-    """The images in a folder of class folders; a record's label is the number of its class.
-
-    class_names: a text file with one name per line, of the class folders in natural order (2 before 10); by default a
-    class is called what its folder is. `categories` are the names, `folders` the folders'.
-    """
+    """The images in a folder of class folders, 2 before 10; class_names: a file of names for them, one per line."""
 
     def __init__(self, root: str | Path, class_names: str | Path | None = None):
         root = Path(root)
@@ -91,15 +81,10 @@ class ClassFolders(Records):
         if class_names is not None:
             self.categories = tuple(read_lines(class_names, "names of classes, one per line"))
             if len(self.categories) != len(folders):
-                raise InputError(
-                    f"{class_names} names {len(self.categories)} classes, but {root} holds {len(folders)} folders"
-                )
-        self.items = [
-            (path.relative_to(root), label)
-            for label, folder in enumerate(folders)
-            for path in sorted(folder.rglob("*"))
-            if is_image(path)
-        ]
+                names = f"{class_names} names {len(self.categories)} classes"
+                raise InputError(f"{names}, but {root} holds {len(folders)} folders")
+        paths = [(path, label) for label, folder in enumerate(folders) for path in sorted(folder.rglob("*"))]
+        self.items = [(path.relative_to(root), label) for path, label in paths if is_image(path)]
         if not self.items:
             raise InputError(f"{root}: none of its {len(folders)} folders holds an image")
 
@@ -108,7 +93,7 @@ class ClassFolders(Records):
 
 
 def by_image(records: Sequence[Record]) -> list[Record]:
-    """Records of the same image joined into one, in the order of their first; its source is that of the first."""
+    """Records of the same image joined into one, in the order and with the source of their first."""
     joined: dict[str, Record] = {}
     for record in records:
         first = joined.setdefault(record.image, record)

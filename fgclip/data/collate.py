@@ -33,34 +33,26 @@ class Collate:
     Beside what forward takes it holds
         short_ids (U,) and long_ids (V,), the `caption_ids`;
         labels (B,) and region_labels (R,), the classes;
-        hard_regions (K,), rows of the regions with hard negatives, hard_counts (K,), texts of each in `hard`;
+        hard_regions (K,), rows of the regions with hard negatives; hard_counts (K,), their texts in `hard`;
         truncated, how many distinct texts were cut; sources, what names each image.
-    regions, hard: whether the batch has them at all; long_context_length None: it has no long texts. Without captions
-    it has neither short nor long ones.
+    regions, hard: whether the batch has them. long_context_length: None leaves out the long texts.
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        *,
-        context_length: int = 77,
-        long_context_length: int | None = 248,
-        regions: bool = True,
-        hard: bool = True,
-    ):
+        self, tokenizer: Tokenizer, *, context_length: int = 77, long_context_length: int | None = 248,
+        regions: bool = True, hard: bool = True,
+    ):  # fmt: skip
         self.tokenizer, self.regions, self.hard = tokenizer, regions, hard
         self.context_length, self.long_context_length = context_length, long_context_length
 
     def __call__(self, samples: Sequence[Sample]) -> dict:
         truncated, short, long = self.tokenizer.truncated, Texts(), Texts()
-        captioned = all(s.short is not None for s in samples)
         batch = dict(
             pixels=torch.stack([s.pixels for s in samples]),  # (B, 3, S, S)
             labels=torch.tensor([s.record.label for s in samples]),
             sources=[s.record.source for s in samples],
         )
-        if captioned:
-            batch["short"] = short.index(s.short for s in samples)
+        batch["short"] = short.index(s.short for s in samples)
         if self.regions:
             groups = [group if self.hard else [] for s in samples for group in s.hard]
             kept = [i for i, group in enumerate(groups) if group]
@@ -73,7 +65,7 @@ class Collate:
                 hard_counts=torch.tensor([len(groups[i]) for i in kept], dtype=torch.int64),
             )
         batch["short_texts"], batch["short_ids"] = short.tokens(self.tokenizer, self.context_length)
-        if captioned and self.long_context_length is not None:
+        if self.long_context_length is not None:
             batch["long"] = long.index(s.record.long for s in samples)
             batch["long_texts"], batch["long_ids"] = long.tokens(self.tokenizer, self.long_context_length)
         return batch | dict(truncated=self.tokenizer.truncated - truncated)

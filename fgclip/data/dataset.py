@@ -1,9 +1,9 @@
-"""Records to samples: images read, boxes checked, captions and phrases drawn; and which records are held out."""
+"""Records to samples, which records are held out, and what all records hold."""
 
 import os
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,23 +59,16 @@ def draw_sample(record: Record, draw: random.Random, max_regions: int | None = N
 class RegionDataset(Dataset):
     """Samples of records whose images lie below a folder.
 
-    Keys are indices, or pairs (epoch, index) as `trainkit.sampler` makes them. What is drawn depends on (seed, epoch,
-    index) alone.
-    image_size: side in pixels of the square.
-    max_regions: the first so many usable boxes of an image are taken.
-    crop: keep the centre of the image, as CLIP does, instead of squashing all of it; goes with max_regions=0.
+    Keys are indices, or pairs (epoch, index) as `trainkit.sampler` makes them. Draws depend on (seed, epoch, index).
+    image_size: side of the square in pixels.
+    max_regions: take the first so many usable boxes of an image.
+    crop: as in `preprocess`; goes with max_regions=0.
     """
 
     def __init__(
-        self,
-        records: Sequence[Record],
-        image_root: str | Path,
-        *,
-        image_size: int,
-        max_regions: int | None = 4,
-        seed: int = 0,
-        crop: bool = False,
-    ):
+        self, records: Sequence[Record], image_root: str | Path, *, image_size: int, max_regions: int | None = 4,
+        seed: int = 0, crop: bool = False,
+    ):  # fmt: skip
         self.records, self.image_root, self.image_size = records, Path(image_root), image_size
         self.max_regions, self.seed, self.crop = max_regions, seed, crop
 
@@ -111,11 +104,7 @@ def image_ids(records: Sequence[Record], image_root: str | Path = "") -> np.ndar
 
 
 def hold_out(records: Sequence[Record], share: float, most: int) -> tuple[Sequence, Sequence]:
-    """Training and validation records, without an image in common.
-
-    The latter show this share of the images, evenly spaced, at least 1 and at most so many, each in one record.
-    Raises InputError where that leaves none to train on.
-    """
+    """Training and validation records, without an image in common; validation takes at most so many images."""
     _, first, image = np.unique(image_ids(records), return_index=True, return_inverse=True)
     count = min(most, max(1, round(share * len(first))))
     if count >= len(first):
@@ -123,3 +112,42 @@ def hold_out(records: Sequence[Record], share: float, most: int) -> tuple[Sequen
     held_out = np.sort(first)[np.linspace(0, len(first) - 1, count).round().astype(np.int64)]
     rest = np.flatnonzero(~np.isin(image, image[held_out]))
     return Subset(records, rest), Subset(records, held_out)
+
+
+@dataclass
+class DataStatistics:
+    images: int = 0
+    regions: int = 0
+    images_without_regions: int = 0
+    regions_with_negatives: int = 0
+    negatives: int = 0
+    abnormal: int = 0
+    phrases: set[str] = field(default_factory=set)
+    captions: set[str] = field(default_factory=set)
+    boxes: BoxStatistics = field(default_factory=BoxStatistics)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.images} images with {len(self.captions)} distinct captions, {self.abnormal} of them abnormal\n"
+            f"{self.regions} usable regions with {len(self.phrases)} distinct phrases; "
+            f"{self.images_without_regions} images have none\n"
+            f"{self.regions_with_negatives} regions with hard negatives, {self.negatives} negatives in all\n"
+            f"{self.boxes}"
+        )
+
+
+def data_statistics(records: Iterable[Record]) -> DataStatistics:
+    """Reads every record given, and so finds the first that does not follow its schema."""
+    counts = DataStatistics()
+    for record in records:
+        _, regions = usable_regions(record, statistics=counts.boxes)
+        counts.images += 1
+        counts.abnormal += record.label == 1
+        counts.regions += len(regions)
+        counts.images_without_regions += not regions
+        counts.captions.update(record.short)
+        for region in regions:
+            counts.phrases.update(region.phrases)
+            counts.regions_with_negatives += bool(region.negatives)
+            counts.negatives += len(region.negatives)
+    return counts

@@ -14,10 +14,9 @@ import numpy as np
 from PIL import Image
 
 import trainkit.files as files
-from fgclip.images import read_image
 from trainkit.errors import InputError
 
-# Up to a brace outside of strings. Possessive throughout, so that a damaged file costs one pass and no more.
+# Up to a brace outside of strings; possessive, so that a damaged file costs one pass.
 TO_NEXT_BRACE = re.compile(rb'[^{}"]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^{}"]*+)*+([{}])', re.DOTALL)
 FINEHARD_PREFIX = "grit-20m/data-12m/"  # the published annotations begin every path with it
 SHORT_PROMPT = "a photo of "  # FG-CLIP puts it before FineHARD's short captions
@@ -28,7 +27,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Region:
-    """A box, xyxy in fractions of the image (unchecked), phrases that describe it, and alterations of the first."""
+    """A box, xyxy in fractions (unchecked), phrases that describe it, and alterations of the first phrase."""
 
     box: Box
     phrases: tuple[str, ...]
@@ -40,7 +39,7 @@ class Record:
     """The annotations of one image.
 
     image: path below the image root; a str comes from an annotation file and is checked, a Path is not.
-    short: captions, any of which will do. long: the long caption. regions: in the file's order.
+    short: captions, of which one is drawn. long: the long caption.
     label: class for memory banks of two classes (1: abnormal), or of `ClassFolders`.
     source: names the record in messages. size: (width, height) in pixels by which boxes were scaled.
     """
@@ -54,9 +53,9 @@ class Record:
     size: tuple[int, int] | None = None
 
     def picture(self, root: Path) -> Image.Image:
-        """The image as RGB. Raises InputError where it cannot be read, or is of another size than was written."""
+        """The image as RGB. Raises InputError where it cannot be read, or its size is not `size`."""
         path = root / self.image if isinstance(self.image, Path) else files.inside(root, self.image, self.source)
-        image = read_image(path, self.source)
+        image = files.open_image(path, self.source)
         if self.size not in (None, image.size):
             actual, written = ("{} x {}".format(*size) for size in (image.size, self.size))
             raise InputError(f"{path} is {actual} pixels, but its boxes are for {written} ({self.source})")
@@ -85,10 +84,7 @@ class JsonItems(Sequence):
 
 
 def index_file(path: Path) -> np.ndarray:
-    """Offset and length in bytes (n, 2) int64 of every object in a JSON list or a JSON-lines file.
-
-    What is inside the objects is checked when they are read.
-    """
+    """Offset and length in bytes (n, 2) int64 of every object in a JSON list or a JSON-lines file."""
     with files.regular_file(path, "annotations").open("rb") as file:
         content = mmap(file.fileno(), 0, access=ACCESS_READ) if file.seek(0, os.SEEK_END) else b""
     first = content[: 2**16].removeprefix(BOM_UTF8).lstrip()[:1]
@@ -113,25 +109,19 @@ def index_file(path: Path) -> np.ndarray:
 
 
 def annotation_files(path: str | Path) -> list[Path]:
-    """The JSON files that a path stands for: itself, those of a directory, or those that a .txt lists, one per line.
-
-    macOS's files (._name) are left out. Listed paths are relative to the list and stay below its folder.
-    """
-    path = Path(path)
+    """The JSON files that a path stands for: itself, those of a folder, or those that a .txt lists."""
+    path, paths = Path(path), [Path(path)]
     if path.suffix == ".txt":
-        found = [files.inside(path.parent, name, str(path)) for name in files.read_lines(path)]
+        paths = [files.inside(path.parent, name, str(path)) for name in files.read_lines(path)]
     elif os.path.isdir(path):
-        suffixes = (".json", ".jsonl")
-        found = sorted(f for f in path.iterdir() if f.suffix in suffixes and not f.name.startswith("."))
-    else:
-        found = [path]
-    if not found:
+        paths = sorted(f for f in path.iterdir() if f.suffix in (".json", ".jsonl") and not f.name.startswith("."))
+    if not paths:
         raise InputError(f"{path} names or holds no .json or .jsonl file")
-    return found
+    return paths
 
 
 def field(item: dict, key: str, kind: type, source: str):
-    """item[key], a str, whole int, list or dict. Raises InputError naming source and key."""
+    """item[key], a str, whole int, list or dict."""
     value, place = item.get(key), f"{source}, {key}"
     if kind is str:
         return files.plain_text(value, place)
@@ -152,13 +142,7 @@ def objects(item: dict, key: str, source: str) -> list[tuple[dict, str]]:
 
 
 def box_of(item: dict, source: str) -> Box:
-    """The first four numbers under the key bbox."""
     return files.numbers(field(item, "bbox", list, source)[:4], f"{source}, bbox")
-
-
-def size_of(item: dict, source: str) -> tuple[int, int]:
-    """Width and height in pixels, as they stand beside a box."""
-    return files.image_size(item.get("width"), item.get("height"), source)
 
 
 def scaled(box: Box, size: tuple[int, int]) -> Box:
@@ -175,10 +159,7 @@ def refuse_fractions(boxes: Sequence[Box], source: str) -> None:
 
 
 class Records(Sequence):
-    """Records of JSON lists, JSON lines, a directory of them or a .txt list, each made when it is asked for.
-
-    `items` are annotations with their places for messages; `record` makes a `Record` of one, or raises InputError.
-    """
+    """Records of `annotation_files`, made on demand. `items` are annotations with their places for messages."""
 
     def __init__(self, path: str | Path):
         self.items: Sequence[tuple[dict, str]] = JsonItems(annotation_files(path))
@@ -191,12 +172,7 @@ class Records(Sequence):
 
 
 class FineHARD(Records):
-    """FineHARD's annotations (FG-CLIP, section 3.3).
-
-    An item holds f_path, caption, short_caption and bbox_info, a list of bbox (xyxy in fractions of the image, further
-    numbers ignored), short_expr, long_expr and, where flag_short_neg is 1, the values of short_expr_negs as negatives.
-    bbox_info and long_expr may be missing. An integer label is the class for banks of two classes.
-    """
+    """FineHARD's annotations (FG-CLIP, section 3.3), described in docs/fgclip.md."""
 
     def record(self, item: dict, source: str) -> Record:
         return Record(
@@ -209,7 +185,7 @@ class FineHARD(Records):
         )
 
     def image(self, index: int) -> str:
-        """The path of a record's image, in a third of the record's time."""
+        """The path of a record's image, without making the record."""
         return self.path(*self.items[index])
 
     @staticmethod
@@ -230,10 +206,7 @@ class FineHARD(Records):
 
 
 class FGOVD(Records):
-    """A benchmark file of FG-OVD (Bianchi et al. 2024) in JSON lines: one region per record, without captions.
-
-    A line holds img_path, bbox (xywh in pixels), width, height, pos_expression with one phrase, and neg_expression.
-    """
+    """A benchmark file of FG-OVD (Bianchi et al. 2024) in JSON lines: one region per record, without captions."""
 
     def record(self, item: dict, source: str) -> Record:
         positive, negatives = (
@@ -242,17 +215,14 @@ class FGOVD(Records):
         )
         if len(positive) != 1 or not negatives:
             raise InputError(f"{source}: expected one text under pos_expression and some under neg_expression")
-        box, size = box_of(item, source), size_of(item, source)
+        box, size = box_of(item, source), files.image_size(item.get("width"), item.get("height"), source)
         refuse_fractions([box], source)
         regions = (Region(scaled(box, size), positive, negatives),)
         return Record(field(item, "img_path", str, source), regions=regions, source=source, size=size)
 
 
 def read_coco(path: Path, *keys: str) -> list[list[tuple[dict, str]]]:
-    """The objects in a COCO file's list under each key, with their places. Raises InputError.
-
-    Their ids become whole numbers; no two of a list have the same.
-    """
+    """The objects in a COCO file's list under each key, with their places. Ids become whole numbers, each once."""
     content = files.read_json(path, "a COCO file", dict)
     lists = [objects(content, key, str(path)) for key in keys]
     for entries in lists:
@@ -266,10 +236,7 @@ def read_coco(path: Path, *keys: str) -> list[list[tuple[dict, str]]]:
 
 
 def read_instances(path: Path) -> tuple[tuple[str, ...], dict[int, list[tuple[Box, str]]]]:
-    """The category names of an instances_*.json, and by image id the (box xywh in pixels, name) of each instance.
-
-    Crowds are left out.
-    """
+    """The category names of an instances_*.json, and by image id the (box xywh in pixels, name) of each, but crowds."""
     annotations, categories = read_coco(path, "annotations", "categories")
     names = {field(entry, "id", int, place): field(entry, "name", str, place) for entry, place in categories}
     instances: dict[int, list[tuple[Box, str]]] = {}
@@ -288,8 +255,8 @@ def read_instances(path: Path) -> tuple[tuple[str, ...], dict[int, list[tuple[Bo
 class COCO(Records):
     """COCO's captions_*.json, with the boxes of the instances_*.json beside it where there is one.
 
-    The short captions are the image's own, the long one is all of them together, a region's phrase is its category's
-    name. Left out are crowds, images without a caption, and captions beyond `most_captions` per image.
+    The long caption is all short ones together, a region's phrase is its category's name. Left out are crowds, images
+    without a caption, and captions beyond `most_captions` per image.
     """
 
     def __init__(self, captions: str | Path, *, most_captions: int | None = None):
@@ -306,7 +273,7 @@ class COCO(Records):
     def record(self, image: dict, source: str) -> Record:
         captions = self.captions[image["id"]][: self.most_captions]
         boxes = self.instances.get(image["id"], ())
-        size = size_of(image, source) if boxes else None
+        size = files.image_size(image.get("width"), image.get("height"), source) if boxes else None
         regions = tuple(Region(scaled(box, size), (f"a {name}",)) for box, name in boxes)
         name = field(image, "file_name", str, source)
         return Record(name, tuple(captions), " ".join(captions), regions, source=source, size=size)

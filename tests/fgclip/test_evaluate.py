@@ -12,21 +12,17 @@ import pytest
 import torch
 
 from fgclip import FGCLIP, Tokenizer, evaluate, load_model, save_clip_weights
-from fgclip.data import Record, Region, RegionDataset
+from fgclip.data import Record, RegionDataset
 from fgclip.embedding import Embedder
-from fgclip.images import preprocess, read_image
+from fgclip.images import preprocess
+from fgclip.metrics import class_metrics, retrieval_recall
 from fgclip.model import l2_normalize
-from fgclip.prompts import read_templates
 from fgclip.tasks import retrieval
-from trainkit.errors import InputError, one_sentence
+from trainkit.errors import InputError
+from trainkit.files import open_image
 
 MERGES = [["t", "h"], ["th", "e</w>"], ["r", "e"], ["re", "d</w>"]]
 VOCAB = 514 + len(MERGES)
-SMALL = dict(
-    vision=dict(image_size=32, patch_size=8, width=32, layers=2, heads=4, mlp_width=64),
-    text=dict(vocab_size=VOCAB, context_length=40, width=32, layers=2, heads=4, mlp_width=64),
-    embed_dim=16,
-)
 IMAGES = 4
 
 
@@ -43,9 +39,12 @@ def write(path, content, lines=False):
     return path
 
 
-def run(folder, *flags, checkpoint="run.pt"):
-    common = ["--checkpoint", folder / checkpoint, "--device", "cpu", "--workers", 0]
-    evaluate.main([str(part) for part in [*common, *flags]])
+def command(folder, checkpoint="run.pt"):
+    return ["--checkpoint", folder / checkpoint, "--device", "cpu", "--workers", 0]
+
+
+def run(folder, *flags, **kwargs):
+    evaluate.main([str(part) for part in [*command(folder, **kwargs), *flags]])
 
 
 def results(folder, tmp_path, *flags, **kwargs):
@@ -54,17 +53,15 @@ def results(folder, tmp_path, *flags, **kwargs):
     return json.loads((tmp_path / "results.json").read_text())
 
 
-def refused(capsys, folder, *flags, **kwargs) -> str:
-    """The one sentence with which the command ends that has bad input, and its exit status is 2."""
-    with pytest.raises(SystemExit) as stop, one_sentence():
-        run(folder, *flags, **kwargs)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
+def refusal(capsys, folder, *flags, **kwargs) -> str:
+    from scripts import refused  # not where this file is a script itself
+
+    return refused(capsys, evaluate.main, *command(folder, **kwargs), *flags)
 
 
 def pixels(folder, size=32, crop=False):
     """The four images as the model reads them."""
-    return torch.stack([preprocess(read_image(folder / "images" / f"{i}.png"), size, crop) for i in range(IMAGES)])
+    return torch.stack([preprocess(open_image(folder / "images" / f"{i}.png"), size, crop) for i in range(IMAGES)])
 
 
 def dataset(records, folder):
@@ -99,20 +96,21 @@ def test_a_run_brings_weights_and_tokenizer(folder, tmp_path, model):
     [
         (dict(script="stage1"), "a checkpoint of train_stage1.py"),
         (dict(merges=None), "lacks merges"),
-        (dict(model_kwargs=dict(SMALL, embed_dim=8)), "another version of the model"),
-        (dict(model_kwargs=dict(SMALL, depth=8)), "another version of the model"),
+        (dict(model_kwargs=dict(embed_dim=8)), "another version of the model"),
+        (dict(model_kwargs=dict(depth=8)), "another version of the model"),
         (dict(model_kwargs=[1]), "describes no model that can be built"),
-        (dict(model_kwargs=dict(SMALL, vision=3)), "describes no model that can be built"),
-        (dict(model_kwargs=dict(SMALL, embed_dim=2**62)), "describes no model that can be built"),
+        (dict(model_kwargs=dict(vision=3)), "describes no model that can be built"),
+        (dict(model_kwargs=dict(embed_dim=2**62)), "describes no model that can be built"),
         (dict(merges=3), "merges: expected a list of pairs, got 3"),
-        (dict(merges="run.pt"), "merges: expected a list of pairs"),
         (dict(merges=[["t", torch.ones(2)]]), "merges: expected two symbols"),
-        (dict(merges=[["a", "b"]] * 9), "merges for 523 tokens, but the model has fewer"),
+        (dict(merges=[["a", "b"]] * 9), "more merges than the model's 518 tokens"),
         (dict(model=3, ema=None), "holds no state dict"),
         (dict(ema=dict(logit_scale=torch.ones(2))), "another version of the model"),
     ],
 )
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path, model, changes, said):
+    if isinstance(changes.get("model_kwargs"), dict):
+        changes = dict(model_kwargs=model.config | changes["model_kwargs"])
     torch.save(run_state(model, **changes), tmp_path / "run.pt")
     with pytest.raises(InputError, match=said):
         load_model(tmp_path / "run.pt")
@@ -121,20 +119,11 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path, model, changes, said)
 @pytest.mark.parametrize("tower", ["vision", "text"])
 @pytest.mark.parametrize(
     ("key", "value"),
-    [
-        *(("layers", value) for value in (10**9, -1, 1.5, True, "two", float("nan"))),
-        *(("width", value) for value in (10**6, 10**30, 0)),
-        *(("heads", value) for value in (-4, 5, [4], 4.5, torch.ones(2))),
-        *(("eps", value) for value in (-1, "x", None)),
-        ("activation", ["gelu"]),
-        ("mlp_width", 2**31),
-        ("eos_id", "x"),
-        ("context_length", 1),
-        ("image_size", 33),
-    ],
+    [("layers", 10**9), ("layers", True), ("layers", float("nan")), ("width", 10**30), ("heads", torch.ones(2))]
+    + [("eps", "x"), ("activation", ["gelu"]), ("eos_id", "x"), ("context_length", 1), ("image_size", 33)],
 )
 def test_a_config_in_a_checkpoint_is_checked_before_anything_is_made_of_it(tmp_path, model, tower, key, value):
-    config = SMALL | {tower: SMALL[tower] | {key: value}}
+    config = model.config | {tower: model.config[tower] | {key: value}}
     torch.save(run_state(model, model_kwargs=config), tmp_path / "run.pt")
     with pytest.raises(InputError, match="run.pt"):
         load_model(tmp_path / "run.pt")
@@ -162,21 +151,12 @@ def test_published_weights_take_the_merges_beside_them(tmp_path, model):
 # ---- features of whole data sets
 
 
-def test_features_do_not_depend_on_batches_and_padding(folder, model):
+def test_equal_texts_have_equal_features(model):
+    embedder = Embedder(model, Tokenizer(MERGES), batch_size=1)
     texts = ["red", "a much longer text", "the", "red", "a"]
-    one, many = (Embedder(model, Tokenizer(MERGES), batch_size=size) for size in (1, 32))
-    expected = text_features(model, texts)
-    for embedder in (one, many):
-        torch.testing.assert_close(embedder.texts(texts), expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(many.texts(texts)[0], many.texts(texts)[3])
-    regions = tuple(Region((0.1 * i, 0.1, 0.9, 0.8), ("x",)) for i in range(3))
-    data = dataset([Record(f"{i}.png", (), "", regions[:i]) for i in range(IMAGES)], folder)
-    boxes = [torch.tensor([r.box for r in record.regions]).view(-1, 4) for record in data.records]
-    expected = map(l2_normalize, (model.encode_image(pixels(folder)), model.encode_regions(pixels(folder), boxes)))
-    expected = list(expected)
-    for embedder in (one, many):
-        for part, right in zip(embedder.images(data, regions=True), expected, strict=True):
-            torch.testing.assert_close(part, right, rtol=1e-4, atol=1e-5)
+    found = embedder.texts(texts)
+    torch.testing.assert_close(found, text_features(model, texts), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[0], found[3])
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path, model):
@@ -203,22 +183,14 @@ def coco(folder, captions=CAPTIONS, **changes):
 
 
 def test_retrieval(folder, tmp_path, model, capsys):
-    """Against ranks worked out one by one, with the first five captions of each image."""
+    """Of the first five captions of each image."""
     flags = ("--task", "retrieval", "--annotations", coco(tmp_path), "--image-root", folder / "images")
     found = results(folder, tmp_path, *flags, "--weights", "raw")
     assert "4 images with 9 short captions" in capsys.readouterr().out
     owner = [i for i, texts in enumerate(CAPTIONS) for _ in texts[:5]]
     text = text_features(model, [text for texts in CAPTIONS for text in texts[:5]])
-    scores = l2_normalize(model.encode_image(pixels(folder))) @ text.T
-    for k in (1, 5):
-        best = scores.topk(k, dim=1).indices
-        hits = [any(owner[j] == i for j in row) for i, row in enumerate(best.tolist())]
-        assert found["metrics"]["image_to_text"][f"R@{k}"] == sum(hits) / IMAGES
-    best = scores.argmax(dim=0).tolist()
-    assert found["metrics"]["text_to_image"]["R@1"] == sum(a == b for a, b in zip(best, owner, strict=True)) / len(
-        owner
-    )
-    assert found["metrics"]["text_to_image"]["R@5"] == 1.0
+    image = l2_normalize(model.encode_image(pixels(folder)))
+    assert found["metrics"] == retrieval_recall(image, text, torch.tensor(owner))
     found = results(folder, tmp_path, *flags, "--captions", 1, "--limit", 3)
     assert found["data"] == ["3 images with 3 short captions"]
 
@@ -256,21 +228,20 @@ def fgovd(path, changes=()):
 
 
 def test_fgovd(folder, tmp_path, model, capsys):
-    """Variable numbers of negatives, a tie is a miss, levels by the names of the files."""
+    """Variable numbers of negatives, a tie is a miss, one row per file."""
     for name in ("shuffle_negatives_llava.jsonl", "h_attributes_llava.jsonl", "mine.jsonl"):
         fgovd(tmp_path / "fgovd" / name)
     flags = ("--task", "fg-ovd", "--annotations", tmp_path / "fgovd", "--image-root", folder / "images")
     found = results(folder, tmp_path, *flags, "--weights", "raw")
-    assert list(found["metrics"]) == ["hard", "trivial", "mine"]
-    assert "hard: 3 regions in 2 images" in capsys.readouterr().out
+    assert list(found["metrics"]) == ["h_attributes_llava", "mine", "shuffle_negatives_llava"]
+    assert "h_attributes_llava: 3 regions in 2 images" in capsys.readouterr().out
     text = text_features(model, ["the red", "a", "b", "c", "d"])
     boxes = [(0, 0.05, 0.1, 0.55, 0.6), (1, 0.0, 0.0, 30 / 41, 1.0), (0, 0.25, 1 / 3, 0.5, 2 / 3)]
     region = [model.encode_regions(pixels(folder)[i : i + 1], [torch.tensor([box])]) for i, *box in boxes]
     region = [l2_normalize(features)[0] for features in region]
     hits = [bool((region[0] @ text[:3].T).argmax() == 0), bool((region[1] @ text.T).argmax() == 0), False]
-    row = found["metrics"]["hard"]
-    assert row["accuracy"] == pytest.approx(sum(hits) / 3) and row["count"] == 3 and row["negatives"] == 7
-    assert row["chance"] == pytest.approx((1 / 3 + 1 / 5 + 1 / 2) / 3)
+    row = dict(accuracy=sum(hits) / 3, chance=(1 / 3 + 1 / 5 + 1 / 2) / 3, count=3, negatives=7)
+    assert found["metrics"]["mine"] == pytest.approx(row)
 
 
 def instances(folder):
@@ -286,16 +257,13 @@ def test_boxes(folder, tmp_path, model, capsys):
     (tmp_path / "templates.txt").write_text("{}\nred {}\n")
     flags = ("--task", "boxes", "--annotations", instances(tmp_path), "--image-root", folder / "images")
     found = results(folder, tmp_path, *flags, "--templates", tmp_path / "templates.txt", "--weights", "raw")
-    assert "7 categories in 2 templates; 3 regions in 2 images; 4 boxes, 1 (25.00%) dropped" in capsys.readouterr().out
+    assert "7 classes in 2 templates; 3 regions in 2 images; 4 boxes, 1 (25.00%) dropped" in capsys.readouterr().out
     names = "the red thing a b c d".split()
     text = text_features(model, [t for name in names for t in (name, f"red {name}")])
     classes = l2_normalize(text.view(7, 2, -1).mean(dim=1))
     boxes = [torch.tensor([[0, 0, 0.5, 20 / 30], [0.125, 5 / 30, 0.375, 0.5]]), torch.tensor([[0.0, 0, 1, 1]])]
     region = l2_normalize(model.encode_regions(pixels(folder)[[0, 2]], boxes))
-    ranked, labels = (region @ classes.T).argsort(dim=1, descending=True), torch.tensor([[0], [1], [6]])
-    row = found["metrics"]["boxes"]
-    assert row["top1"] == pytest.approx((ranked[:, :1] == labels).any(1).double().mean().item())
-    assert row["top5"] == pytest.approx((ranked[:, :5] == labels).any(1).double().mean().item())
+    assert found["metrics"]["boxes"] == class_metrics(region, classes, torch.tensor([0, 1, 6]))
 
 
 def test_folder_of_classes(folder, tmp_path, model):
@@ -307,36 +275,24 @@ def test_folder_of_classes(folder, tmp_path, model):
     (root / "a_one" / "notes.txt").write_text("no image")
     found = results(folder, tmp_path, "--task", "folder", "--image-root", root, "--crop", "--weights", "raw")
     assert found["data"] == ["2 classes in 14 templates; 4 images of 2"]
-    (tmp_path / "names.txt").write_text("the red\nsomething else\n")
-    (tmp_path / "one.txt").write_text("a {} b\n")
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfthe red\r\nsomething else\r\n")  # as Windows' editors write
+    (tmp_path / "one.txt").write_bytes(b"\xef\xbb\xbfa {} b\r\n")
     named = ("--class-names", tmp_path / "names.txt", "--templates", tmp_path / "one.txt")
     found = results(folder, tmp_path, "--task", "folder", "--image-root", root, *named, "--weights", "raw")
     classes = text_features(model, ["a the red b", "a something else b"])
     best = (l2_normalize(model.encode_image(pixels(folder))) @ classes.T).argmax(dim=1).tolist()
     expected = sum(a == b for a, b in zip(best, [1, 1, 0, 0], strict=True)) / 4
     assert found["metrics"]["images"]["top1"] == expected
+    assert found["data"][0].endswith("4 images of 2; folders: a_one = the red, b_two = something else")
     found = results(folder, tmp_path, "--task", "folder", "--image-root", root, "--limit", 2)
     assert found["data"][0].endswith("2 images of 2")  # one of each class
-
-
-def test_names_are_printed_beside_their_folders(folder, tmp_path):
-    """Lists with a byte-order mark and carriage returns, as Windows' editors write them."""
-    for i, name in enumerate(("10", "9")):
-        (tmp_path / "root" / name).mkdir(parents=True)
-        shutil.copy(folder / "images" / f"{i}.png", tmp_path / "root" / name)
-    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfnine\r\nten\r\n")
-    (tmp_path / "one.txt").write_bytes(b"\xef\xbb\xbf{}\r\n")
-    flags = ("--class-names", tmp_path / "names.txt", "--templates", tmp_path / "one.txt")
-    found = results(folder, tmp_path, "--task", "folder", "--image-root", tmp_path / "root", *flags)
-    assert found["data"] == ["2 classes in 1 templates; 2 images of 2; folders: 9 = nine, 10 = ten"]
-    assert read_templates(tmp_path / "one.txt") == ("{}",)
 
 
 def test_a_guess_about_published_weights_is_printed(folder, tmp_path, monkeypatch, capsys, model):
     save_clip_weights(model, tmp_path)
     (tmp_path / "config.json").unlink()
     flags = ("--vocab", "bytes", "--count", 2)
-    assert "--heads VISION TEXT" in refused(capsys, tmp_path, *flags, checkpoint="")
+    assert "--heads VISION TEXT" in refusal(capsys, tmp_path, *flags, checkpoint="")
     run(tmp_path, *flags, "--heads", 4, 4, checkpoint="")
     assert "guessed: vision activation quick_gelu (--activation)" in capsys.readouterr().err
     run(tmp_path, *flags, "--heads", 4, 4, "--activation", "gelu", checkpoint="")
@@ -370,12 +326,12 @@ def test_synthetic_scenes_are_the_default(folder, tmp_path, capsys):
     ],
 )
 def test_bad_flags_are_refused(folder, capsys, flags, message):
-    assert message in refused(capsys, folder, *flags.split())
+    assert message in refusal(capsys, folder, *flags.split())
 
 
 def test_bad_data_is_refused(folder, tmp_path, capsys):
     def say(task, annotations, *flags, root=folder / "images"):
-        return refused(capsys, folder, "--task", task, "--annotations", annotations, "--image-root", root, *flags)
+        return refusal(capsys, folder, "--task", task, "--annotations", annotations, "--image-root", root, *flags)
 
     broken = coco(tmp_path, annotations=[dict(image_id=10, caption="a"), dict(image_id=10)])
     assert "annotations[1], caption: expected a text" in say("retrieval", broken)
@@ -385,9 +341,9 @@ def test_bad_data_is_refused(folder, tmp_path, capsys):
     assert "s.json, item 0: expected a short caption" in say("retrieval", share, "--format", "sharegpt4v")
     assert "no region here" in say("fg-ovd", fgovd(tmp_path / "e.jsonl", dict(bbox=[5, 5, 0, 0])))
     assert "expected one text under pos_exp" in say("fg-ovd", fgovd(tmp_path / "e.jsonl", dict(neg_expression=[])))
-    assert "at least two" in refused(capsys, folder, "--task", "folder", "--image-root", folder)
-    assert "expected a file or folder of weights" in refused(capsys, folder, checkpoint="nothing.pt")
-    assert "0.png was not written by torch.save" in refused(capsys, folder, checkpoint="images/0.png")
+    assert "at least two" in refusal(capsys, folder, "--task", "folder", "--image-root", folder)
+    assert "expected a file or folder of weights" in refusal(capsys, folder, checkpoint="nothing.pt")
+    assert "0.png was not written by torch.save" in refusal(capsys, folder, checkpoint="images/0.png")
 
 
 def test_a_damaged_image_is_named_by_a_loading_process(folder, tmp_path, capsys):
@@ -395,7 +351,7 @@ def test_a_damaged_image_is_named_by_a_loading_process(folder, tmp_path, capsys)
         content = (folder / "images" / f"{i}.png").read_bytes()
         (tmp_path / f"{i}.png").write_bytes(content[:100] if i == 2 else content)
     flags = ("--task", "retrieval", "--annotations", coco(tmp_path), "--image-root", tmp_path, "--workers", 1)
-    said = refused(capsys, folder, *flags)
+    said = refusal(capsys, folder, *flags)
     assert "2.png (named by" in said and "images[2]) cannot be decoded as an image: broken" in said
 
 
@@ -422,16 +378,9 @@ def test_two_processes_share_the_images_and_agree(folder, tmp_path, two_ranks):
 
 def test_real_sample(shared, folder, tmp_path):
     data = shared / "data" / "fgclip"
-    found = results(
-        folder, tmp_path, "--task", "fg-ovd", "--annotations", data / "fgovd", "--image-root", data / "coco"
-    )
-    assert list(found["metrics"]) == ["hard", "medium", "easy", "trivial"]
-    assert [row["count"] for row in found["metrics"].values()] == [59, 50, 23, 59]
-    captions = data / "coco" / "annotations" / "captions_val2017.json"
-    flags = ("--task", "retrieval", "--annotations", captions, "--image-root", data / "coco" / "val2017", "--limit", 20)
-    assert (
-        found["truncated"] > 0 and results(folder, tmp_path, *flags)["data"][0] == "20 images with 100 short captions"
-    )
+    flags = ("--task", "fg-ovd", "--annotations", data / "fgovd", "--image-root", data / "coco")
+    found = results(folder, tmp_path, *flags)
+    assert [row["count"] for row in found["metrics"].values()] == [23, 59, 50, 59] and found["truncated"] > 0
 
 
 if __name__ == "__main__":

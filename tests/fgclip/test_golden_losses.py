@@ -27,8 +27,11 @@ def test_loss(golden, prefix, loss_of, texts):
     g = golden("losses")
     own = {name: g[f"{prefix}/{name}"].requires_grad_() for name in ("image", *texts, "logit_scale")}
     total = 0.0
+    options = {}
+    if loss_of is hard_negative_loss:
+        options["counts"] = torch.full((len(own["image"]),), len(own["text"]) // len(own["image"]))
     for name in texts:
-        loss = loss_of(own["image"], own[name], own["logit_scale"].exp())
+        loss = loss_of(own["image"], own[name], own["logit_scale"].exp(), **options)
         torch.testing.assert_close(loss, g[f"{prefix}/{name.replace('text', 'loss')}"], **LOSSES)
         total = total + loss
     total.backward()
@@ -61,7 +64,8 @@ def test_total_loss(golden):
     losses = objective(batch)
     hard_regions = l2_normalize(model.encode_regions(batch["pixels"], hard_boxes))
     hard_texts = l2_normalize(model.encode_text(g["hard_texts"]))
-    hard = hard_negative_loss(hard_regions, hard_texts, model.logit_scales()["hard"])
+    counts = torch.full((len(hard_regions),), len(hard_texts) // len(hard_regions))
+    hard = hard_negative_loss(hard_regions, hard_texts, model.logit_scales()["hard"], counts=counts)
     torch.testing.assert_close(losses["loss_long"] + losses["loss_short"], g["loss_global"], **LOSSES)
     torch.testing.assert_close(losses["loss_region"], g["loss_region"], **LOSSES)
     torch.testing.assert_close(hard, g["loss_hard"], **LOSSES)

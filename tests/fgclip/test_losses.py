@@ -94,31 +94,15 @@ def test_statistics_count_bank_and_mask():
     assert statistics["candidates"] == 2 * (3 + 4)  # the first row's copy in the bank is no negative
 
 
-def test_bank_gets_no_gradient_and_is_read_before_it_is_written():
-    bank = PairBank(4, 6).double()
-    image, text = rows(2, 1), rows(2, 2)
-    alone = symmetric_loss(image, text, SCALE, bank=bank)
-    torch.testing.assert_close(alone, symmetric_loss(image, text, SCALE))
+def test_a_bank_gets_no_gradient_and_may_change_before_the_backward():
+    bank, image, text = PairBank(4, 6).double(), rows(2, 1), rows(2, 2)
+    torch.testing.assert_close(symmetric_loss(image, text, SCALE, bank=bank), symmetric_loss(image, text, SCALE))
     bank.enqueue(image, text)
     assert not any(buffer.requires_grad for buffer in bank.buffers())
     loss = symmetric_loss(image, text, SCALE, bank=bank)
     before = torch.autograd.grad(loss, image, retain_graph=True)[0]
     bank.enqueue(rows(4, 5), rows(4, 6))
-    assert torch.autograd.grad(loss, image)[0].equal(before)
-    again = PairBank(4, 6).double()
-    again.load_state_dict(bank.state_dict())
-    for name, value in bank.negatives("images").items():
-        assert again.negatives("images")[name].equal(value)
-    assert len(again) == len(bank) == 4
-
-
-def test_two_classes_do_not_drive_each_other_out():
-    bank = PairBank(4, 6, classes=2)
-    first, many = rows(1, 1), rows(9, 2)
-    bank.enqueue(first, first, torch.tensor([1]), labels=torch.tensor([1]))
-    bank.enqueue(many, many, torch.arange(10, 19), labels=torch.tensor([0, 0, 0, 0, 0, 0, 0, 0, 5]))
-    for side in ("images", "texts"):
-        assert sorted(bank.negatives(side)["bank_ids"].tolist()) == [1, 16, 17] and len(bank) == 3
+    assert torch.autograd.grad(loss, image)[0].equal(before) and len(bank) == 4
 
 
 @pytest.mark.parametrize("counts", [[3, 1, 4], [11, 11], [1]])
@@ -141,35 +125,29 @@ def test_hard_negatives(counts):
 def test_hard_negatives_equal_to_the_phrase_are_left_out():
     region, text = rows(2, 1), rows(6, 2)
     ids = torch.tensor([4, 5, 4, 9, 5, 9])
-    found = hard_negative_loss(region, text, SCALE, ids=ids)
+    threes = torch.tensor([3, 3])
+    found = hard_negative_loss(region, text, SCALE, counts=threes, ids=ids)
     expected = hard_negative_loss(region, text[[0, 1, 3, 4]], SCALE, counts=torch.tensor([2, 2]))
     torch.testing.assert_close(found, expected)
     without = torch.tensor([-1, -1, 4, 5, -1, 6])  # -1 is nobody's id
-    torch.testing.assert_close(
-        hard_negative_loss(region, text, SCALE, ids=without), hard_negative_loss(region, text, SCALE)
-    )
+    nobody = hard_negative_loss(region, text, SCALE, counts=threes, ids=without)
+    torch.testing.assert_close(nobody, hard_negative_loss(region, text, SCALE, counts=threes))
 
 
 def test_no_hard_negatives_give_zero_with_a_graph():
     region, text = rows(0, 1), rows(0, 2)
-    loss = hard_negative_loss(region, text, SCALE)
+    loss = hard_negative_loss(region, text, SCALE, counts=torch.zeros(0, dtype=torch.int64))
     assert loss == 0 and torch.autograd.grad(loss, SCALE)[0] == 0
 
 
-@pytest.mark.parametrize("counts", [[3, 2], [6], [6, 0]])
-def test_counts_that_do_not_fit_are_refused(counts):
-    with pytest.raises(ValueError, match="are not those of 2 regions and 6 phrases"):
-        hard_negative_loss(rows(2, 1), rows(6, 2), SCALE, counts=torch.tensor(counts))
-    with pytest.raises(ValueError, match="are not those of 4 regions and 6 phrases"):
-        hard_negative_loss(rows(4, 1), rows(6, 2), SCALE)
-
-
 def test_losses_stay_in_float32_under_autocast():
-    image, text = rows(4, 1).float(), rows(4, 2).float()
-    with torch.autocast("cpu", torch.bfloat16):
-        symmetric, hard = symmetric_loss(image, text, 90.0), hard_negative_loss(image, text, 90.0)
-    torch.testing.assert_close(symmetric, symmetric_loss(image, text, 90.0), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(hard, hard_negative_loss(image, text, 90.0), rtol=1e-6, atol=1e-6)
+    image, text, counts = rows(4, 1).float(), rows(4, 2).float(), torch.tensor([2, 2])
+    for loss_of in (
+        lambda: symmetric_loss(image, text, 90.0), lambda: hard_negative_loss(image[:2], text, 90.0, counts=counts)
+    ):  # fmt: skip
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of()
+        torch.testing.assert_close(loss, loss_of(), rtol=1e-6, atol=1e-6)
 
 
 def test_caption_ids_depend_on_the_text_alone():
@@ -186,5 +164,5 @@ def test_caption_ids_depend_on_the_text_alone():
 
 def test_gradients_of_rows_that_repeat_add_up_in_one_order(backward_nodes):
     """Those of indexing do not: threads of a CPU add them up as they come."""
-    region, text = rows(4, 0).requires_grad_(), rows(12, 1)
-    assert "IndexBackward0" not in backward_nodes(hard_negative_loss(region, text, torch.tensor(10.0)))
+    loss = hard_negative_loss(rows(4, 0), rows(12, 1), torch.tensor(10.0), counts=torch.full((4,), 3))
+    assert "IndexBackward0" not in backward_nodes(loss)

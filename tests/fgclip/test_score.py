@@ -4,28 +4,24 @@ import json
 
 import pytest
 import torch
+from scripts import refused
 
 from fgclip import Tokenizer, score
-from fgclip.images import preprocess, read_image
+from fgclip.images import preprocess
 from fgclip.model import l2_normalize
-from trainkit.errors import one_sentence
+from trainkit.files import open_image
 
 MERGES = [["t", "h"], ["th", "e</w>"], ["r", "e"], ["re", "d</w>"]]
 TEXTS = ["a red cat", "a dog", "something"]
 
 
+def command(folder):
+    checkpoint, image = folder / "run.pt", folder / "images" / "0.png"
+    return ["--checkpoint", checkpoint, "--weights", "raw", "--image", image, "--device", "cpu"]
+
+
 def run(folder, *flags):
-    common = [
-        "--checkpoint",
-        folder / "run.pt",
-        "--weights",
-        "raw",
-        "--image",
-        folder / "images" / "0.png",
-        "--device",
-        "cpu",
-    ]
-    score.main([str(part) for part in [*common, *flags]])
+    score.main([str(part) for part in [*command(folder), *flags]])
 
 
 def scored(capsys, folder, *flags):
@@ -33,15 +29,8 @@ def scored(capsys, folder, *flags):
     return json.loads(capsys.readouterr().out)
 
 
-def refused(capsys, folder, *flags) -> str:
-    with pytest.raises(SystemExit) as stop, one_sentence():
-        run(folder, *flags)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
-
-
 def pixels(folder):
-    return preprocess(read_image(folder / "images" / "0.png"), 32)[None]
+    return preprocess(open_image(folder / "images" / "0.png"), 32)[None]
 
 
 def texts_of(texts):
@@ -94,20 +83,20 @@ def test_only_texts_beyond_the_short_length_take_the_long_path(folder, tmp_path,
 
 
 def test_bad_input_is_refused(folder, capsys):
-    box = "expected x1,y1,x2,y2"
     for flags, said in (
         ((), "give captions with --text or --text-file"),
         (("--text", "a", "--box", "1,2,3"), "--box 1,2,3: expected 4 numbers"),
         (("--text", "a", "--box", "1,2,3,nan"), "--box 1,2,3,nan: expected a number"),
-        (("--text", "a", "--box", "5,5,20,20", "--box", "0.1,0,0.5,1"), "--box 0.1,0,0.5,1 looks like fractions"),
+        (
+            ("--text", "a", "--box", "5,5,20,20", "--box", "0.1,0,0.5,1"),
+            "--box 0.1,0,0.5,1: expected x1",
+        ),
         (("--text", "a", "--image-size", "8192"), "of at most 4096"),
-        (("--text", "a", "--heads", "1", "1"), "run.pt brings its own"),
-        (("--text", "a", "--box", "30,4,5,20"), f"--box 30,4,5,20: {box} with x1 < x2 and y1 < y2"),
-        (("--text", "a", "--box", "60,4,70,20"), "that meets the image of 40x30 pixels"),
+        (("--text", "a", "--box", "30,4,5,20"), "--box 30,4,5,20: expected x1,y1,x2,y2"),
+        (("--text", "a", "--box", "60,4,70,20"), "overlapping the image of 40x30"),
         (("--text", "a", "--image", folder / "none.png"), "none.png does not exist"),
-        (("--text", "a", "--image", folder / "run.pt"), "run.pt cannot be decoded as an image: none of JPEG"),
         (("--text-file", folder / "none.txt"), "none.txt does not exist"),
         (("--text", "a", "--image-size", 12), "--image-size 12: expected a multiple of the patch size, 8"),
         (("--text", "a", "--vocab", "bytes"), "brings its own tokenizer"),
     ):
-        assert said in refused(capsys, folder, *flags), flags
+        assert said in refused(capsys, score.main, *command(folder), *flags), flags
