@@ -56,6 +56,7 @@ TASKS = {  # the flags of each and their defaults, None where there is none
 }
 NOT_PERCENT = ("loss", "relative", "cosine", "cosine_unmatched", "effective_rank", "effective_rank_texts")
 COLUMNS = 6  # of a table, so that it fits a terminal
+LEVELS = {"h_": "hard", "1_": "hard", "m_": "medium", "2_": "medium", "e_": "easy", "3_": "easy", "shuffle": "trivial"}
 
 
 # fmt: off
@@ -141,6 +142,15 @@ def first_records(data: Sequence[Record], args: argparse.Namespace) -> list[Reco
     return records
 
 
+def fgovd_files(paths: list[str]) -> dict[str, Path]:
+    """FG-OVD's files by the level that their published names stand for, hardest first; others by their own name."""
+    files = [file for path in paths for file in annotation_files(path)]
+    names = [next((level for start, level in LEVELS.items() if f.stem.startswith(start)), f.stem) for f in files]
+    order = list(LEVELS.values())
+    named = {name if names.count(name) == 1 else str(file): file for name, file in zip(names, files, strict=True)}
+    return dict(sorted(named.items(), key=lambda one: order.index(one[0]) if one[0] in order else len(order)))
+
+
 def evaluate(args: argparse.Namespace, embedder: Embedder) -> tuple[dict[str, dict], list[str]]:
     """Rows of metrics by name, and sentences about the data they are of."""
 
@@ -159,10 +169,7 @@ def evaluate(args: argparse.Namespace, embedder: Embedder) -> tuple[dict[str, di
         return metrics, [sentence]
     if args.task == "fg-ovd":
         metrics, sentences = {}, []
-        files = [file for path in args.annotations for file in annotation_files(path)]
-        stems = [file.stem for file in files]
-        for file, stem in zip(files, stems, strict=True):
-            name = stem if stems.count(stem) == 1 else str(file)
+        for name, file in fgovd_files(args.annotations).items():
             metrics[name], sentence = choice(embedder, dataset(benchmarks.by_image(first_records(FGOVD(file), args))))
             sentences.append(f"{name}: {sentence}")
         return metrics, sentences

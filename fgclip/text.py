@@ -42,6 +42,8 @@ class TextEmbeddings(nn.Module):
         """Tokens (N, L) to (N, L, C)."""
         positions = self.position_embedding.weight  # (L, C)
         if long:
+            if not hasattr(self, "position_embedding_res"):
+                raise ValueError("there is no long text path: the short position table has no row beyond the kept ones")
             kept, rest = self.position_embedding_ori.weight, self.position_embedding_res.weight
             positions = torch.cat([kept[:KEPT_POSITIONS], rest[KEPT_POSITIONS:]])
         if tokens.ndim != 2 or tokens.shape[1] > len(positions):
