@@ -3,7 +3,6 @@
 Without a process group every function returns what one process alone would see, so that callers need no second path.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 
@@ -153,7 +152,7 @@ def in_step(batches: Iterable, count: int, between: Callable[[], None] | None) -
 def gather(x: torch.Tensor) -> torch.Tensor:
     """The rows of every rank in rank order, without gradient: (n_r, ...) -> (sum of n_r, ...).
 
-    The number of rows may differ between ranks and be 0; the other sizes and the dtype may not (ValueError on all).
+    The number of rows may differ between ranks and be 0; the other sizes and the dtype may not.
     """
     return all_gather_with_grad(x.detach())
 
@@ -173,15 +172,12 @@ def gather_and_place(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     if not _together():
         return x, 0
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
-    header = torch.tensor([len(x), wants_gradient, math.prod(x.shape[1:]), x.itemsize], device=_wire())
+    header = torch.tensor([len(x), wants_gradient], device=_wire())
     headers = [torch.empty_like(header) for _ in range(world_size())]
     dist.all_gather(headers, header)
-    headers = torch.stack(headers).cpu()
-    if (headers[:, 2:] != headers[0, 2:]).any():
-        raise ValueError(f"gather wants rows of the same size and dtype on every rank, not {headers[:, 2:].tolist()}.")
-    counts = headers[:, 0].tolist()
+    counts, wanted = torch.stack(headers).T.tolist()
     first = sum(counts[: rank()])
-    if not headers[:, 1].any():
+    if not any(wanted):
         return _gather(x.detach(), counts), first
     return _GatherWithGradient.apply(x if wants_gradient else x.detach().requires_grad_(), counts), first
 

@@ -4,7 +4,7 @@ import argparse
 import bisect
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -17,18 +17,16 @@ _NORM_LAYERS = (nn.LayerNorm, nn.RMSNorm)  # the parameters of all others have o
 
 
 def parameter_groups(
-    module: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float,
-    no_decay: Sequence[str] = ("log_temperature", "logit_scale"),
-    lr_scale: Mapping[str, float] | None = None,
+    module: nn.Module, *, lr: float, weight_decay: float, no_decay: Sequence[str] = (), lr_scale: dict | None = None
 ) -> list[dict]:
     """Every trainable parameter of `module` in exactly one group of an optimizer; frozen ones in none.
 
-    No weight decay on norm layers, biases, other parameters of at most one dimension, and those whose dotted name is or
-    ends with one of `no_decay`. `lr_scale` maps the beginning of a dotted name ("backbone", "head.box") to a factor on
-    `lr`; the longest that fits wins. Each group has params, lr, weight_decay and a name such as "backbone, no decay".
+    No weight decay on norm layers, biases, and other parameters of at most one dimension.
+
+    no_decay: dotted names, or their ends, of parameters without weight decay.
+    lr_scale: beginning of a dotted name ("backbone", "head.box") -> factor on `lr`; the longest that fits wins.
+
+    Each group has params, lr, weight_decay and a name such as "backbone, no decay".
     """
     lr_scale = lr_scale or {}
     norms = {id(p) for layer in module.modules() if isinstance(layer, _NORM_LAYERS) for p in layer.parameters()}
