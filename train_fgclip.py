@@ -46,12 +46,12 @@ from trainkit.arguments import (
     positive_float,
     positive_int,
 )
-from trainkit.checkpoint import find_resume
 from trainkit.errors import InputError, one_sentence
 from trainkit.loader import make_loader
 from trainkit.optimizer import build_optimisation, ema
 from trainkit.parameter_drift import ParameterDrift
 from trainkit.run import Run
+from trainkit.run_folder import find_resume
 from trainkit.sampler import ResumableSampler
 from trainkit.step import TrainStep, module_gradient_norms
 

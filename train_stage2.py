@@ -55,11 +55,11 @@ from trainkit.arguments import (
     positive_float,
     positive_int,
 )
-from trainkit.checkpoint import RUNS, find_resume
 from trainkit.errors import InputError, one_sentence
 from trainkit.optimizer import build_optimisation, ema
 from trainkit.ramp import RAMPS, ramped
 from trainkit.run import Run
+from trainkit.run_folder import RUNS, find_resume
 from trainkit.sampler import BalancedSampler, ResumableSampler
 from trainkit.step import TrainStep
 

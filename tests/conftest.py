@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share."""
+"""Fixtures that several folders share."""
 
 import trainkit.process_setup  # noqa: F401, I001  before torch, so that a busy machine does not make the tests crawl
 
@@ -35,16 +35,12 @@ def two_ranks():
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         shared = {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        command = [sys.executable, "-W", "error", script, str(folder)]
         ranks = [
-            subprocess.Popen(
-                [sys.executable, "-W", "error", script, str(folder)],
-                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+            subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             for rank in range(2)
-        ]
+        ]  # fmt: skip
         try:
             outputs = [process.communicate(timeout=180)[0] for process in ranks]
         finally:

@@ -1,15 +1,14 @@
 """Command-line flags that the scripts share, and argument types with one-sentence errors."""
 
 import argparse
+import contextlib
 from pathlib import Path
 
 import torch
 
-from trainkit.checkpoint import find_resume
 from trainkit.errors import InputError
 from trainkit.files import shown
-from trainkit.run_files import read_record
-from trainkit.run_folder import MAY_CHANGE
+from trainkit.run_folder import MAY_CHANGE, find_resume, read_record
 
 OF_THIS_START = ("resume", "output", "init_from", "max_steps", "check", "device")  # never taken from the resumed run
 
@@ -25,22 +24,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser for a script whose docstring is `description`. Flags cannot be shortened."""
     usage = "%(prog)s [flags], --help lists them"
-    return argparse.ArgumentParser(
-        usage=usage, description=description, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    return argparse.ArgumentParser(usage=usage, description=description, formatter_class=HelpFormatter,
+                                   allow_abbrev=False)  # fmt: skip
 
 
 def _number(kind: type, fits, expected: str):
     """An argument type: `kind(text)` where that `fits`, else an error that says what was `expected`."""
 
     def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
+        with contextlib.suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
 
     return parse
 
@@ -50,17 +45,12 @@ non_negative_int = _number(int, lambda n: n >= 0, "a whole number of at least 0"
 positive_float = _number(float, lambda x: 0 < x < float("inf"), "a number above 0")
 non_negative_float = _number(float, lambda x: 0 <= x < float("inf"), "a number of at least 0")
 fraction = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+below_one = _number(float, lambda x: 0 <= x < 1, "a number of at least 0 and below 1")
 
 
 def int_list(text: str) -> list[int]:
     """ "16,22" -> [16, 22], whole numbers of at least 0; an empty text is an empty list."""
-    try:
-        numbers = [int(part) for part in text.split(",")] if text.strip() else []
-    except ValueError:
-        numbers = [-1]
-    if any(number < 0 for number in numbers):
-        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them such as 16,22, got {text!r}")
-    return numbers
+    return [non_negative_int(part) for part in text.split(",")] if text.strip() else []
 
 
 def float_list(text: str) -> list[float]:
@@ -68,57 +58,55 @@ def float_list(text: str) -> list[float]:
     return [positive_float(part) for part in text.split(",")]
 
 
+# fmt: off
 def add_recipe_flags(parser: argparse.ArgumentParser, script: str, may_change: tuple[str, ...] = ()) -> None:
     """Add the flags that every script has. may_change: what else `script` lets change on resume, for the help."""
     add = parser.add_argument_group("data").add_argument
     add("--data-root", metavar="PATH", help="the data set in its own layout; without it a synthetic set")
-    add("--batch-size", type=positive_int, default=4, metavar="N", help="samples per step, of each process (GPU)")
-    add("--workers", type=non_negative_int, default=2, metavar="N", help="loading processes of each process (GPU)")
+    add("--batch-size", type=positive_int, default=4, metavar="N", help="samples per step and process (GPU)")
+    add("--workers", type=non_negative_int, default=2, metavar="N", help="loading processes per process (GPU)")
 
     add = parser.add_argument_group("run").add_argument
     add("--output", metavar="DIR", help=f"folder of the run; without it runs/{script}-TIME")
     add("--epochs", type=positive_int, default=12, metavar="N", help="passes over the training set")
-    add("--max-steps", type=positive_int, metavar="N", help="stop after N optimizer steps; schedule as without it")
+    add("--max-steps", type=positive_int, metavar="N", help="stop after N optimizer steps; the schedule stays")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=("cpu", "cuda"), default=device, help="with cuda each process has one GPU")
     add("--amp", choices=("none", "fp16", "bf16"), default="none", help="number format of the forward pass (autocast)")
-    add("--seed", type=non_negative_int, default=0, metavar="N", help="of weights, data order and augmentation")
+    add("--seed", type=non_negative_int, default=0, metavar="N", help="seed of weights, data order and augmentation")
     add("--check", action="store_true", help="data statistics, one step, every module's gradient norm, then stop")
-    add("--validate-every", type=positive_int, default=1, metavar="EPOCHS", help="and after the last")
+    add("--validate-every", type=positive_int, default=1, metavar="EPOCHS", help="epochs between validations")
     add("--log-every", type=positive_int, default=20, metavar="STEPS", help="steps between printed lines")
 
     add = parser.add_argument_group("checkpoints").add_argument
     free = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in {*MAY_CHANGE, *may_change} - {"resume", "check"}))
-    add(
-        "--resume",
-        metavar="PATH|auto",
-        help="continue from a checkpoint or a run's folder; auto: from --output, else "
-        f"from the newest run, else start fresh. The flags are those of the run; only these may change: {free}",
-    )
+    add("--resume", metavar="PATH|auto", help="continue from a checkpoint or a run's folder; auto: from --output, else "
+        f"from the newest run, else start fresh. The flags are those of the run; only these may change: {free}")
     add("--init-from", metavar="PATH", help="start with the weights of a checkpoint or of a published file")
-    add("--save-every", type=positive_int, default=500, metavar="STEPS", help="write last.pt, also after each epoch")
-    add("--keep-every", type=non_negative_int, default=0, metavar="EPOCHS", help="keep a checkpoint; 0 keeps none")
+    add("--save-every", type=positive_int, default=500, metavar="STEPS", help="steps between writes of last.pt")
+    add("--keep-every", type=non_negative_int, default=0, metavar="EPOCHS", help="checkpoints that are kept; 0: none")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=("sgd", "adamw"), default="adamw", help="kind of optimizer")
     add("--lr", type=positive_float, default=1e-3, metavar="X", help="learning rate after warm-up")
-    add("--lr-base-batch", type=positive_int, metavar="N", help="--lr is for N samples a step (all GPUs); scale it")
-    add("--momentum", type=fraction, default=0.9, metavar="X", help="SGD's momentum, AdamW's first beta")
+    add("--lr-base-batch", type=positive_int, metavar="N", help="--lr is per N samples (all GPUs), and is scaled")
+    add("--momentum", type=below_one, default=0.9, metavar="X", help="SGD's momentum, AdamW's first beta")
     add("--weight-decay", type=non_negative_float, default=1e-4, metavar="X", help="none on norm layers and biases")
     kinds = ("multistep", "cosine", "one-cycle", "constant")
     add("--schedule", choices=kinds, default="cosine", help="course of the learning rate after warm-up")
     add("--milestones", type=int_list, default="8,11", metavar="EPOCHS", help="multistep: when --gamma multiplies")
     add("--gamma", type=fraction, default=0.1, metavar="X", help="multistep: factor at each of --milestones")
-    add("--final-factor", type=fraction, default=0.0, metavar="X", help="cosine, one-cycle: last rate over --lr")
-    add("--warmup-steps", type=non_negative_int, default=0, metavar="N", help="optimizer steps with a rising rate")
-    add("--warmup-factor", type=fraction, default=0.001, metavar="X", help="first rate over --lr")
-    add("--accumulate", type=positive_int, default=1, metavar="N", help="batches per optimizer step, of each process")
+    add("--final-factor", type=fraction, default=0.0, metavar="X", help="cosine, one-cycle: last rate / --lr")
+    add("--warmup-steps", type=non_negative_int, default=0, metavar="N", help="optimizer steps of warm-up")
+    add("--warmup-factor", type=fraction, default=0.001, metavar="X", help="first rate / --lr")
+    add("--accumulate", type=positive_int, default=1, metavar="N", help="batches per optimizer step and process")
     add("--clip-norm", type=non_negative_float, default=0.0, metavar="X", help="largest gradient norm; 0 does not clip")
-    add("--ema-decay", type=fraction, default=0.0, metavar="X", help="moving average of the weights; 0 keeps none")
+    add("--ema-decay", type=below_one, default=0.0, metavar="X", help="moving average of the weights; 0 keeps none")
+# fmt: on
 
 
 def peek_flags(arguments: list[str] | None, *flags: str) -> argparse.Namespace:
-    """The text given for some flags, None where a flag is not given: what a script chooses its defaults by."""
+    """The text given for some flags, None where a flag is not given. Scripts choose their defaults by it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in flags:
         parser.add_argument(flag)
@@ -149,10 +137,8 @@ def saved_flags(folder: Path, parser: argparse.ArgumentParser) -> dict:
     """
     saved = (read_record(folder) or {"arguments": {}})["arguments"]
     for action in parser._actions:
-        if action.dest in saved and not _fits(action, saved[action.dest]):
-            raise InputError(
-                f"{folder / 'args.json'}: {action.dest}: {shown(saved[action.dest])} is no value of the flag"
-            )
+        if action.dest in saved and not _fits(action, value := saved[action.dest]):
+            raise InputError(f"{folder / 'args.json'}: {action.dest}: {shown(value)} is no value of the flag")
     return {name: value for name, value in saved.items() if name not in OF_THIS_START}
 
 
@@ -161,13 +147,10 @@ def _fits(action: argparse.Action, value) -> bool:
     if value is None or action.nargs == 0:
         return value is None or isinstance(value, bool)
     items = value if isinstance(value, list) and action.nargs else [value]
-    if isinstance(action.nargs, int) and len(items) != action.nargs:
-        return False
+    texts = [",".join(map(str, item)) if isinstance(item, list) else str(item) for item in items]
     try:
-        for item in items:
-            parsed = (action.type or str)(",".join(map(str, item)) if isinstance(item, list) else str(item))
-            if parsed != item or (action.choices and parsed not in action.choices):
-                return False
+        parsed = [(action.type or str)(text) for text in texts]
     except (argparse.ArgumentTypeError, ValueError):
         return False
-    return True
+    fits = parsed == items and (not isinstance(action.nargs, int) or len(items) == action.nargs)
+    return fits and all(not action.choices or item in action.choices for item in parsed)

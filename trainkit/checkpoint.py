@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running code, found again by --resume."""
+"""Checkpoints: written whole or not at all, read without running code."""
 
 import contextlib
 import random
@@ -11,17 +11,15 @@ import torch
 from trainkit import distributed
 from trainkit.errors import InputError
 from trainkit.files import read_torch, whole_file
-from trainkit.run_files import read_record
 
-RUNS = Path("runs")  # where runs without --output go
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str, type(None), torch.Tensor, torch.nn.Parameter)
 
 
 def save(path: str | Path, state: dict) -> None:
     """Write `state` (tensors and plain Python only) from rank 0; the other ranks return at once.
 
-    What interrupts the writing leaves the previous file as it was. Raises TypeError for anything that
-    `torch.load(weights_only=True)` may refuse, naming its place in `state`, and InputError where the disk is full.
+    An interruption leaves the previous file as it was. Raises TypeError for what `torch.load(weights_only=True)` may
+    refuse, and InputError where the disk is full.
     """
     if not distributed.is_main():
         return
@@ -40,15 +38,12 @@ def check_plain(value, place: str = "state") -> None:
     elif type(value) in (list, tuple):
         for i, item in enumerate(value):
             check_plain(item, f"{place}[{i}]")
-    elif type(value) not in (*_PLAIN, torch.Tensor, torch.nn.Parameter):
+    elif type(value) not in _PLAIN:
         raise TypeError(f"{place} is a {type(value).__name__}; a checkpoint holds tensors and plain Python only.")
 
 
 def load(path: str | Path) -> dict:
-    """Read a checkpoint onto the CPU without running any code in it.
-
-    Raises InputError where the file is missing, is no checkpoint, or is cut short.
-    """
+    """Read a checkpoint onto the CPU. Raises InputError where the file is missing, no checkpoint, or cut short."""
     state = read_torch(path, "a checkpoint")
     if not isinstance(state, dict):
         raise InputError(f"{path} is not a checkpoint; expected a dictionary, found a {type(state).__name__}")
@@ -61,17 +56,14 @@ def restoring(path: str | Path) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(error if str(error).startswith(str(path)) else f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
     except Exception as error:  # keys that are missing, values of another kind
-        lines = str(error).splitlines() or [""]
-        raise InputError(f"{path} cannot be resumed: {type(error).__name__}: {' '.join(lines[:2])}") from error
+        text = " ".join(str(error).splitlines()[:2])
+        raise InputError(f"{path} cannot be resumed: {type(error).__name__}: {text}") from error
 
 
 def rng_state() -> dict:
-    """This process's random states, as tensors and plain Python: of `random`, numpy, torch, and every GPU.
-
-    They differ between ranks; a checkpoint holds `distributed.gather_objects(rng_state())`, called on all ranks.
-    """
+    """This process's random states of `random`, numpy, torch, and every GPU, as tensors and plain Python."""
     name, key, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -82,10 +74,7 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
-    """Put back what `rng_state` gave: each rank its own, `set_rng_state(checkpoint["rng"][rank()])`.
-
-    The states of GPUs that this machine lacks are left out: a run continues on the CPU, only not with the same numbers.
-    """
+    """Put back what `rng_state` gave; states of GPUs that this machine lacks are left out."""
     random.setstate(state["python"])
     name, key, *rest = state["numpy"]
     np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
@@ -93,28 +82,3 @@ def set_rng_state(state: dict) -> None:
     if torch.cuda.is_available():
         for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(cuda, device)
-
-
-def find_resume(value: str | None, output: str | Path | None, script: str) -> Path | None:
-    """The checkpoint file that `--resume value` means, the same on every rank, or None to start fresh.
-
-    A file is itself, a run's folder its last.pt. "auto" is the last.pt of `output` or, without `output`, of the run
-    runs/SCRIPT-* that was written to last. Raises InputError where `value` is neither, or a run of another script.
-    """
-    return distributed.run_on_main(lambda: _find_resume(value, output, script))
-
-
-def _find_resume(value: str | None, output: str | Path | None, script: str) -> Path | None:
-    if value is None:
-        return None
-    if value != "auto":
-        path = Path(value) / "last.pt" if Path(value).is_dir() else Path(value)
-        if not path.is_file():
-            raise InputError(f"--resume {value}: expected a checkpoint, or the folder of a run that has a last.pt.")
-    else:
-        places = [Path(output)] if output is not None else RUNS.glob(f"{script}-*")
-        found = [place / "last.pt" for place in places if (place / "last.pt").is_file()]
-        path = max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
-    if path is not None:
-        read_record(path.parent, script)
-    return path

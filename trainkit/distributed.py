@@ -1,10 +1,8 @@
 """Several processes as one: start-up, and the few collectives that training needs.
 
-The only module that reads the process environment (what `torchrun` puts there). Without a process group every function
-returns what one process alone would see, so that callers need no second path.
+Without a process group every function returns what one process alone would see, so that callers need no second path.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 
@@ -27,18 +25,15 @@ def start(device: str) -> torch.device:
     """
     place = torch.device(device)
     if device == "cuda":
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        place, count = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.cuda.device_count()
         if not torch.cuda.is_available():
             raise InputError("--device cuda: this machine has no usable CUDA GPU; use --device cpu.")
-        if place.index >= torch.cuda.device_count():
-            raise InputError(
-                f"--device cuda: process {place.index} of this machine has no GPU, "
-                f"{torch.cuda.device_count()} are visible; use a smaller --nproc-per-node."
-            )
+        if place.index >= count:
+            raise InputError(f"--device cuda: process {place.index} has no GPU, {count} are visible; use a smaller "
+                             "--nproc-per-node.")  # fmt: skip
         torch.cuda.set_device(place)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        options = dict(backend="nccl", device_id=place) if device == "cuda" else dict(backend="gloo")
-        dist.init_process_group(**options)
+        dist.init_process_group(**dict(backend="nccl", device_id=place) if device == "cuda" else dict(backend="gloo"))
     return place
 
 
@@ -78,8 +73,8 @@ def is_main() -> bool:
 def parallel(model: nn.Module) -> nn.Module:
     """`model` in DistributedDataParallel, where there are several processes.
 
-    Of its buffers only the running statistics of batch norms are sent from rank 0 before each forward. All others, such
-    as memory banks, are the same on every rank by themselves.
+    Of its buffers only the running statistics of batch norms are sent from rank 0 before each forward. Others, such as
+    memory banks, are the same on every rank already.
     """
     if not _together():
         return model
@@ -141,23 +136,23 @@ def all_reduce_any(flag: bool) -> bool:
 def in_step(batches: Iterable, count: int, between: Callable[[], None] | None) -> Iterator:
     """This rank's `count` batches, with `between()` after each, a collective: equally often on every rank.
 
-    So `between` may end the work on all ranks at once by raising. None: the batches alone.
+    `between` may raise to end the work on all ranks at once. None: the batches alone.
     """
     if between is None:
         yield from batches
         return
-    most = max(gather_objects(count))
+    longest = max(gather_objects(count))
     for batch in batches:
         yield batch
         between()
-    for _ in range(most - count):
+    for _ in range(longest - count):
         between()
 
 
 def gather(x: torch.Tensor) -> torch.Tensor:
     """The rows of every rank in rank order, without gradient: (n_r, ...) -> (sum of n_r, ...).
 
-    The number of rows may differ between ranks and be 0; the other sizes and the dtype may not (ValueError on all).
+    The number of rows may differ between ranks and be 0; the other sizes and the dtype may not.
     """
     return all_gather_with_grad(x.detach())
 
@@ -166,9 +161,8 @@ def all_gather_with_grad(x: torch.Tensor) -> torch.Tensor:
     """`gather` through which the gradient flows back: (n_r, ...) -> (sum of n_r, ...).
 
     Backward sums the gradient over the ranks and hands each rank its own rows. With losses as `global_mean` makes them,
-    DistributedDataParallel's average is then the single process's gradient. Where any rank's rows want a gradient,
-    every rank takes part in backward, also one whose rows have no graph (an empty rank's zeros): the result must enter
-    the loss on every rank, if only with a zero.
+    DistributedDataParallel's average is then the single process's gradient. Every rank takes part in backward, also one
+    whose rows have no graph: the result must enter the loss on every rank, if only with a zero.
     """
     return gather_and_place(x)[0]
 
@@ -178,15 +172,12 @@ def gather_and_place(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     if not _together():
         return x, 0
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
-    header = torch.tensor([len(x), wants_gradient, math.prod(x.shape[1:]), x.itemsize], device=_wire())
+    header = torch.tensor([len(x), wants_gradient], device=_wire())
     headers = [torch.empty_like(header) for _ in range(world_size())]
     dist.all_gather(headers, header)
-    headers = torch.stack(headers).cpu()
-    if (headers[:, 2:] != headers[0, 2:]).any():
-        raise ValueError(f"gather wants rows of the same size and dtype on every rank, not {headers[:, 2:].tolist()}.")
-    counts = headers[:, 0].tolist()
+    counts, wanted = torch.stack(headers).T.tolist()
     first = sum(counts[: rank()])
-    if not headers[:, 1].any():
+    if not any(wanted):
         return _gather(x.detach(), counts), first
     return _GatherWithGradient.apply(x if wants_gradient else x.detach().requires_grad_(), counts), first
 
@@ -216,9 +207,8 @@ class _GatherWithGradient(torch.autograd.Function):
 def global_mean(total: torch.Tensor, count: torch.Tensor | float) -> torch.Tensor:
     """The local sum times world size over the all-reduced count, so that unequal ranks average right under DDP.
 
-    total: this rank's sum () with its graph. count: how many terms it has, a number or a 0-d tensor.
-    The mean of the results over the ranks is the mean of all terms, and DDP's average of their gradients is its
-    gradient. Where no rank has a term the result is an exact zero that is still connected to the graph of `total`.
+    total: this rank's sum () with its graph. count: its number of terms, a number or a 0-d tensor.
+    Where no rank has a term the result is an exact zero that is still connected to the graph of `total`.
     """
     terms = all_reduce_sum(torch.as_tensor(count, dtype=torch.float64, device=total.device))
     factor = torch.where(terms > 0, world_size() / terms, 0.0)

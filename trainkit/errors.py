@@ -15,13 +15,12 @@ LOST_PROCESS = (
 class InputError(ValueError):
     """Bad input: one sentence that names the file, flag or key and what was expected.
 
-    It stays on one printable line of at most MAX_MESSAGE characters, whatever a damaged file put into it. Of a worker's
-    InputError, which a loader raises again behind the worker's traceback, the sentence alone stays.
+    It stays on one printable line of at most MAX_MESSAGE characters, whatever a damaged file put into it.
     """
 
     def __init__(self, message: object = ""):
         text = str(message)
-        if text.startswith("Caught InputError in "):
+        if text.startswith("Caught InputError in "):  # of a loading process, behind its traceback
             text = text.rstrip("\n").rpartition("\n")[2].partition("InputError: ")[2]
         super().__init__(one_line(text, MAX_MESSAGE))
 
@@ -57,8 +56,7 @@ def out_of_memory(error: BaseException) -> str | None:
 def one_sentence():
     """Print an InputError, an OSError or a lack of memory as one sentence on standard error; exit with status 2.
 
-    Ctrl-C and SIGTERM, where nothing else waits for them, exit with 130 and 143. Characters that the terminal does not
-    know are printed as escapes.
+    Ctrl-C and SIGTERM exit with 130 and 143. Characters that the terminal does not know are printed as escapes.
     """
     before = signal.signal(signal.SIGTERM, _interrupt)
     for stream in (sys.stdout, sys.stderr):

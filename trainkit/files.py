@@ -1,7 +1,7 @@
 """Files: what is read is sane or refused in one sentence, what is written is whole or not there.
 
-What people and other programs wrote comes in here: text, json, numbers, boxes, paths, pictures and torch files. Every
-function raises InputError, which names the file or the place in it. `what` and `place` are for that message.
+Every function raises InputError, which names the file or the place in it. `what`, `place` and `source` are for that
+message.
 """
 
 import argparse
@@ -172,11 +172,11 @@ def open_image(path: str | Path, named_by: str = "") -> Image.Image:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_formats()) as image:
             width, height = image.size
             if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-                size = f"{width} x {height} pixels; at most {MAX_PIXELS}, {MAX_SIDE} a side, are read"
-                raise InputError(f"{name} has {size}")
+                limits = f"at most {MAX_PIXELS}, {MAX_SIDE} per side, are read"
+                raise InputError(f"{name} has {width} x {height} pixels; {limits}")
             deep = image.format in ("PNG", "TIFF") and ";16" in str(image.tile)  # as RGB they would lose low bytes
             if deep or image.mode.startswith(("I", "F")):
-                raise InputError(f"{name} has more than 8 bits a channel; scale it to 8 bits first")
+                raise InputError(f"{name} has more than 8 bits per channel; scale it to 8 bits first")
             turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION))
             # A palette with transparency cannot become RGB directly.
             rgb = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
@@ -221,10 +221,8 @@ def read_torch(path: str | Path, what: str = "a file written by torch.save"):
     except InputError:
         raise
     except Exception as error:  # the bytes of a damaged file are taken for names, numbers, indices and lengths
-        kind = type(error).__name__
-        raise InputError(
-            f"{path} is damaged, cut short, or holds more than tensors and plain values ({kind}); expected {what}"
-        ) from error
+        problem = f"is damaged, cut short, or holds more than tensors and plain values ({type(error).__name__})"
+        raise InputError(f"{path} {problem}; expected {what}") from error
 
 
 def _bytes_of(content, path: Path) -> int:
@@ -257,8 +255,8 @@ def state_dict_of(content, path: str | Path) -> dict[str, Tensor]:
 def check_like(value, own, place: str) -> None:
     """Refuse a `value` out of a file that is not like `own`, this program's.
 
-    The same keys (torch's private ones may come and go), lengths, shapes and dtypes, whole numbers where they are
-    whole, nothing below 0 unless `own` is, and nothing that is not finite.
+    Keys (but for torch's private ones), lengths, shapes and dtypes must be the same, and whole numbers whole. Nothing
+    may be below 0 unless `own` is, and everything must be finite.
     """
     if isinstance(own, list | tuple):
         own = dict(enumerate(own))
@@ -302,10 +300,9 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """A file to write to that gets its name when it is complete: beside it, flushed to the disk, renamed.
+    """A file to write to that gets its name when it is complete: written beside it, flushed to the disk, renamed.
 
-    An interruption leaves an older file as it was, and nothing beside it. A link stays one; devices and pipes, which
-    cannot be replaced, are written to as they are.
+    An interruption leaves an older file as it was. Links stay; devices and pipes are written to directly.
     """
     path = Path(os.path.realpath(path))
     partial = path.with_name(path.name + ".partial")

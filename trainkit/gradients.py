@@ -2,44 +2,12 @@
 
 import itertools
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from trainkit import distributed
 from trainkit.tables import aligned
-
-
-@dataclass(frozen=True)
-class GradientReport:
-    """What each loss, times its weight, adds to each part's gradient, averaged over the ranks as DDP does.
-
-    norms: part -> loss -> 2-norm over the part's trainable parameters; None where the loss has no path to them.
-    cosines: part -> loss -> each later loss -> cosine between the two gradients; None where either gradient is None,
-        exactly 0 or not finite.
-    """
-
-    norms: dict[str, dict[str, float | None]]
-    cosines: dict[str, dict[str, dict[str, float | None]]]
-
-    def record(self) -> dict:
-        """Plain nested dicts for metrics.jsonl."""
-        return {part: {"norm": norms, "cosine": self.cosines[part]} for part, norms in self.norms.items()}
-
-    def text(self) -> str:
-        """A table per part: its losses, their norms, and their cosines with the losses above."""
-        tables = []
-        for part, norms in self.norms.items():
-            names = list(norms)
-            rows = [[f"gradient at {part}", "norm", *names[:-1]]]
-            for i, (name, norm) in enumerate(norms.items()):
-                cosines = [self.cosines[part][other][name] for other in names[:i]]
-                cells = ["-" if value is None else f"{value:+.3f}" for value in cosines]
-                cells += [""] * (len(names) - 1 - i)
-                rows.append([f"    {name}", "none" if norm is None else f"{norm:.3g}", *cells])
-            tables.append(aligned(rows))
-        return "\n".join(tables)
 
 
 class LossGradients:
@@ -55,8 +23,8 @@ class LossGradients:
         for name, loss in losses.items():
             # To all leaves: skipping some would skip collectives in backward, for which the other ranks would wait.
             leaves = _leaves(loss)
-            found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True) if leaves else ()
-            gradients = {id(leaf): grad for leaf, grad in zip(leaves, found, strict=True) if grad is not None}
+            grads = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True) if leaves else ()
+            gradients = {id(leaf): grad for leaf, grad in zip(leaves, grads, strict=True) if grad is not None}
             for part, parameters in self._parameters.items():
                 if any(id(parameter) in gradients for parameter in parameters):
                     self._connected.add((part, name))
@@ -64,9 +32,16 @@ class LossGradients:
                 flat = torch.cat([loss.new_empty(0, dtype=torch.float32), *(gradient.flatten() for gradient in flat)])
                 self._sums[part][name] = self._sums[part].get(name, 0) + flat
 
-    def report(self, *, scale: float = 1.0) -> GradientReport:
-        """What was added, over `scale`, by which a gradient scaler multiplied the losses. A collective."""
-        norms, cosines = {}, {}
+    def report(self, *, scale: float = 1.0) -> dict[str, dict[str, dict]]:
+        """What each loss adds to each part's gradient, averaged over the ranks as DDP does. A collective.
+
+        part -> "norm" -> loss -> 2-norm over the part's trainable parameters; None where the loss has no path to them.
+        part -> "cosine" -> loss -> each later loss -> cosine between the two gradients; None where either gradient is
+        None, exactly 0 or not finite.
+
+        scale: the factor of the gradient scaler on the losses.
+        """
+        report = {}
         for part, sums in self._sums.items():
             names = list(sums)
             rows = distributed.all_reduce_sum(torch.stack(list(sums.values()))) / distributed.world_size()
@@ -77,11 +52,27 @@ class LossGradients:
             cosine = (rows @ rows.T).clamp(-1, 1).tolist()
             length = (length / scale).tolist()
             usable = [0 < norm < math.inf for norm in length]
-            norms[part] = {name: length[i] if connected[i] else None for i, name in enumerate(names)}
-            cosines[part] = {name: {} for name in names[:-1]}
+            norms = {name: length[i] if connected[i] else None for i, name in enumerate(names)}
+            cosines = {name: {} for name in names[:-1]}
             for i, j in itertools.combinations(range(len(names)), 2):
-                cosines[part][names[i]][names[j]] = cosine[i][j] if usable[i] and usable[j] else None
-        return GradientReport(norms, cosines)
+                cosines[names[i]][names[j]] = cosine[i][j] if usable[i] and usable[j] else None
+            report[part] = {"norm": norms, "cosine": cosines}
+        return report
+
+
+def gradient_tables(report: dict[str, dict[str, dict]]) -> str:
+    """A table per part: its losses, their norms, and their cosines with the losses above."""
+    tables = []
+    for part, record in report.items():
+        names = list(record["norm"])
+        rows = [[f"gradient at {part}", "norm", *names[:-1]]]
+        for i, (name, norm) in enumerate(record["norm"].items()):
+            cosines = [record["cosine"][other][name] for other in names[:i]]
+            cells = ["-" if value is None else f"{value:+.3f}" for value in cosines]
+            cells += [""] * (len(names) - 1 - i)
+            rows.append([f"    {name}", "none" if norm is None else f"{norm:.3g}", *cells])
+        tables.append(aligned(rows))
+    return "\n".join(tables)
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:

@@ -5,22 +5,14 @@ from dataclasses import dataclass, field
 
 @dataclass
 class LoadReport:
-    """What a load of weights did, by name of tensor.
+    """What a load of weights did, by name of tensor."""
 
-    source: path of the weights, or "" for a state dict.
-    loaded: tensors of the model that the source filled.
-    skipped: tensors of the source that were not used, with the reason.
-    missing: tensors of the model that the source lacks; they keep their initial values.
-    made: tensors of the model made from others, with the origin.
-    notes: sentences about what was guessed or converted.
-    """
-
-    source: str = ""
-    loaded: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    made: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    source: str = ""  # path of the weights, or "" for a state dict
+    loaded: list[str] = field(default_factory=list)  # tensors of the model that the source filled
+    skipped: dict[str, str] = field(default_factory=dict)  # unused tensors of the source, with the reason
+    missing: list[str] = field(default_factory=list)  # tensors of the model that keep their initial values
+    made: dict[str, str] = field(default_factory=dict)  # tensors of the model made from others, with the origin
+    notes: list[str] = field(default_factory=list)  # sentences about what was guessed or converted
 
     def __str__(self) -> str:
         counts = f"loaded {len(self.loaded)} tensors, skipped {len(self.skipped)}"

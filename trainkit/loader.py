@@ -1,7 +1,6 @@
-"""Batches from loading processes: each handed over in one piece of shared memory, in one descriptor.
+"""Batches from loading processes: each comes in one piece of shared memory, behind one file descriptor.
 
-torch takes one per tensor: 256 for 32 image pairs, in a process that as a rule may have 1024. Beyond that a run fails,
-or waits for ever.
+torch takes a descriptor per tensor: 256 for 32 image pairs, where a process may usually have 1024.
 """
 
 import functools
@@ -25,23 +24,17 @@ SMALL = 2**16  # bytes; smaller tensors are copied out, so that who keeps one do
 
 
 def ignore_signals(worker: int) -> None:
-    """Workers live until the process that loads lets them go, or is gone itself.
-
-    Ctrl-C, `timeout` and batch systems signal every process of a run. A worker leaves that to the process that loads,
-    and ends by SIGTERM only where that one sent it.
-    """
+    """Workers ignore SIGINT and SIGTERM of terminals and batch systems, and exit only when their parent says so."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS: there a worker told to end takes the step with it
-        return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     loading = multiprocessing.parent_process().pid  # not the parent where a server forks the workers
 
-    def end_when_it_says_so() -> None:
+    def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in (loading, os.getppid()):
             pass
         os._exit(0)
 
-    threading.Thread(target=end_when_it_says_so, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def make_loader(
@@ -54,19 +47,14 @@ def make_loader(
 ) -> DataLoader:
     """Loads `batches`, lists of the data set's keys, in `workers` processes that live as long as the loader.
 
-    collate: a list of samples to a batch. Memory is pinned for a CUDA device. Iterating does not change the caller's
-    random state. Raises InputError where a process is lost.
+    collate: a list of samples to a batch. Iterating does not change the caller's random state. Raises InputError where
+    a process is lost.
     """
     return _Loader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=functools.partial(_pack, collate) if workers else collate,
-        pin_memory=torch.device(device).type == "cuda",
-        persistent_workers=workers > 0,
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator().manual_seed(0),
-    )
+        dataset, batch_sampler=batches, collate_fn=functools.partial(_pack, collate) if workers else collate,
+        num_workers=workers, persistent_workers=workers > 0, worker_init_fn=ignore_signals,
+        pin_memory=torch.device(device).type == "cuda", generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
 
 
 class _Loader(DataLoader):
@@ -134,7 +122,7 @@ def _shared_memory(size: int) -> Tensor:
     """(size,) uint8, not initialised. Raises InputError where there is no room for it."""
     try:
         storage = torch.UntypedStorage._new_shared(max(size, 1))  # as torch's own collate function does
-        if hasattr(os, "posix_fallocate") and torch.multiprocessing.get_sharing_strategy() == "file_descriptor":
+        if torch.multiprocessing.get_sharing_strategy() == "file_descriptor":
             os.posix_fallocate(storage._share_fd_cpu_()[0], 0, size or 1)  # else writing to what is not there kills
     except (OSError, RuntimeError, MemoryError) as error:
         raise InputError(LOST_PROCESS.format(f"no shared memory for a batch of {size / 2**20:.0f} MiB")) from error

@@ -1,6 +1,7 @@
-"""What a run says of itself: console, metrics.jsonl and TensorBoard; written by the main rank alone."""
+"""The log of a run: console, metrics.jsonl and TensorBoard; written by rank 0 alone."""
 
 import collections
+import datetime
 import json
 import math
 import os
@@ -14,23 +15,23 @@ import torch
 
 from trainkit import distributed
 from trainkit.errors import InputError
-from trainkit.files import read_text, whole_file, writing
-from trainkit.gradients import GradientReport
-from trainkit.run_files import step_record
+from trainkit.files import MAX_ID, number, parse_json, read_text, whole_file, writing
 
 
 class RunLog:
     """Writes a run's numbers, on rank 0; on the others every method does nothing.
 
-    folder/metrics.jsonl gets a json object a line, {"step": 3, "epoch": 1, "kind": "train", **values}, with null for
+    folder/metrics.jsonl gets a json object per line, {"step": 3, "epoch": 1, "kind": "train", **values}, with null for
     what is not finite; the kinds are train, validation and gradients. The console gets every `every`-th step, each
-    validation and each gradient report, and, where it is a terminal, a progress bar with the time left. TensorBoard's
-    files, where it is installed, lie in the folder.
+    validation and each gradient report and, where it is a terminal, a progress bar. TensorBoard's files, where it is
+    installed, lie in the folder.
 
     total_steps: steps at which the run ends.
-    resume_step: the step of the checkpoint that is resumed; later lines of metrics.jsonl are removed, as they will come
-    again, and validations after the step `validated`, the last one that the checkpoint knows of. None begins the file
-    anew. Raises InputError where the file to resume is not what this class writes.
+    resume_step: the step of the resumed checkpoint; later lines of metrics.jsonl are removed, as they will come again.
+        None begins the file anew.
+    validated: the last validation that the checkpoint knows of; later ones are removed, too.
+
+    Raises InputError where the file to resume is not what this class writes.
     """
 
     def __init__(
@@ -44,12 +45,12 @@ class RunLog:
         every: int = 20,
     ):
         self._file = self._bar = self._writer = None
+        self._total, self._first, self._every = total_steps, resume_step or 0, every
         self._folder, path = Path(folder), Path(folder) / "metrics.jsonl"
         if not distributed.is_main():
             return
         if resume_step is not None and os.path.lexists(path):
             _cut(path, resume_step, validated)
-        self._total, self._first, self._every = total_steps, resume_step or 0, every
         with writing(path):
             self._file = path.open("wb" if resume_step is None else "ab", buffering=0)
         if sys.stderr.isatty():
@@ -70,35 +71,17 @@ class RunLog:
         with writing(self._folder):
             return SummaryWriter(self._folder, purge_step=self._first + 1)
 
-    def train(
-        self, step: int, values: dict, *, unprinted: dict | None = None, seconds_per_step: float | None = None
-    ) -> None:
+    def train(self, step: int, values: dict, *, unprinted: dict | None = None, seconds_per_step: float = 0.0) -> None:
         """Log the `step`-th step, from 1; `values` maps names (one is "epoch") to numbers, or to more such dicts.
 
         unprinted: values that the files get but the console does not. seconds_per_step: for the time left.
         """
-        if self._file is None:
-            return
-        self._write("train", step, values | (unprinted or {}))
+        self.write("train", step, values | (unprinted or {}))
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
         if step % self._every == 0 or step in (self._first + 1, self._total):
-            left = f"  left {_clock(seconds_per_step * (self._total - step))}" if seconds_per_step else ""
-            self.say(f"step {step}/{self._total}{left}  {_line(values)}")
-
-    def validation(self, step: int, values: dict, text: str | None = None) -> None:
-        """Log what validation after `step` steps gave, `values` as for `train`; the console gets `text` instead."""
-        if self._file is None:
-            return
-        self._write("validation", step, values)
-        self.say(f"validation after step {step}  {_line(values) if text is None else text}")
-
-    def gradients(self, step: int, epoch: int, report: GradientReport) -> None:
-        """Log what each loss added to the gradient of the `step`-th step."""
-        if self._file is None:
-            return
-        self._write("gradients", step, {"epoch": epoch, **report.record()})
-        self.say(f"gradients of step {step}, by loss: norm and cosines\n{report.text()}")
+            left = datetime.timedelta(seconds=round(seconds_per_step * (self._total - step)))
+            self.say(f"step {step}/{self._total}  left {left}  {_line(values)}")
 
     def say(self, text: str) -> None:
         """Print a line on standard output, above the progress bar where there is one."""
@@ -114,7 +97,10 @@ class RunLog:
                     target.close()
         self._file = self._bar = self._writer = None
 
-    def _write(self, kind: str, step: int, values: dict) -> None:
+    def write(self, kind: str, step: int, values: dict) -> None:
+        """A line of metrics.jsonl, and the same numbers for TensorBoard. kind: train, validation or gradients."""
+        if self._file is None:
+            return
         values = _plain(values)
         record = {"step": step, "epoch": values.get("epoch"), "kind": kind, **values}
         data = (json.dumps(record, allow_nan=False) + "\n").encode()
@@ -147,14 +133,18 @@ def _flat(values: dict, before: str = ""):
 
 
 def _line(values: dict) -> str:
-    return "  ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in _flat(values)
-    )
+    return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                     for name, value in _flat(values))  # fmt: skip
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+def step_record(line: str) -> dict | None:
+    """A line of metrics.jsonl, with a number of at least 0 as its "step"; None where it is something else."""
+    try:
+        record = parse_json(line, "")
+        step = None if isinstance(record["step"], str) else record["step"]
+        return record | {"step": number(step, "", 0, MAX_ID)}
+    except (InputError, KeyError, TypeError):
+        return None
 
 
 def _cut(path: Path, last_step: int, validated: int) -> None:
@@ -165,48 +155,31 @@ def _cut(path: Path, last_step: int, validated: int) -> None:
             record = step_record(line)
             if record is None and place < len(lines):
                 raise InputError(f"{path}: line {place} is not a json object with a step.")
-            if record is not None and record["step"] <= (
-                validated if record.get("kind") == "validation" else last_step
-            ):
-                file.write(line + "\n")
+            if record is not None:
+                last = validated if record.get("kind") == "validation" else last_step
+                file.write(f"{line}\n" if record["step"] <= last else "")
 
 
 class Throughput:
-    """Samples per second over the last `window` steps; `restart()` after a pause such as validation."""
+    """Rates over the last `window` steps; `restart()` after a pause such as validation."""
 
     def __init__(self, window: int = 20):
-        self._counts: collections.deque[int] = collections.deque(maxlen=window)
-        self._times: collections.deque[float] = collections.deque(maxlen=window + 1)
-        self._first = True
+        self._steps: collections.deque[tuple[float, int]] = collections.deque(maxlen=window)  # seconds, samples
         self.restart()
 
     def restart(self) -> None:
-        self._counts.clear()
-        self._times.clear()
-        self._times.append(time.perf_counter())
+        self._last = time.perf_counter()
 
-    def update(self, samples: int) -> float:
-        """Count a step of so many samples (of all ranks together) and return samples per second.
-
-        The first step of a process, which warms up, does not count in later ones.
-        """
-        self._counts.append(samples)
-        self._times.append(time.perf_counter())
-        rate = sum(self._counts) / (self._times[-1] - self._times[0])
-        if self._first:
-            self._first = False
-            self.restart()
-        return rate
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Over the same steps; None before there is one."""
-        return (self._times[-1] - self._times[0]) / len(self._counts) if self._counts else None
+    def update(self, samples: int) -> tuple[float, float]:
+        """Count a step of so many samples (of all ranks) -> samples per second, seconds per step."""
+        before, self._last = self._last, time.perf_counter()
+        self._steps.append((self._last - before, samples))
+        seconds, counts = map(sum, zip(*self._steps, strict=True))
+        return counts / seconds, seconds / len(self._steps)
 
 
 def peak_memory(device: torch.device) -> float:
     """The largest memory so far in GiB: what torch held on the GPU, or all that this process held on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # ru_maxrss is in KiB, on macOS in bytes (getrusage(2)).
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB

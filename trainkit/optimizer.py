@@ -4,7 +4,7 @@ import argparse
 import bisect
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -12,64 +12,44 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from trainkit import distributed
-from trainkit.errors import InputError
 
 _NORM_LAYERS = (nn.LayerNorm, nn.RMSNorm)  # the parameters of all others have one dimension, and are spared for that
 
 
 def parameter_groups(
-    module: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float,
-    no_decay: Sequence[str] = ("log_temperature", "logit_scale"),
-    lr_scale: Mapping[str, float] | None = None,
+    module: nn.Module, *, lr: float, weight_decay: float, no_decay: Sequence[str] = (), lr_scale: dict | None = None
 ) -> list[dict]:
     """Every trainable parameter of `module` in exactly one group of an optimizer; frozen ones in none.
 
-    No weight decay on norm layers, biases, other parameters of at most one dimension, and those whose dotted name is or
-    ends with one of `no_decay`. `lr_scale` maps the beginning of a dotted name ("backbone", "head.box") to a factor on
-    `lr`; the longest that fits wins. Each group has params, lr, weight_decay and a name such as "backbone, no decay".
+    No weight decay on norm layers, biases, and other parameters of at most one dimension.
 
-    Raises ValueError for a prefix that fits no parameter, and for nothing to train.
+    no_decay: dotted names, or their ends, of parameters without weight decay.
+    lr_scale: beginning of a dotted name ("backbone", "head.box") -> factor on `lr`; the longest that fits wins.
+
+    Each group has params, lr, weight_decay and a name such as "backbone, no decay".
     """
-    lr_scale = dict(lr_scale or {})
+    lr_scale = lr_scale or {}
     norms = {id(p) for layer in module.modules() if isinstance(layer, _NORM_LAYERS) for p in layer.parameters()}
     members: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    unused = set(lr_scale)
     for name, parameter in module.named_parameters():
         prefixes = [prefix for prefix in lr_scale if f"{name}.".startswith(f"{prefix}.")]
-        unused -= set(prefixes)
         spared = id(parameter) in norms or parameter.dim() <= 1
         spared = spared or any(f".{name}".endswith(f".{suffix}") for suffix in no_decay)
         if parameter.requires_grad:
-            members.setdefault((max(prefixes, key=len, default=""), not spared), []).append(parameter)
-    if unused:
-        raise ValueError(f"lr_scale names {min(unused)!r}, which no parameter's name begins with.")
-    if not members:
-        raise ValueError("no parameter is trainable.")
+            members.setdefault((max(prefixes, key=len, default=""), spared), []).append(parameter)
     return [
         {
             "params": parameters,
             "lr": lr * lr_scale.get(prefix, 1.0),
-            "weight_decay": weight_decay if decays else 0.0,
-            "name": f"{prefix or 'base'}, {'decay' if decays else 'no decay'}",
+            "weight_decay": 0.0 if spared else weight_decay,
+            "name": f"{prefix or 'base'}, {'no decay' if spared else 'decay'}",
         }
-        for (prefix, decays), parameters in sorted(members.items(), key=lambda item: (item[0][0], not item[0][1]))
+        for (prefix, spared), parameters in sorted(members.items(), key=lambda item: item[0])
     ]
 
 
-def build_optimizer(kind: str, groups: list[dict], momentum: float = 0.9) -> torch.optim.Optimizer:
-    """ "sgd" with `momentum`, or "adamw" with it as its first beta."""
-    if momentum == 1:
-        raise InputError(f"--momentum {momentum}: expected at least 0 and below 1.")
-    if kind == "sgd":
-        return torch.optim.SGD(groups, momentum=momentum)
-    return torch.optim.AdamW(groups, betas=(momentum, 0.999))
-
-
-def build_schedule(
-    optimizer: torch.optim.Optimizer,
+def lr_factor(
+    step: int,
     kind: str,
     *,
     total_steps: int,
@@ -78,61 +58,28 @@ def build_schedule(
     milestones: Sequence[int] = (),
     gamma: float = 0.1,
     final_factor: float = 0.0,
-) -> LambdaLR:
-    """One schedule, stepped after each optimizer step, that multiplies each group's learning rate by a factor.
+) -> float:
+    """The factor on each group's learning rate after `step` optimizer steps.
 
-    The factor rises linearly from `warmup_factor` to 1 over `warmup_steps` and then follows `kind`:
-    "constant": 1. "multistep": times `gamma` at each of `milestones`, counted in steps from the start of the run.
+    It rises linearly from `warmup_factor` to 1 over `warmup_steps` and then follows `kind`:
+    "constant": 1. "multistep": times `gamma` at each of `milestones`, rising steps from the start of the run.
     "cosine": half a cosine from 1 down to `final_factor` at `total_steps` (Loshchilov and Hutter 2017, equation 5).
     "one-cycle": as cosine, but the rise is half a cosine too, and takes 30 % of the run where `warmup_steps` is 0
     (Smith and Topin 2018, as torch's OneCycleLR; momentum is left alone).
-
-    Its state dict holds the place in the schedule and the base rates, not the arguments: on resume the schedule is
-    rebuilt from the arguments and continues at its step. Raises InputError for milestones out of order.
     """
-    if list(milestones) != sorted(set(milestones)):
-        raise InputError(f"--milestones {list(milestones)}: expected rising numbers.")
     if kind == "one-cycle" and not warmup_steps:
         warmup_steps = round(0.3 * total_steps)
-    # LambdaLR saves the attributes of a callable object; a partial has none, so that the arguments stay the run's own.
-    factor = functools.partial(
-        _factor, kind=kind, warmup_steps=warmup_steps, warmup_factor=warmup_factor, total_steps=total_steps,
-        milestones=tuple(milestones), gamma=gamma, final_factor=final_factor,
-    )  # fmt: skip
-    return LambdaLR(optimizer, factor)
-
-
-def _factor(step, *, kind, warmup_steps, warmup_factor, total_steps, milestones, gamma, final_factor) -> float:
     rise = course = 1.0
     if step < warmup_steps:
         done = step / warmup_steps
-        rise = warmup_factor + (1 - warmup_factor) * (
-            (1 - math.cos(math.pi * done)) / 2 if kind == "one-cycle" else done
-        )
+        rise = (1 - math.cos(math.pi * done)) / 2 if kind == "one-cycle" else done
+        rise = warmup_factor + (1 - warmup_factor) * rise
     if kind == "multistep":
         course = gamma ** bisect.bisect_right(milestones, step)
     elif kind in ("cosine", "one-cycle"):
         done = min(max((step - warmup_steps) / max(1, total_steps - warmup_steps), 0.0), 1.0)
         course = final_factor + (1 - final_factor) * (1 + math.cos(math.pi * done)) / 2
     return rise * course
-
-
-def ema(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the parameters of `model` (the bare one, on its device); buffers are copied.
-
-    Call `update_parameters(model)` after each step; `.module` is the averaged model. The first update copies; the n-th
-    after it decays by min(decay, (1 + n) / (10 + n)), so that a short run does not keep its random start (as
-    TensorFlow's num_updates).
-    """
-    if decay == 1:
-        raise InputError(f"--ema-decay {decay}: expected at least 0 and below 1.")
-
-    def update(averages, current, _) -> None:
-        n = int(average.n_averaged)  # lies on the CPU: nothing waits for a GPU
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, current, None)
-
-    average = AveragedModel(model, multi_avg_fn=update)  # buffers are copied, not averaged
-    return average
 
 
 def build_optimisation(args: argparse.Namespace, model: nn.Module, steps_per_epoch: int, **grouping):
@@ -145,10 +92,30 @@ def build_optimisation(args: argparse.Namespace, model: nn.Module, steps_per_epo
     if args.lr_base_batch:
         lr = lr * args.batch_size * distributed.world_size() * args.accumulate / args.lr_base_batch
     groups = parameter_groups(model, lr=lr, weight_decay=args.weight_decay, **grouping)
-    optimizer = build_optimizer(args.optimizer, groups, momentum=args.momentum)
-    schedule = build_schedule(
-        optimizer, args.schedule, total_steps=args.epochs * steps_per_epoch, warmup_steps=args.warmup_steps,
-        warmup_factor=args.warmup_factor, milestones=[epoch * steps_per_epoch for epoch in args.milestones],
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, momentum=args.momentum)
+    else:
+        optimizer = torch.optim.AdamW(groups, betas=(args.momentum, 0.999))
+    # LambdaLR saves the attributes of a callable object; a partial has none, so that a resumed run brings its own.
+    factor = functools.partial(
+        lr_factor, kind=args.schedule, total_steps=args.epochs * steps_per_epoch, warmup_steps=args.warmup_steps,
+        warmup_factor=args.warmup_factor, milestones=sorted(epoch * steps_per_epoch for epoch in args.milestones),
         gamma=args.gamma, final_factor=args.final_factor,
     )  # fmt: skip
-    return optimizer, schedule
+    return optimizer, LambdaLR(optimizer, factor)
+
+
+def ema(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the parameters of `model` (the bare one, on its device); buffers are copied.
+
+    Call `update_parameters(model)` after each step; `.module` is the averaged model. The first update copies; the n-th
+    after it decays by min(decay, (1 + n) / (10 + n)), so that a short run does not keep its random start (as
+    TensorFlow's num_updates).
+    """
+
+    def update(averages, current, _) -> None:
+        n = int(average.n_averaged)  # lies on the CPU: nothing waits for a GPU
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, current, None)
+
+    average = AveragedModel(model, multi_avg_fn=update)  # buffers are copied, not averaged
+    return average

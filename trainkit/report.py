@@ -1,13 +1,12 @@
-"""Look at runs: one HTML page with all that their folders tell, side by side. The page needs no network.
+"""One HTML page about the runs of any of the scripts, side by side. The page needs no network.
 
     python -m trainkit.report runs/stage1-20260101-120000
     python -m trainkit.report runs/one runs/other --output compare.html
 
 It holds validation metrics, every curve of metrics.jsonl, gradients by loss, pictures, arguments (those that differ
-first) and versions, of runs of any of the scripts. Curves are drawn by matplotlib, of the extra `viz`.
+first) and versions. matplotlib, of the extra `viz`, draws the curves.
 """
 
-import array
 import base64
 import collections
 import io
@@ -26,13 +25,15 @@ import numpy as np
 from trainkit.arguments import make_parser, non_negative_int
 from trainkit.errors import InputError, one_sentence
 from trainkit.files import natural, open_image, write_text
-from trainkit.run_files import file_in_run, read_record, step_record
+from trainkit.log import step_record
+from trainkit.run_folder import file_in_run, read_record
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_SIDE = 900  # pixels of a picture on the page
 MAX_POINTS = 300  # of a curve; longer ones are drawn faintly, and over it the means of so many stretches
 MAX_VALUE = 1e100  # larger numbers are not drawn
-# Okabe and Ito's, which people who see few colours can tell apart; the ninth curve is the first one dashed.
+LOGARITHMIC = {"grad_norm", "norm"}  # curves with a logarithmic axis
+# Okabe and Ito's, for colour-blind users; the ninth curve is the first one dashed.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8578e", "#b38600", "#3a9bd0", "#7a4fb5", "#6b6b6b")
 TITLES = {"validation": "Validation", "train": "Training", "gradients": "Gradients by loss"}
 STYLE = """
@@ -52,13 +53,11 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps and values, each (n,) float64; Na
 
 @dataclass
 class Run:
-    """A run of any of the scripts. record: args.json. notes: what is not as it should be, as sentences."""
-
     folder: Path
-    record: dict
+    record: dict  # args.json
     label: str = ""
     curves: dict[Name, Curve] = field(default_factory=dict)  # each has a value
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # sentences about what is missing or damaged
 
     def last(self, *name: str) -> str:
         """The last value of a curve; a dash where there is none."""
@@ -67,18 +66,16 @@ class Run:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`python -m trainkit.report`: write the page of one or several runs."""
     parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--output", metavar="FILE.html", help="the page; without it report.html in the first RUN")
     parser.add_argument("--pictures", type=non_negative_int, default=6, metavar="N", help="of each kind and run")
-    parser.add_argument("--log", default="grad_norm,norm", metavar="NAME,NAME", help="curves on a logarithmic axis")
     args = parser.parse_args(arguments)
     output = Path(args.output) if args.output else Path(args.runs[0]) / "report.html"
     if output.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--output {output}: expected a name that ends with .html.")
     runs = read_runs(args.runs)
-    write_text(output, page(runs, args.pictures, args.log.split(",")))
+    write_text(output, page(runs, args.pictures))
     for run in runs:
         for note in run.notes:
             print(f"{run.folder}: {note}", file=sys.stderr)
@@ -88,8 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     """The runs in these folders, labelled with the ends of their paths that tell them apart.
 
-    Raises InputError, naming folder, file or line, where a folder is missing, given twice or no run's, and where one of
-    its files is broken or leads out of it. A last line of metrics.jsonl that is half written only makes a note.
+    Raises InputError where a folder is missing, given twice or no run's, and where one of its files is broken or leads
+    out of it. A half-written last line of metrics.jsonl only makes a note.
     """
     runs = [_read_run(Path(folder)) for folder in folders]
     places = [run.folder.resolve() for run in runs]
@@ -102,15 +99,14 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 
 def _read_run(folder: Path) -> Run:
     if not folder.is_dir():
-        kind = "a file" if folder.exists() else "nothing"
-        raise InputError(f"{folder}: expected the folder of a run, found {kind}.")
+        raise InputError(f"{folder}: expected the folder of a run.")
     record, metrics = read_record(folder), file_in_run(folder, "metrics.jsonl")
     if record is None and metrics is None:
         raise InputError(f"{folder} is not the folder of a run: it holds neither args.json nor metrics.jsonl.")
     run = Run(folder, record or {})
     run.notes += ["there is no args.json, so the arguments are not known"] * (record is None)
     run.notes += ["there is no metrics.jsonl, nothing has been logged"] * (metrics is None)
-    points: dict[Name, tuple[array.array, array.array]] = {}
+    points: dict[Name, tuple[list[float], list[float]]] = {}
     with open(metrics or os.devnull, encoding="utf-8", errors="replace") as file:
         for place, line in enumerate(file, 1):
             record = step_record(line)
@@ -121,7 +117,7 @@ def _read_run(folder: Path) -> Run:
                 break
             values = {key: value for key, value in record.items() if key not in ("step", "epoch", "kind")}
             for name, value in _numbers(values, (str(record.get("kind")),)):
-                columns = points.setdefault(name, (array.array("d"), array.array("d")))
+                columns = points.setdefault(name, ([], []))
                 columns[0].append(record["step"])
                 columns[1].append(value)
     curves = {name: (np.array(steps), np.array(values)) for name, (steps, values) in points.items()}
@@ -138,15 +134,15 @@ def _numbers(values: dict, before: Name) -> Iterator[tuple[Name, float]]:
             yield (*before, key), math.nan if value is None or not abs(value) < MAX_VALUE else float(value)
 
 
-def page(runs: list[Run], pictures: int, log: Sequence[str]) -> str:
-    """The page, which is forbidden to load anything. pictures: how many of each kind per run. log: as --log."""
+def page(runs: list[Run], pictures: int) -> str:
+    """The page, which is forbidden to load anything. pictures: how many of each kind per run."""
     shown = picture_section(runs, pictures)  # first, as it makes notes
-    tables = {"validation": validation_tables(runs), "gradients": cosines(runs)}
     kinds = dict.fromkeys([*TITLES, *(name[0] for run in runs for name in run.curves)])
     records = [run.record | {"arguments": "above"} for run in runs]
     sections = [
         ("Runs", overview(runs)),
-        *((TITLES.get(kind, kind), tables.get(kind, "") + charts(runs, kind, log)) for kind in kinds),
+        ("Last validation", validation_tables(runs)),
+        *((TITLES.get(kind, kind), charts(runs, kind)) for kind in kinds),
         ("Pictures", shown),
         ("Arguments", compared(runs, [run.record.get("arguments", {}) for run in runs])),
         ("Machine and versions", compared(runs, records)),
@@ -176,7 +172,7 @@ def figure(content: str, caption: str, remark: str) -> str:
 
 
 def overview(runs: list[Run]) -> str:
-    """A table of one row per run: what ran, how far it came, its last loss, and what is odd about it."""
+    """A table of one row per run: script, start, steps, last loss, notes."""
     rows = []
     for run in runs:
         steps = max((steps.max() for steps, _ in run.curves.values()), default=0)
@@ -190,18 +186,18 @@ def names_of(runs: list[Run], kind: str) -> list[Name]:
 
 
 def families(names: Sequence[Name]) -> dict[Name, dict[str, Name]]:
-    """Names that differ in one key: the other keys -> that key -> name.
+    """Group names that differ in exactly one key: the other keys -> that key -> name.
 
-    The key is the last one but the leaf that takes several values, as the modality in ("validation", "both", "ap50");
-    of gradients it is the leaf, a loss. A name that is alone has the key "".
+    Of several such keys it is the last before the leaf, as the modality in ("validation", "both", "ap50"); of gradients
+    it is the leaf, a loss. A name that is alone has the key "".
     """
     counts = collections.Counter((name[:i], name[i + 1 :]) for name in names for i in range(len(name)))
-    found: dict[Name, dict[str, Name]] = {}
+    groups: dict[Name, dict[str, Name]] = {}
     for name in names:
         places = [i for i in range(len(name) - 1) if counts[name[:i], name[i + 1 :]] > 1] or [len(name)]
         place = len(name) - 1 if name[0] == "gradients" else places[-1]
-        found.setdefault(name[:place] + name[place + 1 :], {})["".join(name[place : place + 1])] = name
-    return found
+        groups.setdefault(name[:place] + name[place + 1 :], {})["".join(name[place : place + 1])] = name
+    return groups
 
 
 def validation_tables(runs: list[Run]) -> str:
@@ -215,16 +211,6 @@ def validation_tables(runs: list[Run]) -> str:
     return "".join(map(table, heads, tables.values()))
 
 
-def cosines(runs: list[Run]) -> str:
-    """The mean cosine of every two losses' gradients, a row per part and pair."""
-    rows = []
-    for name in names_of(runs, "gradients"):
-        if len(name) == 5 and name[2] == "cosine":
-            cells = [f"{np.nanmean(run.curves[name][1]):+.3f}" if name in run.curves else "–" for run in runs]
-            rows.append([f"{name[1]}: {name[3]}, {name[4]}", *cells])
-    return table(["mean cosine of gradients", *(run.label for run in runs)], rows)
-
-
 def compared(runs: list[Run], records: list[dict]) -> str:
     """Tables of the runs' dicts: of several runs, the rows that differ come first and are marked."""
     keys = dict.fromkeys(key for record in records for key in record)
@@ -234,12 +220,12 @@ def compared(runs: list[Run], records: list[dict]) -> str:
     return table(head, differing, "text differs") + table(head, [row for row in rows if row not in differing], "text")
 
 
-def charts(runs: list[Run], kind: str, log: Sequence[str]) -> str:
-    """Of one run a chart per family, of several runs one per name; what never changes is told in a sentence."""
+def charts(runs: list[Run], kind: str) -> str:
+    """Of one run a chart per family, of several runs one per name; curves that never change are listed."""
     names = names_of(runs, kind)
     figures, constant = [], []
     for family, members in (families(names) if len(runs) == 1 else {name: {"": name} for name in names}).items():
-        title, logarithmic = " / ".join(family[1:]), any(key in log for key in family)
+        title, logarithmic = " / ".join(family[1:]), not LOGARITHMIC.isdisjoint(family)
         curves = {key or run.label: run.curves[n] for key, n in members.items() for run in runs if n in run.curves}
         values = np.concatenate([values for _, values in curves.values()])
         if np.nanmin(values) == np.nanmax(values):

@@ -1,6 +1,7 @@
 """A training run: its folder, log and checkpoints, the best model so far, and a clean end on Ctrl-C or SIGTERM."""
 
 import argparse
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -9,12 +10,13 @@ from torch import nn
 
 from trainkit import checkpoint, distributed
 from trainkit.errors import InputError
-from trainkit.files import check_like, number, shown
+from trainkit.files import MAX_ID, check_like, number, numbers, shown
+from trainkit.gradients import gradient_tables
 from trainkit.log import RunLog, Throughput, peak_memory
 from trainkit.run_folder import prepare_run
 from trainkit.sampler import ResumableSampler
 from trainkit.signals import Signals
-from trainkit.step import StepResult, TrainStep, micro_batches
+from trainkit.step import StepResult, TrainStep
 
 
 class Run:
@@ -26,7 +28,7 @@ class Run:
                 for batches in run.batches(loader):
                     run.log_step(train_step(batches), images=8)
                 if run.validation_due():
-                    run.log_validation(metrics)
+                    run.log_validation(metrics, text)
                     run.keep_best((metrics["ap"], 0.0), "AP")
 
     train_step: brings model, optimizer, schedule, EMA and gradient scaler.
@@ -38,8 +40,7 @@ class Run:
     may_change: flags, besides `run_folder.MAY_CHANGE`, that may change when a run is resumed.
 
     last.pt is written every --save-every steps, and before and after each validation; epoch-N.pt every --keep-every
-    epochs. A run that goes on from last.pt does what an uninterrupted run did, bit for bit on the CPU, wherever it was
-    ended.
+    epochs. A resumed run does what an uninterrupted one did, bit for bit on the CPU, wherever it was ended.
 
     Raises InputError where the folder is in use, or where the checkpoint to resume does not fit.
     """
@@ -65,8 +66,9 @@ class Run:
         self.epoch, self._written, self._stream = 0, None, None
         self.folder = prepare_run(args, script, may_change=may_change)
         if args.resume:
+            state = checkpoint.load(args.resume)
             with checkpoint.restoring(args.resume):
-                self.load_state_dict(checkpoint.load(args.resume))
+                self.load_state_dict(state)
         self.log = RunLog(
             self.folder, total_steps=total_steps if args.max_steps is None else min(args.max_steps, total_steps),
             resume_step=train_step.steps if args.resume else None, validated=train_step.validated,
@@ -78,8 +80,8 @@ class Run:
         self.signals.__enter__()
         self.log.say(f"writing to {self.folder}")
         if self.args.resume:
-            at = f"step {self.train_step.steps}, epoch {self.sampler.epoch}"
-            self.log.say(f"resumed from {self.args.resume} at {at}")
+            place = f"step {self.train_step.steps}, epoch {self.sampler.epoch}"
+            self.log.say(f"resumed from {self.args.resume} at {place}")
         return self
 
     def __exit__(self, kind, *_) -> None:
@@ -107,9 +109,7 @@ class Run:
                 self.sampler.set_epoch(self.epoch)  # a run resumed here begins the next epoch
                 if self.args.keep_every and self.epoch % self.args.keep_every == 0:
                     self.save(f"epoch-{self.epoch}.pt")
-                self._save_last()
-            elif self._out_of_steps():
-                self._save_last()
+            self._save_last()
             if not self._over():
                 self.leave_if_asked()
 
@@ -121,13 +121,12 @@ class Run:
         if self.epoch == 0 or len(self.sampler) == 0 or self._out_of_steps() or self._validates_here():
             return
         if self._stream is None:
-            self._stream = micro_batches(loader, self.args.accumulate)
+            self._stream = _grouped(loader, self.args.accumulate)
         self.throughput.restart()
         for batches in self._stream:
             self.sampler.advance(len(batches))
-            before = self.train_step.steps
             yield batches
-            if self.train_step.steps > before and self.train_step.steps % self.args.save_every == 0:
+            if self.train_step.steps % self.args.save_every == 0:
                 self._save_last()
             self.leave_if_asked()
             if self._out_of_steps() or (self._validates_here() and len(self.sampler)):
@@ -153,21 +152,21 @@ class Run:
         """
         if result.skipped:
             return
-        step, device = self.train_step.steps, self.train_step.device
+        step = self.train_step.steps
         values = {"epoch": self.epoch, "loss": result.total, **result.losses, "lr": result.lr}
         values |= {"grad_norm": result.grad_norm, **result.metrics, **(metrics or {})}
-        values["images_per_second"] = self.throughput.update(images)
-        self.log.train(
-            step, values, unprinted={"memory_gib": peak_memory(device), **(hidden or {})},
-            seconds_per_step=self.throughput.seconds_per_step,
-        )  # fmt: skip
+        values["images_per_second"], seconds_per_step = self.throughput.update(images)
+        unprinted = {"memory_gib": peak_memory(self.train_step.device), **(hidden or {})}
+        self.log.train(step, values, unprinted=unprinted, seconds_per_step=seconds_per_step)
         if result.gradients:
-            self.log.gradients(step, self.epoch, result.gradients)
+            self.log.write("gradients", step, {"epoch": self.epoch, **result.gradients})
+            self.log.say(f"gradients of step {step}, by loss: norm and cosines\n{gradient_tables(result.gradients)}")
 
     def log_validation(self, metrics: dict, text: str) -> None:
         """Log the metrics of a validation, `text` on the console, and count the validation as done."""
-        self.log.validation(self.train_step.steps, {"epoch": self.epoch, **metrics}, text)
-        self.train_step.validated = self.train_step.steps
+        step = self.train_step.validated = self.train_step.steps
+        self.log.write("validation", step, {"epoch": self.epoch, **metrics})
+        self.log.say(f"validation after step {step}  {text}")
 
     def keep_best(self, value: tuple[float, float], name: str) -> None:
         """Write best.pt where `value` is the highest so far. value: what is compared, and what breaks ties.
@@ -235,10 +234,12 @@ class Run:
         step, average = self.train_step, self.train_step.average
         if (state["ema"] is None) != (average is None):
             raise InputError("--ema-decay: the checkpoint was trained otherwise; resume with the same")
-        like = step.bare_model.state_dict()
-        models = {"model": step.bare_model} | ({} if average is None else {"ema": average.module})
-        for name, part in {**models, "schedule": step.schedule, **self.parts}.items():
-            check_like(state[name], like if name in models else part.state_dict(), name)
+        parts = {"model": step.bare_model, "schedule": step.schedule, **self.parts}
+        if average is not None:
+            parts["ema"] = average.module
+            average.n_averaged.fill_(number(state["ema_updates"], "ema_updates", 0, MAX_ID, whole=True))
+        for name, part in parts.items():
+            check_like(state[name], part.state_dict(), name)
             part.load_state_dict(state[name])
         _check_optimizer(step.optimizer, state["optimizer"])
         step.optimizer.load_state_dict(state["optimizer"])
@@ -246,12 +247,11 @@ class Run:
             before = part.state_dict()
             part.load_state_dict(state[name])  # says itself which flag to change
             check_like(part.state_dict(), before, name)
-        updates = number(state["ema_updates"], "ema_updates", 0, whole=True) if average else step.steps
-        if average is not None:
-            average.n_averaged.fill_(updates)
+        updates = step.steps if average is None else average.n_averaged
         if not step.steps == updates == step.schedule.last_epoch or len(self.sampler) < 0:
             raise InputError("its parts are at different steps")
-        self.best = _best_of(state["best"])
+        best = state["best"] if isinstance(state["best"], list | tuple) else (state["best"], -math.inf)  # older ones
+        self.best = numbers(best, "best", 2, -math.inf, math.inf)
         self.stale = number(state.get("stale", 0), "stale", 0, whole=True)  # absent in older checkpoints
         for name in self.values:
             self.values[name] = None if state[name] is None else number(state[name], name)
@@ -259,11 +259,11 @@ class Run:
             checkpoint.set_rng_state(state["rng"][distributed.rank()])
 
 
-def _best_of(best) -> tuple[float, float]:
-    best = best if isinstance(best, list | tuple) else (best, -math.inf)  # older checkpoints hold the value alone
-    if len(best) != 2 or not all(isinstance(value, float) and not math.isnan(value) for value in best):
-        raise InputError(f"best: expected two numbers, got {shown(best)}")
-    return tuple(best)
+def _grouped(loader: Iterable, size: int) -> Iterator[list]:
+    """The loader's batches in lists of `size`; what is left at the end of an epoch makes a smaller last list."""
+    batches = iter(loader)
+    while group := list(itertools.islice(batches, size)):
+        yield group
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:

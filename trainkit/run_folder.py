@@ -1,4 +1,4 @@
-"""The folder of a run: named, locked, and with its args.json."""
+"""The folder of a run: named, locked, with its args.json, and found again by --resume."""
 
 import argparse
 import contextlib
@@ -16,12 +16,11 @@ from typing import IO
 
 import torch
 
-from trainkit import checkpoint, distributed
-from trainkit.checkpoint import RUNS
+from trainkit import distributed
 from trainkit.errors import InputError
-from trainkit.files import shown, write_json
-from trainkit.run_files import read_record
+from trainkit.files import read_json, shown, write_json
 
+RUNS = Path("runs")  # where runs without --output go
 # Half of a recipe comes out of the checkpoint (learning rate, weight decay, data order): any other flag, changed on
 # resume, would be ignored or make a run that nobody can repeat.
 MAY_CHANGE = ("output", "resume", "init_from", "data_root", "device", "workers", "check")
@@ -33,25 +32,51 @@ _locks: dict[Path, IO] = {}  # POSIX drops the lock of a file when the process c
 def prepare_run(args: argparse.Namespace, script: str, *, may_change: Iterable[str] = ()) -> Path:
     """Resolve --resume and --output, make the run's folder, write its args.json, and return the folder, on every rank.
 
-    Without --output the folder is that of the resumed checkpoint, else runs/SCRIPT-TIME. `args.resume` becomes the path
-    of the checkpoint to read or None, `args.output` the folder. With --resume auto a run that ended before its first
+    `args.resume` becomes the path of the checkpoint to read, or None; `args.output` the folder. Without --output it is
+    the folder of the resumed checkpoint, else runs/SCRIPT-TIME. With --resume auto, a run that ended before its first
     checkpoint starts again in its --output.
 
     Raises InputError where another run uses the folder, and where a flag that is neither in `MAY_CHANGE` nor in
     `may_change` differs from the resumed run's.
     """
-    resumed = checkpoint.find_resume(args.resume, args.output, script)
+    allowed = {*MAY_CHANGE, *may_change}
+    args.resume, args.output = distributed.run_on_main(lambda: _prepare(args, script, allowed))
+    return Path(args.output)
+
+
+def _prepare(args: argparse.Namespace, script: str, may_change: set[str]) -> tuple[str | None, str]:
     again = args.resume == "auto"
-    if again and resumed is None and distributed.is_main():
-        where = args.output if args.output is not None else f"{RUNS}/{script}-*"
-        print(f"--resume auto: no last.pt in {where}, starting fresh", flush=True)
     if args.init_from and args.resume and not again:
         raise InputError("--init-from: a resumed run has its weights from --resume; give one of the two.")
-    distributed.run_on_main(lambda: _check_flags(args, script, resumed, {*MAY_CHANGE, *may_change}))
-    folder = distributed.run_on_main(lambda: _open_folder(args.output, script, resumed, again))
-    args.resume, args.output = str(resumed) if resumed else None, str(folder)
-    distributed.run_on_main(lambda: _record(args, script, folder, resumed))
-    return folder
+    resumed = _find_resume(args.resume, args.output, script)
+    if again and resumed is None:
+        where = args.output if args.output is not None else f"{RUNS}/{script}-*"
+        print(f"--resume auto: no last.pt in {where}, starting fresh", flush=True)
+    arguments = json.loads(json.dumps(vars(args), default=str))
+    record = read_record(resumed.parent) if resumed else None
+    for name, value in (record["arguments"] if record else {}).items():
+        if name in arguments and arguments[name] != value and name not in may_change:
+            raise InputError(
+                f"--{name.replace('_', '-')} is {shown(arguments[name])}, but the run in {resumed.parent} began "
+                f"with {shown(value)}; resume with the same, or begin a new run with --init-from."
+            )
+    folder = _open_folder(args.output, script, resumed, again)
+    resume, output = str(resumed) if resumed else None, str(folder)
+    start = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [script, *sys.argv[1:]],
+        "commit": _commit(),
+        "world_size": distributed.world_size(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+    if record is None:
+        arguments |= {"resume": resume, "output": output}
+        record = {"script": script, "arguments": arguments, **start, "resumed": []}
+    else:
+        record["resumed"].append({"from": resume, **start})
+    write_json(folder / "args.json", record, indent=2)
+    return resume, output
 
 
 def _open_folder(output: str | None, script: str, resumed: Path | None, again: bool) -> Path:
@@ -62,8 +87,8 @@ def _open_folder(output: str | None, script: str, resumed: Path | None, again: b
         folder = Path(output) if output is not None else resumed.parent
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder}: expected a folder, found a file.")
-    own = folder.resolve() == resumed.parent.resolve() if resumed else again and read_record(folder, script) is not None
-    if folder.is_dir() and not own and any(path.name != _LOCK for path in folder.iterdir()):
+    ours = folder.resolve() == resumed.parent.resolve() if resumed else again and read_record(folder, script)
+    if folder.is_dir() and not ours and any(path.name != _LOCK for path in folder.iterdir()):
         raise InputError(f"--output {folder}: already holds files; choose another folder, or continue with --resume.")
     folder.mkdir(parents=True, exist_ok=True)
     _lock(folder)
@@ -95,39 +120,6 @@ def _lock(folder: Path) -> None:
         print(f"{folder} cannot be locked ({error.strerror}): see to it that no second run writes there", flush=True)
 
 
-def _check_flags(args: argparse.Namespace, script: str, resumed: Path | None, may_change: set[str]) -> None:
-    """Refuse a flag that differs from the resumed run's, before a folder is made."""
-    arguments, record = _plain(args), read_record(resumed.parent, script) if resumed else None
-    for name, value in (record["arguments"] if record else {}).items():
-        if name in arguments and arguments[name] != value and name not in may_change:
-            raise InputError(
-                f"--{name.replace('_', '-')} is {shown(arguments[name])}, but the run in {resumed.parent} began "
-                f"with {shown(value)}; resume with the same, or begin a new run with --init-from."
-            )
-
-
-def _plain(args: argparse.Namespace) -> dict:
-    return json.loads(json.dumps(vars(args), default=str))
-
-
-def _record(args: argparse.Namespace, script: str, folder: Path, resumed: Path | None) -> None:
-    """Write args.json: how the run was started, and after that how it was resumed."""
-    start = {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [script, *sys.argv[1:]],
-        "commit": _commit(),
-        "world_size": distributed.world_size(),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
-        "versions": {"python": platform.python_version(), **_versions()},
-    }
-    record = read_record(resumed.parent, script) if resumed else None
-    if record is None:
-        record = {"script": script, "arguments": _plain(args), **start, "resumed": []}
-    else:
-        record["resumed"].append({"from": str(resumed), **start})
-    write_json(folder / "args.json", record, indent=2)
-
-
 def _versions() -> dict[str, str]:
     versions = {"torch": str(torch.__version__)}  # names the CUDA it is built for, as the package does not
     for name in ("macl-fgclip", "torchvision", "triton", "numpy", "pillow"):
@@ -139,11 +131,60 @@ def _versions() -> dict[str, str]:
 def _commit() -> str | None:
     """The commit that this code is at, with "-dirty" where files differ from it; None outside a git checkout."""
     root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        answer = subprocess.run(describe, capture_output=True, text=True)
-    except FileNotFoundError:  # git itself is not installed
+    with contextlib.suppress(FileNotFoundError):  # git itself is not installed
+        if (root / ".git").exists():
+            return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
+    return None
+
+
+def find_resume(value: str | None, output: str | Path | None, script: str) -> Path | None:
+    """The checkpoint file that `--resume value` means, the same on every rank, or None to start fresh.
+
+    A file is itself, a run's folder its last.pt. "auto" is the last.pt of `output` or, without `output`, of the run
+    runs/SCRIPT-* that was written to last. Raises InputError where `value` is neither, or a run of another script.
+    """
+    return distributed.run_on_main(lambda: _find_resume(value, output, script))
+
+
+def _find_resume(value: str | None, output: str | Path | None, script: str) -> Path | None:
+    if value is None:
         return None
-    return answer.stdout.strip() or None
+    if value != "auto":
+        path = Path(value) / "last.pt" if Path(value).is_dir() else Path(value)
+        if not path.is_file():
+            raise InputError(f"--resume {value}: expected a checkpoint, or the folder of a run that has a last.pt.")
+    else:
+        places = [Path(output)] if output is not None else RUNS.glob(f"{script}-*")
+        files = [place / "last.pt" for place in places if (place / "last.pt").is_file()]
+        path = max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
+    if path is not None:
+        read_record(path.parent, script)
+    return path
+
+
+def file_in_run(folder: Path, name: str) -> Path | None:
+    """The file of that name where there is one. Raises InputError where a link leads out of the folder."""
+    path = folder / name
+    if not path.is_file():
+        return None
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{path} is a link that leads out of the run's folder.")
+    return path
+
+
+def read_record(folder: Path, script: str | None = None) -> dict | None:
+    """args.json of a run's folder, with "arguments" and "resumed"; None where there is none.
+
+    Raises InputError where it is damaged or a link that leads out, or where the run is not one of `script`.
+    """
+    path = file_in_run(folder, "args.json")
+    if path is None:
+        return None
+    record = read_json(path, "what a run began with", dict)
+    for key, kind in {"arguments": dict, "resumed": list}.items():
+        if not isinstance(record.setdefault(key, kind()), kind):
+            raise InputError(f"{path}: {key}: expected {kind.__name__}, got {shown(record[key])}")
+    if script is not None and record.get("script") != script:
+        raise InputError(f"{path}: the run was begun by {shown(record.get('script'))}; {script} cannot go on with it")
+    return record

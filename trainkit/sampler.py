@@ -15,12 +15,6 @@ class ResumableSampler:
     entries, and each rank its slice of them. What does not fill a step is left out; a smaller set is repeated to do so.
     The epoch in the key is for augmentation, which draws from (seed, epoch, index).
 
-        for epoch in range(sampler.epoch, epochs):
-            sampler.set_epoch(epoch)
-            for batch in loader:
-                ...
-                sampler.advance()
-
     Only `advance` moves the position in `state_dict`: what workers fetched ahead was not trained on yet. After an
     epoch's last batch the position stays at its end, so that a run resumed there validates first.
     """
@@ -71,18 +65,16 @@ class ResumableSampler:
         """Go to the place in `state`. Raises InputError where it belongs to another order of the data."""
         for name, value in self._recipe().items():
             if state.get(name) != value:
-                raise InputError(
-                    f"the checkpoint's place in the data cannot be found again: its {name.replace('_', ' ')} was "
-                    f"{state.get(name)}, now it is {value}; resume with the same, or begin a new run with --init-from."
-                )
+                change = f"its {name.replace('_', ' ')} was {state.get(name)}, now it is {value}"
+                raise InputError(f"the place in the data is lost: {change}; resume with the same, or use --init-from.")
         self.epoch, self.position = state["epoch"], state["position"]
 
 
 class BalancedSampler(ResumableSampler):
-    """ResumableSampler over two data sets laid end to end, of which every batch holds the same shares.
+    """ResumableSampler over two data sets laid end to end; every batch holds the same shares of both.
 
-    An epoch is one pass over the first data set, with entries of the second spread evenly among it so that they make up
-    `share` of each stretch. Epoch after epoch these go through one permutation of the second data set after another.
+    An epoch is one pass over the first data set, with entries of the second spread evenly to make up `share` of it.
+    These go through one permutation of the second data set after another, across epochs.
     """
 
     def __init__(self, lengths: tuple[int, int], batch_size: int, *, share: float, seed: int):

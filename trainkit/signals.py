@@ -6,14 +6,7 @@ from trainkit import distributed
 
 
 class Signals:
-    """Lets the loop finish its step after Ctrl-C or SIGTERM, write last.pt and leave with the customary status.
-
-        with Signals() as signals:
-            for batches in ...:
-                step(batches)
-                if signals.stop_requested():
-                    checkpoint.save(...)
-                    raise SystemExit(signals.exit_status)
+    """Remembers Ctrl-C and SIGTERM, so that the loop can finish its step, write last.pt and leave.
 
     A second signal stops at once, except under `torchrun`. Terminals and schedulers send the signal to DataLoader
     workers as well, and a worker that dies of it takes the loop with it: `loader.make_loader` has them ignore it.

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainkit import distributed
-from trainkit.device import AUTOCAST, at_least_float32, autocast
+from trainkit.device import at_least_float32, autocast
 from trainkit.errors import InputError
-from trainkit.gradients import GradientReport, LossGradients
+from trainkit.gradients import LossGradients
 
 # The scaler halves its scale at each skipped step: after so many in a row the scale is not what is wrong.
 MAX_SKIPPED_IN_A_ROW = 24
@@ -28,20 +28,8 @@ class StepResult:
     grad_norm: float  # 2-norm over all parameters, before clipping; not finite where the step was skipped
     lr: float  # of the first parameter group, as used in this step
     skipped: bool  # fp16 only: a gradient overflowed, so neither parameters nor schedule nor EMA moved
-    metrics: dict[str, float]  # what else the forwards had to say
-    gradients: GradientReport | None = None  # where it was asked for: before clipping, so that the losses' ones add up
-
-
-def micro_batches(loader: Iterable, accumulate: int) -> Iterator[list]:
-    """Group a loader's batches by `accumulate`; what is left at the end of an epoch makes a smaller last group."""
-    group = []
-    for batch in loader:
-        group.append(batch)
-        if len(group) == accumulate:
-            yield group
-            group = []
-    if group:
-        yield group
+    metrics: dict[str, float]  # what else the forwards returned
+    gradients: dict | None = None  # of `LossGradients.report`, before clipping
 
 
 class TrainStep:
@@ -52,12 +40,15 @@ class TrainStep:
     model: what is trained, wrapped in DDP or not.
     forward(model, batch): named, unweighted scalar losses (), and named scalars () for the log, the same names each
         time; called under autocast.
-    weights: loss name -> factor, applied here and nowhere else. InputError where a loss with a weight is absent, where
-        a loss has no weight, and where one has neither a path to the parameters nor the value 0. Weight 0 is for a loss
-        that is switched off: it may be absent, and is logged but not differentiated where it is not.
+    weights: loss name -> factor, applied here and nowhere else. A loss of weight 0 is switched off: it may be absent,
+        and is logged but not differentiated where it is not.
     describe(batch): list of image ids or paths, for the sentence about a number that is not finite.
-    schedule is stepped, and `average` (an EMA of the model) updated, after each step that moved the parameters.
-    amp: "none", "fp16" (with a gradient scaler) or "bf16". clip_norm: None or 0 measures the norm only.
+    schedule, average: are stepped or updated after each step that moved the parameters.
+    amp: a key of `device.AUTOCAST`; fp16 brings a gradient scaler.
+    clip_norm: largest gradient norm; None or 0 does not clip.
+
+    Raises InputError where a loss with a weight is absent, where a loss has no weight, and where one has neither a path
+    to the parameters nor the value 0.
     """
 
     def __init__(
@@ -74,12 +65,8 @@ class TrainStep:
         amp: str = "none",
         clip_norm: float | None = None,
     ):
-        if amp not in AUTOCAST:
-            raise InputError(f"--amp {amp}: expected one of {', '.join(AUTOCAST)}.")
         if not any(weights.values()):
-            raise InputError(
-                f"none of the losses {sorted(weights)} has a weight other than 0, nothing would be learnt."
-            )
+            raise InputError(f"none of the losses {sorted(weights)} has a weight above 0, nothing would be learnt.")
         self.model, self.optimizer, self.schedule, self.average = model, optimizer, schedule, average
         self.forward, self.describe, self.weights = forward, describe, dict(weights)
         self._metric_names: list[str] = []
@@ -97,17 +84,16 @@ class TrainStep:
     ) -> StepResult:
         """One step over a list of micro-batches, each of which counts the same.
 
+        keep_gradients: leave the clipped gradients for `module_gradient_norms`.
+        parts: modules by name, at which each loss's share of this step's gradient is reported. The step itself stays
+            the same bit for bit; it takes one more backward per loss, and the memory of `LossGradients`.
+
         Raises InputError on every rank, before a parameter has moved, where on any rank a loss, or without fp16 a
-        gradient, is not finite. `keep_gradients` leaves the clipped gradients for `module_gradient_norms`.
-        parts: modules by name, at which each loss's share of this very step's gradient is reported. The step itself
-        stays the same bit for bit; it takes one more backward for every loss, and the memory of `LossGradients`.
+        gradient, is not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
         split = LossGradients(parts) if parts else None
-        rows = [
-            self._backward(batch, len(batches), last=i == len(batches) - 1, split=split)
-            for i, batch in enumerate(batches)
-        ]
+        rows = [self._backward(batch, len(batches), i == len(batches), split) for i, batch in enumerate(batches, 1)]
         rows = torch.stack(rows)  # (micro-batches, 2 * losses + metrics)
         gradients = split.report(scale=self.scaler.get_scale()) if split else None
         norm = self._measure_and_clip()
@@ -127,7 +113,7 @@ class TrainStep:
         present = {name: value for name, value in losses.items() if self.weights[name] or not math.isnan(value)}
         return StepResult(present, total, grad_norm, lr, not math.isfinite(grad_norm), metrics, gradients)
 
-    def _backward(self, batch, count: int, *, last: bool, split: LossGradients | None = None) -> torch.Tensor:
+    def _backward(self, batch, count: int, last: bool, split: LossGradients | None) -> torch.Tensor:
         """Differentiate one micro-batch's share, where asked for also by loss into `split`.
 
         -> its losses (NaN where absent), then what has no graph of each, then its metrics.
@@ -154,25 +140,20 @@ class TrainStep:
         return torch.stack([*values, *off_graph, *(value.detach().double() for value in metrics.values())])
 
     def _check_names(self, losses: dict[str, torch.Tensor]) -> None:
-        absent = [name for name, weight in self.weights.items() if weight and name not in losses]
-        if absent:
+        if absent := [name for name, weight in self.weights.items() if weight and name not in losses]:
             raise InputError(f"enabled loss absent: {', '.join(absent)} has a weight, the model gave {sorted(losses)}.")
-        unknown = [name for name in losses if name not in self.weights]
-        if unknown:
+        if unknown := [name for name in losses if name not in self.weights]:
             raise InputError(f"unknown loss: {', '.join(unknown)} has no weight among {sorted(self.weights)}.")
-        for name, loss in losses.items():
-            if loss.dim() != 0:
-                raise ValueError(f"{name} must be a scalar, not of shape {tuple(loss.shape)}.")
 
-    def _parameters(self) -> list[nn.Parameter]:
+    def _gradients(self) -> list[nn.Parameter]:
+        """The parameters that have a gradient."""
         return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
     def _measure_and_clip(self) -> torch.Tensor:
         """The 2-norm () of the whole gradient, unscaled, before clipping."""
-        parameters = self._parameters()
-        if not parameters:
-            return torch.zeros((), device=self.device)
-        self.scaler.unscale_(self.optimizer)
+        parameters = self._gradients()
+        if parameters:
+            self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         if self.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
@@ -185,48 +166,41 @@ class TrainStep:
         if bad:
             finite = torch.isfinite(rows[:, bad]).all(1).tolist()
             guilty = [batch for batch, fine in zip(batches, finite, strict=True) if not fine]
-            raise InputError(
-                f"step {self.steps + 1}: {', '.join(f'{names[i]} is {means[i]}' for i in bad)}, "
-                f"not a finite number, for the images {self._images(guilty)}."
-            )
-        off_graph = [name for name, value in zip(names, means[len(names) :], strict=False) if value]
-        if off_graph:
-            raise InputError(
-                f"step {self.steps + 1}: {', '.join(off_graph)} is not 0 but has no path to the parameters, "
-                f"so that its weight has no effect."
-            )
+            values = ", ".join(f"{names[i]} is {means[i]}" for i in bad)
+            raise self._error(f"{values}, not a finite number, for the images {self._images(guilty)}.")
+        if off_graph := [name for name, value in zip(names, means[len(names) :], strict=False) if value]:
+            raise self._error(f"{', '.join(off_graph)} is not 0 but has no path to the parameters, so that its weight "
+                              "has no effect.")  # fmt: skip
 
     def _check_gradient(self, grad_norm: float, batches: list) -> None:
         if math.isfinite(grad_norm):
             self._skipped_in_a_row = 0
             return
         if not self.scaler.is_enabled():
-            bad = [
-                name
-                for name, parameter in self.model.named_parameters()
-                if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
-            ]
+            grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+            bad = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
             where = f"of {bad[0]} and {len(bad) - 1} more parameters" if bad else "norm"
-            raise InputError(
-                f"step {self.steps + 1}: the losses are finite, but the gradient {where} is not, "
-                f"for the images {self._images(batches)}."
-            )
+            images = self._images(batches)
+            raise self._error(f"the losses are finite, but the gradient {where} is not, for the images {images}.")
         self.skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-            raise InputError(
-                f"step {self.steps + 1}: the gradient overflowed fp16 {self._skipped_in_a_row} times in a row, "
-                f"last for the images {self._images(batches)}; use --amp bf16 or none, or a smaller learning rate."
+            raise self._error(
+                f"the gradient overflowed fp16 {self._skipped_in_a_row} times in a row, last for the images "
+                f"{self._images(batches)}; use --amp bf16 or none, or a smaller learning rate."
             )
+
+    def _error(self, sentence: str) -> InputError:
+        return InputError(f"step {self.steps + 1}: {sentence}")
 
     def _images(self, batches: list) -> str:
         """What `describe` says of these batches of all ranks. A collective."""
-        own = [str(image) for batch in batches for image in self.describe(batch)]
-        images = [image for images in distributed.gather_objects(own) for image in images]
+        local = [str(image) for batch in batches for image in self.describe(batch)]
+        images = [image for images in distributed.gather_objects(local) for image in images]
         return ", ".join(images[:MAX_IMAGES_NAMED]) + (" ..." if len(images) > MAX_IMAGES_NAMED else "")
 
     def _update(self, grad_norm: float) -> None:
-        scaled = self.scaler.is_enabled() and bool(self._parameters())
+        scaled = self.scaler.is_enabled() and bool(self._gradients())
         if math.isfinite(grad_norm):
             if scaled:
                 self.scaler.step(self.optimizer)
@@ -260,10 +234,9 @@ def module_gradient_norms(model: nn.Module, depth: int = 2) -> dict[str, float |
 
     None where a module has trainable parameters and none of them got a gradient; wholly frozen modules are left out.
     """
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
     gradients: dict[str, list[torch.Tensor]] = {}
-    for name, parameter in bare.named_parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             module = ".".join(name.split(".")[:-1][:depth]) or name
             gradients.setdefault(module, []).extend([] if parameter.grad is None else [parameter.grad])
-    return {name: nn.utils.get_total_norm(found).item() if found else None for name, found in gradients.items()}
+    return {name: nn.utils.get_total_norm(grads).item() if grads else None for name, grads in gradients.items()}

@@ -1,4 +1,3 @@
-import math
 import os
 import pickle
 import random
@@ -10,22 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from scripts import ROOT, equal
 from torch.utils.data import Dataset
 
-from trainkit import checkpoint, distributed
-from trainkit.checkpoint import find_resume, load, rng_state, save, set_rng_state
+from trainkit import distributed
+from trainkit.checkpoint import load, rng_state, save, set_rng_state
 from trainkit.errors import InputError
 from trainkit.loader import make_loader
 from trainkit.signals import Signals
-
-
-def same(one, other) -> bool:
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def test_random_states_go_through_a_checkpoint(tmp_path):
@@ -44,8 +35,6 @@ def test_random_states_go_through_a_checkpoint(tmp_path):
     [
         ({"args": {"output": Path("runs")}}, r"state\['args'\]\['output'\] is a PosixPath"),
         ({"ap": [0.5, np.float64(0.5)]}, r"state\['ap'\]\[1\] is a float64"),
-        ({"step": np.int64(3)}, "int64"),
-        ({"classes": {"person"}}, "set"),
         ({"sizes": torch.zeros(2).shape}, "Size"),
         ({"ids": {(1, 2): 3}}, r"the key \(1, 2\)"),
     ],
@@ -54,17 +43,6 @@ def test_only_tensors_and_plain_python_are_written(tmp_path, value, place):
     with pytest.raises(TypeError, match=place):
         save(tmp_path / "last.pt", value)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_everything_plain_comes_back(tmp_path):
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    state = {
-        "model": model.state_dict(),
-        "kwargs": {"classes": ("person",), "min_size": None, "scales": [0.5, True, -1]},
-    }
-    save(tmp_path / "last.pt", state)
-    assert same(load(tmp_path / "last.pt"), state)
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
 @pytest.mark.parametrize(("error", "seen"), [(KeyboardInterrupt, KeyboardInterrupt), (OSError, InputError)])
@@ -90,9 +68,8 @@ def test_a_killed_run_leaves_a_whole_checkpoint(tmp_path):
             save(sys.argv[1] + "/last.pt", {"step": step, "weights": torch.full((1000, 1000), float(step))})
             print(step, flush=True)
     """
-    root = str(Path(__file__).resolve().parents[2])
     command = [sys.executable, "-c", script, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": root}) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
         for _ in range(3):
             process.stdout.readline()
         process.kill()
@@ -119,34 +96,14 @@ def test_files_that_are_no_checkpoint_get_one_sentence(tmp_path):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_truncated_checkpoint_gets_one_sentence(tmp_path, zipped):
     path = tmp_path / "last.pt"
-    torch.save(run_state := {"weights": torch.arange(2000.0)}, path, _use_new_zipfile_serialization=zipped)
-    assert same(load(path), run_state)
+    state = {"weights": torch.arange(2000.0), "kwargs": {"classes": ("person",), "size": None, "scales": [0.5, True]}}
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    assert equal(load(path), state)
     content = path.read_bytes()
     for length in range(20, len(content), len(content) // 40):
         path.write_bytes(content[:length])
         with pytest.raises(InputError, match="cut short|not written by"):
             load(path)
-
-
-def test_resume_takes_a_file_a_folder_or_finds_the_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    runs = Path("runs")
-    for order, name in enumerate(("toy-2", "toy-1", "other-3", "toy-4")):
-        (runs / name).mkdir(parents=True)
-        if name != "toy-4":
-            save(runs / name / "last.pt", {"step": order})
-            os.utime(runs / name / "last.pt", (order, order))
-    last = runs / "toy-2" / "last.pt"
-    assert find_resume(None, None, "toy") is None
-    assert find_resume(str(last), None, "toy") == last
-    assert find_resume(str(runs / "toy-2"), None, "toy") == last
-    assert find_resume("auto", str(runs / "toy-2"), "toy") == last
-    assert find_resume("auto", None, "toy") == runs / "toy-1" / "last.pt"
-    assert find_resume("auto", str(tmp_path / "new"), "toy") is None
-    assert find_resume("auto", None, "fresh") is None
-    for missing in (runs / "toy-4", tmp_path / "nothing.pt"):
-        with pytest.raises(InputError, match=f"--resume {missing}: expected"):
-            find_resume(str(missing), None, "toy")
 
 
 @pytest.mark.parametrize(
@@ -181,5 +138,5 @@ def test_loader_workers_outlive_the_signal_so_that_the_step_can_end():
 
 def test_ranks_other_than_the_first_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    checkpoint.save(tmp_path / "last.pt", {"step": math.pi})
+    save(tmp_path / "last.pt", {"step": 1})
     assert list(tmp_path.iterdir()) == []

@@ -32,7 +32,7 @@ def test_alone_gather_passes_the_gradient_and_sum_is_a_copy():
     assert not distributed.gather(x).requires_grad
 
 
-@pytest.mark.parametrize("count", [4, 4.0, torch.tensor(4), torch.tensor(4.0)])
+@pytest.mark.parametrize("count", [4, torch.tensor(4)])
 def test_alone_global_mean_is_the_mean(count):
     x = torch.arange(4.0, requires_grad=True)
     mean = distributed.global_mean(x.sum(), count)
@@ -41,15 +41,11 @@ def test_alone_global_mean_is_the_mean(count):
     assert x.grad.tolist() == [0.25] * 4
 
 
-def test_the_mean_of_nothing_is_a_connected_zero():
+def test_the_mean_of_nothing_is_a_connected_zero_and_nan_stays_nan():
     x = torch.ones(2, requires_grad=True)
     mean = distributed.global_mean(x[:0].sum(), 0)
-    assert mean.item() == 0.0 and mean.requires_grad
     mean.backward()
-    assert x.grad.tolist() == [0.0, 0.0]
-
-
-def test_a_nan_stays_one():
+    assert mean.item() == 0.0 and x.grad.tolist() == [0.0, 0.0]
     assert distributed.global_mean(torch.tensor(float("nan")), 0).isnan()
 
 
@@ -60,13 +56,5 @@ def test_a_device_that_is_not_there_gets_one_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(InputError, match="process 2 of this machine has no GPU, 2 are visible"):
+    with pytest.raises(InputError, match="process 2 has no GPU, 2 are visible"):
         distributed.start("cuda")
-
-
-def test_a_decision_that_fails_raises_its_sentence():
-    def refuse():
-        raise InputError("no.")
-
-    with pytest.raises(InputError, match="^no.$"):
-        distributed.run_on_main(refuse)

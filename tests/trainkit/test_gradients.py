@@ -1,6 +1,5 @@
 """Norms and cosines of the losses' gradients: by hand, on the way of a step, and in two gloo processes."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -11,8 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainkit import distributed
-from trainkit.gradients import LossGradients
-from trainkit.log import RunLog
+from trainkit.gradients import LossGradients, gradient_tables
 from trainkit.step import TrainStep
 
 WEIGHTS = {"square": 2.0, "mean": 0.5, "head": 1.0}
@@ -81,10 +79,10 @@ def test_two_losses_whose_gradients_are_known():
     along, across = part(torch.tensor([3.0, 4.0])).squeeze(), part(torch.tensor([4.0, -3.0])).squeeze()
     losses = {"along": along, "across": across, "against": -along - across}
     report = reported(losses, {"along": 1.0, "across": 0.1, "against": 2.0}, {"part": part})
-    assert report.norms["part"] == pytest.approx({"along": 5.0, "across": 0.5, "against": 2 * math.sqrt(50)})
+    assert report["part"]["norm"] == pytest.approx({"along": 5.0, "across": 0.5, "against": 2 * math.sqrt(50)})
     half = pytest.approx(-math.sqrt(0.5), abs=1e-6)
     expected = {"along": {"across": pytest.approx(0, abs=1e-6), "against": half}, "across": {"against": half}}
-    assert report.cosines["part"] == expected
+    assert report["part"]["cosine"] == expected
     assert part.weight.grad is None
     (along + across).backward()  # the graph is still there
 
@@ -96,25 +94,18 @@ def test_no_path_no_gradient_and_a_frozen_part():
     losses = model(inputs(4)) | {"flat": model.neck.weight.sum() * 0, "constant": torch.tensor(2.0)}
     weights = WEIGHTS | {"flat": 1.0, "constant": 1.0, "absent": 1.0, "square": 0.0}
     report = reported(losses, weights, model.parts)
-    assert report.norms["backbone"] == dict.fromkeys(("mean", "head", "flat", "constant"))
-    assert {value for row in report.cosines["backbone"].values() for value in row.values()} == {None}
-    norms = report.norms["neck"]
+    assert report["backbone"]["norm"] == dict.fromkeys(("mean", "head", "flat", "constant"))
+    norms = report["neck"]["norm"]
     assert norms["mean"] > 0 and norms["flat"] == 0.0 and norms["head"] is None and norms["constant"] is None
-    assert {value for row in report.cosines["neck"].values() for value in row.values()} == {None}
+    for part in report.values():
+        assert {value for row in part["cosine"].values() for value in row.values()} == {None}
 
 
-def test_record_and_text_hold_every_pair_once(tmp_path, capsys):
+def test_a_table_holds_every_pair_once():
     model = Net()
     report = reported(model(inputs(4)), WEIGHTS, model.parts)
-    log = RunLog(tmp_path, total_steps=1, tensorboard=False)
-    log.gradients(1, 1, report)
-    log.close()
-    record = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert (record["kind"], record["step"], record["epoch"]) == ("gradients", 1, 1)
-    norms, cosine = report.norms["neck"], report.cosines["neck"]["square"]["mean"]
-    cosines = {"square": {"mean": cosine, "head": None}, "mean": {"head": None}}
-    assert [*model.parts] == ["backbone", "neck"] and record["neck"] == {"norm": norms, "cosine": cosines}
-    titles, square, mean, head = (line.split() for line in capsys.readouterr().out.splitlines()[-4:])
+    norms, cosine = report["neck"]["norm"], report["neck"]["cosine"]["square"]["mean"]
+    titles, square, mean, head = (line.split() for line in gradient_tables(report).splitlines()[-4:])
     assert titles == ["gradient", "at", "neck", "norm", "square", "mean"]
     assert square == ["square", f"{norms['square']:.3g}"] and mean[-1] == f"{cosine:+.3f}"
     assert head == ["head", "none", "-", "-"]
@@ -137,8 +128,8 @@ def test_a_step_is_the_same_bit_for_bit_and_the_report_is_of_its_gradient(amp):
     report = alone([inputs(4).float()[:2], inputs(4).float()[2:]], keep_gradients=True, parts=whole.parts).gradients
     for part, module in whole.parts.items():
         total = math.sqrt(sum(p.grad.square().sum().item() for p in module.parameters()))
-        square, mean = report.norms[part]["square"], report.norms[part]["mean"]
-        added = square**2 + mean**2 + 2 * square * mean * report.cosines[part]["square"]["mean"]
+        square, mean = report[part]["norm"]["square"], report[part]["norm"]["mean"]
+        added = square**2 + mean**2 + 2 * square * mean * report[part]["cosine"]["square"]["mean"]
         assert math.sqrt(added) == pytest.approx(total, rel=1e-5 if amp == "none" else 0.02)
 
 
@@ -146,9 +137,9 @@ def test_an_overflow_is_reported_as_such():
     model = Net().float()
     step = stepper(model, amp="fp16", losses_of=lambda model, x: model(x) | {"mean": model(x)["mean"].float() * 1e20})
     result = step([inputs(4).float()], parts=model.parts)
-    assert result.skipped and not math.isfinite(result.gradients.norms["neck"]["mean"])
-    assert result.gradients.cosines["neck"] == {"square": dict.fromkeys(["mean", "head"]), "mean": {"head": None}}
-    assert math.isfinite(result.gradients.norms["neck"]["square"])
+    neck = result.gradients["neck"]
+    assert result.skipped and not math.isfinite(neck["norm"]["mean"]) and math.isfinite(neck["norm"]["square"])
+    assert neck["cosine"] == {"square": dict.fromkeys(["mean", "head"]), "mean": {"head": None}}
 
 
 def observe() -> dict:
@@ -156,13 +147,12 @@ def observe() -> dict:
     model = Net()
     step = stepper(DistributedDataParallel(model))
     micro = list(inputs(8)[own].split(2))
-    results = [step(micro, parts=model.parts), step(micro), step(micro, parts=model.parts)]
-    reports = [result.gradients and result.gradients.record() for result in results]
-    seen = {"ddp": (reports, [result.grad_norm for result in results], model.state_dict())}
+    results = [step(micro, parts=model.parts), step(micro)]
+    seen = {"ddp": [(result.gradients, result.grad_norm) for result in results]}
     model = Rows()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     step = stepper(wrapped, losses_of=contrastive, weights={"square": 1.0, "contrast": 1.0})
-    return seen | {"no graph": step([inputs(8)[own]], parts=model.parts).gradients.record()}
+    return seen | {"no graph": step([inputs(8)[own]], parts=model.parts).gradients}
 
 
 if __name__ == "__main__":
@@ -178,22 +168,17 @@ def seen(tmp_path_factory, two_ranks) -> list[dict]:
 
 
 def test_two_ranks_report_what_one_process_does(seen):
-    (reports, norms, weights), (again, other_norms, other) = (rank["ddp"] for rank in seen)
-    assert reports == again and norms == other_norms and reports[1] is None
+    assert seen[0]["ddp"] == seen[1]["ddp"]
     model = Net()
     step = stepper(model)
-    results = [step([inputs(8)], parts=model.parts), step([inputs(8)]), step([inputs(8)], parts=model.parts)]
-    assert norms == pytest.approx([result.grad_norm for result in results])
-    for i in (0, 2):
-        for part, expected in results[i].gradients.record().items():
-            for loss, known in expected["norm"].items():
-                found = reports[i][part]["norm"][loss]
-                assert found is known is None or found == pytest.approx(known, rel=1e-9)
-            cosine = expected["cosine"]["square"]["mean"]
-            assert reports[i][part]["cosine"]["square"]["mean"] == pytest.approx(cosine, abs=1e-9)
-    for name, value in model.state_dict().items():
-        assert torch.equal(weights[name], other[name])
-        torch.testing.assert_close(weights[name], value)
+    for parts, (report, norm) in zip((model.parts, None), seen[0]["ddp"], strict=True):
+        result = step([inputs(8)], parts=parts)
+        assert norm == pytest.approx(result.grad_norm)
+        for part in parts or ():
+            own, theirs = result.gradients[part], report[part]
+            assert own["norm"].pop("head") is theirs["norm"].pop("head") is None
+            assert theirs["norm"] == pytest.approx(own["norm"], rel=1e-9)
+            assert theirs["cosine"]["square"]["mean"] == pytest.approx(own["cosine"]["square"]["mean"], abs=1e-9)
 
 
 def test_a_rank_without_a_graph_to_the_parts_keeps_nobody_waiting(seen):
@@ -203,5 +188,5 @@ def test_a_rank_without_a_graph_to_the_parts_keeps_nobody_waiting(seen):
     contrast = (rows @ rows.T).square().sum() / 4
     expected = reported({"contrast": contrast}, {"contrast": 1.0}, model.parts)
     for part in model.parts:
-        found = seen[0]["no graph"][part]["norm"]["contrast"]
-        assert found == pytest.approx(expected.norms[part]["contrast"], rel=1e-9)
+        norm = seen[0]["no graph"][part]["norm"]["contrast"]
+        assert norm == pytest.approx(expected[part]["norm"]["contrast"], rel=1e-9)

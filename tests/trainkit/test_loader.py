@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from scripts import equal
 
 from trainkit.device import to_device
 from trainkit.errors import InputError, one_sentence
@@ -25,18 +26,10 @@ class Samples(torch.utils.data.Dataset):
                 "others": {kind: torch.ones(3, dtype=kind) for kind in (torch.bool, torch.bfloat16)}}  # fmt: skip
 
 
-def equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    return a == b if isinstance(a, str) else len(a) == len(b) and all(map(equal, a, b))
-
-
 def test_a_batch_arrives_as_it_was_packed_and_is_ones_own():
     batches = [[0, 1, 2], [3], [4, 5]]
     here, there = (list(make_loader(Samples(), batches, list, workers=workers)) for workers in (0, 2))
-    assert equal(here, there)
+    assert equal(here, there) and there[0][0]["others"][torch.bfloat16].dtype == torch.bfloat16
     there[0][0]["image"].add_(1)
     assert there[0][1]["image"].float().mean() == 1
 

@@ -1,14 +1,13 @@
-"""What importing trainkit.process_setup changes, seen in processes of their own: it acts once a process."""
+"""What importing trainkit.process_setup changes, seen in processes of their own: it acts once per process."""
 
 import ctypes
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from scripts import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import resource, sys
 if "set up" in sys.argv:
@@ -33,7 +32,6 @@ def run(*arguments, **environment):
     return policy, int(faults)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults as Linux does")
 def test_threads_wait_asleep_and_freed_memory_is_kept():
     policy, faults = run("set up")
     assert policy == "PASSIVE"

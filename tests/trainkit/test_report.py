@@ -11,9 +11,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from scripts import refused
 
-from trainkit.errors import InputError, one_sentence
-from trainkit.gradients import GradientReport
+from trainkit.errors import InputError
 from trainkit.log import RunLog
 from trainkit.report import draw, families, main, read_runs
 
@@ -68,14 +68,12 @@ def write_run(folder, *, arguments=None, steps=12, name="loss_classifier", pictu
         loss = math.nan if step == 6 else 1 / step
         log.train(step, {"epoch": 1, "loss": 2 / step, name: loss, "lr": 0.01, "grad_norm": 10.0**-step})
         if step % 4 == 0:
-            found = {"ap50": step / steps, "miss_rate": {"reasonable": 50 - step}}
-            values = {mode: found for mode in ("both", "visible", "infrared")}
-            log.validation(step, {"epoch": 1, **values, "alignment": {"r1": 0.5 + step / 100}})
-            report = GradientReport(
-                {"neck": {"loss_a": 1.0 * step, "loss_b": 0.1, "loss_c": None}},
-                {"neck": {"loss_a": {"loss_b": -step / 16, "loss_c": None}, "loss_b": {"loss_c": None}}},
-            )
-            log.gradients(step, 1, report)
+            ap50 = {"ap50": step / steps, "miss_rate": {"reasonable": 50 - step}}
+            values = {mode: ap50 for mode in ("both", "visible", "infrared")}
+            log.write("validation", step, {"epoch": 1, **values, "alignment": {"r1": 0.5 + step / 100}})
+            cosines = {"loss_a": {"loss_b": -step / 16, "loss_c": None}, "loss_b": {"loss_c": None}}
+            norms = {"loss_a": 1.0 * step, "loss_b": 0.1, "loss_c": None}
+            log.write("gradients", step, {"epoch": 1, "neck": {"norm": norms, "cosine": cosines}})
     log.close()
     if picture:
         (folder / "pictures").mkdir()
@@ -95,7 +93,7 @@ def test_a_page_of_one_run_holds_everything_and_needs_nothing_from_outside(tmp_p
         assert title in page.text
     assert page.row("one") == ["stage2", "2026-01-02T03:04:05+0000", "12", "0.1667", ""]
     assert page.row("ap50") == ["1", "1", "1"] and page.row("miss_rate / reasonable") == ["38", "38", "38"]
-    assert page.row("alignment / r1") == ["0.62"] and page.row("neck: loss_a, loss_b") == ["-0.500"]
+    assert page.row("alignment / r1") == ["0.62"]
     assert page.row("anchor_sizes") == ["[8, 16]"] and page.row("versions") == ['{"torch": "2.15.0"}']
     assert "Without change: lr 0.01." in page.text and "loss_classifier 1 not drawn" in page.text
     text = re.sub('"data:image/jpeg;base64,[A-Za-z0-9+/=]+"', "", (tmp_path / "page.html").read_text())
@@ -165,21 +163,15 @@ def test_bad_input_is_one_sentence_and_exit_status_2(tmp_path, capsys):
     broken = write_run(tmp_path / "broken")
     (broken / "args.json").write_text("{")
 
-    def refused(*flags) -> str:
-        with pytest.raises(SystemExit) as stop, one_sentence():
-            main([str(flag) for flag in flags])
-        assert stop.value.code == 2
-        return capsys.readouterr().err.strip().splitlines()[-1]
-
-    assert "nothing: expected the folder of a run, found nothing" in refused(tmp_path / "nothing")
-    assert "found a file" in refused(run / "args.json")
-    assert "holds neither args.json nor metrics.jsonl" in refused(tmp_path / "empty")
-    assert "leads out of the run's folder" in refused(linked)
-    assert "args.json is not valid JSON" in refused(broken)
-    assert "given twice" in refused(run, f"{run}/../run")
-    assert "ends with .html" in refused(run, "--output", tmp_path / "last.pt")
-    assert "cannot be written (No such file" in refused(run, "--output", tmp_path / "no" / "page.html")
-    assert "whole number" in refused(run, "--pictures", "-1")
+    assert "nothing: expected the folder of a run" in refused(capsys, main, tmp_path / "nothing")
+    assert "args.json: expected the folder of a run" in refused(capsys, main, run / "args.json")
+    assert "holds neither args.json nor metrics.jsonl" in refused(capsys, main, tmp_path / "empty")
+    assert "leads out of the run's folder" in refused(capsys, main, linked)
+    assert "args.json is not valid JSON" in refused(capsys, main, broken)
+    assert "given twice" in refused(capsys, main, run, f"{run}/../run")
+    assert "ends with .html" in refused(capsys, main, run, "--output", tmp_path / "last.pt")
+    assert "cannot be written (No such file" in refused(capsys, main, run, "--output", tmp_path / "no" / "page.html")
+    assert "whole number" in refused(capsys, main, run, "--pictures", "-1")
     assert not list(tmp_path.rglob("*.html")) and not list(tmp_path.rglob("*.partial"))
 
 

@@ -1,21 +1,23 @@
 """A run: what comes when, where a resumed run goes on, how a signal ends it, and kills at every place."""
 
 import argparse
-import json
 import os
 import random
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scripts import equal, metrics
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from trainkit import checkpoint, distributed
 from trainkit.errors import InputError
 from trainkit.log import RunLog
-from trainkit.optimizer import build_optimizer, build_schedule, ema, parameter_groups
+from trainkit.optimizer import ema, lr_factor
 from trainkit.run import Run
 from trainkit.sampler import ResumableSampler
 from trainkit.step import TrainStep
@@ -49,10 +51,8 @@ class Toy:
 
     def validate(self, epoch: int) -> float:
         loss = 0.0
-        for key in range(2):
-            loss += (
-                (self.average.module(inputs([(9, key)])) + torch.rand(1)).square().item()
-            )  # draws, as no script does
+        for key in range(2):  # draws, as no script does
+            loss += (self.average.module(inputs([(9, key)])) + torch.rand(1)).square().item()
             if self.signal_at == f"validation {epoch}":
                 signal.raise_signal(signal.SIGTERM)
             self.run.leave_if_asked()
@@ -65,11 +65,11 @@ class Toy:
             seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
         self.average, sampler = ema(model, 0.9), ResumableSampler(self.samples, 2, seed=0)
-        optimizer = build_optimizer("adamw", parameter_groups(model, lr=0.05, weight_decay=0.1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
         step = TrainStep(
             model, optimizer, forward=loss_of, weights={"loss": 1.0}, describe=list, device="cpu",
             average=self.average, amp=self.amp, clip_norm=1.0,
-            schedule=build_schedule(optimizer, "cosine", total_steps=12),
+            schedule=LambdaLR(optimizer, partial(lr_factor, kind="cosine", total_steps=12)),
         )  # fmt: skip
         args = argparse.Namespace(resume=resume and str(self.folder / resume), **self.flags)
         self.run = run = Run(args, "toy", step, sampler, total_steps=12, constants={}, values={"first": None})
@@ -99,10 +99,9 @@ class Toy:
         return [event for event in self.events if event[0] == "validation"]
 
     def left(self):
-        """Checkpoints and log, without what differs from run to run: speed and memory."""
+        """Checkpoints and log."""
         files = {path.name: checkpoint.load(path) for path in self.folder.glob("*.pt")}
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return files, [{k: v for k, v in line.items() if "per_second" not in k and "gib" not in k} for line in lines]
+        return files, metrics(self.folder, "train") + metrics(self.folder, "validation")
 
 
 def inputs(keys) -> torch.Tensor:
@@ -114,30 +113,17 @@ def loss_of(model: nn.Module, keys) -> tuple[dict, dict]:
     return {"loss": (model(inputs(keys)).float() - shift).square().mean()}, {}
 
 
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 @pytest.fixture(autouse=True)
 def no_tensorboard(monkeypatch):
     monkeypatch.setattr(RunLog, "_open_tensorboard", lambda log: None)
 
 
-def test_every_batch_of_every_epoch_comes_once(tmp_path):
-    steps = Toy(tmp_path)().steps
-    assert [epoch for epoch, _ in steps] == [1] * 4 + [2] * 4 + [3] * 4
-    for epoch in range(3):
-        keys = [key for number, batch in steps if number == epoch + 1 for key in batch]
-        assert sorted(keys) == [(epoch, index) for index in range(8)]
-
-
 def test_batches_are_accumulated_and_the_rest_of_an_epoch_makes_a_step(tmp_path):
     toy = Toy(tmp_path, accumulate=3, epochs=2, save_every=1)()
-    assert [len(keys) for _, keys in toy.steps] == [6, 2, 6, 2]
+    assert [(epoch, len(keys)) for epoch, keys in toy.steps] == [(1, 6), (1, 2), (2, 6), (2, 2)]
+    for epoch in range(2):
+        keys = [key for number, batch in toy.steps if number == epoch + 1 for key in batch]
+        assert sorted(keys) == [(epoch, index) for index in range(8)]  # each comes once
     last = [event for event in toy.events if event[0] == "last.pt"]
     assert last[1:3] == [("last.pt", 1, 3), ("last.pt", 2, 4)]  # all of a step's batches count as done
 
@@ -214,9 +200,7 @@ def test_a_run_killed_anywhere_and_resumed_leaves_what_an_uninterrupted_one_does
     whole = Toy(tmp_path / "whole", **flags)()
     files, lines = whole.left()
     assert files.keys() == {"last.pt", "best.pt", "epoch-2.pt"} and files["last.pt"]["first"] > 0
-    assert [(line["step"], line["kind"]) for line in lines if line["kind"] == "validation" or line["step"] == 1] == [
-        (0, "validation"), (1, "train"), (2, "validation"), (3, "validation"), (6, "validation"),
-    ]  # fmt: skip
+    assert [line["step"] for line in lines] == [*range(1, 7), 0, 2, 3, 6]  # steps, then validations
     assert whole.moments > 40
     for end in range(1, whole.moments + 1):
         toy = Toy(tmp_path / f"killed-{end}", **flags)
@@ -228,10 +212,10 @@ def test_a_run_killed_anywhere_and_resumed_leaves_what_an_uninterrupted_one_does
             for path in toy.folder.iterdir():
                 path.unlink()
         toy("last.pt" if (toy.folder / "last.pt").exists() else None)
-        found, again = toy.left()
+        others, again = toy.left()
         assert again == lines, end
         for name in files:
-            assert equal(found[name], files[name]), (end, name)
+            assert equal(others[name], files[name]), (end, name)
     whole("best.pt")  # it knows of its own validation
     assert whole.left()[1] == lines and equal(whole.left()[0], files)
 
@@ -252,7 +236,7 @@ def test_a_run_with_a_gradient_scaler_is_resumed_bit_for_bit(tmp_path):
         (lambda state: state.update(ema=None), "--ema-decay: the checkpoint was trained otherwise"),
         (lambda state: state.update(script="other"), "written by 'other', not by toy"),
         (lambda state: state["stepper"].update(steps=3), "its parts are at different steps"),
-        (lambda state: state.update(best=[1.0]), "best: expected two numbers"),
+        (lambda state: state.update(best=[1.0]), "best: expected 2 numbers"),
         (lambda state: state["model"].pop("0.bias"), "'0.bias' is missing"),
         (lambda state: state["optimizer"]["state"][0].pop("exp_avg"), "'exp_avg' is missing"),
         (lambda state: state["sampler"].update(seed=1), "its seed was 1, now it is 0"),

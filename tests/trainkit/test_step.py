@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from trainkit.errors import InputError
-from trainkit.optimizer import build_schedule, ema
-from trainkit.step import MAX_SKIPPED_IN_A_ROW, TrainStep, micro_batches, module_gradient_norms
+from trainkit.optimizer import ema
+from trainkit.step import MAX_SKIPPED_IN_A_ROW, TrainStep, module_gradient_norms
 
 
 def make(losses_of=None, weights=None, *, amp="none", lr=0.1, clip_norm=None, average=False):
@@ -14,17 +14,11 @@ def make(losses_of=None, weights=None, *, amp="none", lr=0.1, clip_norm=None, av
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     step = TrainStep(
-        model,
-        optimizer,
-        forward=lambda model, batch: ((losses_of or two_losses)(model, batch), {}),
-        weights=weights or {"square": 1.0, "mean": 0.5},
-        describe=lambda batch: [f"image-{len(batch)}.png"],
-        device="cpu",
-        schedule=build_schedule(optimizer, "cosine", total_steps=10),
-        average=ema(model, 0.9) if average else None,
-        amp=amp,
-        clip_norm=clip_norm,
-    )
+        model, optimizer, forward=lambda model, batch: ((losses_of or two_losses)(model, batch), {}),
+        weights=weights or {"square": 1.0, "mean": 0.5}, describe=lambda batch: [f"image-{len(batch)}.png"],
+        device="cpu", schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step),
+        average=ema(model, 0.9) if average else None, amp=amp, clip_norm=clip_norm,
+    )  # fmt: skip
     return model, step
 
 
@@ -51,11 +45,9 @@ def test_a_step_is_what_its_parts_are_by_hand():
     assert result.total == pytest.approx(total.item())
     assert result.grad_norm == pytest.approx(norm.item()) and norm > 0.1
     assert result.lr == 0.1 and not result.skipped and step.steps == 1
-    for ours, theirs, averaged in zip(
-        model.parameters(), by_hand.parameters(), step.average.module.parameters(), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs)
-        assert torch.equal(ours, averaged) and ours.grad is None
+    torch.testing.assert_close(list(model.parameters()), list(by_hand.parameters()))
+    assert all(map(torch.equal, model.parameters(), step.average.module.parameters()))
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert step.optimizer.param_groups[0]["lr"] < 0.1
 
 
@@ -65,8 +57,7 @@ def test_micro_batches_make_the_step_of_one_big_batch():
     result, expected = step(list(batch(6).split(2))), whole_step([batch(6)])
     assert result.losses == pytest.approx(expected.losses) and result.total == pytest.approx(expected.total)
     assert result.grad_norm == pytest.approx(expected.grad_norm)
-    for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(list(model.parameters()), list(whole.parameters()))
 
 
 def test_metrics_are_means_over_the_micro_batches():
@@ -74,10 +65,6 @@ def test_metrics_are_means_over_the_micro_batches():
     recalls = iter([1.0, 2.0, 6.0])
     step.forward = lambda model, batch: (two_losses(model, batch), {"recall": torch.tensor(next(recalls))})
     assert step(list(batch(6).split(2))).metrics == {"recall": 3.0}
-
-
-def test_micro_batches_keep_the_remainder():
-    assert list(micro_batches(range(5), 2)) == [[0, 1], [2, 3], [4]]
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -94,9 +81,7 @@ def test_autocast_reaches_the_forward_pass_and_the_weights_stay_float32(amp):
     result, expected = step([batch()]), exact_step([batch()])
     assert seen == [{"bf16": torch.bfloat16, "fp16": torch.float16}[amp]]
     assert result.grad_norm == pytest.approx(expected.grad_norm, rel=0.05)
-    for ours, theirs in zip(model.parameters(), exact.parameters(), strict=True):
-        assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=2e-3)
+    torch.testing.assert_close(list(model.parameters()), list(exact.parameters()), rtol=0.02, atol=2e-3)
 
 
 def overflow_if_asked(model, inputs):
@@ -142,16 +127,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move():
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("weights", "sentence"),
-    [
-        ({"square": 1.0, "mean": 1.0, "macl": 0.2}, "enabled loss absent: macl"),
-        ({"square": 1.0}, "unknown loss: mean"),
-    ],
-)
-def test_losses_and_weights_must_have_the_same_names(weights, sentence):
-    with pytest.raises(InputError, match=sentence):
-        make(weights=weights)[1]([batch()])
+def test_losses_and_weights_must_have_the_same_names():
+    with pytest.raises(InputError, match="enabled loss absent: macl"):
+        make(weights={"square": 1.0, "mean": 1.0, "macl": 0.2})[1]([batch()])
+    with pytest.raises(InputError, match="unknown loss: mean"):
+        make(weights={"square": 1.0})[1]([batch()])
 
 
 def test_weight_0_is_for_losses_that_are_switched_off():
@@ -178,13 +158,8 @@ def test_a_loss_without_a_path_to_the_parameters_may_only_be_0(value):
 @pytest.mark.parametrize("amp", ["none", "fp16"])
 def test_a_step_in_which_every_loss_is_0_is_fine(amp):
     _, step = make(lambda model, x: {"macl": torch.zeros(())}, {"macl": 1.0}, amp=amp)
-    assert step([batch()]).grad_norm == 0.0
-    assert step.steps == 1
-
-
-def test_a_loss_must_be_a_scalar():
-    with pytest.raises(ValueError, match=r"square must be a scalar, not of shape \(4,\)"):
-        make(lambda model, x: {"square": model(x).square().mean(1)}, {"square": 1.0})[1]([batch()])
+    assert [step([batch()]).grad_norm for _ in range(2)] == [0.0, 0.0]
+    assert step.steps == 2
 
 
 def test_gradients_kept_for_a_check_are_named_by_module_and_gone_with_the_next_step():
@@ -218,11 +193,6 @@ def test_counts_and_scaler_resume():
         make()[1].load_state_dict(step.state_dict())
 
 
-def test_an_unknown_amp_is_refused():
-    with pytest.raises(InputError, match="--amp fp8"):
-        make(amp="fp8")
-
-
-def test_weights_of_which_none_counts_are_refused():
+def test_weights_that_are_all_0_are_refused():
     with pytest.raises(InputError, match="nothing would be learnt"):
         make(weights={"square": 0.0})
