@@ -71,7 +71,9 @@ class RunLog:
         with writing(self._folder):
             return SummaryWriter(self._folder, purge_step=self._first + 1)
 
-    def train(self, step: int, values: dict, *, unprinted: dict | None = None, seconds_per_step: float = 0.0) -> None:
+    def train(
+        self, step: int, values: dict, *, unprinted: dict | None = None, seconds_per_step: float | None = None
+    ) -> None:
         """Log the `step`-th step, from 1; `values` maps names (one is "epoch") to numbers, or to more such dicts.
 
         unprinted: values that the files get but the console does not. seconds_per_step: for the time left.
@@ -80,8 +82,10 @@ class RunLog:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
         if step % self._every == 0 or step in (self._first + 1, self._total):
-            left = datetime.timedelta(seconds=round(seconds_per_step * (self._total - step)))
-            self.say(f"step {step}/{self._total}  left {left}  {_line(values)}")
+            left = ""
+            if seconds_per_step is not None:
+                left = f"  left {datetime.timedelta(seconds=round(seconds_per_step * (self._total - step)))}"
+            self.say(f"step {step}/{self._total}{left}  {_line(values)}")
 
     def say(self, text: str) -> None:
         """Print a line on standard output, above the progress bar where there is one."""
@@ -165,14 +169,21 @@ class Throughput:
 
     def __init__(self, window: int = 20):
         self._steps: collections.deque[tuple[float, int]] = collections.deque(maxlen=window)  # seconds, samples
+        self._first = True
         self.restart()
 
     def restart(self) -> None:
         self._last = time.perf_counter()
 
-    def update(self, samples: int) -> tuple[float, float]:
-        """Count a step of so many samples (of all ranks) -> samples per second, seconds per step."""
+    def update(self, samples: int) -> tuple[float, float | None]:
+        """Count a step of so many samples (of all ranks) -> samples per second, seconds per step.
+
+        The first step of a process warms up: later rates leave it out, and it gives no seconds per step.
+        """
         before, self._last = self._last, time.perf_counter()
+        if self._first:
+            self._first = False
+            return samples / (self._last - before), None
         self._steps.append((self._last - before, samples))
         seconds, counts = map(sum, zip(*self._steps, strict=True))
         return counts / seconds, seconds / len(self._steps)

@@ -55,12 +55,14 @@ def test_a_log_of_something_else_is_refused(tmp_path):
 def test_a_file_gets_plain_lines_now_and_then(tmp_path, capsys):
     log = RunLog(tmp_path, total_steps=100, every=10, tensorboard=False)
     for step in range(1, 31):
-        log.train(step, {"epoch": 2, "loss": 0.123456, "more": {"grad_norm": math.inf}}, seconds_per_step=2.0)
+        values = {"epoch": 2, "loss": 0.123456, "more": {"grad_norm": math.inf}}
+        log.train(step, values, seconds_per_step=None if step == 1 else 2.0)
     log.say("done")
     log.close()
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in out[:4]] == ["1/100", "10/100", "20/100", "30/100"]
     assert out[1].endswith("epoch 2  loss 0.1235  more/grad_norm inf") and "left 0:03:00" in out[1]
+    assert "left" not in out[0]
     assert out[4:] == ["done"]
 
 
@@ -105,10 +107,11 @@ def test_other_ranks_are_silent(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
-def test_throughput_is_of_the_last_steps_without_pauses(monkeypatch):
-    now = iter([0.0, 2.0, 3.0, 6.0, 100.0, 101.0])
+def test_throughput_is_of_the_last_steps_without_pauses_and_the_first_step(monkeypatch):
+    now = iter([0.0, 8.0, 10.0, 11.0, 14.0, 100.0, 101.0])
     monkeypatch.setattr("trainkit.log.time.perf_counter", lambda: next(now))
     rate = Throughput(window=2)
+    assert rate.update(8) == (1.0, None)
     assert [rate.update(8), rate.update(8), rate.update(8)] == [(4.0, 2.0), (16 / 3, 1.5), (4.0, 2.0)]
     rate.restart()
     assert rate.update(8) == (4.0, 2.0)
