@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from macl.data import KAIST, AsFloat, MisalignedDataset, collate, hold_out, read_ground_truth
+from macl.data import KAIST, MisalignedDataset, collate, hold_out, read_ground_truth
 from macl.data.kaist import TRAINING_RULES
 from trainkit.errors import InputError
 from trainkit.loader import make_loader
@@ -408,7 +408,7 @@ def test_it_is_lazy_and_can_be_pickled(tree, tmp_path, annotations):
         (tree / "images" / video / "visible" / f"{image}.jpg").write_bytes(b"")
     again = pickle.loads(pickle.dumps(KAIST(tree, "all", annotations)))
     assert again[0]["boxes"].tolist() == [[10, 20, 40, 80]]
-    batch = next(iter(make_loader(AsFloat(again), [[0, 0]], collate)))
+    batch = next(iter(make_loader(again, [[0, 0]], collate)))
     assert batch["daytime"] == [True, True] and batch["targets"][0]["occlusion"].tolist() == [0]
 
 

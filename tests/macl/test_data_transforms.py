@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from macl.data import AsFloat, AugmentedDataset, PairedAugmentation, SyntheticPairs, collate
+from macl.data import AugmentedDataset, PairedAugmentation, SyntheticPairs, collate
 from macl.data.transforms import paired_mosaic
 from trainkit.loader import make_loader
 
@@ -123,7 +123,7 @@ def test_a_crop_works_without_boxes_and_with_ignored_ones_only():
 
 
 def test_photometry_stays_within_its_modality():
-    plain = AsFloat(Painted())[0]
+    plain = Painted()[0]
     torch.manual_seed(0)
     out = PairedAugmentation(flip=0.0, brightness=0.5, contrast=0.5)(Painted()[0])
     assert torch.equal(out["infrared"], plain["infrared"]) and not torch.equal(out["visible"], plain["visible"])
@@ -205,7 +205,7 @@ def test_a_spawned_worker_gives_the_same():
 
 
 def test_a_batch_is_a_dict_of_lists():
-    batch = collate([AsFloat(Painted())[index] for index in (2, 4)])
+    batch = collate([Painted()[index] for index in (2, 4)])
     assert set(batch) == {"visible", "infrared", "targets", "image_id", "path", "scene", "daytime"}
     assert [image.shape for image in batch["visible"]] == [(3, 120, 160)] * 2
     assert batch["image_id"] == [2, 4] and batch["path"] == ["painted/2", "painted/4"] and batch["scene"] == [2, 4]
