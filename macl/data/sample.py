@@ -66,9 +66,10 @@ def find_pairs(visible: str | Path | None, infrared: str | Path | None) -> list[
         pairs = [tuple(both)]
     else:
         images = {folder: images_by_stem(folder) for folder in given}
-        for folder, other in zip(given, given[::-1], strict=True):
+        for folder in given:
             if not images[folder]:
-                raise InputError(f"{folder} is neither an image nor a folder of them ({', '.join(IMAGE_SUFFIXES)})")
+                raise InputError(f"{folder} is no folder of images ({', '.join(IMAGE_SUFFIXES)})")
+        for folder, other in zip(given, given[::-1], strict=True):
             for stem, name in images[folder].items():
                 if stem not in images[other]:
                     raise InputError(f"{folder / name} has no partner named {stem}.* in {other}")
