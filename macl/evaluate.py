@@ -1,4 +1,4 @@
-"""Evaluate a detector with both cameras and with each alone, or the detections of somebody else's.
+"""Evaluate a detector with both cameras and with each alone, or a file of detections.
 
     python -m macl.evaluate --checkpoint runs/NAME/best.pt                            # new synthetic scenes
     python -m macl.evaluate --checkpoint best.pt --dataset llvip --data-root LLVIP    # LLVIP's test split
@@ -10,6 +10,7 @@ Average precision, and where occlusion and daytime are known (kaist, synthetic) 
 """
 
 import argparse
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,16 +28,9 @@ from trainkit.errors import InputError, one_sentence
 from trainkit.files import write_json
 from trainkit.tables import aligned
 
-PEOPLE = ("person",)  # what a file of detections holds
 DOMAINS = {"night": data.NIGHT, "day-and-night": data.DAY_AND_NIGHT}
-NEEDS = [  # a flag, and another without which it has no effect
-    ("--split", "--dataset llvip"), ("--image-set", "--dataset kaist"), ("--image-set", "--data-root"),
-    ("--annotations", "--dataset kaist"), ("--detections", "--dataset kaist"), ("--domain", "--dataset synthetic"),
-    ("--weights", "--checkpoint"), ("--modality", "--checkpoint"), ("--score-threshold", "--checkpoint"),
-    ("--misalign", "--checkpoint"), ("--misalign-modality", "--misalign"), ("--first-id", "--detections"),
-]  # fmt: skip
-OUTPUTS = {"--save-detections": (".txt", ".json"), "--save-curve": (".json",), "--plot": (".png", ".pdf", ".svg")}
-OUTPUTS["--output"] = None  # suffixes: any
+NEEDS = {"split": "llvip", "image_set": "kaist", "annotations": "kaist", "detections": "kaist", "domain": "synthetic"}
+OUTPUTS = {"save_detections": (".txt", ".json"), "save_curve": (".json",), "plot": (".png", ".pdf", ".svg")}
 
 
 # fmt: off
@@ -44,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `python -m macl.evaluate`."""
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", metavar="PATH", help="best.pt or last.pt of a run")
-    add("--weights", choices=("ema", "raw"), help="averaged (EMA) weights where there are any (default), or raw ones")
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged (EMA) weights if any, or raw ones")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=("kaist", "llvip", "synthetic"), default="synthetic", help="which data set")
     add("--data-root", metavar="PATH", help="the data set's own root (kaist, llvip)")
@@ -54,56 +48,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--count", type=positive_int, default=200, metavar="N", help="synthetic: number of scenes")
     add("--seed", type=non_negative_int, default=20_000, metavar="N", help="synthetic: seed of the scenes")
     add("--domain", choices=tuple(DOMAINS), help="synthetic: which scenes (default: those of the checkpoint's stage)")
-    add = parser.add_argument_group("somebody else's detections").add_argument
+    add = parser.add_argument_group("detections from a file").add_argument
     add("--detections", metavar="FILE", help="kaist: .txt or .json, of one class, instead of a checkpoint")
     add("--first-id", type=int, choices=(0, 1), help="what its image ids count from (default: 1; json: 0 if it occurs)")
     add = parser.add_argument_group("run").add_argument
-    add("--modality", choices=("all", "both", "visible", "infrared"), help="what to detect with (default: all)")
-    add("--score-threshold", type=fraction, metavar="X", help=f"lowest score (default: {evaluation.SCORE_THRESHOLD})")
+    add("--modality", choices=("all", "both", "visible", "infrared"), default="all", help="cameras to detect with")
+    add("--score-threshold", type=fraction, default=evaluation.SCORE_THRESHOLD, metavar="X", help="lowest score")
     add("--max-detections", type=positive_int, metavar="N",
         help="most detections per image, also for AP (default: 100; kaist: 1000, as its miss rate)")
-    add("--misalign", type=int, nargs="+", metavar="PX", help="also with one modality moved to the right")
-    add("--misalign-modality", choices=("visible", "infrared"), help="which one (default: infrared)")
+    add("--misalign", type=int, nargs="+", default=[], metavar="PX", help="also with one camera moved to the right")
+    add("--misalign-modality", choices=("visible", "infrared"), default="infrared", help="the camera that is moved")
     add("--batch-size", type=positive_int, default=4, metavar="N", help="images at once")
     add("--workers", type=non_negative_int, default=2, metavar="N", help="loading processes")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--amp", choices=tuple(AUTOCAST), default="none", help="number format of the forward pass")
     add = parser.add_argument_group("what to write").add_argument
-    add("--output", metavar="FILE", help="all metrics as json")
-    add("--save-detections", metavar="FILE", help=".txt or .json; of each camera alone in FILE-visible.txt, ...")
-    add("--save-curve", metavar="FILE.json", help="miss rate over false positives per image")
-    add("--plot", metavar="FILE.png", help="the same as a picture (.png, .pdf, .svg); needs the viz extra")
+    add("--output", type=Path, metavar="FILE", help="all metrics as json")
+    add("--save-detections", type=Path, metavar="FILE", help=".txt or .json; of each camera in FILE-visible.txt, ...")
+    add("--save-curve", type=Path, metavar="FILE.json", help="miss rate over false positives per image")
+    add("--plot", type=Path, metavar="FILE.png", help="the same as a picture (.png, .pdf, .svg); needs the viz extra")
 # fmt: on
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuses what would have no effect, and places that cannot be written, before the long part."""
-    given = {"--" + name.replace("_", "-"): value for name, value in vars(args).items() if value is not None}
-    known = {*given, f"--dataset {args.dataset}"}
-    if ("--checkpoint" in given) == ("--detections" in given):
+    """Refuses flags of another data set, and places that cannot be written, before the long part."""
+    if (args.checkpoint is None) == (args.detections is None):
         raise InputError("expected either --checkpoint PATH or --detections FILE")
-    for flag, needed in NEEDS:
-        if flag in given and needed not in known:
-            raise InputError(f"{flag} needs {needed}: it does nothing without")
+    for name, dataset in NEEDS.items():
+        if getattr(args, name) is not None and args.dataset != dataset:
+            raise InputError(f"--{name.replace('_', '-')} needs --dataset {dataset}")
+    if args.misalign and args.checkpoint is None:
+        raise InputError("--misalign needs --checkpoint")
     if args.dataset == "synthetic" and args.data_root is not None:
         raise InputError("--data-root needs --dataset llvip or kaist")
-    if args.dataset != "synthetic" and args.data_root is None and not {"--detections", "--annotations"} <= known:
-        also = ", or --annotations FILE.json alone" if "--detections" in given else ""
-        raise InputError(f"--dataset {args.dataset} needs --data-root, the data set's own root{also}")
-    for flag in filter(given.get, OUTPUTS):
-        path, suffixes = Path(given[flag]), OUTPUTS[flag]
-        if suffixes and path.suffix not in suffixes:
-            raise InputError(f"{flag} {path}: expected a name that ends in {' or '.join(suffixes)}")
-        if not path.absolute().parent.is_dir():
+    if args.dataset != "synthetic" and args.data_root is None and None in (args.detections, args.annotations):
+        raise InputError(f"--dataset {args.dataset} needs --data-root, or --detections and --annotations FILE.json")
+    for name in ("output", *OUTPUTS):
+        path, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if path is not None and path.suffix not in OUTPUTS.get(name, (path.suffix,)):
+            raise InputError(f"{flag} {path}: expected a name that ends in {' or '.join(OUTPUTS[name])}")
+        if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"{flag} {path}: the folder {path.parent} does not exist")
-        if flag in ("--save-curve", "--plot") and args.dataset == "llvip":
-            raise InputError(f"{flag}: LLVIP's annotations do not know occlusion, so there is no miss rate")
+    if args.dataset == "llvip" and (args.save_curve or args.plot):
+        raise InputError("--save-curve, --plot: LLVIP's annotations do not know occlusion, so there is no miss rate")
     if args.plot is not None and find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib, which the viz extra brings: pip install -e '.[viz]'")
 
 
-def open_dataset(args: argparse.Namespace, classes: tuple[str, ...], script: str | None = None) -> Dataset:
-    """The data set with a detector's classes, one of which occurs in it. script: which one trained the detector."""
+def open_dataset(args: argparse.Namespace, classes: Sequence[str], script: str | None = None) -> Dataset:
+    """The data set with these classes, one of which occurs in it. script: which one trained the detector."""
     if args.dataset == "synthetic":
         domain = args.domain or ("day-and-night" if script == "stage2" else "night")
         dataset = data.SyntheticPairs(args.count, args.seed, domain=DOMAINS[domain], classes=classes)
@@ -117,13 +110,14 @@ def open_dataset(args: argparse.Namespace, classes: tuple[str, ...], script: str
 
 def read_results(args: argparse.Namespace) -> tuple[list[dict], str]:
     """The file of --detections beside the ground truth, as `predict` gives its results, and what was read."""
+    classes = ("person",)
     if args.data_root is None:
         frames, source = data.read_ground_truth(args.annotations)
     else:
-        dataset = open_dataset(args, PEOPLE)
+        dataset = open_dataset(args, classes)
         frames, source = dataset.ground_truth(), dataset.source
     outputs = read_detections(args.detections, len(frames), first_id=args.first_id)
-    categories = sorted({int(label) for frame in outputs for label in frame["labels"].unique()})
+    categories = sorted({label for frame in outputs for label in frame["labels"].tolist()})
     if len(categories) > 1:
         raise InputError(f"{args.detections} holds the categories {categories}; expected detections of people alone")
     source += f"\ndetections of {args.detections}: {sum(len(frame['scores']) for frame in outputs)}"
@@ -132,62 +126,41 @@ def read_results(args: argparse.Namespace) -> tuple[list[dict], str]:
     results = []
     for frame, detections in zip(frames, outputs, strict=True):
         detections = {Path(args.detections).stem: detections | {"labels": torch.ones_like(detections["labels"])}}
-        results.append({"size": frame["size"], "classes": PEOPLE, "detections": detections, "ground_truth": frame})
+        results.append({"size": frame["size"], "classes": classes, "detections": detections, "ground_truth": frame})
     return results, source
 
 
-def detect(args: argparse.Namespace, device: torch.device, max_detections: int) -> tuple[list[dict], str, list[dict]]:
-    """The results of the checkpoint, what was read, and the metrics for --misalign (none: empty)."""
+def detect(args: argparse.Namespace, device: torch.device, max_detections: int) -> tuple[list[dict], str]:
+    """The results of the checkpoint, those of --misalign as modes of their own, and what was read."""
     checkpoint = read_checkpoint(args.checkpoint)
-    detector = load_detector(args.checkpoint, weights=args.weights or "ema", checkpoint=checkpoint).to(device)
+    detector = load_detector(args.checkpoint, weights=args.weights, checkpoint=checkpoint).to(device)
     detector.roi_head.max_detections = max_detections
     classes, modes = detector.kwargs["classes"], detector.modes
-    if len(classes) > 1 and str(args.save_detections).endswith(".txt"):
+    if len(classes) > 1 and args.save_detections is not None and args.save_detections.suffix == ".txt":
         raise InputError(f"--save-detections {args.save_detections}: lines know no class, this detector has several")
-    if args.modality not in (None, "all"):
+    if args.modality != "all":
         if args.modality not in modes:
             raise InputError(f"--modality {args.modality}: this detector can only see with {', '.join(modes)}")
         modes = {args.modality: modes[args.modality]}
-    if args.misalign is not None and "both" not in modes:
+    if args.misalign and "both" not in modes:
         raise InputError(f"--misalign needs detections with both modalities, not with {', '.join(modes)} alone")
     dataset = open_dataset(args, classes, checkpoint.get("script"))
-    options = {name: getattr(args, name) for name in ("batch_size", "workers", "amp")} | {"device": device}
-    if args.score_threshold is not None:
-        options["score_threshold"] = args.score_threshold
-    results = evaluation.predict(detector, dataset, modes=modes, **options)
-    misaligned = []
-    if args.misalign is not None:
-        moved = args.misalign_modality or "infrared"
-        other = "infrared" if moved == "visible" else "visible"
-        misaligned.append(misalignment_row("0 pixels", 0, results, "both", max_detections))
-        for pixels in args.misalign:
-            shifted = data.MisalignedDataset(dataset, modality=moved, pixels=pixels)
-            outputs = evaluation.predict(detector, shifted, modes={"both": modes["both"]}, **options)
-            misaligned.append(misalignment_row(f"{pixels} pixels", pixels, outputs, "both", max_detections))
-        if other in modes:  # what a fusion has to beat
-            misaligned.append(misalignment_row(f"{other} alone", None, results, other, max_detections))
-    return results, dataset.source, misaligned
-
-
-def misalignment_row(name: str, pixels: int | None, results: list[dict], mode: str, max_detections: int) -> dict:
-    """AP50 (fraction) and, where it is known, the miss rate of reasonable (percent) of one mode."""
-    results = [result | {"detections": {mode: result["detections"][mode]}} for result in results]
-    ap50 = evaluation.detection_metrics(results, max_detections)[mode]["ap50"]
-    rates = evaluation.miss_rate_metrics(results)
-    row = {"name": name, "pixels": pixels, "ap50": ap50}
-    return row | {"miss_rate": rates[mode]["reasonable all"]} if rates else row
-
-
-def misalignment_text(rows: list[dict], modality: str) -> str:
-    lines = [[f"{modality} moved right by", "AP50", "log-average miss rate"]]
-    for row in rows:
-        ap50 = None if row["ap50"] is None else 100 * row["ap50"]
-        lines.append([row["name"], cell(ap50), cell(row.get("miss_rate"))])
-    return aligned(lines if "miss_rate" in rows[0] else [line[:2] for line in lines])
+    options = {name: getattr(args, name) for name in ("batch_size", "workers", "amp", "score_threshold")}
+    results = evaluation.predict(detector, dataset, modes=modes, device=device, **options)
+    for pixels in args.misalign:
+        moved = data.MisalignedDataset(dataset, modality=args.misalign_modality, pixels=pixels)
+        outputs = evaluation.predict(detector, moved, modes={"both": modes["both"]}, device=device, **options)
+        for result, output in zip(results, outputs, strict=True):
+            result["detections"][f"both,{args.misalign_modality}{pixels:+d}px"] = output["detections"]["both"]
+    return results, dataset.source
 
 
 def miss_rate_text(tables: dict[str, dict[str, dict]]) -> str:
-    """The `miss_rate_tables` as text, one of the ten rows per line, each miss rate with the final recall beside it."""
+    """The `miss_rate_tables` as text: per row and mode the miss rate and the final recall."""
+
+    def cell(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
     titles = [title for mode in tables for title in (mode, "recall")]
     lines = [["log-average miss rate, %", *titles, "people", "frames"]]
     for row, counts in next(iter(tables.values())).items():
@@ -196,16 +169,12 @@ def miss_rate_text(tables: dict[str, dict[str, dict]]) -> str:
     return aligned(lines)
 
 
-def cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
 def write_files(args: argparse.Namespace, results: list[dict], metrics: dict) -> None:
     """The files that the flags ask for."""
     if args.output:
         write_json(args.output, metrics, indent=2)
     for count, mode in enumerate(results[0]["detections"] if args.save_detections else ()):
-        path = Path(args.save_detections)
+        path = args.save_detections
         path = path if count == 0 else path.with_stem(f"{path.stem}-{mode}")
         write_detections(path, [result["detections"][mode] for result in results])
         print(f"detections with {mode}: {path}")
@@ -220,17 +189,14 @@ def write_files(args: argparse.Namespace, results: list[dict], metrics: dict) ->
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`python -m macl.evaluate`: print a detector's metrics; `arguments` without the program's name."""
+    """Print a detector's metrics. arguments: without the program's name."""
     parser = make_parser(__doc__)
     add_arguments(parser)
     args = parser.parse_args(arguments)
     check_flags(args)
     device = distributed.start(args.device)
     limit = args.max_detections or (1000 if args.dataset == "kaist" else 100)
-    if args.detections is None:
-        results, source, misaligned = detect(args, device, limit)
-    else:
-        (results, source), misaligned = read_results(args), []
+    results, source = detect(args, device, limit) if args.detections is None else read_results(args)
     if distributed.is_main():
         detection, agreement = evaluation.detection_metrics(results, limit), evaluation.alignment_metrics(results)
         miss_rates = evaluation.miss_rate_tables(results)
@@ -238,10 +204,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"(AP, recall: of the best {limit} detections per image and class)")
         if miss_rates:
             print(f"\n{miss_rate_text(miss_rates)}")
-        if misaligned:
-            print(f"\n{misalignment_text(misaligned, args.misalign_modality or 'infrared')}")
         metrics = {"data": source, "detection": detection, "max_detections": limit, "alignment": agreement}
-        write_files(args, results, metrics | {"miss_rate": miss_rates, "misalign": misaligned})
+        write_files(args, results, metrics | {"miss_rate": miss_rates})
     distributed.stop()
 
 

@@ -1,4 +1,4 @@
-"""A detector's outputs on a data set, with both cameras and with each alone, and the metrics of these outputs."""
+"""A detector's outputs on a data set, with both cameras and with each alone, and their metrics."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import trainkit.distributed as distributed
-from macl.data import AsFloat, collate
+from macl.data import collate
 from macl.detector import Features, PairedFasterRCNN
 from macl.metrics import alignment, average_precision, miss_rate_curve, miss_rate_table
 from macl.metrics.average_precision import MAX_DETECTIONS, MEASURES
@@ -17,7 +17,7 @@ from trainkit.device import autocast, to_device
 from trainkit.loader import make_loader
 from trainkit.tables import aligned
 
-SCORE_THRESHOLD = 0.001  # for metrics; below a detector's own, which is for looking at
+SCORE_THRESHOLD = 0.001  # for metrics; a detector's own is for looking at
 SEEN = {"both": (True, True), "visible_only": (True, False), "infrared_only": (False, True)}
 
 
@@ -36,20 +36,19 @@ def predict(
 ) -> list[dict]:
     """Run a detector on every sample of a paired data set, each on exactly one process.
 
-    modes: name -> modalities to detect with (see `PairedFasterRCNN.modes`); empty for embeddings alone. Features are
-        computed once for all modes.
-    between: called after every batch, see `distributed.in_step`.
+    modes: name -> modalities to detect with (see `PairedFasterRCNN.modes`), which share the features; empty for
+        embeddings alone
+    between: called after every batch, see `distributed.in_step`
 
     Returns, on every process, one dict per image in the data set's order, on the CPU: image_id, size (H, W), classes
-    (the names of labels 1, 2, ...), detections (by mode), ground_truth (boxes, labels, ignore, and visible_in,
-    occlusion, daytime where known) and, with a contrastive head, embeddings: (visible, infrared), each (n, out_dim), of
-    the boxes that are not ignored or of the image.
+    (the names of labels 1, 2, ...), detections (by mode), ground_truth (the target, see `macl.data.collate`) and, with
+    a contrastive head, embeddings (see `embed`).
     """
     was_training = detector.training
     detector.eval()
     local = range(distributed.rank(), len(dataset), distributed.world_size())
     batches = [list(local[i : i + batch_size]) for i in range(0, len(local), batch_size)]
-    loader = make_loader(AsFloat(dataset), batches, collate, workers=workers, device=device)
+    loader = make_loader(dataset, batches, collate, workers=workers, device=device)
     results = []
     for batch in distributed.in_step(loader, len(batches), between):
         targets = batch["targets"]
@@ -61,7 +60,6 @@ def predict(
             }
             embeddings = embed(detector, extracted, targets) if detector.macl is not None else None
         for i, target in enumerate(targets):
-            daytime = batch["daytime"][i]
             result = {
                 "image_id": batch["image_id"][i],
                 "size": tuple(batch["visible"][i].shape[-2:]),
@@ -70,7 +68,7 @@ def predict(
                     mode: {name: value.cpu() for name, value in outputs[i].items()}
                     for mode, outputs in detections.items()
                 },
-                "ground_truth": target if daytime is None else target | {"daytime": daytime},
+                "ground_truth": target,
             }
             results.append(result if embeddings is None else result | {"embeddings": embeddings[i]})
     detector.train(was_training)
@@ -78,20 +76,28 @@ def predict(
     return sorted(gathered, key=lambda result: result["image_id"])
 
 
-def embed(detector: PairedFasterRCNN, extracted: list[Features], targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
-    """The (visible, infrared) embeddings of each image's boxes that are not ignored, or of the image; on the CPU."""
-    boxes = [target["boxes"][~target["ignore"]].to(extracted[0].pyramids["visible"][0].device) for target in targets]
-    rows = [len(box) if detector.macl_level == "roi" else 1 for box in boxes]
-    visible, infrared = (part.float().cpu().split(rows) for part in detector.embed(extracted, boxes))
-    return list(zip(visible, infrared, strict=True))
+def embed(detector: PairedFasterRCNN, extracted: list[Features], targets: list[dict]) -> list[tuple[Tensor, ...]]:
+    """Per image, on the CPU: visible and infrared embeddings (n, D), and which are seen in both modalities (n,) bool.
+
+    Of its boxes that are not ignored, or one of the image. Where nobody knows what is seen, all are.
+    """
+    device = extracted[0].pyramids["visible"][0].device
+    visible, infrared = detector.embed(extracted, [target["boxes"][~target["ignore"]].to(device) for target in targets])
+    per_box, both = detector.macl_level == "roi", []
+    for target in targets:
+        kept = ~target["ignore"]
+        known = per_box and "visible_in" in target
+        count = int(kept.sum()) if per_box else 1
+        both.append(target["visible_in"][kept].all(1) if known else torch.ones(count, dtype=torch.bool))
+    rows = [len(seen) for seen in both]
+    return list(zip(visible.float().cpu().split(rows), infrared.float().cpu().split(rows), both, strict=True))
 
 
 def detection_metrics(results: list[dict], max_detections: int = MAX_DETECTIONS) -> dict[str, dict]:
     """Mode -> ap50, ap75, ap, recall of `average_precision` (fractions; None without boxes).
 
-    Where the data set knows in which modality each box can be seen, also ap50 of those alone: ap50_seen_in_both,
-    ap50_seen_in_visible_only, ap50_seen_in_infrared_only. With several classes the four are means, and per_class has
-    those of each class by name.
+    ap50_seen_in_both, ap50_seen_in_visible_only, ap50_seen_in_infrared_only: AP50 of these boxes alone, where known.
+    per_class: the four by the name of each class, and their means above, where there are several classes.
     """
     frames = [result["ground_truth"] for result in results]
     seen_frames = {}
@@ -101,42 +107,36 @@ def detection_metrics(results: list[dict], max_detections: int = MAX_DETECTIONS)
             seen_frames[name] = [
                 frame | {"ignore": frame["ignore"] | (frame["visible_in"] != seen).any(1)} for frame in frames
             ]
-    metrics = {}
-    for mode in results[0]["detections"] if results else ():
+    metrics, classes = {}, results[0]["classes"]
+    for mode in results[0]["detections"]:
         outputs = [result["detections"][mode] for result in results]
         overall = average_precision(outputs, frames, max_detections=max_detections)
         metrics[mode] = {name: overall[name] for name in MEASURES}
         for name, seen in seen_frames.items():
             ap50 = average_precision(outputs, seen, max_detections=max_detections)["ap50"]
             metrics[mode][f"ap50_seen_in_{name}"] = ap50
-        classes = results[0]["classes"]
         if len(classes) > 1:
-            per_class = [overall["per_class"].get(label, {}) for label in range(1, 1 + len(classes))]
-            metrics[mode]["per_class"] = {
-                name: {key: values.get(key) for key in MEASURES}
-                for name, values in zip(classes, per_class, strict=True)
-            }
+            known = [overall["per_class"].get(label, {}) for label in range(1, 1 + len(classes))]
+            per_class = [{key: values.get(key) for key in MEASURES} for values in known]
+            metrics[mode]["per_class"] = dict(zip(classes, per_class, strict=True))
     return metrics
 
 
 def miss_rate_metrics(results: list[dict]) -> dict[str, dict[str, float | None]]:
-    """Mode -> row -> log-average miss rate in percent (lower is better): `miss_rate_tables` without the rest."""
+    """Mode -> row -> log-average miss rate in percent (lower is better)."""
     tables = miss_rate_tables(results)
     return {mode: {row: values["miss_rate"] for row, values in rows.items()} for mode, rows in tables.items()}
 
 
 def miss_rate_tables(results: list[dict]) -> dict[str, dict[str, dict]]:
-    """Mode -> the ten rows of `metrics.miss_rate_table`, "reasonable all", "reasonable day", ..., "all".
-
-    Empty unless the data set knows occlusion and daytime, as KAIST and the drawn scenes do.
-    """
+    """Mode -> the rows of `metrics.miss_rate_table`; empty where occlusion or daytime is unknown."""
     return {mode: miss_rate_table(*frames) for mode, frames in people_frames(results).items()}
 
 
 def miss_rate_curves(results: list[dict]) -> dict[str, dict[str, dict]]:
     """Mode -> "reasonable all", "reasonable day", "reasonable night" -> `metrics.miss_rate_curve` as lists.
 
-    Of the points only those stay at which the miss rate changes, and the last: the curve is a staircase.
+    The curve is a staircase: only the points at which the miss rate changes stay, and the last.
     """
     curves = {}
     for mode, frames in people_frames(results).items():
@@ -151,14 +151,15 @@ def miss_rate_curves(results: list[dict]) -> dict[str, dict[str, dict]]:
 
 
 def people_frames(results: list[dict]) -> dict[str, tuple[list[dict], list[dict]]]:
-    """Mode -> (detections, ground truth) of people alone, as `metrics.miss_rate_table` takes them.
+    """Mode -> (detections, ground truth) of people, as `metrics.miss_rate_table` takes them; other classes are ignored.
 
-    Its heights and borders are for frames of KAIST's size, so others are stretched to it. Other classes are ignored.
+    Frames are stretched to KAIST's size, for which its heights and borders are meant.
     """
+    classes = list(results[0]["classes"])
     known = all({"occlusion", "daytime"} <= result["ground_truth"].keys() for result in results)
-    if not results or not known or "person" not in results[0]["classes"]:
+    if not known or "person" not in classes:
         return {}
-    person = 1 + list(results[0]["classes"]).index("person")
+    person = 1 + classes.index("person")
     frames, detections = [], {mode: [] for mode in results[0]["detections"]}
     for result in results:
         height, width = result["size"]
@@ -176,10 +177,9 @@ def people_frames(results: list[dict]) -> dict[str, tuple[list[dict], list[dict]
 def alignment_metrics(results: list[dict]) -> dict | None:
     """`metrics.alignment` of the boxes seen in both modalities; None without a contrastive head.
 
-    r1_seen_in_one: r1 of the boxes seen in only one modality, in a gallery of their own: what the registered context
-    alone gives away.
+    r1_seen_in_one: r1 among the gallery_seen_in_one other boxes: what the registered context alone gives away.
     """
-    if not results or "embeddings" not in results[0]:
+    if "embeddings" not in results[0]:
         return None
     visible, infrared, both = all_embeddings(results)
     single = alignment(visible[~both], infrared[~both])
@@ -187,30 +187,23 @@ def alignment_metrics(results: list[dict]) -> dict | None:
     return metrics | {"r1_seen_in_one": single["r1"], "gallery_seen_in_one": single["gallery"]}
 
 
-def all_embeddings(results: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
-    """The visible and infrared embeddings (N, D) of all results, and whether a box is seen in both modalities (N,)."""
-    visible, infrared = (torch.cat([result["embeddings"][i] for result in results]) for i in (0, 1))
-    both = []
-    for result in results:
-        rows, target = len(result["embeddings"][0]), result["ground_truth"]
-        # One row per image, or a data set that does not know: all.
-        known = "visible_in" in target and rows == int((~target["ignore"]).sum())
-        both.append(target["visible_in"][~target["ignore"]].all(1) if known else torch.ones(rows, dtype=torch.bool))
-    return visible, infrared, torch.cat(both)
+def all_embeddings(results: list[dict]) -> tuple[Tensor, ...]:
+    """The columns of `embed`, of all results."""
+    return tuple(map(torch.cat, zip(*(result["embeddings"] for result in results), strict=True)))
 
 
 def validation_text(metrics: dict, untrained: float | None = None) -> str:
-    """The `detection_metrics` as a table in percent and, under "alignment", the `alignment_metrics`, for people.
+    """`detection_metrics` and, under "alignment", `alignment_metrics` as a table in percent and two lines.
 
-    untrained: R@1 before training, to be shown beside today's.
+    untrained: R@1 before training, shown beside today's.
     """
     modes = {mode: values for mode, values in metrics.items() if mode != "alignment"}
     columns = [name for name in next(iter(modes.values())) if name != "per_class"]
     titles = [name.replace("ap50_seen_in_", "AP50 seen in ").replace("_", " ").replace("ap", "AP") for name in columns]
     rows = [["detecting with", *("AP50:95" if title == "AP" else title for title in titles)]]
     for mode, values in modes.items():
-        classes = [(f"  {name}", one) for name, one in values.get("per_class", {}).items()]
-        for name, one in [(mode, values), *classes]:
+        classes = {f"  {name}": one for name, one in values.get("per_class", {}).items()}
+        for name, one in ({mode: values} | classes).items():
             cells = [one.get(column) for column in columns]
             rows.append([name, *("-" if value is None else f"{100 * value:.1f}" for value in cells)])
     lines = ["", aligned(rows)]

@@ -28,11 +28,11 @@ MAX_PAIRS = 200  # of a t-SNE picture
 def draw_detections(visible, infrared, detections, ground_truth=None, *, classes, min_score=0.3) -> Image.Image:
     """Both modalities of one frame side by side, with the same boxes on each and a legend below.
 
-    visible, infrared: (3, H, W) uint8 tensors of one size; either may be None.
-    detections: boxes (N, 4) x1, y1, x2, y2 in pixels of the image, labels (N,), scores (N,). Each shows class and
-        score; those below `min_score` are left out.
-    ground_truth: boxes (M, 4), labels (M,), ignore (M,) bool. Each shows its class where there are several.
-    classes: the names of labels 1, 2, ...
+    visible, infrared: (3, H, W) uint8 tensors of one size; either may be None
+    detections: boxes (N, 4) x1, y1, x2, y2 in pixels of the image, labels (N,), scores (N,)
+    ground_truth: boxes (M, 4), labels (M,), ignore (M,) bool
+    classes: the names of labels 1, 2, ..., shown on detections, and on the truth where there are several
+    min_score: detections below it are left out
     """
     images = {name: image for name, image in (("visible", visible), ("infrared", infrared)) if image is not None}
     height, width = next(iter(images.values())).shape[-2:]
@@ -83,7 +83,7 @@ def draw_validation(folder: Path, epoch: int, dataset, results: list[dict]) -> N
     """Pictures of a few results of `evaluation.predict` and, with the viz extra, of the embeddings under t-SNE."""
     folder = folder / "pictures"
     folder.mkdir(exist_ok=True)
-    for index in range(0, len(results), max(1, math.ceil(len(results) / MAX_PICTURES))):
+    for index in range(0, len(results), math.ceil(len(results) / MAX_PICTURES)):
         sample, result = dataset[index], results[index]
         detections = next(iter(result["detections"].values()))
         truth, classes = result["ground_truth"], result["classes"]
@@ -99,8 +99,8 @@ def draw_validation(folder: Path, epoch: int, dataset, results: list[dict]) -> N
 def tsne_picture(path: Path, visible: torch.Tensor, infrared: torch.Tensor, *, title: str) -> None:
     """Write a t-SNE layout (van der Maaten and Hinton, JMLR 2008) of both modalities' embeddings (N, D).
 
-    Row i of both shows the same object, and a line joins the two. Rows are L2-normalised; more than MAX_PAIRS are
-    thinned evenly. Nothing is written of fewer than two.
+    A line joins row i of both, which show the same object. Rows are L2-normalised; more than MAX_PAIRS are thinned
+    evenly. Nothing is written for fewer than two.
     """
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
@@ -112,8 +112,7 @@ def tsne_picture(path: Path, visible: torch.Tensor, infrared: torch.Tensor, *, t
         return
     chosen = np.unique(np.linspace(0, count - 1, min(count, MAX_PAIRS)).round().astype(int))
     rows = normalize(torch.cat([visible[chosen], infrared[chosen]]).double(), dim=1).numpy()  # (2 P, D)
-    # PCA of a collapsed embedding divides by zero.
-    start = "pca" if (rows.std(0) > 1e-6).sum() >= 2 else "random"
+    start = "pca" if (rows.std(0) > 1e-6).sum() >= 2 else "random"  # PCA of a collapsed embedding divides by zero
     tsne = TSNE(perplexity=min(30, (len(rows) - 1) / 3), init=start, random_state=0)
     with threadpool_limits(1):  # its threads wait for each other: ten times slower on cores that others use too
         points = tsne.fit_transform(rows).reshape(2, len(chosen), 2)  # (modality, P, 2)
@@ -130,10 +129,9 @@ def tsne_picture(path: Path, visible: torch.Tensor, infrared: torch.Tensor, *, t
 
 
 def miss_rate_plot(path: Path, curves: dict[str, dict], *, title: str = "") -> None:
-    """Write miss rate over false positives per image, both logarithmic.
+    """Write miss rate over false positives per image, both logarithmic, sorted by log-average miss rate.
 
-    curves: by name, what macl.metrics.miss_rate_curve returns, arrays or lists; the legend is sorted by log-average
-    miss rate.
+    curves: name -> curve as from `macl.metrics.miss_rate_curve`, of arrays or lists
     """
     from matplotlib.figure import Figure
 
@@ -143,14 +141,14 @@ def miss_rate_plot(path: Path, curves: dict[str, dict], *, title: str = "") -> N
     measured = [(name, curve) for name, curve in curves.items() if curve["log_average_miss_rate"] is not None]
     for name, curve in sorted(measured, key=lambda item: item[1]["log_average_miss_rate"]):
         # A log axis has no 0 and no end; before the first detection all is missed.
-        fppi = np.concatenate([[1e-6], np.maximum(1e-6, curve["fppi"]), [1e6]])
-        miss_rate = np.concatenate([[100], np.maximum(1e-3, curve["miss_rate"])])
+        fppi = [1e-6, *np.maximum(1e-6, curve["fppi"]), 1e6]
+        miss_rate = [100, *np.maximum(1e-3, curve["miss_rate"])]
         label = f"{curve['log_average_miss_rate']:.2f} %  {name}"
         axes.step(fppi, [*miss_rate, miss_rate[-1]], where="post", lw=1.8, label=label)
     ticks = [1, 2, 5, 10, 20, 30, 50, 80, 100]
     axes.set(xscale="log", yscale="log", xlim=(1e-3, 1e1), ylim=(1, 110), title=title)
     axes.set(xlabel="false positives per image", ylabel="miss rate (%)")
-    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.set_yticks(ticks, ticks)
     axes.set_yticks([], minor=True)
     axes.grid(True, color="#000000", alpha=0.12, lw=0.6)
     if measured:

@@ -4,7 +4,7 @@
     python -m macl.predict --checkpoint best.pt --visible VISIBLE_DIR --infrared INFRARED_DIR --output out
     python -m macl.predict --checkpoint best.pt --infrared INFRARED_DIR --output out
 
-Writes one picture a pair, both modalities side by side, and detections.json.
+Writes one picture per pair, both modalities side by side, and detections.json.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from trainkit.files import whole_file, write_json
 
 @torch.inference_mode()
 def main(arguments: list[str] | None = None) -> None:
-    """`python -m macl.predict`: detect in pictures of one's own, draw them and write detections.json."""
+    """Detect in pictures, draw them and write detections.json. arguments: without the program's name."""
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="best.pt or last.pt of a run")
     parser.add_argument("--visible", metavar="FILE_OR_DIR", help="visible image, or a folder of them")
@@ -46,11 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
     for visible, infrared in pairs:
         path = visible or infrared
         sample = read_pair(visible, infrared)
-        images = {name: sample[name] for name in ("visible", "infrared") if sample[name] is not None}
-        detections = detector(**{name: [to_float(image).to(args.device)] for name, image in images.items()})[0]
-        picture = draw_detections(
-            sample["visible"], sample["infrared"], detections, classes=classes, min_score=args.min_score
-        )
+        images = {name: [to_float(image).to(args.device)] for name, image in sample.items() if image is not None}
+        detections = detector(**images)[0]
+        picture = draw_detections(**sample, detections=detections, classes=classes, min_score=args.min_score)
         with whole_file(output / f"{path.stem}.png") as file:
             picture.save(file, "PNG")
         rows = zip(*(detections[name].tolist() for name in ("boxes", "labels", "scores")), strict=True)

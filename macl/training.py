@@ -1,6 +1,7 @@
 """What the scripts of stage 1 and stage 2 share: flags, loss weights, loader, validation, --check."""
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import torch
@@ -21,7 +22,7 @@ VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a
 
 # fmt: off
 def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
-    """Every flag here is the keyword of `PairedAugmentation` of the same name."""
+    """The flags are named like the fields of `PairedAugmentation`."""
     add = parser.add_argument_group("augmentation: geometry is the same for both images").add_argument
     add("--flip", type=fraction, default=0.5, metavar="P", help="probability of a horizontal flip")
     add("--crop", type=fraction, default=0.0, metavar="P", help="probability of a crop")
@@ -54,7 +55,7 @@ def check_augmentation(args: argparse.Namespace) -> None:
 
 
 def detection_weights(args: argparse.Namespace, detector: PairedFasterRCNN) -> dict[str, float]:
-    """The weights of the losses of detection and of MACL; `TrainStep` applies them once."""
+    """The weights of the losses of detection and of MACL, which `TrainStep` applies."""
     weights = {
         "loss_objectness": args.rpn_weight,
         "loss_rpn_box_reg": args.rpn_weight,
@@ -67,10 +68,7 @@ def detection_weights(args: argparse.Namespace, detector: PairedFasterRCNN) -> d
 
 
 def freeze_unreached(detector: PairedFasterRCNN, weights: dict[str, float]) -> None:
-    """Freeze what only losses of weight 0 have a path to; DistributedDataParallel waits for the gradient of all else.
-
-    The contrastive head stays in place, so that the checkpoint fits and R@1 is told.
-    """
+    """Freeze what only losses of weight 0 reach; DistributedDataParallel waits for the gradient of all else."""
     enabled = {name for name, weight in weights.items() if weight}
     proposing, detecting = {"loss_objectness", "loss_rpn_box_reg"}, {"loss_classifier", "loss_box_reg"}
     for part, losses in (
@@ -88,10 +86,8 @@ def freeze_unreached(detector: PairedFasterRCNN, weights: dict[str, float]) -> N
 
 def augmented_loader(args: argparse.Namespace, data, sampler: ResumableSampler, device: torch.device):
     """Batches of `data`, augmented as the flags say, in the sampler's order."""
-    names = (
-        "flip crop crop_scale mosaic brightness contrast saturation hue gain offset noise erase_visible erase_infrared"
-    )
-    augmentation = PairedAugmentation(**{name: getattr(args, name) for name in names.split()})
+    names = [field.name for field in dataclasses.fields(PairedAugmentation)]
+    augmentation = PairedAugmentation(**{name: getattr(args, name) for name in names})
     dataset = AugmentedDataset(data, augmentation, seed=args.seed)
     return make_loader(dataset, sampler, collate, workers=args.workers, device=device)
 
@@ -111,22 +107,18 @@ def validate(
     between: Callable[[], None],
     modes: Mapping | None = None,
 ) -> tuple[dict, list[dict]]:
-    """Metrics by mode and of the embeddings, and the results they come from; the same on every process.
+    """Metrics by mode and, under "alignment", of the embeddings, and the results of `predict`, which takes the rest.
 
-    modes: as for `predict`; None for all of the detector's. between: see `trainkit.distributed.in_step`.
+    modes: None for all of the detector's
     """
-    results = predict(
-        detector, data, modes=detector.modes if modes is None else modes, device=device, batch_size=args.batch_size,
-        workers=args.workers, amp=args.amp, between=between,
-    )  # fmt: skip
+    modes = detector.modes if modes is None else modes
+    options = {name: getattr(args, name) for name in ("batch_size", "workers", "amp")}
+    results = predict(detector, data, modes=modes, device=device, between=between, **options)
     return {**detection_metrics(results), "alignment": alignment_metrics(results)}, results
 
 
 def best_metric(metrics: dict, by: str) -> tuple[float, float]:
-    """The metric `by`, with both cameras where the detector has both, and AP50:95, which breaks ties.
-
-    by: "ap50", "ap" or "r1". -inf where there is nothing to measure.
-    """
+    """The metric `by` ("ap50", "ap" or "r1") of the first mode, and its AP50:95, which breaks ties; -inf if unknown."""
     first = next(iter(metrics.values()))
     values = metrics["alignment"]["r1"] if by == "r1" else first[by], first["ap"]
     return tuple(-float("inf") if value is None else value for value in values)

@@ -1,4 +1,4 @@
-"""What an annotation file says of a pair, and what becomes of it: boxes that count, are ignored, or are left out."""
+"""The objects of an annotation file as boxes that count, are ignored, or are left out."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,25 +15,23 @@ from trainkit.files import shown
 
 
 class Object(NamedTuple):
-    """An object of an annotation file; those of classes that nobody asks for need no box."""
-
     name: str
-    box: tuple[float, float, float, float] | None = None  # x1, y1, x2, y2 in pixels
+    box: tuple[float, float, float, float] | None = None  # x1, y1, x2, y2 in pixels; None for classes not asked for
     ignore: bool = False  # as the annotation marks it
     occlusion: int = 0  # 0 none, 1 partial, 2 heavy
 
 
 class Labels(NamedTuple):
-    """All that an annotation file says of a pair."""
+    """The content of an annotation file for one pair."""
 
     place: str  # the file, and where in it, for messages
-    size: tuple[int, int] | None  # width, height in pixels; None where it does not say
+    size: tuple[int, int] | None  # width, height in pixels; None where the file does not say it
     objects: list[Object]
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """The boxes of a sample; `occlusion` and `visible_in` are None where they are not known."""
+    """The boxes of a sample; `occlusion` and `visible_in` are None where unknown."""
 
     place: str
     size: tuple[int, int]  # width, height in pixels
@@ -44,10 +42,10 @@ class Annotation:
     occlusion: Tensor | None = None  # (N,) int64
     visible_in: Tensor | None = None  # (N, 2) bool
     clipped: int = 0  # boxes that reached out of the image
-    dropped: int = 0  # boxes of no area within the image, left out
+    dropped: int = 0  # boxes without area in the image, left out
 
     def per_box(self) -> dict[str, Tensor]:
-        """The keys of a sample that are known."""
+        """The known keys of a sample."""
         return {key: getattr(self, key) for key in PER_BOX if getattr(self, key) is not None}
 
 
@@ -62,9 +60,9 @@ def annotate(
 ) -> Annotation:
     """The objects of `classes`, labelled 1, 2, ...
 
-    ignored_names: objects of these are ignored under person's label, and other names refused; None: others are left out
-    min_height, max_occlusion: a lower box, in pixels, or more occlusion is ignored; None: occlusion is not known
-    clip: clip boxes to the image, and leave out those of which nothing remains
+    ignored_names: these are ignored under person's label, other names are refused; None: other names are left out
+    min_height, max_occlusion: lower boxes, in pixels, and more occlusion are ignored; None: occlusion is unknown
+    clip: clip boxes to the image, and leave out those without area in it
     """
     known = (*classes, *(ignored_names or ()))
     kept = [item for item in labels.objects if item.name in known]
@@ -95,9 +93,9 @@ def annotate(
 
 
 def refuse_absent_classes(dataset, *, every: bool) -> None:
-    """Raises InputError, with the names that occur, where no object that is not ignored has one of the classes.
+    """Raises InputError, with the names that occur, where classes have no object that counts.
 
-    every: each of the classes has to occur, as in training; otherwise one will do. Annotations are read until then.
+    every: refuse if any class is absent, as for training; otherwise if all are. Reads no further than it needs.
     """
     names, seen = Counter(), set()
     for annotation in map(dataset.annotation, range(len(dataset))):
@@ -109,7 +107,7 @@ def refuse_absent_classes(dataset, *, every: bool) -> None:
     known = ", ".join(f"{shown(name)} {count}" for name, count in names.most_common(12)) or "none at all"
     raise InputError(
         f"no object that counts has the class {absent}: is it spelt as in the data, given once, not always ignored? "
-        f"Names found: {known}. Read: {dataset.source}"
+        f"Names in the data: {known}. Read: {dataset.source}"
     )
 
 

@@ -1,7 +1,7 @@
 """Shapes of people and of things of their size, built of capsules, and their rasters.
 
-Coordinates of a shape are in units of its height: x from its centre line, y up from the ground. Only correctly rounded
-arithmetic is used (no sin, exp or sums whose order may change), so that the same draws give the same pixels everywhere.
+Coordinates are in units of the shape's height: x from its centre line, y up from the ground. Arithmetic is correctly
+rounded (no sin, no exp, no sums of changing order): the same draws give the same pixels everywhere.
 """
 
 import math
@@ -27,7 +27,7 @@ def uniform(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def person(rng: np.random.Generator) -> Shape:
-    """Somebody standing or walking, seen from the front or from the side: head, torso, two arms and two legs."""
+    """A person standing or walking, seen from the front or from the side."""
     from_side = rng.random() < 0.5
     shoulder = uniform(rng, 0.03, 0.06) if from_side else uniform(rng, 0.09, 0.12)
     hip = 0.02 if from_side else uniform(rng, 0.04, 0.06)
@@ -95,8 +95,7 @@ def occluder(rng: np.random.Generator, low: bool) -> Shape:
 def rasterise(shape: Shape, *, foot: tuple[float, float], height: float, canvas: tuple[int, int]):
     """Draws a shape that stands at foot = (x, y), `height` pixels tall, on a canvas of (H, W) pixels.
 
-    -> the patch's rows and columns as slices, its coverage (h, w) float32, which falls from 1 to 0 over the pixel that
-    the outline crosses, and the material of each pixel (h, w). The patch may be empty.
+    -> rows and columns of the patch as slices, its coverage (h, w) float32 in 0..1, and the material per pixel (h, w).
     """
     x0, y0, x1, y1, r0, r1, materials = np.array(shape.capsules).T[:, :, None, None]  # each (K, 1, 1)
     columns = _span(np.minimum(x0 - r0, x1 - r1).min(), np.maximum(x0 + r0, x1 + r1).max(), foot[0], height, canvas[1])
@@ -120,6 +119,6 @@ def rasterise(shape: Shape, *, foot: tuple[float, float], height: float, canvas:
 
 
 def _span(low: float, high: float, foot: float, height: float, size: int) -> slice:
-    """The pixels from foot + low * height to foot + high * height and one more on either side, within 0..size."""
+    """The pixels from low to high and one more on either side, within 0..size."""
     start = min(max(math.floor(foot + low * height) - 1, 0), size)
     return slice(start, max(start, min(math.ceil(foot + high * height) + 1, size)))

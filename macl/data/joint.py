@@ -6,9 +6,9 @@ from torch.utils.data import ConcatDataset, Dataset
 
 
 class JointDataset(ConcatDataset):
-    """Data sets laid end to end. Samples also say which one they are of: "domain", from 0.
+    """Data sets laid end to end. "domain" in a sample is the index of its data set.
 
-    Scene numbers stay apart: a scene of one data set never has the number of one of another; -1, not known, stays.
+    Scene numbers are made unique across the data sets; -1, unknown, stays.
     """
 
     def __init__(self, *parts: Dataset):

@@ -1,7 +1,6 @@
-"""What KAIST's annotations say of a frame: bbGt text, the two kinds of XML, and the json of the test frames.
+"""The labels of KAIST's frames: bbGt text, the two kinds of XML, and the json of the test frames.
 
-Boxes are taken as published, with nothing added or subtracted: the benchmark's evaluation does the same, and all four
-kinds give the same numbers.
+Boxes are taken as published, nothing added or subtracted, as in the benchmark's evaluation.
 """
 
 import re
@@ -20,7 +19,7 @@ _FRAME = re.compile(r"set([0-9]{2})[/_]V([0-9]{3})[/_](?:(?:visible|lwir)[/_])?I
 
 
 class Frame(NamedTuple):
-    """A moment of a video, by which both images and the annotation are found."""
+    """The name of a frame: both images and the annotation are found by it."""
 
     set: int
     video: int
@@ -46,9 +45,9 @@ class Frame(NamedTuple):
 
 
 def parse_frame(name: str, place: str) -> Frame:
-    """The frame of "set06/V000/I00019", or of "set06_V000_visible_I00019" or "..._lwir_...", which share one.
+    """The frame of "set06/V000/I00019", "set06_V000_visible_I00019" or "..._lwir_...". place: for messages.
 
-    Nothing else passes, so that no path made of it can leave a data set's root. place: where the name stands.
+    Nothing else passes, so that no path made of it can leave a data set's root.
     """
     match = _FRAME.fullmatch(name)
     if match is None or int(match[1]) > 11:
@@ -56,13 +55,8 @@ def parse_frame(name: str, place: str) -> Frame:
     return Frame(*map(int, match.groups()))
 
 
-def read_labels(path: Path) -> Labels:
-    """One frame's labels from its .txt or .xml file; raises InputError for another version of either."""
-    return _read_bbgt(path) if path.suffix == ".txt" else _read_xml(path)
-
-
-def _read_bbgt(path: Path) -> Labels:
-    """A line is a name and x y w h, occlusion, x y w h of the visible part, ignore, angle."""
+def read_bbgt(path: Path) -> Labels:
+    """One frame's labels: per line a name, x y w h, occlusion, x y w h of the visible part, ignore, angle."""
     first, *lines = read_text(path, "a bbGt annotation").split("\n")
     if first.strip() != BBGT:
         raise InputError(f"{path} starts with {shown(first.strip())}; expected {BBGT!r}, the version that is read")
@@ -76,7 +70,7 @@ def _read_bbgt(path: Path) -> Labels:
     return Labels(str(path), None, objects)
 
 
-def _read_xml(path: Path) -> Labels:
+def read_xml(path: Path) -> Labels:
     """The tree has <x> <y> <w> <h>, the processed layout <xmin> <ymin> <xmax> <ymax> of the same numbers."""
     size, items = parse_voc(path)
     objects = []
@@ -89,12 +83,12 @@ def _read_xml(path: Path) -> Labels:
 
 
 def read_json(path: str | Path) -> tuple[dict[Frame, Labels], str]:
-    """The labels by frame, in the order of the image ids, and which version of them the file says it holds.
+    """The labels by frame, in the order of the image ids, and the version that the file says it holds.
 
     The published json of the 2252 test frames: images of {"id", "im_name", "width", "height"}, annotations of
     {"image_id", "category_id", "bbox" [x, y, width, height], "occlusion", "ignore"}, and categories of {"id", "name"}.
     """
-    data = files.read_json(path, "KAIST's annotations", dict)
+    data = files.read_json(path, "the json of KAIST's annotations", dict)
     categories = _items(data, "categories", path)
     names = {_id(item, "id", place): plain_text(item.get("name"), f"{place}, name") for place, item in categories}
     by_id = {}
@@ -104,7 +98,7 @@ def read_json(path: str | Path) -> tuple[dict[Frame, Labels], str]:
         by_id[_id(item, "id", place)] = (frame, Labels(f"{path}, {frame.name}", size, []))
     frames = dict(by_id[image] for image in sorted(by_id))
     if not frames:
-        raise InputError(f"{path} holds no images; expected KAIST's annotations")
+        raise InputError(f"{path} holds no images; expected the json of KAIST's annotations")
     annotations = _items(data, "annotations", path)
     ids = [_id(item, "id", place) for place, item in annotations if "id" in item]
     if len(frames) < len(data["images"]) or len(set(ids)) < len(ids):

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from macl.data.annotation import Annotation
-from macl.data.pairs import OWN_DATA, Listing, Pair, PairedDataset, find_root, read_list
+from macl.data.pairs import OWN_DATA, Pair, PairedDataset, find_images, find_root, read_list
 from macl.data.sample import images_by_stem
 from macl.data.voc import read_voc
 from trainkit.errors import InputError
-from trainkit.files import inside, shown
+from trainkit.files import inside, regular_file, shown
 
 SPLITS = ("train", "test")
 
@@ -22,13 +22,13 @@ SPLITS = ("train", "test")
 class LLVIP(PairedDataset):
     """Pairs of LLVIP, or of data kept in its layout; scene is the camera, -1 where a name does not start with one.
 
-    root: the folder that holds visible/ and infrared/, or its parent that holds LLVIP/.
-    split: "train" or "test". The pairs of ImageSets/Main or ImageSets where they hold {split}.txt, one name without
-        suffix per line; else every image of visible/{split}. `source` says which.
-    classes: the names of the objects to read, labelled 1, 2, ...; others are left out (statistics() counts them).
+    root: the folder that holds visible/ and infrared/, or its parent that holds LLVIP/
+    split: "train" or "test": the names in {split}.txt of ImageSets/Main or ImageSets, one per line without suffix;
+        without that file every image of visible/{split}
+    classes: the names of labels 1, 2, ...; other objects are left out
 
-    Raises InputError at construction for the first missing folder, image, partner or annotation, and a bad list; when a
-    sample is read, for a broken image, sizes that differ, and an XML that is not VOC.
+    Raises InputError at construction for a missing folder, image or annotation, and a bad list; when a sample is read,
+    for a broken image, sizes that differ, and an XML that is not VOC.
     """
 
     scene_kind = "camera"
@@ -38,26 +38,27 @@ class LLVIP(PairedDataset):
             raise InputError(f"LLVIP has no split {split!r}; expected one of {', '.join(SPLITS)}")
         root, _ = find_root(root, ["LLVIP"], ["visible", "infrared"])
         names, where = _find_names(root, split)
-        listing, pairs = Listing(), []
-        for name in names:
-            images = [listing.image(root / folder / split / name, name) for folder in ("visible", "infrared")]
-            camera = int(name[:2]) if name[:2].isdecimal() and len(name) > 2 else -1
-            pairs.append(Pair(*images, listing.file(root / "Annotations" / f"{name}.xml", name), camera))
-        super().__init__(pairs, classes, split=split, source=f"LLVIP {split}: {len(pairs)} pairs {where}")
+        visible, infrared = (
+            find_images((root / folder / split / name, name) for name in names) for folder in ("visible", "infrared")
+        )
+        files = [regular_file(root / "Annotations" / f"{name}.xml", f"the boxes of {name}") for name in names]
+        cameras = [int(name[:2]) if name[:2].isdecimal() and len(name) > 2 else -1 for name in names]
+        pairs = map(Pair, visible, infrared, files, cameras)
+        super().__init__(pairs, classes, split=split, source=f"LLVIP {split}: {len(names)} pairs {where}")
 
     def annotation(self, index: int) -> Annotation:
         return read_voc(self.pairs[index].annotation, classes=self.classes)
 
 
 def _find_names(root: Path, split: str) -> tuple[list[str], str]:
-    """The names of the pairs, and where they were found."""
+    """The names of the pairs, and their source."""
     for file in (root / folder / f"{split}.txt" for folder in ("ImageSets/Main", "ImageSets")):
         if file.is_file():
             names = read_list(file, "one image name")
-            for name, place in names.items():
-                if inside(root, name, place).name != name:
-                    raise InputError(f"{place}: {shown(name)}; expected an image name without folders or suffix")
-            return list(names), f"listed in {file}"
+            for name in names:
+                if inside(root, name, str(file)).name != name:
+                    raise InputError(f"{file}: {shown(name)}; expected an image name without folders or suffix")
+            return names, f"listed in {file}"
     folder = root / "visible" / split
     names = list(images_by_stem(folder))
     if not names:

@@ -1,4 +1,4 @@
-"""Paints a laid-out scene twice, as a camera for visible light sees it and as a thermal camera does."""
+"""Paints a scene as a camera for visible light sees it and as a thermal camera does."""
 
 import math
 
@@ -9,11 +9,10 @@ from macl.data.scenes import INFRARED, VISIBLE, Domain, Figure, Scene, count
 
 
 def paint(rng: np.random.Generator, domain: Domain, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (visible, infrared), both (3, H, W) uint8; the three channels of infrared are equal."""
+    """-> visible and infrared, (3, H, W) uint8; the three channels of infrared are equal."""
     tint = np.array([1.0, uniform(rng, 0.8, 0.95), uniform(rng, 0.6, 1.0)], dtype=np.float32)[:, None, None]
     visible = tint * _visible_background(rng, domain, scene)  # (3, H, W)
     infrared = _infrared_background(rng, domain, scene)[None]  # (1, H, W)
-    # What a domain lacks draws nothing, so that a new property leaves the pictures of the older domains as they are.
     colder = domain.colder > 0 and rng.random() < domain.colder
     heat = tuple(-strength if colder else strength for strength in domain.infrared_contrast)
     for canvas, modality, contrast in ((visible, VISIBLE, domain.visible_contrast), (infrared, INFRARED, heat)):
@@ -37,8 +36,7 @@ def paint(rng: np.random.Generator, domain: Domain, scene: Scene) -> tuple[np.nd
 def _paint_figure(rng, canvas: np.ndarray, behind: np.ndarray, figure: Figure, modality: int, contrast: tuple) -> None:
     """Blends a figure over the canvas (C, H, W); one that is not seen looks like the background, and still hides.
 
-    In visible light people may be brighter or darker than what is behind them and each part has a tone of its own; in
-    infrared they are warmer (colder where the contrast is negative), most of all the head.
+    Visible: brighter or darker than the background, with a tone per part. Infrared: warmer, most of all the head.
     """
     patch, background = (image[:, figure.rows, figure.columns] for image in (canvas, behind))  # (C, h, w)
     if not figure.seen[modality]:
@@ -110,7 +108,7 @@ def _infrared_background(rng: np.random.Generator, domain: Domain, scene: Scene)
 
 
 def _add_light(rng, canvas: np.ndarray, *, at: float, row: float, reach: tuple[float, float], peak: float) -> None:
-    """Adds a spot at shares of the width and height, `reach` in widths; its light falls unevenly by axis."""
+    """Adds a spot. at, row: shares of the width and the height; reach: in widths, drawn per axis."""
     height, width = canvas.shape
     far_x = (np.arange(width, dtype=np.float32) - np.float32(at * width)) / np.float32(uniform(rng, *reach) * width)
     far_y = (np.arange(height, dtype=np.float32) - np.float32(row * height)) / np.float32(uniform(rng, *reach) * width)
@@ -130,14 +128,14 @@ def _texture(rng: np.random.Generator, size: tuple[int, int], *, cells: tuple[in
 
 
 def _add_noise(rng: np.random.Generator, canvas: np.ndarray, deviation: float) -> None:
-    """Adds sensor noise, the sum of two random bytes: bell-shaped, bounded and the same on every machine."""
+    """Adds sensor noise: the sum of two random bytes."""
     noise = np.frombuffer(rng.bytes(2 * canvas.size), dtype=np.uint8).reshape(2, *canvas.shape)
     noise = noise[0].astype(np.float32) + noise[1] - np.float32(255)
     canvas += noise * np.float32(deviation / math.sqrt((256**2 - 1) / 6))
 
 
 def _blur(image: np.ndarray) -> np.ndarray:
-    """Softens (C, H, W) with weights 1 2 1 down and across, as a thermal camera's optics do; the border repeats."""
+    """Softens (C, H, W) with weights 1 2 1 down and across; the border repeats."""
     for axis in (1, 2):
         image = image.swapaxes(1, axis)
         softened = image + image
@@ -149,7 +147,7 @@ def _blur(image: np.ndarray) -> np.ndarray:
 
 
 def _shifted(rng: np.random.Generator, image: np.ndarray, domain: Domain) -> np.ndarray:
-    """Moves (C, H, W) down and right by the domain's offset, give or take its misregistration; the border repeats."""
+    """Moves (C, H, W) down and right by the offset, give or take the misregistration; the border repeats."""
     for axis, ahead in zip((1, 2), domain.offset, strict=True):
         step = int(uniform(rng, 0, 2 * domain.misregistration + 1)) - domain.misregistration - ahead
         image = image.take(np.clip(np.arange(image.shape[axis]) + step, 0, image.shape[axis] - 1), axis)

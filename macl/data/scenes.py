@@ -1,4 +1,4 @@
-"""What stands where in a drawn scene: people, things that resemble them, and what hides them."""
+"""The layout of a drawn scene: people, things that resemble them, and what hides them."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,7 +12,7 @@ VISIBLE, INFRARED = 0, 1
 
 @dataclass(frozen=True)
 class Domain:
-    """What the scenes of one kind have in common. Pairs of numbers are ranges; tones are grey levels of 0..255."""
+    """One kind of scenes. Pairs of numbers are ranges; tones are grey levels of 0..255."""
 
     daytime: bool = False
     heights: tuple[float, float] = (0.11, 0.66)  # of people, as a share of the image's height
@@ -47,9 +47,8 @@ class Domain:
 
 NIGHT = Domain()
 
-# What another pair of cameras sees, by night and by day: smaller people, more often in groups, the small ones ignored;
-# infrared with less contrast, softer, striped, and never registered, since the cameras stand side by side. By day
-# the visible image shows more people, and the ground may be hotter than they are. Boxes are those of the visible image.
+# Other cameras: smaller people, more often in groups; infrared with less contrast, softer, striped, and shifted, as
+# the cameras stand side by side. By day the visible image shows more people, and the ground may be hotter.
 STREET_NIGHT = Domain(
     heights=(0.08, 0.38), ignored_below=0.1, people=(2, 8), visible_only=0.1, infrared_only=0.3, companions=0.4,
     occluders=(0, 2), lamps=(1, 4), visible_contrast=(30, 80), visible_noise=(4, 8), ground=(80, 120),
@@ -75,10 +74,6 @@ class Figure:
     coverage: np.ndarray  # (h, w) float32 in 0..1
     material: np.ndarray  # (h, w) intp
     hidden: float = 0.0  # share of the silhouette behind nearer figures
-
-    @property
-    def is_distractor(self) -> bool:
-        return self.kind not in ("person", "occluder")
 
     @cached_property
     def inside(self) -> np.ndarray:
@@ -113,7 +108,7 @@ def lay_out(rng: np.random.Generator, domain: Domain, size: tuple[int, int]) -> 
     """Draws who and what stands where, and works out what hides what.
 
     Scenes in which a modality does not show two of its distractors at least by half are drawn anew. Raises ValueError
-    when the domain is so crowded that none is found.
+    where the domain is too crowded for that.
     """
     for _ in range(100):
         scene = Scene(size, uniform(rng, *domain.horizon) * size[0], uniform(rng, 1.05, 1.2))
@@ -121,7 +116,7 @@ def lay_out(rng: np.random.Generator, domain: Domain, size: tuple[int, int]) -> 
         figures = people + _occluders(rng, domain, scene, people)
         scene.figures = _far_to_near(figures + _distractors(rng, domain, scene, figures), size)
         clear = [
-            [figure.hidden <= 0.5 for figure in scene.figures if figure.is_distractor and figure.seen[modality]]
+            [figure.hidden <= 0.5 for figure in scene.figures if figure.kind in DISTRACTORS and figure.seen[modality]]
             for modality in (VISIBLE, INFRARED)
         ]
         if all(sum(one) >= min(2, len(one)) for one in clear):

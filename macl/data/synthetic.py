@@ -1,11 +1,7 @@
-"""Scenes drawn by the project: pairs of visible and infrared images of people among things that resemble them.
+"""Drawn pairs: visible and infrared images of people among things that resemble them.
 
-Some people can be seen only in visible light (as warm as what is behind them) and some only in infrared (as dark as
-what is behind them). Pair i draws from its own numpy stream, seeded by (seed, i), and all arithmetic is correctly
-rounded, so that every pair is the same on every machine, whatever was drawn before it.
-
-NIGHT is what a detector is first trained on: registered pairs of night scenes, after LLVIP. DAY_AND_NIGHT is what it
-is fine-tuned to: other cameras on streets by day and by night, after KAIST.
+Some people are seen only in visible light, some only in infrared. Pair i draws from its own numpy stream, seeded by
+(seed, i), and all arithmetic is correctly rounded: every pair is the same on every machine.
 """
 
 from collections.abc import Sequence
@@ -25,9 +21,11 @@ PARTIAL, HEAVY, IGNORED = 0.05, 0.5, 0.7
 class SyntheticPairs(PairedDataset):
     """`count` drawn pairs as samples (see macl.data.sample), all keys known; each pair is a scene of its own.
 
-    seed: an integer >= 0; other seeds give other scenes. size: (H, W) in pixels. domain: what the scenes look like, one
-    kind, or several kinds in turn. People of whom more than 70 % is hidden, and those below the domain's height, are
-    ignored. classes: the names that labels stand for.
+    seed: an integer >= 0
+    size: (H, W) in pixels
+    domain: NIGHT, stage 1's registered night scenes after LLVIP; or DAY_AND_NIGHT, stage 2's streets after KAIST, two
+        kinds in turn
+    classes: the names of labels 1, 2, ..., person among them
     """
 
     def __init__(
@@ -49,19 +47,16 @@ class SyntheticPairs(PairedDataset):
         super().__init__(pairs, classes, split="drawn scenes", source=source)
 
     def __getitem__(self, index: int) -> dict:
-        rng, domain, scene = self._draw(index)
+        rng, domain, scene = self.layout(index)
         images = zip(("visible", "infrared"), map(torch.from_numpy, paint(rng, domain, scene)), strict=True)
         return self.sample(index, dict(images), self._annotate(index, domain, scene))
 
-    def layout(self, index: int) -> Scene:
-        """All that stands in a scene, people and other things, without its pixels."""
-        return self._draw(index)[-1]
-
     def annotation(self, index: int) -> Annotation:
-        _, domain, scene = self._draw(index)
+        _, domain, scene = self.layout(index)
         return self._annotate(index, domain, scene)
 
-    def _draw(self, index: int) -> tuple[np.random.Generator, Domain, Scene]:
+    def layout(self, index: int) -> tuple[np.random.Generator, Domain, Scene]:
+        """Everything that stands in a scene, without its pixels, and the generator that goes on to draw them."""
         number = self.pairs[index].scene
         rng, domain = np.random.default_rng((self.seed, number)), self.domains[number % len(self.domains)]
         return rng, domain, lay_out(rng, domain, self.size)

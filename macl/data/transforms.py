@@ -1,6 +1,7 @@
 """Augmentation of a pair: geometry drawn once for both images and the boxes, photometry for each modality alone."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,52 +13,33 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from macl.data.joint import JointDataset
-from macl.data.sample import PER_BOX
+from macl.data.sample import PER_BOX, to_float
 
-MIN_SHOWN = 0.3  # a box of which less of the area remains is ignored
+MIN_SHOWN = 0.3  # a box that keeps less of its area is ignored
 ERASED = (0.02, 0.1)  # share of the area
 
 
+@dataclass(kw_only=True)
 class PairedAugmentation:
     """Turns a uint8 sample into an augmented float32 sample in 0..1; draws from torch's global generator.
 
-    The same for both images, boxes and all that belongs to a box:
-    mosaic: probability of a picture of four pairs of one data set (`AugmentedDataset` finds the other three).
-    crop, crop_scale: probability of a crop, and the range of its sides as shares of the image's. A crop holds at least
-        one box that is not ignored, whole if it fits, where there is one.
-    flip: probability of a horizontal flip.
-    A box of which less than MIN_SHOWN remains is ignored; one of less than a pixel is removed.
-
-    Drawn for each modality on its own:
-    brightness, contrast, saturation, hue: of visible, as in torchvision's ColorJitter.
-    gain, offset, noise: infrared becomes a * infrared + b + n, where a is within 1 +- gain, b within +- offset, and
-        n is normal with a standard deviation of up to noise (all for intensities in 0..1).
-    erase_visible, erase_infrared: probability of a black rectangle.
+    A crop holds at least one box that is not ignored, whole if it fits. A box that keeps less than MIN_SHOWN of its
+    area is ignored; one of less than a pixel is removed.
     """
 
-    def __init__(
-        self,
-        *,
-        flip: float = 0.5,
-        crop: float = 0.0,
-        crop_scale: tuple[float, float] = (0.6, 1.0),
-        mosaic: float = 0.0,
-        brightness: float = 0.0,
-        contrast: float = 0.0,
-        saturation: float = 0.0,
-        hue: float = 0.0,
-        gain: float = 0.0,
-        offset: float = 0.0,
-        noise: float = 0.0,
-        erase_visible: float = 0.0,
-        erase_infrared: float = 0.0,
-    ):
-        self.mosaic, self.crop, self.crop_scale = mosaic, crop, crop_scale
-        self.gain, self.offset, self.noise = gain, offset, noise
-        self.flip = v2.RandomHorizontalFlip(flip)
-        self.jitter = v2.ColorJitter(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
-        self.erase_visible = v2.RandomErasing(erase_visible, scale=ERASED)
-        self.erase_infrared = v2.RandomErasing(erase_infrared, scale=ERASED)
+    flip: float = 0.5  # probability of a horizontal flip
+    crop: float = 0.0  # probability of a crop
+    crop_scale: tuple[float, float] = (0.6, 1.0)  # range of its sides, as shares of the image's
+    mosaic: float = 0.0  # probability of a picture of four pairs, which AugmentedDataset makes
+    brightness: float = 0.0  # these four of visible, as in torchvision's ColorJitter
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    gain: float = 0.0  # infrared becomes a * infrared + b + n with a in 1 +- gain, ...
+    offset: float = 0.0  # ... b in +- offset, ...
+    noise: float = 0.0  # ... and n normal with a standard deviation of up to noise
+    erase_visible: float = 0.0  # probability of a black rectangle
+    erase_infrared: float = 0.0
 
     def __call__(self, sample: dict) -> dict:
         pair, shown = _as_pair(sample), torch.ones(len(sample["boxes"]))
@@ -65,28 +47,46 @@ class PairedAugmentation:
             before = box_area(sample["boxes"])
             pair = _cropped(pair, *_crop_window(sample, self.crop_scale))
             shown = box_area(pair["boxes"].as_subclass(Tensor)) / before
-        pair = {key: value.as_subclass(Tensor) for key, value in self.flip(pair).items()}
-        visible = self.erase_visible(self.jitter(to_float(pair["visible"])))
-        infrared = self.erase_infrared(self._infrared_photometry(to_float(pair["infrared"])))
+        pair = {key: value.as_subclass(Tensor) for key, value in v2.RandomHorizontalFlip(self.flip)(pair).items()}
+        jitter = v2.ColorJitter(self.brightness, self.contrast, self.saturation, self.hue)
+        visible = v2.RandomErasing(self.erase_visible, scale=ERASED)(jitter(to_float(pair["visible"])))
+        infrared = to_float(pair["infrared"])
+        if self.gain or self.offset or self.noise:
+            gain, offset = 1 + _uniform(-self.gain, self.gain), _uniform(-self.offset, self.offset)
+            infrared = infrared * gain + offset
+            if self.noise:  # the same in the three equal channels
+                infrared += _uniform(0, self.noise) * torch.randn(infrared.shape[-2:])
+            infrared = infrared.clamp(0, 1)
+        infrared = v2.RandomErasing(self.erase_infrared, scale=ERASED)(infrared)
         augmented = sample | {"visible": visible, "infrared": infrared, "boxes": pair["boxes"]}
         augmented["ignore"] = sample["ignore"] | (shown < MIN_SHOWN)
         return _without_vanished(augmented)
 
-    def _infrared_photometry(self, infrared: Tensor) -> Tensor:
-        if not (self.gain or self.offset or self.noise):
-            return infrared
-        gain, offset = 1 + _uniform(-self.gain, self.gain), _uniform(-self.offset, self.offset)
-        infrared.mul_(gain).add_(offset)  # in place: to_float has just made it
-        if self.noise:  # the same in the three equal channels
-            infrared += _uniform(0, self.noise) * torch.randn(infrared.shape[-2:])
-        return infrared.clamp_(0, 1)
+
+class MisalignedDataset(Dataset):
+    """Samples with one modality `pixels` further to the right (or, below 0, to the left).
+
+    The boxes stay where the other modality shows them. What comes in from the side repeats the image's last column.
+    """
+
+    def __init__(self, dataset: Dataset, *, modality: str, pixels: int):
+        self.dataset, self.modality, self.pixels = dataset, modality, pixels
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.dataset[index]
+        image = sample[self.modality]
+        last = image.shape[-1] - 1
+        columns = (torch.arange(last + 1) - self.pixels).clamp(0, last)
+        return sample | {self.modality: image[..., columns]}
 
 
 class AugmentedDataset(Dataset):
-    """A data set of uint8 samples seen through a PairedAugmentation; its keys are (epoch, index).
+    """uint8 samples seen through a PairedAugmentation; the keys are (epoch, index).
 
-    What is drawn follows from (seed, epoch, index) alone, whichever process asks and in whatever order, and the
-    caller's random state is left as it was.
+    The draws follow from (seed, epoch, index) alone, and the caller's random state stays as it was.
     """
 
     def __init__(self, dataset: Dataset, transform: PairedAugmentation, *, seed: int):
@@ -109,50 +109,11 @@ class AugmentedDataset(Dataset):
             return self.transform(sample)
 
 
-class AsFloat(Dataset):
-    """A data set of uint8 samples as float32 samples in 0..1, nothing else changed."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict:
-        sample = self.dataset[index]
-        return sample | {modality: to_float(sample[modality]) for modality in ("visible", "infrared")}
-
-
-class MisalignedDataset(Dataset):
-    """A data set of samples of which one modality lies `pixels` further to the right (or, below 0, to the left).
-
-    The boxes stay where the other modality shows them. What comes in from the side repeats the image's last column.
-    """
-
-    def __init__(self, dataset: Dataset, *, modality: str, pixels: int):
-        self.dataset, self.modality, self.pixels = dataset, modality, pixels
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict:
-        sample = self.dataset[index]
-        image = sample[self.modality]
-        last = image.shape[-1] - 1
-        columns = (torch.arange(last + 1) - self.pixels).clamp(0, last)
-        return sample | {self.modality: image[..., columns]}
-
-
-def to_float(image: Tensor | None) -> Tensor | None:
-    """uint8 of 0..255 to float32 of 0..1; an absent image stays None."""
-    return None if image is None else F.to_dtype(image, torch.float32, scale=True)
-
-
 def paired_mosaic(samples: list[dict]) -> dict:
     """One sample out of four, of the size of the first, whose other keys it keeps.
 
-    Around a random point each pair fills a quarter: enlarged or reduced in proportion until it covers the quarter, then
-    cropped at random, the same for both modalities.
+    Each pair fills a quarter around a random point: resized in proportion until it covers the quarter, then cropped at
+    random, the same for both modalities.
     """
     height, width = samples[0]["visible"].shape[-2:]
     split_y, split_x = round(_uniform(0.35, 0.65) * height), round(_uniform(0.35, 0.65) * width)
@@ -178,10 +139,10 @@ def paired_mosaic(samples: list[dict]) -> dict:
 
 
 def _as_pair(sample: dict) -> dict:
-    """What shares its geometry: both images and the boxes, as torchvision's transforms know them."""
-    boxes = tv_tensors.BoundingBoxes(sample["boxes"], format="XYXY", canvas_size=tuple(sample["visible"].shape[-2:]))
-    return {"visible": tv_tensors.Image(sample["visible"]), "infrared": tv_tensors.Image(sample["infrared"]),
-            "boxes": boxes}  # fmt: skip
+    """Both images and the boxes, as torchvision's transforms know them."""
+    pair = {modality: tv_tensors.Image(sample[modality]) for modality in ("visible", "infrared")}
+    size = tuple(sample["visible"].shape[-2:])
+    return pair | {"boxes": tv_tensors.BoundingBoxes(sample["boxes"], format="XYXY", canvas_size=size)}
 
 
 def _crop_window(sample: dict, scale: tuple[float, float]) -> tuple[int, int, int, int]:

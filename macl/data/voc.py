@@ -12,18 +12,24 @@ _FLAGS = {"true": 1, "yes": 1, "false": 0, "no": 0, "": 0}
 
 
 def read_voc(path: str | Path, *, classes: Sequence[str]) -> Annotation:
-    """The objects of `classes`; those marked "difficult" are ignored.
+    """The objects of `classes`; those marked "difficult" are ignored. Raises InputError.
 
-    VOC's pixels start at 1 and its boxes include the last one, so their edges are x1 - 1, y1 - 1, x2, y2. Raises
-    InputError for a file that is missing, not XML, or not VOC.
+    VOC's pixels start at 1 and its boxes include the last one: edges are x1 - 1, y1 - 1, x2, y2.
     """
     size, items = parse_voc(path)
-    objects = [_read_object(name, item, path) if name in classes else Object(name) for name, item in items]
+    objects = []
+    for name, item in items:
+        if name in classes:
+            x1, y1, x2, y2 = corners(item, path)
+            difficult = flag(item.findtext("difficult", ""), f"{path}, <difficult>")
+            objects.append(Object(name, (x1 - 1, y1 - 1, x2, y2), difficult))
+        else:
+            objects.append(Object(name))
     return annotate(Labels(str(path), size, objects), classes)
 
 
 def parse_voc(path: str | Path) -> tuple[tuple[int, int], list[tuple[str, ElementTree.Element]]]:
-    """-> width and height in pixels, and the name and element of every <object>. Raises what read_voc does."""
+    """-> width and height in pixels, and the name and element of every <object>. Raises InputError."""
     path = regular_file(path, "a VOC annotation")
     try:
         root = ElementTree.parse(path).getroot()
@@ -44,12 +50,6 @@ def corners(item: ElementTree.Element, path: str | Path, sides: Sequence[str] = 
 
 
 def flag(value, place: str) -> bool:
-    """Whether an annotation marks something: true, yes or a number from 1; not false, no, 0 or nothing."""
-    word = str(value).strip().lower() if isinstance(value, str | bool) else value
-    return number(_FLAGS.get(word, word) if isinstance(word, str) else word, place, 0, 9, whole=True) > 0
-
-
-def _read_object(name: str, item: ElementTree.Element, path: str | Path) -> Object:
-    x1, y1, x2, y2 = corners(item, path)
-    difficult = flag(item.findtext("difficult", ""), f"{path}, <difficult>")
-    return Object(name, (x1 - 1, y1 - 1, x2, y2), difficult)
+    """Whether an annotation marks something: true, yes or 1 to 9, rather than false, no, 0 or nothing."""
+    word = str(value).strip().lower()
+    return number(_FLAGS.get(word, word), place, 0, 9, whole=True) > 0

@@ -19,14 +19,14 @@ def alignment(visible_embeddings, infrared_embeddings) -> dict:
 
     Tensors of any float dtype and device; rows are L2-normalised here, in float64. Returns floats:
 
-    * r1_visible_to_infrared, r1_infrared_to_visible: share of rows whose own counterpart is strictly nearer than every
-      other row of the gallery; a tie is a miss, so collapsed embeddings score 0. r1: mean of both.
-    * alignment: mean squared distance of matched rows. uniformity: log of the mean of exp(-2 |x - y|^2) over the pairs
-      within a modality, mean of both modalities. Lower is better. Wang and Isola, "Understanding Contrastive
-      Representation Learning through Alignment and Uniformity" (ICML 2020), alpha 2, t 2.
-    * modality_gap: distance between the two modalities' mean embeddings. Liang et al., "Mind the Gap" (NeurIPS 2022).
-    * cosine_matched, cosine_unmatched: mean cosine across the modalities of the same object, of different objects.
-    * distance_ratio: mean distance of matched over mean distance of unmatched rows; None where all rows coincide.
+    r1_visible_to_infrared, r1_infrared_to_visible, r1: share of rows that are strictly nearer to their counterpart than
+        to every other row of the gallery (a tie is a miss, so collapsed embeddings score 0), and the mean of both
+    alignment, uniformity: mean squared distance of matched rows; log of the mean of exp(-2 |x - y|^2) over the pairs
+        within a modality, mean of both modalities. Lower is better. Wang and Isola, "Understanding Contrastive
+        Representation Learning through Alignment and Uniformity" (ICML 2020), alpha 2, t 2.
+    modality_gap: distance between the modalities' mean embeddings. Liang et al., "Mind the Gap" (NeurIPS 2022).
+    cosine_matched, cosine_unmatched: mean cosine across the modalities of the same object, of different objects
+    distance_ratio: mean distance of matched over that of unmatched rows; None where all rows coincide
 
     and gallery, the number of rows. With fewer than two rows the floats are None. Raises ValueError for shapes that
     differ and InputError for embeddings that are not finite.

@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 
-from macl.metrics.frames import check_same_frames, flatten
+from macl.metrics.frames import flatten
 
 MEASURES = ("ap50", "ap75", "ap", "recall")
 MAX_DETECTIONS = 100  # COCO's
@@ -18,31 +18,29 @@ def average_precision(
 
     Both lists hold one dict per frame, in the same order; tensors on any device, arrays or lists.
 
-    * ``detections``: boxes (N, 4) x1, y1, x2, y2 in pixels, labels (N,), scores (N,).
-    * ``ground_truth``: boxes (M, 4), labels (M,), ignore (M,) bool, all False where the key is missing. A detection
-      without a real box that has enough of its area on an ignored box of its class counts neither as a true nor as a
-      false positive: COCO's crowd rule.
-    * ``max_detections``: how many per frame and class count, the best first.
+    detections: boxes (N, 4) x1, y1, x2, y2 in pixels, labels (N,), scores (N,)
+    ground_truth: boxes (M, 4), labels (M,), ignore (M,) bool, by default all False. A detection that has no real box
+        and lies on an ignored box of its class is neither a true nor a false positive: COCO's crowd rule.
+    max_detections: per frame and class, the best first
 
     Returns ap (mean over IoU 0.50:0.05:0.95), ap50, ap75 and recall (the largest recall, mean over the same IoUs), each
     the mean over the classes with a real box; per_class, the same four and boxes per label; boxes and detections, their
     numbers. The four are None without a real box, also per class. Detections of a class without any box do not count.
-    Raises ValueError for lists of unequal length, missing keys and values that are not finite.
+    Raises ValueError for unequal lengths and values that are not finite.
     """
-    check_same_frames(detections, ground_truth)
-    ground_truth = [{"ignore": np.zeros(len(frame.get("boxes", ()))), **frame} for frame in ground_truth]
+    if len(detections) != len(ground_truth):
+        raise ValueError(f"{len(detections)} frames of detections for {len(ground_truth)} frames of ground truth")
+    ground_truth = [{"ignore": np.zeros(len(frame["boxes"])), **frame} for frame in ground_truth]
     targets = _annotations(ground_truth, "ignore", "iscrowd")
     outputs = _annotations(detections, "scores", "score")
-    labels = sorted({box["category_id"] for box in targets})
-    counts = {label: sum(box["category_id"] == label and not box["iscrowd"] for box in targets) for label in labels}
-    values = _evaluate(outputs, targets, labels, len(ground_truth), max_detections) if any(counts.values()) else {}
-    values = {label: values[label] if count else dict.fromkeys(MEASURES) for label, count in counts.items()}
-    measured = [values[label] for label, count in counts.items() if count]
-    means = {name: float(np.mean([one[name] for one in measured])) if measured else None for name in MEASURES}
+    per_class = _evaluate(outputs, targets, len(ground_truth), max_detections)
+    for label, values in per_class.items():
+        values["boxes"] = sum(box["category_id"] == label and not box["iscrowd"] for box in targets)
+    measured = [values for values in per_class.values() if values["boxes"]]
     return {
-        **means,
-        "per_class": {label: {**values[label], "boxes": counts[label]} for label in labels},
-        "boxes": sum(counts.values()),
+        **{name: float(np.mean([one[name] for one in measured])) if measured else None for name in MEASURES},
+        "per_class": per_class,
+        "boxes": sum(values["boxes"] for values in measured),
         "detections": len(outputs),
     }
 
@@ -59,11 +57,12 @@ def _annotations(frames: list[dict], key: str, name: str) -> list[dict]:
     ]
 
 
-def _evaluate(outputs, targets, labels, frame_count, max_detections) -> dict[int, dict]:
-    """MEASURES by label; -1 for a class without a real box."""
+def _evaluate(outputs: list[dict], targets: list[dict], frame_count: int, max_detections: int) -> dict[int, dict]:
+    """MEASURES by label, None for a class without a real box."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
+    labels = sorted({box["category_id"] for box in targets})
     images, categories = [{"id": index} for index in range(frame_count)], [{"id": label} for label in labels]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         datasets = []
@@ -79,6 +78,8 @@ def _evaluate(outputs, targets, labels, frame_count, max_detections) -> dict[int
         evaluation.accumulate()
     precision = evaluation.eval["precision"][..., 0, 0].mean(1)  # (IoUs, classes), the mean over 101 recalls
     recall = evaluation.eval["recall"][..., 0, 0].mean(0)  # (classes,)
-    columns = (precision[0], precision[5], precision.mean(0), recall)
-    rows = (dict(zip(MEASURES, map(float, row), strict=True)) for row in zip(*columns, strict=True))
-    return dict(zip(labels, rows, strict=True))
+    rows = np.stack([precision[0], precision[5], precision.mean(0), recall], 1).tolist()  # -1 without a real box
+    return {
+        label: {name: None if value < 0 else value for name, value in zip(MEASURES, row, strict=True)}
+        for label, row in zip(labels, rows, strict=True)
+    }

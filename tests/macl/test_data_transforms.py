@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from macl.data import AsFloat, AugmentedDataset, PairedAugmentation, SyntheticPairs, collate
+from macl.data import AugmentedDataset, MisalignedDataset, PairedAugmentation, SyntheticPairs, collate
 from macl.data.transforms import paired_mosaic
 from trainkit.loader import make_loader
 
@@ -26,11 +26,8 @@ def one_thread():
 class Painted(torch.utils.data.Dataset):
     """Black pairs with their boxes painted, in the same grey in both modalities, each box in a grey of its own."""
 
-    def __init__(self, count=8):
-        self.count = count
-
     def __len__(self):
-        return self.count
+        return 8
 
     def __getitem__(self, index):
         generator, boxes = torch.Generator().manual_seed(index), []
@@ -41,16 +38,10 @@ class Painted(torch.utils.data.Dataset):
             y = int(torch.randint(0, 120 - height, (), generator=generator))
             image[:, y : y + height, x : x + width] = 100 + 50 * number
             boxes.append([x, y, x + width, y + height])
-        return {
-            "visible": image,
-            "infrared": image.clone(),
-            "boxes": torch.tensor(boxes, dtype=torch.float32),
-            "labels": torch.tensor([1, 2, 3]),
-            "ignore": torch.zeros(3, dtype=torch.bool),
-            "visible_in": torch.tensor([[True, True], [True, False], [False, True]]),
-            "occlusion": torch.tensor([0, 1, 2]),
-            **{"image_id": index, "path": f"painted/{index}", "scene": index},
-        }
+        seen, labels = torch.tensor([[True, True], [True, False], [False, True]]), torch.tensor([1, 2, 3])
+        boxes = dict(boxes=torch.tensor(boxes).float(), labels=labels, ignore=labels < 0, occlusion=labels - 1)
+        names = dict(image_id=index, path=f"painted/{index}", scene=index)
+        return dict(visible=image, infrared=image.clone(), visible_in=seen) | boxes | names
 
 
 def assert_same(left, right):
@@ -70,8 +61,7 @@ def test_geometry_is_the_same_in_both_modalities_and_boxes_follow(mosaic):
             assert torch.equal(visible, sample["infrared"])
             assert visible.dtype == torch.float32 and visible.min() >= 0 and visible.max() <= 1
             shapes.add(tuple(visible.shape))
-            for box, label in zip(sample["boxes"].tolist(), sample["labels"].tolist(), strict=True):
-                x1, y1, x2, y2 = box
+            for (x1, y1, x2, y2), label in zip(sample["boxes"].tolist(), sample["labels"].tolist(), strict=True):
                 assert 0 <= x1 < x2 <= visible.shape[2] and 0 <= y1 < y2 <= visible.shape[1]
                 if min(x2 - x1, y2 - y1) < 8:
                     continue
@@ -123,7 +113,7 @@ def test_a_crop_works_without_boxes_and_with_ignored_ones_only():
 
 
 def test_photometry_stays_within_its_modality():
-    plain = AsFloat(Painted())[0]
+    plain = PairedAugmentation(flip=0.0)(Painted()[0])
     torch.manual_seed(0)
     out = PairedAugmentation(flip=0.0, brightness=0.5, contrast=0.5)(Painted()[0])
     assert torch.equal(out["infrared"], plain["infrared"]) and not torch.equal(out["visible"], plain["visible"])
@@ -182,35 +172,38 @@ def test_draws_follow_from_seed_epoch_and_index_alone():
         assert other["visible"].shape != first["visible"].shape or not torch.equal(other["visible"], first["visible"])
 
 
-def test_workers_change_nothing():
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])  # that imports torch
+def test_workers_change_nothing(context):
     data = AugmentedDataset(SyntheticPairs(8, seed=0), PairedAugmentation(**EVERYTHING), seed=0)
-    batches = [[(0, 3), (0, 1)], [(0, 7)], [(1, 3), (1, 0)]]
+    batches = [[(0, 3), (0, 1)], [(0, 7)]]
+    loader = make_loader(data, batches, collate, workers=2)
+    loader.multiprocessing_context = context
     state = torch.get_rng_state()
-    alone, helped = (list(make_loader(data, batches, collate, workers=workers)) for workers in (0, 2))
-    assert torch.equal(torch.get_rng_state(), state)
-    for left, right in zip(alone, helped, strict=True):
+    for batch, keys in zip(loader, batches, strict=True):
+        alone = collate([data[key] for key in keys])
         for key in ("visible", "infrared"):
-            assert all(map(torch.equal, left[key], right[key]))
-        for one, other in zip(left["targets"], right["targets"], strict=True):
+            assert all(map(torch.equal, batch[key], alone[key]))
+        for one, other in zip(batch["targets"], alone["targets"], strict=True):
             assert_same(one, other)
-        assert left["image_id"] == right["image_id"]
-
-
-@pytest.mark.slow  # a fresh interpreter imports torch
-def test_a_spawned_worker_gives_the_same():
-    data = AugmentedDataset(SyntheticPairs(4, seed=0), PairedAugmentation(**EVERYTHING), seed=0)
-    loader = make_loader(data, [[(0, 1)]], collate, workers=1)
-    loader.multiprocessing_context = "spawn"
-    assert torch.equal(next(iter(loader))["visible"][0], data[0, 1]["visible"])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_batch_is_a_dict_of_lists():
-    batch = collate([AsFloat(Painted())[index] for index in (2, 4)])
-    assert set(batch) == {"visible", "infrared", "targets", "image_id", "path", "scene", "daytime"}
+    batch = collate([Painted()[2] | {"daytime": True}, Painted()[4]])
+    assert set(batch) == {"visible", "infrared", "targets", "image_id", "path", "scene"}
     assert [image.shape for image in batch["visible"]] == [(3, 120, 160)] * 2
     assert batch["image_id"] == [2, 4] and batch["path"] == ["painted/2", "painted/4"] and batch["scene"] == [2, 4]
-    assert batch["daytime"] == [None, None]  # not known here
-    assert torch.equal((batch["visible"][0] * 255).round().byte(), Painted()[2]["visible"])
-    assert set(batch["targets"][0]) == {"boxes", "labels", "ignore", "visible_in", "occlusion", "scene"}
+    torch.testing.assert_close(batch["visible"][0], Painted()[2]["visible"] / 255)
+    assert set(batch["targets"][1]) == {"boxes", "labels", "ignore", "visible_in", "occlusion", "scene"}
+    assert batch["targets"][0].keys() - batch["targets"][1].keys() == {"daytime"}
     without = {key: value for key, value in Painted()[0].items() if key not in ("visible_in", "occlusion")}
     assert set(collate([without])["targets"][0]) == {"boxes", "labels", "ignore", "scene"}
+
+
+@pytest.mark.parametrize(("pixels", "first", "last"), [(7, 0, 152), (-7, 7, 159)])
+def test_a_misaligned_modality_lies_further_right(pixels, first, last):
+    columns = torch.arange(160, dtype=torch.uint8).expand(3, 120, 160)
+    sample = Painted()[0] | {"visible": columns, "infrared": columns}
+    moved = MisalignedDataset([sample], modality="infrared", pixels=pixels)[0]
+    assert (moved["infrared"][0, 5, 0], moved["infrared"][0, 5, -1]) == (first, last)
+    assert_same(moved, sample | {"infrared": moved["infrared"]})

@@ -58,9 +58,7 @@ def test_json_may_count_from_zero(tmp_path):
     "name, content, message",
     [
         ("a.txt", "1,1,1,1,1,0.5\n3,1,1,1,1,0.5\n", "line 2: image id 3 is out of range, expected 1 to 2 for 2 frames"),
-        ("a.txt", "0,1,1,1,1,0.5\n", "line 1: image id 0 is out of range"),
         ("a.txt", "1,1,1,1,0.5\n", r"line 1 \(image_id,x,y,width,height,score\): expected"),
-        ("a.txt", "1,1,1,1,x,0.5\n", r"line 1 \(image_id,x,y,width,height,score\): expected"),
         ("a.txt", "1,1,1,1,1,nan\n", r"line 1 .*: expected a number"),
         ("a.txt", "1.5,1,1,1,1,1\n", "line 1, image_id: expected a whole number"),
         ("a.json", "{", "is not valid JSON"),
@@ -68,12 +66,9 @@ def test_json_may_count_from_zero(tmp_path):
         ("a.json", "[3]", "entry 0: expected image_id"),
         ("a.json", '[{"image_id": 1, "bbox": [1, 2, 3], "score": 1}]', "entry 0, bbox .*: expected"),
         ("a.json", '[{"image_id": 1, "bbox": [1, 2, 3, Infinity], "score": 1}]', "entry 0, bbox .*: expected a number"),
-        ("a.json", '[{"image_id": 9, "bbox": [1, 2, 3, 4], "score": 1}]', "entry 0: image id 9 is out of range"),
         ("a.txt", "1,1,1,-4,5,0.5\n", "line 1, width or height: expected a number from 0"),
-        ("a.json", '[{"image_id": 1, "bbox": [1, 2, 3, -4], "score": 1}]', "entry 0, width or height"),
         ("a.json", '[{"image_id": 1, "bbox": [1, 2, 3, 4], "score": true}]', "entry 0, score"),
         ("a.json", '[{"image_id": 1, "bbox": [1, 2, 3, 4], "score": 1, "category_id": 1e39}]', "entry 0, category_id"),
-        ("a.json", f'[{{"image_id": {10**400}, "bbox": [1, 2, 3, 4], "score": 1}}]', "entry 0, image_id"),
         ("a.csv", "", "detections are .txt or .json files"),
     ],
 )
@@ -87,8 +82,5 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
 def test_places_that_cannot_be_read_or_written(tmp_path):
     with pytest.raises(InputError, match=r"missing\.txt does not exist"):
         read_detections(tmp_path / "missing.txt", 2)
-    (tmp_path / "image.txt").write_bytes(b"\xff\xd8\xff\xe0")
-    with pytest.raises(InputError, match=r"image\.txt is not UTF-8"):
-        read_detections(tmp_path / "image.txt", 2)
     with pytest.raises(InputError, match="cannot be written"):
         write_detections(tmp_path / "missing" / "a.txt", sample())

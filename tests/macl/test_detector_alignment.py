@@ -5,7 +5,7 @@ import torch
 
 import macl
 from macl.build import load_initial_weights
-from macl.data import AsFloat, SyntheticPairs, collate
+from macl.data import SyntheticPairs, collate
 
 DHN = dict(dhn_size=32, dhn_k=8)
 CONFIGURATIONS = {
@@ -81,7 +81,7 @@ def test_rows_of_the_bank_carry_the_scene_of_their_picture(build, labelled):
 
 
 def test_scenes_come_from_the_loader(build):
-    samples = [AsFloat(SyntheticPairs(4, seed=1))[index] for index in (1, 3)]
+    samples = [SyntheticPairs(4, seed=1)[index] for index in (1, 3)]
     batch = collate([samples[0], samples[1] | {"domain": 1}])
     assert [target["scene"].item() for target in batch["targets"]] == [1, 3]
     assert "domain" not in batch["targets"][0] and batch["targets"][1]["domain"] == 1

@@ -9,7 +9,7 @@ from mutants import hunt
 from PIL import Image
 
 import macl
-from macl.data import KAIST, LLVIP, AsFloat, collate
+from macl.data import KAIST, LLVIP, collate
 from macl.metrics import average_precision
 from macl.metrics.detection_files import read_detections
 from trainkit.files import open_image
@@ -65,7 +65,7 @@ def kaist(tmp_path):
 def use(data):
     """What training makes of what was read."""
     data.statistics()
-    batch = collate([AsFloat(data)[i] for i in range(len(data))])
+    batch = collate([data[i] for i in range(len(data))])
     for target in batch["targets"]:
         boxes = target["boxes"]
         assert boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all() and (boxes.abs() <= 1e6).all()
