@@ -12,21 +12,22 @@ from macl.projector import PROJECTOR_NORMS, embed, projector
 
 __all__ = ["DIRECTIONS", "PROJECTOR_NORMS", "MACLHead", "hard_negative_loss", "hard_negatives"]
 
-DIRECTIONS = ("both", "visible_to_infrared")
+DIRECTIONS = {  # queries -> keys
+    "both": [("visible", "infrared"), ("infrared", "visible")],
+    "visible_to_infrared": [("visible", "infrared")],
+}
 TEMPERATURES = (0.01, 1.0)
 
 
 class MACLHead(nn.Module):
     """A projector shared by both modalities and the InfoNCE loss between them (van den Oord et al., 2018, equation 4).
 
-    Row i of both inputs shows the same thing; the other rows (of all processes) are the negatives.
+    Row i of both inputs shows the same thing. The other rows, of all processes, are the negatives.
 
-    in_dim, hidden_dims, out_dim, dropout: of the projector.
-    norm: of the projector, "none", "layer", "group" or "batch".
-    norm_groups: of norm "group". With one or two channels per group it normalises the signal away.
-    direction: "both" averages visible -> infrared and infrared -> visible, as CLIP does; "visible_to_infrared" is half.
-    temperature: the initial one; it is learned through its logarithm and held in TEMPERATURES.
-    bank_size: rows of the memory banks, 0 for no hard negatives; else `hard` holds them.
+    in_dim, hidden_dims, out_dim, norm, norm_groups, dropout: see `projector`.
+    direction: "both" averages the losses of visible -> infrared and infrared -> visible, as CLIP does.
+    temperature: initial value. It is learned through its logarithm and held in TEMPERATURES.
+    bank_size: rows per memory bank; 0 for no hard negatives.
     hard_k, hard_mode, hard_momentum: see `HardNegatives`.
     """
 
@@ -46,17 +47,17 @@ class MACLHead(nn.Module):
         hard_momentum: float = 0.0,
     ):
         super().__init__()
-        if direction not in DIRECTIONS:
-            raise ValueError(f"direction {direction!r} is none of {', '.join(DIRECTIONS)}")
         if not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
             raise ValueError(f"temperature {temperature} is outside {TEMPERATURES}")
         self.projector = projector(in_dim, hidden_dims, out_dim, norm=norm, norm_groups=norm_groups, dropout=dropout)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
-        self.directions = [("visible", "infrared"), ("infrared", "visible")][: 2 if direction == "both" else 1]
+        self.directions = DIRECTIONS[direction]
         self.hard = None
         if bank_size:
-            bank = dict(size=bank_size, dim=out_dim, modalities=[key for _, key in self.directions])
-            self.hard = HardNegatives(self.projector, **bank, k=hard_k, mode=hard_mode, momentum=hard_momentum)
+            self.hard = HardNegatives(
+                self.projector, size=bank_size, dim=out_dim, k=hard_k, mode=hard_mode, momentum=hard_momentum,
+                modalities=[key for _, key in self.directions],
+            )  # fmt: skip
 
     @property
     def temperature(self) -> Tensor:
@@ -67,33 +68,33 @@ class MACLHead(nn.Module):
         return embed(self.projector, features)
 
     def forward(self, visible: Tensor, infrared: Tensor, ids: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """`compare` for its InfoNCE loss and its metrics alone."""
+        """loss_macl and the metrics of `compare`."""
         losses, metrics, _ = self.compare(visible, infrared, ids)
         return losses["loss_macl"], metrics
 
     def compare(self, visible: Tensor, infrared: Tensor, ids: Tensor | None = None) -> tuple[dict, dict, dict]:
-        """Losses, metrics and embeddings; in training the latter enter the banks, after the losses.
+        """Losses, metrics and embeddings. In training the embeddings then enter the banks.
 
-        visible, infrared: (N, in_dim); N may differ between processes and be 0.
-        ids: (N,) int64, the scene of each row (-1: not known), wanted where there are hard negatives: a query gets none
-            of its own scene, which may show the same thing.
+        visible, infrared: (N, in_dim). N may differ between processes and be 0.
+        ids: (N,) int64, the scene of each row, -1 for not known. Hard negatives need it: a query gets none of its own
+            scene, which may show the same thing.
 
-        -> losses: loss_macl, a mean over the queries of all processes (exactly 0 but connected with one or none), and
-        loss_dhn of hard_mode "softplus".
-        -> metrics (): macl_candidates, keys of the batch; macl_relative, their loss by ln(candidates), 1 for chance;
-        macl_recall, the share of queries whose positive scores highest; temperature; with hard negatives dhn_fill, the
-        filled share of the banks, dhn_hardest, the mean similarity of the hardest, and dhn_masked, the masked share.
+        -> losses (): loss_macl, a mean over the queries of all processes, exactly 0 but connected for one or none;
+            loss_dhn of hard_mode "softplus".
+        -> metrics (): macl_candidates, keys per query; macl_relative, loss / ln(candidates), 1 for chance; macl_recall,
+            share of queries with the positive first; temperature; with hard negatives dhn_fill, filled share of the
+            banks, dhn_hardest, mean similarity of the hardest, dhn_masked, masked share.
         -> embeddings: modality -> (N, out_dim) of this process.
         """
         if self.hard is not None and ids is None:
-            raise ValueError("hard negatives need the scene of every row, so that none of them shows the positive")
+            raise ValueError("hard negatives need the scene of every row")
         with torch.no_grad():  # in place, so that a temperature at a bound can come back from it
             self.log_temperature.clamp_(*map(math.log, TEMPERATURES))
         features = {"visible": visible, "infrared": infrared}
         embeddings = {name: self.embed(rows) for name, rows in features.items()}
         gathered = {key: distributed.gather_and_place(embeddings[key]) for _, key in self.directions}
         results = [self._one_direction(embeddings[query], *gathered[key], key, ids) for query, key in self.directions]
-        losses = {name: torch.stack([found[name] for found, _ in results]).mean() for name in results[0][0]}
+        losses = {name: torch.stack([terms[name] for terms, _ in results]).mean() for name in results[0][0]}
         keys = {name: rows for name, (rows, _) in gathered.items()}
         metrics = self._metrics([sums for _, sums in results], len(next(iter(keys.values()))))
         if self.hard is not None and self.training:
@@ -101,7 +102,7 @@ class MACLHead(nn.Module):
         return losses, metrics, embeddings
 
     def _one_direction(self, query: Tensor, keys: Tensor, first: int, modality: str, ids: Tensor | None):
-        """Losses of this process's queries, and sums over them for the log. Query i's positive is keys[first + i]."""
+        """Losses of this process's queries, and sums for the metrics. The positive of query i is keys[first + i]."""
         losses = positive = (query.sum() + keys.sum()) * 0 * self.temperature
         recalled = losses.detach()
         if len(query):
@@ -112,20 +113,20 @@ class MACLHead(nn.Module):
             positive = (query * keys[first : first + len(query)]).sum(dim=1) / self.temperature  # (N,)
             recalled = (stats.positive > stats.largest_negative).sum()
         sums = {"loss": losses.detach().sum(), "recalled": recalled}
-        found = {}
+        terms = {}
         if self.hard is not None:
             similarity, exists, of_bank = self.hard.choose(query, modality, ids)
             sums |= of_bank
             if self.hard.mode == "softplus":
-                found["loss_dhn"] = softplus_loss(similarity, exists, self.temperature)
+                terms["loss_dhn"] = softplus_loss(similarity, exists, self.temperature)
             elif len(query):
                 losses = in_denominator(losses, positive, similarity, self.temperature)
-        found["loss_macl"] = distributed.global_mean(losses.sum(), len(query))
-        return found, sums
+        terms["loss_macl"] = distributed.global_mean(losses.sum(), len(query))
+        return terms, sums
 
     @torch.no_grad()
     def _metrics(self, sums: list[dict[str, Tensor]], count: int) -> dict[str, Tensor]:
-        """Metrics over all processes, means over the directions. count: of the keys of the batch."""
+        """Metrics of `compare`, over all processes and directions. count: keys per query."""
         total = torch.stack([torch.stack([value.double() for value in one.values()]) for one in sums])
         total = dict(zip(sums[0], distributed.all_reduce_sum(total).sum(dim=0), strict=True))
         queries = count * len(self.directions)

@@ -103,14 +103,10 @@ class DomainAlignment(nn.Module):
         pooled_dim: int,
     ):
         super().__init__()
-        if mmd_level not in MMD_LEVELS:
-            raise ValueError(f"mmd_level {mmd_level!r} is none of {', '.join(MMD_LEVELS)}")
         if mmd_sigmas is not None and (not mmd_sigmas or min(mmd_sigmas) <= 0):
             raise ValueError(f"mmd_sigmas {list(mmd_sigmas)}: expected bandwidths above 0, or None")
-        if adversary not in ADVERSARIES:
-            raise ValueError(f"adversary {adversary!r} is none of {', '.join(ADVERSARIES)}")
-        if domains < (2 if adversary == "dataset" else 1):
-            raise ValueError(f"adversary {adversary!r} with domains={domains}: it tells two data sets apart at least")
+        if adversary == "dataset" and domains < 2:
+            raise ValueError(f"adversary 'dataset' with domains={domains}: it tells two data sets apart at least")
         self.mmd_level, self.mmd_sigmas, self.mmd_unbiased = mmd_level, mmd_sigmas, mmd_unbiased
         self.adversary, self.domains = adversary, domains
         self.classifier = None
@@ -122,9 +118,10 @@ class DomainAlignment(nn.Module):
     ) -> tuple[dict, dict]:
         """Losses and metrics of `mmd_loss` and `adversarial_loss`, as far as they were asked for.
 
-        features: the detector's.
+        features: of the detector.
         image_domains: (B,) int64, the data set of each image; ValueError for one beyond `domains`.
-        embedded: modality -> (N, D), for MMD of the embeddings. row_domains: (N,) int64, the data set of each row.
+        embedded: modality -> (N, D), for MMD of the embeddings.
+        row_domains: (N,) int64, the data set of each row.
         reversal_scale: of the classifier's reversed gradient.
         """
         if self.domains > 1 and (last := int(image_domains.max())) >= self.domains:
@@ -148,16 +145,17 @@ class DomainAlignment(nn.Module):
     def mmd_loss(self, features: dict[str, Tensor], domains: Tensor) -> tuple[dict, dict]:
         """MMD between the modalities, and between the data sets, over the rows of all processes.
 
-        features: modality -> (N, D) rows of this process, row i of both from the same thing.
+        features: modality -> (N, D) of this process; row i of both is from the same thing.
         domains: (N,) int64, the data set of each row.
 
-        -> loss_mmd and, with several data sets, loss_mmd_domains, the mean over modalities and pairs of data sets with
-        two rows at least; mmd_bandwidth and mmd_rows for the log.
+        -> losses: loss_mmd; with several data sets loss_mmd_domains, a mean over modalities and pairs of data sets with
+            at least two rows each.
+        -> metrics: mmd_bandwidth, mmd_rows.
         """
         features = {name: distributed.all_gather_with_grad(at_least_float32(rows)) for name, rows in features.items()}
-        visible, infrared = features["visible"], features["infrared"]
-        loss, bandwidth = self._mmd(visible, infrared, paired=self.mmd_unbiased)
-        losses = {"loss_mmd": loss}
+        modalities = features["visible"], features["infrared"]
+        sigmas = self.bandwidths(*modalities)
+        losses = {"loss_mmd": mmd(*modalities, sigmas, unbiased=self.mmd_unbiased, paired=self.mmd_unbiased)}
         if self.domains > 1:
             domains = distributed.gather(domains)
             pairs = [
@@ -166,20 +164,17 @@ class DomainAlignment(nn.Module):
                 for rows in features.values()
             ]
             several = [pair for pair in pairs if min(map(len, pair)) > 1] or pairs[:1]
-            losses["loss_mmd_domains"] = torch.stack([self._mmd(*pair)[0] for pair in several]).mean()
-        return losses, {"mmd_bandwidth": bandwidth, "mmd_rows": bandwidth.new_tensor(float(len(visible)))}
+            terms = [mmd(*pair, self.bandwidths(*pair), unbiased=self.mmd_unbiased) for pair in several]
+            losses["loss_mmd_domains"] = torch.stack(terms).mean()
+        return losses, {"mmd_bandwidth": sigmas.median(), "mmd_rows": sigmas.new_tensor(float(len(modalities[0])))}
 
-    def _mmd(self, x: Tensor, y: Tensor, *, paired: bool = False) -> tuple[Tensor, Tensor]:
-        """The discrepancy, and the middle one of its bandwidths, which takes no gradient."""
-        if self.mmd_sigmas is None:  # the median heuristic (Gretton et al. 2012, section 8)
-            distances = F.pdist(torch.cat([x, y]).detach())
-            middle = distances.median() if len(distances) else distances.sum()
-            middle = middle.clamp(min=1e-4)  # rows that all are the same have distance 0
-            sigmas = torch.stack([middle * factor for factor in FACTORS])
-        else:
-            sigmas = x.new_tensor(self.mmd_sigmas)
-            middle = sigmas.median()
-        return mmd(x, y, sigmas, unbiased=self.mmd_unbiased, paired=paired), middle
+    def bandwidths(self, x: Tensor, y: Tensor) -> Tensor:
+        """The given ones, or those of the median heuristic (Gretton et al. 2012, section 8), without gradient."""
+        if self.mmd_sigmas is not None:
+            return x.new_tensor(self.mmd_sigmas)
+        distances = F.pdist(torch.cat([x, y]).detach())
+        middle = distances.median() if len(distances) else distances.sum()
+        return middle.clamp(min=1e-4) * x.new_tensor(FACTORS)  # rows that all are the same have distance 0
 
     def adversarial_loss(self, pooled: dict[str, Tensor], domains: Tensor, scale: float) -> tuple[dict, dict]:
         """The classifier's cross-entropy, a mean over the rows of all processes, and its accuracy.

@@ -1,4 +1,4 @@
-"""The small network that maps pooled features to the embeddings which the contrastive losses compare."""
+"""The network that maps pooled features to the embeddings of the contrastive losses."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ PROJECTOR_NORMS = ("none", "layer", "group", "batch")
 
 
 class ProjectorBatchNorm(nn.BatchNorm1d):
-    """BatchNorm that falls back to its running statistics where a batch has fewer than two rows."""
+    """BatchNorm that uses its running statistics for fewer than two rows."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.shape[0] < 2:
@@ -21,13 +21,8 @@ def projector(
     in_dim: int, hidden_dims: tuple[int, ...], out_dim: int, *, norm: str, norm_groups: int, dropout: float
 ) -> nn.Sequential:
     """Linear, norm, ReLU and dropout per hidden width, then a Linear to `out_dim`."""
-    norms = {
-        "layer": nn.LayerNorm,
-        "group": lambda width: nn.GroupNorm(norm_groups, width),
-        "batch": ProjectorBatchNorm,
-    }
-    if norm not in PROJECTOR_NORMS:
-        raise ValueError(f"projector norm {norm!r} is none of {', '.join(PROJECTOR_NORMS)}")
+    norms = {"layer": nn.LayerNorm, "batch": ProjectorBatchNorm}
+    norms["group"] = lambda width: nn.GroupNorm(norm_groups, width)
     layers: list[nn.Module] = []
     for width in hidden_dims:
         layers.append(nn.Linear(in_dim, width))
