@@ -32,20 +32,10 @@ class MACLHead(nn.Module):
     """
 
     def __init__(
-        self,
-        in_dim: int,
-        hidden_dims: tuple[int, ...] = (128, 64),
-        out_dim: int = 128,
-        norm: str = "layer",
-        norm_groups: int = 32,
-        dropout: float = 0.0,
-        direction: str = "both",
-        temperature: float = 0.07,
-        bank_size: int = 0,
-        hard_k: int = 64,
-        hard_mode: str = "denominator",
-        hard_momentum: float = 0.0,
-    ):
+        self, in_dim: int, hidden_dims: tuple[int, ...] = (128, 64), out_dim: int = 128, norm: str = "layer",
+        norm_groups: int = 32, dropout: float = 0.0, direction: str = "both", temperature: float = 0.07,
+        bank_size: int = 0, hard_k: int = 64, hard_mode: str = "denominator", hard_momentum: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
         if not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
             raise ValueError(f"temperature {temperature} is outside {TEMPERATURES}")

@@ -93,15 +93,9 @@ class DomainAlignment(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        mmd_level: str,
-        mmd_sigmas: tuple[float, ...] | None,
-        mmd_unbiased: bool,
-        adversary: str,
-        domains: int,
-        pooled_dim: int,
-    ):
+        self, *, mmd_level: str, mmd_sigmas: tuple[float, ...] | None, mmd_unbiased: bool, adversary: str,
+        domains: int, pooled_dim: int,
+    ):  # fmt: skip
         super().__init__()
         if mmd_sigmas is not None and (not mmd_sigmas or min(mmd_sigmas) <= 0):
             raise ValueError(f"mmd_sigmas {list(mmd_sigmas)}: expected bandwidths above 0, or None")
