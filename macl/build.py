@@ -7,12 +7,11 @@ import torch
 
 from macl.backbone import BACKBONES, NORMS, Backbone
 from macl.boxes import BOX_LOSSES, AnchorGenerator
-from macl.contrast import DIRECTIONS, PROJECTOR_NORMS, MACLHead
+from macl.contrast import DIRECTIONS, HARD_MODES, PROJECTOR_NORMS, MACLHead
 from macl.detector import PairedFasterRCNN
 from macl.domain import ADVERSARIES, MMD_LEVELS, DomainAlignment
 from macl.fpn import FPN
 from macl.fusion import FUSIONS, Fusion
-from macl.hard_negatives import HARD_MODES
 from macl.msp import MSPReweight
 from macl.roi_head import RoIHead
 from macl.rpn import RPN, RPNHead

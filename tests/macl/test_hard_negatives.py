@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from macl.contrast import MACLHead, hard_negative_loss, hard_negatives
-from macl.hard_negatives import HARD_MODES, choose, in_denominator
+from macl.contrast import HARD_MODES, MACLHead, choose, hard_negative_loss, hard_negatives, in_denominator
 
 
 def features(rows, seed=0):
