@@ -4,8 +4,7 @@ import kernels
 
 if not hasattr(kernels, "roi_align_project"):
     raise ImportError(
-        f"another package named kernels was found first ({kernels.__file__}); "
-        "run from the project's folder, or put that first on the path"
+        f"{kernels.__file__} is another package named kernels; put the project's folder first on the path"
     )
 
 from macl.build import build_detector, load_detector  # noqa: E402

@@ -15,8 +15,7 @@ MODALITIES = ("visible", "infrared")
 class ModalityBatchNorm2d(nn.Module):
     """One BatchNorm per modality (domain-specific batch normalisation, Chang et al., 2019).
 
-    `layout` divides the rows of the next batch: [("visible", rows), ("infrared", rows)]. The backbone sets it.
-    State dicts of a plain BatchNorm load into both copies.
+    layout: rows per modality of the next batch, set by the backbone. A plain BatchNorm's state dict loads into both.
     """
 
     def __init__(self, channels: int, *, eps: float = 1e-5):

@@ -124,8 +124,6 @@ def box_regression_loss(
 
 def rescale(boxes: Tensor, old: Size, new: Size) -> Tensor:
     """Boxes of an image of size `old` in pixels of the same image at size `new`."""
-    if old == new:
-        return boxes
     ratio_y, ratio_x = new[0] / old[0], new[1] / old[1]
     return boxes * boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
 

@@ -5,6 +5,7 @@ Hard negatives (DHN) are the rows of a memory bank that are most similar to a qu
 
 import copy
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,7 @@ def projector(
     in_dim: int, hidden_dims: tuple[int, ...], out_dim: int, *, norm: str, norm_groups: int, dropout: float
 ) -> nn.Sequential:
     """Linear, norm, ReLU and dropout per hidden width, then a Linear to `out_dim`."""
-    norms = {"layer": nn.LayerNorm, "batch": ProjectorBatchNorm}
-    norms["group"] = lambda width: nn.GroupNorm(norm_groups, width)
+    norms = {"layer": nn.LayerNorm, "batch": ProjectorBatchNorm, "group": partial(nn.GroupNorm, norm_groups)}
     layers = []
     for width in hidden_dims:
         layers.append(nn.Linear(in_dim, width))
@@ -139,13 +139,8 @@ class HardNegatives(nn.Module):
         in_use = age < bank.valid.clamp(max=self.active)
         same_scene = (ids[:, None] == bank.id_buffer) & (ids >= 0)[:, None] & in_use  # (N, K)
         similarity, exists = choose(query, bank.buffer, self.k, same_scene | ~in_use)
-        with_negatives = exists[:, 0]
-        sums = {
-            "masked": same_scene.sum(),
-            "in_use": in_use.sum() * len(query),
-            "hardest": (similarity[:, 0].detach() * with_negatives).sum(),
-            "with_negatives": with_negatives.sum(),
-        }
+        sums = {"masked": same_scene.sum(), "in_use": in_use.sum() * len(query), "with_negatives": exists[:, 0].sum()}
+        sums["hardest"] = (similarity[:, 0].detach() * exists[:, 0]).sum()
         return similarity, exists, sums
 
     @torch.no_grad()

@@ -84,9 +84,9 @@ class RoIHead(nn.Module):
 
     def predict(self, features: list[Tensor], proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Class logits (R, 1 + classes), background first, and offsets (R, 1 + classes, 4), float32."""
-        levels, size = features[: len(self.scales)], dict(scales=self.scales, output_size=OUTPUT_SIZE)
-        hidden = kernels.roi_align_project(levels, with_image_index(proposals), *self.fc6.parameters(), **size)
-        hidden = F.relu(self.fc7(F.relu(hidden)))
+        levels, rois = features[: len(self.scales)], with_image_index(proposals)
+        weights, size = (self.fc6.weight, self.fc6.bias), dict(scales=self.scales, output_size=OUTPUT_SIZE)
+        hidden = F.relu(self.fc7(F.relu(kernels.roi_align_project(levels, rois, *weights, **size))))
         return at_least_float32(self.cls_score(hidden)), at_least_float32(self.bbox_pred(hidden)).unflatten(1, (-1, 4))
 
     @torch.no_grad()
