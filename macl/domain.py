@@ -119,10 +119,11 @@ class DomainAlignment(nn.Module):
         """
         if self.domains > 1 and (last := int(image_domains.max())) >= self.domains:
             raise ValueError(f"a target's domain is {last}; expected less than domains={self.domains}")
-        pooled = {
-            name: torch.cat([pool(group.pyramids[name], group.sizes, group.batch_size) for group in features])
-            for name in features[0].pyramids
-        }
+        if self.mmd_level == "pyramid" or self.classifier is not None:
+            pooled = {
+                name: torch.cat([pool(group.pyramids[name], group.sizes, group.batch_size) for group in features])
+                for name in features[0].pyramids
+            }
         losses, metrics = {}, {}
         if self.mmd_level == "embedding":
             losses, metrics = self.mmd_loss(embedded, row_domains)
@@ -139,8 +140,8 @@ class DomainAlignment(nn.Module):
 
         features: modality -> (N, D) of this process; row i of both is from the same thing.
         domains: (N,) int64, data set per row.
-        -> loss_mmd; with several data sets loss_mmd_domains, a mean over modalities and pairs of data sets that have two
-        rows each at least; the metrics mmd_bandwidth and mmd_rows.
+        -> loss_mmd; with several data sets loss_mmd_domains, a mean over modalities and pairs of data sets with two rows
+        each at least; the metrics mmd_bandwidth and mmd_rows.
         """
         features = {name: distributed.all_gather_with_grad(at_least_float32(rows)) for name, rows in features.items()}
         modalities = features["visible"], features["infrared"]
