@@ -140,8 +140,8 @@ class DomainAlignment(nn.Module):
 
         features: modality -> (N, D) of this process; row i of both is from the same thing.
         domains: (N,) int64, data set per row.
-        -> loss_mmd; with several data sets loss_mmd_domains, a mean over modalities and pairs of data sets with two rows
-        each at least; the metrics mmd_bandwidth and mmd_rows.
+        -> loss_mmd; with several data sets loss_mmd_domains, a mean over modalities and pairs of data sets of at least
+        two rows each; the metrics mmd_bandwidth and mmd_rows.
         """
         features = {name: distributed.all_gather_with_grad(at_least_float32(rows)) for name, rows in features.items()}
         modalities = features["visible"], features["infrared"]
