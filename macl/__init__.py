@@ -4,21 +4,12 @@ import kernels
 
 if not hasattr(kernels, "roi_align_project"):
     raise ImportError(
-        f"another package named kernels was found first ({kernels.__file__}); "
-        "run from the project's folder, or put that first on the path"
+        f"{kernels.__file__} is another package named kernels; put the project's folder first on the path"
     )
 
 from macl.build import build_detector, load_detector  # noqa: E402
 from macl.detector import PairedFasterRCNN  # noqa: E402
 from macl.weights import load_torchvision_weights  # noqa: E402
 from trainkit.errors import InputError  # noqa: E402
-from trainkit.load_report import LoadReport  # noqa: E402
 
-__all__ = [
-    "InputError",
-    "LoadReport",
-    "PairedFasterRCNN",
-    "build_detector",
-    "load_detector",
-    "load_torchvision_weights",
-]
+__all__ = ["InputError", "PairedFasterRCNN", "build_detector", "load_detector", "load_torchvision_weights"]

@@ -1,4 +1,4 @@
-"""ResNet feature maps with the norm layers, freezing and modality handling that the paired detector needs."""
+"""ResNet (He et al., 2016) with a choice of norm layers, frozen stages and a norm per modality."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -15,8 +15,7 @@ MODALITIES = ("visible", "infrared")
 class ModalityBatchNorm2d(nn.Module):
     """One BatchNorm per modality (domain-specific batch normalisation, Chang et al., 2019).
 
-    `layout` divides the rows of the next batch: [("visible", rows), ("infrared", rows)]. The backbone sets it.
-    State dicts of a plain BatchNorm load into both copies.
+    layout: rows per modality of the next batch, set by the backbone. A plain BatchNorm's state dict loads into both.
     """
 
     def __init__(self, channels: int, *, eps: float = 1e-5):
@@ -46,7 +45,7 @@ NORMS = {
 
 
 def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """norm(conv(x)); the factors of a frozen norm go into the convolution's weight where that is the smaller tensor."""
+    """norm(conv(x)); a frozen norm is folded into the convolution's weight where that is smaller than the map."""
     if not isinstance(norm, FrozenBatchNorm2d) or conv.weight.numel() > x.numel():
         return norm(conv(x))
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -84,31 +83,27 @@ BACKBONES = {
 
 
 class Backbone(nn.Module):
-    """torchvision's ResNet up to the last stage that is asked for, run once over the images of both modalities.
+    """torchvision's ResNet, run once over the images of both modalities.
 
-    name, norm: of BACKBONES and NORMS.
-    stages: how many of the four stages (C2 to C5) to compute and return.
+    name: key of BACKBONES.
+    norm: key of NORMS.
+    stages: number of the four stages (C2 to C5) that are computed and returned.
     frozen_stages: see `freeze`.
     """
 
     def __init__(self, name: str, *, norm: str, norm_eps: float = 1e-5, stages: int = 4, frozen_stages: int = 0):
         super().__init__()
-        if name not in BACKBONES:
-            raise ValueError(f"backbone {name!r} is none of {', '.join(BACKBONES)}")
-        if norm not in NORMS:
-            raise ValueError(f"norm {norm!r} is none of {', '.join(NORMS)}")
-        if not 0 <= frozen_stages <= 4:
-            raise ValueError(f"frozen_stages is {frozen_stages}, must be 0 to 4")
         block, layers = BACKBONES[name]
         body = resnet.ResNet(block, list(layers), norm_layer=partial(NORMS[norm], eps=norm_eps))
-        for part in ("conv1", "bn1", "relu", "maxpool", *(f"layer{stage}" for stage in range(1, stages + 1))):
+        names = [f"layer{stage}" for stage in range(1, stages + 1)]
+        for part in ("conv1", "bn1", "relu", "maxpool", *names):
             setattr(self, part, getattr(body, part))
-        self.stages = [getattr(self, f"layer{stage}") for stage in range(1, stages + 1)]
+        self.stages = [getattr(self, part) for part in names]
         self.out_channels = [width * block.expansion for width in (64, 128, 256, 512)[:stages]]
         self.freeze(frozen_stages)
 
     def freeze(self, stages: int) -> None:
-        """No gradient for the stem and so many stages, whose norms stay in eval mode; 0 unfreezes everything."""
+        """Freeze the stem and so many stages, with their norms in eval mode; 0 unfreezes everything."""
         self.frozen = [self.conv1, self.bn1, *self.stages[:stages]] if stages else []
         for module in self.children():
             module.requires_grad_(module not in self.frozen)
@@ -121,9 +116,9 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: Tensor, layout: Sequence[tuple[str, int]]) -> list[Tensor]:
-        """images: (B, 3, H, W), rows as `layout` says. -> maps C2, C3, ... (B, C_l, H / 4, W / 4), ...
+        """images: (B, 3, H, W). -> maps C2, C3, ... (B, C_l, H / 4, W / 4), ...
 
-        layout: [("visible", rows), ("infrared", rows)]. One batch, so that shared statistics are those of both.
+        layout: [("visible", rows), ("infrared", rows)]. One batch, so that both share a norm's statistics.
         """
         for module in self.modules():
             if isinstance(module, ModalityBatchNorm2d):

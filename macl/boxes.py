@@ -16,8 +16,9 @@ from trainkit.errors import InputError
 
 Size = tuple[int, int]  # (height, width) in pixels
 
-BELOW, BETWEEN = -1, -2  # what `match` gives a box without a target
-MAX_LOG_RATIO = math.log(1000.0 / 16)  # a decoded side grows by at most this factor
+BOX_LOSSES = ("smooth_l1", "l1", "giou")
+BELOW, BETWEEN = -1, -2  # for `match`: a negative box, and one that is left out
+MAX_LOG_RATIO = math.log(1000.0 / 16)  # of a decoded side to its reference's, at most
 
 
 class AnchorGenerator(nn.Module):
@@ -71,11 +72,11 @@ class BoxCoder:
 def match(
     boxes: Tensor, targets: Tensor, *, foreground: float, background: float, keep_best: bool, ignore: Tensor
 ) -> Tensor:
-    """Index of the target that each box stands for, BELOW (negative) or BETWEEN (left out): (N,) int64.
+    """Index of the target of highest IoU for each box, BELOW (negative) or BETWEEN (left out): (N,) int64.
 
-    boxes: (N, 4). targets: (G, 4); a box takes the one of highest IoU.
-    foreground, background: IoU from which on a box is positive, and below which it is negative.
-    keep_best: every target also keeps the boxes that overlap it most, however little.
+    boxes: (N, 4). targets: (G, 4).
+    foreground, background: IoU of a positive box at least, of a negative one less.
+    keep_best: whether every target also keeps the boxes that overlap it most, however little.
     ignore: (K, 4). Negatives with at least half of their area in one of these are left out.
     """
     result = torch.full((len(boxes),), BELOW, dtype=torch.int64, device=boxes.device)
@@ -95,9 +96,9 @@ def match(
 
 
 def sample(matched: Tensor, *, count: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
-    """At most `count` boxes, at most `positive_fraction` of them positive, the rest negative. -> indices of both.
+    """Indices of at most `count` boxes: positives, at most `positive_fraction` of `count`, and negatives.
 
-    Draws permutations in torchvision's order, so that the same generator state gives its samples.
+    Permutations are drawn in torchvision's order, so that the same generator state gives the same samples.
     """
     positive, negative = torch.where(matched >= 0)[0], torch.where(matched == BELOW)[0]
     positives = min(len(positive), int(count * positive_fraction))
@@ -111,22 +112,18 @@ def box_regression_loss(
 ) -> Tensor:
     """Summed loss of predicted offsets (P, 4) against target boxes (P, 4) of reference boxes (P, 4).
 
-    kind: "smooth_l1" (`beta` as torch's, on the offsets), "l1", or "giou" (on the decoded boxes; Rezatofighi 2019).
+    kind: "smooth_l1" (`beta` as torch's) or "l1" of the offsets, or "giou" of the decoded boxes (Rezatofighi, 2019).
     """
     if kind == "giou":
         return ops.generalized_box_iou_loss(coder.decode(offsets, references), targets, reduction="sum")
     encoded = coder.encode(targets, references)
     if kind == "l1":
         return F.l1_loss(offsets, encoded, reduction="sum")
-    if kind == "smooth_l1":
-        return F.smooth_l1_loss(offsets, encoded, beta=beta, reduction="sum")
-    raise ValueError(f"box loss {kind!r} is none of smooth_l1, l1, giou")
+    return F.smooth_l1_loss(offsets, encoded, beta=beta, reduction="sum")
 
 
 def rescale(boxes: Tensor, old: Size, new: Size) -> Tensor:
-    """Boxes of an image of size `old` in one of size `new`."""
-    if old == new:
-        return boxes
+    """Boxes of an image of size `old` in pixels of the same image at size `new`."""
     ratio_y, ratio_x = new[0] / old[0], new[1] / old[1]
     return boxes * boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
 
@@ -137,16 +134,13 @@ def prepare_target(target: dict[str, Tensor], old: Size, new: Size) -> dict[str,
     if boxes.dim() != 2 or boxes.shape[1] != 4 or not (boxes[:, 2:] > boxes[:, :2]).all():
         raise ValueError(f"target boxes must be (N, 4) with x1 < x2 and y1 < y2, got {boxes.tolist()}")
     boxes = rescale(boxes, old, new)
-    keep = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
-    if "ignore" in target:
-        keep = ~target["ignore"]
-    prepared = {"boxes": boxes[keep], "labels": target["labels"][keep], "ignored": boxes[~keep]}
-    if "visible_in" in target:
-        prepared["visible_in"] = target["visible_in"][keep]
-    return prepared | {key: target[key] for key in ("scene", "domain") if key in target}
+    ignore = target.get("ignore", torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device))
+    kept = {key: target[key][~ignore] for key in ("labels", "visible_in") if key in target}
+    whole = {key: target[key] for key in ("scene", "domain") if key in target}
+    return {"boxes": boxes[~ignore], "ignored": boxes[ignore], **kept, **whole}
 
 
 def check_finite(tensors: Iterable[Tensor], what: str) -> None:
-    """Raises InputError unless all values are finite: of NaN a detector silently finds nothing."""
+    """Raises InputError unless all values are finite; with NaN a detector would silently find nothing."""
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise InputError(f"{what} are not finite; the run has diverged, or --amp fp16 is too narrow for its values")

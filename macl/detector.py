@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,14 +20,13 @@ from macl.fusion import Fusion
 from macl.roi_head import RoIHead, with_image_index
 from macl.rpn import RPN
 
-MULTIPLE = 32  # padded image sides are multiples of it
+MULTIPLE = 32  # of padded image sides
 
 
 class Features(NamedTuple):
-    """What backbone and neck made of the images of a batch that have one padded size.
+    """Pyramids of the images of a batch that have one padded size.
 
-    Images of several sizes stay apart up to the regions of interest: padded to a common size, a norm, a border or a
-    stride would change with the other images of the batch.
+    Images of other sizes stay apart: padded to a common size, norms and borders would depend on the rest of the batch.
     """
 
     pyramids: dict[str, list[Tensor]]  # per modality given (B, C, H_l, W_l), finest first
@@ -35,58 +35,41 @@ class Features(NamedTuple):
 
     @property
     def sizes(self) -> list[Size]:
-        """Of the images, as resized."""
+        """Sizes of the images, as resized."""
         return [size for _, _, size in self.images]
 
 
 class PairedFasterRCNN(nn.Module):
-    """Faster R-CNN with one backbone and neck for both modalities, and the contrastive heads that train them.
+    """Faster R-CNN with one backbone and neck for both modalities, contrast and domain alignment.
 
-    macl, alignment: None where they are not wanted.
-    macl_level: what the contrastive head embeds, "roi", every ground-truth box, or "image", the mean of all maps.
+    macl, alignment: None for none.
+    macl_level: what is embedded, "roi", each ground-truth box, or "image", the mean of all maps.
     macl_roi_size: bins per side of a pooled box.
-    statistics: mean and std of each modality, three floats each.
-    min_size: short side to resize images to; of several, training draws one per batch, evaluation takes the last.
+    statistics: modality -> mean and std, three floats each.
+    min_size: short side to resize images to. Of several, training draws one per batch and evaluation takes the last.
     max_size: longest side after resizing.
-    kwargs: what `build_detector` was called with.
+    kwargs: keywords of `build_detector`, for checkpoints.
     """
 
     def __init__(
-        self,
-        *,
-        backbone: Backbone,
-        neck: FPN,
-        fusion: Fusion,
-        rpn: RPN,
-        roi_head: RoIHead,
-        macl: MACLHead | None,
-        alignment: DomainAlignment | None,
-        macl_level: str,
-        macl_roi_size: int,
-        statistics: dict[str, tuple[tuple[float, ...], tuple[float, ...]]],
-        min_size: int | tuple[int, ...] | None,
-        max_size: int | None,
-        kwargs: dict,
-    ):
+        self, *, backbone: Backbone, neck: FPN, fusion: Fusion, rpn: RPN, roi_head: RoIHead, macl: MACLHead | None,
+        alignment: DomainAlignment | None, macl_level: str, macl_roi_size: int, statistics: dict[str, tuple],
+        min_size: int | tuple[int, ...] | None, max_size: int | None, kwargs: dict,
+    ):  # fmt: skip
         super().__init__()
         self.backbone, self.neck, self.fusion, self.rpn, self.roi_head = backbone, neck, fusion, rpn, roi_head
         self.macl, self.macl_level, self.macl_roi_size = macl, macl_level, macl_roi_size
         self.alignment, self.reversal_scale = alignment, 1.0
         self.min_sizes = min_size if isinstance(min_size, list | tuple) else (min_size,)
-        self.max_size = max_size
-        for modality, (mean, std) in statistics.items():
-            # Not in the state dict: they are among the kwargs that rebuild the model.
+        self.max_size, self.kwargs = max_size, kwargs
+        for modality, (mean, std) in statistics.items():  # not in the state dict, for `kwargs` has them
             self.register_buffer(f"{modality}_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
             self.register_buffer(f"{modality}_std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.kwargs = kwargs
 
     def set_schedule(
         self, *, reversal_scale: float | None = None, hard_k: int | None = None, hard_active: int | None = None
     ) -> None:
-        """Set what may change from step to step; None leaves a value as it is.
-
-        reversal_scale: of the domain classifier's reversed gradient. hard_k, hard_active: see `HardNegatives`.
-        """
+        """Set per-step values, see `DomainClassifier` and `HardNegatives`; None leaves one as it is."""
         if reversal_scale is not None:
             self.reversal_scale = reversal_scale
         if hard_k is not None:
@@ -95,25 +78,20 @@ class PairedFasterRCNN(nn.Module):
             self.macl.hard.active = hard_active
 
     def forward(
-        self,
-        *,
-        visible: list[Tensor] | None = None,
-        infrared: list[Tensor] | None = None,
-        targets: list[dict[str, Tensor]] | None = None,
-        with_metrics: bool = False,
-    ):
+        self, *, visible: list[Tensor] | None = None, infrared: list[Tensor] | None = None,
+        targets: list[dict[str, Tensor]] | None = None, with_metrics: bool = False,
+    ):  # fmt: skip
         """Losses in training, detections in evaluation. Raises ValueError for images or targets of the wrong form.
 
-        visible, infrared: (3, H, W) float images in 0..1, the two of a pair of equal size; either list may be None.
-        targets: per training image boxes (N, 4) float32, x1, y1, x2, y2 in pixels; labels (N,) int64, from 1;
-            optionally ignore (N,) bool, neither positive nor negative; visible_in (N, 2) bool, the modalities in which
-            a box can be seen; for hard negatives scene () int64, the same for images that may show the same people,
-            -1 for not known; for several data sets domain () int64, from 0.
+        visible, infrared: (3, H, W) float images in 0..1. The two of a pair have one size; either list may be None.
+        targets: per training image boxes (N, 4) float32, x1, y1, x2, y2 in pixels, and labels (N,) int64, from 1;
+            optionally ignore (N,) bool, neither positive nor negative, and visible_in (N, 2) bool, per modality;
+            for hard negatives scene () int64, equal for images that may show the same people, -1 for not known;
+            for several data sets domain () int64, from 0.
         with_metrics: whether training returns (losses, metrics).
 
-        -> training: unweighted losses (): loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg, and of the
-        parts that exist loss_macl, loss_dhn, loss_mmd, loss_mmd_domains, loss_adversary. Metrics: detached scalars ()
-        for the log, of the same names each time.
+        -> training: unweighted losses (): loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg; with their
+            parts loss_macl, loss_dhn, loss_mmd, loss_mmd_domains, loss_adversary. Metrics: detached scalars ().
         -> evaluation: per image dict(boxes (n, 4), labels (n,), scores (n,)) in pixels of the given image.
         """
         given = {"visible": visible, "infrared": infrared}
@@ -148,66 +126,59 @@ class PairedFasterRCNN(nn.Module):
         if len(features[0].pyramids) < 2:
             raise ValueError("contrast and alignment need both modalities in training; build the detector without them")
         losses, metrics, embeddings = {}, {}, None
-        # The boxes that, as far as is known, can be seen in both modalities.
+        # Boxes seen in one modality alone are left out, where that is known.
         boxes = [t["boxes"][t["visible_in"].all(dim=1)] if "visible_in" in t else t["boxes"] for t in targets]
+        rows = torch.tensor(self.row_counts(boxes), device=boxes[0].device)
         if self.macl is not None:
-            scenes = None if self.macl.hard is None else self.per_row(stack_labels(targets, "scene"), boxes)
+            scenes = None if self.macl.hard is None else stack_labels(targets, "scene").repeat_interleave(rows)
             losses, metrics, embeddings = self.macl.compare(*self.pooled_features(features, boxes), scenes)
         if self.alignment is None:
             return losses, metrics
-        domains = torch.zeros(len(targets), dtype=torch.int64, device=boxes[0].device)
-        if self.alignment.domains > 1:
-            domains = stack_labels(targets, "domain")
-        row_domains = self.per_row(domains, boxes)
+        domains = stack_labels(targets, "domain") if self.alignment.domains > 1 else torch.zeros_like(rows)
+        row_domains = domains.repeat_interleave(rows)
         more, about = self.alignment(features, domains, embeddings, row_domains, self.reversal_scale)
         return losses | more, metrics | about
 
     def detect(
-        self,
-        features: list[Features],
-        modalities: tuple[str, ...] = MODALITIES,
-        *,
-        score_threshold: float | None = None,
+        self, features: list[Features], modalities: Sequence[str] = MODALITIES, *, score_threshold: float | None = None
     ) -> list[dict[str, Tensor]]:
-        """Detections from the pyramids of `modalities` alone: one extraction serves both cameras and each by itself.
-
-        score_threshold: None takes the detector's own.
-        """
+        """Detections per image, from the pyramids of `modalities` alone. score_threshold: None for the detector's."""
         detections = {}
         for group in features:
             fused = self.fusion({name: group.pyramids[name] for name in modalities if name in group.pyramids})
             proposals, _ = self.rpn(fused, group.sizes, group.batch_size, None)
-            found = self.roi_head.detect(fused, proposals, group.sizes, score_threshold=score_threshold)
-            for (place, original, size), one in zip(group.images, found, strict=True):
-                detections[place] = one | {"boxes": rescale(one["boxes"], size, original)}
+            outputs = self.roi_head.detect(fused, proposals, group.sizes, score_threshold)
+            for (place, original, size), output in zip(group.images, outputs, strict=True):
+                detections[place] = output | {"boxes": rescale(output["boxes"], size, original)}
         return [detections[place] for place in sorted(detections)]
 
     @property
     def modes(self) -> dict[str, tuple[str, ...]]:
-        """What this detector can see with, by name: "both" cameras and each alone, or the one that its fusion takes."""
+        """Name -> modalities to detect with: "both" and each alone, or the one of fusion "visible" / "infrared"."""
         if self.fusion.kind in MODALITIES:
             return {self.fusion.kind: (self.fusion.kind,)}
         return {"both": MODALITIES, **{name: (name,) for name in MODALITIES}}
 
     def embed(self, features: list[Features], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The contrastive embeddings (N, out_dim) of the visible and of the infrared images.
+        """Embeddings (N, out_dim) of the visible and of the infrared images, one row per box or per image.
 
-        boxes: (n_i, 4) per image. One row per box, or with macl_level "image" per image.
+        boxes: (n_i, 4) per image.
         """
         where = [image for group in features for image in group.images]
         boxes = [rescale(boxes[place], old, new) for place, old, new in where]
-        counts = [1 if self.macl_level == "image" else len(box) for box in boxes]
         order = sorted(range(len(where)), key=lambda i: where[i][0])
-        embedded = (self.macl.embed(rows).split(counts) for rows in self.pooled_features(features, boxes))
+        pooled = self.pooled_features(features, boxes)
+        embedded = (self.macl.embed(rows).split(self.row_counts(boxes)) for rows in pooled)
         return tuple(torch.cat([parts[i] for i in order]) for parts in embedded)
 
     def extract(self, images: dict[str, list[Tensor]]) -> list[Features]:
-        """Resize, normalise and pad the images, and run those of one size of both modalities through the network."""
+        """Resize the images, and run those of one padded size through backbone and neck."""
         several = self.training and len(self.min_sizes) > 1
         min_size = self.min_sizes[int(torch.randint(len(self.min_sizes), ())) if several else -1]
         resized = {name: [self.resize(image, min_size) for image in given] for name, given in images.items()}
         groups: dict[Size, list[tuple[int, Size, Size]]] = {}
-        for place, pair in enumerate(zip(*(next(iter(part.values())) for part in (images, resized)), strict=True)):
+        first = next(iter(images))
+        for place, pair in enumerate(zip(images[first], resized[first], strict=True)):
             old, new = (tuple(image.shape[-2:]) for image in pair)
             padded = tuple(math.ceil(side / MULTIPLE) * MULTIPLE for side in new)
             groups.setdefault(padded, []).append((place, old, new))
@@ -220,23 +191,28 @@ class PairedFasterRCNN(nn.Module):
         return features
 
     def pyramids(self, images: dict[str, list[Tensor]], size: Size) -> dict[str, list[Tensor]]:
-        """Maps (B, C, H_l, W_l) of the images of each modality, padded to `size`."""
-        batch = torch.cat([self.batch(given, name, size) for name, given in images.items()])
-        # The layout in which convolutions are fastest: on a CPU their backward takes half as long again channels-last.
-        layout_in_memory = torch.channels_last if batch.is_cuda else torch.contiguous_format
-        layout = [(name, len(given)) for name, given in images.items()]
-        maps = self.neck(self.backbone(batch.contiguous(memory_format=layout_in_memory), layout))
+        """Maps (B, C, H_l, W_l) per modality of its images, normalised and zero-padded to `size`."""
+        batches = []
+        for name, given in images.items():
+            mean, std = getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
+            batches.append(mean.new_zeros(len(given), 3, *size))
+            for row, image in zip(batches[-1], given, strict=True):
+                row[:, : image.shape[-2], : image.shape[-1]] = (image - mean) / std
+        batch = torch.cat(batches)
+        if batch.is_cuda:  # where convolutions are faster so; on a CPU their backward takes half as long again
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        maps = self.neck(self.backbone(batch, [(name, len(given)) for name, given in images.items()]))
         split = [level.chunk(len(images)) for level in maps]
         return {name: [level[i] for level in split] for i, name in enumerate(images)}
 
     def wait_for_all(self, features: list[Features]) -> None:
-        """Empty passes up to the most that a process makes: synchronised norms wait for one another in each."""
+        """Make empty passes, up to the most of any process: in each pass synchronised norms wait for all."""
         most = int(distributed.gather(torch.tensor([len(features)])).max())
         pyramids = features[0].pyramids
         for _ in range(most - len(features)):
             empty = self.pyramids(dict.fromkeys(pyramids, []), (MULTIPLE, MULTIPLE))
             first = next(iter(pyramids.values()))
-            # Their backward waits too: the empty maps join the first one's graph.
+            # The empty maps join the graph, for the backward waits too.
             first[0] = first[0] + sum(level.sum() for levels in empty.values() for level in levels)
 
     def resize(self, image: Tensor, min_size: int | None) -> Tensor:
@@ -249,37 +225,27 @@ class PairedFasterRCNN(nn.Module):
         size = [max(1, math.floor(side * factor)) for side in (height, width)]
         return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
 
-    def batch(self, images: list[Tensor], modality: str, size: Size) -> Tensor:
-        """Normalise and zero-pad to one size. -> (B, 3, H, W)."""
-        mean, std = getattr(self, f"{modality}_mean"), getattr(self, f"{modality}_std")
-        batch = mean.new_zeros(len(images), 3, *size)
-        for row, image in zip(batch, images, strict=True):
-            row[:, : image.shape[-2], : image.shape[-1]] = (image - mean) / std
-        return batch
-
     def pooled_features(self, features: list[Features], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """What the contrastive head compares: (N, in_dim) of the visible and of the infrared pyramids.
+        """Input (N, in_dim) of the contrastive head, of the visible and of the infrared pyramids.
 
-        boxes: (n_i, 4) per image, in the order of `features`, in pixels as resized. One row per box, or per image.
+        boxes: (n_i, 4) per image, in the order of `features`, in pixels as resized.
         """
         rows, boxes = {name: [] for name in MODALITIES}, iter(boxes)
         for group in features:
             chosen = with_image_index(list(itertools.islice(boxes, len(group.images))))
-            for name, found in rows.items():
+            for name, pooled in rows.items():
                 levels, scales = group.pyramids[name], self.roi_head.scales
                 if self.macl_level == "image":
-                    found.append(torch.stack([level.mean(dim=(2, 3)) for level in levels]).mean(dim=0))
+                    pooled.append(torch.stack([level.mean(dim=(2, 3)) for level in levels]).mean(dim=0))
                 else:
                     levels = levels[: len(scales)]
-                    pooled = kernels.multiscale_roi_align(levels, chosen, scales=scales, output_size=self.macl_roi_size)
-                    found.append(pooled.flatten(1))
+                    bins = kernels.multiscale_roi_align(levels, chosen, scales=scales, output_size=self.macl_roi_size)
+                    pooled.append(bins.flatten(1))
         return tuple(map(torch.cat, rows.values()))
 
-    def per_row(self, labels: Tensor, boxes: list[Tensor]) -> Tensor:
-        """Labels (B,) of the images as those of the rows that `pooled_features` makes of them, (N,)."""
-        if self.macl_level == "image":
-            return labels
-        return torch.cat([label.expand(len(box)) for label, box in zip(labels, boxes, strict=True)])
+    def row_counts(self, boxes: list[Tensor]) -> list[int]:
+        """Rows of `pooled_features` per image."""
+        return [1 if self.macl_level == "image" else len(box) for box in boxes]
 
 
 def stack_labels(targets: list[dict[str, Tensor]], key: str) -> Tensor:
@@ -290,7 +256,7 @@ def stack_labels(targets: list[dict[str, Tensor]], key: str) -> Tensor:
 
 
 def check_inputs(images: dict[str, list[Tensor]], targets: list[dict] | None, training: bool) -> None:
-    """Raise ValueError, in one sentence, for what the forward cannot work with."""
+    """Raise ValueError for what `forward` cannot work with."""
     if not images or not all(images.values()):
         raise ValueError("give visible= or infrared= images, or both, at least one image each")
     for image in itertools.chain(*images.values()):

@@ -1,4 +1,4 @@
-"""Domain alignment: features that do not tell which modality, or which data set, they come from."""
+"""Domain alignment: features that do not show which modality or data set they come from."""
 
 import itertools
 import math
@@ -22,10 +22,10 @@ def mmd(x: Tensor, y: Tensor, sigmas: list[float] | Tensor, unbiased: bool = Tru
     x: (N, D). y: (M, D).
     sigmas: bandwidths in the units of x; the kernel is the mean of exp(-|a - b|^2 / (2 sigma^2)) over them.
     unbiased: MMD_u^2 (equation 3), which may be negative; else MMD_b^2 (equation 5).
-    paired: row i of both belongs to the same thing, so N = M and the pairs (x_i, y_i) are left out of the cross term
-        (h-statistic, equation 4), else the estimate is too small by what they have in common. Unbiased only.
+    paired: whether x_i and y_i are of one thing. These pairs are then left out of the cross term (equation 4), which
+        would be too large by what they have in common. Unbiased and N = M only, else ValueError.
 
-    -> (), float32 at least; exactly 0, but connected, with fewer than two rows (biased: one) on either side.
+    -> (), float32 at least; exactly 0 but connected with fewer than two rows (biased: one) on either side.
     """
     if paired and (len(x) != len(y) or not unbiased):
         raise ValueError(f"the paired form is unbiased and of equally many rows, got {len(x)} and {len(y)}")
@@ -62,12 +62,12 @@ def gradient_reversal(x: Tensor, scale: float) -> Tensor:
 
 
 def grl_schedule(progress: float) -> float:
-    """The published schedule of that scale (Ganin et al. 2016, section 5.2): 0 at progress 0, 0.9999 at progress 1."""
+    """Scale of the reversed gradient (Ganin et al., 2016, section 5.2): 0 at progress 0, 0.9999 at progress 1."""
     return 2 / (1 + math.exp(-10 * progress)) - 1
 
 
 class DomainClassifier(nn.Module):
-    """Tells domains apart, behind a gradient reversal: what it learns to use, the features learn to do without."""
+    """Classifier of domains behind a gradient reversal, which makes the features lose what it uses."""
 
     def __init__(self, in_dim: int, hidden: int = 128, domains: int = 2, dropout: float = 0.5):
         super().__init__()
@@ -81,36 +81,25 @@ class DomainClassifier(nn.Module):
 
 
 class DomainAlignment(nn.Module):
-    """The losses that the detector takes from this file.
+    """The alignment losses of the detector.
 
-    mmd_level: what MMD compares: "embedding", the contrastive ones; "pyramid", the pooled pyramids scaled to length 1;
-        or "none".
-    mmd_sigmas: bandwidths; None for the median distance of the two sets at hand, halved, as it is and doubled.
-    mmd_unbiased: see `mmd`; the modalities are compared in its paired form.
-    adversary: what a `DomainClassifier` of the pooled pyramids guesses: "modality", "dataset", or "none".
-    domains: number of data sets; with several, MMD compares these too, each modality with its own kind.
+    mmd_level: MMD of "embedding", the contrastive ones; "pyramid", pooled pyramids of length 1; or "none".
+    mmd_sigmas: bandwidths; None for FACTORS times the median distance of the rows compared.
+    mmd_unbiased: see `mmd`; modalities are compared in its paired form.
+    adversary: what a `DomainClassifier` of pooled pyramids predicts, "modality", "dataset", or "none".
+    domains: number of data sets. With several, MMD compares these too, within each modality.
     pooled_dim: length of a row of `pool`.
     """
 
     def __init__(
-        self,
-        *,
-        mmd_level: str,
-        mmd_sigmas: tuple[float, ...] | None,
-        mmd_unbiased: bool,
-        adversary: str,
-        domains: int,
-        pooled_dim: int,
-    ):
+        self, *, mmd_level: str, mmd_sigmas: tuple[float, ...] | None, mmd_unbiased: bool, adversary: str,
+        domains: int, pooled_dim: int,
+    ):  # fmt: skip
         super().__init__()
-        if mmd_level not in MMD_LEVELS:
-            raise ValueError(f"mmd_level {mmd_level!r} is none of {', '.join(MMD_LEVELS)}")
         if mmd_sigmas is not None and (not mmd_sigmas or min(mmd_sigmas) <= 0):
             raise ValueError(f"mmd_sigmas {list(mmd_sigmas)}: expected bandwidths above 0, or None")
-        if adversary not in ADVERSARIES:
-            raise ValueError(f"adversary {adversary!r} is none of {', '.join(ADVERSARIES)}")
-        if domains < (2 if adversary == "dataset" else 1):
-            raise ValueError(f"adversary {adversary!r} with domains={domains}: it tells two data sets apart at least")
+        if adversary == "dataset" and domains < 2:
+            raise ValueError(f"adversary 'dataset' with domains={domains}: it tells two data sets apart at least")
         self.mmd_level, self.mmd_sigmas, self.mmd_unbiased = mmd_level, mmd_sigmas, mmd_unbiased
         self.adversary, self.domains = adversary, domains
         self.classifier = None
@@ -120,11 +109,12 @@ class DomainAlignment(nn.Module):
     def forward(
         self, features: list, image_domains: Tensor, embedded: dict | None, row_domains: Tensor, reversal_scale: float
     ) -> tuple[dict, dict]:
-        """Losses and metrics of `mmd_loss` and `adversarial_loss`, as far as they were asked for.
+        """Losses and metrics of `mmd_loss` and `adversarial_loss`, where enabled.
 
-        features: the detector's.
-        image_domains: (B,) int64, the data set of each image; ValueError for one beyond `domains`.
-        embedded: modality -> (N, D), for MMD of the embeddings. row_domains: (N,) int64, the data set of each row.
+        features: `Features` of the detector.
+        image_domains: (B,) int64, data set per image; ValueError for one beyond `domains`.
+        embedded: modality -> (N, D), for mmd_level "embedding".
+        row_domains: (N,) int64, data set per row of `embedded`.
         reversal_scale: of the classifier's reversed gradient.
         """
         if self.domains > 1 and (last := int(image_domains.max())) >= self.domains:
@@ -148,16 +138,15 @@ class DomainAlignment(nn.Module):
     def mmd_loss(self, features: dict[str, Tensor], domains: Tensor) -> tuple[dict, dict]:
         """MMD between the modalities, and between the data sets, over the rows of all processes.
 
-        features: modality -> (N, D) rows of this process, row i of both from the same thing.
-        domains: (N,) int64, the data set of each row.
-
-        -> loss_mmd and, with several data sets, loss_mmd_domains, the mean over modalities and pairs of data sets with
-        two rows at least; mmd_bandwidth and mmd_rows for the log.
+        features: modality -> (N, D) of this process; row i of both is from the same thing.
+        domains: (N,) int64, data set per row.
+        -> loss_mmd; with several data sets loss_mmd_domains, a mean over modalities and pairs of data sets of at least
+        two rows each; the metrics mmd_bandwidth and mmd_rows.
         """
         features = {name: distributed.all_gather_with_grad(at_least_float32(rows)) for name, rows in features.items()}
-        visible, infrared = features["visible"], features["infrared"]
-        loss, bandwidth = self._mmd(visible, infrared, paired=self.mmd_unbiased)
-        losses = {"loss_mmd": loss}
+        modalities = features["visible"], features["infrared"]
+        sigmas = self.bandwidths(*modalities)
+        losses = {"loss_mmd": mmd(*modalities, sigmas, unbiased=self.mmd_unbiased, paired=self.mmd_unbiased)}
         if self.domains > 1:
             domains = distributed.gather(domains)
             pairs = [
@@ -166,25 +155,22 @@ class DomainAlignment(nn.Module):
                 for rows in features.values()
             ]
             several = [pair for pair in pairs if min(map(len, pair)) > 1] or pairs[:1]
-            losses["loss_mmd_domains"] = torch.stack([self._mmd(*pair)[0] for pair in several]).mean()
-        return losses, {"mmd_bandwidth": bandwidth, "mmd_rows": bandwidth.new_tensor(float(len(visible)))}
+            terms = [mmd(*pair, self.bandwidths(*pair), unbiased=self.mmd_unbiased) for pair in several]
+            losses["loss_mmd_domains"] = torch.stack(terms).mean()
+        return losses, {"mmd_bandwidth": sigmas.median(), "mmd_rows": sigmas.new_tensor(float(len(modalities[0])))}
 
-    def _mmd(self, x: Tensor, y: Tensor, *, paired: bool = False) -> tuple[Tensor, Tensor]:
-        """The discrepancy, and the middle one of its bandwidths, which takes no gradient."""
-        if self.mmd_sigmas is None:  # the median heuristic (Gretton et al. 2012, section 8)
-            distances = F.pdist(torch.cat([x, y]).detach())
-            middle = distances.median() if len(distances) else distances.sum()
-            middle = middle.clamp(min=1e-4)  # rows that all are the same have distance 0
-            sigmas = torch.stack([middle * factor for factor in FACTORS])
-        else:
-            sigmas = x.new_tensor(self.mmd_sigmas)
-            middle = sigmas.median()
-        return mmd(x, y, sigmas, unbiased=self.mmd_unbiased, paired=paired), middle
+    def bandwidths(self, x: Tensor, y: Tensor) -> Tensor:
+        """`mmd_sigmas`, or those of the median heuristic (Gretton et al., 2012, section 8), without gradient."""
+        if self.mmd_sigmas is not None:
+            return x.new_tensor(self.mmd_sigmas)
+        distances = F.pdist(torch.cat([x, y]).detach())
+        middle = distances.median() if len(distances) else distances.sum()
+        return middle.clamp(min=1e-4) * x.new_tensor(FACTORS)  # rows that all are the same have distance 0
 
     def adversarial_loss(self, pooled: dict[str, Tensor], domains: Tensor, scale: float) -> tuple[dict, dict]:
-        """The classifier's cross-entropy, a mean over the rows of all processes, and its accuracy.
+        """Cross-entropy of the classifier over the rows of all processes, and its accuracy.
 
-        pooled: modality -> (B, pooled_dim). domains: (B,) int64, of each image. scale: of the reversed gradient.
+        pooled: modality -> (B, pooled_dim). domains: (B,) int64, data set per image. scale: of the reversed gradient.
         """
         rows = torch.cat(list(pooled.values()))
         labels = domains.repeat(len(pooled))
@@ -198,10 +184,9 @@ class DomainAlignment(nn.Module):
 
 
 def pool(pyramid: list[Tensor], sizes: list[Size], batch_size: Size) -> Tensor:
-    """The mean of every map over the part that an image covers, the maps side by side: (B, levels * C).
+    """Mean of every map over the part that an image covers: (B, levels * C). Padding would show the data set's sizes.
 
-    pyramid: (B, C, H_l, W_l) maps of a padded batch. sizes, batch_size: of its images without the padding and with it.
-    The padding is left out, for it would tell the data sets apart by their image sizes.
+    pyramid: (B, C, H_l, W_l). sizes, batch_size: of the images without and with padding.
     """
     rows = []
     for i, (height, width) in enumerate(sizes):

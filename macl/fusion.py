@@ -15,10 +15,8 @@ class Fusion(nn.Module):
 
     def __init__(self, kind: str, *, channels: int, dropout: tuple[float, float] = (0.0, 0.0)):
         super().__init__()
-        if kind not in FUSIONS:
-            raise ValueError(f"fusion {kind!r} is none of {', '.join(FUSIONS)}")
         if sum(dropout) > 1 or min(dropout) < 0:
-            raise ValueError(f"modality_dropout {dropout}: two probabilities whose sum is at most 1")
+            raise ValueError(f"modality_dropout {dropout}: expected two probabilities, their sum at most 1")
         self.kind, self.dropout = kind, dropout
         self.gate = nn.Conv2d(2 * channels, channels, 1) if kind == "gated" else None
         if self.gate is not None:

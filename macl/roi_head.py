@@ -9,7 +9,7 @@ import kernels
 from macl.boxes import BoxCoder, Size, box_regression_loss, check_finite, match, sample
 from trainkit.device import at_least_float32
 
-IOU = 0.5  # a proposal with more overlap is positive, one with less negative
+IOU = 0.5  # of positive proposals at least, of negative ones less
 OUTPUT_SIZE = 7  # bins per side of a pooled proposal
 MIN_SIDE = 1e-2  # pixels; detections below it are dropped
 
@@ -24,30 +24,19 @@ class RoIHead(nn.Module):
     """Pools every proposal, classifies it and refines its box.
 
     channels: of the maps.
-    classes: without the background (class 0).
-    scales: feature pixels per image pixel, of each level that is pooled from.
+    classes: number of classes without the background (class 0).
+    scales: feature pixels per image pixel, one float per pooled level.
     width: of the two hidden layers.
-    samples: proposals per image in the loss, a share of `positive_fraction` of them positive at most.
+    samples: proposals per image in the loss, at most a share of `positive_fraction` of them positive.
     box_loss, box_beta: see `box_regression_loss`.
     score_threshold, nms_iou, max_detections: of the detections.
     """
 
     def __init__(
-        self,
-        *,
-        channels: int,
-        classes: int,
-        scales: tuple[float, ...],
-        width: int,
-        samples: int,
-        positive_fraction: float,
-        box_loss: str,
-        box_beta: float,
-        label_smoothing: float,
-        score_threshold: float,
-        nms_iou: float,
-        max_detections: int,
-    ):
+        self, *, channels: int, classes: int, scales: tuple[float, ...], width: int, samples: int,
+        positive_fraction: float, box_loss: str, box_beta: float, label_smoothing: float, score_threshold: float,
+        nms_iou: float, max_detections: int,
+    ):  # fmt: skip
         super().__init__()
         self.fc6 = nn.Linear(channels * OUTPUT_SIZE**2, width)
         self.fc7 = nn.Linear(width, width)
@@ -61,10 +50,9 @@ class RoIHead(nn.Module):
     def losses(self, features: list[Tensor], proposals: list[Tensor], targets: list[dict]) -> dict:
         """loss_classifier and loss_box_reg, each as (sum, number of terms).
 
-        features: (B, C, H_l, W_l). proposals: (n_i, 4) per image. targets: as `prepare_target` makes them.
+        features: (B, C, H_l, W_l). proposals: (n_i, 4) per image. targets: from `prepare_target`.
         """
-        chosen = [self.choose(*pair) for pair in zip(proposals, targets, strict=True)]
-        proposals, labels, boxes = zip(*chosen, strict=True)
+        proposals, labels, boxes = zip(*map(self.choose, proposals, targets), strict=True)
         logits, offsets = self.predict(features, proposals)
         proposals, labels, boxes = torch.cat(proposals), torch.cat(labels), torch.cat(boxes)
         positive = torch.where(labels > 0)[0]
@@ -77,7 +65,7 @@ class RoIHead(nn.Module):
     def detect(
         self, features: list[Tensor], proposals: list[Tensor], sizes: list[Size], score_threshold: float | None = None
     ) -> list[dict]:
-        """-> per image dict(boxes (n, 4), labels (n,), scores (n,)), best score first. Raises InputError for NaN."""
+        """Per image dict(boxes (n, 4), labels (n,), scores (n,)), best score first. Raises InputError for NaN."""
         threshold = self.score_threshold if score_threshold is None else score_threshold
         logits, offsets = self.predict(features, proposals)
         check_finite((logits, offsets), "the detector's scores and boxes")
@@ -95,26 +83,19 @@ class RoIHead(nn.Module):
         return detections
 
     def predict(self, features: list[Tensor], proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """-> class logits (R, 1 + classes), background first, and offsets (R, 1 + classes, 4), float32."""
-        hidden = kernels.roi_align_project(
-            features[: len(self.scales)],
-            with_image_index(proposals),
-            self.fc6.weight,
-            self.fc6.bias,
-            scales=self.scales,
-            output_size=OUTPUT_SIZE,
-        )
-        hidden = F.relu(self.fc7(F.relu(hidden)))
+        """Class logits (R, 1 + classes), background first, and offsets (R, 1 + classes, 4), float32."""
+        levels, rois = features[: len(self.scales)], with_image_index(proposals)
+        weights, size = (self.fc6.weight, self.fc6.bias), dict(scales=self.scales, output_size=OUTPUT_SIZE)
+        hidden = F.relu(self.fc7(F.relu(kernels.roi_align_project(levels, rois, *weights, **size))))
         return at_least_float32(self.cls_score(hidden)), at_least_float32(self.bbox_pred(hidden)).unflatten(1, (-1, 4))
 
     @torch.no_grad()
     def choose(self, proposals: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The sampled proposals (n, 4) of an image, the targets' own among them, their labels (n,) and boxes (n, 4)."""
-        proposals = torch.cat([proposals, target["boxes"]])
-        rule = dict(foreground=IOU, background=IOU, keep_best=False)
-        matched = match(proposals, target["boxes"], ignore=target["ignored"], **rule)
+        """Sampled proposals and target boxes (n, 4) of an image, their labels (n,), and the boxes (n, 4) they match."""
+        proposals, iou = torch.cat([proposals, target["boxes"]]), dict(foreground=IOU, background=IOU)
+        matched = match(proposals, target["boxes"], **iou, keep_best=False, ignore=target["ignored"])
         sampled = torch.cat(sample(matched, count=self.samples, positive_fraction=self.positive_fraction))
-        sampled = sampled.sort().values  # as torchvision's masks give them: the same rows feed the same reductions
+        sampled = sampled.sort().values  # in torchvision's order, so that sums are its sums
         proposals, which = proposals[sampled], matched[sampled]
         positive = which >= 0
         labels, boxes = torch.zeros_like(which), proposals.clone()

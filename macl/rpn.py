@@ -8,7 +8,7 @@ from torchvision import ops
 from macl.boxes import AnchorGenerator, BoxCoder, Size, box_regression_loss, check_finite, match, sample
 from trainkit.device import at_least_float32
 
-FOREGROUND, BACKGROUND = 0.7, 0.3  # IoU of a positive anchor at least, of a negative one less
+FOREGROUND, BACKGROUND = 0.7, 0.3  # IoU of positive anchors at least, of negative ones less
 NMS_IOU = 0.7
 BETA = 1 / 9  # of the smooth L1 loss
 MIN_SIDE = 1e-3  # pixels; proposals below it are dropped
@@ -36,29 +36,29 @@ class RPNHead(nn.Module):
         return objectness, offsets
 
     def at(self, features: list[Tensor], image: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` at n single anchors, whose gradients cost no more than these: objectness (n,) and offsets (n, 4).
+        """`forward` at n single anchors, at the cost of these alone: objectness (n,) and offsets (n, 4).
 
-        image: (n,), in ascending order. anchor: (n,), row among the anchors of all levels one after the other.
+        image: (n,), in ascending order. anchor: (n,), index into the anchors of all levels in order.
         """
         anchors = self.cls_logits.out_channels
         ends = torch.tensor([level.shape[2] * level.shape[3] * anchors for level in features]).cumsum(0).tolist()
         windows = features[0].new_zeros(len(anchor), 9, features[0].shape[1])
         for feature, start, end in zip(features, [0, *ends], ends, strict=False):
             (here,) = torch.where((anchor >= start) & (anchor < end))
-            found = windows_of_three(feature, image[here], (anchor[here] - start) // anchors)
-            windows = windows.index_copy(0, here, found)
+            values = windows_of_three(feature, image[here], (anchor[here] - start) // anchors)
+            windows = windows.index_copy(0, here, values)
         hidden = F.relu(F.linear(windows.transpose(1, 2).flatten(1), self.conv.weight.flatten(1), self.conv.bias))
         shape = anchor % anchors  # every level has a multiple of `anchors`
-        objectness, offsets = (
-            F.linear(hidden, layer.weight.flatten(1), layer.bias).unflatten(1, (anchors, -1))
-            for layer in (self.cls_logits, self.bbox_pred)
-        )
         row = torch.arange(len(anchor), device=anchor.device)
-        return at_least_float32(objectness[row, shape, 0]), at_least_float32(offsets[row, shape])
+        objectness, offsets = (
+            F.linear(hidden, layer.weight.flatten(1), layer.bias).unflatten(1, (anchors, -1))[row, shape]
+            for layer in (self.cls_logits, self.bbox_pred)
+        )  # (n, 1) and (n, 4)
+        return at_least_float32(objectness[:, 0]), at_least_float32(offsets)
 
 
 def windows_of_three(feature: Tensor, image: Tensor, pixel: Tensor) -> Tensor:
-    """What a 3x3 convolution sees of a map (B, C, H, W) at n pixels: (n, 9, C), zeros outside.
+    """Input of a 3x3 convolution over a map (B, C, H, W) at n pixels: (n, 9, C), zeros outside.
 
     image: (n,), in ascending order. pixel: (n,), row * W + column.
     """
@@ -68,7 +68,7 @@ def windows_of_three(feature: Tensor, image: Tensor, pixel: Tensor) -> Tensor:
     index = corner[:, None] + (step[:, None] * (width + 2) + step).flatten()  # (n, 9)
     padded = F.pad(feature, (1, 1, 1, 1)).flatten(2)  # (B, C, (H + 2) * (W + 2))
     counts = torch.bincount(image, minlength=len(feature)).tolist()
-    # The gradient of indexing would add up in whatever order a CPU's threads come; that of `gather` does not.
+    # `gather`, for the gradient of indexing adds up in the order in which a CPU's threads come.
     windows = [
         one.gather(1, rows.reshape(1, -1).expand(channels, -1)).T.reshape(len(rows), 9, channels)
         for one, rows in zip(padded, index.split(counts), strict=True)
@@ -79,21 +79,15 @@ def windows_of_three(feature: Tensor, image: Tensor, pixel: Tensor) -> Tensor:
 class RPN(nn.Module):
     """Anchors, head, proposals and losses.
 
-    pre_nms: proposals kept before NMS per level, in training and in evaluation.
-    post_nms: proposals kept after NMS per image, in training and in evaluation.
-    samples: anchors per image in the loss, a share of `positive_fraction` of them positive at most.
+    pre_nms: proposals per level before NMS, in training and in evaluation.
+    post_nms: proposals per image after NMS, in training and in evaluation.
+    samples: anchors per image in the loss, at most a share of `positive_fraction` of them positive.
     """
 
     def __init__(
-        self,
-        *,
-        head: RPNHead,
-        anchors: AnchorGenerator,
-        pre_nms: tuple[int, int],
-        post_nms: tuple[int, int],
-        samples: int,
-        positive_fraction: float,
-    ):
+        self, *, head: RPNHead, anchors: AnchorGenerator, pre_nms: tuple[int, int], post_nms: tuple[int, int],
+        samples: int, positive_fraction: float,
+    ):  # fmt: skip
         super().__init__()
         self.head, self.anchors = head, anchors
         self.coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
@@ -106,12 +100,11 @@ class RPN(nn.Module):
         """Proposals (n_i, 4) per image, and loss_objectness and loss_rpn_box_reg, each as (sum, number of terms).
 
         features: (B, C, H_l, W_l).
-        sizes, batch_size: of the images without padding, and with it.
-        targets: as `prepare_target` makes them; None for no losses.
+        sizes, batch_size: of the images without and with padding.
+        targets: from `prepare_target`; None for no losses.
         """
         anchors = self.anchors(features, batch_size)
-        # The losses look at few anchors: they run the head again there, so that its backward is theirs alone.
-        with torch.no_grad():
+        with torch.no_grad():  # the losses run the head again at the few sampled anchors, whose backward is cheap
             proposals = self.propose(*self.head(features), anchors, sizes)
         return proposals, {} if targets is None else self.losses(features, torch.cat(anchors), targets)
 
@@ -139,11 +132,10 @@ class RPN(nn.Module):
         return proposals
 
     def losses(self, features: list[Tensor], anchors: Tensor, targets: list[dict]) -> dict:
-        """features: (B, C, H_l, W_l). anchors: (N, 4), of all levels. -> the losses of `forward`."""
-        rows = []
-        rule = dict(foreground=FOREGROUND, background=BACKGROUND, keep_best=True)
+        """The losses of `forward`. features: (B, C, H_l, W_l). anchors: (N, 4), of all levels in order."""
+        rows, iou = [], dict(foreground=FOREGROUND, background=BACKGROUND)
         for image, target in enumerate(targets):
-            matched = match(anchors, target["boxes"], ignore=target["ignored"], **rule)
+            matched = match(anchors, target["boxes"], **iou, keep_best=True, ignore=target["ignored"])
             anchor = torch.cat(sample(matched, count=self.samples, positive_fraction=self.positive_fraction))
             which = matched[anchor]
             rows.append((torch.full_like(anchor, image), anchor, which >= 0, target["boxes"][which[which >= 0]]))

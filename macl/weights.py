@@ -11,7 +11,7 @@ from trainkit.errors import InputError
 from trainkit.files import read_torch, state_dict_of
 from trainkit.load_report import LoadReport
 
-# torchvision's names -> ours; the first two rows bring its names from before version 0.14 to the later ones.
+# torchvision's names -> ours; the first two rows are for names from before its version 0.14.
 RENAMES = [
     (r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$", r"\1.0.\2"),
     (r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1"),
@@ -26,7 +26,7 @@ ENOUGH = 0.9  # of the backbone's tensors
 
 
 def read_state(path: str | Path) -> dict:
-    """A run's checkpoint, told by its model_kwargs, or a state dict. Raises InputError where it is neither."""
+    """A run's checkpoint, which has model_kwargs, or a state dict. Raises InputError for anything else."""
     content = read_torch(path, "a checkpoint or weights")
     return content if isinstance(content, dict) and "model_kwargs" in content else state_dict_of(content, path)
 
@@ -39,20 +39,18 @@ def has_old_names(state: dict[str, Tensor]) -> bool:
 def load_torchvision_weights(detector: torch.nn.Module, source: str | Path | dict[str, Tensor]) -> LoadReport:
     """Load a `fasterrcnn_resnet50_fpn` (COCO) or ResNet (ImageNet) state dict, or its file, into a PairedFasterRCNN.
 
-    Of COCO's 91 classes the rows of the detector's own classes are kept, by name (background, then "person", ...).
-    Both the frozen (295 keys) and the BatchNorm (348 keys) form fit any batch norm of the detector. Raises InputError
-    where less than nine tenths of the backbone are filled, whose rest would stay random.
+    Of COCO's 91 classes the rows of the background and of the detector's classes are kept, by name. Files with frozen
+    norms (295 keys) and with BatchNorm (348 keys) fit any batch norm of the detector.
+    Raises InputError where less than nine tenths of the backbone are filled.
     """
     from_file = isinstance(source, str | Path)
     name = str(source) if from_file else "the state dict"
     state = state_dict_of(read_torch(source, "weights") if from_file else source, name)
     report = LoadReport(name if from_file else "")
     if has_old_names(state):
-        report.notes.append(
-            "published before FrozenBatchNorm had an eps: build the detector with norm_eps=0.0 for its exact values"
-        )
-    own, filled, classes = detector.state_dict(), {}, detector.kwargs.get("classes", ["person"])
-    places: dict[str, list[str]] = {}  # both copies of a modality norm are filled from one tensor
+        report.notes.append("published when FrozenBatchNorm had no eps: exact with norm_eps=0.0 of the detector")
+    own, filled, classes = detector.state_dict(), {}, detector.kwargs["classes"]
+    places: dict[str, list[str]] = {}  # one tensor fills both copies of a modality norm
     for key in own:
         places.setdefault(re.sub(r"\.(visible|infrared)\.", ".", key), []).append(key)
     for key, tensor in state.items():
@@ -73,8 +71,8 @@ def load_torchvision_weights(detector: torch.nn.Module, source: str | Path | dic
     count = sum(key in filled for key in body)
     if count < ENOUGH * len(body):
         raise InputError(
-            f"{name} fills {count} of the {len(body)} tensors of this detector's backbone, "
-            f"{detector.kwargs.get('backbone')}; expected torchvision's Faster R-CNN or ResNet weights of that backbone"
+            f"{name} fills {count} of the {len(body)} tensors of this detector's backbone; "
+            f"expected torchvision's Faster R-CNN or ResNet weights with {detector.kwargs['backbone']}"
         )
     report.loaded = sorted(filled)
     report.missing = [key for key in own if key not in filled and not key.endswith("num_batches_tracked")]
@@ -83,9 +81,9 @@ def load_torchvision_weights(detector: torch.nn.Module, source: str | Path | dic
 
 
 def class_rows(tensor: Tensor, classes: list[str], per_class: int) -> Tensor | None:
-    """The background's and the given classes' rows of a predictor over COCO's 91 classes; others pass unchanged.
+    """Rows of the background and of `classes` of a predictor of COCO's 91 classes; None if one is not COCO's.
 
-    None where one of the classes is not COCO's.
+    Predictors of any other number of classes are returned unchanged.
     """
     coco = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     if tensor.shape[0] != len(coco) * per_class or len(classes) + 1 == len(coco):

@@ -8,20 +8,10 @@ import macl
 from macl.contrast import MACLHead
 
 SMALL = dict(
-    backbone="resnet18",
-    norm="group",
-    fpn_channels=32,
-    fpn_levels=3,
-    anchor_sizes=(16, 32, 64),
-    aspect_ratios=(1.5, 2.5),
-    head_width=32,
-    rpn_pre_nms=(100, 50),
-    rpn_post_nms=(50, 25),
-    roi_samples=32,
-    macl_hidden=(32,),
-    macl_dim=16,
-    msp=True,
-)
+    backbone="resnet18", norm="group", fpn_channels=32, fpn_levels=3, anchor_sizes=(16, 32, 64),
+    aspect_ratios=(1.5, 2.5), head_width=32, rpn_pre_nms=(100, 50), rpn_post_nms=(50, 25), roi_samples=32,
+    macl_hidden=(32,), macl_dim=16, msp=True,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -52,7 +42,7 @@ def batch():
 
 
 class Golden:
-    """The arrays of a file of recorded numbers, by name or by the beginning of it."""
+    """The arrays of a file of recorded numbers, by name or by prefix."""
 
     def __init__(self, path):
         self.name = path.stem
@@ -70,13 +60,12 @@ class Golden:
     def list(self, prefix):
         return [self[f"{prefix}{i}"] for i in range(len(self.arrays)) if f"{prefix}{i}" in self]
 
-    def close(self, found, name, rtol, atol):
-        torch.testing.assert_close(found.detach(), self[name].to(found.dtype), rtol=rtol, atol=atol)
+    def close(self, actual, name, rtol, atol):
+        torch.testing.assert_close(actual.detach(), self[name].to(actual.dtype), rtol=rtol, atol=atol)
 
-    def all_close(self, found, prefix, rtol, atol):
-        """`found` by name against what was recorded under a prefix."""
+    def all_close(self, actual, prefix, rtol, atol):
         for name in self.under(prefix):
-            self.close(found[name], prefix + name, rtol, atol)
+            self.close(actual[name], prefix + name, rtol, atol)
 
     def head(self, **kwargs):
         """A head with the recorded projector and temperature, and the recorded features as leaves."""
@@ -92,10 +81,8 @@ class Golden:
     def gradients_are_close(self, head, visible, infrared, rtol, atol):
         self.close(visible.grad, "grad_z_vis", rtol, atol)
         self.close(infrared.grad, "grad_z_ir", rtol, atol)
-        expected = (self["g.tau"] * self["w.tau"]).to(
-            visible.dtype
-        )  # of the temperature, there; of its logarithm, here
-        torch.testing.assert_close(head.log_temperature.grad, expected, rtol=rtol, atol=atol)
+        expected = self["g.tau"] * self["w.tau"]  # recorded of the temperature; here it is of its logarithm
+        torch.testing.assert_close(head.log_temperature.grad, expected.to(visible.dtype), rtol=rtol, atol=atol)
         assert self.under("g.proj.") or self.under("g.norm.proj.")
         gradients = {name: parameter.grad for name, parameter in head.projector.named_parameters()}
         self.all_close(gradients, "g.proj.", rtol, atol)

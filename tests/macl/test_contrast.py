@@ -62,7 +62,7 @@ def test_a_hard_positive_keeps_its_gradient():
     assert loss > 20 and infrared.grad.norm() > 0.1
 
 
-def test_dropout_and_sizes_are_what_was_asked_for():
+def test_the_layers_of_the_projector():
     model = MACLHead(12, (10, 6), 8, norm="layer", dropout=0.5)
     hidden = ["Linear", "LayerNorm", "ReLU", "Dropout"]
     assert [type(layer).__name__ for layer in model.projector] == [*hidden, *hidden, "Linear"]

@@ -19,7 +19,7 @@ def kernel(a, b, sigmas):
 @pytest.mark.parametrize("form", ["biased", "unbiased", "paired"])
 def test_mmd_is_the_sum_over_pairs(form):
     x, y, sigmas = normal(5), normal(5 if form == "paired" else 7, 1), [0.5, 2.0]
-    found = mmd(x, y, sigmas, unbiased=form != "biased", paired=form == "paired")
+    result = mmd(x, y, sigmas, unbiased=form != "biased", paired=form == "paired")
     within = [kernel(z, z, sigmas) for z in (x, y)]
     cross = kernel(x, y, sigmas)
     if form == "biased":
@@ -28,7 +28,7 @@ def test_mmd_is_the_sum_over_pairs(form):
         off = [matrix[~torch.eye(len(matrix), dtype=torch.bool)].mean() for matrix in within]
         between = cross.mean() if form == "unbiased" else cross[~torch.eye(5, dtype=torch.bool)].mean()
         expected = off[0] + off[1] - 2 * between
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
 
 
 def test_the_paired_form_is_unbiased_for_dependent_pairs_and_the_other_is_not():
@@ -107,12 +107,10 @@ def test_the_gradient_is_reversed_for_the_features_and_not_for_the_classifier():
     torch.testing.assert_close(x.grad, -0.3 * cotangent)
 
     classifier, labels = DomainClassifier(6, 4, 3).double().eval(), torch.tensor([0, 2, 1, 1, 0])
-    gradients = {}
-    for scale in (0.5, -1.0):  # -1 undoes the reversal
-        loss = F.cross_entropy(classifier(x, scale), labels)
-        gradients[scale] = torch.autograd.grad(loss, [x, *classifier.parameters()])
-    torch.testing.assert_close(gradients[0.5][0], -0.5 * gradients[-1.0][0])
-    torch.testing.assert_close(gradients[0.5][1:], gradients[-1.0][1:])
+    losses = [F.cross_entropy(classifier(x, scale), labels) for scale in (0.5, -1.0)]  # -1 undoes the reversal
+    reversed_, plain = (torch.autograd.grad(loss, [x, *classifier.parameters()]) for loss in losses)
+    torch.testing.assert_close(reversed_[0], -0.5 * plain[0])
+    torch.testing.assert_close(reversed_[1:], plain[1:])
 
 
 @pytest.mark.parametrize(("progress", "scale"), [(0, 0), (0.1, 0.46211716), (0.5, 0.98661430), (1, 0.99990920)])

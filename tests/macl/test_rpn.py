@@ -1,4 +1,4 @@
-"""The region proposal network runs its head a second time where the losses look: that must be the same head."""
+"""The region proposal network runs its head again at the anchors of the losses: with the same values and gradients."""
 
 import pytest
 import torch
@@ -21,17 +21,16 @@ def rpn():
     return rpn.double()
 
 
-def features(requires_grad=True):
+def features():
     generator = torch.Generator().manual_seed(1)
-    maps = [torch.randn(2, 8, *size, generator=generator, dtype=torch.float64) for size in SIZES]
-    return [part.requires_grad_(requires_grad) for part in maps]
+    return [torch.randn(2, 8, *size, generator=generator, dtype=torch.float64).requires_grad_() for size in SIZES]
 
 
 def losses(rpn, maps, boxes):
     """The sum of the losses over two images, of which the first has `boxes`."""
     targets = [{"boxes": part, "ignored": part[:0]} for part in (boxes, boxes[:0])]
-    _, found = rpn(maps, [(48, 72)] * 2, (48, 72), targets)
-    return sum(total for total, _ in found.values())
+    _, terms = rpn(maps, [(48, 72)] * 2, (48, 72), targets)
+    return sum(total for total, _ in terms.values())
 
 
 BOX = torch.tensor([[4.0, 4.0, 30.0, 34.0]], dtype=torch.float64)
@@ -54,15 +53,15 @@ def test_single_anchors_equal_the_dense_head_with_all_gradients(rpn):
 
 @pytest.mark.parametrize("boxes", [BOX[:0], BOX])
 def test_every_parameter_of_the_head_has_a_gradient(rpn, boxes):
-    losses(rpn, features(False), boxes).backward()
+    losses(rpn, features(), boxes).backward()
     assert all(parameter.grad is not None for parameter in rpn.head.parameters())
     assert (rpn.head.cls_logits.weight.grad != 0).any()
 
 
 def test_under_autocast_the_losses_train_the_head(rpn):
-    """The dense pass without gradient must leave no cast weights behind that the losses would take."""
+    """The dense pass without gradient must leave no cast weights behind for the losses."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = losses(rpn.float(), [part.float() for part in features(False)], BOX.float())
+        loss = losses(rpn.float(), [part.float() for part in features()], BOX.float())
     loss.backward()
     assert all((parameter.grad != 0).any() for parameter in rpn.head.parameters())
 
