@@ -127,7 +127,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--min-size", type=int_list, default="480,544,512", metavar="PIXELS",
         help="short side; of several a random one per training batch, the last in evaluation")
     add("--max-size", type=positive_int, default=704, metavar="PIXELS", help="longest side after resizing")
-    add("--anchor-sizes", type=int_list, default="32,64,128,256,512", metavar="PIXELS", help="side, one per pyramid map")
+    add("--anchor-sizes", type=int_list, default="32,64,128,256,512", metavar="PIXELS", help="one per pyramid map")
     add("--aspect-ratios", type=float_list, default="0.5,1,2", metavar="X,X", help="height / width of the anchors")
     add = parser.add_argument_group("region proposals: of two numbers the second is for evaluation").add_argument
     add("--rpn-pre-nms", type=positive_int, nargs=2, default=[2000, 1000], metavar="N", help="per map before NMS")

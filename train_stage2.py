@@ -133,16 +133,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--from-scratch", action="store_true", help="the architecture alone, with random weights")
     add("--modality-dropout", type=fraction, nargs=2, metavar=("VISIBLE", "INFRARED"),
         help="probability that a modality of a training image is masked")
-    add("--min-size", type=int_list, metavar="PIXELS", help="short side; of several one per batch, the last in evaluation")
+    add("--min-size", type=int_list, metavar="PIXELS", help="short side; several: one per batch, evaluation the last")
     add("--max-size", type=positive_int, metavar="PIXELS", help="longest side after resizing")
     add("--freeze-stages", type=int_list, default="2,1", metavar="N,N",
         help="backbone stages frozen in epoch 1, 2, ...; the last number holds for the rest")
     add("--lr-scale", type=name_and_factor, nargs="*", default=["backbone=0.1"], metavar="NAME=X",
         help="factor on --lr by beginning of a parameter's name, such as backbone=0.1 neck=0.5")
     add = parser.add_argument_group("hard negatives of MACL (DHN)").add_argument
-    add("--dhn-size", type=non_negative_int, default=8192, metavar="N", help="memory bank rows per modality; 0 for none")
-    add("--dhn-k", type=int_list, default="64,96,128", metavar="N,N", help="hardest rows per query, per stage")
-    add("--dhn-active", type=int_list, default="2048,4096,8192", metavar="N,N", help="newest rows to choose from, per stage")
+    add("--dhn-size", type=non_negative_int, default=8192, metavar="N", help="bank rows per modality; 0 for none")
+    add("--dhn-k", type=int_list, default="64,96,128", metavar="N,N", help="hardest rows per query, one number per stage")
+    add("--dhn-active", type=int_list, default="2048,4096,8192", metavar="N,N", help="newest rows to choose from")
     add("--dhn-milestones", type=int_list, default="1,3", metavar="EPOCHS", help="epochs after which a stage begins")
     add("--dhn-mode", choices=("denominator", "softplus"), default="denominator",
         help="negatives in MACL's denominator, or a loss of their own, loss_dhn")
@@ -168,7 +168,7 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     add("--ramp-steps", type=non_negative_int, default=500, metavar="STEPS", help="length of these ramps")
     add = parser.add_argument_group("validation and speed").add_argument
     add("--best-by", choices=("ap50", "ap", "miss-rate", "r1"), default="miss-rate", help="metric that chooses best.pt")
-    add("--patience", type=non_negative_int, default=0, metavar="N", help="stop after N validations without improvement")
+    add("--patience", type=non_negative_int, default=0, metavar="N", help="stop after N validations with none better")
     add("--gradient-report", type=non_negative_int, default=0, metavar="N",
         help="log gradient norms per loss at backbone and neck, and their cosines, every N steps; 0 for never")
     add("--compile", action="store_true", help="torch.compile the backbone and the neck")
