@@ -133,7 +133,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--from-scratch", action="store_true", help="the architecture alone, with random weights")
     add("--modality-dropout", type=fraction, nargs=2, metavar=("VISIBLE", "INFRARED"),
         help="probability that a modality of a training image is masked")
-    add("--min-size", type=int_list, metavar="PIXELS", help="short side; several: one per batch, evaluation the last")
+    add("--min-size", type=int_list, metavar="PIXELS", help="short side; of several training draws one per batch")
     add("--max-size", type=positive_int, metavar="PIXELS", help="longest side after resizing")
     add("--freeze-stages", type=int_list, default="2,1", metavar="N,N",
         help="backbone stages frozen in epoch 1, 2, ...; the last number holds for the rest")
@@ -141,7 +141,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="factor on --lr by beginning of a parameter's name, such as backbone=0.1 neck=0.5")
     add = parser.add_argument_group("hard negatives of MACL (DHN)").add_argument
     add("--dhn-size", type=non_negative_int, default=8192, metavar="N", help="bank rows per modality; 0 for none")
-    add("--dhn-k", type=int_list, default="64,96,128", metavar="N,N", help="hardest rows per query, one number per stage")
+    add("--dhn-k", type=int_list, default="64,96,128", metavar="N,N", help="hardest rows per query, stage by stage")
     add("--dhn-active", type=int_list, default="2048,4096,8192", metavar="N,N", help="newest rows to choose from")
     add("--dhn-milestones", type=int_list, default="1,3", metavar="EPOCHS", help="epochs after which a stage begins")
     add("--dhn-mode", choices=("denominator", "softplus"), default="denominator",
