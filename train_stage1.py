@@ -120,27 +120,27 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--fpn-channels", type=positive_int, default=256, metavar="N", help="width of neck and RPN")
     add("--fpn-levels", type=int, choices=(3, 4, 5, 6), default=5, help="pyramid maps, from P2 on")
     add("--msp", action=argparse.BooleanOptionalAction, default=True, help="multi-scale pyramid reweighting")
-    add("--msp-hidden", type=positive_int, metavar="N", help="hidden width of its attention")
+    add("--msp-hidden", type=positive_int, metavar="N", help="hidden width of MSP's attention")
     add("--fusion", choices=FUSIONS, default="mean", help="how two pyramids become one")
     add("--modality-dropout", type=fraction, nargs=2, default=[0.1, 0.1], metavar=("VISIBLE", "INFRARED"),
         help="probability that a modality of a training image is masked")
     add("--min-size", type=int_list, default="480,544,512", metavar="PIXELS",
-        help="short side; of several a random one for each training batch and the last in evaluation")
+        help="short side; of several a random one per training batch, the last in evaluation")
     add("--max-size", type=positive_int, default=704, metavar="PIXELS", help="longest side after resizing")
-    add("--anchor-sizes", type=int_list, default="32,64,128,256,512", metavar="PIXELS", help="one a pyramid map")
+    add("--anchor-sizes", type=int_list, default="32,64,128,256,512", metavar="PIXELS", help="one per pyramid map")
     add("--aspect-ratios", type=float_list, default="0.5,1,2", metavar="X,X", help="height / width of the anchors")
-    add = parser.add_argument_group("region proposals: two numbers are for training and evaluation").add_argument
-    add("--rpn-pre-nms", type=positive_int, nargs=2, default=[2000, 1000], metavar="N", help="kept a map before NMS")
-    add("--rpn-post-nms", type=positive_int, nargs=2, default=[2000, 1000], metavar="N", help="kept an image after it")
-    add("--rpn-samples", type=positive_int, default=256, metavar="N", help="anchors an image in the loss")
-    add("--rpn-positive-fraction", type=fraction, default=0.5, metavar="X", help="at most so many positive")
+    add = parser.add_argument_group("region proposals: of two numbers the second is for evaluation").add_argument
+    add("--rpn-pre-nms", type=positive_int, nargs=2, default=[2000, 1000], metavar="N", help="per map before NMS")
+    add("--rpn-post-nms", type=positive_int, nargs=2, default=[2000, 1000], metavar="N", help="per image after NMS")
+    add("--rpn-samples", type=positive_int, default=256, metavar="N", help="anchors per image in the loss")
+    add("--rpn-positive-fraction", type=fraction, default=0.5, metavar="X", help="largest share of positives")
     add = parser.add_argument_group("detection head").add_argument
-    add("--head-width", type=positive_int, default=1024, metavar="N", help="of its two hidden layers")
-    add("--roi-samples", type=positive_int, default=512, metavar="N", help="proposals an image in the loss")
-    add("--roi-positive-fraction", type=fraction, default=0.25, metavar="X", help="at most so many positive")
-    add("--box-loss", choices=("smooth_l1", "l1", "giou"), default="smooth_l1", help="of the refined boxes")
-    add("--box-beta", type=positive_float, default=1 / 9, metavar="X", help="of smooth_l1")
-    add("--label-smoothing", type=fraction, default=0.0, metavar="X", help="of the classifier")
+    add("--head-width", type=positive_int, default=1024, metavar="N", help="width of its two hidden layers")
+    add("--roi-samples", type=positive_int, default=512, metavar="N", help="proposals per image in the loss")
+    add("--roi-positive-fraction", type=fraction, default=0.25, metavar="X", help="largest share of positives")
+    add("--box-loss", choices=("smooth_l1", "l1", "giou"), default="smooth_l1", help="loss of the refined boxes")
+    add("--box-beta", type=positive_float, default=1 / 9, metavar="X", help="beta of smooth_l1")
+    add("--label-smoothing", type=fraction, default=0.0, metavar="X", help="in the loss of the classes")
     add = parser.add_argument_group("contrast between the modalities (MACL)").add_argument
     add("--macl-level", choices=MACL_LEVELS, default="roi", help="embed each box, each image, or nothing")
     add("--macl-hidden", type=int_list, default="256", metavar="N,N", help="hidden widths of the projector")
@@ -148,7 +148,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--macl-norm", choices=PROJECTOR_NORMS, default="layer", help="norm of the projector")
     add("--macl-norm-groups", type=positive_int, default=32, metavar="N", help="groups of norm group")
     add("--macl-dropout", type=fraction, default=0.0, metavar="P", help="dropout of the projector")
-    add("--macl-direction", choices=DIRECTIONS, default="both", help="which modality asks")
+    add("--macl-direction", choices=DIRECTIONS, default="both", help="queries of both modalities, or of one")
     add("--macl-temperature", type=positive_float, default=0.07, metavar="X", help="initial, 0.01 to 1; learned")
     add("--macl-roi-size", type=positive_int, default=4, metavar="N", help="boxes are pooled to N x N")
 
@@ -156,7 +156,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("loss weights").add_argument
     add_detection_weight_flags(add)
-    add("--macl-weight", type=non_negative_float, default=0.1, metavar="X", help="contrast; 0 builds no head for it")
+    add("--macl-weight", type=non_negative_float, default=0.1, metavar="X", help="contrast; 0 builds no head")
     add = parser.add_argument_group("validation and speed").add_argument
     add("--best-by", choices=("ap50", "ap", "r1"), default="ap50", help="metric that chooses best.pt")
     add("--compile", action="store_true", help="torch.compile the backbone and the neck")

@@ -130,30 +130,30 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """What a fine-tuning run may choose; the rest of the architecture is the checkpoint's."""
     add = parser.add_argument_group("detector: without a flag as in the checkpoint").add_argument
-    add("--from-scratch", action="store_true", help="only its architecture, with random weights: to compare with")
+    add("--from-scratch", action="store_true", help="the architecture alone, with random weights")
     add("--modality-dropout", type=fraction, nargs=2, metavar=("VISIBLE", "INFRARED"),
         help="probability that a modality of a training image is masked")
-    add("--min-size", type=int_list, metavar="PIXELS", help="short side; of several one a batch, to evaluate the last")
+    add("--min-size", type=int_list, metavar="PIXELS", help="short side; of several training draws one per batch")
     add("--max-size", type=positive_int, metavar="PIXELS", help="longest side after resizing")
     add("--freeze-stages", type=int_list, default="2,1", metavar="N,N",
-        help="backbone stages frozen in epoch 1, 2, ...; the last number holds from there on")
+        help="backbone stages frozen in epoch 1, 2, ...; the last number holds for the rest")
     add("--lr-scale", type=name_and_factor, nargs="*", default=["backbone=0.1"], metavar="NAME=X",
-        help="factor on --lr for the parameters whose name begins so, such as backbone=0.1 neck=0.5")
+        help="factor on --lr by beginning of a parameter's name, such as backbone=0.1 neck=0.5")
     add = parser.add_argument_group("hard negatives of MACL (DHN)").add_argument
-    add("--dhn-size", type=non_negative_int, default=8192, metavar="N", help="boxes kept of each modality; 0 for none")
-    add("--dhn-k", type=int_list, default="64,96,128", metavar="N,N", help="hardest ones taken, stage by stage")
-    add("--dhn-active", type=int_list, default="2048,4096,8192", metavar="N,N", help="newest ones to choose among")
-    add("--dhn-milestones", type=int_list, default="1,3", metavar="EPOCHS", help="after how many a stage begins")
+    add("--dhn-size", type=non_negative_int, default=8192, metavar="N", help="bank rows per modality; 0 for none")
+    add("--dhn-k", type=int_list, default="64,96,128", metavar="N,N", help="hardest rows per query, stage by stage")
+    add("--dhn-active", type=int_list, default="2048,4096,8192", metavar="N,N", help="newest rows to choose from")
+    add("--dhn-milestones", type=int_list, default="1,3", metavar="EPOCHS", help="epochs after which a stage begins")
     add("--dhn-mode", choices=("denominator", "softplus"), default="denominator",
-        help="more negatives in MACL's denominator, or a loss of their own, loss_dhn")
+        help="negatives in MACL's denominator, or a loss of their own, loss_dhn")
     add("--dhn-momentum", type=fraction, default=0.0, metavar="X", help="keys from a moving average of the projector")
     add = parser.add_argument_group("alignment of the domains").add_argument
     add("--mmd-level", choices=("none", "embedding", "pyramid"), default="embedding",
-        help="maximum mean discrepancy of embeddings or pooled maps: of the modalities, and of two data sets")
-    add("--mmd-sigmas", type=float_list, metavar="X,X", help="widths of its kernels; without it from the median")
-    add("--mmd-unbiased", action=argparse.BooleanOptionalAction, default=True, help="its estimator")
+        help="maximum mean discrepancy (MMD) of embeddings or pooled maps, between modalities and data sets")
+    add("--mmd-sigmas", type=float_list, metavar="X,X", help="bandwidths; default: from the median distance")
+    add("--mmd-unbiased", action=argparse.BooleanOptionalAction, default=True, help="unbiased estimator of MMD")
     add("--adversary", choices=("none", "modality", "dataset"), default="none",
-        help="what a classifier behind a gradient reversal tells apart")
+        help="what the classifier behind a gradient reversal predicts")
 
 
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
@@ -164,13 +164,13 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     add("--mmd-weight", type=non_negative_float, default=1.0, metavar="X", help="discrepancies")
     add("--adversary-weight", type=non_negative_float, default=0.1, metavar="X", help="domain classifier")
     for name, kind in (("macl", "constant"), ("dhn", "constant"), ("mmd", "linear"), ("adversary", "linear")):
-        add(f"--{name}-ramp", choices=RAMPS, default=kind, help=f"how --{name}-weight comes to its full size")
-    add("--ramp-steps", type=non_negative_int, default=500, metavar="STEPS", help="length of all of these")
+        add(f"--{name}-ramp", choices=RAMPS, default=kind, help=f"how --{name}-weight grows to its full value")
+    add("--ramp-steps", type=non_negative_int, default=500, metavar="STEPS", help="length of these ramps")
     add = parser.add_argument_group("validation and speed").add_argument
-    add("--best-by", choices=("ap50", "ap", "miss-rate", "r1"), default="miss-rate", help="what chooses best.pt")
+    add("--best-by", choices=("ap50", "ap", "miss-rate", "r1"), default="miss-rate", help="metric that chooses best.pt")
     add("--patience", type=non_negative_int, default=0, metavar="N", help="stop after N validations with none better")
     add("--gradient-report", type=non_negative_int, default=0, metavar="N",
-        help="every N steps each loss's gradient at backbone and neck, and their cosines; 0 for none")
+        help="log gradient norms per loss at backbone and neck, and their cosines, every N steps; 0 for never")
     add("--compile", action="store_true", help="torch.compile the backbone and the neck")
 # fmt: on
 

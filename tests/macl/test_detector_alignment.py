@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import macl
-from macl.build import load_initial_weights
+from macl.build import CHOICES, load_initial_weights
 from macl.data import SyntheticPairs, collate
 
 DHN = dict(dhn_size=32, dhn_k=8)
@@ -139,32 +139,24 @@ def test_targets_that_lack_a_label_are_refused(build, labelled):
 
 
 IMPOSSIBLE = [
+    *[({name: "x"}, f"{name} 'x' is none of {', '.join(options)}") for name, options in CHOICES.items()],
     (DHN | {"macl_level": "none"}, "need the contrastive head"),
     ({"mmd_level": "embedding", "macl_level": "none"}, "need the contrastive head"),
-    ({"macl_level": "pixel"}, "macl_level 'pixel' is none of roi, image, none"),
-    ({"backbone": "vgg"}, "'vgg' is none of resnet18"),
-    ({"norm": "none"}, "'none' is none of frozen_batch"),
     ({"fpn_levels": 2}, "fpn_levels is 2"),
-    ({"fusion": "max"}, "'max' is none of mean, gated"),
     ({"modality_dropout": (0.7, 0.4)}, "their sum at most 1"),
-    ({"macl_norm": "instance"}, "'instance' is none of none, layer"),
-    ({"macl_direction": "sideways"}, "'sideways' is none of both"),
     ({"macl_temperature": 3.0}, "temperature 3.0 is outside"),
     (DHN | {"dhn_size": 4}, "8 hard negatives from a bank of 4 rows"),
     (DHN | {"dhn_k": 0}, "0 hard negatives"),
-    (DHN | {"dhn_mode": "both"}, "'both' is none of denominator, softplus"),
     (DHN | {"dhn_momentum": 1.0}, "momentum 1.0"),
-    ({"mmd_level": "image"}, "'image' is none of none, embedding, pyramid"),
     ({"mmd_level": "embedding", "mmd_sigmas": (1.0, 0.0)}, "mmd_sigmas"),
     ({"mmd_level": "embedding", "mmd_sigmas": ()}, "mmd_sigmas"),
-    ({"adversary": "camera"}, "'camera' is none of none, modality, dataset"),
     ({"adversary": "dataset"}, "two data sets apart at least"),
 ]
 
 
-@pytest.mark.parametrize(("wrong", "said"), IMPOSSIBLE)
-def test_impossible_detectors_are_refused(build, wrong, said):
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize(("wrong", "message"), IMPOSSIBLE)
+def test_impossible_detectors_are_refused(build, wrong, message):
+    with pytest.raises(ValueError, match=message):
         build(**wrong)
 
 
