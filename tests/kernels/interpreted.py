@@ -120,13 +120,14 @@ def test_gather_and_projection_in_one_launch(dtype, output_size, sampling_ratio,
     assert error(ours, exact) <= TOLERANCE[dtype]
 
 
-def test_the_one_launch_operator_has_all_gradients():
+@pytest.mark.parametrize("rois", [ROIS, ROIS[:0]])
+def test_the_one_launch_operator_has_all_gradients(rois):
     features = [part.requires_grad_() for part in pyramid(torch.float32, last=True)]
     weight, bias = torch.randn(5, 19, requires_grad=True), torch.randn(5, requires_grad=True)
     inputs = [*features, weight, bias]
     arguments = dict(scales=SCALES, output_size=1)
     results = [
-        roi_align_project(features, ROIS, weight, bias, **arguments, implementation=name)
+        roi_align_project(features, rois, weight, bias, **arguments, implementation=name)
         for name in ("triton", "torch")
     ]
     ours, expected = (torch.autograd.grad(result.square().sum(), inputs) for result in results)
@@ -183,7 +184,7 @@ def test_the_gradient_of_a_tiny_loss_survives_half_precision(engine):
     problem = problem._replace(query=close, key=problem.query, logit_scale=torch.tensor(40.0), target=torch.arange(6))
     _, gradients = contrastive_triton.contrast(problem, torch.ones(6), engine)
     rows, right = contrast(problem._replace(query=close.double(), key=problem.key.double()), torch.ones(6))
-    assert rows.loss.max() < 1e-6
+    assert rows[0].max() < 1e-6
     for ours, exact in zip(gradients, right, strict=True):
         assert (ours - exact).norm() <= 3e-3 * exact.norm()
 

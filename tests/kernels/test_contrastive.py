@@ -156,7 +156,7 @@ def test_the_bank_may_change_before_the_backward_but_not_where_that_recomputes()
     "change, message",
     [
         (dict(target=torch.tensor([0, 1, 4])), "target"),
-        (dict(target=torch.zeros(3)), "target must be int64"),
+        (dict(target=torch.zeros(3)), "target must be .*int64"),
         (dict(query=rows(5)), "5 queries and 4 keys"),
         (dict(bank=rows(3, 8)), "bank must be"),
         (dict(key=torch.ones(4, 16, dtype=torch.int64)), "floating point"),
