@@ -1,7 +1,4 @@
-"""Contrastive loss over in-batch keys and memory-bank negatives.
-
-The public function checks and picks the implementation; the operators behind it are registered with `torch.library`.
-"""
+"""Contrastive loss over in-batch keys and memory-bank negatives."""
 
 from typing import NamedTuple
 
@@ -60,8 +57,8 @@ def contrastive_loss(
     with_stats: return (loss, ContrastiveStats).
     implementation: "auto" (Triton on a GPU, PyTorch elsewhere), "triton" or "torch".
 
-    Raises ValueError on shapes, dtypes or devices that do not fit, TypeError on float64 for "triton", and ValueError on
-    a target outside [0, M) on the CPU; on a GPU such a row's loss is NaN, since looking would stall it.
+    Raises ValueError on shapes, dtypes or devices that do not fit, and, on the CPU, on a target outside [0, M); on a
+    GPU such a row's loss is NaN, since looking would stall it.
     """
     _check(query, key, target, bank, query_ids, key_ids, bank_ids, reduction)
     backend = resolve_backend(implementation, [query, key])

@@ -8,7 +8,7 @@ cuBLAS, one kernel per row that turns them into the coefficients of the gradient
 
 Half-precision inputs are multiplied as they are with float32 sums. Coefficients of the gradient are rounded to the
 inputs' precision only after the row's own factor, tiny where the loss is tiny, is taken out, so that float16 does not
-lose them. `UPCAST` is for the interpreter. `inputs` of a kernel is the LossInputs as a tuple.
+lose them. `inputs` of a kernel is the LossInputs as a tuple.
 """
 
 import torch
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.contrastive_cpu import empty_row_stats
-from kernels.gpu import INTERPRETED, PRECISION, Launch, launch_for
+from kernels.gpu import PRODUCTS, Launch, launch_for
 
 NO_NEGATIVE = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -354,8 +354,8 @@ def _stream(inputs, weight, stats, gradients):
         mean = query.new_empty(splits, rows, dim, dtype=torch.float32)
         for_query, for_key, _ = gradients
     partial, row_gradients = (maximum, total, count, mean), (for_query, for_scale, lse, row_grad)
-    options = dict(UPCAST=INTERPRETED, PRECISION=PRECISION, num_warps=launch.warps, num_stages=launch.stages)
-    options |= dict(BLOCK_N=launch.rows, BLOCK_M=launch.columns, BLOCK_D=padded)
+    options = PRODUCTS | dict(BLOCK_N=launch.rows, BLOCK_M=launch.columns, BLOCK_D=padded)
+    options |= dict(num_warps=launch.warps, num_stages=launch.stages)
     grid = (triton.cdiv(rows, launch.rows), splits)
     stream[grid](pointers, partial, rows, keys, bank_rows, dim, key_splits, per_split, **options)
     combine[(rows,)](pointers, weight, partial, tuple(stats), row_gradients, rows, keys, dim, splits, BLOCK_D=padded)

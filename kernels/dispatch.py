@@ -21,7 +21,7 @@ def resolve_backend(implementation, tensors):
         raise ValueError(f'implementation must be "auto", "triton" or "torch", got {implementation!r}')
     if implementation == "triton":
         if double:
-            raise TypeError('implementation="triton" sums in float32 and takes no float64 tensors')
+            raise ValueError('implementation="triton" sums in float32 and takes no float64 tensors')
         import triton
 
         if device != "cuda" and not triton.knobs.runtime.interpret:

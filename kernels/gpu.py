@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 import triton
 
-INTERPRETED = triton.knobs.runtime.interpret
-# How float32 products run: three TensorFloat-32 passes keep float32's accuracy; AMD's processors have exact ones alone.
-PRECISION = "ieee" if torch.version.hip else "tf32x3"
+# How products run. UPCAST: in float32, for the interpreter. PRECISION, of float32: three TensorFloat-32 passes keep its
+# accuracy; AMD's processors have exact products alone.
+PRODUCTS = dict(UPCAST=triton.knobs.runtime.interpret, PRECISION="ieee" if torch.version.hip else "tf32x3")
 
 
 class Launch(NamedTuple):

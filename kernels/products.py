@@ -16,20 +16,24 @@ def linear(rows, weight, bias=None):
     large = rows.shape[0] * weight.numel() >= LARGE
     if not (ONEDNN and large and rows.is_cpu and rows.dtype == torch.float32):
         return F.linear(rows, weight, bias)
-    product = Product.apply(rows, weight)
-    return product if bias is None else product + bias
+    return product(rows, weight) if bias is None else product(rows, weight) + bias
 
 
-class Product(torch.autograd.Function):
+@torch.library.custom_op("macl_fgclip::product", mutates_args=())  # Inductor takes the bare call for constants only
+def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """(M, K), (N, K) -> rows @ weight.T, (M, N), by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
 
-    @staticmethod
-    def forward(ctx, rows, weight):
-        ctx.save_for_backward(rows, weight)
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")  # as compiled models call it
 
-    @staticmethod
-    def backward(ctx, grad):
-        rows, weight = ctx.saved_tensors
-        for_rows = Product.apply(grad, weight.T) if ctx.needs_input_grad[0] else None
-        return for_rows, Product.apply(grad.T, rows.T) if ctx.needs_input_grad[1] else None
+@product.register_fake
+def _(rows, weight):
+    return rows.new_empty(rows.shape[0], weight.shape[0])
+
+
+def _gradients(ctx, grad):
+    rows, weight = ctx.saved_tensors
+    for_rows = product(grad, weight.T) if ctx.needs_input_grad[0] else None
+    return for_rows, product(grad.T, rows.T) if ctx.needs_input_grad[1] else None
+
+
+product.register_autograd(_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

@@ -39,8 +39,7 @@ def multiscale_roi_align(
 
     Returns (R, C, ph, pw) in the features' dtype, a new tensor, channels-last in memory. Deterministic.
     Raises ValueError on shapes, dtypes or devices that do not fit, when `rois` asks for a gradient, and, on the CPU,
-    when an image index is outside [0, B); on a GPU such a row comes out as NaN, since looking would stall it. Raises
-    TypeError on float64 for "triton".
+    when an image index is outside [0, B); on a GPU such a row comes out as NaN, since looking would stall it.
     """
     features, pooling = _checked(features, rois, scales, output_size, sampling_ratio, aligned)
     return _pool(features, rois.detach(), *pooling, resolve_backend(implementation, features))

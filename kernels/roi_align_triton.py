@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu import INTERPRETED, PRECISION, Launch, launch_for
+from kernels.gpu import PRODUCTS, Launch, launch_for
 from kernels.reference import assign_levels
 
 TILE = 8  # pixels per side of a backward tile
@@ -414,15 +414,9 @@ def _maps(features, scales):
 
 def _options(pooling, launch):
     """The constants that all kernels share."""
-    return dict(
-        LEVELS=len(pooling.scales),
-        PH=pooling.output_size[0],
-        PW=pooling.output_size[1],
-        SAMPLES=max(0, pooling.sampling_ratio),
-        ALIGNED=pooling.aligned,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-    )
+    height, width = pooling.output_size
+    sizes = dict(LEVELS=len(pooling.scales), PH=height, PW=width, SAMPLES=max(0, pooling.sampling_ratio))
+    return sizes | dict(ALIGNED=pooling.aligned, num_warps=launch.warps, num_stages=launch.stages)
 
 
 def forward(features, rois, pooling):
@@ -462,12 +456,11 @@ def backward(grad, rois, shapes, pooling):
         channels,
         PW_PAD=padded,
         BIN_ROWS=bin_rows(pooling.output_size),
-        UPCAST=INTERPRETED,
-        PRECISION=PRECISION,
         TILE=TILE,
         SCAN=SCAN,
         BLOCK_C=block,
         **_options(pooling, launch),
+        **PRODUCTS,
     )
     return gradients
 
@@ -495,11 +488,10 @@ def project(features, rois, weight, bias, pooling):
         channels,
         dim,
         CHANNELS_LAST=all(feature.stride(1) == 1 for feature in features),
-        UPCAST=INTERPRETED,
-        PRECISION=PRECISION,
         BLOCK_R=launch.rows,
         BLOCK_D=launch.columns,
         BLOCK_C=max(16, min(launch.channels, triton.next_power_of_2(channels))),
         **_options(pooling, launch),
+        **PRODUCTS,
     )
     return out
