@@ -1,23 +1,20 @@
-"""Contrastive loss over in-batch keys and memory-bank negatives.
-
-The public function checks and picks the implementation; the operators behind it are registered with `torch.library`.
-"""
+"""Contrastive loss over in-batch keys and memory-bank negatives."""
 
 from typing import NamedTuple
 
 import torch
 
-from kernels import contrastive_cpu
 from kernels.contrastive_cpu import LossInputs, empty_row_stats
-from kernels.dispatch import no_autocast, resolve_backend
+from kernels.dispatch import described, engine, resolve_backend
 from kernels.reference import logit_dtype, reduce_rows
 
 
 class ContrastiveStats(NamedTuple):
-    """Per-row figures for logging, (N,) each, without gradient.
+    """Statistics per query, (N,) each, without gradient.
 
-    logsumexp, positive and largest_negative: float32 (float64 for float64 inputs) logits, the last -inf where a row
-    has no negative; candidates: int64, the target and the negatives that were not masked.
+    logsumexp, positive and largest_negative: logits, float32 (float64 for float64 inputs). largest_negative is -inf
+        where a row has no negative.
+    candidates: int64, the target and the negatives that were not masked.
     """
 
     logsumexp: torch.Tensor
@@ -60,15 +57,13 @@ def contrastive_loss(
     with_stats: return (loss, ContrastiveStats).
     implementation: "auto" (Triton on a GPU, PyTorch elsewhere), "triton" or "torch".
 
-    Raises ValueError or TypeError on shapes, dtypes or devices that do not fit, and, on the CPU, on a target outside
-    [0, M); on a GPU such a row's loss is NaN, since looking would stall it.
+    Raises ValueError on shapes, dtypes or devices that do not fit, and, on the CPU, on a target outside [0, M); on a
+    GPU such a row's loss is NaN, since looking would stall it.
     """
     _check(query, key, target, bank, query_ids, key_ids, bank_ids, reduction)
     backend = resolve_backend(implementation, [query, key])
     if target is None:
         target = torch.arange(query.shape[0], device=query.device)
-    elif _misses(target, key.shape[0]):
-        raise ValueError(f"every target must be a row of key, in [0, {key.shape[0]})")
     if not isinstance(logit_scale, torch.Tensor):
         logit_scale = torch.full((), logit_scale, device=query.device)
     if bank_valid is not None and not isinstance(bank_valid, torch.Tensor):  # a number only cuts the view
@@ -83,41 +78,38 @@ def contrastive_loss(
     if wanted and not recompute and reduction != "none":
         row = 1 / max(1, query.shape[0]) if reduction == "mean" else 1.0
         weight = torch.full_like(query[:, 0], row, dtype=logit_dtype(query, key))
-    with no_autocast(query):  # logits are float32
+    with torch.autocast(query.device.type, enabled=False):  # logits are float32
         loss, *stats = _contrast(*inputs, weight, reduction, backend)[:5]
     return (loss, ContrastiveStats(*stats)) if with_stats else loss
 
 
-@torch.library.custom_op("macl_fgclip::contrastive_loss", mutates_args=())
-def _contrast(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    logit_scale: torch.Tensor,
-    target: torch.Tensor,
-    bank: torch.Tensor | None,
-    bank_valid: torch.Tensor | None,
-    query_ids: torch.Tensor | None,
-    key_ids: torch.Tensor | None,
-    bank_ids: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    reduction: str,
-    backend: str,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
-]:
+@torch.library.custom_op(
+    "macl_fgclip::contrastive_loss",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor logit_scale, Tensor target, Tensor? bank, Tensor? bank_valid, "
+    "Tensor? query_ids, Tensor? key_ids, Tensor? bank_ids, Tensor? weight, str reduction, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _contrast(*arguments):
     """Loss, four statistics, and the gradients of query, key and logit_scale.
 
     The gradients are those of the sum of the rows' losses times weight (N,); empty tensors without weight.
     """
-    inputs = LossInputs(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
-    (loss, *stats), gradients = _engine(backend).contrast(inputs, weight)
+    *tensors, weight, reduction, backend = arguments
+    inputs = LossInputs(*tensors)
+    keys, target = len(inputs.key), inputs.target
+    if target.is_cpu and not ((target >= 0) & (target < keys)).all():
+        raise ValueError(f"every target must be a row of key, in [0, {keys})")
+    with torch.cuda.device_of(target):  # Triton launches on the current GPU
+        (loss, *stats), gradients = engine("contrastive", backend).contrast(inputs, weight)
     if gradients is None:
         gradients = [loss.new_empty(0) for _ in range(3)]
     return reduce_rows(loss, reduction), *stats, *gradients
 
 
 @_contrast.register_fake
-def _(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids, weight, reduction, backend):
+def _(query, key, *others):
+    *_, weight, reduction, _ = others
     loss, *stats = empty_row_stats(query, logit_dtype(query, key))
     shapes = [0, 0, 0] if weight is None else [query.shape, key.shape, ()]
     return reduce_rows(loss, reduction), *stats, *(loss.new_empty(shape) for shape in shapes)
@@ -137,7 +129,7 @@ def _gradients(ctx, grad, *_):
     else:
         rows = ctx.saved_tensors[0].shape[0]
         weight = (grad / max(1, rows) if ctx.reduction == "mean" else grad).expand(rows).contiguous()
-        with no_autocast(grad):
+        with torch.autocast(grad.device.type, enabled=False):
             gradients = _contrast(*ctx.saved_tensors, weight, "none", ctx.backend)[5:]
     gradients = [part.to(dtype) for part, dtype in zip(gradients, ctx.dtypes, strict=True)]
     return *gradients, *[None] * 9
@@ -146,44 +138,21 @@ def _gradients(ctx, grad, *_):
 _contrast.register_autograd(_gradients, setup_context=_save)
 
 
-def _engine(backend):
-    """The module with `contrast`; triton is imported only where it is used."""
-    if backend == "torch":
-        return contrastive_cpu
-    from kernels import contrastive_triton
-
-    return contrastive_triton
-
-
-def _misses(target, keys):
-    """Whether a target is no row of key: known on the CPU, where a compiled operator's own gather refuses it."""
-    return target.is_cpu and not torch.compiler.is_compiling() and not ((target >= 0) & (target < keys)).all()
-
-
 def _check(query, key, target, bank, query_ids, key_ids, bank_ids, reduction):
     device, dim = query.device, query.shape[-1]
-    for name, tensor in (("query", query), ("key", key), ("bank", bank)):
-        if tensor is None:
+    for name, rows in dict(query=query, key=key, bank=bank).items():
+        if rows is None:
             continue
-        shape = tensor.shape
-        if len(shape) != 2 or shape[1] != dim:
-            raise ValueError(f"{name} must be (rows, D) with D = {dim}, got {tuple(shape)}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.device != device:
-            raise TypeError(f"all tensors must be on {device}, got {name} on {tensor.device}")
+        if rows.ndim != 2 or rows.shape[1] != dim or not rows.is_floating_point() or rows.device != device:
+            raise ValueError(f"{name} must be (rows, {dim}), floating point, on {device}, got {described(rows)}")
     if target is None and query.shape[0] > key.shape[0]:
         raise ValueError(f"without target, query i belongs to key i: got {len(query)} queries and {len(key)} keys")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     bank_ids = None if bank is None else bank_ids
-    for name, tensor in dict(target=target, query_ids=query_ids, key_ids=key_ids, bank_ids=bank_ids).items():
-        if tensor is None:
+    for name, ids in dict(target=target, query_ids=query_ids, key_ids=key_ids, bank_ids=bank_ids).items():
+        if ids is None:
             continue
-        side = dict(key_ids=key, bank_ids=bank).get(name, query)
-        if tensor.shape != side.shape[:1]:
-            raise ValueError(f"{name} must be ({len(side)},), got {tuple(tensor.shape)}")
-        if tensor.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, got {tensor.dtype}")
-        if tensor.device != device:
-            raise TypeError(f"all tensors must be on {device}, got {name} on {tensor.device}")
+        rows = dict(key_ids=key, bank_ids=bank).get(name, query)
+        if ids.shape != rows.shape[:1] or ids.dtype != torch.int64 or ids.device != device:
+            raise ValueError(f"{name} must be ({len(rows)},), int64, on {device}, got {described(ids)}")

@@ -34,41 +34,17 @@ class LossInputs(NamedTuple):
     bank_ids: torch.Tensor | None  # (K,)
 
 
-class OnlineSoftmax(NamedTuple):
-    """A softmax over the negatives so far."""
-
-    maximum: torch.Tensor  # (n,), in units of log(2)
-    total: torch.Tensor  # (n,), of the exponentials
-    mean: torch.Tensor  # (n, D), of the columns, not yet divided by the total
-    count: torch.Tensor  # (n,)
-
-
-class RowStats(NamedTuple):
-    """The loss and statistics of each row, (N,) each."""
-
-    loss: torch.Tensor
-    logsumexp: torch.Tensor
-    positive: torch.Tensor
-    largest_negative: torch.Tensor
-    candidates: torch.Tensor
-
-
-class Gradients(NamedTuple):
-    """Of the weighted sum of the rows' losses, in float32 or float64."""
-
-    query: torch.Tensor  # (N, D)
-    key: torch.Tensor  # (M, D)
-    logit_scale: torch.Tensor  # ()
-
-
 def empty_row_stats(query, dtype):
-    """RowStats of all queries, to be filled; five tensors, since outputs of an operator may not alias."""
+    """Loss and the four statistics, (N,) each, unfilled. Five tensors: outputs of an operator may not alias."""
     numbers = [query.new_empty(query.shape[0], dtype=dtype) for _ in range(4)]
-    return RowStats(*numbers, query.new_empty(query.shape[0], dtype=torch.int64))
+    return *numbers, query.new_empty(query.shape[0], dtype=torch.int64)
 
 
 def contrast(inputs, weight=None):
-    """RowStats, and with weight, (N,) weights of the rows, the Gradients of the weighted sum of losses (else None)."""
+    """The row statistics, and the gradients of query, key and logit_scale, or None without weight.
+
+    weight: (N,), the rows' factors in the sum of losses that is differentiated. Gradients: float32 or float64.
+    """
     dtype = logit_dtype(inputs.query, inputs.key)
     query, key, scale = inputs.query.to(dtype), inputs.key.to(dtype), inputs.logit_scale.to(dtype)
     result = empty_row_stats(query, dtype)
@@ -78,23 +54,27 @@ def contrast(inputs, weight=None):
         rows = slice(start, start + size)
         ids = None if inputs.query_ids is None else inputs.query_ids[rows]
         scaled, target = query[rows] * (scale / LN_2), inputs.target[rows]
-        bank = accumulate_bank(scaled, ids, inputs, with_mean=weight is not None)
-        stats, margin, share, bank_share = finish_rows(scaled, key, target, ids, inputs.key_ids, bank)
+        bank, mean = accumulate_bank(scaled, ids, inputs, with_mean=weight is not None)
+        stats, margin, share, bank_share = finish_rows(scaled, key, target, ids, inputs.key_ids, *bank)
         for whole, part in zip(result, stats, strict=True):
             whole[rows] = part
         if weight is not None:
             row_grad = (weight[rows].to(dtype) * torch.sigmoid(margin))[:, None]
             coefficient = share.mul_(row_grad).scatter_(1, target[:, None], -row_grad)  # (n, M)
-            for_query[rows] = torch.addmm(bank.mean * (bank_share[:, None] * row_grad), coefficient, key)
+            for_query[rows] = torch.addmm(mean * (bank_share[:, None] * row_grad), coefficient, key)
             for_key.addmm_(coefficient.T, query[rows])
     if weight is None:
         return result, None
     for_scale = (query * for_query).sum()
-    return result, Gradients(for_query.mul_(scale), for_key.mul_(scale), for_scale)
+    return result, (for_query.mul_(scale), for_key.mul_(scale), for_scale)
 
 
 def accumulate_bank(scaled, ids, inputs, with_mean):
-    """The OnlineSoftmax of a chunk of queries, already multiplied by the scale in units of log(2), over the bank."""
+    """The softmax of a chunk of queries over the bank: ((maximum, total, count), (n,) each, mean (n, D)).
+
+    scaled: the queries times the scale in units of log(2). total: of the exponentials. mean: of the bank's rows, not
+    yet divided by the total.
+    """
     rows, dim = scaled.shape
     maximum, total = scaled.new_full((rows,), NO_NEGATIVE), scaled.new_zeros(rows)
     mean, count = scaled.new_zeros(rows, dim), scaled.new_zeros(rows, dtype=torch.int64)
@@ -114,35 +94,36 @@ def accumulate_bank(scaled, ids, inputs, with_mean):
         if with_mean:
             mean.mul_(shrink[:, None]).addmm_(logits, block)
         maximum = higher
-    return OnlineSoftmax(maximum, total, mean, count)
+    return (maximum, total, count), mean
 
 
-def finish_rows(scaled, key, target, ids, key_ids, bank):
-    """RowStats of a chunk from the in-batch keys and the bank's OnlineSoftmax, and what the gradients are made of.
+def finish_rows(scaled, key, target, ids, key_ids, bank_maximum, bank_total, bank_count):
+    """The statistics of a chunk's rows from the in-batch keys and the bank's softmax, and the parts of the gradients:
 
-    That is logsumexp of the negatives - positive, (n,); the softmax of the negatives among the keys, (n, M), 0 at the
-    target; and the factor that makes the bank's mean its part in that softmax, (n,).
+    margin (n,): logsumexp of the negatives - positive.
+    share (n, M): softmax of the negatives among the keys, 0 at the target.
+    bank_share (n,): the factor that makes the bank's mean its part in that softmax.
     """
     logits = scaled @ key.T  # (n, M)
     column = target[:, None]
     positive = logits.gather(1, column).squeeze(1)
-    count = bank.count + _mask(logits, ids, key_ids)
+    count = bank_count + _mask(logits, ids, key_ids)
     count += logits.gather(1, column).squeeze(1) == NO_NEGATIVE  # the target is a candidate whatever its id
     logits.scatter_(1, column, NO_NEGATIVE)
-    maximum = torch.maximum(logits.amax(1), bank.maximum)
-    shrink = torch.exp2(bank.maximum - maximum)
+    maximum = torch.maximum(logits.amax(1), bank_maximum)
+    shrink = torch.exp2(bank_maximum - maximum)
     logits.sub_(maximum[:, None]).exp2_()
-    total = logits.sum(1) + bank.total * shrink
+    total = logits.sum(1) + bank_total * shrink
     lse = maximum + total.log2()
     margin, lse, positive = (part * LN_2 for part in (lse - positive, lse, positive))
     largest = torch.where(maximum <= NO_NEGATIVE / 2, -torch.inf, maximum * LN_2)
     loss = F.softplus(margin, threshold=50)
-    stats = RowStats(loss, torch.logaddexp(lse, positive), positive, largest, count)
+    stats = loss, torch.logaddexp(lse, positive), positive, largest, count
     return stats, margin, logits.div_(total[:, None]), shrink / total
 
 
 def _mask(logits, row_ids, column_ids):
-    """Drop the columns that carry the row's id, in place; returns how many columns stay, (n,) or an int."""
+    """Set the logits of columns with the row's id to NO_NEGATIVE; returns how many columns stay, (n,) or an int."""
     if row_ids is None or column_ids is None:
         return logits.shape[1]
     same = same_id(row_ids, column_ids)

@@ -8,15 +8,15 @@ cuBLAS, one kernel per row that turns them into the coefficients of the gradient
 
 Half-precision inputs are multiplied as they are with float32 sums. Coefficients of the gradient are rounded to the
 inputs' precision only after the row's own factor, tiny where the loss is tiny, is taken out, so that float16 does not
-lose them. As elsewhere, `UPCAST` is for the interpreter.
+lose them. `inputs` of a kernel is the LossInputs as a tuple.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.contrastive_cpu import Gradients, empty_row_stats
-from kernels.gpu import INTERPRETED, PRECISION, Launch, launch_for, on_its_device
+from kernels.contrastive_cpu import empty_row_stats
+from kernels.gpu import PRODUCTS, Launch, launch_for
 
 NO_NEGATIVE = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -68,19 +68,8 @@ def _differ(ids, others):
 
 @triton.jit(do_not_specialize=["rows", "keys", "key_splits", "blocks_per_split"])
 def stream(
-    query,
-    key,
-    bank,
-    scale,
-    target,
-    bank_valid,
-    query_ids,
-    key_ids,
-    bank_ids,
-    maximum_out,
-    total_out,
-    count_out,
-    mean_out,
+    inputs,
+    partial_out,
     rows,
     keys,
     bank_rows,
@@ -94,6 +83,8 @@ def stream(
     BLOCK_D: tl.constexpr,
 ):
     """One block of queries over one share of the keys (the first key_splits shares) or of the bank."""
+    query, key, scale, target, bank, bank_valid, query_ids, key_ids, bank_ids = inputs
+    maximum_out, total_out, count_out, mean_out = partial_out
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     multiplier = tl.load(scale).to(tl.float32)
@@ -167,28 +158,11 @@ def _store_row(stats_out, n, lse, positive, largest, count):
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "splits"])
-def combine(
-    query,
-    key,
-    scale,
-    target,
-    weight,
-    maximum_in,
-    total_in,
-    count_in,
-    mean_in,
-    stats_out,
-    query_grad,
-    scale_grad,
-    lse_out,
-    row_grad_out,
-    rows,
-    keys,
-    dim,
-    splits,
-    BLOCK_D: tl.constexpr,
-):
+def combine(inputs, weight, partial, stats_out, gradients_out, rows, keys, dim, splits, BLOCK_D: tl.constexpr):
     """One row: the shares of its negatives become loss, statistics and the query's gradient, in the order of shares."""
+    query, key, scale, target, _, _, _, _, _ = inputs
+    maximum_in, total_in, count_in, mean_in = partial
+    query_grad, scale_grad, lse_out, row_grad_out = gradients_out
     n = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     multiplier = tl.load(scale).to(tl.float32)
@@ -223,12 +197,7 @@ def combine(
 
 @triton.jit(do_not_specialize=["rows", "keys"])
 def key_gradient(
-    query,
-    key,
-    scale,
-    target,
-    query_ids,
-    key_ids,
+    inputs,
     lse,
     row_grad,
     key_grad,
@@ -242,6 +211,7 @@ def key_gradient(
     BLOCK_D: tl.constexpr,
 ):
     """One block of in-batch keys over all queries."""
+    query, key, scale, target, _, _, query_ids, key_ids, _ = inputs
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     multiplier = tl.load(scale).to(tl.float32)
     mine = _load_rows(key, m, keys, dim, BLOCK_D)
@@ -274,27 +244,13 @@ def key_gradient(
 
 
 @triton.jit(do_not_specialize=["keys"])
-def finish_rows(
-    key_products,
-    bank_products,
-    scale,
-    coefficient,
-    target,
-    weight,
-    bank_valid,
-    query_ids,
-    key_ids,
-    bank_ids,
-    stats_out,
-    row_grad_out,
-    keys,
-    bank_rows,
-    BLOCK: tl.constexpr,
-):
+def finish_rows(products, inputs, weight, coefficient, row_grad_out, stats_out, keys, bank_rows, BLOCK: tl.constexpr):
     """One row of float32 products with keys and bank: loss, statistics, and the row's part in the gradient.
 
     That is row_grad times the coefficients / UNIT: the negatives' softmax, and -1 for the target.
     """
+    key_products, bank_products = products
+    _, _, scale, target, _, bank_valid, query_ids, key_ids, bank_ids = inputs
     n = tl.program_id(0).to(tl.int64)
     columns = keys + bank_rows
     key_row = key_products + n * keys
@@ -358,7 +314,6 @@ def engine(rows, dim, dtype):
     return "stream" if small and dtype != torch.float32 else "chunked"
 
 
-@on_its_device
 def contrast(inputs, weight=None, engine_name=None):
     """As `contrastive_cpu.contrast`."""
     query, key, bank = inputs.query, inputs.key, inputs.bank
@@ -370,99 +325,46 @@ def contrast(inputs, weight=None, engine_name=None):
         inputs = inputs._replace(bank_valid=None, bank_ids=None)
     if inputs.query_ids is None:
         inputs = inputs._replace(key_ids=None, bank_ids=None)
-    stats = empty_row_stats(query, torch.float32)
-    gradients = None
+    stats, gradients = empty_row_stats(query, torch.float32), None
     if weight is not None:
         weight = weight.float().contiguous()
-        for_query, for_key = (torch.zeros_like(part, dtype=torch.float32) for part in (query, key))
-        gradients = Gradients(for_query, for_key, for_query.new_zeros(()))
-    if len(query) == 0:
-        return stats, gradients
-    name = engine_name or engine(*query.shape, dtype)
-    return stats, (_stream if name == "stream" else _chunked)(inputs, weight, stats, gradients)
+        gradients = [torch.zeros_like(part, dtype=torch.float32) for part in (query, key, inputs.logit_scale)]
+    if len(query):
+        run = _stream if (engine_name or engine(*query.shape, dtype)) == "stream" else _chunked
+        gradients = run(inputs, weight, stats, gradients)
+    return stats, gradients
 
 
 def _stream(inputs, weight, stats, gradients):
-    """Fills the stats; returns the Gradients, None without weight."""
-    query, key, bank, target = inputs.query, inputs.key, inputs.bank, inputs.target
-    rows, dim = query.shape
-    bank_rows = 0 if bank is None else len(bank)
+    """Fills the stats; returns the gradients, None without weight."""
+    query, (rows, dim), keys = inputs.query, inputs.query.shape, len(inputs.key)
+    bank_rows = 0 if inputs.bank is None else len(inputs.bank)
+    pointers = tuple(inputs if bank_rows else inputs._replace(bank=inputs.key))
     padded = max(16, triton.next_power_of_2(dim))
     launch = launch_for(STREAM, query.device)[max(64, padded)]
-    blocks = [triton.cdiv(count, launch.columns) for count in (len(key), bank_rows)]
+    blocks = [triton.cdiv(count, launch.columns) for count in (keys, bank_rows)]
     per_split = max(1, triton.cdiv(sum(blocks), SPLITS))
     key_splits, bank_splits = (triton.cdiv(count, per_split) for count in blocks)
     splits = key_splits + bank_splits
     maximum, total = (query.new_empty(splits, rows, dtype=torch.float32) for _ in range(2))
     count = query.new_empty(splits, rows, dtype=torch.int32)
-    mean = for_scale = lse = row_grad = None
+    for_scale, lse, row_grad = (query.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    mean = for_query = None
     if weight is not None:
         mean = query.new_empty(splits, rows, dim, dtype=torch.float32)
-        for_scale, lse, row_grad = (query.new_empty(rows, dtype=torch.float32) for _ in range(3))
-    options = dict(UPCAST=INTERPRETED, PRECISION=PRECISION, num_warps=launch.warps, num_stages=launch.stages)
-    options |= dict(BLOCK_N=launch.rows, BLOCK_M=launch.columns, BLOCK_D=padded)
-    stream[(triton.cdiv(rows, launch.rows), splits)](
-        query,
-        key,
-        key if bank is None else bank,
-        inputs.logit_scale,
-        target,
-        inputs.bank_valid,
-        inputs.query_ids,
-        inputs.key_ids,
-        inputs.bank_ids,
-        maximum,
-        total,
-        count,
-        mean,
-        rows,
-        len(key),
-        bank_rows,
-        dim,
-        key_splits,
-        per_split,
-        **options,
-    )
-    combine[(rows,)](
-        query,
-        key,
-        inputs.logit_scale,
-        target,
-        weight,
-        maximum,
-        total,
-        count,
-        mean,
-        tuple(stats),
-        None if gradients is None else gradients.query,
-        for_scale,
-        lse,
-        row_grad,
-        rows,
-        len(key),
-        dim,
-        splits,
-        BLOCK_D=padded,
-    )
-    if gradients is None:
+        for_query, for_key, _ = gradients
+    partial, row_gradients = (maximum, total, count, mean), (for_query, for_scale, lse, row_grad)
+    options = PRODUCTS | dict(BLOCK_N=launch.rows, BLOCK_M=launch.columns, BLOCK_D=padded)
+    options |= dict(num_warps=launch.warps, num_stages=launch.stages)
+    grid = (triton.cdiv(rows, launch.rows), splits)
+    stream[grid](pointers, partial, rows, keys, bank_rows, dim, key_splits, per_split, **options)
+    combine[(rows,)](pointers, weight, partial, tuple(stats), row_gradients, rows, keys, dim, splits, BLOCK_D=padded)
+    if weight is None:
         return None
     largest = row_grad.abs().amax().clamp(min=1e-30)  # relative to it, float16 coefficients do not underflow
-    key_gradient[(triton.cdiv(len(key), launch.columns),)](
-        query,
-        key,
-        inputs.logit_scale,
-        target,
-        inputs.query_ids,
-        inputs.key_ids,
-        lse,
-        row_grad / largest,
-        gradients.key,
-        rows,
-        len(key),
-        dim,
-        **options,
-    )
-    return Gradients(gradients.query, gradients.key.mul_(largest), for_scale.sum())
+    grid = (triton.cdiv(keys, launch.columns),)
+    key_gradient[grid](pointers, lse, row_grad / largest, for_key, rows, keys, dim, **options)
+    return for_query, for_key.mul_(largest), for_scale.sum()
 
 
 def _product(left, right):
@@ -473,48 +375,43 @@ def _product(left, right):
 
 
 def _chunked(inputs, weight, stats, gradients):
-    """Fills the stats; returns the Gradients, None without weight."""
+    """Fills the stats; returns the gradients, None without weight."""
     query, key, bank = inputs.query, inputs.key, inputs.bank
     sides = [(key, slice(0, len(key)))]
     if bank is not None:
         sides.append((bank, slice(len(key), len(key) + len(bank))))
     columns = sides[-1][1].stop
     size = min(len(query), max(16, CHUNK_BYTES // (columns * 6)))
-    scale = inputs.logit_scale.float()
     coefficient = row_grad = None
     if weight is not None:
+        for_query, for_key, _ = gradients
         coefficient = query.new_empty(size, columns)
         row_grad = query.new_empty(len(query), dtype=torch.float32)
     for start in range(0, len(query), size):
         part = slice(start, min(len(query), start + size))
-        count = part.stop - start
         products = [_product(query[part], side.T) for side, _ in sides]
-        of_rows = [None if rows is None else rows[part] for rows in (weight, inputs.query_ids, row_grad)]
-        finish_rows[(count,)](
-            products[0],
-            products[-1],
-            scale,
+        of_rows = (inputs.target, inputs.query_ids, weight, row_grad)
+        target, ids, row_weight, factor = (None if rows is None else rows[part] for rows in of_rows)
+        finish_rows[(len(target),)](
+            (products[0], products[-1]),
+            tuple(inputs._replace(target=target, query_ids=ids)),
+            row_weight,
             coefficient,
-            inputs.target[part],
-            of_rows[0],
-            inputs.bank_valid,
-            of_rows[1],
-            inputs.key_ids,
-            inputs.bank_ids,
+            factor,
             tuple(stat[part] for stat in stats),
-            of_rows[2],
             len(key),
             columns - len(key),
             BLOCK=min(ROW_BLOCK, triton.next_power_of_2(columns)),
             num_warps=ROW_WARPS,
         )
-        if gradients is not None:
-            used, factor = coefficient[:count], row_grad[part, None]
+        if weight is not None:
+            used, factor = coefficient[: len(target)], factor[:, None]
             products = [_product(used[:, where], side) for side, where in sides]
-            gradients.query[part] = sum(products).mul_(factor / UNIT.value)
+            for_query[part] = sum(products).mul_(factor / UNIT.value)
             largest = factor.abs().amax().clamp(min=1e-30)
             relative = (query[part] * (factor / largest)).to(query.dtype)
-            gradients.key.add_(_product(used[:, : len(key)].T, relative).mul_(largest / UNIT.value))
-    if gradients is None:
+            for_key.add_(_product(used[:, : len(key)].T, relative).mul_(largest / UNIT.value))
+    if weight is None:
         return None
-    return Gradients(gradients.query * scale, gradients.key * scale, (gradients.query * query).sum())
+    scale = inputs.logit_scale.float()
+    return for_query * scale, for_key * scale, (for_query * query).sum()

@@ -1,6 +1,6 @@
-"""Which backend an operator runs on, and with which casts."""
+"""Which implementation an operator runs on."""
 
-from contextlib import nullcontext
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -13,30 +13,27 @@ def resolve_backend(implementation, tensors):
 
     Triton's kernels sum in float32, so float64 always takes PyTorch.
     """
-    if implementation not in ("auto", "triton", "torch"):
-        raise ValueError(f'implementation must be "auto", "triton" or "torch", got {implementation!r}')
     device = tensors[0].device.type
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
     if implementation == "auto":
         return "triton" if device == "cuda" and HAS_TRITON and not double else "torch"
+    if implementation not in ("triton", "torch"):
+        raise ValueError(f'implementation must be "auto", "triton" or "torch", got {implementation!r}')
     if implementation == "triton":
-        if not HAS_TRITON:
-            raise ValueError('implementation="triton" needs the triton package, which is not installed here')
         if double:
-            raise TypeError('implementation="triton" sums in float32 and takes no float64 tensors')
-        if device != "cuda" and not _interpreted():
+            raise ValueError('implementation="triton" sums in float32 and takes no float64 tensors')
+        import triton
+
+        if device != "cuda" and not triton.knobs.runtime.interpret:
             raise ValueError(f'implementation="triton" needs tensors on a GPU, got {device}')
     return implementation
 
 
-def no_autocast(tensor):
-    """A context in which autocast leaves everything on the tensor's device as it is."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+def engine(operator, backend):
+    """The module of an operator's backend; triton is imported only where it is used."""
+    return import_module(f"kernels.{operator}_{'cpu' if backend == 'torch' else backend}")
 
 
-def _interpreted():
-    """Whether Triton runs its kernels in its interpreter, which takes tensors of the CPU."""
-    import triton
-
-    return triton.knobs.runtime.interpret
+def described(tensor):
+    """Shape, dtype and device of a tensor for an error message."""
+    return f"{tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"

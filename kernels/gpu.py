@@ -1,14 +1,13 @@
 """What the Triton kernels need to know of the machine."""
 
-import functools
 from typing import NamedTuple
 
 import torch
 import triton
 
-INTERPRETED = triton.knobs.runtime.interpret
-# How float32 products run: three TensorFloat-32 passes keep float32's accuracy; AMD's processors have exact ones alone.
-PRECISION = "ieee" if torch.version.hip else "tf32x3"
+# How products run. UPCAST: in float32, for the interpreter. PRECISION, of float32: three TensorFloat-32 passes keep its
+# accuracy; AMD's processors have exact products alone.
+PRODUCTS = dict(UPCAST=triton.knobs.runtime.interpret, PRECISION="ieee" if torch.version.hip else "tf32x3")
 
 
 class Launch(NamedTuple):
@@ -30,15 +29,3 @@ def launch_for(table, device):
     else:
         name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     return table.get(name, table["default"])
-
-
-def on_its_device(function):
-    """A function that launches kernels, which Triton does on the current GPU, on that of its first argument instead:
-    a tensor, or a list or tuple that starts with one."""
-
-    @functools.wraps(function)
-    def launch(first, *others, **options):
-        with torch.cuda.device_of(first if isinstance(first, torch.Tensor) else first[0]):
-            return function(first, *others, **options)
-
-    return launch

@@ -15,12 +15,10 @@ class MemoryBank(nn.Module):
     """
 
     def __init__(self, size, dim, *, dtype=torch.float32, device=None):
-        """size: rows, at least 1; dim: width of a row; dtype: floating. Raises ValueError otherwise."""
+        """size: rows; dim: width of a row. Raises ValueError when one is less than 1."""
         super().__init__()
         if size < 1 or dim < 1:
             raise ValueError(f"a memory bank needs a positive size and dim, got size={size}, dim={dim}")
-        if not dtype.is_floating_point:
-            raise ValueError(f"a memory bank holds floating point rows, got dtype={dtype}")
         self.register_buffer("buffer", torch.zeros(size, dim, dtype=dtype, device=device))
         self.register_buffer("id_buffer", torch.full((size,), -1, dtype=torch.int64, device=device))
         self.register_buffer("valid", torch.zeros((), dtype=torch.int64, device=device))
@@ -33,10 +31,8 @@ class MemoryBank(nn.Module):
         size, dim = self.buffer.shape
         if features.ndim != 2 or features.shape[1] != dim:
             raise ValueError(f"features must be (B, {dim}), got {tuple(features.shape)}")
-        if ids is not None and ids.shape != features.shape[:1]:
-            raise ValueError(f"ids must be ({len(features)},), got {tuple(ids.shape)}")
-        if ids is not None and (ids.is_floating_point() or ids.is_complex()):
-            raise ValueError(f"ids must be integers, got {ids.dtype}")
+        if ids is not None and (ids.shape != features.shape[:1] or ids.is_floating_point()):
+            raise ValueError(f"ids must be ({len(features)},) integers, got {tuple(ids.shape)} {ids.dtype}")
         count = len(features)
         kept = min(count, size)
         row = (self.position + torch.arange(count - kept, count, device=self.buffer.device)) % size
@@ -58,6 +54,3 @@ class MemoryBank(nn.Module):
 
     def __len__(self):
         return int(self.valid)
-
-    def extra_repr(self):
-        return f"size={self.buffer.shape[0]}, dim={self.buffer.shape[1]}, dtype={self.buffer.dtype}"

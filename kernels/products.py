@@ -19,10 +19,10 @@ def linear(rows, weight, bias=None):
     return product(rows, weight) if bias is None else product(rows, weight) + bias
 
 
-@torch.library.custom_op("macl_fgclip::product", mutates_args=())
+@torch.library.custom_op("macl_fgclip::product", mutates_args=())  # Inductor takes the bare call for constants only
 def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """(M, K), (N, K) -> rows @ weight.T, (M, N), by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")  # as compiled models call it
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
 
 
 @product.register_fake
@@ -30,15 +30,10 @@ def _(rows, weight):
     return rows.new_empty(rows.shape[0], weight.shape[0])
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
 def _gradients(ctx, grad):
     rows, weight = ctx.saved_tensors
-    need_rows, need_weight = ctx.needs_input_grad
-    for_rows = product(grad, weight.T) if need_rows else None
-    return for_rows, product(grad.T, rows.T) if need_weight else None
+    for_rows = product(grad, weight.T) if ctx.needs_input_grad[0] else None
+    return for_rows, product(grad.T, rows.T) if ctx.needs_input_grad[1] else None
 
 
-product.register_autograd(_gradients, setup_context=_save)
+product.register_autograd(_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

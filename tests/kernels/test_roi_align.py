@@ -3,8 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from kernels import multiscale_roi_align, reference, roi_align_project
@@ -141,13 +139,13 @@ def test_an_image_index_out_of_range_is_an_error(index):
         (dict(weight=torch.zeros(6, 44, dtype=torch.float64)), "weight must be"),
         (dict(bias=torch.zeros(5, dtype=torch.float64)), "bias must be"),
         (dict(implementation="cuda"), "implementation"),
-        (dict(implementation="triton"), "on a GPU|not installed|float64"),
+        (dict(implementation="triton"), "float64"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
     arguments = dict(features=pyramid(), rois=torch.zeros(2, 5), weight=torch.zeros(6, 45, dtype=torch.float64))
     arguments |= dict(scales=SCALES, output_size=3)
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(ValueError, match=message):
         roi_align_project(**(arguments | change))
 
 
@@ -201,17 +199,3 @@ def test_a_view_of_tokens_pools_like_a_copy_and_outputs_do_not_alias(output_size
     before = tokens.clone()
     pooled.fill_(0)
     assert torch.equal(tokens, before)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.floats(-3, 3), st.sampled_from([((2, 2), 2), ((3, 1), 0), ((1, 1), -1)]))
-def test_pooling_is_linear_and_follows_the_order_of_the_boxes(seed, factor, case):
-    rois = random_rois(6, seed=seed)
-    pooling = dict(scales=SCALES, output_size=case[0], sampling_ratio=case[1])
-    a, b = pyramid(), [part.flip(1) for part in pyramid()]
-    mixed = multiscale_roi_align([x + factor * y for x, y in zip(a, b, strict=True)], rois, **pooling)
-    apart = multiscale_roi_align(a, rois, **pooling) + factor * multiscale_roi_align(b, rois, **pooling)
-    torch.testing.assert_close(mixed, apart, rtol=1e-9, atol=1e-9)
-    order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
-    moved = multiscale_roi_align(a, rois[order], **pooling)
-    torch.testing.assert_close(moved, multiscale_roi_align(a, rois, **pooling)[order])
