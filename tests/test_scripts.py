@@ -244,8 +244,8 @@ def test_metrics_of_a_step_are_those_of_all_its_micro_batches(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_its_images(tmp_path, capsys, monkeypatch):
-    batch = macl.PairedFasterRCNN.batch
-    monkeypatch.setattr(macl.PairedFasterRCNN, "batch", lambda self, *args: batch(self, *args) * math.nan)
+    resize = macl.PairedFasterRCNN.resize
+    monkeypatch.setattr(macl.PairedFasterRCNN, "resize", lambda self, *args: resize(self, *args) * math.nan)
     flags = [*STAGE_1, "--output", tmp_path / "run", "--macl-weight", "0"]
     sentence = refused(capsys, train_stage1.main, *flags)
     assert "not a finite number" in sentence and "synthetic/0/" in sentence

@@ -120,7 +120,7 @@ def test_evaluation_and_prediction_of_a_run(stage1, tmp_path, capsys):
         }  # fmt: skip
     assert "--visible, --infrared or both" in refused(capsys, predict.main, *common, "--output", tmp_path / "x")
     missing = ["--visible", tmp_path / "none", "--output", tmp_path / "x"]
-    assert "does not exist" in refused(capsys, predict.main, *common, *missing)
+    assert "none is no folder of images" in refused(capsys, predict.main, *common, *missing)
     assert "was not written by torch.save" in refused(capsys, evaluate.main, "--checkpoint", stage1 / "args.json")
 
 

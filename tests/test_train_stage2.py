@@ -191,7 +191,7 @@ def test_wrong_flags_end_in_one_sentence(begun, tuned, tmp_path, capsys):
     without = "--dhn-size 0 --mmd-level none --old-share 0 --adversary none".split()
     assert "--best-by r1 needs" in say("--best-by", "r1", *without, "--init-from", headless)
     assert "fit together" in say("--adversary", "dataset", "--old-share", 0)
-    assert "does not exist" in say("--data-root", tmp_path / "nothing", *without)
+    assert "nothing does not hold" in say("--data-root", tmp_path / "nothing", *without)
     assert "was not written by torch.save" in say("--init-from", tuned / "args.json")
     assert not (tmp_path / "run").exists()
 

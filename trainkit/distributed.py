@@ -38,8 +38,9 @@ def start(device: str) -> torch.device:
 
 
 def stop() -> None:
-    """Leave the process group, where there is one."""
+    """Leave the process group, where there is one. All ranks leave together."""
     if _together():
+        dist.barrier()  # a rank whose DDP still talks to one that is gone aborts at its exit, now and then
         dist.destroy_process_group()
 
 
