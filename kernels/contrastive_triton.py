@@ -142,7 +142,7 @@ def stream(
 
 @triton.jit
 def _store_row(stats_out, n, lse, positive, largest, count):
-    """Stores a row's RowStats; lse, largest, count: of its negatives. Returns sigmoid(lse - positive)."""
+    """Stores a row's loss and statistics; lse, largest, count: of its negatives. Returns sigmoid(lse - positive)."""
     loss_out, logsumexp_out, positive_out, largest_out, count_out = stats_out
     margin = lse - positive
     # softplus and sigmoid without overflow: e^-|x| is at most 1.
