@@ -4,8 +4,8 @@
     python benchmarks/data.py --root /data/LLVIP         real pairs
     python benchmarks/data.py --write                    also writes benchmarks/results/data-<processor>.md
 
-Both pipelines do the same work: decode both images, resize the shorter side to --size, flip horizontally, change
-brightness and contrast of visible and gain and offset of infrared, return float32 in 0..1 and the moved boxes.
+Both pipelines do the same work: decode both images, flip horizontally, change brightness and contrast of visible and
+gain and offset of infrared, return float32 in 0..1 and the moved boxes.
 """
 
 import random
@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from PIL import Image
-from torchvision import tv_tensors
-from torchvision.transforms import ColorJitter, v2
+from torchvision.transforms import ColorJitter
 from torchvision.transforms import functional as v1
 
 from benchmarks import common
@@ -35,36 +34,21 @@ BOX = (
 class PlainPipeline:
     """The usual way: PIL images all along, one tensor at the end."""
 
-    def __init__(self, dataset: LLVIP, size: int):
-        self.dataset, self.size, self.jitter = dataset, size, ColorJitter(brightness=0.2, contrast=0.2)
+    def __init__(self, dataset: LLVIP):
+        self.dataset, self.jitter = dataset, ColorJitter(brightness=0.2, contrast=0.2)
 
     def __getitem__(self, index: int) -> dict:
         visible_path, infrared_path, annotation_path, *_ = self.dataset.pairs[index]
         visible = Image.open(visible_path).convert("RGB")
         infrared = Image.open(infrared_path).convert("RGB")
         annotation = read_voc(annotation_path, classes=self.dataset.classes)
-        boxes = annotation.boxes * (self.size / min(visible.size))
-        visible, infrared = v1.resize(visible, self.size), v1.resize(infrared, self.size)
+        boxes = annotation.boxes.clone()
         if random.random() < 0.5:
             visible, infrared = v1.hflip(visible), v1.hflip(infrared)
             boxes[:, [0, 2]] = visible.width - boxes[:, [2, 0]]
         visible, infrared = v1.to_tensor(self.jitter(visible)), v1.to_tensor(infrared)
         infrared = (infrared * random.uniform(0.9, 1.1) + random.uniform(-0.05, 0.05)).clamp(0, 1)
         return {"visible": visible, "infrared": infrared, "boxes": boxes, "labels": annotation.labels}
-
-
-class Resized:
-    """This project's samples, their shorter side resized as in the plain pipeline."""
-
-    def __init__(self, dataset: LLVIP, size: int):
-        self.dataset, self.resize = dataset, v2.Resize(size, antialias=True)
-
-    def __getitem__(self, index: int) -> dict:
-        sample = self.dataset[index]
-        size = sample["visible"].shape[-2:]
-        boxes = tv_tensors.BoundingBoxes(sample["boxes"], format="XYXY", canvas_size=size)
-        images = (tv_tensors.Image(sample[name]) for name in ("visible", "infrared"))
-        return sample | dict(zip(("visible", "infrared", "boxes"), self.resize((*images, boxes)), strict=True))
 
 
 def write_pairs(root: Path, count: int) -> None:
@@ -83,10 +67,10 @@ def write_pairs(root: Path, count: int) -> None:
         (root / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{''.join(boxes)}</annotation>")
 
 
-def measure(dataset: LLVIP, count: int, size: int, rounds: int) -> list[str]:
+def measure(dataset: LLVIP, count: int, rounds: int) -> list[str]:
     """The report's paragraphs on the first `count` pairs."""
     augmentation = PairedAugmentation(brightness=0.2, contrast=0.2, gain=0.1, offset=0.05)
-    ours, plain = AugmentedDataset(Resized(dataset, size), augmentation, seed=0), PlainPipeline(dataset, size)
+    ours, plain = AugmentedDataset(dataset, augmentation, seed=0), PlainPipeline(dataset)
     functions = {
         "PIL + torchvision v1": lambda: [plain[index] for index in range(count)],
         "this project": lambda: [ours[0, index] for index in range(count)],
@@ -98,8 +82,8 @@ def measure(dataset: LLVIP, count: int, size: int, rounds: int) -> list[str]:
     height, width = dataset[0]["visible"].shape[-2:]
     kilobytes = statistics.mean(path.stat().st_size for i in range(count) for path in dataset.paths(i)) / 1024
     return [
-        f"{count} pairs of {width} x {height} pixels, {kilobytes:.0f} KiB per image on average, shorter side to "
-        f"{size}; medians of {rounds} rounds.",
+        f"{count} pairs of {width} x {height} pixels, {kilobytes:.0f} KiB per image on average; "
+        f"medians of {rounds} rounds.",
         common.table(["pipeline", "ms per pair", "pairs per second"], rows),
         f"PIL + torchvision takes {common.ratio(times['PIL + torchvision v1'], times['this project'])} times as long.",
     ]
@@ -109,7 +93,6 @@ def main() -> None:
     parser = common.make_parser(__doc__, rounds=9)
     parser.add_argument("--root", type=Path, help="LLVIP's folder (default: temporary files of its size)")
     parser.add_argument("--pairs", type=int, default=12, help="pairs per round (default: 12)")
-    parser.add_argument("--size", type=int, default=512, help="shorter side after resizing, pixels (default: 512)")
     parser.set_defaults(threads=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -117,7 +100,7 @@ def main() -> None:
         if args.root is None:
             write_pairs(Path(folder), args.pairs)
         dataset = LLVIP(args.root or folder, "train")
-        paragraphs = measure(dataset, min(args.pairs, len(dataset)), args.size, args.rounds)
+        paragraphs = measure(dataset, min(args.pairs, len(dataset)), args.rounds)
     files = "LLVIP's own files" if args.root else "temporary files"
     head = f"{common.machine(packages=('torchvision', 'Pillow'))}; {files}."
     name = f"data-{re.sub(r'[^a-z0-9]+', '-', common.processor().lower()).strip('-')}{'-llvip' if args.root else ''}"

@@ -11,5 +11,8 @@ from macl.build import build_detector, load_detector  # noqa: E402
 from macl.detector import PairedFasterRCNN  # noqa: E402
 from macl.weights import load_torchvision_weights  # noqa: E402
 from trainkit.errors import InputError  # noqa: E402
+from trainkit.load_report import LoadReport  # noqa: E402
 
-__all__ = ["InputError", "PairedFasterRCNN", "build_detector", "load_detector", "load_torchvision_weights"]
+__all__ = [
+    *("InputError", "LoadReport", "PairedFasterRCNN", "build_detector", "load_detector", "load_torchvision_weights"),
+]

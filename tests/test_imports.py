@@ -1,6 +1,8 @@
 """Which package may import which: held by reading the imports."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,11 @@ def test_only_one_module_reads_the_environment():
             reads = "os.environ" in path.read_text(encoding="utf-8")
             known = path.relative_to(ROOT).as_posix() in ("trainkit/distributed.py", "trainkit/process_setup.py")
             assert not reads or known, f"{path.relative_to(ROOT)} reads the process environment"
+
+
+@pytest.mark.parametrize("package", ["macl", "fgclip"])
+def test_another_package_called_kernels_is_named_in_one_sentence(tmp_path, package):
+    (tmp_path / "kernels.py").touch()
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import {package}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"{tmp_path}/kernels.py is another package named kernels" in done.stderr
