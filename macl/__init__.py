@@ -14,5 +14,10 @@ from trainkit.errors import InputError  # noqa: E402
 from trainkit.load_report import LoadReport  # noqa: E402
 
 __all__ = [
-    *("InputError", "LoadReport", "PairedFasterRCNN", "build_detector", "load_detector", "load_torchvision_weights"),
+    "InputError",
+    "LoadReport",
+    "PairedFasterRCNN",
+    "build_detector",
+    "load_detector",
+    "load_torchvision_weights",
 ]
