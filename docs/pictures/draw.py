@@ -1,6 +1,6 @@
 """The two pictures of README, from the best.pt of the default jobs.
 
-    python docs/pictures/draw.py --detector runs/STAGE1/best.pt --fgclip runs/FGCLIP/best.pt --output docs/pictures
+python docs/pictures/draw.py --detector runs/STAGE1/best.pt --fgclip runs/FGCLIP/best.pt --output docs/pictures
 """
 
 import argparse
