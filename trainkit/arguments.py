@@ -75,7 +75,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser, script: str, may_change: t
     add("--amp", choices=("none", "fp16", "bf16"), default="none", help="number format of the forward pass (autocast)")
     add("--seed", type=non_negative_int, default=0, metavar="N", help="seed of weights, data order and augmentation")
     add("--check", action="store_true", help="data statistics, one step, every module's gradient norm, then stop")
-    add("--validate-every", type=positive_int, default=1, metavar="EPOCHS", help="epochs between validations")
+    add("--validate-every", type=positive_int, default=1, metavar="EPOCHS", help="and after the last epoch")
     add("--log-every", type=positive_int, default=20, metavar="STEPS", help="steps between printed lines")
 
     add = parser.add_argument_group("checkpoints").add_argument
@@ -83,8 +83,8 @@ def add_recipe_flags(parser: argparse.ArgumentParser, script: str, may_change: t
     add("--resume", metavar="PATH|auto", help="continue from a checkpoint or a run's folder; auto: from --output, else "
         f"from the newest run, else start fresh. The flags are those of the run; only these may change: {free}")
     add("--init-from", metavar="PATH", help="start with the weights of a checkpoint or of a published file")
-    add("--save-every", type=positive_int, default=500, metavar="STEPS", help="steps between writes of last.pt")
-    add("--keep-every", type=non_negative_int, default=0, metavar="EPOCHS", help="checkpoints that are kept; 0: none")
+    add("--save-every", type=positive_int, default=500, metavar="STEPS", help="write last.pt, also after each epoch")
+    add("--keep-every", type=non_negative_int, default=0, metavar="EPOCHS", help="write epoch-N.pt; 0 keeps none")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=("sgd", "adamw"), default="adamw", help="kind of optimizer")
