@@ -105,20 +105,20 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
     given = peek_flags(arguments, *"--data-root --annotations --init-from --format --stage --bank-size".split())
     synthetic = given.data_root is None and given.annotations is None
-    parser.set_defaults(**FINE_TUNING_RECIPE)
+    defaults = dict(FINE_TUNING_RECIPE)
     if synthetic or given.init_from is None:
-        parser.set_defaults(**FROM_NOTHING_RECIPE)
+        defaults |= FROM_NOTHING_RECIPE
     if synthetic:
-        parser.set_defaults(**SYNTHETIC_RECIPE)
+        defaults |= SYNTHETIC_RECIPE
         if given.bank_size not in (None, "0"):
-            parser.set_defaults(**BANK_RECIPE)
+            defaults |= BANK_RECIPE
     if given.init_from is not None:
-        parser.set_defaults(image_size=None, **dict.fromkeys(SIZES))
+        defaults |= dict(image_size=None, **dict.fromkeys(SIZES))
     if given.format == "coco" and not synthetic:
-        parser.set_defaults(hard_weight=0.0)
+        defaults |= dict(hard_weight=0.0)
     if given.stage == "global":
-        parser.set_defaults(region_weight=0.0, hard_weight=0.0, best_by="captions")
-    return parse_with_resume(parser, arguments, SCRIPT)
+        defaults |= dict(region_weight=0.0, hard_weight=0.0, best_by="captions")
+    return parse_with_resume(parser, arguments, SCRIPT, defaults)
 
 
 # fmt: off

@@ -65,6 +65,7 @@ STAGE_2_ADDS = ("dhn_", "mmd_", "adversary", "domains")  # to the keywords of a 
 LLVIP_RECIPE = dict(
     epochs=12, batch_size=4, workers=4, optimizer="sgd", lr=0.005, lr_base_batch=4, weight_decay=1e-4,
     schedule="multistep", milestones=[8, 11], warmup_steps=500, clip_norm=10.0, ema_decay=0.999,
+    min_size=[480, 544, 512], max_size=704,
 )  # fmt: skip
 SYNTHETIC_RECIPE = dict(
     epochs=3, workers=1, optimizer="adamw", lr=1e-3, lr_base_batch=None, weight_decay=1e-4, schedule="cosine",
@@ -85,18 +86,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_loss_flags(parser)
 
     given = peek_flags(arguments, "--data-root", "--init-from")
-    parser.set_defaults(**LLVIP_RECIPE)
-    if given.data_root is None:
-        parser.set_defaults(**SYNTHETIC_RECIPE)
+    defaults = LLVIP_RECIPE | (SYNTHETIC_RECIPE if given.data_root is None else {})
     if given.init_from is not None:
         source = read_checkpoint(given.init_from)
         if "model_kwargs" in source:
             kwargs = {k: v for k, v in source["model_kwargs"].items() if not k.startswith(STAGE_2_ADDS)}
-            parser.set_defaults(**kwargs, statistics="given")
+            defaults |= kwargs | dict(statistics="given")
         else:
-            parser.set_defaults(norm="frozen_batch", frozen_stages=1, statistics="imagenet")
-            parser.set_defaults(norm_eps=0.0 if has_old_names(source) else 1e-5)
-    return parse_with_resume(parser, arguments, SCRIPT)
+            defaults |= dict(norm="frozen_batch", frozen_stages=1, statistics="imagenet")
+            defaults |= dict(norm_eps=0.0 if has_old_names(source) else 1e-5)
+    return parse_with_resume(parser, arguments, SCRIPT, defaults)
 
 
 # fmt: off
@@ -124,9 +123,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--fusion", choices=FUSIONS, default="mean", help="how two pyramids become one")
     add("--modality-dropout", type=fraction, nargs=2, default=[0.1, 0.1], metavar=("VISIBLE", "INFRARED"),
         help="probability that a modality of a training image is masked")
-    add("--min-size", type=int_list, default="480,544,512", metavar="PIXELS",
+    add("--min-size", type=int_list, metavar="PIXELS",
         help="short side; of several a random one per training batch, the last in evaluation")
-    add("--max-size", type=positive_int, default=704, metavar="PIXELS", help="longest side after resizing")
+    add("--max-size", type=positive_int, metavar="PIXELS", help="longest side after resizing")
     add("--anchor-sizes", type=int_list, default="32,64,128,256,512", metavar="PIXELS", help="one per pyramid map")
     add("--aspect-ratios", type=float_list, default="0.5,1,2", metavar="X,X", help="height / width of the anchors")
     add = parser.add_argument_group("region proposals: of two numbers the second is for evaluation").add_argument
@@ -207,7 +206,7 @@ def build_model(args: argparse.Namespace, train_data) -> tuple[macl.PairedFaster
         }
     try:
         detector = macl.build_detector(**kwargs)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # TypeError: what a damaged args.json says beside the flags
         raise InputError(f"the detector's flags do not fit together: {error}") from error
     count = sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
     messages = [

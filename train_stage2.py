@@ -88,10 +88,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_augmentation_flags(parser)
     add_model_flags(parser)
     add_loss_flags(parser)
-    parser.set_defaults(**KAIST_RECIPE)
-    if peek_flags(arguments, "--data-root").data_root is None:
-        parser.set_defaults(**SYNTHETIC_RECIPE)
-    return parse_with_resume(parser, arguments, SCRIPT)
+    synthetic = peek_flags(arguments, "--data-root").data_root is None
+    defaults = KAIST_RECIPE | (SYNTHETIC_RECIPE if synthetic else {})
+    return parse_with_resume(parser, arguments, SCRIPT, defaults)
 
 
 def name_and_factor(text: str) -> str:

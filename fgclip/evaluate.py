@@ -77,6 +77,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the tasks, see TASKS, and of the run."""
     add = parser.add_argument_group("data").add_argument
     add("--task", choices=tuple(TASKS), help="what to evaluate; without it and without data: synthetic")
     add("--annotations", nargs="+", metavar="PATH", help="annotation file or folder; of fg-ovd one or several")
@@ -121,7 +122,7 @@ def settle(args: argparse.Namespace) -> None:
             raise InputError(f"--task is missing; expected one of {', '.join(TASKS)}")
         args.task = "synthetic"
     known = TASKS[args.task]
-    for name in {name for flags in TASKS.values() for name in flags}:
+    for name in dict.fromkeys(name for flags in TASKS.values() for name in flags):
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if value is not None and name not in known:
             raise InputError(f"{flag} has no part in --task {args.task}")
@@ -203,6 +204,7 @@ def table(metrics: dict[str, dict[str, float]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Print the metrics of a task. arguments: without the program's name."""
     parser = make_parser(__doc__)
     add_model_flags(parser)
     add_arguments(parser)

@@ -96,6 +96,7 @@ def as_text(result: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Print the scores of texts. arguments: without the program's name."""
     parser = make_parser(__doc__)
     add_arguments(parser)
     args = parser.parse_args(arguments)

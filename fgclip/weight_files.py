@@ -33,6 +33,7 @@ def read_weights(path: Path, trust_torchscript: bool = False) -> dict[str, Tenso
 
 
 def read_file(path: Path, trust_torchscript: bool) -> dict[str, Tensor]:
+    """The tensors in a safetensors file, told by its suffix, a TorchScript archive, or what torch.save wrote."""
     if regular_file(path, EXPECTED).suffix == ".safetensors":
         try:
             from safetensors import SafetensorError

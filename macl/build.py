@@ -70,6 +70,9 @@ def build_detector(
             raise ValueError(f"{name} {kwargs[name]!r} is none of {', '.join(options)}")
     if not 3 <= fpn_levels <= 6:
         raise ValueError(f"fpn_levels is {fpn_levels}, must be 3 to 6")
+    for name, sizes in (("anchor_sizes", anchor_sizes), ("min_size", min_size)):
+        if isinstance(sizes, list | tuple) and not (sizes and min(sizes) > 0):
+            raise ValueError(f"{name} {list(sizes)}: expected at least one number, all above 0")
     if macl_level == "none" and (dhn_size or mmd_level == "embedding"):
         raise ValueError("dhn_size and mmd_level 'embedding' need the contrastive head, and macl_level is 'none'")
 

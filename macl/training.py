@@ -40,6 +40,7 @@ def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_detection_weight_flags(add: Callable) -> None:
+    """The weights of the detection losses. add: the `add_argument` of a group."""
     add("--rpn-weight", type=non_negative_float, default=1.0, metavar="X", help="both losses of the RPN")
     add("--class-weight", type=non_negative_float, default=1.0, metavar="X", help="classification")
     add("--box-weight", type=non_negative_float, default=1.0, metavar="X", help="box regression")
@@ -107,9 +108,9 @@ def validate(
     between: Callable[[], None],
     modes: Mapping | None = None,
 ) -> tuple[dict, list[dict]]:
-    """Metrics by mode and, under "alignment", of the embeddings, and the results of `predict`, which takes the rest.
+    """Metrics by mode and, under "alignment", of the embeddings; and the results of `predict` they come from.
 
-    modes: None for all of the detector's
+    between, modes: see `predict`; modes None: all of the detector's.
     """
     modes = detector.modes if modes is None else modes
     options = {name: getattr(args, name) for name in ("batch_size", "workers", "amp")}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
+from macl.backbone import BACKBONES, BasicBlock, Bottleneck
 from trainkit.errors import InputError
 from trainkit.files import read_torch, state_dict_of
 from trainkit.load_report import LoadReport
@@ -53,10 +54,12 @@ def load_torchvision_weights(detector: torch.nn.Module, source: str | Path | dic
     places: dict[str, list[str]] = {}  # one tensor fills both copies of a modality norm
     for key in own:
         places.setdefault(re.sub(r"\.(visible|infrared)\.", ".", key), []).append(key)
+    renamed_keys = []
     for key, tensor in state.items():
         renamed = key
         for pattern, replacement in RENAMES:
             renamed = re.sub(pattern, replacement, renamed)
+        renamed_keys.append(renamed)
         if renamed.startswith(("roi_head.cls_score.", "roi_head.bbox_pred.")):
             tensor = class_rows(tensor, classes, 4 if "bbox_pred" in renamed else 1)
         if tensor is None:
@@ -71,13 +74,22 @@ def load_torchvision_weights(detector: torch.nn.Module, source: str | Path | dic
     count = sum(key in filled for key in body)
     if count < ENOUGH * len(body):
         raise InputError(
-            f"{name} fills {count} of the {len(body)} tensors of this detector's backbone; "
-            f"expected torchvision's Faster R-CNN or ResNet weights with {detector.kwargs['backbone']}"
+            f"{name} looks like {architecture(renamed_keys)} and fills {count} of the {len(body)} tensors of this "
+            f"detector's backbone, {detector.kwargs['backbone']}; choose --backbone by it, or torchvision's weights"
         )
     report.loaded = sorted(filled)
     report.missing = [key for key in own if key not in filled and not key.endswith("num_batches_tracked")]
     detector.load_state_dict(own | filled)
     return report
+
+
+def architecture(keys: list[str]) -> str:
+    """The ResNet whose backbone has tensors of these names, ours."""
+    blocks = {tuple(key.split(".")[1:3]) for key in keys if key.startswith("backbone.layer")}
+    layers = tuple(sum(stage == f"layer{number}" for stage, _ in blocks) for number in range(1, 5))
+    block = Bottleneck if "backbone.layer1.0.conv3.weight" in keys else BasicBlock
+    known = [name for name, sizes in BACKBONES.items() if sizes == (block, layers)]
+    return known[0] if known else "another ResNet" if blocks else "no ResNet"
 
 
 def class_rows(tensor: Tensor, classes: list[str], per_class: int) -> Tensor | None:

@@ -1,5 +1,6 @@
 """What holds for all three training scripts: learning, wiring, resume, signals, --check, wrong flags."""
 
+import json
 import math
 import os
 import signal
@@ -19,7 +20,7 @@ import train_stage2
 from macl.data import DAY_AND_NIGHT, NIGHT
 from macl.domain import grl_schedule
 from trainkit import distributed, optimizer, step
-from trainkit.errors import one_sentence
+from trainkit.errors import InputError, one_sentence
 from trainkit.run import Run
 
 NAMES = ("stage1", "stage2", "fgclip")
@@ -229,6 +230,21 @@ def test_wrong_flags_that_all_scripts_share_end_in_one_sentence(whole, tmp_path,
     (tmp_path / "args.json").write_text(f'{{"script": "{other}"}}')
     (tmp_path / "last.pt").touch()
     assert f"begun by '{other}'" in say("--resume", "auto", "--output", tmp_path)
+
+
+def test_a_record_of_flags_without_a_value_is_refused(whole, tmp_path):
+    """Each flag of args.json in turn as null, where the flag could not be so."""
+    (tmp_path / "last.pt").touch()
+    record = json.loads((whole.folder / "args.json").read_text())
+    may_be_none = {name for name, value in record["arguments"].items() if value is None}
+    may_be_none |= {"output", "init_from", "lr_base_batch", "min_size", "max_size", "image_size"}
+    if whole.name == "fgclip":
+        may_be_none |= set(train_fgclip.SIZES)  # those of the weights, with --init-from
+    for name in sorted(record["arguments"].keys() - may_be_none):
+        damaged = record | {"arguments": record["arguments"] | {name: None}}
+        (tmp_path / "args.json").write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match=f"args.json: {name}: None is no value of the flag"):
+            whole.script.parse_arguments(["--resume", str(tmp_path)])
 
 
 def test_metrics_of_a_step_are_those_of_all_its_micro_batches(tmp_path):

@@ -49,6 +49,9 @@ def test_wrong_flags_end_in_one_sentence(stage1, tmp_path, capsys):
     assert "--best-by r1" in say("--best-by", "r1", "--macl-weight", "0")
     assert "nothing" in say("--data-root", tmp_path / "nothing")
     assert "fit together" in say("--modality-dropout", "0.8", "0.7")
+    for flag in ("anchor_sizes", "min_size"):
+        for value in ("", "32,0"):
+            assert f"fit together: {flag} [" in say(f"--{flag.replace('_', '-')}", value)
     assert "another detector" in say("--init-from", stage1 / "best.pt", "--head-width", "24")
 
 

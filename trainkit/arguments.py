@@ -121,19 +121,21 @@ def check_needed(args: argparse.Namespace, **needed: tuple[str, ...]) -> None:
             raise InputError(f"{flags[0]} needs {' or '.join(flags[1:])}")
 
 
-def parse_with_resume(parser: argparse.ArgumentParser, arguments: list[str] | None, script: str) -> argparse.Namespace:
-    """Parse the flags; the defaults are those of the run that --resume names, if there is one."""
+def parse_with_resume(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, script: str, defaults: dict
+) -> argparse.Namespace:
+    """Parse the flags. Their defaults are those of the run that --resume names, else `defaults`, else the parser's."""
     given = peek_flags(arguments, "--resume", "--output")
     path = find_resume(given.resume, given.output, script)
-    if path is not None:
-        parser.set_defaults(**saved_flags(path.parent, parser))
+    saved = {} if path is None else saved_flags(path.parent, parser)
+    parser.set_defaults(**defaults | saved)
     return parser.parse_args(arguments)
 
 
 def saved_flags(folder: Path, parser: argparse.ArgumentParser) -> dict:
     """The flags that the run in `folder` began with, except `OF_THIS_START`; {} where it left no args.json.
 
-    Raises InputError where a value does not fit its flag.
+    Raises InputError where a value does not fit its flag; None fits where it is the parser's default.
     """
     saved = (read_record(folder) or {"arguments": {}})["arguments"]
     for action in parser._actions:
@@ -143,9 +145,11 @@ def saved_flags(folder: Path, parser: argparse.ArgumentParser) -> dict:
 
 
 def _fits(action: argparse.Action, value) -> bool:
-    """Whether the flag, given as text, could have this value."""
-    if value is None or action.nargs == 0:
-        return value is None or isinstance(value, bool)
+    """Whether the flag, given as text or not given, could have this value."""
+    if value is None:
+        return action.default is None
+    if action.nargs == 0:
+        return isinstance(value, bool)
     items = value if isinstance(value, list) and action.nargs else [value]
     texts = [",".join(map(str, item)) if isinstance(item, list) else str(item) for item in items]
     try:

@@ -267,8 +267,9 @@ def check_like(value, own, place: str) -> None:
         if differing := [key for key in own.keys() ^ value.keys() if not str(key).startswith("_")]:
             first = min(differing, key=str)
             raise InputError(f"{place}: {shown(first)} {'is missing' if first in own else 'has no place here'}")
-        for key in own.keys() & value.keys():
-            check_like(value[key], own[key], f"{place}: {key}")
+        for key in own:
+            if key in value:
+                check_like(value[key], own[key], f"{place}: {key}")
     elif isinstance(own, Tensor):
         if not isinstance(value, Tensor) or (value.shape, value.dtype) != (own.shape, own.dtype):
             form = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else shown(value)

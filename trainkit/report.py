@@ -66,6 +66,7 @@ class Run:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Write the page. arguments: without the program's name."""
     parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--output", metavar="FILE.html", help="the page; without it report.html in the first RUN")

@@ -125,8 +125,9 @@ class Run:
         self.throughput.restart()
         for batches in self._stream:
             self.sampler.advance(len(batches))
+            before = self.train_step.steps
             yield batches
-            if self.train_step.steps % self.args.save_every == 0:
+            if before < self.train_step.steps and self.train_step.steps % self.args.save_every == 0:
                 self._save_last()
             self.leave_if_asked()
             if self._out_of_steps() or (self._validates_here() and len(self.sampler)):

@@ -66,8 +66,6 @@ class KAISTFrames(PairedDataset):
         labels = labels._replace(size=labels.size or self.size)
         return annotate(labels, self.classes, ignored_names=IGNORED_NAMES, **self.rules, clip=clip)
 
-    people = annotation
-
     def ground_truth(self) -> list[dict]:
         """What `macl.metrics` compares detections with, without the images.
 

@@ -1,5 +1,6 @@
 """Pairs of image files with boxes, whatever their layout on the disk."""
 
+import abc
 import copy
 import functools
 from collections import Counter, defaultdict
@@ -31,7 +32,7 @@ class Pair(NamedTuple):
     daytime: bool | None = None
 
 
-class PairedDataset(Dataset):
+class PairedDataset(Dataset, abc.ABC):
     """Pairs as samples (see macl.data.sample). A subclass reads the annotation of each.
 
     classes: the names of labels 1, 2, ...
@@ -44,9 +45,9 @@ class PairedDataset(Dataset):
     def __init__(self, pairs: Sequence[Pair], classes: Sequence[str], *, split: str, source: str):
         self.pairs, self.classes, self.split, self.source = list(pairs), tuple(classes), split, source
 
+    @abc.abstractmethod
     def annotation(self, index: int) -> Annotation:
         """The boxes of a pair, without its images."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -396,7 +396,7 @@ def test_real_frames_are_the_same_in_both_layouts(shared):
         one, other = tree[index], voc[index]
         for key in ("visible", "infrared", "boxes", "labels", "ignore", "occlusion"):
             assert torch.equal(one[key], other[key]), key
-        boxes = [sorted(data.people(index).boxes.tolist()) for data in (improved, text)]
+        boxes = [sorted(data.annotation(index).boxes.tolist()) for data in (improved, text)]
         assert boxes[0] == boxes[1]
     counts = text.statistics()
     assert (counts["boxes"], counts["ignored"], counts["named_people"], counts["empty_images"]) == (62, 7, 7, 1)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnet50
 
 import macl
 from macl.backbone import MODALITIES, NORMS
@@ -286,7 +286,11 @@ def test_imagenet_weights_fill_the_backbone_and_both_modality_norms(build):
     assert torch.equal(model.backbone.bn1.visible.weight, source.bn1.weight)
     assert torch.equal(model.backbone.bn1.infrared.weight, source.bn1.weight)
     assert "no such part in this detector: fc.weight, fc.bias" in str(report)
-    for wrong, message in (({"a.weight": torch.zeros(3)}, "fills 0 of the"), ({"a": 3}, "no state dict")):
+    for wrong, message in (
+        ({"a.weight": torch.zeros(3)}, "looks like no ResNet and fills 0 of the"),
+        (resnet50(weights=None).state_dict(), "looks like resnet50 and fills .* backbone, resnet18"),
+        ({"a": 3}, "no state dict"),
+    ):
         with pytest.raises(macl.InputError, match=f"the state dict .*{message}"):
             macl.load_torchvision_weights(model, wrong)
 

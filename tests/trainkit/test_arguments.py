@@ -68,7 +68,7 @@ def here(tmp_path, monkeypatch):
 
 
 def prepare(*flags: str):
-    args = parse_with_resume(parser(), ["--device", "cpu", *flags], "toy")
+    args = parse_with_resume(parser(), ["--device", "cpu", *flags], "toy", {})
     return args, prepare_run(args, "toy", may_change=("notes",))
 
 
