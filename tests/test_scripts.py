@@ -81,6 +81,8 @@ def test_a_run_leaves_what_it_should(whole):
     assert [line["step"] for line in steps] == list(range(1, 25))
     at = [0, 3, 8, 16, 24] if whole.name == "fgclip" else [0, 8, 16, 24]
     assert [line["step"] for line in validations] == at
+    # Stage 1 has nothing to detect with before its first step.
+    assert ("both" in validations[0]) == (whole.name == "stage2")
     assert all({"loss", "lr", "grad_norm"} <= line.keys() for line in steps)
 
 

@@ -28,6 +28,7 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from trainkit.errors import InputError
 from trainkit.files import IMAGE_SUFFIXES, is_image, open_image
+from trainkit.files import MAX_PIXELS as MAX_PIXELS  # of an image, for those who write some
 
 PER_BOX = ("boxes", "labels", "ignore", "visible_in", "occlusion")
 

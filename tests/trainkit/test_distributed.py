@@ -58,3 +58,13 @@ def test_a_device_that_is_not_there_gets_one_sentence(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="process 2 has no GPU, 2 are visible"):
         distributed.start("cuda")
+
+
+def test_all_ranks_meet_before_they_leave(monkeypatch):
+    """A rank whose DDP still talks to one that is gone aborts, but only now and then."""
+    calls = []
+    monkeypatch.setattr(distributed, "_together", lambda: True)
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(distributed.dist, name, lambda name=name: calls.append(name))
+    distributed.stop()
+    assert calls == ["barrier", "destroy_process_group"]
