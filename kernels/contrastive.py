@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.contrastive_cpu import LossInputs, empty_row_stats
-from kernels.dispatch import described, engine, resolve_backend
+from kernels.dispatch import described, engine, operator, resolve_backend
 from kernels.reference import logit_dtype, reduce_rows
 
 
@@ -83,10 +83,9 @@ def contrastive_loss(
     return (loss, ContrastiveStats(*stats)) if with_stats else loss
 
 
-@torch.library.custom_op(
-    "macl_fgclip::contrastive_loss",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor logit_scale, Tensor target, Tensor? bank, Tensor? bank_valid, "
+@operator(
+    "contrastive_loss",
+    "(Tensor query, Tensor key, Tensor logit_scale, Tensor target, Tensor? bank, Tensor? bank_valid, "
     "Tensor? query_ids, Tensor? key_ids, Tensor? bank_ids, Tensor? weight, str reduction, str backend) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -107,7 +106,7 @@ def _contrast(*arguments):
     return reduce_rows(loss, reduction), *stats, *gradients
 
 
-@_contrast.register_fake
+@torch.library.register_fake(_contrast)
 def _(query, key, *others):
     *_, weight, reduction, _ = others
     loss, *stats = empty_row_stats(query, logit_dtype(query, key))
@@ -135,7 +134,7 @@ def _gradients(ctx, grad, *_):
     return *gradients, *[None] * 9
 
 
-_contrast.register_autograd(_gradients, setup_context=_save)
+torch.library.register_autograd(_contrast, _gradients, setup_context=_save)
 
 
 def _check(query, key, target, bank, query_ids, key_ids, bank_ids, reduction):

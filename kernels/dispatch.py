@@ -34,6 +34,20 @@ def engine(operator, backend):
     return import_module(f"kernels.{operator}_{'cpu' if backend == 'torch' else backend}")
 
 
+def operator(name, schema):
+    """Registers a function as the operator macl_fgclip::name of a schema "(...) -> ...", and returns the operator.
+
+    As `torch.library.custom_op`, whose check of every call for aliases took 0.5 to 1.3 ms on an H100's host.
+    """
+
+    def register(function):
+        torch.library.define(f"macl_fgclip::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(f"macl_fgclip::{name}", "default", function)
+        return getattr(torch.ops.macl_fgclip, name).default
+
+    return register
+
+
 def described(tensor):
     """Shape, dtype and device of a tensor for an error message."""
     return f"{tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"

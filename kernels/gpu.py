@@ -11,13 +11,11 @@ PRODUCTS = dict(UPCAST=triton.knobs.runtime.interpret, PRECISION="ieee" if torch
 
 
 class Launch(NamedTuple):
-    """Block sizes of a kernel; what one does not use is 0."""
+    """Block sizes of a kernel."""
 
+    channels: int
     warps: int
     stages: int
-    rows: int = 0
-    columns: int = 0
-    channels: int = 0
 
 
 def launch_for(table, device):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.dispatch import described, engine, resolve_backend
+from kernels.dispatch import described, engine, operator, resolve_backend
 from kernels.products import linear
 
 
@@ -65,11 +65,11 @@ def roi_align_project(
             expected = f"{tuple(shapes[name])}, {features[0].dtype}, on {features[0].device}"
             raise ValueError(f"{name} must be {expected}, got {described(part)}")
     backend, rois = resolve_backend(implementation, features), rois.detach()
-    # The fused kernel is for one bin and few outputs; beyond that it would repeat the gather per block of outputs.
-    # Expected, not measured; `python benchmarks/kernels.py` compares both on a GPU.
-    if backend == "triton" and height == width == 1 and len(weight) <= 256:
-        return _pool_project(features, rois, weight, bias, *pooling)
-    return linear(_pool(features, rois, *pooling, backend).flatten(1), weight, bias)
+    pooled = _pool(features, rois, *pooling, backend)  # (R, C, ph, pw), the channels innermost in memory
+    if backend == "triton" and len(rois) > len(weight):  # the smaller of the two is put into the other's order
+        weight = weight.unflatten(1, pooled.shape[1:]).permute(0, 2, 3, 1).flatten(1)
+        pooled = pooled.permute(0, 2, 3, 1)
+    return linear(pooled.flatten(1), weight, bias)
 
 
 def _autocast(tensor):
@@ -106,10 +106,9 @@ def _checked(features, rois, scales, output_size, sampling_ratio, aligned):
     return [_autocast(feature) for feature in features], pooling
 
 
-@torch.library.custom_op(
-    "macl_fgclip::multiscale_roi_align",
-    mutates_args=(),
-    schema="(Tensor[] features, Tensor rois, float[] scales, SymInt[] output_size, SymInt sampling_ratio, "
+@operator(
+    "multiscale_roi_align",
+    "(Tensor[] features, Tensor rois, float[] scales, SymInt[] output_size, SymInt sampling_ratio, "
     "bool aligned, str backend) -> Tensor",
 )
 def _pool(features, rois, scales, output_size, sampling_ratio, aligned, backend):
@@ -123,15 +122,14 @@ def _pool(features, rois, scales, output_size, sampling_ratio, aligned, backend)
         return engine("roi_align", backend).forward(features, rois, pooling)
 
 
-@_pool.register_fake
+@torch.library.register_fake(_pool)
 def _(features, rois, scales, output_size, sampling_ratio, aligned, backend):
     return features[0].new_empty(rois.shape[0], *output_size, features[0].shape[1]).permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op(
-    "macl_fgclip::multiscale_roi_align_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor rois, SymInt[] shapes, float[] scales, SymInt sampling_ratio, "
+@operator(
+    "multiscale_roi_align_backward",
+    "(Tensor grad, Tensor rois, SymInt[] shapes, float[] scales, SymInt sampling_ratio, "
     "bool aligned, str backend) -> Tensor[]",
 )
 def _pool_backward(grad, rois, shapes, scales, sampling_ratio, aligned, backend):
@@ -145,73 +143,34 @@ def _pool_backward(grad, rois, shapes, scales, sampling_ratio, aligned, backend)
     return [pixels.to(grad.dtype) for pixels in gradients]
 
 
-@_pool_backward.register_fake
+@torch.library.register_fake(_pool_backward)
 def _(grad, rois, shapes, scales, sampling_ratio, aligned, backend):
     levels = zip(shapes[0::4], shapes[1::4], shapes[2::4], shapes[3::4], strict=True)
     return [grad.new_empty(batch, height, width, channels) for batch, channels, height, width in levels]
 
 
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("the backward of multiscale_roi_align has no derivative")
+
+
+torch.library.register_autograd(_pool_backward, _no_second_derivative)
+
+
 def _save_pool(ctx, inputs, output):
     features, rois, scales, _, *others = inputs
     ctx.save_for_backward(rois)
-    ctx.maps, ctx.pooling = _maps(features), (scales, *others)
-
-
-def _maps(features):
-    """What the backward knows of the features: their shapes in one list, and which lie channels-last in memory."""
-    return [size for feature in features for size in feature.shape], [feature.stride(1) == 1 for feature in features]
-
-
-def _feature_gradients(grad, rois, maps, pooling):
-    """The gradients of the features, in the features' memory format."""
-    shapes, channels_last = maps
-    gradients = [pixels.permute(0, 3, 1, 2) for pixels in _pool_backward(grad, rois, shapes, *pooling)]
-    return [part if last else part.contiguous() for part, last in zip(gradients, channels_last, strict=True)]
+    ctx.pooling = scales, *others
+    ctx.shapes = [size for feature in features for size in feature.shape]
+    ctx.channels_last = [feature.stride(1) == 1 for feature in features]
 
 
 def _pool_gradients(ctx, grad):
-    return _feature_gradients(grad, *ctx.saved_tensors, ctx.maps, ctx.pooling), *[None] * 6
+    """The gradients of the features, in the features' memory format."""
+    gradients = [
+        part.permute(0, 3, 1, 2) for part in _pool_backward(grad, *ctx.saved_tensors, ctx.shapes, *ctx.pooling)
+    ]
+    pairs = zip(gradients, ctx.channels_last, strict=True)
+    return [part if last else part.contiguous() for part, last in pairs], *[None] * 6
 
 
-_pool.register_autograd(_pool_gradients, setup_context=_save_pool)
-
-
-@torch.library.custom_op(
-    "macl_fgclip::roi_align_project",
-    mutates_args=(),
-    schema="(Tensor[] features, Tensor rois, Tensor weight, Tensor? bias, float[] scales, SymInt[] output_size, "
-    "SymInt sampling_ratio, bool aligned) -> Tensor",
-)
-def _pool_project(features, rois, weight, bias, *pooling):
-    """The projection (R, D) in one Triton launch; its backward pools again."""
-    if len(rois) == 0:
-        return weight.new_empty(0, len(weight))
-    with torch.cuda.device_of(rois):
-        return engine("roi_align", "triton").project(features, rois, weight, bias, Pooling(*pooling))
-
-
-@_pool_project.register_fake
-def _(features, rois, weight, *others):
-    return weight.new_empty(rois.shape[0], weight.shape[0])
-
-
-def _save_projection(ctx, inputs, output):
-    features, rois, weight, _, *pooling = inputs
-    ctx.save_for_backward(rois, weight, *features)
-    ctx.pooling = pooling
-
-
-def _projection_gradients(ctx, grad):
-    rois, weight, *features = ctx.saved_tensors
-    need_features, _, need_weight, need_bias, *_ = ctx.needs_input_grad
-    for_features, for_weight = [None] * len(features), None
-    scales, output_size, *sampling = ctx.pooling
-    if any(need_features):
-        for_bins = (grad @ weight).unflatten(1, (-1, *output_size))  # (R, C, ph, pw)
-        for_features = _feature_gradients(for_bins, rois, _maps(features), (scales, *sampling, "triton"))
-    if need_weight:
-        for_weight = grad.T @ _pool(features, rois, *ctx.pooling, "triton").flatten(1)
-    return for_features, None, for_weight, grad.sum(0) if need_bias else None, *[None] * 4
-
-
-_pool_project.register_autograd(_projection_gradients, setup_context=_save_projection)
+torch.library.register_autograd(_pool, _pool_gradients, setup_context=_save_pool)

@@ -4,8 +4,6 @@ forward   a program takes one bin row of one RoI and a block of channels, and su
 backward  RoIAlign is separable, so the gradient of an 8 x 8 tile of pixels is a sum over RoIs of small matrix products,
           dF[64, C] += (A x B)[64, bins] dY[bins, C]. A program owns a tile, scans the RoIs of its image for those that
           touch it, always in the same order, and writes every pixel once.
-project   gather and projection in one launch: a program takes a block of RoIs and a block of outputs, gathers one bin
-          and one block of channels at a time, and multiplies it by that slice of the weight at once.
 
 The kernels keep to what triton 3.6 and 3.9 share and to what its interpreter computes rightly: matrix products of half
 precision run in float32 there (`UPCAST`), because the interpreter multiplies bfloat16 bit patterns.
@@ -21,24 +19,20 @@ from kernels.gpu import PRODUCTS, Launch, launch_for
 from kernels.reference import assign_levels
 
 TILE = 8  # pixels per side of a backward tile
-SCAN = 128  # RoIs looked at together in the backward
+SCAN = 256  # RoIs looked at together in the backward
 
-# Expected, not measured: chosen by what compiles without spills (tests/kernels/test_ahead_of_time.py).
+# Measured on an H100 (sm_90). Elsewhere what compiles without spills (tests/kernels/test_ahead_of_time.py).
 FORWARD = Launch(channels=256, warps=4, stages=2)
 FORWARD_ONE_BIN = Launch(channels=256, warps=1, stages=2)  # 8 channels per thread: 16-byte loads
+# Of half-precision gradients; float32 ones, three products each, take the default everywhere.
 BACKWARD = {
     "default": Launch(channels=32, warps=4, stages=1),
     "sm_90": Launch(channels=128, warps=4, stages=1),
 }
 BACKWARD_ONE_BIN = {
     "default": Launch(channels=64, warps=4, stages=1),
-    "sm_90": Launch(channels=128, warps=4, stages=1),
+    "sm_90": Launch(channels=256, warps=4, stages=1),
     "sm_100": Launch(channels=128, warps=8, stages=1),
-}
-PROJECT = {
-    "default": Launch(rows=32, columns=64, channels=64, warps=8, stages=2),
-    "sm_90": Launch(rows=64, columns=64, channels=16, warps=8, stages=2),
-    "sm_100": Launch(rows=64, columns=128, channels=16, warps=8, stages=2),
 }
 
 
@@ -318,72 +312,6 @@ def pool_backward(
     tl.store(place, total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["count_rois", "batch"])
-def pool_project(
-    maps,
-    rois,
-    weight,
-    bias,
-    out,
-    count_rois,
-    batch,
-    channels,
-    dim,
-    LEVELS: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """out (R, D) from weight (PH * PW, C, D): BLOCK_R RoIs and BLOCK_D outputs."""
-    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    image, level, x1, y1, x2, y2, finite, exists = _box(rois, row, row < count_rois, maps[-1], batch, LEVELS)
-    base, height, width, stride_c, stride_h, stride_w, scale = _map_of(maps, image, level, LEVELS)
-    y1, length_y, count_y, steps_y, total_y = _axis(y1, y2, scale, height, PH, SAMPLES, ALIGNED)
-    x1, length_x, count_x, steps_x, total_x = _axis(x1, x2, scale, width, PW, SAMPLES, ALIGNED)
-    used = finite & exists & (row < count_rois)
-    most_y = tl.max(tl.where(used, steps_y, 0), axis=0)
-    most_x = tl.max(tl.where(used, steps_x, 0), axis=0)
-    result = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
-    for index in range(0, PH * PW):
-        start_y = y1 + (index // PW) * length_y  # (BLOCK_R,)
-        start_x = x1 + (index % PW) * length_x
-        first_y = _first(start_y, length_y, count_y, SAMPLES)
-        first_x = _first(start_x, length_x, count_x, SAMPLES)
-        for c_start in range(0, channels, BLOCK_C):
-            c = c_start + tl.arange(0, BLOCK_C)
-            offset = c.to(tl.int64)[None, :] + tl.zeros_like(row)[:, None]
-            if not CHANNELS_LAST:  # of one level the stride is a number, of several one per RoI
-                offset *= (tl.zeros_like(row) + stride_c)[:, None]
-            pooled = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
-            for i in range(0, most_y):
-                y, inside_y = _position(start_y, length_y, count_y, total_y, first_y + i, height)
-                for j in range(0, most_x):
-                    x, inside_x = _position(start_x, length_x, count_x, total_x, first_x + j, width)
-                    mask = (used & inside_y & inside_x)[:, None] & (c < channels)[None, :]
-                    pooled = _add_sample(pooled, base[:, None] + offset, y, x, height, width, stride_h, stride_w, mask)
-            pooled = pooled / (count_y * count_x)[:, None]
-            mask = (c < channels)[:, None] & (d < dim)[None, :]
-            place = weight + (index * channels + c).to(tl.int64)[:, None] * dim + d[None, :]
-            part = tl.load(place, mask=mask, other=0.0)  # (BLOCK_C, BLOCK_D)
-            if UPCAST:
-                result = tl.dot(pooled, part.to(tl.float32), result, input_precision="ieee")
-            else:
-                result = tl.dot(pooled.to(part.dtype), part, result, input_precision=PRECISION)
-    if bias is not None:
-        result += tl.load(bias + d, mask=d < dim, other=0.0).to(tl.float32)[None, :]
-    result = tl.where(exists[:, None], result, float("nan"))
-    place = out + row[:, None] * dim + d[None, :]
-    tl.store(place, result.to(out.dtype.element_ty), mask=(row < count_rois)[:, None] & (d < dim)[None, :])
-
-
 @functools.cache
 def level_thresholds(scales):
     """The smallest float32 area of each level; torchvision's rounding of the logarithm is found by bisection."""
@@ -445,7 +373,8 @@ def backward(grad, rois, shapes, pooling):
     gradients = tuple(grad.new_empty(batch, height, width, channels) for _, _, height, width in shapes)
     tiles = sum(batch * triton.cdiv(shape[2], TILE) * triton.cdiv(shape[3], TILE) for shape in shapes)
     padded, scales = triton.next_power_of_2(pooling.output_size[1]), tuple(pooling.scales)
-    launch = launch_for(BACKWARD_ONE_BIN if padded == 1 else BACKWARD, grad.device)
+    table = BACKWARD_ONE_BIN if padded == 1 else BACKWARD
+    launch = table["default"] if grad.dtype == torch.float32 else launch_for(table, grad.device)
     block = max(16, min(launch.channels, triton.next_power_of_2(channels)))
     pool_backward[(tiles, triton.cdiv(channels, block))](
         (gradients, *_sizes(shapes), scales, level_thresholds(scales)),
@@ -469,29 +398,3 @@ def bin_rows(output_size):
     """Bin rows of one matrix product in the backward: up to 64 bins, at least the 16 a tensor core wants."""
     height, width = (triton.next_power_of_2(size) for size in output_size)
     return max(1, 16 // width, min(height, 64 // width))
-
-
-def project(features, rois, weight, bias, pooling):
-    """Gather and projection in one launch: weight (D, C * ph * pw) -> (R, D)."""
-    (batch, channels), dim = features[0].shape[:2], len(weight)
-    out = weight.new_empty(len(rois), dim)
-    launch = launch_for(PROJECT, weight.device)
-    by_bin = weight.view(dim, channels, -1).permute(2, 1, 0).contiguous()  # (ph * pw, C, D)
-    pool_project[(triton.cdiv(len(rois), launch.rows), triton.cdiv(dim, launch.columns))](
-        _maps(features, pooling.scales),
-        rois.float().contiguous(),
-        by_bin,
-        bias,
-        out,
-        len(rois),
-        batch,
-        channels,
-        dim,
-        CHANNELS_LAST=all(feature.stride(1) == 1 for feature in features),
-        BLOCK_R=launch.rows,
-        BLOCK_D=launch.columns,
-        BLOCK_C=max(16, min(launch.channels, triton.next_power_of_2(channels))),
-        **_options(pooling, launch),
-        **PRODUCTS,
-    )
-    return out

@@ -52,5 +52,5 @@ def test_a_model_of_fgclip_loads_and_its_run_goes_on(unpacked, tmp_path):
     )
     arguments = vars(train_fgclip.parse_arguments(flags.split()))
     (tmp_path / "args.json").write_text(json.dumps({"script": "fgclip", "arguments": arguments}))
-    train_fgclip.main(["--resume", str(tmp_path)])
+    train_fgclip.main(["--resume", str(tmp_path), "--device", "cpu"])
     assert [line["step"] for line in metrics(tmp_path)] == [3, 4]

@@ -114,8 +114,8 @@ def test_the_step_gets_what_the_flags_say_and_validation_the_average(whole):
 def test_a_resumed_run_equals_one_that_was_never_stopped(whole, tmp_path):
     """Stopped in the middle of an epoch and of the data order, twice; resumed without repeating its flags."""
     halves = run(whole.script, whole.flags, tmp_path / "halves", "--max-steps", 3)
-    whole.script.main(["--resume", str(halves), "--max-steps", "13"])
-    whole.script.main(["--resume", "auto", "--output", str(halves)])
+    whole.script.main(["--resume", str(halves), "--max-steps", "13", "--device", "cpu"])
+    whole.script.main(["--resume", "auto", "--output", str(halves), "--device", "cpu"])
     parts, others = load(whole.folder), load(halves)
     assert parts["stepper"]["steps"] == 24 and parts.keys() == others.keys()
     for name in parts.keys() - {"best", "stale"}:  # runs with --max-steps end with a validation
@@ -139,9 +139,10 @@ def test_a_signal_gives_up_a_validation_and_the_run_goes_on_with_it(name, reques
     monkeypatch.setattr(Run, "leave_if_asked", told_to_end)
     for steps in (0, 16):
         with pytest.raises(SystemExit) as stop:
-            run(whole.script, whole.flags if steps == 0 else [], tmp_path / "run", "--resume", "auto")
+            flags = whole.flags if steps == 0 else ["--device", "cpu"]
+            run(whole.script, flags, tmp_path / "run", "--resume", "auto")
         assert stop.value.code == 143 and load(tmp_path / "run")["stepper"]["steps"] == steps
-    run(whole.script, [], tmp_path / "run", "--resume", "auto")
+    run(whole.script, [], tmp_path / "run", "--resume", "auto", "--device", "cpu")
     for name in ("last.pt", "best.pt"):
         assert equal(load(whole.folder, name), load(tmp_path / "run", name)), name
     assert metrics(whole.folder, "validation") == metrics(tmp_path / "run", "validation")
@@ -166,7 +167,7 @@ def test_a_stop_signal_leaves_a_checkpoint_to_go_on_from(tmp_path, name, number)
     steps = load(tmp_path / "run")["stepper"]["steps"]
     assert 1 <= steps == len(metrics(tmp_path / "run"))
     script = train_stage1 if name == "stage1" else train_fgclip
-    script.main(["--resume", str(tmp_path / "run"), "--max-steps", str(steps + 1)])
+    script.main(["--resume", str(tmp_path / "run"), "--max-steps", str(steps + 1), "--device", "cpu"])
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, steps + 2))
 
 

@@ -59,7 +59,7 @@ def test_a_run_with_banks_is_resumed_bit_for_bit(bank_run, tmp_path):
     """Stopped before the banks are used and after; the banks come back with the rest."""
     halves = train(tmp_path / "halves", *BANK, "--max-steps", 4)
     for steps in ("9", "12"):
-        train_fgclip.main(["--resume", str(halves), "--max-steps", steps])
+        train_fgclip.main(["--resume", str(halves), "--max-steps", steps, "--device", "cpu"])
     whole, resumed = load(bank_run), load(halves)
     for part in ("model", "banks"):
         assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
@@ -178,9 +178,11 @@ def test_published_weights_and_their_scales(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "logit scale region is 6.0000, far from --logit-scale-init 2.6593; --reset-logit-scales" in output
     assert metrics(tmp_path / "kept")[0]["logit_scale_region"] == pytest.approx(4.6052, abs=1e-4)  # ln 100 at most
-    train_fgclip.main(["--resume", str(tmp_path / "kept")])
+    train_fgclip.main(["--resume", str(tmp_path / "kept"), "--device", "cpu"])
     assert "logit scale hard is 4.6" in capsys.readouterr().out
-    train_fgclip.main(["--resume", str(tmp_path / "reset"), "--reset-logit-scales", "--logit-scale-init", "2"])
+    train_fgclip.main(
+        ["--resume", str(tmp_path / "reset"), "--device", "cpu", "--reset-logit-scales", "--logit-scale-init", "2"]
+    )
     assert metrics(tmp_path / "reset")[1]["logit_scale_hard"] == pytest.approx(2, abs=0.01)
 
 

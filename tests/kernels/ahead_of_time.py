@@ -33,8 +33,8 @@ def gathering(dtype, pooling):
     pointer, levels = f"*{dtype}", pooling["LEVELS"]
     kinds = (pointer, "fp32", "fp32", *["i32"] * 4, "fp32", "fp32")
     types = dict(maps=tuple((kind,) * levels for kind in kinds), rois="*fp32")
-    types |= dict.fromkeys(("out", "grad", "weight", "bias"), pointer)
-    return types | dict.fromkeys(("count_rois", "batch", "channels", "dim"), "i32")
+    types |= dict.fromkeys(("out", "grad"), pointer)
+    return types | dict.fromkeys(("count_rois", "batch", "channels"), "i32")
 
 
 def pool_forward(pooling, last, dtype, target):
@@ -45,7 +45,7 @@ def pool_forward(pooling, last, dtype, target):
 
 def pool_backward(pooling, launch, dtype, target):
     table = roi.BACKWARD_ONE_BIN if pooling["PW"] == 1 else roi.BACKWARD
-    launch = launch or table.get(target, table["default"])
+    launch = launch or (table["default"] if dtype == "fp32" else table.get(target, table["default"]))
     types = gathering(dtype, pooling)
     types["maps"] = tuple(types["maps"][part] for part in (0, 1, 2, 7, 8))
     blocks = dict(PW_PAD=triton.next_power_of_2(pooling["PW"]), BIN_ROWS=roi.bin_rows((pooling["PH"], pooling["PW"])))
@@ -53,42 +53,20 @@ def pool_backward(pooling, launch, dtype, target):
     return roi.pool_backward, types, pooling | flags(target) | blocks, launch
 
 
-def pool_project(last, dtype, target):
-    launch = roi.PROJECT.get(target, roi.PROJECT["default"])
-    blocks = dict(CHANNELS_LAST=last, BLOCK_R=launch.rows, BLOCK_D=launch.columns, BLOCK_C=launch.channels)
-    return roi.pool_project, gathering(dtype, REGIONS), REGIONS | flags(target) | blocks, launch
-
-
-def loss(kernel, width, bare, dtype, target):
-    """A kernel of the loss; bare: without any optional input, that is ids, valid count and gradients."""
+def finish_rows(bare, dtype, target):
+    """The kernel of the loss; bare: without any optional input, that is ids, valid count and gradients."""
     rows, optional, ids = f"*{dtype}", "constexpr" if bare else "*fp32", "constexpr" if bare else "*i64"
-    share = ("*fp32", "*fp32", "*i32", optional)
-    known = dict(inputs=(rows, rows, "*fp32", "*i64", rows, *[ids] * 4), partial=share, partial_out=share)
-    known |= dict(stats_out=("*fp32",) * 4 + ("*i64",), gradients_out=(optional, *["*fp32"] * 3))
-    known |= dict(products=("*fp32",) * 2, coefficient="constexpr" if bare else rows)
-    known |= dict(weight=optional, row_grad_out=optional, lse="*fp32", row_grad="*fp32", key_grad="*fp32")
-    types = {name: known.get(name, "i32") for name in kernel.arg_names if not name.isupper()}
-    launch = Launch(warps=contrastive.ROW_WARPS if kernel is contrastive.finish_rows else 4, stages=2)
-    if kernel in (contrastive.stream, contrastive.key_gradient):
-        launch = contrastive.STREAM.get(target, contrastive.STREAM["default"])[width]
-    blocks = dict(BLOCK_N=launch.rows, BLOCK_M=launch.columns, BLOCK_D=width, BLOCK=contrastive.ROW_BLOCK)
-    return kernel, types, flags(target) | blocks, launch
+    types = dict(products=("*fp32",) * 2, inputs=("*fp32", "*i64", *[ids] * 4), weight=optional, row_grad_out=optional)
+    types |= dict(coefficient="constexpr" if bare else rows, stats_out=("*fp32",) * 4 + ("*i64",))
+    launch = Launch(channels=0, warps=contrastive.ROW_WARPS, stages=2)
+    return contrastive.finish_rows, types | dict(keys="i32", bank_rows="i32"), dict(BLOCK=contrastive.ROW_BLOCK), launch
 
 
-KERNELS = {}
+KERNELS = dict(finish_rows=partial(finish_rows, False), finish_rows_bare=partial(finish_rows, True))
 for kind, pooling in dict(pyramid=PYRAMID, regions=REGIONS).items():
     KERNELS[f"pool_forward_{kind}"] = partial(pool_forward, pooling, True)
     KERNELS[f"pool_forward_nchw_{kind}"] = partial(pool_forward, pooling, False)
     KERNELS[f"pool_backward_{kind}"] = partial(pool_backward, pooling, None)
-KERNELS |= dict(pool_project=partial(pool_project, True), pool_project_nchw=partial(pool_project, False))
-for width in contrastive.STREAM["default"]:
-    KERNELS[f"stream_{width}"] = partial(loss, contrastive.stream, width, False)
-    KERNELS[f"key_gradient_{width}"] = partial(loss, contrastive.key_gradient, width, False)
-for name, bare in dict(combine=False, combine_bare=True).items():
-    KERNELS[name] = partial(loss, contrastive.combine, 512, bare)
-for name, bare in dict(finish_rows=False, finish_rows_bare=True).items():
-    KERNELS[name] = partial(loss, contrastive.finish_rows, None, bare)
-KERNELS["stream_128_bare"] = partial(loss, contrastive.stream, 128, True)
 # Known to be bad: twice the channels a tile's accumulator has registers for.
 spilling = partial(pool_backward, PYRAMID, Launch(channels=512, warps=4, stages=1))
 
@@ -108,7 +86,7 @@ def compile_for(target, kernel, types, constants, launch):
     constexprs = {path: constants.get(names[path[0]]) for path, kind in parts if kind == "constexpr"}
     attrs = {}
     for path, kind in parts:
-        if kind.startswith("*") or (kind == "i32" and (len(path) > 1 or names[path[0]] in ("channels", "dim"))):
+        if kind.startswith("*") or (kind == "i32" and (len(path) > 1 or names[path[0]] == "channels")):
             attrs[path] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
@@ -135,8 +113,7 @@ def needs(compiled, target):
 def main(target, *names):
     for name in names or KERNELS:
         build = spilling if name == "spilling" else KERNELS[name]
-        half_only = name.startswith(("spilling", "stream", "key_gradient"))  # float32 goes to the chunked engine
-        for dtype in DTYPES[:2] if half_only else DTYPES:
+        for dtype in DTYPES[:2] if name == "spilling" else DTYPES:
             metrics = needs(compile_for(target, *build(dtype, target)), target)
             print(json.dumps(dict(kernel=name, dtype=dtype, target=target) | metrics), flush=True)
 

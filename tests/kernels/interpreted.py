@@ -45,7 +45,7 @@ def poison(monkeypatch):
         return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(-(2**31))
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    monkeypatch.setattr(contrastive_triton, "SPLITS", 3)
+    monkeypatch.setattr(contrastive_triton, "CHUNK_BYTES", 1)  # 16 rows
 
 
 def inside_nan(tensor):
@@ -93,27 +93,14 @@ def test_pooling_and_its_gradient(dtype, last, output_size, sampling_ratio, alig
         assert error(ours, right) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("output_size, sampling_ratio, biased", [((2, 3), 2, True), ((1, 1), 0, False)])
-def test_gather_and_projection_in_one_launch(dtype, output_size, sampling_ratio, biased):
-    features, bins = pyramid(dtype, last=True), output_size[0] * output_size[1]
-    weight = torch.randn(70, 19 * bins, generator=torch.Generator().manual_seed(2)).to(dtype)
-    bias = torch.randn(70, generator=torch.Generator().manual_seed(3)).to(dtype) if biased else None
-    pooling = dict(output_size=output_size, sampling_ratio=sampling_ratio, aligned=False)
-    ours = roi.project(features, ROIS, weight, bias, Pooling(SCALES, **pooling))
-    operands = [None if part is None else part.double() for part in (weight, bias)]
-    exact = reference.roi_align_project([part.double() for part in features], ROIS, *operands, scales=SCALES, **pooling)
-    assert error(ours, exact) <= TOLERANCE[dtype]
-
-
 @pytest.mark.parametrize("rois", [ROIS, ROIS[:0]])
-def test_the_one_launch_operator_has_all_gradients(rois):
+def test_the_projection_and_its_gradients(rois):
+    """Fewer outputs than RoIs: the weight is put into the pooled features' order."""
     features = [part.requires_grad_() for part in pyramid(torch.float32, last=True)]
-    weight, bias = torch.randn(5, 19, requires_grad=True), torch.randn(5, requires_grad=True)
+    weight, bias = torch.randn(5, 19 * 6, requires_grad=True), torch.randn(5, requires_grad=True)
     inputs = [*features, weight, bias]
-    arguments = dict(scales=SCALES, output_size=1)
     results = [
-        roi_align_project(features, rois, weight, bias, **arguments, implementation=name)
+        roi_align_project(features, rois, weight, bias, scales=SCALES, output_size=(2, 3), implementation=name)
         for name in ("triton", "torch")
     ]
     ours, expected = (torch.autograd.grad(result.square().sum(), inputs) for result in results)
@@ -148,13 +135,12 @@ def loss_problem(n, m, k, dim, dtype, ids, seed=0):
     return LossInputs(rows(n), rows(m), torch.tensor(20.0), target, bank, valid, labels(n), labels(m), bank_ids)
 
 
-@pytest.mark.parametrize("engine", ["stream", "chunked"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("n, m, k, dim, ids", [(17, 20, 90, 40, True), (5, 5, 130, 16, False), (1, 1, 0, 64, False)])
-def test_loss_statistics_and_gradients(engine, dtype, n, m, k, dim, ids):
+def test_loss_statistics_and_gradients(dtype, n, m, k, dim, ids):
     problem = loss_problem(n, m, k, dim, dtype, ids)
     weight = torch.rand(n, generator=torch.Generator().manual_seed(7))
-    rows, gradients = contrastive_triton.contrast(problem, weight, engine)
+    rows, gradients = contrastive_triton.contrast(problem, weight)
     exact = problem._replace(query=problem.query.double(), key=problem.key.double())
     right_rows, right_gradients = contrast(exact, weight)
     for ours, right in zip(rows, right_rows, strict=True):
@@ -163,12 +149,11 @@ def test_loss_statistics_and_gradients(engine, dtype, n, m, k, dim, ids):
         assert (ours - right).norm() <= TOLERANCE[dtype] * right.norm() + 1e-7
 
 
-@pytest.mark.parametrize("engine", ["stream", "chunked"])
-def test_the_gradient_of_a_tiny_loss_survives_half_precision(engine):
+def test_the_gradient_of_a_tiny_loss_survives_half_precision():
     problem = loss_problem(6, 6, 60, 64, torch.float16, False)
     close = F.normalize(problem.query.float() + 0.3 * problem.key.float(), dim=1).half()
     problem = problem._replace(query=close, key=problem.query, logit_scale=torch.tensor(40.0), target=torch.arange(6))
-    _, gradients = contrastive_triton.contrast(problem, torch.ones(6), engine)
+    _, gradients = contrastive_triton.contrast(problem, torch.ones(6))
     rows, right = contrast(problem._replace(query=close.double(), key=problem.key.double()), torch.ones(6))
     assert rows[0].max() < 1e-6
     for ours, exact in zip(gradients, right, strict=True):

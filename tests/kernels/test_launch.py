@@ -35,7 +35,6 @@ POOLING = [1.0], [1, 1], 2, False
 OPERATORS = dict(
     multiscale_roi_align=(MAPS, torch.zeros(3, 5), *POOLING, "torch"),
     multiscale_roi_align_backward=(torch.ones(3, 2, 1, 1), torch.zeros(3, 5), [1, 2, 4, 4], [1.0], 2, False, "torch"),
-    roi_align_project=(MAPS, torch.zeros(3, 5), ROWS, None, *POOLING),
     contrastive_loss=(ROWS, ROWS, torch.ones(()), torch.arange(3), *[None] * 6, "mean", "torch"),
 )
 
