@@ -13,13 +13,14 @@ Without --data-root the defaults are those of the drawn scenes: small images and
 import trainkit.process_setup  # noqa: F401, I001  before torch
 
 import argparse
+import functools
 import math
 
 import torch
 
 import macl
 from macl.backbone import BACKBONES, NORMS
-from macl.build import IMAGENET_MEAN, IMAGENET_STD, MACL_LEVELS, load_initial_weights, read_checkpoint
+from macl.build import IMAGENET_MEAN, IMAGENET_STD, MACL_LEVELS, MERGES, load_initial_weights, read_checkpoint
 from macl.contrast import DIRECTIONS, PROJECTOR_NORMS
 from macl.data import LLVIP, SyntheticPairs, hold_out, refuse_absent_classes, to_float
 from macl.fusion import FUSIONS
@@ -27,10 +28,12 @@ from macl.training import (
     VALIDATION_SEED,
     add_augmentation_flags,
     add_detection_weight_flags,
+    add_hard_negative_flags,
     augmented_loader,
     best_metric,
     check,
     check_augmentation,
+    check_hard_negatives,
     detection_weights,
     forward_losses,
     freeze_unreached,
@@ -38,6 +41,7 @@ from macl.training import (
 )
 from macl.evaluation import validation_text
 from macl.plots import draw_validation
+from macl.teacher import Teacher
 from macl.weights import has_old_names
 from trainkit import distributed
 from trainkit.arguments import (
@@ -59,7 +63,6 @@ from trainkit.sampler import ResumableSampler
 from trainkit.step import TrainStep
 
 SCRIPT = "stage1"
-STAGE_2_ADDS = ("dhn_", "mmd_", "adversary", "domains")  # to the keywords of a detector
 
 # The recipe for LLVIP: the defaults of the flags, and what differs for the drawn scenes.
 LLVIP_RECIPE = dict(
@@ -72,7 +75,7 @@ SYNTHETIC_RECIPE = dict(
     warmup_steps=50, ema_decay=0.99, statistics="measured", backbone="resnet18", norm="group", fpn_channels=64,
     fpn_levels=3, anchor_sizes=[12, 24, 48], aspect_ratios=[2.0, 3.0], min_size=None, max_size=None,
     rpn_pre_nms=[300, 150], rpn_post_nms=[150, 75], head_width=256, roi_samples=64, modality_dropout=[0.2, 0.2],
-    macl_weight=1.0, macl_roi_size=7, macl_temperature=0.2,
+    macl_roi_size=7, macl_temperature=0.2,
 )  # fmt: skip
 
 
@@ -90,8 +93,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if given.init_from is not None:
         source = read_checkpoint(given.init_from)
         if "model_kwargs" in source:
-            kwargs = {k: v for k, v in source["model_kwargs"].items() if not k.startswith(STAGE_2_ADDS)}
-            defaults |= kwargs | dict(statistics="given")
+            defaults |= source["model_kwargs"] | dict(statistics="given")
         else:
             defaults |= dict(norm="frozen_batch", frozen_stages=1, statistics="imagenet")
             defaults |= dict(norm_eps=0.0 if has_old_names(source) else 1e-5)
@@ -118,9 +120,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--frozen-stages", type=int, choices=range(5), default=0, help="stages never trained, the stem with the first")
     add("--fpn-channels", type=positive_int, default=256, metavar="N", help="width of neck and RPN")
     add("--fpn-levels", type=int, choices=(3, 4, 5, 6), default=5, help="pyramid maps, from P2 on")
-    add("--msp", action=argparse.BooleanOptionalAction, default=True, help="multi-scale pyramid reweighting")
+    add("--msp", action=argparse.BooleanOptionalAction, default=False, help="multi-scale pyramid reweighting")
     add("--msp-hidden", type=positive_int, metavar="N", help="hidden width of MSP's attention")
     add("--fusion", choices=FUSIONS, default="mean", help="how two pyramids become one")
+    add("--merge", choices=MERGES, default="logit", help="merge the boxes of both cameras and of each alone, or not")
     add("--modality-dropout", type=fraction, nargs=2, default=[0.1, 0.1], metavar=("VISIBLE", "INFRARED"),
         help="probability that a modality of a training image is masked")
     add("--min-size", type=int_list, metavar="PIXELS",
@@ -141,7 +144,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--box-beta", type=positive_float, default=1 / 9, metavar="X", help="beta of smooth_l1")
     add("--label-smoothing", type=fraction, default=0.0, metavar="X", help="in the loss of the classes")
     add = parser.add_argument_group("contrast between the modalities (MACL)").add_argument
-    add("--macl-level", choices=MACL_LEVELS, default="roi", help="embed each box, each image, or nothing")
+    add("--macl-level", choices=MACL_LEVELS, default="roi",
+        help="what is embedded: each box as the maps have it, cut out of its surroundings, each image, or nothing")
     add("--macl-hidden", type=int_list, default="256", metavar="N,N", help="hidden widths of the projector")
     add("--macl-dim", type=positive_int, default=128, metavar="N", help="size of the embedding")
     add("--macl-norm", choices=PROJECTOR_NORMS, default="layer", help="norm of the projector")
@@ -150,6 +154,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--macl-direction", choices=DIRECTIONS, default="both", help="queries of both modalities, or of one")
     add("--macl-temperature", type=positive_float, default=0.07, metavar="X", help="initial, 0.01 to 1; learned")
     add("--macl-roi-size", type=positive_int, default=4, metavar="N", help="boxes are pooled to N x N")
+    add_hard_negative_flags(parser)
 
 
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
@@ -223,6 +228,7 @@ def build_model(args: argparse.Namespace, train_data) -> tuple[macl.PairedFaster
 def validate_args(args: argparse.Namespace) -> None:
     """Raises InputError for flags that contradict each other."""
     check_augmentation(args)
+    check_hard_negatives(args)
     world = distributed.world_size()
     if args.macl_weight and args.macl_level == "image" and args.batch_size * world == 1:
         raise InputError(
@@ -249,6 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
         detector.backbone.compile()
         detector.neck.compile()
     average = ema(detector, args.ema_decay) if args.ema_decay else None
+    teacher = Teacher(average.module, keys=True, threshold=None) if args.dhn_size else None
     weights = detection_weights(args, detector)
     freeze_unreached(detector, weights)
 
@@ -257,9 +264,9 @@ def main(arguments: list[str] | None = None) -> None:
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     optimizer, schedule = build_optimisation(args, detector, steps_per_epoch)
     train_step = TrainStep(
-        distributed.parallel(detector), optimizer, forward=forward_losses, weights=weights,
-        describe=lambda batch: batch["path"], device=device, schedule=schedule, average=average, amp=args.amp,
-        clip_norm=args.clip_norm,
+        distributed.parallel(detector), optimizer, forward=functools.partial(forward_losses, teacher=teacher),
+        weights=weights, describe=lambda batch: batch["path"], device=device, schedule=schedule, average=average,
+        amp=args.amp, clip_norm=args.clip_norm,
     )  # fmt: skip
     torch.manual_seed(args.seed * 1000 + distributed.rank())  # each process samples its own RoIs
     if args.check:

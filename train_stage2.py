@@ -6,15 +6,15 @@
     torchrun --nproc-per-node 4 train_stage2.py --init-from runs/NAME/best.pt --data-root KAIST --amp bf16
     python train_stage2.py --resume auto                                       # go on after Ctrl-C
 
-The architecture comes out of the checkpoint. Hard negatives from a memory bank (DHN) and the alignment of the domains
-join it; each has its weight, its warm-up, and can be switched off. Without --data-root the defaults are those of the
-drawn scenes, with it those of KAIST; add --help to see the defaults of just that command.
+The architecture comes out of the checkpoint. With --target-labels none the new domain needs no labels: the averaged
+detector gives them. Without --data-root the defaults are those of the drawn scenes, with it those of KAIST; add --help
+to see the defaults of just that command.
 """
 
 import trainkit.process_setup  # noqa: F401, I001  before torch
 
 import argparse
-import bisect
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,15 +25,16 @@ import macl
 from macl.build import load_initial_weights, read_checkpoint
 from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, JointDataset, SyntheticPairs, hold_out, refuse_absent_classes
 from macl.data.kaist import TRAINING_RULES
-from macl.domain import grl_schedule
 from macl.training import (
     VALIDATION_SEED,
     add_augmentation_flags,
     add_detection_weight_flags,
+    add_hard_negative_flags,
     augmented_loader,
     best_metric,
     check,
     check_augmentation,
+    check_hard_negatives,
     detection_weights,
     forward_losses,
     freeze_unreached,
@@ -41,10 +42,10 @@ from macl.training import (
 )
 from macl.evaluation import miss_rate_metrics, validation_text
 from macl.plots import draw_validation
+from macl.teacher import Teacher
 from trainkit import distributed
 from trainkit.arguments import (
     add_recipe_flags,
-    float_list,
     fraction,
     int_list,
     make_parser,
@@ -57,16 +58,14 @@ from trainkit.arguments import (
 )
 from trainkit.errors import InputError, one_sentence
 from trainkit.optimizer import build_optimisation, ema
-from trainkit.ramp import RAMPS, ramped
 from trainkit.run import Run
 from trainkit.run_folder import RUNS, find_resume
 from trainkit.sampler import BalancedSampler, ResumableSampler
 from trainkit.step import TrainStep
 
 SCRIPT = "stage2"
-MAY_CHANGE = ("gradient_report", "llvip_root")
+MAY_CHANGE = ("llvip_root",)
 MISS_RATES = ("reasonable all", "reasonable day", "reasonable night", "all")  # rows of the table that are printed
-MAX_ZEROS = 50  # steps in a row in which an alignment loss may be exactly 0
 
 # The recipe for KAIST: the defaults of the flags, and what differs for the drawn scenes.
 KAIST_RECIPE = dict(
@@ -75,8 +74,7 @@ KAIST_RECIPE = dict(
 )  # fmt: skip
 SYNTHETIC_RECIPE = dict(
     epochs=3, workers=1, lr=5e-4, warmup_steps=30, clip_norm=0.0, ema_decay=0.99, freeze_stages=[1, 0],
-    lr_scale=[], best_by="ap50", macl_weight=0.2, ramp_steps=100, dhn_size=512, dhn_k=[16, 32],
-    dhn_active=[512], dhn_milestones=[1],
+    lr_scale=[], best_by="ap50",
 )  # fmt: skip
 
 
@@ -138,38 +136,20 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="backbone stages frozen in epoch 1, 2, ...; the last number holds for the rest")
     add("--lr-scale", type=name_and_factor, nargs="*", default=["backbone=0.1"], metavar="NAME=X",
         help="factor on --lr by beginning of a parameter's name, such as backbone=0.1 neck=0.5")
-    add = parser.add_argument_group("hard negatives of MACL (DHN)").add_argument
-    add("--dhn-size", type=non_negative_int, default=8192, metavar="N", help="bank rows per modality; 0 for none")
-    add("--dhn-k", type=int_list, default="64,96,128", metavar="N,N", help="hardest rows per query, stage by stage")
-    add("--dhn-active", type=int_list, default="2048,4096,8192", metavar="N,N", help="newest rows to choose from")
-    add("--dhn-milestones", type=int_list, default="1,3", metavar="EPOCHS", help="epochs after which a stage begins")
-    add("--dhn-mode", choices=("denominator", "softplus"), default="denominator",
-        help="negatives in MACL's denominator, or a loss of their own, loss_dhn")
-    add("--dhn-momentum", type=fraction, default=0.0, metavar="X", help="keys from a moving average of the projector")
-    add = parser.add_argument_group("alignment of the domains").add_argument
-    add("--mmd-level", choices=("none", "embedding", "pyramid"), default="embedding",
-        help="maximum mean discrepancy (MMD) of embeddings or pooled maps, between modalities and data sets")
-    add("--mmd-sigmas", type=float_list, metavar="X,X", help="bandwidths; default: from the median distance")
-    add("--mmd-unbiased", action=argparse.BooleanOptionalAction, default=True, help="unbiased estimator of MMD")
-    add("--adversary", choices=("none", "modality", "dataset"), default="none",
-        help="what the classifier behind a gradient reversal predicts")
+    add_hard_negative_flags(parser)
+    add = parser.add_argument_group("a new domain without labels: the averaged detector labels it").add_argument
+    add("--target-labels", choices=("given", "none"), default="given",
+        help="none: train on the labels of the old domain alone; the new one's serve validation")
+    add("--self-threshold", type=fraction, default=0.7, metavar="X", help="score from which a detection is a label")
 
 
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("loss weights").add_argument
     add_detection_weight_flags(add)
     add("--macl-weight", type=non_negative_float, default=0.1, metavar="X", help="contrast")
-    add("--dhn-weight", type=non_negative_float, default=0.1, metavar="X", help="loss_dhn of --dhn-mode softplus")
-    add("--mmd-weight", type=non_negative_float, default=1.0, metavar="X", help="discrepancies")
-    add("--adversary-weight", type=non_negative_float, default=0.1, metavar="X", help="domain classifier")
-    for name, kind in (("macl", "constant"), ("dhn", "constant"), ("mmd", "linear"), ("adversary", "linear")):
-        add(f"--{name}-ramp", choices=RAMPS, default=kind, help=f"how --{name}-weight grows to its full value")
-    add("--ramp-steps", type=non_negative_int, default=500, metavar="STEPS", help="length of these ramps")
     add = parser.add_argument_group("validation and speed").add_argument
     add("--best-by", choices=("ap50", "ap", "miss-rate", "r1"), default="miss-rate", help="metric that chooses best.pt")
     add("--patience", type=non_negative_int, default=0, metavar="N", help="stop after N validations with none better")
-    add("--gradient-report", type=non_negative_int, default=0, metavar="N",
-        help="log gradient norms per loss at backbone and neck, and their cosines, every N steps; 0 for never")
     add("--compile", action="store_true", help="torch.compile the backbone and the neck")
 # fmt: on
 
@@ -230,7 +210,7 @@ def open_kaist(args: argparse.Namespace, classes: Sequence[str]):
 
 
 def build_model(
-    args: argparse.Namespace, source: str | None, resumed: Path | None, *, domains: int
+    args: argparse.Namespace, source: str | None, resumed: Path | None
 ) -> tuple[macl.PairedFasterRCNN, list[str]]:
     """The detector of the checkpoint `source`, with what stage 2 adds to it, and what there is to say about it.
 
@@ -243,8 +223,7 @@ def build_model(
     if resumed is None:
         chosen = ("modality_dropout", "min_size", "max_size")
         kwargs |= {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
-        added = ("dhn_size", "dhn_mode", "dhn_momentum", "mmd_level", "mmd_sigmas", "mmd_unbiased", "adversary")
-        kwargs |= {name: getattr(args, name) for name in added} | {"domains": domains, "dhn_k": args.dhn_k[0]}
+        kwargs |= dict(dhn_size=args.dhn_size, dhn_k=args.dhn_k)
     try:
         detector = macl.build_detector(**kwargs)
     except ValueError as error:
@@ -271,40 +250,14 @@ def validate_args(args: argparse.Namespace) -> None:
         raise InputError("--old-share 1 would leave no batch for the new domain: expected less")
     if not args.freeze_stages or max(args.freeze_stages) > 4:
         raise InputError(f"--freeze-stages {args.freeze_stages}: expected numbers from 0 to 4")
-    if args.gradient_report and args.compile:
-        raise InputError("--gradient-report keeps graphs that --compile may free; give one of the two")
-    if args.dhn_size and args.mosaic:
-        raise InputError("--mosaic makes one picture of several scenes, which hard negatives keep apart: --dhn-size 0")
-    if args.dhn_size and args.macl_weight == 0:
-        raise InputError("--dhn-size: hard negatives are negatives of MACL; raise --macl-weight, or give --dhn-size 0")
-    if args.dhn_size and not (args.dhn_k and args.dhn_active and min(args.dhn_k + args.dhn_active) > 0):
-        raise InputError("--dhn-k and --dhn-active: expected at least one number above 0 each")
-
-
-def full_weights(args: argparse.Namespace, detector: macl.PairedFasterRCNN) -> dict[str, float]:
-    """The weight of every loss when its ramp is over; the one place where losses are weighted."""
-    weights = detection_weights(args, detector)
-    if args.dhn_size and args.dhn_mode == "softplus":
-        weights["loss_dhn"] = args.dhn_weight
-    if args.mmd_level != "none":
-        weights["loss_mmd"] = args.mmd_weight
-        if detector.kwargs["domains"] > 1:
-            weights["loss_mmd_domains"] = args.mmd_weight
-    if args.adversary != "none":
-        weights["loss_adversary"] = args.adversary_weight
-    return weights
-
-
-def apply_schedules(args: argparse.Namespace, detector, full: dict[str, float], *, step: int, total: int, epoch: int):
-    """Apply the per-step schedules of gradient reversal and hard negatives; return the loss weights of this step."""
-    kinds = {f"loss_{name}": getattr(args, f"{name}_ramp") for name in ("macl", "dhn", "mmd", "adversary")}
-    kinds["loss_mmd_domains"] = args.mmd_ramp
-    detector.set_schedule(reversal_scale=grl_schedule(step / total))
-    if args.dhn_size:
-        stage = bisect.bisect_left(args.dhn_milestones, epoch)  # milestones that are over, epochs counting from 1
-        k, active = (sizes[min(stage, len(sizes) - 1)] for sizes in (args.dhn_k, args.dhn_active))
-        detector.set_schedule(hard_k=k, hard_active=active)
-    return {name: ramped(weight, kinds.get(name, "constant"), step, args.ramp_steps) for name, weight in full.items()}
+    check_hard_negatives(args)
+    if args.target_labels == "none":
+        if not mixes(args):
+            raise InputError(
+                "--target-labels none learns from the old domain's labels: give --old-share, and --llvip-root"
+            )
+        if not args.ema_decay:
+            raise InputError("--target-labels none takes labels from the averaged detector: --ema-decay above 0")
 
 
 def validate_both(detector, new, old, args, device, between) -> tuple[dict, list[dict]]:
@@ -334,25 +287,6 @@ def selection_metric(metrics: dict, by: str) -> tuple[float, float]:
     return -math.inf if rate is None else -rate, best_metric(metrics, "ap")[1]
 
 
-class ZeroWatch:
-    """Aborts a run in which an alignment loss is exactly 0 for MAX_ZEROS steps in a row."""
-
-    REASONS = {
-        "loss_mmd": "a step holds fewer than two boxes seen in both modalities; --mmd-level pyramid needs none",
-        "loss_mmd_domains": "a step holds too little of one of the data sets; raise --batch-size or --old-share",
-        "loss_adversary": "no box or image reached the classifier",
-    }
-
-    def __init__(self):
-        self.zeros = dict.fromkeys(self.REASONS, 0)
-
-    def __call__(self, losses: dict[str, float]) -> None:
-        for name in self.zeros.keys() & losses.keys():
-            self.zeros[name] = self.zeros[name] + 1 if losses[name] == 0 else 0
-            if self.zeros[name] == MAX_ZEROS:
-                raise InputError(f"{name} was exactly 0 in {MAX_ZEROS} steps in a row: {self.REASONS[name]}")
-
-
 def freeze(args: argparse.Namespace, detector: macl.PairedFasterRCNN, train_step: TrainStep, epoch: int) -> str:
     """Freeze the stages that are frozen in this epoch, for DDP too, and say what is trained."""
     frozen = args.freeze_stages[min(epoch, len(args.freeze_stages)) - 1]
@@ -371,7 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
     if resumed is None and args.init_from is None:
         args.init_from = newest_stage1()
     torch.manual_seed(args.seed)
-    detector, about_model = build_model(args, args.init_from, resumed, domains=1 + mixes(args))
+    detector, about_model = build_model(args, args.init_from, resumed)
     train_data, val_data, old_val_data, messages = open_data(args, detector.kwargs["classes"])
     messages += about_model
     detector = detector.to(device)
@@ -379,6 +313,10 @@ def main(arguments: list[str] | None = None) -> None:
         detector.backbone.compile()
         detector.neck.compile()
     average = ema(detector, args.ema_decay) if args.ema_decay else None
+    threshold = args.self_threshold if args.target_labels == "none" else None
+    teacher = None
+    if args.dhn_size or threshold is not None:
+        teacher = Teacher(average.module, keys=args.dhn_size > 0, threshold=threshold)
 
     if isinstance(train_data, JointDataset):
         lengths = tuple(map(len, train_data.datasets))
@@ -388,17 +326,17 @@ def main(arguments: list[str] | None = None) -> None:
     loader = augmented_loader(args, train_data, sampler, device)
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     total_steps = args.epochs * steps_per_epoch
-    full = full_weights(args, detector)
-    freeze_unreached(detector, full)
+    weights = detection_weights(args, detector)
+    freeze_unreached(detector, weights)
     detector.backbone.freeze(min(args.freeze_stages))  # the optimizer knows all that is ever trained
     optimizer, schedule = build_optimisation(args, detector, steps_per_epoch, lr_scale=lr_factors(args))
     train_step = TrainStep(
-        detector, optimizer, forward=forward_losses, weights=full, describe=lambda batch: batch["path"],
-        device=device, schedule=schedule, average=average, amp=args.amp, clip_norm=args.clip_norm,
+        detector, optimizer, forward=functools.partial(forward_losses, teacher=teacher), weights=weights,
+        describe=lambda batch: batch["path"], device=device, schedule=schedule, average=average, amp=args.amp,
+        clip_norm=args.clip_norm,
     )  # fmt: skip
     torch.manual_seed(args.seed * 1000 + distributed.rank())  # each process samples its own RoIs
     if args.check:
-        train_step.weights |= apply_schedules(args, detector, full, step=1, total=total_steps, epoch=1)
         parts = getattr(train_data, "datasets", (train_data,))
         data = dict(zip(("training", "training, old domain"), parts, strict=False)) | {"validation": val_data}
         check(messages, data, train_step, loader, detector)
@@ -409,7 +347,6 @@ def main(arguments: list[str] | None = None) -> None:
         may_change=MAY_CHANGE,
     )  # fmt: skip
     run.say(*messages)
-    watch = ZeroWatch()
     with run:
         for epoch in run.epochs():
             if args.patience and run.stale >= args.patience:
@@ -417,17 +354,8 @@ def main(arguments: list[str] | None = None) -> None:
                 break
             run.say(freeze(args, detector, train_step, epoch) if epoch else "before fine-tuning:")
             for batches in run.batches(loader):
-                step = train_step.steps + 1
-                train_step.weights |= apply_schedules(
-                    args, detector, full, step=step, total=total_steps, epoch=epoch
-                )  # fmt: skip
-                report = args.gradient_report and step % args.gradient_report == 0
-                parts = {"backbone": detector.backbone, "neck": detector.neck} if report else None
-                result = train_step(batches, parts=parts)
-                if not result.skipped:
-                    watch(result.losses)
-                images = sum(len(batch["path"]) for batch in batches) * distributed.world_size()
-                run.log_step(result, images=images, hidden={"weights": train_step.weights})
+                result = train_step(batches)
+                run.log_step(result, images=sum(len(batch["path"]) for batch in batches) * distributed.world_size())
             if run.validation_due():
                 model = detector if average is None or epoch == 0 else average.module
                 between = run.leave_if_asked

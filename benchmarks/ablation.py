@@ -1,12 +1,14 @@
-"""Which parts of the method help? Short runs of the scripts themselves on drawn scenes, compared seed by seed.
+"""Which parts of the method help? Short runs from common starting points, compared seed by seed.
 
-    python benchmarks/ablation.py --jobs 2               # every arm; give it again to go on where it was interrupted
-    python benchmarks/ablation.py --arms detector macl --seeds 3
+    python benchmarks/ablation.py --jobs 2                                # give it again to go on
+    python benchmarks/ablation.py --arms control merge dhn --seeds 3
+    python benchmarks/ablation.py --llvip LLVIP --jobs 2                  # also on real pairs, in LLVIP's layout
 
-Each arm is a line of flags of train_stage1.py or train_stage2.py, each run a process with one thread, and its metrics
-are those of the run's last validation. A finished run is one json line, by which it is known and skipped as long as
-its arguments are the same; to measure changed code, name another --results. What an arm changes is the difference to
-the arm that it is compared with, of the same seed: the same training scenes and validation scenes.
+A base is trained once per seed, without the parts in question. An arm goes on from it with its own flags, or is the
+checkpoint of another arm evaluated otherwise. The control runs twice, the second time with other random draws and other
+training scenes: what differs between the two is noise. All arms of a seed are evaluated on the same fresh scenes by
+`python -m macl.evaluate`. A finished run is one json line, by which it is known and skipped while its arguments are
+the same; to measure changed code, name another --results.
 """
 
 import argparse
@@ -25,75 +27,121 @@ from statistics import fmean, stdev
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch
+
 from benchmarks.common import processor, table
 from trainkit.arguments import positive_int
 from trainkit.errors import InputError, one_sentence
 
 BATCH_SIZE = 4
-CLEAR = 4  # standard errors from 0 at which a difference counts as shown; with three seeds p = 0.06, with five 0.02
-OLD_PAIRS = 1  # of each batch of stage 2, from the domain of stage 1
+BASE_STEPS, STEPS, LONG_STEPS, REAL_EPOCHS = 500, 160, 270, 16
+CLEAR = 3  # standard errors from 0 at which a difference counts as shown; with five seeds p = 0.04
+CONTROLS = ("control", "control again")
+BARE = "--macl-weight 0 --merge none"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One variant: `flags` of `script`, beside those that all runs share."""
+    """One variant: `train`, the script and its own flags, or none to evaluate the checkpoint of `start`."""
 
-    script: str
-    flags: str
     adds: str  # in words
-    against: tuple[str, ...] = ()  # the arms that it is compared with
-    begins_with: str | None = None  # the arm whose best.pt, of the same seed, it goes on from
-    seeds: int = 3
+    train: str = ""
+    start: str = "base"  # the arm whose last.pt, of the same seed, it goes on from; "" for random weights
+    evaluate: str = ""  # flags of macl.evaluate
+    against: tuple[str, ...] = CONTROLS  # the arms that it is compared with, their mean
+    steps: int = STEPS
+    redraw: int = 0  # added to the seed of training
 
 
-STAGE_1, STAGE_2 = "train_stage1.py", "train_stage2.py"
-ARMS = {
-    "detector": Arm(STAGE_1, "--no-msp --macl-weight 0", "the detector alone", seeds=5),
-    "probe": Arm(
-        STAGE_1, "--no-msp --macl-weight 0.001", "a projector that reads its features and hardly shapes them",
-        against=("detector",), seeds=5,
+def stage1(flags: str) -> str:
+    return f"train_stage1.py --modality-dropout 0.2 0.2 {flags}"
+
+
+def stage2(flags: str) -> str:
+    return f"train_stage2.py --old-share 0.5 --freeze-stages 0 --macl-weight 0 {flags}"
+
+
+STREET = "--domain day-and-night"
+DRAWN = {
+    "base": Arm("the detector alone, learning rate held", stage1(f"{BARE} --schedule constant"), "", "", (), BASE_STEPS),
+    "control": Arm("the base, trained on", stage1(BARE), against=()),
+    "control again": Arm("the same with other draws", stage1(BARE), against=("control",), redraw=1000),
+    "longer": Arm("the same for 1.7 times as long", stage1(BARE), steps=LONG_STEPS),
+    "merge": Arm("boxes of three views merged", start="control", evaluate="--merge logit", against=("control",)),
+    "max": Arm("fusion by maximum", stage1(f"{BARE} --fusion max")),
+    "max, merge": Arm("both of these", start="max", evaluate="--merge logit"),
+    "msp": Arm("multi-scale pyramid reweighting (MSP)", stage1(f"{BARE} --msp")),
+    "macl 1": Arm("MACL, weight 1", stage1("--merge none --macl-weight 1")),
+    "macl": Arm("MACL, weight 0.1", stage1("--merge none")),
+    "dhn": Arm("MACL with hard negatives", stage1("--merge none --dhn-size 512"), against=(*CONTROLS, "macl")),
+    "crop": Arm("MACL on crops", stage1("--merge none --macl-level crop")),
+    "crop, dhn": Arm(
+        "the same with hard negatives", stage1("--merge none --macl-level crop --dhn-size 512"),
+        against=(*CONTROLS, "crop"),
     ),
-    "macl": Arm(STAGE_1, "--no-msp", "contrast between the modalities (MACL)", against=("detector", "probe"), seeds=5),
-    "light": Arm(STAGE_1, "--no-msp --macl-weight 0.1", "MACL at a tenth of the weight", against=("detector", "macl")),
-    "msp": Arm(STAGE_1, "--macl-weight 0", "multi-scale pyramid reweighting (MSP)", against=("detector",)),
-    "undropped": Arm(
-        STAGE_1, "--no-msp --macl-weight 0 --modality-dropout 0 0", "the detector alone, no modality ever masked",
-        against=("detector",),
+    "street": Arm("the control in the new domain", start="control", evaluate=STREET, against=()),
+    "street labels": Arm(
+        "labels of both domains", stage2(""), evaluate=f"--merge none {STREET}", against=("street",), steps=LONG_STEPS
     ),
-    "tuned": Arm(
-        STAGE_2, "--dhn-size 0 --mmd-level none", "the detector of macl, tuned to the second domain",
-        begins_with="macl", seeds=5,
+    "street longer": Arm("old labels alone, longer", start="longer", evaluate=STREET, against=("street",)),
+    "self-training": Arm(
+        "labels of the new domain by the averaged detector", stage2("--target-labels none"),
+        evaluate=f"--merge none {STREET}", against=("street", "street longer"),
     ),
-    "dhn": Arm(
-        STAGE_2, "--mmd-level none", "hard negatives in the denominator (DHN)",
-        against=("tuned",), begins_with="macl", seeds=5,
-    ),
-    "mmd": Arm(STAGE_2, "--dhn-size 0", "MMD of the embeddings (domain alignment)", ("tuned",), begins_with="macl"),
 }  # fmt: skip
+LLVIP = {
+    "real control": Arm("the base, trained on real pairs", stage1(BARE), against=()),
+    "real control again": Arm("the same with other draws", stage1(BARE), against=("real control",), redraw=1000),
+    "real merge": Arm(
+        "boxes of three views merged", start="real control", evaluate="--merge logit", against=("real control",)
+    ),
+    "real max": Arm("fusion by maximum", stage1(f"{BARE} --fusion max"), against=("real control", "real control again")),
+    "real max, merge": Arm(
+        "both of these", start="real max", evaluate="--merge logit", against=("real control", "real control again")
+    ),
+    "real msp": Arm("MSP", stage1(f"{BARE} --msp"), against=("real control", "real control again")),
+    "real macl": Arm("MACL, weight 0.1", stage1("--merge none"), against=("real control", "real control again")),
+    "real dhn": Arm(
+        "MACL with hard negatives", stage1("--merge none --dhn-size 512"),
+        against=("real control", "real control again", "real macl"),
+    ),
+}  # fmt: skip
+ARMS = DRAWN | LLVIP
 
-# Name of a metric -> where a validation line of metrics.jsonl has it. Stage 1 validates on the domain that it trains
-# on, stage 2 on the second one and, "old", on that of stage 1.
+# Name of a metric -> where the output of macl.evaluate has it.
 METRICS = {
-    "AP50 both": ("both", "ap50"),
-    "AP50 visible": ("visible", "ap50"),
-    "AP50 infrared": ("infrared", "ap50"),
+    "AP50": ("detection", "both", "ap50"),
+    "AP50:95": ("detection", "both", "ap"),
+    "one camera": ("detection", "both", "one camera"),
+    "AP50 visible": ("detection", "visible", "ap50"),
+    "AP50 infrared": ("detection", "infrared", "ap50"),
+    "AP50:95 infrared": ("detection", "infrared", "ap"),
     "R@1": ("alignment", "r1"),
-    "old AP50 both": ("old", "both", "ap50"),
+    "R@1 seen in one": ("alignment", "r1_seen_in_one"),
 }
 
 
-def arguments_of(name: str, seed: int, *, steps: int, scenes: int, arms: dict[str, Arm] = ARMS) -> list[str]:
-    """The script and its flags without the folders: what a finished run is known by."""
-    arm = arms[name]
-    shared = f"--seed {seed} --batch-size {BATCH_SIZE} --epochs 1 --synthetic-val {scenes} --device cpu"
-    if arm.script == STAGE_2:  # an epoch is over when its own domain's pairs are
-        share = f"--old-share {OLD_PAIRS / BATCH_SIZE} --synthetic-train {(BATCH_SIZE - OLD_PAIRS) * steps}"
-    else:
-        share = f"--synthetic-train {BATCH_SIZE * steps}"
-    return [arm.script, *shared.split(), *share.split(), *arm.flags.split()]
+def commands(name: str, seed: int, args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The flags of training and of evaluation without the folders: what a finished run is known by."""
+    arm, real = ARMS[name], name in LLVIP
+    seed_flags = f"--seed {seed + arm.redraw} --batch-size {BATCH_SIZE} --workers {args.workers} --device {args.device}"
+    data = f"--epochs 1 --synthetic-train {arm.steps * BATCH_SIZE} --synthetic-val 1"
+    if "stage2" in arm.train:  # an epoch is over when its own domain's pairs are, half of each batch
+        data = f"--epochs 1 --synthetic-train {arm.steps * BATCH_SIZE // 2} --synthetic-val 1"
+    train = [*arm.train.split(), *seed_flags.split(), *data.split()] if arm.train else []
+    scenes = f"--count {args.scenes} --seed {20_000 + seed}"
+    if real:  # the drawn base's sizes of anchors, lists of proposals and statistics stay
+        train = [*arm.train.split(), *seed_flags.split(), *REAL_FLAGS.split()] if arm.train else []
+        scenes = "--dataset llvip --split test"
+    evaluate = f"{scenes} --device {args.device} --workers {args.workers} {arm.evaluate}"
+    return train, evaluate.split()
 
 
-def finished_runs(args: argparse.Namespace, arms: dict[str, Arm]) -> dict[tuple[str, int], dict]:
+REAL_FLAGS = f"--val-split test --epochs {REAL_EPOCHS} --validate-every {REAL_EPOCHS} --optimizer adamw --lr 1e-3 "
+REAL_FLAGS += "--schedule cosine --warmup-steps 30 --ema-decay 0.99 --clip-norm 0"
+
+
+def finished_runs(args: argparse.Namespace) -> dict[tuple[str, int], dict]:
     """(arm, seed) -> the latest result that was made with the arguments of now. InputError for a line that is none."""
     finished = {}
     lines = args.results.read_text(encoding="utf-8").splitlines() if args.results.exists() else ()
@@ -103,170 +151,192 @@ def finished_runs(args: argparse.Namespace, arms: dict[str, Arm]) -> dict[tuple[
         except json.JSONDecodeError:
             raise InputError(f"{args.results}, line {number}: expected a json object; remove the line") from None
         name, seed = result["arm"], result["seed"]
-        now = name in arms and arguments_of(name, seed, steps=args.steps, scenes=args.scenes, arms=arms)
-        if result["arguments"] == now:
+        if name in ARMS and result["arguments"] == [*map(list, commands(name, seed, args))]:
             finished[name, seed] = result
     return finished
 
 
-def wanted(arms: dict[str, Arm], names: list[str], seeds: int | None) -> list[tuple[str, int]]:
-    """The (arm, seed) to be measured: for each arm, what it is compared with and begins with comes along."""
-    most = dict.fromkeys(arms, 0)
-    for name in reversed(arms):  # an arm stands below those that it needs
-        if name in names:
-            most[name] = max(most[name], seeds or arms[name].seeds)
-        for needed in {*arms[name].against, arms[name].begins_with} - {None}:
-            most[needed] = max(most[needed], most[name])
-    return [(name, seed) for name in arms for seed in range(most[name])]
+def wanted(names: list[str], seeds: int) -> list[tuple[str, int]]:
+    """The (arm, seed) to be measured: what an arm is compared with and begins with comes along, before it."""
+    chosen = set(names)
+    for name in reversed(ARMS):  # an arm stands below those that it needs
+        if name in chosen:
+            chosen |= {*ARMS[name].against, ARMS[name].start} - {""}
+    return [(name, seed) for seed in range(seeds) for name in ARMS if name in chosen]
 
 
-def measure(name: str, seed: int, args: argparse.Namespace, arms: dict[str, Arm]) -> dict:
-    """Trains one run in a process of its own. Raises InputError with what it said last when it fails."""
-    arm, folder = arms[name], args.runs / f"{name}-{seed}"
-    if folder.exists():  # what an interrupted run left
-        shutil.rmtree(folder)
-    known_by = arguments_of(name, seed, steps=args.steps, scenes=args.scenes, arms=arms)
-    command = [sys.executable, *known_by, "--output", str(folder)]
-    if arm.begins_with:
-        command += ["--init-from", str(args.runs / f"{arm.begins_with}-{seed}" / "best.pt")]
-    args.runs.mkdir(parents=True, exist_ok=True)
-    log = args.runs / f"{name}-{seed}.log"
-    with log.open("w", encoding="utf-8") as file:
+def call(command: list[str], log: Path) -> float:
+    """Runs a command with one thread; returns its seconds of processor time. InputError with what it said last."""
+    with log.open("a", encoding="utf-8") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    if run.returncode:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
         said = (log.read_text(encoding="utf-8").strip() or "nothing").splitlines()[-1]
-        raise InputError(f"{name} with seed {seed} ended with status {run.returncode}: {said} (see {log})")
-    about = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+        raise InputError(f"{log.stem} ended with status {os.waitstatus_to_exitcode(status)}: {said} (see {log})")
+    return usage.ru_utime + usage.ru_stime
+
+
+def measure(name: str, seed: int, args: argparse.Namespace) -> dict:
+    """Trains and evaluates one run in processes of their own."""
+    arm, folder = ARMS[name], args.runs / f"{name}-{seed}".replace(" ", "_").replace(",", "")
+    train, evaluate = commands(name, seed, args)
+    start = args.runs / f"{arm.start}-{seed}".replace(" ", "_").replace(",", "") / "last.pt"
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+    args.runs.mkdir(parents=True, exist_ok=True)
+    log, seconds, root = folder.with_suffix(".log"), None, ["--data-root", str(args.llvip)] if name in LLVIP else []
+    log.write_text("", encoding="utf-8")
+    checkpoint = start
+    if train:
+        begin = ["--init-from", str(start)] if arm.start else []
+        seconds = call([sys.executable, *train, *begin, *root, "--output", str(folder)], log)
+        checkpoint = folder / "last.pt"
+    folder.mkdir(exist_ok=True)
+    output = folder / "evaluation.json"
+    flags = ["--checkpoint", str(checkpoint), *root, "--output", str(output), *evaluate]
+    call([sys.executable, "-m", "macl.evaluate", *flags], log)
     return {
         "arm": name,
         "seed": seed,
-        "arguments": known_by,
-        "metrics": last_metrics(folder / "metrics.jsonl"),
-        "machine": f"{processor()}, {os.cpu_count()} cores",
-        "versions": about["versions"],
-        "commit": about["commit"],
+        "arguments": [train, evaluate],
+        "metrics": read_metrics(output),
+        "seconds": seconds,
+        "machine": f"{torch.cuda.get_device_name() if args.device == 'cuda' else processor()}",
+        "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
 
 
-def last_metrics(path: Path) -> dict[str, float | None]:
-    """METRICS of the last validation in a metrics.jsonl, in percent; None for those that the run does not have."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    last = [line for line in lines if line["kind"] == "validation"][-1]
+def read_metrics(path: Path) -> dict[str, float | None]:
+    """METRICS of an output of macl.evaluate, in percent; None for those that it does not have."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    both = found["detection"].get("both", {})
+    alone = [both.get(f"ap50_seen_in_{name}_only") for name in ("visible", "infrared")]
+    both["one camera"] = None if None in alone else fmean(alone)
     metrics = {}
     for name, keys in METRICS.items():
-        value = last
+        value = found
         for key in keys:
             value = (value or {}).get(key)
         metrics[name] = None if value is None else round(100 * value, 3)
     return metrics
 
 
-def sweep(runs: list[tuple[str, int]], args: argparse.Namespace, arms: dict[str, Arm], measure=measure) -> int:
+def sweep(runs: list[tuple[str, int]], args: argparse.Namespace, measure=measure) -> int:
     """Makes the runs, `args.jobs` at a time, and appends a line for each; returns how many failed.
 
-    Runs that begin with another's checkpoint wait until all others are through.
+    What goes on from another's checkpoint waits until that is written, and fails with it.
     """
+    futures, failures = {}, 0
 
-    def one(run: tuple[str, int]) -> bool:
+    def one(name: str, seed: int) -> bool:
+        needed = futures.get((ARMS[name].start, seed))
+        if needed is not None and needed.result():
+            return True
         try:
-            result = measure(*run, args, arms)
+            result = measure(name, seed, args)
         except InputError as error:
             print(f"failed: {error}", flush=True)
             return True
         with args.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
-        print(*run, ", ".join(f"{name} {percent(value)}" for name, value in result["metrics"].items()), flush=True)
+        print(name, seed, ", ".join(f"{key} {percent(value)}" for key, value in result["metrics"].items()), flush=True)
         return False
 
-    failures = 0
-    for waits in (False, True):
-        with ThreadPoolExecutor(args.jobs) as pool:
-            failures += sum(pool.map(one, [run for run in runs if bool(arms[run[0]].begins_with) == waits]))
+    depth = {name: 0 for name in ARMS}
+    for name, arm in ARMS.items():
+        depth[name] = 1 + depth[arm.start] if arm.start else 0
+    with ThreadPoolExecutor(args.jobs) as pool:  # bases first: a run that waits holds a place
+        for name, seed in sorted(runs, key=lambda run: depth[run[0]]):
+            futures[name, seed] = pool.submit(one, name, seed)
+        failures = sum(future.result() for future in futures.values())
     return failures
 
 
-def compare(finished: dict, arms: dict[str, Arm]) -> list[list[str]]:
-    """A row per arm, arm that it is compared with, and metric that both have: the paired difference and a verdict."""
+def compare(finished: dict) -> list[list[str]]:
+    """A row per arm that is compared: paired differences to the mean of each group of arms, and a verdict."""
     rows = []
-    for name, other in [(name, other) for name, arm in arms.items() for other in arm.against]:
-        seeds = sorted(seed for run, seed in finished if run == name and (other, seed) in finished)
-        for metric in METRICS:
-            pairs = [[finished[run, seed]["metrics"][metric] for run in (name, other)] for seed in seeds]
-            differences = [ours - theirs for ours, theirs in pairs if None not in (ours, theirs)]
-            if differences:
-                better = f"{sum(d > 0 for d in differences)} of {len(differences)}"
-                mean, error, verdict = paired(differences)
-                rows.append([name, other, metric, percent(mean, "+.1f"), percent(error), better, verdict])
+    for name, arm in ARMS.items():
+        controls = tuple(other for other in arm.against if "control" in other)
+        groups = [group for group in (controls, *((other,) for other in arm.against if other not in controls)) if group]
+        for group in groups:
+            seeds = [seed for run, seed in finished if run == name and all((one, seed) in finished for one in group)]
+            cells = []
+            for metric in METRICS:
+                values = [[finished[run, seed]["metrics"][metric] for run in (name, *group)] for seed in sorted(seeds)]
+                cells.append(paired([ours - fmean(theirs) for ours, *theirs in values if None not in (ours, *theirs)]))
+            if seeds:
+                rows.append([name, " and ".join(group), str(len(seeds)), *cells])
     return rows
 
 
-def paired(differences: list[float]) -> tuple[float, float | None, str]:
-    """Mean, standard error (None of one difference), and what they allow to say."""
-    mean = fmean(differences)
+def paired(differences: list[float]) -> str:
+    """Mean and standard error, in bold where the mean is CLEAR standard errors from 0."""
     if len(differences) < 2:
-        return mean, None, "one seed says nothing"
-    error = stdev(differences) / sqrt(len(differences))
-    if abs(mean) <= CLEAR * error:
-        return mean, error, "no effect shown"
-    return mean, error, "better" if mean > 0 else "worse"
+        return f"{differences[0]:+.1f}" if differences else "-"
+    mean, error = fmean(differences), stdev(differences) / sqrt(len(differences))
+    text = f"{mean:+.1f} ± {error:.1f}"
+    return f"**{text}**" if len(differences) > 2 and abs(mean) > CLEAR * error else text
 
 
-def percent(value: float | None, form: str = ".1f") -> str:
-    return "-" if value is None else format(value, form)
+def percent(value: float | None) -> str:
+    return "-" if value is None else format(value, ".1f")
 
 
-def report(finished: dict, args: argparse.Namespace, arms: dict[str, Arm]) -> str:
+def report(finished: dict, args: argparse.Namespace) -> str:
     """What is committed: the arms with their metrics, and the differences."""
-    facts = [
-        ", ".join(sorted({form.format(**result) for result in finished.values()}))
-        for form in ("{machine}", "torch {versions[torch]}", "{date}", "commit {commit}")
-    ]
+    facts = [", ".join(sorted({str(one[key]) for one in finished.values()})) for key in ("machine", "torch", "date")]
     rows = []
-    for name, arm in arms.items():
-        results = [result["metrics"] for (run, _), result in finished.items() if run == name]
-        row = [name, arm.adds, f"`{arm.script} {arm.flags}`", arm.begins_with or "random weights", str(len(results))]
+    for name, arm in ARMS.items():
+        results = [result for (run, _), result in finished.items() if run == name]
+        row = [name, arm.adds, f"`{arm.train or 'macl.evaluate ' + arm.evaluate}`", arm.start, str(len(results))]
+        seconds = [result["seconds"] for result in results if result["seconds"] is not None]
+        row.append(f"{fmean(seconds):.0f}" if seconds else "-")
         for metric in METRICS:
-            known = [metrics[metric] for metrics in results if metrics[metric] is not None]
-            spread = f" ± {stdev(known):.1f}" if len(known) > 1 else ""
-            row.append(percent(fmean(known) if known else None) + spread)
-        if results:
-            rows.append(row)
+            known = [result["metrics"][metric] for result in results if result["metrics"][metric] is not None]
+            row.append(percent(fmean(known) if known else None) + (f" ± {stdev(known):.1f}" if len(known) > 1 else ""))
+        rows += [row] if results else []
     paragraphs = [
-        "# Ablation on the drawn scenes",
-        f"{'; '.join(facts)}.\n{len(finished)} runs of {args.steps} steps of {BATCH_SIZE} pairs, one thread each; "
-        f"validation on {args.scenes} scenes. Metrics are percent, mean and standard deviation over the seeds.",
-        table(["arm", "what it is or adds", "command", "begins with", "seeds", *METRICS], rows),
-        "Paired differences, the same seed in both arms. A difference counts as shown when it is more than "
-        f"{CLEAR} standard errors from 0.",
-        table(["arm", "minus", "metric", "difference", "standard error", "above 0", ""], compare(finished, arms)),
+        "# Ablation",
+        f"{'; torch '.join(facts[:2])}; {facts[2]}. Base: {BASE_STEPS} steps of {BATCH_SIZE} pairs; arms: {STEPS}, or "
+        f"{REAL_EPOCHS} epochs of the real pairs. Evaluated on {args.scenes} fresh drawn scenes, or on the real test "
+        "split. Percent, mean and standard deviation over the seeds. One camera: AP50 with both cameras of people whom "
+        "one alone shows. Seconds: processor time of training.",
+        table(["arm", "what it is", "command", "goes on from", "seeds", "seconds", *METRICS], rows),
+        f"Differences paired by seed, mean ± standard error; bold: more than {CLEAR} standard errors from 0.",
+        table(["arm", "minus", "seeds", *METRICS], compare(finished)),
     ]
     return "\n\n".join(paragraphs) + "\n"
 
 
-def main(arguments: list[str] | None = None, *, arms: dict[str, Arm] = ARMS, measure=measure) -> None:
+def main(arguments: list[str] | None = None, *, measure=measure) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=tuple(arms), default=list(arms), help="and those that they need")
-    parser.add_argument("--seeds", type=positive_int, help="how many, from 0 on (default: 5 or 3, by arm)")
-    parser.add_argument("--steps", type=positive_int, default=150, help=f"of {BATCH_SIZE} pairs (default: 150)")
-    parser.add_argument("--scenes", type=positive_int, default=100, help="validation scenes of a domain (default: 100)")
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="and those that they need (default: all)")
+    parser.add_argument("--llvip", type=Path, metavar="ROOT", help="real pairs, in LLVIP's layout, for the real arms")
+    parser.add_argument("--seeds", type=positive_int, default=5, help="how many, from 0 on (default: 5)")
+    parser.add_argument(
+        "--scenes", type=positive_int, default=200, help="drawn scenes of the evaluation (default: 200)"
+    )
     parser.add_argument("--jobs", type=positive_int, default=2, help="runs at a time, of one thread each (default: 2)")
+    parser.add_argument("--workers", type=int, default=0, help="loading processes per run (default: 0)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablation", help="folders of the runs")
     parser.add_argument(
-        "--results", type=Path, default=ROOT / "benchmarks" / "results" / "ablation-cpu.jsonl",
+        "--results", type=Path, default=ROOT / "benchmarks" / "results" / "ablation.jsonl",
         help="a line a finished run; the table is written beside it",
     )  # fmt: skip
     args = parser.parse_args(arguments)
     args.runs, args.results = args.runs.resolve(), args.results.resolve()
 
-    runs = wanted(arms, args.arms, args.seeds)
-    finished = finished_runs(args, arms)
+    runs = wanted(args.arms or list(DRAWN if args.llvip is None else ARMS), args.seeds)
+    if args.llvip is None and any(name in LLVIP for name, _ in runs):
+        raise InputError("the real arms need --llvip ROOT")
+    finished = finished_runs(args)
     todo = [run for run in runs if run not in finished]
     print(f"{len(runs)} runs, {len(todo)} of them still to be done", flush=True)
-    failures = sweep(todo, args, arms, measure)
-    if finished := finished_runs(args, arms):
-        text = report(finished, args, arms)
+    failures = sweep(todo, args, measure)
+    if finished := finished_runs(args):
+        text = report(finished, args)
         args.results.with_suffix(".md").write_text(text, encoding="utf-8")
         print(f"\n{text}")
     if failures:

@@ -135,7 +135,7 @@ def prepare_target(target: dict[str, Tensor], old: Size, new: Size) -> dict[str,
         raise ValueError(f"target boxes must be (N, 4) with x1 < x2 and y1 < y2, got {boxes.tolist()}")
     boxes = rescale(boxes, old, new)
     ignore = target.get("ignore", torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device))
-    kept = {key: target[key][~ignore] for key in ("labels", "visible_in") if key in target}
+    kept = {key: target[key][~ignore] for key in ("labels", "visible_in", "keys") if key in target}
     whole = {key: target[key] for key in ("scene", "domain") if key in target}
     return {"boxes": boxes[~ignore], "ignored": boxes[ignore], **kept, **whole}
 

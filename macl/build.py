@@ -7,9 +7,8 @@ import torch
 
 from macl.backbone import BACKBONES, NORMS, Backbone
 from macl.boxes import BOX_LOSSES, AnchorGenerator
-from macl.contrast import DIRECTIONS, HARD_MODES, PROJECTOR_NORMS, MACLHead
-from macl.detector import PairedFasterRCNN
-from macl.domain import ADVERSARIES, MMD_LEVELS, DomainAlignment
+from macl.contrast import DIRECTIONS, PROJECTOR_NORMS, MACLHead
+from macl.detector import CROP, PairedFasterRCNN
 from macl.fpn import FPN
 from macl.fusion import FUSIONS, Fusion
 from macl.msp import MSPReweight
@@ -20,15 +19,18 @@ from trainkit.errors import InputError
 from trainkit.files import check_like, reason, shown
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-MACL_LEVELS = ("roi", "image", "none")
+MACL_LEVELS = ("roi", "crop", "image", "none")
+MERGES = ("logit", "none")
 POOLED_LEVELS = 4  # RoIs are pooled from P2 to P5 at most
 CHOICES = {
     "backbone": BACKBONES, "norm": NORMS, "fusion": FUSIONS, "box_loss": BOX_LOSSES, "macl_level": MACL_LEVELS,
-    "macl_norm": PROJECTOR_NORMS, "macl_direction": DIRECTIONS, "dhn_mode": HARD_MODES, "mmd_level": MMD_LEVELS,
-    "adversary": ADVERSARIES,
+    "macl_norm": PROJECTOR_NORMS, "macl_direction": DIRECTIONS, "merge": MERGES,
 }  # fmt: skip
 # Parts that a checkpoint may lack, or have beside those of the detector.
-ADDED_PARTS = ("alignment.classifier", "macl.hard.banks.infrared", "macl.hard.banks.visible", "macl.hard.key_projector")
+ADDED_PARTS = ("neck.msp", "macl.hard", "macl")
+# Of earlier versions: keywords, and the parts that they built.
+DROPPED_KEYWORDS = ("dhn_mode", "dhn_momentum", "mmd_level", "mmd_sigmas", "mmd_unbiased", "adversary", "domains")
+DROPPED_PARTS = ("alignment.", "macl.hard.key_projector.")
 
 
 def build_detector(
@@ -45,9 +47,7 @@ def build_detector(
     macl_level: str = "roi", macl_hidden: tuple[int, ...] = (128, 64), macl_dim: int = 128,
     macl_norm: str = "layer", macl_norm_groups: int = 32, macl_dropout: float = 0.0,
     macl_direction: str = "both", macl_temperature: float = 0.07, macl_roi_size: int = 4,
-    dhn_size: int = 0, dhn_k: int = 64, dhn_mode: str = "denominator", dhn_momentum: float = 0.0,
-    mmd_level: str = "none", mmd_sigmas: tuple[float, ...] | None = None, mmd_unbiased: bool = True,
-    adversary: str = "none", domains: int = 1, modality_dropout: tuple[float, float] = (0.0, 0.0),
+    dhn_size: int = 0, dhn_k: int = 8, merge: str = "logit", modality_dropout: tuple[float, float] = (0.0, 0.0),
     visible_mean: tuple[float, ...] = IMAGENET_MEAN, visible_std: tuple[float, ...] = IMAGENET_STD,
     infrared_mean: tuple[float, ...] = IMAGENET_MEAN, infrared_std: tuple[float, ...] = IMAGENET_STD,
     min_size: int | tuple[int, ...] | None = None, max_size: int | None = None,
@@ -56,7 +56,7 @@ def build_detector(
 
     Keywords are described where they are used, without their prefix: `Backbone` (backbone, norm, frozen), `Fusion`,
     `FPN`, `MSPReweight`, `AnchorGenerator`, `RPN`, `RoIHead` (head, roi, box, detections), `MACLHead` (macl, dhn),
-    `DomainAlignment` (mmd, adversary, domains), `PairedFasterRCNN` (the rest).
+    `PairedFasterRCNN` (the rest).
     Raises ValueError for values that do not fit together.
 
     classes: names of labels 1, 2, ...
@@ -73,22 +73,13 @@ def build_detector(
     for name, sizes in (("anchor_sizes", anchor_sizes), ("min_size", min_size)):
         if isinstance(sizes, list | tuple) and not (sizes and min(sizes) > 0):
             raise ValueError(f"{name} {list(sizes)}: expected at least one number, all above 0")
-    if macl_level == "none" and (dhn_size or mmd_level == "embedding"):
-        raise ValueError("dhn_size and mmd_level 'embedding' need the contrastive head, and macl_level is 'none'")
+    if dhn_size and macl_level not in ("roi", "crop"):
+        raise ValueError(f"dhn_size needs the embeddings of boxes, and macl_level is {macl_level!r}")
 
-    # The order in which random weights are drawn; alignment comes last and leaves the others as they are.
     stages = min(fpn_levels, POOLED_LEVELS)
     body = Backbone(backbone, norm=norm, norm_eps=norm_eps, stages=stages, frozen_stages=frozen_stages)
-    reweight = MSPReweight(fpn_channels, hidden=msp_hidden) if msp else None
-    neck = FPN(in_channels=body.out_channels, out_channels=fpn_channels, out_levels=fpn_levels, msp=reweight)
-    macl = None
-    if macl_level != "none":
-        macl = MACLHead(
-            fpn_channels * (macl_roi_size**2 if macl_level == "roi" else 1), macl_hidden, macl_dim, norm=macl_norm,
-            norm_groups=macl_norm_groups, dropout=macl_dropout, direction=macl_direction, temperature=macl_temperature,
-            bank_size=dhn_size, hard_k=dhn_k, hard_mode=dhn_mode, hard_momentum=dhn_momentum,
-        )  # fmt: skip
-    fuse = Fusion(fusion, channels=fpn_channels, dropout=modality_dropout)
+    neck = FPN(in_channels=body.out_channels, out_channels=fpn_channels, out_levels=fpn_levels)
+    fuse = Fusion(fusion, dropout=modality_dropout)
     sizes = [*anchor_sizes[:fpn_levels]]
     while len(sizes) < fpn_levels:
         sizes.append(sizes[-1] * 2)
@@ -103,15 +94,19 @@ def build_detector(
         box_beta=box_beta, label_smoothing=label_smoothing, score_threshold=score_threshold, nms_iou=nms_iou,
         max_detections=max_detections,
     )  # fmt: skip
-    alignment = None
-    if mmd_level != "none" or adversary != "none":
-        alignment = DomainAlignment(
-            mmd_level=mmd_level, mmd_sigmas=mmd_sigmas, mmd_unbiased=mmd_unbiased, adversary=adversary,
-            domains=domains, pooled_dim=fpn_channels * fpn_levels,
+    # What may be left out comes last, so that all else begins with the same random weights with it and without.
+    if msp:
+        neck.msp = MSPReweight(fpn_channels, hidden=msp_hidden)
+    macl, cells = None, {"roi": macl_roi_size**2, "crop": CROP[0] * CROP[1] // 64, "image": 1}  # P3: 8 pixels a cell
+    if macl_level != "none":
+        macl = MACLHead(
+            fpn_channels * cells[macl_level], macl_hidden, macl_dim, norm=macl_norm, norm_groups=macl_norm_groups,
+            dropout=macl_dropout, direction=macl_direction, temperature=macl_temperature, bank_size=dhn_size,
+            hard_k=dhn_k,
         )  # fmt: skip
     return PairedFasterRCNN(
-        backbone=body, neck=neck, fusion=fuse, rpn=rpn, roi_head=roi_head, macl=macl, alignment=alignment,
-        macl_level=macl_level, macl_roi_size=macl_roi_size, min_size=min_size, max_size=max_size, kwargs=kwargs,
+        backbone=body, neck=neck, fusion=fuse, rpn=rpn, roi_head=roi_head, macl=macl, macl_level=macl_level,
+        macl_roi_size=macl_roi_size, merge=merge, min_size=min_size, max_size=max_size, kwargs=kwargs,
         statistics={"visible": (visible_mean, visible_std), "infrared": (infrared_mean, infrared_std)},
     )  # fmt: skip
 
@@ -123,6 +118,11 @@ def read_checkpoint(path: str | Path) -> dict:
     them, so that a damaged file cannot ask for more than its own size.
     """
     source = read_state(path)
+    if isinstance(source.get("model_kwargs"), dict):
+        source["model_kwargs"] = {k: v for k, v in source["model_kwargs"].items() if k not in DROPPED_KEYWORDS}
+        for state in filter(None, (source.get("model"), source.get("ema"))):
+            for key in [key for key in state if key.startswith(DROPPED_PARTS)]:
+                del state[key]
     if "model_kwargs" in source:
         with torch.device("meta"):
             own = _build(source["model_kwargs"], path).state_dict()
@@ -177,25 +177,24 @@ def load_initial_weights(detector: PairedFasterRCNN, path: str | Path) -> str:
     """Start a detector from a training checkpoint, which must fit whole, or from published weights, where they fit.
 
     The two differ by their keys. Of a checkpoint the averaged weights are taken where it has them. ADDED_PARTS may be
-    absent from either side or of another size: banks then start empty, the key projector as the projector, the
-    classifier as initialised. -> what was loaded, for the log. Raises InputError for another architecture.
+    absent from either side or of another form; the detector's then stay as they are made.
+    -> what was loaded, for the log. Raises InputError for another architecture.
     """
     source = read_checkpoint(path)
     if "model_kwargs" not in source:
         return str(load_torchvision_weights(detector, source))
     averaged = source.get("ema") is not None
-    own, state = detector.state_dict(), dict(source["ema" if averaged else "model"])
-    new, notes = {}, []
+    own, state = dict(detector.state_dict()), dict(source["ema" if averaged else "model"])
+    parts, notes = {}, []
     for part in ADDED_PARTS:
-        ours, theirs = ({k: t for k, t in tensors.items() if k.startswith(f"{part}.")} for tensors in (own, state))
-        if {key: tensor.shape for key, tensor in ours.items()} == {key: tensor.shape for key, tensor in theirs.items()}:
-            continue
-        state = {key: tensor for key, tensor in state.items() if key not in theirs}
-        new |= {key: state.get(key.replace("hard.key_projector", "projector"), tensor) for key, tensor in ours.items()}
-        notes.append(f"newly made: {part}" if ours else f"left out: {part}")
+        ours, theirs = ({k: tensors.pop(k) for k in [*tensors] if k.startswith(f"{part}.")} for tensors in (own, state))
+        fits = {k: tensor.shape for k, tensor in ours.items()} == {k: tensor.shape for k, tensor in theirs.items()}
+        parts |= theirs if fits else ours
+        if not fits:
+            notes.append(f"newly made: {part}" if ours else f"left out: {part}")
     try:
-        detector.load_state_dict(state | new)
+        detector.load_state_dict(state | parts)
     except RuntimeError as error:
         difference = str(error).splitlines()[-1].strip()
         raise InputError(f"{path} is a checkpoint of another detector: {difference}") from error
-    return "; ".join([f"all {len(state)} tensors loaded" + ", the averaged ones" * averaged, *notes])
+    return "; ".join([f"{len(state | parts)} tensors" + ", the averaged ones" * averaged, *notes])

@@ -1,9 +1,10 @@
 """Modal-aware contrastive learning (MACL): the two modalities' embeddings of the same thing attract each other.
 
-Hard negatives (DHN) are the rows of a memory bank that are most similar to a query.
+Hard negatives (DHN) are the rows of a memory bank that are most similar to a query. They need keys of one kind, those
+of an averaged detector: against rows that older weights made, a query lowers its loss by leaving their place, and the
+embedding collapses.
 """
 
-import copy
 import math
 from functools import partial
 
@@ -21,7 +22,6 @@ DIRECTIONS = {  # queries -> keys
     "visible_to_infrared": [("visible", "infrared")],
 }
 TEMPERATURES = (0.01, 1.0)
-HARD_MODES = ("denominator", "softplus")
 NO_NEGATIVE = -1e30  # a similarity for "none"; finite, so that its gradient is 0 and not NaN
 
 
@@ -47,11 +47,6 @@ def projector(
         layers += [nn.Dropout(dropout)] if dropout else []
         in_dim = width
     return nn.Sequential(*layers, nn.Linear(in_dim, out_dim))
-
-
-def embed(projector: nn.Module, features: Tensor) -> Tensor:
-    """(N, in_dim) -> (N, out_dim) in float32 at least, rows of length 1 (a zero row stays zero)."""
-    return F.normalize(at_least_float32(projector(features)), dim=1)
 
 
 @torch.no_grad()
@@ -88,12 +83,11 @@ def choose(query: Tensor, bank: Tensor, k: int, mask: Tensor | None = None) -> t
 def hard_negative_loss(
     query: Tensor, bank: Tensor, k: int, temperature: Tensor | float, mask: Tensor | None = None
 ) -> Tensor:
-    """`softplus_loss` of the `hard_negatives`; query and temperature take a gradient."""
-    return softplus_loss(*choose(query, bank, k, mask), temperature)
+    """Mean softplus(similarity / temperature) over the `hard_negatives` of all processes; connected where none exists.
 
-
-def softplus_loss(similarity: Tensor, exists: Tensor, temperature: Tensor | float) -> Tensor:
-    """Mean softplus(similarity / temperature) over the pairs of all processes that exist; connected where none does."""
+    query and temperature take a gradient.
+    """
+    similarity, exists = choose(query, bank, k, mask)
     losses = F.softplus(similarity / temperature)  # 0 where there is none
     return distributed.global_mean(losses.sum(), exists.sum())
 
@@ -109,34 +103,24 @@ def in_denominator(losses: Tensor, positive: Tensor, similarity: Tensor, tempera
 
 
 class HardNegatives(nn.Module):
-    """One memory bank of embeddings per key modality.
+    """One memory bank of keys per key modality (He et al., MoCo, 2020, section 3.2).
 
     size, dim: of each bank.
-    k: rows per query. It may change at any time, as may `active`, the number of newest rows to choose from.
-    mode: "denominator", negatives of InfoNCE; "softplus", a loss of their own.
-    momentum: 0 stores the embeddings of the loss; above 0 those of a moving average of the projector, so that old and
-        new rows are of one kind (He et al., MoCo, 2020, equation 2).
+    k: rows per query.
     modalities: of the keys.
     """
 
-    def __init__(
-        self, projector: nn.Module, *, size: int, dim: int, k: int, mode: str, momentum: float, modalities: list[str]
-    ):
+    def __init__(self, *, size: int, dim: int, k: int, modalities: list[str]):
         super().__init__()
         if not 1 <= k <= size:
             raise ValueError(f"{k} hard negatives from a bank of {size} rows: expected at least 1 and at most all rows")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum {momentum} of the key projector: expected at least 0 and below 1")
-        self.k, self.active, self.mode, self.momentum = k, size, mode, momentum
+        self.k = k
         self.banks = nn.ModuleDict({name: kernels.MemoryBank(size, dim) for name in modalities})
-        self.key_projector = copy.deepcopy(projector).requires_grad_(False) if momentum else None
 
     def choose(self, query: Tensor, modality: str, ids: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """`choose` from one modality's bank, and sums for the metrics. query: (N, D). ids: (N,), scenes."""
         bank = self.banks[modality]
-        size = len(bank.buffer)
-        age = (bank.position - 1 - torch.arange(size, device=query.device)) % size  # 0 is the newest row
-        in_use = age < bank.valid.clamp(max=self.active)
+        in_use = torch.arange(len(bank.buffer), device=query.device) < bank.valid
         same_scene = (ids[:, None] == bank.id_buffer) & (ids >= 0)[:, None] & in_use  # (N, K)
         similarity, exists = choose(query, bank.buffer, self.k, same_scene | ~in_use)
         sums = {"masked": same_scene.sum(), "in_use": in_use.sum() * len(query), "with_negatives": exists[:, 0].sum()}
@@ -144,20 +128,8 @@ class HardNegatives(nn.Module):
         return similarity, exists, sums
 
     @torch.no_grad()
-    def enqueue(self, projector: nn.Module, features: dict[str, Tensor], keys: dict[str, Tensor], ids: Tensor) -> None:
-        """Store the rows of this step, the same on every process.
-
-        features: modality -> (n, in_dim) of this process.
-        keys: modality -> (N, dim) embeddings of all processes.
-        ids: (n,), scenes of this process's rows.
-        """
-        if self.key_projector is not None:
-            self.key_projector.eval()  # without dropout
-            for average, live in zip(self.key_projector.parameters(), projector.parameters(), strict=True):
-                average.lerp_(live, 1 - self.momentum)
-            for average, live in zip(self.key_projector.buffers(), projector.buffers(), strict=True):
-                average.copy_(live)  # such as running statistics
-            keys = {name: distributed.gather(embed(self.key_projector, features[name])) for name in self.banks}
+    def enqueue(self, keys: dict[str, Tensor], ids: Tensor) -> None:
+        """Store the rows of this step. keys: modality -> (N, dim) of all processes. ids: (n,), scenes of this one."""
         ids = distributed.gather(ids)
         for name, bank in self.banks.items():
             bank.enqueue(keys[name].detach(), ids)
@@ -172,13 +144,13 @@ class MACLHead(nn.Module):
     direction: "both" averages the losses of visible -> infrared and infrared -> visible, as CLIP does.
     temperature: initial value. It is learned through its logarithm and held in TEMPERATURES.
     bank_size: rows per memory bank; 0 for no hard negatives.
-    hard_k, hard_mode, hard_momentum: see `HardNegatives`.
+    hard_k: hard negatives per query.
     """
 
     def __init__(
         self, in_dim: int, hidden_dims: tuple[int, ...] = (128, 64), out_dim: int = 128, norm: str = "layer",
         norm_groups: int = 32, dropout: float = 0.0, direction: str = "both", temperature: float = 0.07,
-        bank_size: int = 0, hard_k: int = 64, hard_mode: str = "denominator", hard_momentum: float = 0.0,
+        bank_size: int = 0, hard_k: int = 8,
     ):  # fmt: skip
         super().__init__()
         if not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
@@ -188,55 +160,50 @@ class MACLHead(nn.Module):
         self.directions = DIRECTIONS[direction]
         self.hard = None
         if bank_size:
-            self.hard = HardNegatives(
-                self.projector, size=bank_size, dim=out_dim, k=hard_k, mode=hard_mode, momentum=hard_momentum,
-                modalities=[key for _, key in self.directions],
-            )  # fmt: skip
+            names = [key for _, key in self.directions]
+            self.hard = HardNegatives(size=bank_size, dim=out_dim, k=hard_k, modalities=names)
 
     @property
     def temperature(self) -> Tensor:
         return self.log_temperature.exp()
 
     def embed(self, features: Tensor) -> Tensor:
-        """(N, in_dim) -> (N, out_dim), rows of length 1 (a zero row stays zero)."""
-        return embed(self.projector, features)
+        """(N, in_dim) -> (N, out_dim) in float32 at least, rows of length 1 (a zero row stays zero)."""
+        return F.normalize(at_least_float32(self.projector(features)), dim=1)
 
-    def forward(self, visible: Tensor, infrared: Tensor, ids: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """loss_macl and the metrics of `compare`."""
-        losses, metrics, _ = self.compare(visible, infrared, ids)
-        return losses["loss_macl"], metrics
-
-    def compare(self, visible: Tensor, infrared: Tensor, ids: Tensor | None = None) -> tuple[dict, dict, dict]:
-        """Losses, metrics and embeddings. In training the embeddings then enter the banks.
+    def forward(
+        self, visible: Tensor, infrared: Tensor, ids: Tensor | None = None, keys: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """loss_macl () and metrics. In training the keys then enter the banks.
 
         visible, infrared: (N, in_dim). N may differ between processes and be 0.
-        ids: (N,) int64, the scene of each row, -1 for not known. Hard negatives need it: a query gets none of its own
-            scene, which may show the same thing.
+        ids: (N,) int64, the scene of each row, -1 for not known. A query gets no hard negative of its own scene, which
+            may show the same thing.
+        keys: modality -> (N, out_dim), the same rows embedded by an averaged detector; None for this step's own
+            embeddings. Hard negatives need ids and keys, else ValueError.
 
-        -> losses (): loss_macl, a mean over the queries of all processes, exactly 0 but connected for one or none;
-            loss_dhn of hard_mode "softplus".
+        -> loss: a mean over the queries of all processes, exactly 0 but connected for one or none.
         -> metrics (): macl_candidates, keys per query; macl_relative, loss / ln(candidates), 1 for chance; macl_recall,
             share of queries with the positive first; temperature; with hard negatives dhn_fill, filled share of the
             banks, dhn_hardest, mean similarity of the hardest, dhn_masked, masked share.
-        -> embeddings: modality -> (N, out_dim) of this process.
         """
-        if self.hard is not None and ids is None:
-            raise ValueError("hard negatives need the scene of every row")
+        if self.hard is not None and (ids is None or (keys is None and self.training)):
+            raise ValueError("hard negatives need the scene of every row, and keys of an averaged detector")
         with torch.no_grad():  # in place, so that a temperature at a bound can come back from it
             self.log_temperature.clamp_(*map(math.log, TEMPERATURES))
-        features = {"visible": visible, "infrared": infrared}
-        embeddings = {name: self.embed(rows) for name, rows in features.items()}
-        gathered = {key: distributed.gather_and_place(embeddings[key]) for _, key in self.directions}
-        results = [self._one_direction(embeddings[query], *gathered[key], key, ids) for query, key in self.directions]
-        losses = {name: torch.stack([terms[name] for terms, _ in results]).mean() for name in results[0][0]}
-        keys = {name: rows for name, (rows, _) in gathered.items()}
-        metrics = self._metrics([sums for _, sums in results], len(next(iter(keys.values()))))
+        queries = {"visible": self.embed(visible), "infrared": self.embed(infrared)}
+        keys = queries if keys is None else keys
+        gathered = {name: distributed.gather_and_place(keys[name]) for _, name in self.directions}
+        results = [self._one_direction(queries[query], *gathered[key], key, ids) for query, key in self.directions]
+        losses, sums = zip(*results, strict=True)
+        rows = {name: rows for name, (rows, _) in gathered.items()}
+        metrics = self._metrics(sums, len(next(iter(rows.values()))))
         if self.hard is not None and self.training:
-            self.hard.enqueue(self.projector, features, keys, ids)
-        return losses, metrics, embeddings
+            self.hard.enqueue(rows, ids)
+        return torch.stack(losses).mean(), metrics
 
     def _one_direction(self, query: Tensor, keys: Tensor, first: int, modality: str, ids: Tensor | None):
-        """Losses of this process's queries, and sums for the metrics. The positive of query i is keys[first + i]."""
+        """Loss of this process's queries, and sums for the metrics. The positive of query i is keys[first + i]."""
         losses = positive = (query.sum() + keys.sum()) * 0 * self.temperature
         recalled = losses.detach()
         if len(query):
@@ -247,19 +214,15 @@ class MACLHead(nn.Module):
             positive = (query * keys[first : first + len(query)]).sum(dim=1) / self.temperature  # (N,)
             recalled = (stats.positive > stats.largest_negative).sum()
         sums = {"loss": losses.detach().sum(), "recalled": recalled}
-        terms = {}
         if self.hard is not None:
-            similarity, exists, of_bank = self.hard.choose(query, modality, ids)
+            similarity, _, of_bank = self.hard.choose(query, modality, ids)
             sums |= of_bank
-            if self.hard.mode == "softplus":
-                terms["loss_dhn"] = softplus_loss(similarity, exists, self.temperature)
-            elif len(query):
+            if len(query):
                 losses = in_denominator(losses, positive, similarity, self.temperature)
-        terms["loss_macl"] = distributed.global_mean(losses.sum(), len(query))
-        return terms, sums
+        return distributed.global_mean(losses.sum(), len(query)), sums
 
     @torch.no_grad()
-    def _metrics(self, sums: list[dict[str, Tensor]], count: int) -> dict[str, Tensor]:
+    def _metrics(self, sums: tuple[dict[str, Tensor], ...], count: int) -> dict[str, Tensor]:
         """Metrics of `compare`, over all processes and directions. count: keys per query."""
         total = torch.stack([torch.stack([value.double() for value in one.values()]) for one in sums])
         total = dict(zip(sums[0], distributed.all_reduce_sum(total).sum(dim=0), strict=True))

@@ -1,5 +1,6 @@
 """The paired detector: Faster R-CNN over the fused pyramids of a visible and an infrared image."""
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -14,13 +15,15 @@ import trainkit.distributed as distributed
 from macl.backbone import MODALITIES, Backbone
 from macl.boxes import Size, prepare_target, rescale
 from macl.contrast import MACLHead
-from macl.domain import DomainAlignment
 from macl.fpn import FPN
 from macl.fusion import Fusion
+from macl.merging import merge_views
 from macl.roi_head import RoIHead, with_image_index
 from macl.rpn import RPN
 
 MULTIPLE = 32  # of padded image sides
+CROP = (64, 32)  # height and width of a crop, pixels
+JITTER = 0.1  # of the box's sides: standard deviation of a crop's place, and of the logarithm of its size
 
 
 class Features(NamedTuple):
@@ -32,6 +35,7 @@ class Features(NamedTuple):
     pyramids: dict[str, list[Tensor]]  # per modality given (B, C, H_l, W_l), finest first
     images: list[tuple[int, Size, Size]]  # place in the batch, size as given, size as resized
     batch_size: Size  # as padded
+    pixels: dict[str, list[Tensor]]  # per modality (3, h, w) in 0..1, as resized
 
     @property
     def sizes(self) -> list[Size]:
@@ -40,11 +44,13 @@ class Features(NamedTuple):
 
 
 class PairedFasterRCNN(nn.Module):
-    """Faster R-CNN with one backbone and neck for both modalities, contrast and domain alignment.
+    """Faster R-CNN with one backbone and neck for both modalities, and contrast between the modalities.
 
-    macl, alignment: None for none.
-    macl_level: what is embedded, "roi", each ground-truth box, or "image", the mean of all maps.
+    macl: None for none.
+    macl_level: what is embedded: "roi", each ground-truth box, pooled from the maps; "crop", each box cut out of the
+        image, without its surroundings; "image", the mean of all maps.
     macl_roi_size: bins per side of a pooled box.
+    merge: see `detect`.
     statistics: modality -> mean and std, three floats each.
     min_size: short side to resize images to. Of several, training draws one per batch and evaluation takes the last.
     max_size: longest side after resizing.
@@ -53,29 +59,17 @@ class PairedFasterRCNN(nn.Module):
 
     def __init__(
         self, *, backbone: Backbone, neck: FPN, fusion: Fusion, rpn: RPN, roi_head: RoIHead, macl: MACLHead | None,
-        alignment: DomainAlignment | None, macl_level: str, macl_roi_size: int, statistics: dict[str, tuple],
+        macl_level: str, macl_roi_size: int, merge: str, statistics: dict[str, tuple],
         min_size: int | tuple[int, ...] | None, max_size: int | None, kwargs: dict,
     ):  # fmt: skip
         super().__init__()
         self.backbone, self.neck, self.fusion, self.rpn, self.roi_head = backbone, neck, fusion, rpn, roi_head
-        self.macl, self.macl_level, self.macl_roi_size = macl, macl_level, macl_roi_size
-        self.alignment, self.reversal_scale = alignment, 1.0
+        self.macl, self.macl_level, self.macl_roi_size, self.merge = macl, macl_level, macl_roi_size, merge
         self.min_sizes = min_size if isinstance(min_size, list | tuple) else (min_size,)
         self.max_size, self.kwargs = max_size, kwargs
         for modality, (mean, std) in statistics.items():  # not in the state dict, for `kwargs` has them
             self.register_buffer(f"{modality}_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
             self.register_buffer(f"{modality}_std", torch.tensor(std).view(3, 1, 1), persistent=False)
-
-    def set_schedule(
-        self, *, reversal_scale: float | None = None, hard_k: int | None = None, hard_active: int | None = None
-    ) -> None:
-        """Set per-step values, see `DomainClassifier` and `HardNegatives`; None leaves one as it is."""
-        if reversal_scale is not None:
-            self.reversal_scale = reversal_scale
-        if hard_k is not None:
-            self.macl.hard.k = hard_k
-        if hard_active is not None:
-            self.macl.hard.active = hard_active
 
     def forward(
         self, *, visible: list[Tensor] | None = None, infrared: list[Tensor] | None = None,
@@ -86,12 +80,12 @@ class PairedFasterRCNN(nn.Module):
         visible, infrared: (3, H, W) float images in 0..1. The two of a pair have one size; either list may be None.
         targets: per training image boxes (N, 4) float32, x1, y1, x2, y2 in pixels, and labels (N,) int64, from 1;
             optionally ignore (N,) bool, neither positive nor negative, and visible_in (N, 2) bool, per modality;
-            for hard negatives scene () int64, equal for images that may show the same people, -1 for not known;
-            for several data sets domain () int64, from 0.
+            for hard negatives scene () int64, equal for images that may show the same people, -1 for not known, and
+            keys (N, 2, D), the boxes' embeddings by an averaged detector (`embed`), per modality.
         with_metrics: whether training returns (losses, metrics).
 
-        -> training: unweighted losses (): loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg; with their
-            parts loss_macl, loss_dhn, loss_mmd, loss_mmd_domains, loss_adversary. Metrics: detached scalars ().
+        -> training: unweighted losses (): loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg, and with a
+            contrastive head loss_macl. Metrics: detached scalars ().
         -> evaluation: per image dict(boxes (n, 4), labels (n,), scores (n,)) in pixels of the given image.
         """
         given = {"visible": visible, "infrared": infrared}
@@ -116,36 +110,58 @@ class PairedFasterRCNN(nn.Module):
         for name in terms[0]:
             sums, counts = zip(*(term[name] for term in terms), strict=True)
             losses[name] = distributed.global_mean(sum(sums), sum(counts))
-        more, metrics = self.alignment_losses(features, prepared)
-        return losses | more, metrics
+        if self.macl is None:
+            return losses, {}
+        losses["loss_macl"], metrics = self.contrast(features, prepared)
+        return losses, metrics
 
-    def alignment_losses(self, features: list[Features], targets: list[dict]) -> tuple[dict, dict]:
-        """Losses and metrics of contrast and alignment. targets: prepared, in the order of `features`."""
-        if self.macl is None and self.alignment is None:
-            return {}, {}
+    def contrast(self, features: list[Features], targets: list[dict]) -> tuple[Tensor, dict]:
+        """loss_macl and its metrics. targets: prepared, in the order of `features`."""
         if len(features[0].pyramids) < 2:
-            raise ValueError("contrast and alignment need both modalities in training; build the detector without them")
-        losses, metrics, embeddings = {}, {}, None
+            raise ValueError("contrast needs both modalities in training; build the detector with macl_level='none'")
         # Boxes seen in one modality alone are left out, where that is known.
-        boxes = [t["boxes"][t["visible_in"].all(dim=1)] if "visible_in" in t else t["boxes"] for t in targets]
-        rows = torch.tensor(self.row_counts(boxes), device=boxes[0].device)
-        if self.macl is not None:
-            scenes = None if self.macl.hard is None else stack_labels(targets, "scene").repeat_interleave(rows)
-            losses, metrics, embeddings = self.macl.compare(*self.pooled_features(features, boxes), scenes)
-        if self.alignment is None:
-            return losses, metrics
-        domains = stack_labels(targets, "domain") if self.alignment.domains > 1 else torch.zeros_like(rows)
-        row_domains = domains.repeat_interleave(rows)
-        more, about = self.alignment(features, domains, embeddings, row_domains, self.reversal_scale)
-        return losses | more, metrics | about
+        seen = [target["visible_in"].all(dim=1) if "visible_in" in target else slice(None) for target in targets]
+        boxes = [target["boxes"][rows] for target, rows in zip(targets, seen, strict=True)]
+        scenes = keys = None
+        if self.macl.hard is not None:
+            counts = torch.tensor(self.row_counts(boxes), device=boxes[0].device)
+            scenes = stack_labels(targets, "scene").repeat_interleave(counts)
+        if "keys" in targets[0]:
+            rows = [target["keys"][one] for target, one in zip(targets, seen, strict=True)]
+            keys = dict(zip(MODALITIES, torch.cat(rows).unbind(1), strict=True))
+        return self.macl(*self.pooled_features(features, boxes, jitter=self.training), scenes, keys)
 
     def detect(
         self, features: list[Features], modalities: Sequence[str] = MODALITIES, *, score_threshold: float | None = None
     ) -> list[dict[str, Tensor]]:
-        """Detections per image, from the pyramids of `modalities` alone. score_threshold: None for the detector's."""
+        """Detections per image, from the pyramids of `modalities` alone. score_threshold: None for the detector's.
+
+        With both modalities and merge "logit", what the fused pyramid and each modality's own give is merged
+        (`macl.merging`): the fused one dilutes what one camera alone sees.
+        """
+        return next(iter(self.detect_modes(features, {"": modalities}, score_threshold=score_threshold).values()))
+
+    def detect_modes(
+        self, features: list[Features], modes: dict[str, Sequence[str]], *, score_threshold: float | None = None
+    ) -> dict[str, list[dict[str, Tensor]]]:
+        """`detect` by mode. modes: name -> modalities; what several of them need is computed once."""
+        views = functools.cache(lambda *names: self.detect_view(features, names, score_threshold))
+        threshold = self.roi_head.score_threshold if score_threshold is None else score_threshold
+        limits = dict(score_threshold=threshold, limit=self.roi_head.max_detections)
+        given, detections = [name for name in MODALITIES if name in features[0].pyramids], {}
+        for mode, modalities in modes.items():
+            names = tuple(name for name in given if name in modalities)
+            detections[mode] = views(*names)
+            if len(names) == 2 and self.merge == "logit" and self.fusion.kind not in MODALITIES:
+                images = zip(views(*names), *map(views, names), strict=True)
+                detections[mode] = [merge_views(image, **limits) for image in images]
+        return detections
+
+    def detect_view(self, features: list[Features], modalities: tuple[str, ...], score_threshold: float | None):
+        """Detections per image from the fused pyramids of `modalities`."""
         detections = {}
         for group in features:
-            fused = self.fusion({name: group.pyramids[name] for name in modalities if name in group.pyramids})
+            fused = self.fusion({name: group.pyramids[name] for name in modalities})
             proposals, _ = self.rpn(fused, group.sizes, group.batch_size, None)
             outputs = self.roi_head.detect(fused, proposals, group.sizes, score_threshold)
             for (place, original, size), output in zip(group.images, outputs, strict=True):
@@ -185,7 +201,7 @@ class PairedFasterRCNN(nn.Module):
         features = []
         for batch_size, members in groups.items():
             chosen = {name: [given[place] for place, _, _ in members] for name, given in resized.items()}
-            features.append(Features(self.pyramids(chosen, batch_size), members, batch_size))
+            features.append(Features(self.pyramids(chosen, batch_size), members, batch_size, chosen))
         if self.training and isinstance(self.backbone.bn1, nn.SyncBatchNorm):
             self.wait_for_all(features)
         return features
@@ -225,27 +241,51 @@ class PairedFasterRCNN(nn.Module):
         size = [max(1, math.floor(side * factor)) for side in (height, width)]
         return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
 
-    def pooled_features(self, features: list[Features], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def pooled_features(
+        self, features: list[Features], boxes: list[Tensor], *, jitter: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Input (N, in_dim) of the contrastive head, of the visible and of the infrared pyramids.
 
         boxes: (n_i, 4) per image, in the order of `features`, in pixels as resized.
+        jitter: whether the infrared crops of level "crop" are moved and scaled a little, as cameras and boxes are.
         """
         rows, boxes = {name: [] for name in MODALITIES}, iter(boxes)
         for group in features:
-            chosen = with_image_index(list(itertools.islice(boxes, len(group.images))))
+            chosen = list(itertools.islice(boxes, len(group.images)))
             for name, pooled in rows.items():
                 levels, scales = group.pyramids[name], self.roi_head.scales
                 if self.macl_level == "image":
                     pooled.append(torch.stack([level.mean(dim=(2, 3)) for level in levels]).mean(dim=0))
+                elif self.macl_level == "crop":
+                    moved = [jittered(box) for box in chosen] if jitter and name == "infrared" else chosen
+                    pooled.append(self.crop_features(name, group.pixels[name], moved))
                 else:
-                    levels = levels[: len(scales)]
-                    bins = kernels.multiscale_roi_align(levels, chosen, scales=scales, output_size=self.macl_roi_size)
+                    levels, rois = levels[: len(scales)], with_image_index(chosen)
+                    bins = kernels.multiscale_roi_align(levels, rois, scales=scales, output_size=self.macl_roi_size)
                     pooled.append(bins.flatten(1))
         return tuple(map(torch.cat, rows.values()))
+
+    def crop_features(self, modality: str, pixels: list[Tensor], boxes: list[Tensor]) -> Tensor:
+        """P3 of each box cut out of its image and resized to CROP: (N, C * 8 * 4). pixels: (3, h, w) per image."""
+        crops = [
+            kernels.multiscale_roi_align([image[None]], with_image_index([box]), scales=[1.0], output_size=CROP)
+            for image, box in zip(pixels, boxes, strict=True)
+        ]  # (n_i, 3, 64, 32)
+        crops = torch.cat(crops)
+        mean, std = getattr(self, f"{modality}_mean"), getattr(self, f"{modality}_std")
+        return self.neck(self.backbone((crops - mean) / std, [(modality, len(crops))]))[1].flatten(1)
 
     def row_counts(self, boxes: list[Tensor]) -> list[int]:
         """Rows of `pooled_features` per image."""
         return [1 if self.macl_level == "image" else len(box) for box in boxes]
+
+
+def jittered(boxes: Tensor) -> Tensor:
+    """Boxes (N, 4) moved and scaled at random, see JITTER."""
+    place, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    place = place + JITTER * torch.randn_like(size) * size
+    half = size / 2 * (JITTER * torch.randn_like(size[:, :1])).exp()
+    return torch.cat([place - half, place + half], dim=1)
 
 
 def stack_labels(targets: list[dict[str, Tensor]], key: str) -> Tensor:

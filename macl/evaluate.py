@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from macl import data, evaluation
-from macl.build import load_detector, read_checkpoint
+from macl.build import MERGES, load_detector, read_checkpoint
 from macl.metrics import could_count_from_zero, read_detections, write_detections
 from macl.plots import miss_rate_plot
 from trainkit import distributed
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--first-id", type=int, choices=(0, 1), help="what its image ids count from (default: 1; json: 0 if it occurs)")
     add = parser.add_argument_group("run").add_argument
     add("--modality", choices=("all", "both", "visible", "infrared"), default="all", help="cameras to detect with")
+    add("--merge", choices=MERGES, help="boxes of both cameras and of each alone (default: the checkpoint's)")
     add("--score-threshold", type=fraction, default=evaluation.SCORE_THRESHOLD, metavar="X", help="lowest score")
     add("--max-detections", type=positive_int, metavar="N",
         help="most detections per image, also for AP (default: 100; kaist: 1000, as its miss rate)")
@@ -135,6 +136,7 @@ def detect(args: argparse.Namespace, device: torch.device, max_detections: int) 
     checkpoint = read_checkpoint(args.checkpoint)
     detector = load_detector(args.checkpoint, weights=args.weights, checkpoint=checkpoint).to(device)
     detector.roi_head.max_detections = max_detections
+    detector.merge = args.merge or detector.merge
     classes, modes = detector.kwargs["classes"], detector.modes
     if len(classes) > 1 and args.save_detections is not None and args.save_detections.suffix == ".txt":
         raise InputError(f"--save-detections {args.save_detections}: lines know no class, this detector has several")

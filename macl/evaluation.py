@@ -54,10 +54,7 @@ def predict(
         targets = batch["targets"]
         with autocast(amp, device):
             extracted = detector.extract({name: to_device(batch[name], device) for name in ("visible", "infrared")})
-            detections = {
-                mode: detector.detect(extracted, names, score_threshold=score_threshold)
-                for mode, names in modes.items()
-            }
+            detections = detector.detect_modes(extracted, modes, score_threshold=score_threshold)
             embeddings = embed(detector, extracted, targets) if detector.macl is not None else None
         for i, target in enumerate(targets):
             result = {
@@ -83,7 +80,7 @@ def embed(detector: PairedFasterRCNN, extracted: list[Features], targets: list[d
     """
     device = extracted[0].pyramids["visible"][0].device
     visible, infrared = detector.embed(extracted, [target["boxes"][~target["ignore"]].to(device) for target in targets])
-    per_box, both = detector.macl_level == "roi", []
+    per_box, both = detector.macl_level != "image", []
     for target in targets:
         kept = ~target["ignore"]
         known = per_box and "visible_in" in target

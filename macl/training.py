@@ -10,13 +10,15 @@ from torch import Tensor
 from macl.data import AugmentedDataset, PairedAugmentation, collate
 from macl.detector import PairedFasterRCNN
 from macl.evaluation import alignment_metrics, detection_metrics, predict
-from trainkit.arguments import fraction, non_negative_float
+from macl.teacher import Teacher
+from trainkit.arguments import fraction, non_negative_float, non_negative_int, positive_int
 from trainkit.device import to_device
 from trainkit.errors import InputError
 from trainkit.loader import make_loader
 from trainkit.sampler import ResumableSampler
 from trainkit.step import TrainStep, module_gradient_norms
 
+MAX_KEY_DECAY = 0.995  # of the average that embeds the keys of hard negatives
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
 
 
@@ -45,6 +47,27 @@ def add_detection_weight_flags(add: Callable) -> None:
     add("--class-weight", type=non_negative_float, default=1.0, metavar="X", help="classification")
     add("--box-weight", type=non_negative_float, default=1.0, metavar="X", help="box regression")
 # fmt: on
+
+
+def add_hard_negative_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("hard negatives of MACL (DHN), with keys of the averaged detector").add_argument
+    add("--dhn-size", type=non_negative_int, default=0, metavar="N", help="bank rows per modality; 0 for none")
+    add("--dhn-k", type=positive_int, default=8, metavar="N", help="hardest rows per query")
+
+
+def check_hard_negatives(args: argparse.Namespace) -> None:
+    """Raises InputError for flags with which hard negatives cannot work."""
+    if not args.dhn_size:
+        return
+    if args.macl_weight == 0:
+        raise InputError("--dhn-size: hard negatives are negatives of MACL; raise --macl-weight, or give --dhn-size 0")
+    if not 0 < args.ema_decay <= MAX_KEY_DECAY:
+        raise InputError(
+            f"--dhn-size takes its keys from the averaged detector: expected --ema-decay above 0 and at most "
+            f"{MAX_KEY_DECAY}, with more they lag too far behind; got {args.ema_decay}"
+        )
+    if args.mosaic:
+        raise InputError("--mosaic makes one picture of several scenes, which hard negatives keep apart: --dhn-size 0")
 
 
 def check_augmentation(args: argparse.Namespace) -> None:
@@ -79,7 +102,6 @@ def freeze_unreached(detector: PairedFasterRCNN, weights: dict[str, float]) -> N
         (detector.roi_head.cls_score, {"loss_classifier"}),
         (detector.roi_head.bbox_pred, {"loss_box_reg"}),
         (detector.macl, {"loss_macl"}),
-        (detector.alignment, {"loss_adversary"}),
     ):
         if part is not None and not losses & enabled:
             part.requires_grad_(False)
@@ -93,10 +115,14 @@ def augmented_loader(args: argparse.Namespace, data, sampler: ResumableSampler, 
     return make_loader(dataset, sampler, collate, workers=args.workers, device=device)
 
 
-def forward_losses(model: torch.nn.Module, batch: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def forward_losses(
+    model: torch.nn.Module, batch: dict, teacher: Teacher | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The unweighted losses of a collated batch, and the metrics to log. model: the detector, wrapped in DDP or not."""
     device = next(model.parameters()).device
     inputs = to_device({name: batch[name] for name in ("visible", "infrared", "targets")}, device)
+    if teacher is not None:
+        inputs["targets"] = teacher(**inputs)
     return model(**inputs, with_metrics=True)
 
 
