@@ -5,57 +5,55 @@ import math
 import numpy as np
 
 from macl.data.figures import MATERIALS, uniform
-from macl.data.scenes import INFRARED, VISIBLE, Domain, Figure, Scene, count
+from macl.data.scenes import INFRARED, VISIBLE, Domain, Scene, count
 
 
 def paint(rng: np.random.Generator, domain: Domain, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """-> visible and infrared, (3, H, W) uint8; the three channels of infrared are equal."""
-    tint = np.array([1.0, uniform(rng, 0.8, 0.95), uniform(rng, 0.6, 1.0)], dtype=np.float32)[:, None, None]
-    visible = tint * _visible_background(rng, domain, scene)  # (3, H, W)
-    infrared = _infrared_background(rng, domain, scene)[None]  # (1, H, W)
-    colder = domain.colder > 0 and rng.random() < domain.colder
-    heat = tuple(-strength if colder else strength for strength in domain.infrared_contrast)
-    for canvas, modality, contrast in ((visible, VISIBLE, domain.visible_contrast), (infrared, INFRARED, heat)):
-        behind = canvas.copy()
-        for figure in scene.figures:
-            _paint_figure(rng, canvas, behind, figure, modality, contrast)
+    light, thermal = rng.spawn(2)  # what one camera shows does not change the other's noise
+    tint = np.array([1.0, uniform(light, 0.8, 0.95), uniform(light, 0.6, 1.0)], dtype=np.float32)[:, None, None]
+    visible = tint * _visible_background(light, domain, scene)  # (3, H, W)
+    _paint_figures(light, visible, scene, VISIBLE, domain.visible_contrast)
+    _add_noise(light, visible, uniform(light, *domain.visible_noise))
 
-    _add_noise(rng, visible, uniform(rng, *domain.visible_noise))
-    infrared = _shifted(rng, infrared, domain)
+    colder = domain.colder > 0 and thermal.random() < domain.colder
+    heat = tuple(-strength if colder else strength for strength in domain.infrared_contrast)
+    infrared = _infrared_background(thermal, domain, scene, heat)[None]  # (1, H, W)
+    _paint_figures(thermal, infrared, scene, INFRARED, heat)
+    infrared = _shifted(thermal, infrared, domain)
     for _ in range(domain.blur):
         infrared = _blur(infrared)
     if domain.stripes:
         columns = np.zeros((1, 1, infrared.shape[2]), dtype=np.float32)
-        _add_noise(rng, columns, domain.stripes)
+        _add_noise(thermal, columns, domain.stripes)
         infrared += columns
-    _add_noise(rng, infrared, uniform(rng, *domain.infrared_noise))
+    _add_noise(thermal, infrared, uniform(thermal, *domain.infrared_noise))
     visible, infrared = (np.clip(x + np.float32(0.5), 0, 255).astype(np.uint8) for x in (visible, infrared))
     return visible, infrared.repeat(3, axis=0)
 
 
-def _paint_figure(rng, canvas: np.ndarray, behind: np.ndarray, figure: Figure, modality: int, contrast: tuple) -> None:
-    """Blends a figure over the canvas (C, H, W); one that is not seen looks like the background, and still hides.
+def _paint_figures(rng, canvas: np.ndarray, scene: Scene, modality: int, contrast: tuple[float, float]) -> None:
+    """Blends the figures that the camera sees over the canvas (C, H, W), from far to near.
 
     Visible: brighter or darker than the background, with a tone per part. Infrared: warmer, most of all the head.
     """
-    patch, background = (image[:, figure.rows, figure.columns] for image in (canvas, behind))  # (C, h, w)
-    if not figure.seen[modality]:
-        patch += figure.coverage * (background - patch)
-        return
-    around = background[:, patch.shape[1] // 2, patch.shape[2] // 2]  # (C,)
-    strength = uniform(rng, *contrast)
-    if figure.kind == "occluder":
-        strength *= 0.4
-    if modality == INFRARED:
-        factors = [uniform(rng, 0.8, 1.2) * factor for factor in (1.15, 0.95, 0.9, 0.8)]
-    else:
-        darker = around.min() > 1.3 * strength and rng.random() < 0.5
-        factors = [(-1 if darker else 1) * uniform(rng, 0.5, 1.4) for _ in range(MATERIALS)]
-    tones = np.empty((len(canvas), MATERIALS), dtype=np.float32)
-    for channel, tone in enumerate(around.tolist()):
-        hue = 1.0 if modality == INFRARED else uniform(rng, 0.75, 1.25)
-        tones[channel] = [tone + strength * factor * hue for factor in factors]
-    patch += figure.coverage * (tones[:, figure.material] - patch)
+    background = canvas.copy()
+    for figure in scene.figures:
+        if not figure.seen[modality]:
+            continue
+        patch, behind = (image[:, figure.rows, figure.columns] for image in (canvas, background))  # (C, h, w)
+        around = behind[:, patch.shape[1] // 2, patch.shape[2] // 2]  # (C,)
+        strength = uniform(rng, *contrast) * (0.4 if figure.kind == "occluder" else 1)
+        if modality == INFRARED:
+            factors = [uniform(rng, 0.8, 1.2) * factor for factor in (1.15, 0.95, 0.9, 0.8)]
+        else:
+            darker = around.min() > 1.3 * strength and rng.random() < 0.5
+            factors = [(-1 if darker else 1) * uniform(rng, 0.5, 1.4) for _ in range(MATERIALS)]
+        tones = np.empty((len(canvas), MATERIALS), dtype=np.float32)
+        for channel, tone in enumerate(around.tolist()):
+            hue = 1.0 if modality == INFRARED else uniform(rng, 0.75, 1.25)
+            tones[channel] = [tone + strength * factor * hue for factor in factors]
+        patch += figure.coverage * (tones[:, figure.material] - patch)
 
 
 def _visible_background(rng: np.random.Generator, domain: Domain, scene: Scene) -> np.ndarray:
@@ -86,15 +84,19 @@ def _visible_background(rng: np.random.Generator, domain: Domain, scene: Scene) 
             _add_light(rng, shade, at=at, row=row, reach=reach, peak=-domain.shadows)
             light *= shade
     canvas *= light
-    if rng.random() < domain.headlights:
-        row, at, apart = uniform(rng, 0.3, 0.6), uniform(rng, 0.05, 0.85), uniform(rng, 0.04, 0.1)
-        for shift in (0, apart):
+    failure = _failure(scene, VISIBLE)
+    if rng.random() < 0.5:
+        canvas *= 1 - np.float32(0.8) * failure  # deep shadow
+    elif failure.any():
+        canvas += failure * (np.float32(uniform(rng, 150, 230)) - canvas)  # glare of headlights
+        at, row, apart = sum(scene.failed[VISIBLE]) / 2 / width, uniform(rng, 0.3, 0.6), uniform(rng, 0.02, 0.05)
+        for shift in (-apart, apart):
             _add_light(rng, canvas, at=at + shift, row=row, reach=(0.012, 0.03), peak=220.0)
     away_y, away_x = (y / np.float32(height / 2) - 1)[:, None], x / np.float32(width / 2) - 1
     return canvas * (1 - np.float32(domain.vignette / 2) * (away_x * away_x + away_y * away_y))
 
 
-def _infrared_background(rng: np.random.Generator, domain: Domain, scene: Scene) -> np.ndarray:
+def _infrared_background(rng: np.random.Generator, domain: Domain, scene: Scene, heat: tuple) -> np.ndarray:
     """Cold sky, warmer buildings and ground, and warm patches without a person's shape; (H, W) float32."""
     ground = uniform(rng, *domain.ground)
     canvas = np.float32(ground) * _texture(rng, scene.size, cells=(7, 9), low=0.8, high=1.2)
@@ -104,7 +106,15 @@ def _infrared_background(rng: np.random.Generator, domain: Domain, scene: Scene)
     for _ in range(count(rng, domain.warm_clutter)):
         peak = uniform(rng, *domain.infrared_contrast)
         _add_light(rng, canvas, at=rng.random(), row=uniform(rng, 0.1, 1), reach=(0.02, 0.1), peak=peak)
-    return canvas
+    return canvas + _failure(scene, INFRARED) * np.float32(uniform(rng, *heat))  # as warm as people
+
+
+def _failure(scene: Scene, modality: int) -> np.ndarray:
+    """How much the camera fails where: 0..1, (H, W) float32; all of it from the horizon down, inside its columns."""
+    left, right = scene.failed[modality]
+    y, x = (np.arange(length, dtype=np.float32) for length in scene.size)
+    inwards = np.minimum(x - np.float32(left), np.float32(right) - x) * np.float32(4 / max(right - left, 1))
+    return np.clip(inwards, 0, 1) * np.clip(2 * y / np.float32(scene.horizon) - 1, 0, 1)[:, None]
 
 
 def _add_light(rng, canvas: np.ndarray, *, at: float, row: float, reach: tuple[float, float], peak: float) -> None:

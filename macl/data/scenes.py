@@ -19,7 +19,7 @@ class Domain:
     ignored_below: float = 0.0  # people of less than this share of the image's height are ignored
     people: tuple[int, int] = (2, 7)
     empty: float = 0.03  # share of scenes without people
-    visible_only: float = 0.2  # shares of the people
+    visible_only: float = 0.2  # shares of the people, most of them by where they stand
     infrared_only: float = 0.2
     companions: float = 0.2  # share of the people who stand beside another
     distractors: tuple[int, int] = (4, 5)  # two seen in visible light, two others in infrared, the rest in either
@@ -30,7 +30,6 @@ class Domain:
     shadows: float = 0.0  # share of the light that figures keep from the ground at their feet
     lamps: tuple[int, int] = (1, 3)
     lamp: tuple[float, float] = (30, 90)
-    headlights: float = 0.4  # share of scenes with a pair of them
     vignette: float = 0.35
     visible_contrast: tuple[float, float] = (40, 90)
     visible_noise: tuple[float, float] = (3, 6)  # standard deviations
@@ -56,9 +55,10 @@ STREET_NIGHT = Domain(
 )  # fmt: skip
 STREET_DAY = replace(
     STREET_NIGHT, daytime=True, visible_only=0.3, infrared_only=0.1, ambient=(95, 150), sky=1.4, shadows=0.4,
-    lamps=(0, 0), headlights=0.0, visible_contrast=(35, 80), visible_noise=(2, 4), ground=(105, 150), colder=0.6,
+    lamps=(0, 0), visible_contrast=(35, 80), visible_noise=(2, 4), ground=(105, 150), colder=0.6,
 )  # fmt: skip
 DAY_AND_NIGHT = (STREET_DAY, STREET_NIGHT)
+DAY_AND_NIGHT_REGISTERED = tuple(replace(domain, offset=(0, 0)) for domain in DAY_AND_NIGHT)
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Figure:
     columns: slice
     coverage: np.ndarray  # (h, w) float32 in 0..1
     material: np.ndarray  # (h, w) intp
-    hidden: float = 0.0  # share of the silhouette behind nearer figures
+    hidden: float = 1.0  # share of the silhouette behind nearer figures, in the camera that shows most of it
 
     @cached_property
     def inside(self) -> np.ndarray:
@@ -95,45 +95,57 @@ class Scene:
     size: tuple[int, int]  # H, W
     horizon: float
     slope: float
+    failed: tuple[tuple[float, float], tuple[float, float]] = ((0, 0), (0, 0))  # columns, see _failed
     figures: list[Figure] = field(default_factory=list)  # from far to near
     buildings: list[tuple[slice, slice]] = field(default_factory=list)  # rows, columns
 
     def stand(self, kind: str, shape: Shape, x: float, height: float, *, seen=(True, True), at=None) -> Figure:
-        """A figure at column x, at the distance of a figure `at` pixels tall (default: its own height)."""
+        """A figure at column x, at the distance of a figure `at` pixels tall (default: its own height).
+
+        A camera that fails there does not see it, whatever `seen` says.
+        """
         foot = (x, self.horizon + self.slope * (height if at is None else at))
+        seen = tuple(one and not low <= x < high for one, (low, high) in zip(seen, self.failed, strict=True))
         return Figure(kind, seen, foot, height, *rasterise(shape, foot=foot, height=height, canvas=self.size))
 
 
 def lay_out(rng: np.random.Generator, domain: Domain, size: tuple[int, int]) -> Scene:
-    """Draws who and what stands where, and works out what hides what.
+    """Draws who and what stands where, and works out what hides what."""
+    scene = Scene(size, uniform(rng, *domain.horizon) * size[0], uniform(rng, 1.05, 1.2), _failed(rng, domain, size[1]))
+    people = _people(rng, domain, scene)
+    figures = people + _occluders(rng, domain, scene, people)
+    scene.figures = _far_to_near(figures + _distractors(rng, domain, scene, figures), size)
+    scene.buildings = [_building(rng, scene) for _ in range(count(rng, (1, 3)))]
+    return scene
 
-    Scenes in which a modality does not show two of its distractors at least by half are drawn anew. Raises ValueError
-    where the domain is too crowded for that.
+
+def _failed(rng: np.random.Generator, domain: Domain, width: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The columns from, to where visible light shows nobody who stands there, and those where infrared does not.
+
+    They lie in different halves of the image, so that someone sees everybody. From 0 to 0 where a camera does not fail.
     """
-    for _ in range(100):
-        scene = Scene(size, uniform(rng, *domain.horizon) * size[0], uniform(rng, 1.05, 1.2))
-        people = _people(rng, domain, scene)
-        figures = people + _occluders(rng, domain, scene, people)
-        scene.figures = _far_to_near(figures + _distractors(rng, domain, scene, figures), size)
-        clear = [
-            [figure.hidden <= 0.5 for figure in scene.figures if figure.kind in DISTRACTORS and figure.seen[modality]]
-            for modality in (VISIBLE, INFRARED)
-        ]
-        if all(sum(one) >= min(2, len(one)) for one in clear):
-            scene.buildings = [_building(rng, scene) for _ in range(count(rng, (1, 3)))]
-            return scene
-    raise ValueError(f"no scene shows its distractors in {domain}; expected fewer people and occluders")
+    bands = []
+    start = 0.5 if rng.random() < 0.5 else 0.0
+    for share in (domain.infrared_only, domain.visible_only):
+        wide = uniform(rng, 0.2, 0.4) if rng.random() < 2.5 * share else 0.0
+        left = (start + uniform(rng, 0, 0.5 - wide)) * width
+        bands.append((left, left + wide * width) if wide else (0, 0))
+        start = 0.5 - start
+    return tuple(bands)
 
 
 def _far_to_near(figures: list[Figure], size: tuple[int, int]) -> list[Figure]:
-    """Sorts the figures that reach into the image, and measures what nearer ones hide of each."""
-    figures = sorted((figure for figure in figures if figure.inside.any()), key=lambda figure: figure.foot[1])
-    owner = np.full(size, -1, dtype=np.int16)  # the nearest figure at each pixel
-    for number, figure in enumerate(figures):
-        owner[figure.rows, figure.columns][figure.inside] = number
-    shown = np.bincount(owner[owner >= 0], minlength=len(figures)).tolist()
-    for figure, pixels in zip(figures, shown, strict=True):
-        figure.hidden = 1 - pixels / int(np.count_nonzero(figure.inside))
+    """Sorts the figures that reach into an image, and measures what nearer ones hide of each."""
+    figures = [figure for figure in figures if figure.inside.any() and any(figure.seen)]
+    figures.sort(key=lambda figure: figure.foot[1])
+    for modality in (VISIBLE, INFRARED):
+        shown = [figure for figure in figures if figure.seen[modality]]
+        owner = np.full(size, -1, dtype=np.int16)  # the nearest figure at each pixel
+        for number, figure in enumerate(shown):
+            owner[figure.rows, figure.columns][figure.inside] = number
+        pixels = np.bincount(owner[owner >= 0], minlength=len(shown)).tolist()
+        for figure, own in zip(shown, pixels, strict=True):
+            figure.hidden = min(figure.hidden, 1 - own / int(np.count_nonzero(figure.inside)))
     return figures
 
 
@@ -154,10 +166,11 @@ def _people(rng: np.random.Generator, domain: Domain, scene: Scene) -> list[Figu
             height = min(max(other.height * uniform(rng, 0.85, 1.15), low), high)
             x = other.foot[0] + uniform(rng, -0.35, 0.35) * height
             x = min(max(x, 0.04 * scene.size[1]), 0.96 * scene.size[1])
-        chance = rng.random()
-        infrared_only = domain.visible_only <= chance < domain.visible_only + domain.infrared_only
-        seen = (not infrared_only, chance >= domain.visible_only)
-        people.append(scene.stand("person", person(rng), x, height, seen=seen))
+        figure, chance = scene.stand("person", person(rng), x, height), rng.random()
+        if figure.seen == (True, True):  # some show in one camera only although both cameras see their surroundings
+            infrared_only = 0.35 * domain.visible_only <= chance < 0.35 * (domain.visible_only + domain.infrared_only)
+            figure.seen = (not infrared_only, chance >= 0.35 * domain.visible_only)
+        people.append(figure)
     return people
 
 
