@@ -1,24 +1,17 @@
 """Shapes of people and of things of their size, built of capsules, and their rasters.
 
-Coordinates are in units of the shape's height: x from its centre line, y up from the ground. Arithmetic is correctly
-rounded (no sin, no exp, no sums of changing order): the same draws give the same pixels everywhere.
+A shape is a list of capsules: x0, y0, x1, y1 (a segment), r0, r1 (the radius at either end) and the material, in units
+of the shape's height, x from its centre line, y up from the ground. Arithmetic is correctly rounded (no sin, no exp, no
+sums of changing order): the same draws give the same pixels everywhere.
 """
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
 HEAD, TORSO, ARMS, LEGS = range(4)  # materials: parts that share a tone
 MATERIALS = 4
-DISTRACTORS = ("pillar", "bin_with_lid", "sign", "trunk", "bollard", "trestle")
-
-
-class Shape(NamedTuple):
-    """A capsule is x0, y0, x1, y1 (a segment), r0, r1 (the radius at either end) and its material."""
-
-    capsules: list[tuple]
-    square: bool = False  # ends and sides are square instead of round
+DISTRACTORS = ("bin", "trunk", "bollard", "trestle")
 
 
 def uniform(rng: np.random.Generator, low: float, high: float) -> float:
@@ -26,7 +19,7 @@ def uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * rng.random()
 
 
-def person(rng: np.random.Generator) -> Shape:
+def person(rng: np.random.Generator) -> list[tuple]:
     """A person standing or walking, seen from the front or from the side."""
     from_side = rng.random() < 0.5
     shoulder = uniform(rng, 0.03, 0.06) if from_side else uniform(rng, 0.09, 0.12)
@@ -51,53 +44,46 @@ def person(rng: np.random.Generator) -> Shape:
         elbow, hand = lean + side * shoulder + swing, side * shoulder + uniform(rng, 1.0, 1.8) * swing
         parts.append((lean + side * shoulder, 0.78, elbow, 0.63, 0.036 * build, 0.034, ARMS))
         parts.append((elbow, 0.63, hand, uniform(rng, 0.46, 0.56), 0.032, 0.026, ARMS))
-    return Shape(parts)
+    return parts
 
 
-def distractor(rng: np.random.Generator, kind: str) -> Shape:
+def distractor(rng: np.random.Generator, kind: str) -> list[tuple]:
     """One of DISTRACTORS, as wide as a person."""
-    if kind == "pillar":  # a round post, duct or boiler
-        radius, band = uniform(rng, 0.12, 0.19), uniform(rng, 0.4, 0.8)
-        return Shape([(0, radius, 0, band, radius, radius, TORSO), (0, band, 0, 1 - radius, radius, radius, HEAD)])
-    if kind == "bin_with_lid":  # a bin, cabinet or heater: a box under a wider lid
+    if kind == "bin":  # a bin, boiler or heater under a wider lid
         half, lid = uniform(rng, 0.14, 0.21), uniform(rng, 0.05, 0.08)
         body = (0, half, 0, 1 - 2 * lid - half, half, half, TORSO)
-        return Shape([body, (-0.15, 1 - lid, 0.15, 1 - lid, lid, lid, HEAD)], square=True)
-    if kind == "sign":  # a thin post with a board
-        post, board = uniform(rng, 0.02, 0.04), uniform(rng, 0.12, 0.18)
-        top = (0, 1 - 1.6 * board, 0, 1 - board, board, board, TORSO)
-        return Shape([(0, post, 0, 0.7, post, post, LEGS), top], square=True)
+        return [body, (-0.15, 1 - lid, 0.15, 1 - lid, lid, lid, HEAD)]
     if kind == "trunk":  # a tree trunk or pipe that forks upwards
         fork, spread = uniform(rng, 0.4, 0.6), uniform(rng, 0.1, 0.2)
-        stem = (0, 0.03, 0, fork, uniform(rng, 0.06, 0.1), 0.06, TORSO)
+        stem = (0, 0.09, 0, fork, uniform(rng, 0.06, 0.1), 0.06, TORSO)
         right = (0, fork, spread, uniform(rng, 0.75, 0.97), 0.055, 0.035, ARMS)
-        return Shape([stem, (0, fork, -spread, 0.95, 0.055, 0.035, ARMS), right])
+        return [stem, (0, fork, -spread, 0.95, 0.055, 0.035, ARMS), right]
     if kind == "bollard":  # a thick post with a ball on top: a head without limbs
         radius, ball = uniform(rng, 0.09, 0.14), uniform(rng, 0.08, 0.11)
         top = 1 - 2 * ball - 0.6 * radius
-        return Shape([(0, radius, 0, top, 1.3 * radius, radius, TORSO), (0, 1 - ball, 0, 1 - ball, ball, ball, HEAD)])
+        return [(0, 1.3 * radius, 0, top, 1.3 * radius, radius, TORSO), (0, 1 - ball, 0, 1 - ball, ball, ball, HEAD)]
     # A trestle, two legs that meet at the top, with a bar across: limbs without a head.
     spread, bar = uniform(rng, 0.12, 0.2), uniform(rng, 0.25, 0.6)
     half = spread * (1 - bar)
     legs = [(foot, 0.04, 0, 0.96, 0.04, 0.04, LEGS) for foot in (-spread, spread)]
-    return Shape([*legs, (-half, bar, half, bar, 0.035, 0.035, ARMS)])
+    return [*legs, (-half, bar, half, bar, 0.035, 0.035, ARMS)]
 
 
-def occluder(rng: np.random.Generator, low: bool) -> Shape:
-    """A low wall or crate, wider than high, or a thin straight post."""
+def occluder(rng: np.random.Generator, low: bool) -> list[tuple]:
+    """A hedge, wider than high, or a thin straight post."""
     if low:
         half = uniform(rng, 0.3, 0.5)
-        return Shape([(-uniform(rng, 0.2, 0.8), half, uniform(rng, 0.2, 0.8), half, half, half, TORSO)], square=True)
+        return [(-uniform(rng, 0.2, 0.8), half, uniform(rng, 0.2, 0.8), half, half, half, TORSO)]
     radius = uniform(rng, 0.02, 0.04)
-    return Shape([(0, radius, 0, 1 - radius, radius, radius, TORSO)], square=True)
+    return [(0, radius, 0, 1 - radius, radius, radius, TORSO)]
 
 
-def rasterise(shape: Shape, *, foot: tuple[float, float], height: float, canvas: tuple[int, int]):
+def rasterise(shape: list[tuple], *, foot: tuple[float, float], height: float, canvas: tuple[int, int]):
     """Draws a shape that stands at foot = (x, y), `height` pixels tall, on a canvas of (H, W) pixels.
 
     -> rows and columns of the patch as slices, its coverage (h, w) float32 in 0..1, and the material per pixel (h, w).
     """
-    x0, y0, x1, y1, r0, r1, materials = np.array(shape.capsules).T[:, :, None, None]  # each (K, 1, 1)
+    x0, y0, x1, y1, r0, r1, materials = np.array(shape).T[:, :, None, None]  # each (K, 1, 1)
     columns = _span(np.minimum(x0 - r0, x1 - r1).min(), np.maximum(x0 + r0, x1 + r1).max(), foot[0], height, canvas[1])
     rows = _span(-np.maximum(y0 + r0, y1 + r1).max(), -np.minimum(y0 - r0, y1 - r1).min(), foot[1], height, canvas[0])
     x = (np.arange(columns.start, columns.stop) + (0.5 - foot[0])) / height
@@ -111,9 +97,9 @@ def rasterise(shape: Shape, *, foot: tuple[float, float], height: float, canvas:
     from_x, from_y = x.astype(np.float32) - x0, y.astype(np.float32)[:, None] - y0  # (K, 1, w), (K, h, 1)
     position = np.minimum(np.maximum(from_x * towards_x + from_y * towards_y, 0), 1)  # (K, h, w), 1 at the other end
     across, down = from_x - position * along_x, from_y - position * along_y
-    round_ends = np.sqrt(across * across + down * down)
-    distance = np.maximum(np.abs(across), np.abs(down)) if shape.square else round_ends
-    depth = position * widening + radius - distance  # below the outline, in units of height
+    depth = (
+        position * widening + radius - np.sqrt(across * across + down * down)
+    )  # below the outline, in units of height
     coverage = np.minimum(np.maximum(depth.max(axis=0) * np.float32(height) + np.float32(0.5), 0), 1)
     return rows, columns, coverage, materials[:, 0, 0].astype(np.intp)[depth.argmax(axis=0)]
 
