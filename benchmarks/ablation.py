@@ -63,7 +63,8 @@ def stage2(flags: str) -> str:
 
 STREET = "--domain day-and-night"
 REAL_CONTROLS = ("real control", "real control again")
-MERGE, MAX, CROP, DHN = "--merge logit", f"{BARE} --fusion max", "--merge none --macl-level crop", "--dhn-size 512"
+MERGE, MAX, DHN = "--merge logit", f"{BARE} --fusion max", "--dhn-size 512"
+ROI, CROP = "--merge none --macl-level roi", "--merge none --macl-level crop"
 DRAWN = {
     "base": Arm("the detector alone, rate held", stage1(f"{BARE} --schedule constant"), "", "", (), BASE_STEPS),
     "control": Arm("the base, trained on", stage1(BARE), against=()),
@@ -73,9 +74,9 @@ DRAWN = {
     "max": Arm("fusion by maximum", stage1(MAX)),
     "max, merge": Arm("both of these", start="max", evaluate=MERGE),
     "msp": Arm("multi-scale pyramid reweighting (MSP)", stage1(f"{BARE} --msp")),
-    "macl 1": Arm("MACL, weight 1", stage1("--merge none --macl-weight 1")),
-    "macl": Arm("MACL, weight 0.1", stage1("--merge none")),
-    "dhn": Arm("MACL with hard negatives", stage1(f"--merge none {DHN}"), against=(*CONTROLS, "macl")),
+    "macl 1": Arm("MACL, weight 1", stage1(f"{ROI} --macl-weight 1")),
+    "macl": Arm("MACL, weight 0.1", stage1(ROI)),
+    "dhn": Arm("MACL with hard negatives", stage1(f"{ROI} {DHN}"), against=(*CONTROLS, "macl")),
     "crop": Arm("MACL on crops", stage1(CROP)),
     "crop, dhn": Arm("the same with hard negatives", stage1(f"{CROP} {DHN}"), against=(*CONTROLS, "crop")),
     "street": Arm("the control in the new domain", start="control", evaluate=STREET, against=()),
@@ -92,8 +93,8 @@ LLVIP = {
     "real max": Arm("fusion by maximum", stage1(MAX), against=REAL_CONTROLS),
     "real max, merge": Arm("both of these", start="real max", evaluate=MERGE, against=REAL_CONTROLS),
     "real msp": Arm("MSP", stage1(f"{BARE} --msp"), against=REAL_CONTROLS),
-    "real macl": Arm("MACL, weight 0.1", stage1("--merge none"), against=REAL_CONTROLS),
-    "real dhn": Arm("MACL with hard negatives", stage1(f"--merge none {DHN}"), against=(*REAL_CONTROLS, "real macl")),
+    "real macl": Arm("MACL, weight 0.1", stage1(ROI), against=REAL_CONTROLS),
+    "real dhn": Arm("MACL with hard negatives", stage1(f"{ROI} {DHN}"), against=(*REAL_CONTROLS, "real macl")),
 }
 ARMS = DRAWN | LLVIP
 
