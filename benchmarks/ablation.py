@@ -34,7 +34,7 @@ from trainkit.arguments import positive_int
 from trainkit.errors import InputError, one_sentence
 
 BATCH_SIZE = 4
-BASE_STEPS, STEPS, LONG_STEPS, REAL_EPOCHS = 500, 160, 270, 10
+BASE_STEPS, STEPS, LONG_STEPS, REAL_EPOCHS = 500, 160, 270, 6
 CLEAR = 3  # standard errors from 0 at which a difference counts as shown; with five seeds p = 0.04
 CONTROLS = ("control", "control again")
 BARE = "--macl-weight 0 --merge none"
