@@ -11,6 +11,7 @@ Average precision, and where occlusion and daytime are known (kaist, synthetic) 
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from macl import data, evaluation
 from macl.build import load_detector, read_checkpoint
 from macl.metrics import could_count_from_zero, read_detections, write_detections
 from macl.plots import miss_rate_plot
+from macl.registration import add_registration_flags, choose_move, correction
 from trainkit import distributed
 from trainkit.arguments import fraction, make_parser, non_negative_int, positive_int
 from trainkit.device import AUTOCAST
@@ -30,6 +32,7 @@ from trainkit.tables import aligned
 
 DOMAINS = {"night": data.NIGHT, "day-and-night": data.DAY_AND_NIGHT}
 NEEDS = {"split": "llvip", "image_set": "kaist", "annotations": "kaist", "detections": "kaist", "domain": "synthetic"}
+NEEDS |= {"data_root": "llvip or kaist"}
 OUTPUTS = {"save_detections": (".txt", ".json"), "save_curve": (".json",), "plot": (".png", ".pdf", ".svg")}
 
 
@@ -56,8 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--score-threshold", type=fraction, default=evaluation.SCORE_THRESHOLD, metavar="X", help="lowest score")
     add("--max-detections", type=positive_int, metavar="N",
         help="most detections per image, also for AP (default: 100; kaist: 1000, as its miss rate)")
-    add("--misalign", type=int, nargs="+", default=[], metavar="PX", help="also with one camera moved to the right")
-    add("--misalign-modality", choices=("visible", "infrared"), default="infrared", help="the camera that is moved")
+    add_registration_flags(add)
+    add("--misalign", type=int, nargs="+", default=[], metavar="PX",
+        help="also with infrared moved to the right, and with each such pair registered")
     add("--batch-size", type=positive_int, default=4, metavar="N", help="images at once")
     add("--workers", type=non_negative_int, default=2, metavar="N", help="loading processes")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -75,12 +79,10 @@ def check_flags(args: argparse.Namespace) -> None:
     if (args.checkpoint is None) == (args.detections is None):
         raise InputError("expected either --checkpoint PATH or --detections FILE")
     for name, dataset in NEEDS.items():
-        if getattr(args, name) is not None and args.dataset != dataset:
+        if getattr(args, name) is not None and args.dataset not in dataset:
             raise InputError(f"--{name.replace('_', '-')} needs --dataset {dataset}")
-    if args.misalign and args.checkpoint is None:
-        raise InputError("--misalign needs --checkpoint")
-    if args.dataset == "synthetic" and args.data_root is not None:
-        raise InputError("--data-root needs --dataset llvip or kaist")
+    if (args.misalign or args.register != "none") and args.checkpoint is None:
+        raise InputError("--misalign and --register need --checkpoint")
     if args.dataset != "synthetic" and args.data_root is None and None in (args.detections, args.annotations):
         raise InputError(f"--dataset {args.dataset} needs --data-root, or --detections and --annotations FILE.json")
     for name in ("output", *OUTPUTS):
@@ -145,14 +147,18 @@ def detect(args: argparse.Namespace, device: torch.device, max_detections: int) 
     if args.misalign and "both" not in modes:
         raise InputError(f"--misalign needs detections with both modalities, not with {', '.join(modes)} alone")
     dataset = open_dataset(args, classes, checkpoint.get("script"))
+    move, _, messages = choose_move(args, dataset, checkpoint.get("register", "none"))
+    dataset = dataset.moved(move)
     options = {name: getattr(args, name) for name in ("batch_size", "workers", "amp", "score_threshold")}
     results = evaluation.predict(detector, dataset, modes=modes, device=device, **options)
     for pixels in args.misalign:
-        moved = data.MisalignedDataset(dataset, modality=args.misalign_modality, pixels=pixels)
-        outputs = evaluation.predict(detector, moved, modes={"both": modes["both"]}, device=device, **options)
-        for result, output in zip(results, outputs, strict=True):
-            result["detections"][f"both,{args.misalign_modality}{pixels:+d}px"] = output["detections"]["both"]
-    return results, dataset.source
+        name, moved = f"both,infrared{pixels:+d}px", dataset.moved((pixels, 0))
+        corrected = moved.moved(partial(correction, most=args.register_most))
+        for mode, pairs in {name: moved, f"{name},corrected": corrected}.items():
+            outputs = evaluation.predict(detector, pairs, modes={mode: modes["both"]}, device=device, **options)
+            for result, output in zip(results, outputs, strict=True):
+                result["detections"] |= output["detections"]
+    return results, "\n".join([dataset.source, *messages])
 
 
 def miss_rate_text(tables: dict[str, dict[str, dict]]) -> str:

@@ -63,26 +63,6 @@ class PairedAugmentation:
         return _without_vanished(augmented)
 
 
-class MisalignedDataset(Dataset):
-    """Samples with one modality `pixels` further to the right (or, below 0, to the left).
-
-    The boxes stay where the other modality shows them. What comes in from the side repeats the image's last column.
-    """
-
-    def __init__(self, dataset: Dataset, *, modality: str, pixels: int):
-        self.dataset, self.modality, self.pixels = dataset, modality, pixels
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict:
-        sample = self.dataset[index]
-        image = sample[self.modality]
-        last = image.shape[-1] - 1
-        columns = (torch.arange(last + 1) - self.pixels).clamp(0, last)
-        return sample | {self.modality: image[..., columns]}
-
-
 class AugmentedDataset(Dataset):
     """uint8 samples seen through a PairedAugmentation; the keys are (epoch, index).
 

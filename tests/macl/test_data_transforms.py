@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from macl.data import AugmentedDataset, MisalignedDataset, PairedAugmentation, SyntheticPairs, collate
+from macl.data import AugmentedDataset, PairedAugmentation, SyntheticPairs, collate
 from macl.data.transforms import paired_mosaic
 from trainkit.loader import make_loader
 
@@ -198,12 +198,3 @@ def test_a_batch_is_a_dict_of_lists():
     assert batch["targets"][0].keys() - batch["targets"][1].keys() == {"daytime"}
     without = {key: value for key, value in Painted()[0].items() if key not in ("visible_in", "occlusion")}
     assert set(collate([without])["targets"][0]) == {"boxes", "labels", "ignore", "scene"}
-
-
-@pytest.mark.parametrize(("pixels", "first", "last"), [(7, 0, 152), (-7, 7, 159)])
-def test_a_misaligned_modality_lies_further_right(pixels, first, last):
-    columns = torch.arange(160, dtype=torch.uint8).expand(3, 120, 160)
-    sample = Painted()[0] | {"visible": columns, "infrared": columns}
-    moved = MisalignedDataset([sample], modality="infrared", pixels=pixels)[0]
-    assert (moved["infrared"][0, 5, 0], moved["infrared"][0, 5, -1]) == (first, last)
-    assert_same(moved, sample | {"infrared": moved["infrared"]})
