@@ -283,8 +283,6 @@ def validate_args(args: argparse.Namespace) -> None:
         raise InputError(f"--freeze-stages {args.freeze_stages}: expected numbers from 0 to 4")
     if args.gradient_report and args.compile:
         raise InputError("--gradient-report keeps graphs that --compile may free; give one of the two")
-    if args.dhn_size and args.mosaic:
-        raise InputError("--mosaic makes one picture of several scenes, which hard negatives keep apart: --dhn-size 0")
     if args.dhn_size and args.macl_weight == 0:
         raise InputError("--dhn-size: hard negatives are negatives of MACL; raise --macl-weight, or give --dhn-size 0")
     if args.dhn_size and not (args.dhn_k and args.dhn_active and min(args.dhn_k + args.dhn_active) > 0):

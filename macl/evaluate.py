@@ -33,7 +33,7 @@ from trainkit.tables import aligned
 DOMAINS = {"night": data.NIGHT, "day-and-night": data.DAY_AND_NIGHT}
 NEEDS = {"split": "llvip", "image_set": "kaist", "annotations": "kaist", "detections": "kaist", "domain": "synthetic"}
 NEEDS |= {"data_root": "llvip or kaist"}
-OUTPUTS = {"save_detections": (".txt", ".json"), "save_curve": (".json",), "plot": (".png", ".pdf", ".svg")}
+OUTPUTS = {"save_detections": (".txt", ".json"), "plot": (".png", ".pdf", ".svg")}
 
 
 # fmt: off
@@ -67,10 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--amp", choices=tuple(AUTOCAST), default="none", help="number format of the forward pass")
     add = parser.add_argument_group("what to write").add_argument
-    add("--output", type=Path, metavar="FILE", help="all metrics as json")
+    add("--output", type=Path, metavar="FILE", help="all metrics as json, the curves of the miss rate among them")
     add("--save-detections", type=Path, metavar="FILE", help=".txt or .json; of each camera in FILE-visible.txt, ...")
-    add("--save-curve", type=Path, metavar="FILE.json", help="miss rate over false positives per image")
-    add("--plot", type=Path, metavar="FILE.png", help="the same as a picture (.png, .pdf, .svg); needs the viz extra")
+    add("--plot", type=Path, metavar="FILE.png", help="these curves (.png, .pdf, .svg); needs the viz extra")
 # fmt: on
 
 
@@ -91,8 +90,8 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} {path}: expected a name that ends in {' or '.join(OUTPUTS[name])}")
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"{flag} {path}: the folder {path.parent} does not exist")
-    if args.dataset == "llvip" and (args.save_curve or args.plot):
-        raise InputError("--save-curve, --plot: LLVIP's annotations do not know occlusion, so there is no miss rate")
+    if args.dataset == "llvip" and args.plot:
+        raise InputError("--plot: LLVIP's annotations do not know occlusion, so there is no miss rate")
     if args.plot is not None and find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib, which the viz extra brings: pip install -e '.[viz]'")
 
@@ -163,30 +162,25 @@ def detect(args: argparse.Namespace, device: torch.device, max_detections: int) 
 
 def miss_rate_text(tables: dict[str, dict[str, dict]]) -> str:
     """The `miss_rate_tables` as text: per row and mode the miss rate and the final recall."""
-
-    def cell(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}"
-
     titles = [title for mode in tables for title in (mode, "recall")]
     lines = [["log-average miss rate, %", *titles, "people", "frames"]]
     for row, counts in next(iter(tables.values())).items():
-        cells = [cell(rows[row][key]) for rows in tables.values() for key in ("miss_rate", "recall")]
+        values = [rows[row][key] for rows in tables.values() for key in ("miss_rate", "recall")]
+        cells = ["-" if value is None else f"{value:.2f}" for value in values]
         lines.append([row, *cells, str(counts["boxes"]), str(counts["frames"])])
     return aligned(lines)
 
 
 def write_files(args: argparse.Namespace, results: list[dict], metrics: dict) -> None:
     """The files that the flags ask for."""
+    curves = evaluation.miss_rate_curves(results) if args.output or args.plot else {}
     if args.output:
-        write_json(args.output, metrics, indent=2)
+        write_json(args.output, metrics | {"miss_rate_curves": curves}, indent=2)
     for count, mode in enumerate(results[0]["detections"] if args.save_detections else ()):
         path = args.save_detections
         path = path if count == 0 else path.with_stem(f"{path.stem}-{mode}")
         write_detections(path, [result["detections"][mode] for result in results])
         print(f"detections with {mode}: {path}")
-    curves = evaluation.miss_rate_curves(results) if args.save_curve or args.plot else {}
-    if args.save_curve:
-        write_json(args.save_curve, curves)
     if args.plot:
         drawn = {mode: rows["reasonable all"] for mode, rows in curves.items()}
         if len(curves) == 1:

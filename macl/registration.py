@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from macl.data import to_float
 from trainkit.arguments import non_negative_int
@@ -18,17 +19,22 @@ PAIRS = 200
 AGREEING = 0.5  # least share of the pairs that makes a rig
 
 
+# fmt: off
 def add_registration_flags(add: Callable) -> None:
     """add: the `add_argument` of a group."""
     add("--register", choices=("none", "rig", "each"), default="none",
-        help="move infrared onto visible: by one shift for all pairs (rig), or by one for each")  # fmt: skip
-    add("--register-most", type=non_negative_int, nargs=2, default=list(MOST), metavar=("X", "Y"),
-        help="largest shift looked for, in pixels of the images")  # fmt: skip
+        help="move infrared onto visible: by one shift for all pairs (rig), or by one for each")
+    add("--register-most", type=non_negative_int, nargs=2, default=MOST, metavar=("X", "Y"), help="largest shift")
+# fmt: on
 
 
 def edge_strength(image: Tensor) -> Tensor:
-    """(3, H, W) uint8, or float of 0..1 -> (H, W): gradient of the grey image over its mean, clipped at STRONGEST."""
-    grey = to_float(image).mean(0)
+    """(3, H, W) uint8, or float of 0..1 -> (H, W): gradient of the grey image over its mean, clipped at STRONGEST.
+
+    The grey image is averaged over 3 x 3 pixels first: at full size single pixels are noise.
+    """
+    grey = to_float(image).mean(0, keepdim=True)
+    grey = avg_pool2d(grey, 3, stride=1, padding=1, count_include_pad=False)[0]
     across, down = grey.diff(dim=1, append=grey[:, -1:]), grey.diff(dim=0, append=grey[-1:])  # forward differences
     strength = torch.hypot(across, down)
     return (strength / strength.mean().clamp(min=1e-6)).clamp(max=STRONGEST)
@@ -62,7 +68,7 @@ def estimate_shift(visible: Tensor, infrared: Tensor, most: tuple[int, int] = MO
     scores = scores[: 2 * y + 1, : 2 * x + 1]
     best = int(scores.argmax())
     score = scores.flatten()[best].item()
-    return ((best % (2 * x + 1) - x, best // (2 * x + 1) - y), score) if score > 0 else ((0, 0), 0.0)
+    return ((best % (2 * x + 1) - x, best // (2 * x + 1) - y), score) if score > 1e-3 else ((0, 0), 0.0)
 
 
 def rig_shift(dataset, pairs: int = PAIRS, *, most: tuple[int, int] = MOST, read: Callable = dict) -> tuple:

@@ -24,8 +24,8 @@ def average_precision(
     max_detections: per frame and class, the best first
 
     Returns ap (mean over IoU 0.50:0.05:0.95), ap50, ap75 and recall (the largest recall, mean over the same IoUs), each
-    the mean over the classes with a real box; per_class, the same four and boxes per label; boxes and detections, their
-    numbers. The four are None without a real box, also per class. Detections of a class without any box do not count.
+    the mean over the classes with a real box; per_class, the same four and boxes per label. The four are None without a
+    real box, also per class. Detections of a class without any box do not count.
     Raises ValueError for unequal lengths and values that are not finite.
     """
     if len(detections) != len(ground_truth):
@@ -40,8 +40,6 @@ def average_precision(
     return {
         **{name: float(np.mean([one[name] for one in measured])) if measured else None for name in MEASURES},
         "per_class": per_class,
-        "boxes": sum(values["boxes"] for values in measured),
-        "detections": len(outputs),
     }
 
 

@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import avg_pool2d
 from torchvision.transforms.v2.functional import resize
 
 import train_stage1
@@ -16,6 +17,11 @@ from macl.registration import choose_move, estimate_shift, rig_shift
 from trainkit.errors import InputError
 
 EXACT = dataclasses.replace(NIGHT, misregistration=0)
+REAL = {
+    "llvip": (LLVIP, "llvip", ("train", "test")),
+    "roadscene": (LLVIP, "roadscene_flir", ("train",)),
+    "kaist": (KAIST, "kaist/kaist-rgbt", ("train", "test")),
+}
 SHIFTS = [(0, 0), (3, 1), (-12, 6), (12, -6), (-1, -4)]
 
 
@@ -37,7 +43,7 @@ def test_the_score_is_the_correlation_of_edges():
     (x, y), score = estimate_shift(sample["visible"], sample["infrared"], (4, 2))
     edges = []
     for image in (sample["visible"], sample["infrared"]):
-        grey = image.double().div(255).mean(0)
+        grey = avg_pool2d(image.double().mean(0, keepdim=True) / 255, 3, 1, 1, count_include_pad=False)[0]
         strength = torch.zeros_like(grey)
         strength[:-1, :-1] = (grey.diff(dim=0)[:, :-1].square() + grey.diff(dim=1)[:-1].square()).sqrt()
         strength[:-1, -1], strength[-1, :-1] = grey.diff(dim=0)[:, -1].abs(), grey.diff(dim=1)[-1].abs()
@@ -130,19 +136,6 @@ def test_pictures_are_registered_and_one_camera_is_not(tmp_path, capsys, monkeyp
         predict.main([*alone, "--register", "rig"])
 
 
-class Real(torch.utils.data.Dataset):
-    """Pairs of files, of a given height and width."""
-
-    def __init__(self, pairs, size):
-        self.pairs, self.size = pairs, size
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, index):
-        return {name: resize(image, self.size, antialias=True) for name, image in read_pair(*self.pairs[index]).items()}
-
-
 @pytest.mark.parametrize(
     ("name", "size", "count", "least"),
     [("llvip", (256, 320), 62, 1), ("roadscene", (165, 240), 79, 1), ("kaist", (256, 320), 11, 0.9),
@@ -150,14 +143,16 @@ class Real(torch.utils.data.Dataset):
 )  # fmt: skip
 def test_real_pairs(shared, name, size, count, least):
     """With a shift of up to 12 x 4 pixels added, the share found within 2 pixels; without one, the rig."""
-    root, unlabelled = shared / "data", shared / "data/llvip256/unlabelled"
-    sets = {
-        "llvip": lambda: [LLVIP(root / "llvip", split) for split in ("train", "test")],
-        "roadscene": lambda: [LLVIP(root / "roadscene_flir", "train")],
-        "kaist": lambda: [KAIST(root / "kaist/kaist-rgbt", split) for split in ("train", "test")],
-    }
-    paths = [part.paths(index) for part in sets[name]() for index in range(len(part))] if name in sets else []
-    pairs = Real(paths or find_pairs(unlabelled / "visible", unlabelled / "infrared")[::10], size)
+    if name == "llvip256":
+        paths = find_pairs(*(shared / f"data/llvip256/unlabelled/{modality}" for modality in ("visible", "infrared")))[
+            ::10
+        ]
+    else:
+        kind, root, splits = REAL[name]
+        parts = [kind(shared / "data" / root, split) for split in splits]
+        paths = [part.paths(index) for part in parts for index in range(len(part))]
+    pairs = [read_pair(*pair) for pair in paths]
+    pairs = [{key: resize(image, size, antialias=True) for key, image in pair.items()} for pair in pairs]
     generator, within = torch.Generator().manual_seed(1), []
     for sample in pairs:
         x, y = (int(torch.randint(-most, most + 1, (), generator=generator)) for most in (12, 4))
