@@ -41,6 +41,7 @@ from macl.training import (
 )
 from macl.evaluation import validation_text
 from macl.plots import draw_validation
+from macl.registration import add_registration_flags, choose_move
 from macl.teacher import Teacher
 from macl.weights import has_old_names
 from trainkit import distributed
@@ -85,6 +86,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_recipe_flags(parser, SCRIPT)
     add_data_flags(parser)
     add_augmentation_flags(parser)
+    add_registration_flags(parser.add_argument_group("registration").add_argument)
     add_model_flags(parser)
     add_loss_flags(parser)
 
@@ -168,7 +170,7 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def open_data(args: argparse.Namespace):
-    """Training and validation data, and a sentence about each."""
+    """Training and validation data, how they are registered, and sentences about them."""
     classes = dict(classes=args.classes)
     if args.data_root is None:
         train = SyntheticPairs(args.synthetic_train, args.seed, **classes)
@@ -184,7 +186,8 @@ def open_data(args: argparse.Namespace):
         messages = [f"training on {train.source}", sentence]
     refuse_absent_classes(train, every=True)
     refuse_absent_classes(validation, every=False)
-    return train, validation, messages
+    move, registered, about = choose_move(args, train)
+    return train.moved(move), validation.moved(move), registered, messages + about
 
 
 def measure_statistics(dataset, count: int = 64) -> dict[str, list[float]]:
@@ -246,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     device = distributed.start(args.device)
     validate_args(args)
-    train_data, val_data, messages = open_data(args)
+    train_data, val_data, registered, messages = open_data(args)
     torch.manual_seed(args.seed)
     detector, about_model = build_model(args, train_data)
     messages += about_model
@@ -275,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     run = Run(
         args, SCRIPT, train_step, sampler, total_steps=args.epochs * steps_per_epoch,
-        constants={"model_kwargs": detector.kwargs}, values={"untrained": None},
+        constants={"model_kwargs": detector.kwargs, "register": registered}, values={"untrained": None},
         validate_first=detector.macl is not None,
     )  # fmt: skip
     run.say(*messages)

@@ -42,6 +42,7 @@ from macl.training import (
 )
 from macl.evaluation import miss_rate_metrics, validation_text
 from macl.plots import draw_validation
+from macl.registration import add_registration_flags, choose_move
 from macl.teacher import Teacher
 from trainkit import distributed
 from trainkit.arguments import (
@@ -84,6 +85,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_recipe_flags(parser, SCRIPT, MAY_CHANGE)
     add_data_flags(parser)
     add_augmentation_flags(parser)
+    add_registration_flags(parser.add_argument_group("registration").add_argument)
     add_model_flags(parser)
     add_loss_flags(parser)
     synthetic = peek_flags(arguments, "--data-root").data_root is None
@@ -170,7 +172,8 @@ def mixes(args: argparse.Namespace) -> bool:
 
 
 def open_data(args: argparse.Namespace, classes: Sequence[str]):
-    """Training data, validation data of the new and of the old domain (or None), and sentences about them.
+    """Training data, validation data of the new and of the old domain (or None), how the new one is registered, and
+    sentences about them. Each domain has a rig of its own.
 
     classes: the detector's, which every data set is opened with.
     """
@@ -189,13 +192,20 @@ def open_data(args: argparse.Namespace, classes: Sequence[str]):
             messages.append(f"old domain: {sentence}")
     for dataset in filter(None, (new, old, validation, old_validation)):
         refuse_absent_classes(dataset, every=False)
+    move, registered, about = choose_move(args, new)
+    new, validation = (dataset.moved(move) for dataset in (new, validation))
+    messages += about
+    if old is not None:
+        move, _, about = choose_move(args, old)
+        old, old_validation = (dataset.moved(move) for dataset in (old, old_validation))
+        messages += [f"old domain: {sentence}" for sentence in about]
     others = [name for name in classes if name != "person"]
     if others:
         messages.append(f"Warning: only person is sure to be in the new domain; {', '.join(others)} may be unlearnt")
     train = JointDataset(new, old) if mixes(args) else new
     source = train.source + (" (no --data-root was given)" if args.data_root is None else "")
     share = f", {args.old_share:.0%} of each batch from the latter" if train is not new else ""
-    return train, validation, old_validation, [f"training on {source}{share}", *messages]
+    return train, validation, old_validation, registered, [f"training on {source}{share}", *messages]
 
 
 def open_kaist(args: argparse.Namespace, classes: Sequence[str]):
@@ -306,7 +316,7 @@ def main(arguments: list[str] | None = None) -> None:
         args.init_from = newest_stage1()
     torch.manual_seed(args.seed)
     detector, about_model = build_model(args, args.init_from, resumed)
-    train_data, val_data, old_val_data, messages = open_data(args, detector.kwargs["classes"])
+    train_data, val_data, old_val_data, registered, messages = open_data(args, detector.kwargs["classes"])
     messages += about_model
     detector = detector.to(device)
     if args.compile:
@@ -343,8 +353,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
 
     run = Run(
-        args, SCRIPT, train_step, sampler, total_steps=total_steps, constants={"model_kwargs": detector.kwargs},
-        may_change=MAY_CHANGE,
+        args, SCRIPT, train_step, sampler, total_steps=total_steps, may_change=MAY_CHANGE,
+        constants={"model_kwargs": detector.kwargs, "register": registered},
     )  # fmt: skip
     run.say(*messages)
     with run:

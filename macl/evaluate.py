@@ -11,6 +11,7 @@ Average precision, and where occlusion and daytime are known (kaist, synthetic) 
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from macl import data, evaluation
 from macl.build import MERGES, load_detector, read_checkpoint
 from macl.metrics import could_count_from_zero, read_detections, write_detections
 from macl.plots import miss_rate_plot
+from macl.registration import add_registration_flags, choose_move, correction
 from trainkit import distributed
 from trainkit.arguments import fraction, make_parser, non_negative_int, positive_int
 from trainkit.device import AUTOCAST
@@ -30,7 +32,8 @@ from trainkit.tables import aligned
 
 DOMAINS = {"night": data.NIGHT, "day-and-night": data.DAY_AND_NIGHT}
 NEEDS = {"split": "llvip", "image_set": "kaist", "annotations": "kaist", "detections": "kaist", "domain": "synthetic"}
-OUTPUTS = {"save_detections": (".txt", ".json"), "save_curve": (".json",), "plot": (".png", ".pdf", ".svg")}
+NEEDS |= {"data_root": "llvip or kaist"}
+OUTPUTS = {"save_detections": (".txt", ".json"), "plot": (".png", ".pdf", ".svg")}
 
 
 # fmt: off
@@ -57,17 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--score-threshold", type=fraction, default=evaluation.SCORE_THRESHOLD, metavar="X", help="lowest score")
     add("--max-detections", type=positive_int, metavar="N",
         help="most detections per image, also for AP (default: 100; kaist: 1000, as its miss rate)")
-    add("--misalign", type=int, nargs="+", default=[], metavar="PX", help="also with one camera moved to the right")
-    add("--misalign-modality", choices=("visible", "infrared"), default="infrared", help="the camera that is moved")
+    add_registration_flags(add)
+    add("--misalign", type=int, nargs="+", default=[], metavar="PX",
+        help="also with infrared moved to the right, and with each such pair registered")
     add("--batch-size", type=positive_int, default=4, metavar="N", help="images at once")
     add("--workers", type=non_negative_int, default=2, metavar="N", help="loading processes")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--amp", choices=tuple(AUTOCAST), default="none", help="number format of the forward pass")
     add = parser.add_argument_group("what to write").add_argument
-    add("--output", type=Path, metavar="FILE", help="all metrics as json")
+    add("--output", type=Path, metavar="FILE", help="all metrics as json, the curves of the miss rate among them")
     add("--save-detections", type=Path, metavar="FILE", help=".txt or .json; of each camera in FILE-visible.txt, ...")
-    add("--save-curve", type=Path, metavar="FILE.json", help="miss rate over false positives per image")
-    add("--plot", type=Path, metavar="FILE.png", help="the same as a picture (.png, .pdf, .svg); needs the viz extra")
+    add("--plot", type=Path, metavar="FILE.png", help="these curves (.png, .pdf, .svg); needs the viz extra")
 # fmt: on
 
 
@@ -76,12 +79,10 @@ def check_flags(args: argparse.Namespace) -> None:
     if (args.checkpoint is None) == (args.detections is None):
         raise InputError("expected either --checkpoint PATH or --detections FILE")
     for name, dataset in NEEDS.items():
-        if getattr(args, name) is not None and args.dataset != dataset:
+        if getattr(args, name) is not None and args.dataset not in dataset:
             raise InputError(f"--{name.replace('_', '-')} needs --dataset {dataset}")
-    if args.misalign and args.checkpoint is None:
-        raise InputError("--misalign needs --checkpoint")
-    if args.dataset == "synthetic" and args.data_root is not None:
-        raise InputError("--data-root needs --dataset llvip or kaist")
+    if (args.misalign or args.register != "none") and args.checkpoint is None:
+        raise InputError("--misalign and --register need --checkpoint")
     if args.dataset != "synthetic" and args.data_root is None and None in (args.detections, args.annotations):
         raise InputError(f"--dataset {args.dataset} needs --data-root, or --detections and --annotations FILE.json")
     for name in ("output", *OUTPUTS):
@@ -90,8 +91,8 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} {path}: expected a name that ends in {' or '.join(OUTPUTS[name])}")
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"{flag} {path}: the folder {path.parent} does not exist")
-    if args.dataset == "llvip" and (args.save_curve or args.plot):
-        raise InputError("--save-curve, --plot: LLVIP's annotations do not know occlusion, so there is no miss rate")
+    if args.dataset == "llvip" and args.plot:
+        raise InputError("--plot: LLVIP's annotations do not know occlusion, so there is no miss rate")
     if args.plot is not None and find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib, which the viz extra brings: pip install -e '.[viz]'")
 
@@ -147,42 +148,41 @@ def detect(args: argparse.Namespace, device: torch.device, max_detections: int) 
     if args.misalign and "both" not in modes:
         raise InputError(f"--misalign needs detections with both modalities, not with {', '.join(modes)} alone")
     dataset = open_dataset(args, classes, checkpoint.get("script"))
+    move, _, messages = choose_move(args, dataset, checkpoint.get("register", "none"))
+    dataset = dataset.moved(move)
     options = {name: getattr(args, name) for name in ("batch_size", "workers", "amp", "score_threshold")}
     results = evaluation.predict(detector, dataset, modes=modes, device=device, **options)
     for pixels in args.misalign:
-        moved = data.MisalignedDataset(dataset, modality=args.misalign_modality, pixels=pixels)
-        outputs = evaluation.predict(detector, moved, modes={"both": modes["both"]}, device=device, **options)
-        for result, output in zip(results, outputs, strict=True):
-            result["detections"][f"both,{args.misalign_modality}{pixels:+d}px"] = output["detections"]["both"]
-    return results, dataset.source
+        name, moved = f"both,infrared{pixels:+d}px", dataset.moved((pixels, 0))
+        corrected = moved.moved(partial(correction, most=args.register_most))
+        for mode, pairs in {name: moved, f"{name},corrected": corrected}.items():
+            outputs = evaluation.predict(detector, pairs, modes={mode: modes["both"]}, device=device, **options)
+            for result, output in zip(results, outputs, strict=True):
+                result["detections"] |= output["detections"]
+    return results, "\n".join([dataset.source, *messages])
 
 
 def miss_rate_text(tables: dict[str, dict[str, dict]]) -> str:
     """The `miss_rate_tables` as text: per row and mode the miss rate and the final recall."""
-
-    def cell(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}"
-
     titles = [title for mode in tables for title in (mode, "recall")]
     lines = [["log-average miss rate, %", *titles, "people", "frames"]]
     for row, counts in next(iter(tables.values())).items():
-        cells = [cell(rows[row][key]) for rows in tables.values() for key in ("miss_rate", "recall")]
+        values = [rows[row][key] for rows in tables.values() for key in ("miss_rate", "recall")]
+        cells = ["-" if value is None else f"{value:.2f}" for value in values]
         lines.append([row, *cells, str(counts["boxes"]), str(counts["frames"])])
     return aligned(lines)
 
 
 def write_files(args: argparse.Namespace, results: list[dict], metrics: dict) -> None:
     """The files that the flags ask for."""
+    curves = evaluation.miss_rate_curves(results) if args.output or args.plot else {}
     if args.output:
-        write_json(args.output, metrics, indent=2)
+        write_json(args.output, metrics | {"miss_rate_curves": curves}, indent=2)
     for count, mode in enumerate(results[0]["detections"] if args.save_detections else ()):
         path = args.save_detections
         path = path if count == 0 else path.with_stem(f"{path.stem}-{mode}")
         write_detections(path, [result["detections"][mode] for result in results])
         print(f"detections with {mode}: {path}")
-    curves = evaluation.miss_rate_curves(results) if args.save_curve or args.plot else {}
-    if args.save_curve:
-        write_json(args.save_curve, curves)
     if args.plot:
         drawn = {mode: rows["reasonable all"] for mode, rows in curves.items()}
         if len(curves) == 1:

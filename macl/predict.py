@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from macl.build import load_detector
-from macl.data import find_pairs, read_pair, to_float
+from macl.build import load_detector, read_checkpoint
+from macl.data import find_pairs, moved, read_pair, to_float
 from macl.plots import draw_detections
+from macl.registration import add_registration_flags, choose_move
 from trainkit.arguments import fraction, make_parser
 from trainkit.errors import InputError, one_line, one_sentence
 from trainkit.files import whole_file, write_json
@@ -30,22 +31,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--min-score", type=fraction, default=0.3, metavar="X", help="lowest score written and drawn")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged weights if any, or raw ones")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add_registration_flags(parser.add_argument)
     args = parser.parse_args(arguments)
     given = [name for name in ("visible", "infrared") if getattr(args, name) is not None]
     if not given:
         raise InputError("give --visible, --infrared or both")
-    detector = load_detector(args.checkpoint, weights=args.weights).to(args.device)
+    if len(given) == 1 and args.register != "none":
+        raise InputError("--register needs --visible and --infrared")
+    checkpoint = read_checkpoint(args.checkpoint)
+    detector = load_detector(args.checkpoint, weights=args.weights, checkpoint=checkpoint).to(args.device)
     needed = detector.fusion.kind
     if needed in ("visible", "infrared") and needed not in given:
         raise InputError(f"this detector sees with {needed} images alone: give --{needed}")
     detector.roi_head.score_threshold = args.min_score
     pairs = find_pairs(args.visible, args.infrared)
+    move, _, messages = choose_move(args, pairs, checkpoint.get("register", "none"), read=lambda pair: read_pair(*pair))
+    for message in messages:
+        print(message)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     classes, written = detector.kwargs["classes"], []
     for visible, infrared in pairs:
         path = visible or infrared
         sample = read_pair(visible, infrared)
+        sample = moved(sample, move) if len(given) == 2 else sample
         images = {name: [to_float(image).to(args.device)] for name, image in sample.items() if image is not None}
         detections = detector(**images)[0]
         picture = draw_detections(**sample, detections=detections, classes=classes, min_score=args.min_score)

@@ -29,7 +29,6 @@ def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
     add("--flip", type=fraction, default=0.5, metavar="P", help="probability of a horizontal flip")
     add("--crop", type=fraction, default=0.0, metavar="P", help="probability of a crop")
     add("--crop-scale", type=fraction, nargs=2, default=[0.6, 1.0], metavar=("LOW", "HIGH"), help="sides of a crop")
-    add("--mosaic", type=fraction, default=0.0, metavar="P", help="probability of four pairs in one")
     add("--brightness", type=fraction, default=0.2, metavar="X", help="jitter of visible")
     add("--contrast", type=fraction, default=0.2, metavar="X", help="jitter of visible")
     add("--saturation", type=fraction, default=0.2, metavar="X", help="jitter of visible")
@@ -37,8 +36,6 @@ def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
     add("--gain", type=fraction, default=0.2, metavar="X", help="infrared times 1 +- X")
     add("--offset", type=fraction, default=0.05, metavar="X", help="infrared plus +- X, of 0..1")
     add("--noise", type=fraction, default=0.02, metavar="X", help="largest standard deviation of noise on infrared")
-    add("--erase-visible", type=fraction, default=0.0, metavar="P", help="probability of a black patch on visible")
-    add("--erase-infrared", type=fraction, default=0.0, metavar="P", help="probability of a black patch on infrared")
 
 
 def add_detection_weight_flags(add: Callable) -> None:

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = tuple(f"trainkit.{name}" for name in "device distributed errors files load_report loader tables".split())
 ALLOWED = {"kernels": (), "trainkit": (), "macl": ("kernels", *SHARED), "fgclip": ("kernels", *SHARED)}
-COMMANDS = {"evaluate.py", "predict.py", "score.py", "report.py", "training.py"}  # these import like scripts
+# These import like scripts.
+COMMANDS = {f"{name}.py" for name in "evaluate predict score report training registration".split()}
 
 
 def imported(path: Path):

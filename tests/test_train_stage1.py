@@ -26,7 +26,7 @@ def stage1(tmp_path_factory):
         "--norm modality_batch --macl-level image --macl-norm batch --macl-dropout 0.1 --optimizer sgd --amp bf16 "
         "--min-size 48 --synthetic-val 1",  # a processor takes long for half precision
         "--fusion visible --no-msp --macl-weight 0 --schedule one-cycle --ema-decay 0 --min-size 96,128 --max-size 200",
-        "--crop 1 --mosaic 0.5 --erase-visible 1 --erase-infrared 1 --hue 0.1 --accumulate 2 --clip-norm 1",
+        "--crop 1 --register each --hue 0.1 --accumulate 2 --clip-norm 1",
         "--amp fp16 --min-size 48 --synthetic-val 1",
         "--macl-direction visible_to_infrared --macl-norm group --macl-norm-groups 4 --label-smoothing 0.1 "
         "--schedule multistep --milestones 1 --lr-base-batch 8 --statistics imagenet --best-by ap",
@@ -34,7 +34,8 @@ def stage1(tmp_path_factory):
 )
 def test_every_option_of_the_model_trains_a_step(tmp_path, flags):
     few = ["--synthetic-train", 12, "--batch-size", 2, *flags.split(), "--max-steps", 1]
-    assert len(metrics(run(train_stage1, STAGE_1, tmp_path / "run", *few))) == 1
+    folder = run(train_stage1, STAGE_1, tmp_path / "run", *few)
+    assert len(metrics(folder)) == 1 and load(folder)["register"] == ("each" if "each" in flags else "none")
 
 
 def test_wrong_flags_end_in_one_sentence(stage1, tmp_path, capsys):

@@ -108,7 +108,8 @@ def test_a_run_that_gets_no_better_is_stopped(begun, tmp_path, capsys):
 def test_each_part_can_be_left_out(begun, tmp_path):
     options = [
         "--old-share 0 --dhn-size 0 --mmd-level none --macl-weight 0 --adversary none",
-        "--from-scratch --adversary modality --mmd-sigmas 0.5,1 --no-mmd-unbiased --adversary-ramp exponential",
+        "--from-scratch --adversary modality --mmd-sigmas 0.5,1 --no-mmd-unbiased --adversary-ramp exponential "
+        "--register each",
         "--old-share 0 --adversary none --lr-scale backbone=0.1 neck=0.5 --modality-dropout 0.5 0.5 --amp bf16 "
         "--accumulate 2 --best-by miss-rate --optimizer sgd --min-size 48 --max-size 80 --synthetic-val 1",
     ]
@@ -117,7 +118,7 @@ def test_each_part_can_be_left_out(begun, tmp_path):
         assert len(metrics(tmp_path / str(number))) == 1
     bare = metrics(tmp_path / "0")[0]
     assert bare["weights"]["loss_macl"] == 0 and "loss_mmd" not in bare and "dhn_fill" not in bare
-    assert "loss_adversary" in metrics(tmp_path / "1")[0]
+    assert "loss_adversary" in metrics(tmp_path / "1")[0] and load(tmp_path / "1")["register"] == "each"
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,6 @@ def test_wrong_flags_end_in_one_sentence(begun, tuned, tmp_path, capsys):
     assert "--freeze-stages" in say("--freeze-stages", 5)
     assert "--dhn-size 0" in say("--macl-weight", 0)
     assert "--dhn-k" in say("--dhn-k", "")
-    assert "--mosaic" in say("--mosaic", 0.5)
     assert "--compile" in say("--gradient-report", 5, "--compile")
     assert "expected NAME=FACTOR" in say("--lr-scale", "backbone")
     assert "parts are backbone, neck" in say("--lr-scale", "bakbone=0.1")

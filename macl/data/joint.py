@@ -19,9 +19,3 @@ class JointDataset(ConcatDataset):
         sample, domain = super().__getitem__(index), bisect.bisect(self.cumulative_sizes, index)
         scene = sample["scene"]
         return sample | {"domain": domain, "scene": scene if scene < 0 else scene * len(self.datasets) + domain}
-
-    def beside(self, index: int) -> range:
-        """The indices of the data set that `index` belongs to."""
-        starts = [0, *self.cumulative_sizes]
-        domain = bisect.bisect(self.cumulative_sizes, index)
-        return range(starts[domain], starts[domain + 1])

@@ -66,8 +66,6 @@ class KAISTFrames(PairedDataset):
         labels = labels._replace(size=labels.size or self.size)
         return annotate(labels, self.classes, ignored_names=IGNORED_NAMES, **self.rules, clip=clip)
 
-    people = annotation  # its former name
-
     def ground_truth(self) -> list[dict]:
         """What `macl.metrics` compares detections with, without the images.
 
@@ -99,8 +97,6 @@ class KAIST(KAISTFrames):
     stride: keep the frames whose number + 1 is divisible by it; train-all-01 with stride 2 is train-all-02
     classes: the names of labels 1, 2, ..., person among them; people, cyclist and person? are ignored under person's
         label unless they are among them too
-    min_height, max_occlusion: lower boxes, in pixels, and more occlusion (0 none, 1 partial, 2 heavy) are ignored; by
-        default none, as the rows of the miss rate have limits of their own. TRAINING_RULES are for training.
 
     Raises InputError at construction for a missing folder, list, image or annotation, a bad name in the list and an
     annotation json of another form; when a sample is read, for a broken image, sizes that differ, and annotations of
@@ -115,8 +111,6 @@ class KAIST(KAISTFrames):
         stride: int = 1,
         *,
         classes: Sequence[str] = ("person",),
-        min_height: float = 0,
-        max_occlusion: int = 2,
     ):
         check_person(classes, "KAIST's annotations")
         root, number = find_root(root, ["kaist-rgbt", "KAIST_processed"], *(layout.folders for layout in LAYOUTS))
@@ -144,18 +138,16 @@ class KAIST(KAISTFrames):
         )
         super().__init__(pairs, classes, split=file.stem, source=source)
         self.size = tuple(read_image(visible[0]).shape[:0:-1])
-        self._set_rules(min_height, max_occlusion)
 
     def with_rules(self, *, min_height: float, max_occlusion: int) -> "KAIST":
-        """The same pairs, of which other boxes are ignored."""
-        ruled = copy.copy(self)
-        ruled._set_rules(min_height, max_occlusion)
-        return ruled
+        """The same pairs, of which lower boxes, in pixels, and more occlusion (0 none, 1 partial, 2 heavy) are ignored.
 
-    def _set_rules(self, min_height: float, max_occlusion: int) -> None:
-        self.rules = {"min_height": min_height, "max_occlusion": max_occlusion}
-        if self.rules != KAISTFrames.rules:
-            self.source += f"; people below {min_height:g} pixels or of occlusion above {max_occlusion} are ignored"
+        By default none are, as the rows of the miss rate have limits of their own. TRAINING_RULES are for training.
+        """
+        ruled = copy.copy(self)
+        ruled.rules = {"min_height": min_height, "max_occlusion": max_occlusion}
+        ruled.source += f"; people below {min_height:g} pixels or of occlusion above {max_occlusion} are ignored"
+        return ruled
 
 
 def _first_existing(places: list[Path], expected: str) -> Path:

@@ -4,7 +4,7 @@ import abc
 import copy
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from macl.data.annotation import Annotation
-from macl.data.sample import images_by_stem, read_pair
+from macl.data.sample import images_by_stem, moved, read_pair
 from trainkit.errors import InputError
 from trainkit.files import read_lines, shown
 
@@ -38,9 +38,11 @@ class PairedDataset(Dataset, abc.ABC):
     classes: the names of labels 1, 2, ...
     split: the name of the pairs
     source: where they were read, as a sentence
+    moves: of infrared, see `moved`
     """
 
     scene_kind = "scene"
+    moves = ()
 
     def __init__(self, pairs: Sequence[Pair], classes: Sequence[str], *, split: str, source: str):
         self.pairs, self.classes, self.split, self.source = list(pairs), tuple(classes), split, source
@@ -63,6 +65,8 @@ class PairedDataset(Dataset, abc.ABC):
 
     def sample(self, index: int, images: dict[str, Tensor], annotation: Annotation) -> dict:
         pair = self.pairs[index]
+        for move in self.moves:
+            images = moved(images, move)
         sample = images | annotation.per_box()
         sample |= {"image_id": range(len(self))[index], "path": str(pair.visible), "scene": pair.scene}
         return sample if pair.daytime is None else sample | {"daytime": pair.daytime}
@@ -89,6 +93,12 @@ class PairedDataset(Dataset, abc.ABC):
         chosen = copy.copy(self)
         chosen.pairs = [self.pairs[index] for index in indices]
         chosen.source += f", {len(chosen)} of them {why}"
+        return chosen
+
+    def moved(self, move: tuple[int, int] | Callable) -> "PairedDataset":
+        """The same data set with infrared moved (see `sample.moved`) after the moves before; the boxes stay."""
+        chosen = copy.copy(self)
+        chosen.moves = (*self.moves, move)
         return chosen
 
     def statistics(self) -> dict:

@@ -19,6 +19,7 @@ and, where known,
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,19 @@ def read_pair(visible: str | Path | None, infrared: str | Path | None) -> dict[s
     if len(set(sizes)) > 1:
         raise InputError(f"{visible} is {sizes[0]} but {infrared} is {sizes[1]}; expected a registered pair")
     return pair
+
+
+def moved(images: dict[str, Tensor], move: tuple[int, int] | Callable) -> dict[str, Tensor]:
+    """The images (3, H, W) by modality, infrared moved by whole pixels. Its border is repeated where nothing comes in.
+
+    move: (x, y) to the right and down, or a function of `images` that returns them
+    """
+    x, y = move(images) if callable(move) else move
+    if x == y == 0:
+        return images
+    image = images["infrared"]
+    rows, columns = ((torch.arange(n) - by).clamp(0, n - 1) for n, by in zip(image.shape[1:], (y, x), strict=True))
+    return images | {"infrared": image[:, rows[:, None], columns]}
 
 
 def find_pairs(visible: str | Path | None, infrared: str | Path | None) -> list[tuple[Path | None, Path | None]]:

@@ -12,11 +12,9 @@ from torchvision.ops import box_area
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from macl.data.joint import JointDataset
 from macl.data.sample import PER_BOX, to_float
 
 MIN_SHOWN = 0.3  # a box that keeps less of its area is ignored
-ERASED = (0.02, 0.1)  # share of the area
 
 
 @dataclass(kw_only=True)
@@ -30,7 +28,6 @@ class PairedAugmentation:
     flip: float = 0.5  # probability of a horizontal flip
     crop: float = 0.0  # probability of a crop
     crop_scale: tuple[float, float] = (0.6, 1.0)  # range of its sides, as shares of the image's
-    mosaic: float = 0.0  # probability of a picture of four pairs, which AugmentedDataset makes
     brightness: float = 0.0  # these four of visible, as in torchvision's ColorJitter
     contrast: float = 0.0
     saturation: float = 0.0
@@ -38,18 +35,17 @@ class PairedAugmentation:
     gain: float = 0.0  # infrared becomes a * infrared + b + n with a in 1 +- gain, ...
     offset: float = 0.0  # ... b in +- offset, ...
     noise: float = 0.0  # ... and n normal with a standard deviation of up to noise
-    erase_visible: float = 0.0  # probability of a black rectangle
-    erase_infrared: float = 0.0
 
     def __call__(self, sample: dict) -> dict:
         pair, shown = _as_pair(sample), torch.ones(len(sample["boxes"]))
         if _happens(self.crop):
             before = box_area(sample["boxes"])
-            pair = _cropped(pair, *_crop_window(sample, self.crop_scale))
+            window = _crop_window(sample, self.crop_scale)
+            pair = {key: F.crop(value, *window) for key, value in pair.items()}
             shown = box_area(pair["boxes"].as_subclass(Tensor)) / before
         pair = {key: value.as_subclass(Tensor) for key, value in v2.RandomHorizontalFlip(self.flip)(pair).items()}
         jitter = v2.ColorJitter(self.brightness, self.contrast, self.saturation, self.hue)
-        visible = v2.RandomErasing(self.erase_visible, scale=ERASED)(jitter(to_float(pair["visible"])))
+        visible = jitter(to_float(pair["visible"]))
         infrared = to_float(pair["infrared"])
         if self.gain or self.offset or self.noise:
             gain, offset = 1 + _uniform(-self.gain, self.gain), _uniform(-self.offset, self.offset)
@@ -57,30 +53,10 @@ class PairedAugmentation:
             if self.noise:  # the same in the three equal channels
                 infrared += _uniform(0, self.noise) * torch.randn(infrared.shape[-2:])
             infrared = infrared.clamp(0, 1)
-        infrared = v2.RandomErasing(self.erase_infrared, scale=ERASED)(infrared)
         augmented = sample | {"visible": visible, "infrared": infrared, "boxes": pair["boxes"]}
         augmented["ignore"] = sample["ignore"] | (shown < MIN_SHOWN)
-        return _without_vanished(augmented)
-
-
-class MisalignedDataset(Dataset):
-    """Samples with one modality `pixels` further to the right (or, below 0, to the left).
-
-    The boxes stay where the other modality shows them. What comes in from the side repeats the image's last column.
-    """
-
-    def __init__(self, dataset: Dataset, *, modality: str, pixels: int):
-        self.dataset, self.modality, self.pixels = dataset, modality, pixels
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict:
-        sample = self.dataset[index]
-        image = sample[self.modality]
-        last = image.shape[-1] - 1
-        columns = (torch.arange(last + 1) - self.pixels).clamp(0, last)
-        return sample | {self.modality: image[..., columns]}
+        keep = ((pair["boxes"][:, 2:] - pair["boxes"][:, :2]) >= 1).all(dim=1)
+        return augmented | {key: augmented[key][keep] for key in PER_BOX if key in augmented}
 
 
 class AugmentedDataset(Dataset):
@@ -100,42 +76,7 @@ class AugmentedDataset(Dataset):
         seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(seed[0]))  # torch.manual_seed would reach the GPUs' generators
-            sample = self.dataset[index]
-            if _happens(self.transform.mosaic):
-                joint = isinstance(self.dataset, JointDataset)
-                beside = self.dataset.beside(index) if joint else range(len(self.dataset))
-                others = torch.randint(beside.start, beside.stop, (3,)).tolist()
-                sample = paired_mosaic([sample, *(self.dataset[other] for other in others)])
-            return self.transform(sample)
-
-
-def paired_mosaic(samples: list[dict]) -> dict:
-    """One sample out of four, of the size of the first, whose other keys it keeps.
-
-    Each pair fills a quarter around a random point: resized in proportion until it covers the quarter, then cropped at
-    random, the same for both modalities.
-    """
-    height, width = samples[0]["visible"].shape[-2:]
-    split_y, split_x = round(_uniform(0.35, 0.65) * height), round(_uniform(0.35, 0.65) * width)
-    canvas = {modality: torch.empty_like(samples[0][modality]) for modality in ("visible", "infrared")}
-    quarters = []
-    for number, sample in enumerate(samples):
-        top, bottom = ((0, split_y), (split_y, height))[number // 2]
-        left, right = ((0, split_x), (split_x, width))[number % 2]
-        h, w = sample["visible"].shape[-2:]
-        scale = max((bottom - top) / h, (right - left) / w)
-        size = [math.ceil(h * scale), math.ceil(w * scale)]
-        pair = {key: F.resize(value, size, antialias=True) for key, value in _as_pair(sample).items()}
-        before = box_area(pair["boxes"].as_subclass(Tensor))
-        start_y, start_x = (round(_uniform(0, most)) for most in (size[0] - (bottom - top), size[1] - (right - left)))
-        pair = _cropped(pair, start_y, start_x, bottom - top, right - left)
-        for modality, image in canvas.items():
-            image[:, top:bottom, left:right] = pair[modality]
-        boxes = pair["boxes"].as_subclass(Tensor)
-        ignore = sample["ignore"] | (box_area(boxes) / before < MIN_SHOWN)
-        quarters.append(sample | {"boxes": boxes + torch.tensor([left, top] * 2), "ignore": ignore})
-    per_box = {key: torch.cat([quarter[key] for quarter in quarters]) for key in PER_BOX if key in samples[0]}
-    return _without_vanished(samples[0] | canvas | per_box)
+            return self.transform(self.dataset[index])
 
 
 def _as_pair(sample: dict) -> dict:
@@ -160,19 +101,6 @@ def _crop_start(low: float, high: float, length: int, size: int) -> int:
     first, last = sorted((high - length, low))
     first, last = (min(max(start, 0), size - length) for start in (math.ceil(first), math.floor(last)))
     return first + int(_uniform(0, max(0, last - first) + 1))
-
-
-def _cropped(pair: dict, top: int, left: int, height: int, width: int) -> dict:
-    return {key: F.crop(value, top, left, height, width) for key, value in pair.items()}
-
-
-def _without_vanished(sample: dict) -> dict:
-    """Removes boxes of less than a pixel either way, and all that belongs to them; keeps the others in the image."""
-    height, width = sample["visible"].shape[-2:]
-    boxes = sample["boxes"].clamp(max=torch.tensor([width, height] * 2))  # resizing rounds edges out of the image
-    keep = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(dim=1)
-    sample = sample | {"boxes": boxes}
-    return sample | {key: sample[key][keep] for key in PER_BOX if key in sample}
 
 
 def _uniform(low: float, high: float) -> float:

@@ -10,7 +10,7 @@ from trainkit.errors import InputError
 TIE = 1e-9  # cosines (float64) closer than this are equal: a collapsed embedding must not win by rounding
 CHUNK = 1024  # rows of the similarity matrix in memory at a time
 MEASURES = ("r1_visible_to_infrared", "r1_infrared_to_visible", "r1", "alignment", "uniformity", "modality_gap")
-MEASURES += ("cosine_matched", "cosine_unmatched", "distance_ratio")
+MEASURES += ("cosine_unmatched", "distance_ratio")
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def alignment(visible_embeddings, infrared_embeddings) -> dict:
         within a modality, mean of both modalities. Lower is better. Wang and Isola, "Understanding Contrastive
         Representation Learning through Alignment and Uniformity" (ICML 2020), alpha 2, t 2.
     modality_gap: distance between the modalities' mean embeddings. Liang et al., "Mind the Gap" (NeurIPS 2022).
-    cosine_matched, cosine_unmatched: mean cosine across the modalities of the same object, of different objects
+    cosine_unmatched: mean cosine across the modalities of different objects; near 1 the embeddings have collapsed
     distance_ratio: mean distance of matched over that of unmatched rows; None where all rows coincide
 
     and gallery, the number of rows. With fewer than two rows the floats are None. Raises ValueError for shapes that
@@ -41,9 +41,8 @@ def alignment(visible_embeddings, infrared_embeddings) -> dict:
         return {**dict.fromkeys(MEASURES), "gallery": count}
     visible, infrared = normalize(visible, dim=1), normalize(infrared.to(visible.device), dim=1)
     matched = (visible - infrared).norm(dim=1)  # (N,)
-    cosine_matched = (visible * infrared).sum(1)  # (N,)
     others = count * (count - 1)
-    cosine_unmatched = (visible.sum(0) @ infrared.sum(0) - cosine_matched.sum()) / others
+    cosine_unmatched = (visible.sum(0) @ infrared.sum(0) - (visible * infrared).sum()) / others
     unmatched = (sum(torch.cdist(part, infrared).sum() for part in visible.split(CHUNK)) - matched.sum()) / others
     r1_visible, r1_infrared = _recall_at_1(visible, infrared), _recall_at_1(infrared, visible)
     return {
@@ -53,7 +52,6 @@ def alignment(visible_embeddings, infrared_embeddings) -> dict:
         "alignment": matched.square().mean().item(),
         "uniformity": (_uniformity(visible) + _uniformity(infrared)) / 2,
         "modality_gap": (visible.mean(0) - infrared.mean(0)).norm().item(),
-        "cosine_matched": cosine_matched.mean().item(),
         "cosine_unmatched": cosine_unmatched.item(),
         "distance_ratio": (matched.mean() / unmatched).item() if unmatched > math.sqrt(2 * TIE) else None,
         "gallery": count,

@@ -27,10 +27,10 @@ MIN_OVERLAP = 0.5
 MAX_DETECTIONS = 1000  # per frame
 
 
-def log_average_miss_rate(
+def miss_rate_curve(
     detections: list[dict], ground_truth: list[dict], subset: str = "reasonable", daytime: str = "all"
-) -> float | None:
-    """Log-average miss rate in percent (lower is better), or None where the subset has no real box.
+) -> dict:
+    """Miss rate over false positives per image, and its log-average.
 
     Both lists hold one dict per frame, in the same order; tensors on any device, arrays or lists.
 
@@ -40,26 +40,25 @@ def log_average_miss_rate(
     subset: reasonable, near, medium, far, none, partial, heavy or all
     daytime: all, day or night
 
-    The miss rate is read at nine points, 10^-2 to 10^0 false positives per image evenly in log space, and averaged
-    geometrically. Raises KeyError for an unknown subset or daytime, and ValueError for values that are not finite.
-    """
-    return miss_rate_curve(detections, ground_truth, subset, daytime)["log_average_miss_rate"]
-
-
-def miss_rate_curve(
-    detections: list[dict], ground_truth: list[dict], subset: str = "reasonable", daytime: str = "all"
-) -> dict:
-    """The curve behind log_average_miss_rate, whose arguments it takes.
-
     Returns fppi (P,) and miss_rate (P,) float64 arrays, one point per counted detection by falling score, miss rates in
     percent; log_average_miss_rate and the final recall in percent (None where there is no real box, and then the
-    arrays are empty); boxes, the number of real ones; frames.
+    arrays are empty); boxes, the number of real ones; frames. For the log-average the miss rate is read at nine points,
+    10^-2 to 10^0 false positives per image evenly in log space, and averaged geometrically.
+
+    Raises KeyError for an unknown subset or daytime, and ValueError for values that are not finite.
     """
     return _Matches(detections, ground_truth).curve(subset, daytime)
 
 
+def log_average_miss_rate(
+    detections: list[dict], ground_truth: list[dict], subset: str = "reasonable", daytime: str = "all"
+) -> float | None:
+    """The log-average miss rate of `miss_rate_curve`, in percent (lower is better); None without a real box."""
+    return miss_rate_curve(detections, ground_truth, subset, daytime)["log_average_miss_rate"]
+
+
 def miss_rate_table(detections: list[dict], ground_truth: list[dict]) -> dict[str, dict]:
-    """The ten customary rows; arguments as log_average_miss_rate.
+    """The ten customary rows; arguments as miss_rate_curve.
 
     Returns "reasonable all", "reasonable day", "reasonable night", "near", "medium", "far", "none", "partial", "heavy"
     and "all", each a dict of miss_rate and recall in percent (None without a real box), boxes and frames.

@@ -24,7 +24,6 @@ def found(*boxes, labels=None, scores=None):
 def test_perfect_and_printing_nothing(capfd):
     result = average_precision([found(A, B), found()], [truth(A, B), truth()])
     assert [result[key] for key in ("ap", "ap50", "ap75", "recall")] == pytest.approx([1, 1, 1, 1])
-    assert (result["boxes"], result["detections"]) == (2, 2)
     assert capfd.readouterr().out == ""
 
 
@@ -53,7 +52,7 @@ def test_ignored_boxes_are_neither_hits_nor_alarms():
     frames = [truth(A, [190, 0, 400, 400], ignore=[1])]
     on_ignored = [B, [210, 120, 250, 220], [300, 100, 340, 200]]
     result = average_precision([found(*on_ignored, A)], frames)
-    assert result["ap"] == pytest.approx(1) and result["boxes"] == 1
+    assert result["ap"] == pytest.approx(1)
     without = average_precision([found(*on_ignored, A)], [truth(A)])
     assert without["ap"] == pytest.approx(0.25)
 
@@ -70,7 +69,6 @@ def test_classes_are_averaged_and_one_of_ignored_boxes_only_is_none():
 def test_without_a_real_box_there_is_no_number(frames):
     result = average_precision([found(A)] * len(frames), frames)
     assert [result[key] for key in ("ap", "ap50", "ap75", "recall")] == [None] * 4
-    assert result["boxes"] == 0 and result["detections"] == len(frames)
 
 
 def test_wrong_arguments():

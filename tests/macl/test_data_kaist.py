@@ -123,7 +123,7 @@ def test_source_says_layout_list_labels_and_counts_and_the_parent_of_the_root_wi
     assert "5 pairs (3 by day, 2 by night)" in source and "all.txt" in source and str(root) in source
     assert ("original tree" in source) == (make is original) != ("processed VOC layout" in source)
     assert "nnotations, one" in source
-    assert "below 20 pixels or of occlusion above 1" in KAIST(root, "all", **TRAINING_RULES).source
+    assert "below 20 pixels or of occlusion above 1" in KAIST(root, "all").with_rules(**TRAINING_RULES).source
 
 
 def test_the_same_boxes_from_every_kind_of_annotation(tree, tmp_path):
@@ -173,10 +173,11 @@ def test_suffixes_of_windows_and_label_folders_of_both_cameras(tree):
 def test_small_and_occluded_people_are_ignored_by_rule(tree):
     objects = [("person", 1, 1, 10, 19, 0), ("person", 1, 1, 10, 20, 1), ("person", 1, 1, 10, 60, 2)]
     write(tree / "annotations" / f"{FRAMES[0]}.txt", bbgt(*objects))
-    assert KAIST(tree, "all")[0]["ignore"].tolist() == [False] * 3  # the evaluator has rules of its own
-    assert KAIST(tree, "all", **TRAINING_RULES)[0]["ignore"].tolist() == [True, False, True]
-    assert KAIST(tree, "all", min_height=21)[0]["ignore"].tolist() == [True, True, False]
-    assert KAIST(tree, "all", max_occlusion=0)[0]["ignore"].tolist() == [False, True, True]
+    data = KAIST(tree, "all")
+    assert data[0]["ignore"].tolist() == [False] * 3  # the evaluator has rules of its own
+    assert data.with_rules(**TRAINING_RULES)[0]["ignore"].tolist() == [True, False, True]
+    assert data.with_rules(min_height=21, max_occlusion=2)[0]["ignore"].tolist() == [True, True, False]
+    assert data.with_rules(min_height=0, max_occlusion=0)[0]["ignore"].tolist() == [False, True, True]
 
 
 def test_marks_of_the_annotation_itself_are_kept(tree, tmp_path):

@@ -5,13 +5,12 @@ import pickle
 import pytest
 import torch
 
-from macl.data import AugmentedDataset, MisalignedDataset, PairedAugmentation, SyntheticPairs, collate
-from macl.data.transforms import paired_mosaic
+from macl.data import AugmentedDataset, PairedAugmentation, SyntheticPairs, collate
 from trainkit.loader import make_loader
 
 GEOMETRY = {"flip": 0.5, "crop": 0.7, "crop_scale": (0.5, 0.9)}
 PHOTOMETRY = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05, gain=0.3, offset=0.1, noise=0.05)
-EVERYTHING = GEOMETRY | PHOTOMETRY | {"mosaic": 0.5, "erase_visible": 0.5, "erase_infrared": 0.5}
+EVERYTHING = GEOMETRY | PHOTOMETRY
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,9 +49,8 @@ def assert_same(left, right):
         assert torch.equal(value, right[key]) if torch.is_tensor(value) else value == right[key], key
 
 
-@pytest.mark.parametrize("mosaic", [0.0, 1.0])
-def test_geometry_is_the_same_in_both_modalities_and_boxes_follow(mosaic):
-    data = AugmentedDataset(Painted(), PairedAugmentation(**GEOMETRY, mosaic=mosaic), seed=0)
+def test_geometry_is_the_same_in_both_modalities_and_boxes_follow():
+    data = AugmentedDataset(Painted(), PairedAugmentation(**GEOMETRY), seed=0)
     shapes, seen = set(), 0
     for epoch in range(5):
         for index in range(len(data)):
@@ -69,8 +67,7 @@ def test_geometry_is_the_same_in_both_modalities_and_boxes_follow(mosaic):
                 inside = visible[0, round(y1) + 3 : round(y2) - 3, round(x1) + 3 : round(x2) - 3] * 255
                 assert (inside - (50 + 50 * label)).abs().max() < 3
                 for x, y in ((x1 - 3, (y1 + y2) / 2), (x2 + 3, (y1 + y2) / 2), ((x1 + x2) / 2, y1 - 3)):
-                    # (across a mosaic's seam the same grey may go on)
-                    if not mosaic and 0 <= x < visible.shape[2] and 0 <= y < visible.shape[1]:
+                    if 0 <= x < visible.shape[2] and 0 <= y < visible.shape[1]:
                         assert (visible[0, int(y), int(x)] * 255 - (50 + 50 * label)).abs() > 20
                 seen += 1
     assert seen > 60 and len(shapes) > 10
@@ -137,27 +134,6 @@ def test_gain_and_offset_are_what_they_say():
     assert 0.8 <= min(gains) < 0.9 and 1.1 < max(gains) <= 1.2 and 0.05 < max(offsets) <= 0.1
 
 
-def test_rectangles_are_erased_independently():
-    image = torch.full((3, 60, 80), 255, dtype=torch.uint8)
-    sample = Painted()[0] | {"visible": image, "infrared": image}
-    torch.manual_seed(0)
-    out = PairedAugmentation(erase_visible=1.0, erase_infrared=1.0)(sample)
-    assert (out["visible"] == 0).any() and (out["infrared"] == 0).any()
-    assert not torch.equal(out["visible"], out["infrared"])
-    out = PairedAugmentation(erase_infrared=1.0)(sample)
-    assert (out["visible"] == 1).all() and (out["infrared"] == 0).any()
-
-
-def test_mosaic_takes_all_four():
-    data = Painted()
-    torch.manual_seed(0)
-    sample = paired_mosaic([data[index] for index in range(4)])
-    assert sample["visible"].shape == (3, 120, 160) and sample["image_id"] == 0
-    quarters = {(x > 80, y > 60) for x, y in (sample["boxes"][:, :2] + sample["boxes"][:, 2:]).div(2).tolist()}
-    assert any(paired_mosaic([data[0]] * 4)["ignore"].any() for _ in range(5))  # slivers
-    assert len(quarters) == 4 and len(sample["boxes"]) == len(sample["visible_in"]) == len(sample["occlusion"])
-
-
 def test_draws_follow_from_seed_epoch_and_index_alone():
     data = AugmentedDataset(Painted(), PairedAugmentation(**EVERYTHING), seed=3)
     torch.manual_seed(0)
@@ -198,12 +174,3 @@ def test_a_batch_is_a_dict_of_lists():
     assert batch["targets"][0].keys() - batch["targets"][1].keys() == {"daytime"}
     without = {key: value for key, value in Painted()[0].items() if key not in ("visible_in", "occlusion")}
     assert set(collate([without])["targets"][0]) == {"boxes", "labels", "ignore", "scene"}
-
-
-@pytest.mark.parametrize(("pixels", "first", "last"), [(7, 0, 152), (-7, 7, 159)])
-def test_a_misaligned_modality_lies_further_right(pixels, first, last):
-    columns = torch.arange(160, dtype=torch.uint8).expand(3, 120, 160)
-    sample = Painted()[0] | {"visible": columns, "infrared": columns}
-    moved = MisalignedDataset([sample], modality="infrared", pixels=pixels)[0]
-    assert (moved["infrared"][0, 5, 0], moved["infrared"][0, 5, -1]) == (first, last)
-    assert_same(moved, sample | {"infrared": moved["infrared"]})

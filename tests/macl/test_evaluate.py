@@ -13,6 +13,8 @@ import macl
 import train_stage1
 import train_stage2
 from macl import evaluate, predict
+from macl.data import SyntheticPairs, moved
+from macl.data.annotation import Annotation
 from macl.evaluation import detection_metrics, miss_rate_curves, miss_rate_metrics, validation_text
 from macl.metrics import miss_rate_curve, read_detections
 from trainkit.errors import InputError, one_sentence
@@ -110,8 +112,8 @@ def rows_of(output: str) -> dict[str, list[str]]:
 
 
 def test_a_detector_on_kaist(checkpoint, kaist, tmp_path, capsys):
-    files = {name: tmp_path / name for name in ("metrics.json", "detections.txt", "curve.json", "curve.png")}
-    names = ("--output", "--save-detections", "--save-curve", "--plot")
+    files = {name: tmp_path / name for name in ("metrics.json", "detections.txt", "curve.png")}
+    names = ("--output", "--save-detections", "--plot")
     flags = [part for pair in zip(names, files.values(), strict=True) for part in pair]
     flags += ["--dataset", "kaist", "--data-root", kaist, "--score-threshold", 0]
     output = run(capsys, "--checkpoint", checkpoint, *flags)
@@ -126,8 +128,7 @@ def test_a_detector_on_kaist(checkpoint, kaist, tmp_path, capsys):
     assert metrics["miss_rate"]["both"]["reasonable all"]["boxes"] == 2
     for name in ("detections", "detections-visible", "detections-infrared"):
         assert sum(len(frame["scores"]) for frame in read_detections(tmp_path / f"{name}.txt", 3)) == 15
-    curves = json.loads(files["curve.json"].read_text())
-    assert set(curves["visible"]) == set(ROWS[:3]) and files["curve.png"].stat().st_size > 10_000
+    assert set(metrics["miss_rate_curves"]["visible"]) == set(ROWS[:3]) and files["curve.png"].stat().st_size > 10_000
 
 
 def test_what_was_saved_gives_the_same_metrics(checkpoint, kaist, tmp_path, capsys):
@@ -166,18 +167,20 @@ class SeesShift(torch.nn.Module):
         return [{"boxes": torch.tensor([[x, 40, x + 20, 100]]), "labels": label, "scores": score} for x in columns]
 
 
-class Marked(torch.utils.data.Dataset):
-    source = "marked"
+class Marked(SyntheticPairs):
+    """Infrared lies `off` pixels further right."""
 
-    def __len__(self):
-        return 3
+    def __init__(self, off=0):
+        super().__init__(3, 0)
+        self.off = off
 
     def __getitem__(self, index):
         image, zero = torch.zeros(3, 128, 160, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
         image[..., 50] = 255
-        truth = {"boxes": torch.tensor([[50.0, 40, 70, 100]]), "labels": zero + 1, "ignore": zero > 0}
-        more = {"occlusion": zero, "daytime": True, "image_id": index, "path": "", "scene": 0}
-        return {"visible": image, "infrared": image.clone(), **truth, **more}
+        pair = moved({"visible": image, "infrared": image}, (self.off, 0))
+        boxes = torch.tensor([[50.0, 40, 70, 100]])
+        truth = Annotation("", (160, 128), [], boxes, zero + 1, zero > 0, occlusion=zero)
+        return self.sample(index, pair, truth) | {"daytime": True}
 
 
 def test_what_is_moved_is_seen_moved_and_the_boxes_are_not(tmp_path, capsys, monkeypatch):
@@ -185,15 +188,24 @@ def test_what_is_moved_is_seen_moved_and_the_boxes_are_not(tmp_path, capsys, mon
     monkeypatch.setattr(evaluate, "load_detector", lambda path, **options: SeesShift())
     monkeypatch.setattr(evaluate, "open_dataset", lambda *arguments: Marked())
     flags = ["--checkpoint", "a.pt", "--output", tmp_path / "a.json"]
-    output = run(capsys, *flags, "--misalign", 3, 15)
+    output = run(capsys, *flags, "--misalign", 3, 15, "--register-most", 15, 2)
     metrics = json.loads((tmp_path / "a.json").read_text())
-    modes = ["both", "visible", "both,infrared+3px", "both,infrared+15px"]
-    assert [metrics["detection"][mode]["ap50"] for mode in modes] == [1, 1, 1, 0]
+    modes = ["both", "visible", "both,infrared+3px", "both,infrared+15px", "both,infrared+15px,corrected"]
+    assert [metrics["detection"][mode]["ap50"] for mode in modes] == [1, 1, 1, 0, 1]
     rates = [round(metrics["miss_rate"][mode]["reasonable all"]["miss_rate"], 2) for mode in modes]
-    assert rates == [0, 0, 0, 100] and rows_of(output)["reasonable all"][6] == "100.00"
-    run(capsys, *flags, "--misalign", -15, "--misalign-modality", "visible")
-    metrics = json.loads((tmp_path / "a.json").read_text())["detection"]
-    assert metrics["both,visible-15px"]["ap50"] == 1  # what moves is not what this detector looks at
+    assert rates == [0, 0, 0, 100, 0] and rows_of(output)["reasonable all"][8] == "100.00"
+
+
+@pytest.mark.parametrize(("register", "ap50"), [("none", 0), ("rig", 1), ("each", 1)])
+def test_infrared_that_lies_elsewhere_is_registered(tmp_path, capsys, monkeypatch, register, ap50):
+    monkeypatch.setattr(evaluate, "read_checkpoint", lambda path: {"register": "rig 4 2"})
+    monkeypatch.setattr(evaluate, "load_detector", lambda path, **options: SeesShift())
+    monkeypatch.setattr(evaluate, "open_dataset", lambda *arguments: Marked(13))
+    flags = ["--checkpoint", "a.pt", "--output", tmp_path / "a.json", "--register", register]
+    output = run(capsys, *flags, "--register-most", 14, 0)
+    assert json.loads((tmp_path / "a.json").read_text())["detection"]["both"]["ap50"] == ap50
+    assert "trained with --register 'rig 4 2'" in output
+    assert ("the shift (13, 0)" in output and "100% of the pairs" in output) == (register == "rig")
 
 
 PERSON, CYCLIST, NOTHING = [100, 100, 140, 200], [300, 100, 340, 200], [400, 100, 440, 200]
@@ -301,7 +313,7 @@ MODEL, OTHERS = "--checkpoint a.pt", "--detections a.txt --dataset kaist"
         ("--detections a.txt", "--detections needs --dataset kaist"),
         (OTHERS, "needs --data-root, or --detections and --annotations FILE.json"),
         (f"{OTHERS} --annotations folder", "folder does not exist; expected the json of KAIST's annotations"),
-        (f"{OTHERS} --data-root x --misalign 2", "--misalign needs --checkpoint"),
+        (f"{OTHERS} --data-root x --misalign 2", "--misalign and --register need --checkpoint"),
         (f"{MODEL} --misalign much", "invalid int value: 'much'"),
         (f"{MODEL} --save-detections a.csv", "ends in .txt or .json"),
         (f"{MODEL} --plot missing/a.png", "missing/a.png: the folder missing does not exist"),
@@ -370,7 +382,7 @@ def test_scripts_train_on_no_class_that_nobody_has(kaist, tmp_path):
     train_stage1.open_data(stage1(["--data-root", str(root), "--classes", "car", "person"]))
     kaist_flags = ["--data-root", kaist, "--image-set", "mine", "--val-image-set", "mine", "--min-height", 1]
     args = stage2([*map(str, kaist_flags), "--llvip-root", str(root)])
-    train, validation, old, output = train_stage2.open_data(args, ["car", "person"])
+    train, validation, old, _, output = train_stage2.open_data(args, ["car", "person"])
     assert all(data.classes == ("car", "person") for data in (*train.datasets, validation, old))
     assert any("car may be unlearnt" in line for line in output)
     with pytest.raises(InputError, match="named person"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from macl.data import read_ground_truth
-from macl.metrics import log_average_miss_rate, miss_rate_curve, miss_rate_table, read_detections
+from macl.metrics import miss_rate_curve, miss_rate_table, read_detections
 from macl.metrics.miss_rate import MAX_DETECTIONS, REFERENCE_FPPI, SUBSETS
 
 PERSON = (100, 100, 140, 200)  # 40 x 100 pixels
@@ -40,6 +40,10 @@ def counts(detections, ground_truth, **arguments):
     curve = miss_rate_curve(detections, ground_truth, **arguments)
     hits = round(curve["recall"] / 100 * curve["boxes"])
     return hits, round(curve["fppi"][-1] * curve["frames"]) if len(curve["fppi"]) else 0, curve["boxes"]
+
+
+def log_average_miss_rate(*arguments, **more):
+    return miss_rate_curve(*arguments, **more)["log_average_miss_rate"]
 
 
 def test_a_perfect_detector_misses_nothing_and_no_detector_misses_all():
