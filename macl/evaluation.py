@@ -18,6 +18,7 @@ from trainkit.loader import make_loader
 from trainkit.tables import aligned
 
 SCORE_THRESHOLD = 0.001  # for metrics; a detector's own is for looking at
+COLLAPSED = 0.5  # mean cosine of embeddings of different boxes
 SEEN = {"both": (True, True), "visible_only": (True, False), "infrared_only": (False, True)}
 
 
@@ -214,4 +215,7 @@ def validation_text(metrics: dict, untrained: float | None = None) -> str:
         names = ("alignment", "uniformity", "modality_gap", "distance_ratio")
         known = [f"{name.replace('_', ' ')} {agreement[name]:.3f}" for name in names if agreement[name] is not None]
         lines += [recall, ", ".join(known)]
+        if agreement["cosine_unmatched"] > COLLAPSED:
+            cosine = f"mean cosine {agreement['cosine_unmatched']:.2f}"
+            lines.append(f"Warning: embeddings of different boxes are nearly alike ({cosine}): collapsed, or untrained")
     return "\n".join(lines)

@@ -66,6 +66,8 @@ class KAISTFrames(PairedDataset):
         labels = labels._replace(size=labels.size or self.size)
         return annotate(labels, self.classes, ignored_names=IGNORED_NAMES, **self.rules, clip=clip)
 
+    people = annotation  # its former name
+
     def ground_truth(self) -> list[dict]:
         """What `macl.metrics` compares detections with, without the images.
 
