@@ -87,6 +87,7 @@ class Scene:
     buildings: list[tuple[slice, slice]] = field(default_factory=list)  # rows, columns
 
     def column(self, rng: np.random.Generator) -> float:
+        """A column in which something may stand."""
         return uniform(rng, 0.04, 0.96) * self.size[1]
 
     def stand(self, kind: str, shape: list[tuple], x: float, height: float, *, seen=(True, True), at=None) -> Figure:
