@@ -30,7 +30,7 @@ from trainkit.errors import InputError, one_sentence
 from trainkit.files import write_json
 from trainkit.tables import aligned
 
-DOMAINS = {"night": data.NIGHT, "day-and-night": data.DAY_AND_NIGHT}
+DOMAINS = {"night": data.NIGHT, "day-and-night": data.DAY_AND_NIGHT, "registered": data.DAY_AND_NIGHT_REGISTERED}
 NEEDS = {"split": "llvip", "image_set": "kaist", "annotations": "kaist", "detections": "kaist", "domain": "synthetic"}
 NEEDS |= {"data_root": "llvip or kaist"}
 OUTPUTS = {"save_detections": (".txt", ".json"), "plot": (".png", ".pdf", ".svg")}
