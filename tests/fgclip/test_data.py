@@ -15,9 +15,9 @@ from fgclip import Tokenizer
 from fgclip.data.benchmarks import DCI, ClassFolders, COCOBoxes, Flickr30k, ShareGPT4V, by_image
 from fgclip.data.collate import Collate
 from fgclip.data.dataset import RegionDataset, data_statistics, evenly, hold_out, image_ids, usable_regions
-from fgclip.data.records import COCO, FGOVD, FineHARD, JsonItems, Record, Region, scaled
+from fgclip.data.records import COCO, FGOVD, FineHARD, JsonItems, Record, Region
 from fgclip.images import normalise, preprocess
-from fgclip.regions import BoxStatistics, boxes_to_rois, usable_boxes
+from fgclip.regions import BoxStatistics, usable_boxes
 from trainkit.errors import InputError
 
 
@@ -426,16 +426,6 @@ def test_golden_pixels(golden):
         image, size = Image.fromarray(g[f"{case}/image_u8"].numpy()), int(g[f"{case}/size"])
         for crop, name in ((False, "pixel_values"), (True, "pixel_values_crop")):
             torch.testing.assert_close(preprocess(image, size, crop), g[f"{case}/{name}"], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(("name", "grid"), [("roi_grid14", 14), ("roi_grid24", 24), ("roi_grid14_coco", 14)])
-def test_golden_boxes(golden, name, grid):
-    g = golden("eval_boxes")
-    found = [
-        boxes_to_rois([torch.tensor([scaled(box.tolist(), size.tolist())])], (grid, grid))
-        for box, size in zip(g["bbox_xywh"], g["image_wh"], strict=True)
-    ]
-    torch.testing.assert_close(torch.cat(found).float(), g[name], rtol=0, atol=1e-5)
 
 
 def test_real_sample(shared):

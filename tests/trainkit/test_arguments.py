@@ -143,6 +143,7 @@ def test_a_resumed_run_keeps_its_flags_but_for_those_that_may_change():
     [
         ("epochs", [1]),
         ("epochs", "x"),
+        ("epochs", None),
         ("lr", -1.0),
         ("amp", "fp8"),
         ("check", 3),
