@@ -83,28 +83,6 @@ def test_banks_fill_during_warm_up_and_count_only_after_it(bank_run, tmp_path):
     assert steps[6]["loss_hard"] != without[6]["loss_hard"]
 
 
-def test_a_small_batch_with_a_bank_of_128(tmp_path):
-    """132 candidates from the end of the warm-up on, and nearly all of them count."""
-    flags = "--bank-size 128 --synthetic-train 220 --epochs 1 --max-steps 52 --synthetic-val 2".split()
-    steps = metrics(train(tmp_path / "run", *flags))
-    assert [line["region_candidates"] for line in steps[:50]] == [4] * 50
-    assert [line["region_candidates"] for line in steps[50:]] == [132] * 2
-    assert all(line["region_unmasked"] > 125 for line in steps[50:])
-
-
-def test_micro_batches_weigh_by_what_they_hold(tmp_path):
-    """Two batches of three make the step of one of six, although they hold different numbers of regions."""
-    flags = "--placement free --long-weight 0 --short-weight 0 --region-weight 0 --hard-weight 1 --epochs 1".split()
-    flags += ["--seed", "1", "--optimizer", "sgd", "--lr", "0.05"]
-    one = train(tmp_path / "one", *flags, "--batch-size", 6)
-    two = train(tmp_path / "two", *flags, "--batch-size", 3, "--accumulate", 2)
-    for a, b in zip(metrics(one), metrics(two), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-    for name, value in load(one)["model"].items():
-        torch.testing.assert_close(load(two)["model"][name], value, msg=name)
-
-
 @pytest.mark.parametrize(
     "flags",
     [

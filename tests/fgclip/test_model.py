@@ -127,12 +127,6 @@ def test_stretch_keeps_and_interpolates():
     assert long[21] == 0.75 * 400 + 0.25 * 441 and long[-1] == 76**2 + 0.75 * (76**2 - 75**2)
 
 
-def test_a_short_table_has_no_long_path():
-    text = dict(vocab_size=8, context_length=20, width=8, layers=1, heads=1, mlp_width=8)
-    model = FGCLIP(text=text, vision=dict(width=8, layers=1, heads=1))
-    assert "text_filip_projection.weight" not in model.state_dict()
-
-
 def test_other_image_sizes(small_model):
     pixels = torch.randn(2, 3, 24, 40)
     assert small_model.encode_image(pixels).shape == (2, 16)

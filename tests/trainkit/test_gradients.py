@@ -145,10 +145,15 @@ def test_an_overflow_is_reported_as_such():
 def observe() -> dict:
     own = slice(4 * distributed.rank(), 4 * distributed.rank() + 4)
     model = Net()
-    step = stepper(DistributedDataParallel(model))
+    reduced = []
+    step = stepper(
+        DistributedDataParallel(model),
+        losses_of=lambda model, x: reduced.append(model.require_backward_grad_sync) or model(x),
+    )
     micro = list(inputs(8)[own].split(2))
     results = [step(micro, parts=model.parts), step(micro)]
-    seen = {"ddp": [(result.gradients, result.grad_norm) for result in results]}
+    seen = {"ddp": [(result.gradients, result.grad_norm, result.losses, result.total) for result in results]}
+    seen["reduced"] = reduced
     model = Rows()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     step = stepper(wrapped, losses_of=contrastive, weights={"square": 1.0, "contrast": 1.0})
@@ -171,9 +176,11 @@ def test_two_ranks_report_what_one_process_does(seen):
     assert seen[0]["ddp"] == seen[1]["ddp"]
     model = Net()
     step = stepper(model)
-    for parts, (report, norm) in zip((model.parts, None), seen[0]["ddp"], strict=True):
+    assert seen[0]["reduced"] == [False, True] * 2  # once a step, not once a micro-batch
+    for parts, (report, *numbers) in zip((model.parts, None), seen[0]["ddp"], strict=True):
         result = step([inputs(8)], parts=parts)
-        assert norm == pytest.approx(result.grad_norm)
+        for number, own in zip(numbers, (result.grad_norm, result.losses, result.total), strict=True):
+            assert number == pytest.approx(own)
         for part in parts or ():
             own, theirs = result.gradients[part], report[part]
             assert own["norm"].pop("head") is theirs["norm"].pop("head") is None

@@ -248,12 +248,6 @@ def test_without_matplotlib_the_report_says_what_to_install(tmp_path, monkeypatc
 
 
 def test_names_that_differ_in_one_key_share_a_chart():
-    names = [("validation", *keys.split()) for keys in ("both ap50", "both miss all", "alignment r1", "visible ap50")]
-    assert families(names) == {
-        ("validation", "ap50"): {"both": names[0], "visible": names[3]},
-        ("validation", "both", "miss", "all"): {"": names[1]},
-        ("validation", "alignment", "r1"): {"": names[2]},
-    }
     two_sets = [("validation", data, mode, "ap50") for data in ("llvip", "kaist") for mode in ("both", "visible")]
     assert [family[1] for family in families(two_sets)] == ["llvip", "kaist"]
     norms = [("gradients", "neck", "norm", loss) for loss in "ab"]

@@ -29,33 +29,19 @@ def inputs(rows: int) -> torch.Tensor:
     return torch.randn(rows, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
 
 
-def steps(model, batches: list[list[torch.Tensor]], clip_norm: float | None = None):
-    """An optimizer step per list of micro-batches: results, weights afterwards, when DDP was to reduce."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    synchronised = []
-
-    def forward(model, batch: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict]:
-        if isinstance(model, DistributedDataParallel):
-            synchronised.append(model.require_backward_grad_sync)
-        output = model(batch)
-        return {"square": output.square().mean(), "mean": output.mean()}, {}
-
-    step = TrainStep(
-        model, optimizer, forward=forward, weights={"square": 2.0, "mean": 0.5}, device="cpu", clip_norm=clip_norm,
-        describe=lambda batch: [f"rank{distributed.rank()}/{i}.png" for i in range(len(batch))],
-    )  # fmt: skip
-    results = [step(micro) for micro in batches]
-    return [(r.losses, r.total, r.grad_norm) for r in results], model.state_dict(), synchronised
-
-
 def non_finite() -> dict:
     model = DistributedDataParallel(linear())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = inputs(2)
     if not distributed.is_main():
         batch[1, 0] = float("inf")
+    step = TrainStep(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), weights={"square": 2.0}, device="cpu",
+        forward=lambda model, batch: ({"square": model(batch).square().mean()}, {}),
+        describe=lambda batch: [f"rank{distributed.rank()}/{i}.png" for i in range(len(batch))],
+    )  # fmt: skip
     with pytest.raises(InputError) as raised:
-        steps(model, [[inputs(2), batch]])
+        step([inputs(2), batch])
     unchanged = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     return {"sentence": str(raised.value), "unchanged": unchanged}
 
@@ -124,12 +110,9 @@ def means() -> list[float]:
 
 
 def observe(folder: Path) -> dict:
-    whole = inputs(8)
-    shares = whole[4 * distributed.rank() :][:4]
     return {
         "means": means(),
         "gathered": gathered(),
-        "steps": steps(DistributedDataParallel(linear()), [[shares[:2], shares[2:]]] * 3, clip_norm=0.5),
         "non-finite": non_finite(),
         "folder": run_folder(folder),
         "stop": asked_to_stop(),
@@ -166,19 +149,6 @@ def test_gather_keeps_dtype_and_rank_order(seen):
         assert ids.dtype == torch.int64 and ids.tolist() == [0, 1, 2]
         assert half.dtype == torch.bfloat16 and half.tolist() == [[0, 0], [1, 1], [1, 1]]
         assert positive.tolist() == [False, True, True]
-
-
-def test_two_ranks_with_two_micro_batches_make_the_step_of_one_big_batch(seen):
-    (results, weights, synchronised), (again, other, _) = (rank["steps"] for rank in seen)
-    assert synchronised == [False, True] * 3  # once a step, not once a micro-batch
-    expected, alone, _ = steps(linear(), [[inputs(8)]] * 3, clip_norm=0.5)
-    assert results == again
-    for (losses, total, norm), (losses_alone, total_alone, norm_alone) in zip(results, expected, strict=True):
-        assert losses == pytest.approx(losses_alone) and total == pytest.approx(total_alone)
-        assert norm == pytest.approx(norm_alone, rel=1e-6)
-    for name, value in alone.items():
-        assert torch.equal(weights["module." + name], other["module." + name])
-        torch.testing.assert_close(weights["module." + name], value, rtol=1e-6, atol=1e-8)
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_both(seen):
