@@ -24,11 +24,10 @@ import numpy as np
 
 from trainkit.arguments import make_parser, non_negative_int
 from trainkit.errors import InputError, one_sentence
-from trainkit.files import natural, open_image, write_text
+from trainkit.files import is_image, natural, open_image, write_text
 from trainkit.log import step_record
 from trainkit.run_folder import file_in_run, read_record
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_SIDE = 900  # pixels of a picture on the page
 MAX_POINTS = 300  # of a curve; longer ones are drawn faintly, and over it the means of so many stretches
 MAX_VALUE = 1e100  # larger numbers are not drawn
@@ -284,7 +283,7 @@ def picture_section(runs: list[Run], most: int) -> str:
     for run in runs:
         kinds: dict[str, list[str]] = {}
         for path in run.folder.rglob("*"):
-            if path.suffix.lower() in PICTURES and not path.is_symlink():
+            if is_image(path) and not path.is_symlink():
                 name = path.relative_to(run.folder).as_posix()
                 kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
         for names in kinds.values():

@@ -50,15 +50,6 @@ def test_symmetric_loss_and_gradients(queued, classes):
     torch.testing.assert_close(symmetric_loss(image, text, SCALE, ids=ids, bank=bank, reduction="sum"), 5 * found)
 
 
-def test_symmetric_loss_without_ids_masks_nothing():
-    image, text = rows(4, 1), rows(4, 2)
-    logits, target = SCALE * image @ text.T, torch.arange(4)
-    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    torch.testing.assert_close(symmetric_loss(image, text, SCALE), expected)
-    torch.testing.assert_close(symmetric_loss(image, text, SCALE, ids=torch.full((4,), -1)), expected)
-    assert symmetric_loss(image, text, SCALE, ids=torch.zeros(4, dtype=torch.int64)) == 0
-
-
 @pytest.mark.parametrize("count", [0, 1])
 def test_no_pair_and_one_pair_give_zero_with_a_graph(count):
     image, text = rows(count, 1), rows(count, 2)
