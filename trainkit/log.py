@@ -35,15 +35,9 @@ class RunLog:
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        *,
-        total_steps: int,
-        resume_step: int | None = None,
-        validated: int = -1,
-        tensorboard: bool = True,
-        every: int = 20,
-    ):
+        self, folder: str | Path, *, total_steps: int, resume_step: int | None = None, validated: int = -1,
+        tensorboard: bool = True, every: int = 20,
+    ):  # fmt: skip
         self._file = self._bar = self._writer = None
         self._total, self._first, self._every = total_steps, resume_step or 0, every
         self._folder, path = Path(folder), Path(folder) / "metrics.jsonl"

@@ -46,19 +46,10 @@ class Run:
     """
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        script: str,
-        train_step: TrainStep,
-        sampler: ResumableSampler,
-        *,
-        total_steps: int,
-        constants: Mapping[str, object],
-        parts: Mapping[str, nn.Module] | None = None,
-        values: Mapping[str, float | None] | None = None,
-        validate_first: bool = True,
-        may_change: Iterable[str] = (),
-    ):
+        self, args: argparse.Namespace, script: str, train_step: TrainStep, sampler: ResumableSampler, *,
+        total_steps: int, constants: Mapping[str, object], parts: Mapping[str, nn.Module] | None = None,
+        values: Mapping[str, float | None] | None = None, validate_first: bool = True, may_change: Iterable[str] = (),
+    ):  # fmt: skip
         self.args, self.script, self.train_step, self.sampler = args, script, train_step, sampler
         self.constants, self.parts, self.values = dict(constants), dict(parts or {}), dict(values or {})
         self.validate_first, self.validate_at = validate_first, getattr(args, "validate_at", ())

@@ -52,19 +52,12 @@ class TrainStep:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        forward: Callable[..., tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]],
-        weights: dict[str, float],
-        describe: Callable[..., list],
-        device: torch.device | str,
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *,
+        forward: Callable[..., tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]], weights: dict[str, float],
+        describe: Callable[..., list], device: torch.device | str,
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
-        average: torch.optim.swa_utils.AveragedModel | None = None,
-        amp: str = "none",
-        clip_norm: float | None = None,
-    ):
+        average: torch.optim.swa_utils.AveragedModel | None = None, amp: str = "none", clip_norm: float | None = None,
+    ):  # fmt: skip
         if not any(weights.values()):
             raise InputError(f"none of the losses {sorted(weights)} has a weight above 0, nothing would be learnt.")
         self.model, self.optimizer, self.schedule, self.average = model, optimizer, schedule, average
