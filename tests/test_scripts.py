@@ -18,7 +18,7 @@ import train_stage1
 import train_stage2
 from macl.data import DAY_AND_NIGHT, NIGHT
 from macl.domain import grl_schedule
-from trainkit import distributed, step
+from trainkit import distributed
 from trainkit.errors import one_sentence
 from trainkit.run import Run
 
@@ -306,23 +306,3 @@ def test_fgclip_spares_tables_from_weight_decay(fgclip):
     decayed = {id(p) for group in train_step.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     for name, parameter in train_step.model.named_parameters():
         assert not ("position_embedding" in name and id(parameter) in decayed), name
-
-
-class Raising(step.TrainStep):
-    """A step that leaves all logit scales far above their limit."""
-
-    def __call__(self, *args, **kwargs):
-        result = super().__call__(*args, **kwargs)
-        for model in (self.model, self.average.module):
-            for scale in model.log_scales().values():
-                scale.data.fill_(9.0)
-        return result
-
-
-def test_fgclip_clamps_the_scales_of_the_model_and_of_the_average(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_fgclip, "TrainStep", Raising)
-    whole = record("fgclip", train_fgclip, [*FGCLIP, "--max-steps", "2"], tmp_path / "run")
-    (train_step,) = whole.parts["TrainStep"].results
-    for model in (train_step.model, train_step.average.module):
-        for scale in model.log_scales().values():
-            assert scale.item() == pytest.approx(math.log(100))

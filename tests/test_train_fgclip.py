@@ -140,6 +140,7 @@ def test_published_weights_and_their_scales(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "logit scale region is 6.0000, far from --logit-scale-init 2.6593; --reset-logit-scales" in output
     assert metrics(tmp_path / "kept")[0]["logit_scale_region"] == pytest.approx(4.6052, abs=1e-4)  # ln 100 at most
+    assert load(tmp_path / "kept")["ema"]["logit_scale_finegraind"] == pytest.approx(4.6052, abs=1e-4)
     train_fgclip.main(["--resume", str(tmp_path / "kept")])
     assert "logit scale hard is 4.6" in capsys.readouterr().out
     train_fgclip.main(["--resume", str(tmp_path / "reset"), "--reset-logit-scales", "--logit-scale-init", "2"])
