@@ -1,6 +1,5 @@
 """What holds for all three training scripts: learning, wiring, resume, signals, --check, wrong flags."""
 
-import json
 import math
 import os
 import signal
@@ -19,8 +18,8 @@ import train_stage1
 import train_stage2
 from macl.data import DAY_AND_NIGHT, NIGHT
 from macl.domain import grl_schedule
-from trainkit import distributed, optimizer, step
-from trainkit.errors import InputError, one_sentence
+from trainkit import distributed
+from trainkit.errors import one_sentence
 from trainkit.run import Run
 
 NAMES = ("stage1", "stage2", "fgclip")
@@ -235,21 +234,6 @@ def test_wrong_flags_that_all_scripts_share_end_in_one_sentence(whole, tmp_path,
     assert f"begun by '{other}'" in say("--resume", "auto", "--output", tmp_path)
 
 
-def test_a_record_of_flags_without_a_value_is_refused(whole, tmp_path):
-    """Each flag of args.json in turn as null, where the flag could not be so."""
-    (tmp_path / "last.pt").touch()
-    record = json.loads((whole.folder / "args.json").read_text())
-    may_be_none = {name for name, value in record["arguments"].items() if value is None}
-    may_be_none |= {"output", "init_from", "lr_base_batch", "min_size", "max_size", "image_size"}
-    if whole.name == "fgclip":
-        may_be_none |= set(train_fgclip.SIZES)  # those of the weights, with --init-from
-    for name in sorted(record["arguments"].keys() - may_be_none):
-        damaged = record | {"arguments": record["arguments"] | {name: None}}
-        (tmp_path / "args.json").write_text(json.dumps(damaged))
-        with pytest.raises(InputError, match=f"args.json: {name}: None is no value of the flag"):
-            whole.script.parse_arguments(["--resume", str(tmp_path)])
-
-
 def test_metrics_of_a_step_are_those_of_all_its_micro_batches(tmp_path):
     """At a rate of 0 the two batches of a step say what they say as steps of their own."""
     flags = [*STAGE_1, "--epochs", 1, "--lr", 1e-30]
@@ -323,30 +307,3 @@ def test_fgclip_spares_tables_from_weight_decay(fgclip):
     decayed = {id(p) for group in train_step.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     for name, parameter in train_step.model.named_parameters():
         assert not ("position_embedding" in name and id(parameter) in decayed), name
-
-
-class Raising(step.TrainStep):
-    """A step that leaves all logit scales far above their limit."""
-
-    def __call__(self, *args, **kwargs):
-        result = super().__call__(*args, **kwargs)
-        for model in (self.model, self.average.module):
-            for scale in model.log_scales().values():
-                scale.data.fill_(9.0)
-        return result
-
-
-def test_fgclip_clamps_the_scales_of_the_model_and_of_the_average(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_fgclip, "TrainStep", Raising)
-    whole = record("fgclip", train_fgclip, [*FGCLIP, "--max-steps", "2"], tmp_path / "run")
-    (train_step,) = whole.parts["TrainStep"].results
-    for model in (train_step.model, train_step.average.module):
-        for scale in model.log_scales().values():
-            assert scale.item() == pytest.approx(math.log(100))
-
-
-def test_the_learning_rate_knows_all_processes(monkeypatch):
-    args = train_stage1.parse_arguments("--lr 0.01 --lr-base-batch 8 --batch-size 4 --accumulate 2".split())
-    monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    _, schedule = optimizer.build_optimisation(args, torch.nn.Linear(2, 2), 5)
-    assert schedule.base_lrs[0] == pytest.approx(0.01 * 4 * 2 * 3 / 8)

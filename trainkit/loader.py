@@ -38,13 +38,9 @@ def ignore_signals(worker: int) -> None:
 
 
 def make_loader(
-    dataset: Dataset,
-    batches: Iterable[list],
-    collate: Callable[[list], object],
-    *,
-    workers: int = 0,
+    dataset: Dataset, batches: Iterable[list], collate: Callable[[list], object], *, workers: int = 0,
     device: torch.device | str = "cpu",
-) -> DataLoader:
+) -> DataLoader:  # fmt: skip
     """Loads `batches`, lists of the data set's keys, in `workers` processes that live as long as the loader.
 
     collate: a list of samples to a batch. Iterating does not change the caller's random state. Raises InputError where

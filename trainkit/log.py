@@ -22,7 +22,7 @@ class RunLog:
     """Writes a run's numbers, on rank 0; on the others every method does nothing.
 
     folder/metrics.jsonl gets a json object per line, {"step": 3, "epoch": 1, "kind": "train", **values}, with null for
-    what is not finite; the kinds are train, validation and gradients. The console gets every `every`-th step, each
+    what is not finite; the kinds are train and validation. The console gets every `every`-th step, each
     validation and each gradient report and, where it is a terminal, a progress bar. TensorBoard's files, where it is
     installed, lie in the folder.
 
@@ -35,15 +35,9 @@ class RunLog:
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        *,
-        total_steps: int,
-        resume_step: int | None = None,
-        validated: int = -1,
-        tensorboard: bool = True,
-        every: int = 20,
-    ):
+        self, folder: str | Path, *, total_steps: int, resume_step: int | None = None, validated: int = -1,
+        tensorboard: bool = True, every: int = 20,
+    ):  # fmt: skip
         self._file = self._bar = self._writer = None
         self._total, self._first, self._every = total_steps, resume_step or 0, every
         self._folder, path = Path(folder), Path(folder) / "metrics.jsonl"
@@ -102,7 +96,7 @@ class RunLog:
         self._file = self._bar = self._writer = None
 
     def write(self, kind: str, step: int, values: dict) -> None:
-        """A line of metrics.jsonl, and the same numbers for TensorBoard. kind: train, validation or gradients."""
+        """A line of metrics.jsonl, and the same numbers for TensorBoard. kind: train or validation."""
         if self._file is None:
             return
         values = _plain(values)

@@ -49,16 +49,9 @@ def parameter_groups(
 
 
 def lr_factor(
-    step: int,
-    kind: str,
-    *,
-    total_steps: int,
-    warmup_steps: int = 0,
-    warmup_factor: float = 0.001,
-    milestones: Sequence[int] = (),
-    gamma: float = 0.1,
-    final_factor: float = 0.0,
-) -> float:
+    step: int, kind: str, *, total_steps: int, warmup_steps: int = 0, warmup_factor: float = 0.001,
+    milestones: Sequence[int] = (), gamma: float = 0.1, final_factor: float = 0.0,
+) -> float:  # fmt: skip
     """The factor on each group's learning rate after `step` optimizer steps.
 
     It rises linearly from `warmup_factor` to 1 over `warmup_steps` and then follows `kind`:

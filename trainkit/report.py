@@ -3,8 +3,8 @@
     python -m trainkit.report runs/stage1-20260101-120000
     python -m trainkit.report runs/one runs/other --output compare.html
 
-It holds validation metrics, every curve of metrics.jsonl, gradients by loss, pictures, arguments (those that differ
-first) and versions. matplotlib, of the extra `viz`, draws the curves.
+It holds validation metrics, every curve of metrics.jsonl, pictures, arguments (those that differ first) and versions.
+matplotlib, of the extra `viz`, draws the curves.
 """
 
 import base64
@@ -24,18 +24,17 @@ import numpy as np
 
 from trainkit.arguments import make_parser, non_negative_int
 from trainkit.errors import InputError, one_sentence
-from trainkit.files import natural, open_image, write_text
+from trainkit.files import is_image, natural, open_image, write_text
 from trainkit.log import step_record
 from trainkit.run_folder import file_in_run, read_record
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_SIDE = 900  # pixels of a picture on the page
 MAX_POINTS = 300  # of a curve; longer ones are drawn faintly, and over it the means of so many stretches
 MAX_VALUE = 1e100  # larger numbers are not drawn
-LOGARITHMIC = {"grad_norm", "norm"}  # curves with a logarithmic axis
+LOGARITHMIC = {"grad_norm"}  # curves with a logarithmic axis
 # Okabe and Ito's, for colour-blind users; the ninth curve is the first one dashed.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8578e", "#b38600", "#3a9bd0", "#7a4fb5", "#6b6b6b")
-TITLES = {"validation": "Validation", "train": "Training", "gradients": "Gradients by loss"}
+TITLES = {"validation": "Validation", "train": "Training"}
 STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 1240px; color: #1c1e21; font: 15px/1.45 system-ui, sans-serif }
 h1, h2 { border-bottom: 1px solid #d8dce2; font-size: 1.2rem } h1, figcaption, td { overflow-wrap: anywhere }
@@ -189,15 +188,14 @@ def names_of(runs: list[Run], kind: str) -> list[Name]:
 def families(names: Sequence[Name]) -> dict[Name, dict[str, Name]]:
     """Group names that differ in exactly one key: the other keys -> that key -> name.
 
-    Of several such keys it is the last before the leaf, as the modality in ("validation", "both", "ap50"); of gradients
-    it is the leaf, a loss. A name that is alone has the key "".
+    Of several such keys it is the last before the leaf, as the modality in ("validation", "both", "ap50"). A name that
+    is alone has the key "".
     """
     counts = collections.Counter((name[:i], name[i + 1 :]) for name in names for i in range(len(name)))
     groups: dict[Name, dict[str, Name]] = {}
     for name in names:
         places = [i for i in range(len(name) - 1) if counts[name[:i], name[i + 1 :]] > 1] or [len(name)]
-        place = len(name) - 1 if name[0] == "gradients" else places[-1]
-        groups.setdefault(name[:place] + name[place + 1 :], {})["".join(name[place : place + 1])] = name
+        groups.setdefault(name[: places[-1]] + name[places[-1] + 1 :], {})["".join(name[places[-1] :][:1])] = name
     return groups
 
 
@@ -284,7 +282,7 @@ def picture_section(runs: list[Run], most: int) -> str:
     for run in runs:
         kinds: dict[str, list[str]] = {}
         for path in run.folder.rglob("*"):
-            if path.suffix.lower() in PICTURES and not path.is_symlink():
+            if is_image(path) and not path.is_symlink():
                 name = path.relative_to(run.folder).as_posix()
                 kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
         for names in kinds.values():

@@ -11,7 +11,6 @@ from torch import nn
 from trainkit import checkpoint, distributed
 from trainkit.errors import InputError
 from trainkit.files import MAX_ID, check_like, number, numbers, shown
-from trainkit.gradients import gradient_tables
 from trainkit.log import RunLog, Throughput, peak_memory
 from trainkit.run_folder import prepare_run
 from trainkit.sampler import ResumableSampler
@@ -46,19 +45,10 @@ class Run:
     """
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        script: str,
-        train_step: TrainStep,
-        sampler: ResumableSampler,
-        *,
-        total_steps: int,
-        constants: Mapping[str, object],
-        parts: Mapping[str, nn.Module] | None = None,
-        values: Mapping[str, float | None] | None = None,
-        validate_first: bool = True,
-        may_change: Iterable[str] = (),
-    ):
+        self, args: argparse.Namespace, script: str, train_step: TrainStep, sampler: ResumableSampler, *,
+        total_steps: int, constants: Mapping[str, object], parts: Mapping[str, nn.Module] | None = None,
+        values: Mapping[str, float | None] | None = None, validate_first: bool = True, may_change: Iterable[str] = (),
+    ):  # fmt: skip
         self.args, self.script, self.train_step, self.sampler = args, script, train_step, sampler
         self.constants, self.parts, self.values = dict(constants), dict(parts or {}), dict(values or {})
         self.validate_first, self.validate_at = validate_first, getattr(args, "validate_at", ())
@@ -159,9 +149,6 @@ class Run:
         values["images_per_second"], seconds_per_step = self.throughput.update(images)
         unprinted = {"memory_gib": peak_memory(self.train_step.device), **(hidden or {})}
         self.log.train(step, values, unprinted=unprinted, seconds_per_step=seconds_per_step)
-        if result.gradients:
-            self.log.write("gradients", step, {"epoch": self.epoch, **result.gradients})
-            self.log.say(f"gradients of step {step}, by loss: norm and cosines\n{gradient_tables(result.gradients)}")
 
     def log_validation(self, metrics: dict, text: str) -> None:
         """Log the metrics of a validation, `text` on the console, and count the validation as done."""

@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from trainkit import distributed
 from trainkit.device import at_least_float32, autocast
 from trainkit.errors import InputError
-from trainkit.gradients import LossGradients
 
 # The scaler halves its scale at each skipped step: after so many in a row the scale is not what is wrong.
 MAX_SKIPPED_IN_A_ROW = 24
@@ -29,7 +28,6 @@ class StepResult:
     lr: float  # of the first parameter group, as used in this step
     skipped: bool  # fp16 only: a gradient overflowed, so neither parameters nor schedule nor EMA moved
     metrics: dict[str, float]  # what else the forwards returned
-    gradients: dict | None = None  # of `LossGradients.report`, before clipping
 
 
 class TrainStep:
@@ -52,19 +50,12 @@ class TrainStep:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        forward: Callable[..., tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]],
-        weights: dict[str, float],
-        describe: Callable[..., list],
-        device: torch.device | str,
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *,
+        forward: Callable[..., tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]], weights: dict[str, float],
+        describe: Callable[..., list], device: torch.device | str,
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
-        average: torch.optim.swa_utils.AveragedModel | None = None,
-        amp: str = "none",
-        clip_norm: float | None = None,
-    ):
+        average: torch.optim.swa_utils.AveragedModel | None = None, amp: str = "none", clip_norm: float | None = None,
+    ):  # fmt: skip
         if not any(weights.values()):
             raise InputError(f"none of the losses {sorted(weights)} has a weight above 0, nothing would be learnt.")
         self.model, self.optimizer, self.schedule, self.average = model, optimizer, schedule, average
@@ -79,23 +70,17 @@ class TrainStep:
     def bare_model(self) -> nn.Module:
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
-    def __call__(
-        self, batches: list, *, keep_gradients: bool = False, parts: dict[str, nn.Module] | None = None
-    ) -> StepResult:
+    def __call__(self, batches: list, *, keep_gradients: bool = False) -> StepResult:
         """One step over a list of micro-batches, each of which counts the same.
 
         keep_gradients: leave the clipped gradients for `module_gradient_norms`.
-        parts: modules by name, at which each loss's share of this step's gradient is reported. The step itself stays
-            the same bit for bit; it takes one more backward per loss, and the memory of `LossGradients`.
 
         Raises InputError on every rank, before a parameter has moved, where on any rank a loss, or without fp16 a
         gradient, is not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        split = LossGradients(parts) if parts else None
-        rows = [self._backward(batch, len(batches), i == len(batches), split) for i, batch in enumerate(batches, 1)]
+        rows = [self._backward(batch, len(batches), i == len(batches)) for i, batch in enumerate(batches, 1)]
         rows = torch.stack(rows)  # (micro-batches, 2 * losses + metrics)
-        gradients = split.report(scale=self.scaler.get_scale()) if split else None
         norm = self._measure_and_clip()
         lr = float(self.optimizer.param_groups[0]["lr"])
 
@@ -111,10 +96,10 @@ class TrainStep:
             self.optimizer.zero_grad(set_to_none=True)
         total = sum(weight * losses[name] for name, weight in self.weights.items() if weight)
         present = {name: value for name, value in losses.items() if self.weights[name] or not math.isnan(value)}
-        return StepResult(present, total, grad_norm, lr, not math.isfinite(grad_norm), metrics, gradients)
+        return StepResult(present, total, grad_norm, lr, not math.isfinite(grad_norm), metrics)
 
-    def _backward(self, batch, count: int, last: bool, split: LossGradients | None) -> torch.Tensor:
-        """Differentiate one micro-batch's share, where asked for also by loss into `split`.
+    def _backward(self, batch, count: int, last: bool) -> torch.Tensor:
+        """Differentiate one micro-batch's share.
 
         -> its losses (NaN where absent), then what has no graph of each, then its metrics.
         """
@@ -125,8 +110,6 @@ class TrainStep:
             self._check_names(losses)
             enabled = {name: losses[name] for name, weight in self.weights.items() if weight}
             weighted = {name: self.weights[name] * at_least_float32(loss) for name, loss in enabled.items()}
-            if split is not None:
-                split.add({name: self.scaler.scale(loss / count) for name, loss in weighted.items()})
             total = sum(weighted.values())
             if total.requires_grad:
                 self.scaler.scale(total / count).backward()

@@ -19,27 +19,28 @@ SMALL = dict(
 )
 
 
-@pytest.fixture
-def small_model():
+def random_model(**sizes):
     """Every parameter random, so that no zero bias or equal table hides a mistake."""
     torch.manual_seed(0)
-    model = FGCLIP(**SMALL)
+    model = FGCLIP(**sizes)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     return model
 
 
+@pytest.fixture
+def small_model():
+    return random_model(**SMALL)
+
+
 @pytest.fixture(scope="session")
 def model():
     """What the checkpoint in `folder` holds, its scales 20 for images and 10 for regions."""
-    torch.manual_seed(0)
     tower = dict(width=32, layers=2, heads=4, mlp_width=64)
     text = dict(vocab_size=518, context_length=40, **tower)
-    model = FGCLIP(vision=dict(image_size=32, patch_size=8, **tower), text=text, embed_dim=16)
+    model = random_model(vision=dict(image_size=32, patch_size=8, **tower), text=text, embed_dim=16)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
         model.logit_scale.fill_(math.log(20.0))
         model.logit_scale_finegraind.fill_(math.log(10.0))
     return model.eval().requires_grad_(False)

@@ -19,14 +19,6 @@ def hugging_face(config):
     return dict(text_config=config["text"], vision_config=config["vision"], projection_dim=config["projection_dim"])
 
 
-def all_tokens(tower, x, *mask):
-    """Every block's output, the towers' shortcut through the last one left aside."""
-    states = [x]
-    for block in tower.encoder.layers:
-        states.append(block(states[-1], *mask))
-    return states
-
-
 @pytest.mark.parametrize("name", ["hf_clip_a", "hf_clip_b"])
 def test_hugging_face_clip(golden, name):
     g = golden(name)
@@ -39,24 +31,6 @@ def test_hugging_face_clip(golden, name):
     torch.testing.assert_close(l2_normalize(image), g["image_embeds"], **OUTPUTS)
     torch.testing.assert_close(l2_normalize(text), g["text_embeds"], **OUTPUTS)
     torch.testing.assert_close(logits, g["logits_per_image"], **OUTPUTS)
-    torch.testing.assert_close(logits.T, g["logits_per_text"], **OUTPUTS)
-
-    vision = model.vision_model
-    tokens, _ = vision.embeddings(g["pixel_values"])
-    states = all_tokens(vision, vision.pre_layrnorm(tokens))
-    torch.testing.assert_close(states[0], g["vision_hidden_0"], **OUTPUTS)
-    torch.testing.assert_close(states[-2], g["vision_hidden_m2"], **OUTPUTS)
-    torch.testing.assert_close(states[-1], g["vision_last_hidden_state"], **OUTPUTS)
-    torch.testing.assert_close(vision.penultimate(g["pixel_values"])[0], g["vision_hidden_m2"], **OUTPUTS)
-    torch.testing.assert_close(vision.pool(states[-2]), g["vision_pooler_output"], **OUTPUTS)
-    torch.testing.assert_close(
-        model.text_model(g["input_ids"], attention_mask=mask), g["text_pooler_output"], **OUTPUTS
-    )
-    if mask is None:
-        states = all_tokens(model.text_model, model.text_model.embeddings(g["input_ids"], False), None, True)
-        torch.testing.assert_close(
-            model.text_model.final_layer_norm(states[-1]), g["text_last_hidden_state"], **OUTPUTS
-        )
     if "loss" in g.arrays:
         target = torch.arange(len(logits))
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -74,9 +48,7 @@ def test_openai_clip(golden):
     image, text = model.encode_image(g["pixel_values"]), model.encode_text(g["input_ids"])
     torch.testing.assert_close(image, g["image_features"], **OUTPUTS)
     torch.testing.assert_close(text, g["text_features"], **OUTPUTS)
-    logits = model.logit_scale.exp() * l2_normalize(image) @ l2_normalize(text).T
-    torch.testing.assert_close(logits, g["logits_per_image"], **OUTPUTS)
-    torch.testing.assert_close(logits.T, g["logits_per_text"], **OUTPUTS)
+    torch.testing.assert_close(model.logit_scale, g["sd/logit_scale"])
 
 
 TOWERS = dict(text="transformer", vision="vision")
@@ -100,20 +72,9 @@ def test_fgclip_features(published):
     torch.testing.assert_close(model.encode_image(pixels), g["image_features"], **OUTPUTS)
     torch.testing.assert_close(model.encode_text(g["ids_short"]), g["text_short"], **OUTPUTS)
     torch.testing.assert_close(model.encode_text(g["ids_long"], long=True), g["text_long"], **OUTPUTS)
-    tokens, size = model.vision_model.penultimate(pixels)
-    torch.testing.assert_close(tokens, g["hidden_m2"], **OUTPUTS)
-    torch.testing.assert_close(
-        model.vision_model.encoder.layers[-1].value_path(tokens), g["after_value_path"], **OUTPUTS
-    )
-    dense = model.dense_features(pixels)
-    assert dense.shape[2:] == tuple(size)
-    torch.testing.assert_close(dense.flatten(2).mT, g["dense_features"], **OUTPUTS)
+    torch.testing.assert_close(model.dense_features(pixels).flatten(2).mT, g["dense_features"], **OUTPUTS)
     regions = model.encode_regions(pixels, list(g["boxes_norm"]))
     torch.testing.assert_close(regions, g["roi_features"], **OUTPUTS)
-    torch.testing.assert_close(l2_normalize(regions), g["roi_features_unit"], **OUTPUTS)
-    side = size[0]
-    rois = boxes_to_rois(list(g["boxes_norm"]), (side, side))
-    torch.testing.assert_close(rois[:, 1:].view_as(g["boxes_feat"]), g["boxes_feat"], rtol=0, atol=1e-5)
 
 
 def test_text_positions(golden, published):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from trainkit import distributed
 from trainkit.errors import InputError
 from trainkit.log import RunLog, Throughput, peak_memory
 
@@ -96,15 +95,6 @@ def test_tensorboard_gets_the_same_numbers_and_its_absence_is_said(tmp_path, mon
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     RunLog(tmp_path, total_steps=2).close()
     assert capsys.readouterr().out.count("tensorboard is not installed") == 1
-
-
-def test_other_ranks_are_silent(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
-    log = RunLog(tmp_path, total_steps=2)
-    log.train(1, {"loss": 1.0})
-    log.say("a word")
-    log.close()
-    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
 def test_throughput_is_of_the_last_steps_without_pauses_and_the_first_step(monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from trainkit import distributed
 from trainkit.arguments import add_recipe_flags, make_parser
 from trainkit.optimizer import build_optimisation, ema, lr_factor, parameter_groups
 
@@ -108,16 +109,17 @@ def advance(optimizer, schedule, steps: int) -> float:
     return optimizer.param_groups[0]["lr"]
 
 
-def test_flags_become_optimizer_and_schedule():
+def test_flags_become_optimizer_and_schedule(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     flags = "--epochs 4 --batch-size 8 --optimizer sgd --momentum 0.8 --lr 0.1 --lr-base-batch 4 --accumulate 3 "
     flags += "--schedule multistep --milestones 3,2 --gamma 0.5"
     model = nn.ModuleDict(dict(body=nn.Linear(2, 2), head=nn.Linear(2, 2)))
     optimizer, schedule = build(flags, model, lr_scale={"body": 0.1})
     rates = {group["name"].split(",")[0]: group["lr"] for group in optimizer.param_groups}
-    assert rates == pytest.approx({"body": 0.06, "base": 0.6})  # 8 * 3 samples per step instead of 4
+    assert rates == pytest.approx({"body": 0.12, "base": 1.2})  # 8 * 3 * 2 samples per step instead of 4
     assert isinstance(optimizer, torch.optim.SGD) and optimizer.param_groups[0]["momentum"] == 0.8
-    assert advance(optimizer, schedule, 9) == pytest.approx(0.6)  # the last step of two epochs of 5
-    assert advance(optimizer, schedule, 1) == pytest.approx(0.3)
+    assert advance(optimizer, schedule, 9) == pytest.approx(1.2)  # the last step of two epochs of 5
+    assert advance(optimizer, schedule, 1) == pytest.approx(0.6)
     assert build("--momentum 0.8", model)[0].param_groups[0]["betas"] == (0.8, 0.999)
 
 

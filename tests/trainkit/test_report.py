@@ -71,9 +71,6 @@ def write_run(folder, *, arguments=None, steps=12, name="loss_classifier", pictu
             ap50 = {"ap50": step / steps, "miss_rate": {"reasonable": 50 - step}}
             values = {mode: ap50 for mode in ("both", "visible", "infrared")}
             log.write("validation", step, {"epoch": 1, **values, "alignment": {"r1": 0.5 + step / 100}})
-            cosines = {"loss_a": {"loss_b": -step / 16, "loss_c": None}, "loss_b": {"loss_c": None}}
-            norms = {"loss_a": 1.0 * step, "loss_b": 0.1, "loss_c": None}
-            log.write("gradients", step, {"epoch": 1, "neck": {"norm": norms, "cosine": cosines}})
     log.close()
     if picture:
         (folder / "pictures").mkdir()
@@ -248,13 +245,5 @@ def test_without_matplotlib_the_report_says_what_to_install(tmp_path, monkeypatc
 
 
 def test_names_that_differ_in_one_key_share_a_chart():
-    names = [("validation", *keys.split()) for keys in ("both ap50", "both miss all", "alignment r1", "visible ap50")]
-    assert families(names) == {
-        ("validation", "ap50"): {"both": names[0], "visible": names[3]},
-        ("validation", "both", "miss", "all"): {"": names[1]},
-        ("validation", "alignment", "r1"): {"": names[2]},
-    }
     two_sets = [("validation", data, mode, "ap50") for data in ("llvip", "kaist") for mode in ("both", "visible")]
     assert [family[1] for family in families(two_sets)] == ["llvip", "kaist"]
-    norms = [("gradients", "neck", "norm", loss) for loss in "ab"]
-    assert families(norms) == {("gradients", "neck", "norm"): {"a": norms[0], "b": norms[1]}}

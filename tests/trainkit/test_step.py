@@ -51,15 +51,6 @@ def test_a_step_is_what_its_parts_are_by_hand():
     assert step.optimizer.param_groups[0]["lr"] < 0.1
 
 
-def test_micro_batches_make_the_step_of_one_big_batch():
-    model, step = make()
-    whole, whole_step = make()
-    result, expected = step(list(batch(6).split(2))), whole_step([batch(6)])
-    assert result.losses == pytest.approx(expected.losses) and result.total == pytest.approx(expected.total)
-    assert result.grad_norm == pytest.approx(expected.grad_norm)
-    torch.testing.assert_close(list(model.parameters()), list(whole.parameters()))
-
-
 def test_metrics_are_means_over_the_micro_batches():
     _, step = make()
     recalls = iter([1.0, 2.0, 6.0])

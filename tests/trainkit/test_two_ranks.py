@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from kernels import MemoryBank
@@ -17,11 +16,8 @@ from trainkit.arguments import add_recipe_flags, make_parser
 from trainkit.errors import InputError
 from trainkit.log import RunLog
 from trainkit.run_folder import prepare_run
-from trainkit.sampler import ResumableSampler
 from trainkit.signals import Signals
 from trainkit.step import TrainStep
-
-SPLITS = {"ragged": (3, 1), "empty second": (4, 0), "empty first": (0, 4)}
 
 
 def linear() -> torch.nn.Linear:
@@ -33,63 +29,19 @@ def inputs(rows: int) -> torch.Tensor:
     return torch.randn(rows, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
 
 
-def contrast(rows: torch.Tensor, everyone: torch.Tensor, first: int) -> torch.Tensor:
-    """Summed cross-entropy of `rows` (n, 4), row `first` and following of `everyone` (N, 4), against all of those."""
-    target = torch.arange(first, first + len(rows))
-    return cross_entropy(rows @ everyone.T, target, reduction="sum")
-
-
-def own(tensor: torch.Tensor, split: tuple[int, int]) -> torch.Tensor:
-    first = sum(split[: distributed.rank()])
-    return tensor[first : first + split[distributed.rank()]]
-
-
-def contrastive_gradient(split: tuple[int, int]) -> torch.Tensor:
-    model = DistributedDataParallel(linear())
-    rows = model(own(inputs(4), split))
-    everyone = distributed.all_gather_with_grad(rows)
-    total = contrast(rows, everyone, first=sum(split[: distributed.rank()]))
-    distributed.global_mean(total, len(rows)).backward()
-    return model.module.weight.grad
-
-
-def rows_without_a_graph() -> torch.Tensor:
-    """Rank 1 has nothing to embed, so its rows know nothing of the parameters; backward must not wait for it."""
-    model = linear()
-    rows = model(inputs(4)) if distributed.is_main() else torch.zeros(0, 4, dtype=torch.float64)
-    everyone = distributed.all_gather_with_grad(rows)
-    distributed.global_mean(contrast(rows, everyone, first=0) + 0 * everyone.sum(), len(rows)).backward()
-    gradient = model.weight.grad if distributed.is_main() else torch.zeros(4, 3, dtype=torch.float64)
-    return distributed.all_reduce_sum(gradient) / 2
-
-
-def steps(model, batches: list[list[torch.Tensor]], clip_norm: float | None = None):
-    """An optimizer step per list of micro-batches: results, weights afterwards, when DDP was to reduce."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    synchronised = []
-
-    def forward(model, batch: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict]:
-        if isinstance(model, DistributedDataParallel):
-            synchronised.append(model.require_backward_grad_sync)
-        output = model(batch)
-        return {"square": output.square().mean(), "mean": output.mean()}, {}
-
-    step = TrainStep(
-        model, optimizer, forward=forward, weights={"square": 2.0, "mean": 0.5}, device="cpu", clip_norm=clip_norm,
-        describe=lambda batch: [f"rank{distributed.rank()}/{i}.png" for i in range(len(batch))],
-    )  # fmt: skip
-    results = [step(micro) for micro in batches]
-    return [(r.losses, r.total, r.grad_norm) for r in results], model.state_dict(), synchronised
-
-
 def non_finite() -> dict:
     model = DistributedDataParallel(linear())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = inputs(2)
     if not distributed.is_main():
         batch[1, 0] = float("inf")
+    step = TrainStep(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), weights={"square": 2.0}, device="cpu",
+        forward=lambda model, batch: ({"square": model(batch).square().mean()}, {}),
+        describe=lambda batch: [f"rank{distributed.rank()}/{i}.png" for i in range(len(batch))],
+    )  # fmt: skip
     with pytest.raises(InputError) as raised:
-        steps(model, [[inputs(2), batch]])
+        step([inputs(2), batch])
     unchanged = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     return {"sentence": str(raised.value), "unchanged": unchanged}
 
@@ -158,16 +110,9 @@ def means() -> list[float]:
 
 
 def observe(folder: Path) -> dict:
-    whole = inputs(8)
-    shares = whole[4 * distributed.rank() :][:4]
-    sampler = ResumableSampler(11, 2, seed=5)
     return {
-        "gradients": {name: contrastive_gradient(split) for name, split in SPLITS.items()},
-        "no graph": rows_without_a_graph(),
         "means": means(),
         "gathered": gathered(),
-        "batches": list(sampler),
-        "steps": steps(DistributedDataParallel(linear()), [[shares[:2], shares[2:]]] * 3, clip_norm=0.5),
         "non-finite": non_finite(),
         "folder": run_folder(folder),
         "stop": asked_to_stop(),
@@ -192,20 +137,6 @@ def seen(tmp_path_factory, two_ranks) -> list[dict]:
     return two_ranks(__file__, tmp_path_factory.mktemp("two-ranks"))
 
 
-def single_gradient() -> torch.Tensor:
-    model = linear()
-    rows = model(inputs(4))
-    (contrast(rows, rows, first=0) / 4).backward()
-    return model.weight.grad
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_gradient_of_a_gathered_loss_is_the_single_process_gradient(seen, split):
-    for rank in seen:
-        torch.testing.assert_close(rank["gradients"][split], single_gradient(), rtol=1e-6, atol=1e-8)
-        torch.testing.assert_close(rank["no graph"], single_gradient(), rtol=1e-6, atol=1e-8)
-
-
 def test_global_mean_counts_terms_and_not_ranks(seen):
     first, second = (rank["means"] for rank in seen)
     assert (first[0] + second[0]) / 2 == pytest.approx(3.0)
@@ -218,26 +149,6 @@ def test_gather_keeps_dtype_and_rank_order(seen):
         assert ids.dtype == torch.int64 and ids.tolist() == [0, 1, 2]
         assert half.dtype == torch.bfloat16 and half.tolist() == [[0, 0], [1, 1], [1, 1]]
         assert positive.tolist() == [False, True, True]
-
-
-def test_ranks_share_an_epoch_out_without_overlap(seen):
-    steps = list(zip(*(rank["batches"] for rank in seen), strict=True))
-    alone = list(ResumableSampler(11, 4, seed=5))
-    assert [first + second for first, second in steps] == alone
-    assert len({index for batch in alone for _, index in batch}) == 8
-
-
-def test_two_ranks_with_two_micro_batches_make_the_step_of_one_big_batch(seen):
-    (results, weights, synchronised), (again, other, _) = (rank["steps"] for rank in seen)
-    assert synchronised == [False, True] * 3  # once a step, not once a micro-batch
-    expected, alone, _ = steps(linear(), [[inputs(8)]] * 3, clip_norm=0.5)
-    assert results == again
-    for (losses, total, norm), (losses_alone, total_alone, norm_alone) in zip(results, expected, strict=True):
-        assert losses == pytest.approx(losses_alone) and total == pytest.approx(total_alone)
-        assert norm == pytest.approx(norm_alone, rel=1e-6)
-    for name, value in alone.items():
-        assert torch.equal(weights["module." + name], other["module." + name])
-        torch.testing.assert_close(weights["module." + name], value, rtol=1e-6, atol=1e-8)
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_both(seen):
