@@ -86,7 +86,7 @@ def show(tmp_path, *flags) -> Page:
 def test_a_page_of_one_run_holds_everything_and_needs_nothing_from_outside(tmp_path, capsys):
     page = show(tmp_path, write_run(tmp_path / "one"))
     assert "1 run, 0.1 MiB" in capsys.readouterr().out
-    for title in ("Runs", "Validation", "Training", "Gradients by loss", "Pictures", "Arguments", "Machine"):
+    for title in ("Runs", "Validation", "Training", "Pictures", "Arguments", "Machine"):
         assert title in page.text
     assert page.row("one") == ["stage2", "2026-01-02T03:04:05+0000", "12", "0.1667", ""]
     assert page.row("ap50") == ["1", "1", "1"] and page.row("miss_rate / reasonable") == ["38", "38", "38"]
@@ -101,7 +101,7 @@ def test_a_page_of_one_run_holds_everything_and_needs_nothing_from_outside(tmp_p
         assert attributes.get("src", "data:").startswith("data:") and "href" not in attributes
     drawn = [tag for tag, _ in page.tags].count("svg")
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert drawn == len(set(ids)) == len(ids) == 8  # three of validation, losses, norms, a cosine
+    assert drawn == len(set(ids)) == len(ids) == 6
     before = (tmp_path / "page.html").read_bytes()
     show(tmp_path, tmp_path / "one")
     assert (tmp_path / "page.html").read_bytes() == before
