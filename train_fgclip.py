@@ -49,14 +49,13 @@ from trainkit.arguments import (
 from trainkit.errors import InputError, one_sentence
 from trainkit.loader import make_loader
 from trainkit.optimizer import build_optimisation, ema
-from trainkit.parameter_drift import ParameterDrift
 from trainkit.run import Run
 from trainkit.run_folder import find_resume
 from trainkit.sampler import ResumableSampler
 from trainkit.step import TrainStep, module_gradient_norms
 
 SCRIPT = "fgclip"
-MAY_CHANGE = ("annotations", "image_root", "val_annotations", "val_image_root", "validate_at", "diagnostics")
+MAY_CHANGE = ("annotations", "image_root", "val_annotations", "val_image_root", "validate_at")
 MAY_CHANGE += ("reset_logit_scales", "logit_scale_init")
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
 LOOKED_AT = 2000  # records whose boxes are looked at before a run begins
@@ -188,8 +187,6 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--best-by", choices=("region", "hard", "captions"), default="region",
         help="what chooses best.pt: R@1 of regions, accuracy among hard negatives, R@1 of captions")
     add("--validate-at", type=int_list, default="50,200,500", metavar="STEPS", help="and after these")
-    add("--diagnostics", type=non_negative_int, default=0, metavar="STEPS",
-        help="steps between printed figures, logit ranges and how far each part moved; 0 prints none")
     add("--checkpoint-activations", action="store_true", help="less memory, about a third more time")
     add("--compile", action="store_true", help="torch.compile the blocks of both towers")
 # fmt: on
@@ -359,19 +356,6 @@ def logit_scales(args: argparse.Namespace, models: list[FGCLIP], optimizer: torc
     ]
 
 
-def diagnostics_text(metrics: dict, objective: FGCLIPLoss, drift: ParameterDrift) -> list[str]:
-    """--diagnostics: the step's metrics, the range of the logits, and the parameter drift since the last time."""
-    ranges = {name: ends.tolist() for name, ends in objective.logit_ranges.items()}
-    return [
-        "  metrics: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()),
-        "  logits: " + ", ".join("{} {:.3g} to {:.3g}".format(name, *ends) for name, ends in ranges.items()),
-        *(
-            f"  moved: {part} by {relative:.2e} of its length, {moved} of {count} parameters"
-            for part, (relative, moved, count) in drift.since().items()
-        ),
-    ]
-
-
 def about_losses(args: argparse.Namespace, model: FGCLIP, banks: torch.nn.ModuleDict) -> str:
     """What is trained: size, weights of the losses, scales, and banks."""
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -460,7 +444,6 @@ def main(arguments: list[str] | None = None) -> None:
     if args.resume or args.init_from:
         messages += logit_scales(args, models, optimizer)
     run.say(*messages, about_losses(args, bare, banks))
-    drift = ParameterDrift(bare) if args.diagnostics else None
     with run:
         for epoch in run.epochs():
             for batches in run.batches(loader):
@@ -475,8 +458,6 @@ def main(arguments: list[str] | None = None) -> None:
                     result, images=sum(len(batch["sources"]) for batch in batches) * distributed.world_size(),
                     metrics=shown, hidden={name: value for name, value in metrics.items() if name not in shown},
                 )  # fmt: skip
-                if drift and not result.skipped and train_step.steps % args.diagnostics == 0:
-                    run.say(*diagnostics_text(metrics, objective, drift))
             if run.validation_due():
                 embedder = Embedder(
                     models[-1], tokenizer, device=device, batch_size=args.batch_size, workers=args.workers,

@@ -28,7 +28,6 @@ class FGCLIPLoss:
 
     def __init__(self, model: nn.Module, *, names: Collection[str], banks: Mapping | nn.ModuleDict, device):
         self.model, self.names, self.banks, self.device = model, list(names), dict(banks.items()), device
-        self.logit_ranges: dict[str, Tensor] = {}  # smallest and largest logit (2,) of the step on this rank
 
     def begin(self, batches: list[dict], *, use_banks: bool = True) -> None:
         """Counts the pairs of the step over all ranks, and forgets the metrics of the last step."""
@@ -38,7 +37,7 @@ class FGCLIPLoss:
         factors = torch.where(totals > 0, distributed.world_size() * len(batches) / totals, 0.0).tolist()
         self.factors = dict(zip(LOSSES, factors, strict=True))
         self.counts = (dict(zip(LOSSES, row, strict=True)) for row in counts)
-        self.sums, self.logit_ranges, self.use_banks = {}, {}, use_banks
+        self.sums, self.use_banks = {}, use_banks
 
     def __call__(self, batch: dict) -> dict[str, Tensor]:
         """The losses () of the next micro-batch. Afterwards its pairs are in the banks."""
@@ -91,10 +90,6 @@ class FGCLIPLoss:
             other = ids[:, None] != ids
             self.add(f"{name}_cosine", cosines.diagonal().sum(), len(image))
             self.add(f"{name}_cosine_unmatched", cosines[other].sum(), other.sum())
-            if len(image):
-                ends = scale * torch.stack(cosines.aminmax())
-                ends = torch.stack([ends, self.logit_ranges.get(name, ends)])
-                self.logit_ranges[name] = torch.stack(ends.aminmax())
         return loss
 
     def add_quality(self, name: str, stats: dict[str, Tensor]) -> None:

@@ -87,17 +87,14 @@ def test_banks_fill_during_warm_up_and_count_only_after_it(bank_run, tmp_path):
     "flags",
     [
         "--amp bf16 --roi-projection --roi-projection-lr 0.1 --text-lr 1e-4 --vision-lr 1e-4 --projection-lr 1e-3",
-        "--checkpoint-activations --placement free --diagnostics 1 --ema-decay 0 --best-by hard",
+        "--checkpoint-activations --placement free --ema-decay 0 --best-by hard",
         "--long-weight 0 --short-weight 0 --best-by hard --optimizer sgd --clip-norm 0",
         "--region-weight 0 --accumulate 3 --context-length 24 --activation gelu",
         "--hard-weight 0 --long-weight 0 --max-regions 2 --vocab bytes --bank-size 8 --bank-warmup-steps 0",
     ],
 )
-def test_every_option_trains_a_step(tmp_path, capsys, flags):
-    folder = train(tmp_path / "run", *flags.split(), "--max-steps", 1)
-    assert len(metrics(folder)) == 1
-    output = capsys.readouterr().out
-    assert ("moved: vision_model.encoder" in output) == ("--diagnostics" in flags)
+def test_every_option_trains_a_step(tmp_path, flags):
+    assert len(metrics(train(tmp_path / "run", *flags.split(), "--max-steps", 1))) == 1
 
 
 def test_stage_global_goes_on_from_a_run(plain, tmp_path, capsys):

@@ -190,6 +190,5 @@ def test_metrics_are_what_they_say():
     cosines = region @ text.T
     assert metrics["region_cosine"] == pytest.approx(cosines.diagonal().mean().item())
     assert metrics["region_cosine_unmatched"] == pytest.approx(cosines[~same].mean().item())
-    assert objective.logit_ranges["region"].tolist() == pytest.approx([(scale * c).item() for c in cosines.aminmax()])
     assert metrics["norm_regions"] == pytest.approx(features["regions"].norm(dim=1).mean().item())
     assert bank.images[0].features[: count % 50].equal(region[: count % 50])
