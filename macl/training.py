@@ -97,7 +97,6 @@ def freeze_unreached(detector: PairedFasterRCNN, weights: dict[str, float]) -> N
     proposing, detecting = {"loss_objectness", "loss_rpn_box_reg"}, {"loss_classifier", "loss_box_reg"}
     for part, losses in (
         (detector.rpn, proposing),
-        (detector.fusion, proposing | detecting),
         (detector.roi_head, detecting),
         (detector.roi_head.cls_score, {"loss_classifier"}),
         (detector.roi_head.bbox_pred, {"loss_box_reg"}),
