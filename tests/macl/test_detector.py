@@ -19,7 +19,7 @@ def detect(model, **images):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("fusion", ["mean", "gated"])
+@pytest.mark.parametrize("fusion", ["mean", "max"])
 def test_a_gradient_reaches_every_trainable_parameter(build, batch, norm, fusion):
     model = build(norm=norm, fusion=fusion)
     losses = model.train()(**batch)
@@ -67,21 +67,15 @@ def test_one_camera_alone(build, batch, fusion, name):
         assert len(detect(model, **{name: batch[name]})) == 2
 
 
-@pytest.mark.parametrize("kind", ["mean", "gated"])
-def test_a_masked_modality_leaves_no_trace(kind, monkeypatch):
+@pytest.mark.parametrize(("kind", "of_both"), [("mean", lambda x, y: (x + y) / 2), ("max", torch.maximum)])
+def test_a_masked_modality_leaves_no_trace(kind, of_both, monkeypatch):
     torch.manual_seed(0)
-    fusion = Fusion(kind, channels=4, dropout=(0.3, 0.3))
-    if kind == "gated":
-        torch.nn.init.normal_(fusion.gate.weight)
-    visible, infrared = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
-    present = torch.tensor([[True, True], [True, False], [False, True]])
-    pyramids = {"visible": [visible], "infrared": [infrared]}
+    fusion, visible, infrared = Fusion(kind, dropout=(0.3, 0.3)), torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
+    pyramids, present = {"visible": [visible], "infrared": [infrared]}, torch.tensor([[1, 1], [1, 0], [0, 1]]).bool()
     monkeypatch.setattr(fusion, "sample_modality_mask", lambda count: present)
     (fused,), (free,) = fusion(pyramids), fusion.eval()(pyramids)
-    torch.testing.assert_close(fused[0], free[0])
+    assert torch.equal(free, of_both(visible, infrared)) and torch.equal(fused[0], free[0])
     assert torch.equal(fused[1], visible[1]) and torch.equal(fused[2], infrared[2])
-    if kind == "mean":
-        torch.testing.assert_close(free, (visible + infrared) / 2)
 
 
 def test_modality_dropout_masks_one_modality_at_its_rate_and_never_both(build):
@@ -112,7 +106,7 @@ def test_ignored_boxes_are_neither_positive_nor_negative(build, batch):
     assert all(losses[name] != others[name] for name in ("loss_objectness", "loss_classifier"))
 
 
-@pytest.mark.parametrize(("level", "candidates"), [("roi", [4, 2]), ("image", [2, 2])])
+@pytest.mark.parametrize(("level", "candidates"), [("roi", [4, 2]), ("crop", [4, 2]), ("image", [2, 2])])
 def test_contrast_compares_images_or_the_boxes_that_both_cameras_see(build, batch, level, candidates):
     model = build(macl_level=level).train()
     _, metrics = model(**batch, with_metrics=True)
@@ -155,27 +149,16 @@ def test_detection_stops_at_nan(build, batch, part):
         detect(model, visible=batch["visible"])
 
 
-@pytest.fixture
-def unequal():
-    """Four images, the first and the last of one padded size, a box each; boxes of people grow with the image."""
-    generator = torch.Generator().manual_seed(2)
-    sizes = ((64, 96), (97, 60), (32, 130), (60, 80))
-    images = {name: [torch.rand(3, *size, generator=generator).double() for size in sizes] for name in MODALITIES}
-    boxes = [torch.tensor([[w / 3, 2, w / 2, h - 1]], dtype=torch.float64) for h, w in sizes]
-    return images | {"targets": [{"boxes": box, "labels": torch.ones(1, dtype=torch.int64)} for box in boxes]}
-
-
 def alone(batch):
     """The images of a batch, each as a batch."""
     return [{name: given[i : i + 1] for name, given in batch.items()} for i in range(len(batch["targets"]))]
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("level", ["roi", "image"])
+@pytest.mark.parametrize("level", ["roi", "crop", "image"])
 def test_an_image_is_seen_as_it_is_alone_whatever_the_batch_holds(build, unequal, norm, level):
-    model = build(norm=norm, macl_level=level, fusion="gated", fpn_levels=5, score_threshold=0.0).double().eval()
+    model = build(norm=norm, macl_level=level, fusion="max", fpn_levels=5, score_threshold=0.0).double().eval()
     torch.nn.init.constant_(model.neck.msp.gate, 0.7)
-    torch.nn.init.normal_(model.fusion.gate.weight, std=0.1)
 
     @torch.no_grad()
     def seen(visible, infrared, targets):
@@ -203,7 +186,8 @@ def test_an_image_trains_as_it_does_alone(build, unequal, norm, monkeypatch):
 
 
 def test_synchronised_norms_make_as_many_passes_on_every_process(build, unequal, monkeypatch):
-    model, forwards, backwards = build(norm="sync_batch").double().train(), [], []
+    """Crops are one pass per modality, however many sizes there are."""
+    model, forwards, backwards = build(norm="sync_batch", macl_level="crop").double().train(), [], []
 
     def count(_, inputs, out):
         forwards.append(len(out))
@@ -214,6 +198,8 @@ def test_synchronised_norms_make_as_many_passes_on_every_process(build, unequal,
     extracted = model.extract({name: unequal[name] for name in MODALITIES})
     sum(group.pyramids["visible"][0].sum() for group in extracted).backward()
     assert forwards == [4, 2, 2, 0, 0] and backwards == forwards[::-1]  # in one order
+    model.pooled_features(extracted, [target["boxes"] for target in unequal["targets"]])
+    assert forwards[5:] == [4, 4]
 
 
 def test_pairs_of_different_size_or_form_are_refused(build, batch):
@@ -234,7 +220,7 @@ def test_pairs_of_different_size_or_form_are_refused(build, batch):
 
 
 def test_a_checkpoint_rebuilds_the_detector_with_averaged_weights_or_the_raw_ones(build, batch, tmp_path):
-    model = build(fusion="gated", modality_dropout=(0.1, 0.2), visible_mean=(0.1, 0.2, 0.3), score_threshold=0.0)
+    model = build(fusion="max", modality_dropout=(0.1, 0.2), visible_mean=(0.1, 0.2, 0.3), score_threshold=0.0)
     average = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     torch.save({"model_kwargs": model.kwargs, "model": model.state_dict(), "ema": average}, tmp_path / "last.pt")
     raw = macl.load_detector(tmp_path / "last.pt", weights="raw")
