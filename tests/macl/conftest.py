@@ -30,10 +30,7 @@ def build():
 def batch():
     """Two registered pairs of unequal size with three and one boxes."""
     generator = torch.Generator().manual_seed(1)
-    images = {
-        name: [torch.rand(3, *size, generator=generator) for size in ((64, 96), (60, 80))]
-        for name in MODALITIES
-    }
+    images = {name: [torch.rand(3, *size, generator=generator) for size in ((64, 96), (60, 80))] for name in MODALITIES}
     boxes = [
         torch.tensor([[5.0, 5, 25, 50], [40, 10, 60, 55], [70, 20, 85, 60]]),
         torch.tensor([[20.0, 10, 40, 55]]),
