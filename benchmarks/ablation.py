@@ -36,7 +36,7 @@ from trainkit.errors import InputError, one_sentence
 BATCH_SIZE = 4
 BASE_STEPS, STEPS, LONG_STEPS, REAL_EPOCHS = 500, 160, 270, 16
 CLEAR = 3  # standard errors from 0 at which a difference counts as shown; with five seeds p = 0.04
-CONTROLS = ("control", "control again")
+CONTROLS, REAL_CONTROLS = ("control", "control again"), ("real control", "real control again")
 BARE = "--macl-weight 0 --merge none"
 
 
@@ -63,7 +63,9 @@ def stage2(flags: str) -> str:
 
 STREET = "--domain day-and-night"
 DRAWN = {
-    "base": Arm("the detector alone, learning rate held", stage1(f"{BARE} --schedule constant"), "", "", (), BASE_STEPS),
+    "base": Arm(
+        "the detector, learning rate held", stage1(f"{BARE} --schedule constant"), "", against=(), steps=BASE_STEPS
+    ),
     "control": Arm("the base, trained on", stage1(BARE), against=()),
     "control again": Arm("the same with other draws", stage1(BARE), against=("control",), redraw=1000),
     "longer": Arm("the same for 1.7 times as long", stage1(BARE), steps=LONG_STEPS),
@@ -95,15 +97,15 @@ LLVIP = {
     "real merge": Arm(
         "boxes of three views merged", start="real control", evaluate="--merge logit", against=("real control",)
     ),
-    "real max": Arm("fusion by maximum", stage1(f"{BARE} --fusion max"), against=("real control", "real control again")),
+    "real max": Arm("fusion by maximum", stage1(f"{BARE} --fusion max"), against=REAL_CONTROLS),
     "real max, merge": Arm(
-        "both of these", start="real max", evaluate="--merge logit", against=("real control", "real control again")
+        "both of these", start="real max", evaluate="--merge logit", against=REAL_CONTROLS
     ),
-    "real msp": Arm("MSP", stage1(f"{BARE} --msp"), against=("real control", "real control again")),
-    "real macl": Arm("MACL, weight 0.1", stage1("--merge none"), against=("real control", "real control again")),
+    "real msp": Arm("MSP", stage1(f"{BARE} --msp"), against=REAL_CONTROLS),
+    "real macl": Arm("MACL, weight 0.1", stage1("--merge none"), against=REAL_CONTROLS),
     "real dhn": Arm(
         "MACL with hard negatives", stage1("--merge none --dhn-size 512"),
-        against=("real control", "real control again", "real macl"),
+        against=(*REAL_CONTROLS, "real macl"),
     ),
 }  # fmt: skip
 ARMS = DRAWN | LLVIP

@@ -22,10 +22,11 @@ def stage1(tmp_path_factory):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--norm batch --frozen-stages 1 --fusion gated --fpn-levels 5 --msp-hidden 8 --box-loss giou",
+        "--norm batch --frozen-stages 1 --fusion max --fpn-levels 5 --msp-hidden 8 --box-loss giou",
         "--norm modality_batch --macl-level image --macl-norm batch --macl-dropout 0.1 --optimizer sgd --amp bf16 "
         "--min-size 48 --synthetic-val 1",  # a processor takes long for half precision
         "--fusion visible --no-msp --macl-weight 0 --schedule one-cycle --ema-decay 0 --min-size 96,128 --max-size 200",
+        "--macl-level crop --dhn-size 16 --dhn-k 2 --merge none",
         "--crop 1 --mosaic 0.5 --erase-visible 1 --erase-infrared 1 --hue 0.1 --accumulate 2 --clip-norm 1",
         "--amp fp16 --min-size 48 --synthetic-val 1",
         "--macl-direction visible_to_infrared --macl-norm group --macl-norm-groups 4 --label-smoothing 0.1 "
@@ -46,6 +47,8 @@ def test_wrong_flags_end_in_one_sentence(stage1, tmp_path, capsys):
     assert "--statistics given" in say("--statistics", "given")
     assert "--hue 0.7" in say("--hue", "0.7")
     assert "--crop-scale" in say("--crop-scale", "0.9", "0.5")
+    assert "at most 0.995" in say("--dhn-size", 8, "--ema-decay", 0)
+    assert "fit together: dhn_size" in say("--dhn-size", 8, "--macl-level", "none")
     assert "--best-by r1" in say("--best-by", "r1", "--macl-weight", "0")
     assert "nothing" in say("--data-root", tmp_path / "nothing")
     assert "fit together" in say("--modality-dropout", "0.8", "0.7")
@@ -132,6 +135,6 @@ def test_a_checkpoint_starts_the_next_run(stage1, tmp_path, capsys):
     root = llvip(tmp_path / "LLVIP")
     flags = ["--data-root", root, "--init-from", stage1 / "best.pt", "--batch-size", 2, "--workers", 0, "--epochs", 1]
     train_stage1.main([str(flag) for flag in [*flags, "--device", "cpu", "--output", tmp_path / "run"]])
-    assert "tensors loaded, the averaged ones" in capsys.readouterr().out
+    assert "tensors, the averaged ones\n" in capsys.readouterr().out
     kwargs = [load(folder)["model_kwargs"] for folder in (stage1, tmp_path / "run")]
     assert kwargs[0] == kwargs[1]
