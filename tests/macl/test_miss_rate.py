@@ -69,6 +69,14 @@ def test_half_of_a_box_is_enough_and_less_is_not():
     assert counts([found((151, 100, 251, 200))], [truth(wide, (400, 100, 440, 200), ignore=[0])]) == (0, 1, 1)
 
 
+def test_of_two_equal_overlaps_the_later_box_wins():
+    # The first detection lies between both people; the second one can only have the left one, the first of the list.
+    left, right = (100, 100, 140, 200), (110, 100, 150, 200)
+    between, only_left = (105, 100, 145, 200), (90, 100, 130, 200)
+    assert counts([found(between, only_left)], [truth(left, right)]) == (2, 0, 2)
+    assert counts([found(between, only_left)], [truth(right, left)]) == (1, 1, 2)
+
+
 def test_a_box_beyond_the_border_is_ignored():
     beyond = [(4, 100, 44, 200), (596, 100, 636, 200), (100, 4, 140, 100), (100, 408, 140, 508)]
     for box in ((5, 5, 635, 507), *beyond):
