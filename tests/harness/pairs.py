@@ -1,9 +1,12 @@
-"""Data sets for the tests, in LLVIP's layout and in KAIST's original one."""
+"""Data sets for the tests, in LLVIP's layout and in KAIST's original one, and what is said of bad ones."""
 
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
+
+from trainkit.errors import InputError
 
 SIZE = (96, 112)  # of KAIST's images here
 PERSON = ("person", 10, 20, 30, 60, 0)  # name, x, y, width, height, occlusion
@@ -45,3 +48,12 @@ def kaist(root: Path, frames, objects=(PERSON,), name="all", size=SIZE) -> Path:
         write(root / "annotations" / f"{frame}.txt", bbgt(*objects))
     write(root / "imageSets" / f"{name}.txt", "\n".join(frames) + "\n")
     return root
+
+
+def refused(call, *words) -> str:
+    """The one-sentence message of the InputError that call() raises; it must hold the words."""
+    with pytest.raises(InputError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and all(str(word) in message for word in words), message
+    return message

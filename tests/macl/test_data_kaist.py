@@ -4,12 +4,11 @@ import pickle
 
 import pytest
 import torch
-from pairs import PERSON, SIZE, bbgt, kaist, write
+from pairs import PERSON, SIZE, bbgt, kaist, refused, write
 from PIL import Image
 
 from macl.data import KAIST, collate, hold_out, read_ground_truth
 from macl.data.kaist import TRAINING_RULES
-from trainkit.errors import InputError
 from trainkit.loader import make_loader
 
 FRAMES = ["set00/V000/I00001", "set00/V000/I00003", "set04/V002/I00019", "set06/V000/I00019", "set11/V001/I00039"]
@@ -68,14 +67,6 @@ def root(request, tmp_path):
 @pytest.fixture
 def tree(tmp_path):
     return original(tmp_path / "kaist")
-
-
-def refused(call, *words):
-    """The one-sentence message of the InputError that call() raises; it must hold the words."""
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message and all(str(word) in message for word in words), message
 
 
 def test_a_sample_follows_the_contract_in_both_layouts(root):
