@@ -36,7 +36,7 @@ from trainkit.errors import InputError, one_sentence
 BATCH_SIZE = 4
 BASE_STEPS, STEPS, LONG_STEPS, REAL_EPOCHS = 500, 160, 270, 6
 CLEAR = 3  # standard errors from 0 at which a difference counts as shown; with five seeds p = 0.04
-CONTROLS = ("control", "control again")
+CONTROLS, REAL_CONTROLS = ("control", "control again"), ("real control", "real control again")
 BARE = "--macl-weight 0 --merge none"
 
 
@@ -62,7 +62,6 @@ def stage2(flags: str) -> str:
 
 
 STREET = "--domain day-and-night"
-REAL_CONTROLS = ("real control", "real control again")
 MERGE, MAX, DHN = "--merge logit", f"{BARE} --fusion max", "--dhn-size 512"
 ROI, CROP = "--merge none --macl-level roi", "--merge none --macl-level crop"
 DRAWN = {

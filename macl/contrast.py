@@ -223,7 +223,7 @@ class MACLHead(nn.Module):
 
     @torch.no_grad()
     def _metrics(self, sums: tuple[dict[str, Tensor], ...], count: int) -> dict[str, Tensor]:
-        """Metrics of `compare`, over all processes and directions. count: keys per query."""
+        """Metrics of `forward`, over all processes and directions. count: keys per query."""
         total = torch.stack([torch.stack([value.double() for value in one.values()]) for one in sums])
         total = dict(zip(sums[0], distributed.all_reduce_sum(total).sum(dim=0), strict=True))
         queries = count * len(self.directions)

@@ -249,6 +249,10 @@ class PairedFasterRCNN(nn.Module):
         boxes: (n_i, 4) per image, in the order of `features`, in pixels as resized.
         jitter: whether the infrared crops of level "crop" are moved and scaled a little, as cameras and boxes are.
         """
+        if self.macl_level == "crop":  # of all images at once: in each pass synchronised norms wait for all processes
+            moved = {"visible": boxes, "infrared": [jittered(box) for box in boxes] if jitter else boxes}
+            pixels = {name: [image for group in features for image in group.pixels[name]] for name in MODALITIES}
+            return tuple(self.crop_features(name, pixels[name], moved[name]) for name in MODALITIES)
         rows, boxes = {name: [] for name in MODALITIES}, iter(boxes)
         for group in features:
             chosen = list(itertools.islice(boxes, len(group.images)))
@@ -256,9 +260,6 @@ class PairedFasterRCNN(nn.Module):
                 levels, scales = group.pyramids[name], self.roi_head.scales
                 if self.macl_level == "image":
                     pooled.append(torch.stack([level.mean(dim=(2, 3)) for level in levels]).mean(dim=0))
-                elif self.macl_level == "crop":
-                    moved = [jittered(box) for box in chosen] if jitter and name == "infrared" else chosen
-                    pooled.append(self.crop_features(name, group.pixels[name], moved))
                 else:
                     levels, rois = levels[: len(scales)], with_image_index(chosen)
                     bins = kernels.multiscale_roi_align(levels, rois, scales=scales, output_size=self.macl_roi_size)

@@ -1,7 +1,7 @@
 """Losses that align the distributions of two domains' features, for a loop of your own.
 
 The training scripts use neither: no run showed either to help (docs/detector.md). They adapt to a domain without labels
-by self-training (`macl.self_training`).
+by self-training (`macl.teacher`).
 """
 
 import torch

@@ -92,9 +92,11 @@ def freeze_unreached(detector: PairedFasterRCNN, weights: dict[str, float]) -> N
     """Freeze what only losses of weight 0 reach; DistributedDataParallel waits for the gradient of all else."""
     enabled = {name for name, weight in weights.items() if weight}
     proposing, detecting = {"loss_objectness", "loss_rpn_box_reg"}, {"loss_classifier", "loss_box_reg"}
+    all_maps = proposing | detecting | ({"loss_macl"} if detector.macl_level != "crop" else set())  # of crops P3 alone
+    inner, outer = detector.neck.inner, detector.neck.outer
     for part, losses in (
+        *((part, all_maps) for part in (inner[0], outer[0], *outer[2:])),
         (detector.rpn, proposing),
-        (detector.fusion, proposing | detecting),
         (detector.roi_head, detecting),
         (detector.roi_head.cls_score, {"loss_classifier"}),
         (detector.roi_head.bbox_pred, {"loss_box_reg"}),

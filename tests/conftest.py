@@ -13,6 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
 
 
 @pytest.fixture(scope="session")

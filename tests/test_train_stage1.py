@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from pairs import llvip
 from scripts import ROOT, STAGE_1, load, metrics, refused, run
 
 import train_stage1
@@ -22,10 +22,11 @@ def stage1(tmp_path_factory):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--norm batch --frozen-stages 1 --fusion gated --fpn-levels 5 --msp-hidden 8 --box-loss giou",
+        "--norm batch --frozen-stages 1 --fusion max --fpn-levels 5 --msp-hidden 8 --box-loss giou",
         "--norm modality_batch --macl-level image --macl-norm batch --macl-dropout 0.1 --optimizer sgd --amp bf16 "
         "--min-size 48 --synthetic-val 1",  # a processor takes long for half precision
         "--fusion visible --no-msp --macl-weight 0 --schedule one-cycle --ema-decay 0 --min-size 96,128 --max-size 200",
+        "--macl-level crop --dhn-size 16 --dhn-k 2 --merge none",
         "--crop 1 --register each --hue 0.1 --accumulate 2 --clip-norm 1",
         "--amp fp16 --min-size 48 --synthetic-val 1",
         "--macl-direction visible_to_infrared --macl-norm group --macl-norm-groups 4 --label-smoothing 0.1 "
@@ -47,6 +48,8 @@ def test_wrong_flags_end_in_one_sentence(stage1, tmp_path, capsys):
     assert "--statistics given" in say("--statistics", "given")
     assert "--hue 0.7" in say("--hue", "0.7")
     assert "--crop-scale" in say("--crop-scale", "0.9", "0.5")
+    assert "at most 0.995" in say("--dhn-size", 8, "--ema-decay", 0)
+    assert "fit together: dhn_size" in say("--dhn-size", 8, "--macl-level", "none")
     assert "--best-by r1" in say("--best-by", "r1", "--macl-weight", "0")
     assert "nothing" in say("--data-root", tmp_path / "nothing")
     assert "fit together" in say("--modality-dropout", "0.8", "0.7")
@@ -56,25 +59,9 @@ def test_wrong_flags_end_in_one_sentence(stage1, tmp_path, capsys):
     assert "another detector" in say("--init-from", stage1 / "best.pt", "--head-width", "24")
 
 
-def llvip(root: Path, count=6, size=(64, 48)) -> Path:
-    """A data set in LLVIP's layout: two cameras, a bright person in every pair."""
-    for camera in (1, 2):
-        for number in range(count // 2):
-            name = f"{camera:02d}{number:04d}"
-            for modality in ("visible", "infrared"):
-                path = root / modality / "train" / f"{name}.jpg"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                image = Image.new("RGB", size, (30, 30, 30))
-                image.paste((220, 220, 220), (10, 5, 22, 40))
-                image.save(path)
-            xml = root / "Annotations" / f"{name}.xml"
-            xml.parent.mkdir(exist_ok=True)
-            box = "<bndbox><xmin>11</xmin><ymin>6</ymin><xmax>22</xmax><ymax>40</ymax></bndbox>"
-            xml.write_text(
-                f"<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size>"
-                f"<object><name>person</name>{box}</object></annotation>"
-            )
-    return root
+def two_cameras(root: Path, count=6) -> Path:
+    places = [f"train/{camera:02d}{number:04d}" for camera in (1, 2) for number in range(count // 2)]
+    return llvip(root, "person", places=places)
 
 
 SMALL_LLVIP = (
@@ -84,7 +71,7 @@ SMALL_LLVIP = (
 
 
 def test_llvip_trains_and_is_evaluated(tmp_path, capsys):
-    root = llvip(tmp_path / "LLVIP")
+    root = two_cameras(tmp_path / "LLVIP")
     train_stage1.main([*SMALL_LLVIP, "--data-root", str(root), "--output", str(tmp_path / "run")])
     output = capsys.readouterr().out
     assert "Held out for validation: 3 of the 6 pairs" in output
@@ -97,7 +84,7 @@ def test_llvip_trains_and_is_evaluated(tmp_path, capsys):
 
 def test_an_image_that_breaks_off_in_the_middle_of_training_is_named(tmp_path):
     """In a process of its own, which has to end although its loading process still lives."""
-    root = llvip(tmp_path / "LLVIP")
+    root = two_cameras(tmp_path / "LLVIP")
     broken = root / "infrared" / "train" / "010001.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
     flags = [*SMALL_LLVIP, "--batch-size", "1", "--data-root", str(root), "--output", str(tmp_path / "run")]
@@ -112,7 +99,7 @@ def test_evaluation_and_prediction_of_a_run(stage1, tmp_path, capsys):
     evaluate.main([*common, "--count", "3", "--workers", "0", "--modality", "infrared"])
     output = capsys.readouterr().out
     assert "\ninfrared" in output and "\nvisible" not in output
-    root = llvip(tmp_path / "LLVIP", count=2)
+    root = two_cameras(tmp_path / "LLVIP", count=2)
     folders = {name: root / name / "train" for name in ("visible", "infrared")}
     for given in (("visible", "infrared"), ("visible",), ("infrared",)):
         output = tmp_path / "-".join(given)
@@ -130,9 +117,9 @@ def test_evaluation_and_prediction_of_a_run(stage1, tmp_path, capsys):
 
 def test_a_checkpoint_starts_the_next_run(stage1, tmp_path, capsys):
     """The architecture comes from the checkpoint: no model flag is repeated."""
-    root = llvip(tmp_path / "LLVIP")
+    root = two_cameras(tmp_path / "LLVIP")
     flags = ["--data-root", root, "--init-from", stage1 / "best.pt", "--batch-size", 2, "--workers", 0, "--epochs", 1]
     train_stage1.main([str(flag) for flag in [*flags, "--device", "cpu", "--output", tmp_path / "run"]])
-    assert "tensors loaded, the averaged ones" in capsys.readouterr().out
+    assert "tensors, the averaged ones\n" in capsys.readouterr().out
     kwargs = [load(folder)["model_kwargs"] for folder in (stage1, tmp_path / "run")]
     assert kwargs[0] == kwargs[1]

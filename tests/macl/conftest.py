@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import macl
+from macl.backbone import MODALITIES
 from macl.contrast import MACLHead
 
 SMALL = dict(
@@ -29,16 +30,23 @@ def build():
 def batch():
     """Two registered pairs of unequal size with three and one boxes."""
     generator = torch.Generator().manual_seed(1)
-    images = {
-        name: [torch.rand(3, *size, generator=generator) for size in ((64, 96), (60, 80))]
-        for name in ("visible", "infrared")
-    }
+    images = {name: [torch.rand(3, *size, generator=generator) for size in ((64, 96), (60, 80))] for name in MODALITIES}
     boxes = [
         torch.tensor([[5.0, 5, 25, 50], [40, 10, 60, 55], [70, 20, 85, 60]]),
         torch.tensor([[20.0, 10, 40, 55]]),
     ]
     targets = [{"boxes": b, "labels": torch.ones(len(b), dtype=torch.int64)} for b in boxes]
     return images | {"targets": targets}
+
+
+@pytest.fixture
+def unequal():
+    """Four images, the first and the last of one padded size, a box each; boxes of people grow with the image."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = ((64, 96), (97, 60), (32, 130), (60, 80))
+    images = {name: [torch.rand(3, *size, generator=generator).double() for size in sizes] for name in MODALITIES}
+    boxes = [torch.tensor([[w / 3, 2, w / 2, h - 1]], dtype=torch.float64) for h, w in sizes]
+    return images | {"targets": [{"boxes": box, "labels": torch.ones(1, dtype=torch.int64)} for box in boxes]}
 
 
 class Golden:

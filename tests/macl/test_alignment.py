@@ -20,13 +20,6 @@ def test_two_rows_by_hand():
     assert result["uniformity"] == pytest.approx((-4 - 2 * 0.8) / 2)
 
 
-def test_the_two_directions_differ():
-    # Infrared row 1 is nearest to visible row 0: one miss from infrared, none from visible light.
-    visible, infrared = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.1], [1.0, 0.9]])
-    result = alignment(visible, infrared)
-    assert (result["r1_visible_to_infrared"], result["r1_infrared_to_visible"], result["r1"]) == (1, 0.5, 0.75)
-
-
 @pytest.mark.parametrize("noise", [0, 1e-7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_collapsed_embeddings_find_nothing(noise, dtype):
@@ -48,7 +41,8 @@ def test_more_rows_than_a_chunk_equal_the_plain_formulas():
     cosine = x @ y.T
     assert result["r1_visible_to_infrared"] == (cosine.argmax(1) == torch.arange(len(x))).double().mean()
     assert result["r1_infrared_to_visible"] == (cosine.argmax(0) == torch.arange(len(x))).double().mean()
-    assert 0.1 < result["r1_visible_to_infrared"] < 0.9
+    directions = [result[name] for name in ("r1_visible_to_infrared", "r1_infrared_to_visible")]
+    assert 0.1 < min(directions) < max(directions) < 0.9 and result["r1"] == sum(directions) / 2
     other = ~torch.eye(len(x), dtype=bool)
     ratio = (x - y).norm(dim=1).mean() / torch.cdist(x, y)[other].mean()
     assert result["distance_ratio"] == pytest.approx(ratio.item())

@@ -1,25 +1,17 @@
 """KAIST's layouts, lists, annotations and rules: what is read, and what each kind of bad input says."""
 
-import json
 import pickle
 
 import pytest
 import torch
+from pairs import PERSON, SIZE, bbgt, kaist, refused, write
 from PIL import Image
 
 from macl.data import KAIST, collate, hold_out, read_ground_truth
 from macl.data.kaist import TRAINING_RULES
-from trainkit.errors import InputError
 from trainkit.loader import make_loader
 
 FRAMES = ["set00/V000/I00001", "set00/V000/I00003", "set04/V002/I00019", "set06/V000/I00019", "set11/V001/I00039"]
-PERSON = ("person", 10, 20, 30, 60, 0)  # name, x, y, width, height, occlusion
-SIZE = (96, 112)
-
-
-def bbgt(*objects, version=3):
-    lines = [f"{name} {x} {y} {w} {h} {occlusion} 0 0 0 0 {0} 0" for name, x, y, w, h, occlusion in objects]
-    return "\n".join([f"% bbGt version={version}", *lines]) + "\n"
 
 
 def xml(*objects, corners=False, size=SIZE):
@@ -46,23 +38,8 @@ def published(objects_by_frame, size=SIZE, **extra):
     return extra | {"images": images, "annotations": annotations, "categories": categories}
 
 
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, tuple):
-        Image.new("RGB", SIZE, content).save(path)
-    else:
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
-
-
 def original(root, frames=FRAMES, objects=(PERSON,), name="all"):
-    for frame in frames:
-        video, image = frame.rsplit("/", 1)
-        write(root / "images" / video / "visible" / f"{image}.jpg", (200, 100, 50))
-        write(root / "images" / video / "lwir" / f"{image}.jpg", (90, 90, 90))
-        write(root / "annotations" / f"{frame}.txt", bbgt(*objects))
-    write(root / "imageSets" / f"{name}.txt", "\n".join(frames) + "\n")
-    return root
+    return kaist(root, frames, objects, name)
 
 
 def processed(root, frames=FRAMES, objects=(PERSON,), name="all"):
@@ -90,14 +67,6 @@ def root(request, tmp_path):
 @pytest.fixture
 def tree(tmp_path):
     return original(tmp_path / "kaist")
-
-
-def refused(call, *words):
-    """The one-sentence message of the InputError that call() raises; it must hold the words."""
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message and all(str(word) in message for word in words), message
 
 
 def test_a_sample_follows_the_contract_in_both_layouts(root):

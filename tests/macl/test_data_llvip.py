@@ -4,11 +4,11 @@ import os
 
 import pytest
 import torch
+from pairs import refused
 from PIL import Image
 
 from macl.data import LLVIP, find_pairs, hold_out, read_image, read_pair, refuse_absent_classes
 from macl.data.voc import read_voc
-from trainkit.errors import InputError
 
 OBJECT = (
     "<object><name>{}</name>{}<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
@@ -42,15 +42,6 @@ def root(tmp_path):
         write_pair(root, "train", name)
     write_pair(root, "test", "190001")
     return root
-
-
-def refused(call, *words):
-    """The one-sentence message of the InputError that call() raises; it must hold the words."""
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
-    return message
 
 
 def test_a_sample_follows_the_contract(root):

@@ -13,15 +13,6 @@ PHOTOMETRY = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05, gain=0
 EVERYTHING = GEOMETRY | PHOTOMETRY
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Images this small are slower with several threads, and much slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Painted(torch.utils.data.Dataset):
     """Black pairs with their boxes painted, in the same grey in both modalities, each box in a grey of its own."""
 

@@ -5,8 +5,11 @@ import math
 import os
 from types import SimpleNamespace
 
+import pairs
 import pytest
+import scripts
 import torch
+from pairs import llvip
 from PIL import Image
 
 import macl
@@ -17,7 +20,7 @@ from macl.data import SyntheticPairs, moved
 from macl.data.annotation import Annotation
 from macl.evaluation import detection_metrics, miss_rate_curves, miss_rate_metrics, validation_text
 from macl.metrics import miss_rate_curve, read_detections
-from trainkit.errors import InputError, one_sentence
+from trainkit.errors import InputError
 
 ROWS = ["reasonable all", "reasonable day", "reasonable night", "near", "medium", "far", "none", "partial", "heavy"]
 ROWS += ["all"]
@@ -48,18 +51,11 @@ def save_checkpoint(path, **changes):
 @pytest.fixture
 def kaist(tmp_path):
     """Three frames, the last without people, in a tree whose images are small but not square."""
-    root = tmp_path / "kaist"
-    for index, frame in enumerate(FRAMES):
-        video, image = frame.rsplit("/", 1)
-        for modality in ("visible", "lwir"):
-            (root / "images" / video / modality).mkdir(parents=True)
-            Image.new("RGB", (80, 64), (90, 60 * index, 30)).save(root / "images" / video / modality / f"{image}.jpg")
-        (root / "annotations" / video).mkdir(parents=True)
-        person = "person 20 10 15 40 0 0 0 0 0 0 0\n" * (index < 2)
-        (root / "annotations" / f"{frame}.txt").write_text("% bbGt version=3\n" + person)
-    (root / "imageSets").mkdir()
-    for name in ("test-all-20", "mine"):
-        (root / "imageSets" / f"{name}.txt").write_text("\n".join(FRAMES))
+    root, person = tmp_path / "kaist", ("person", 20, 10, 15, 40, 0)
+    for name in ("mine", "test-all-20"):
+        pairs.kaist(root, FRAMES, [], name, size=(80, 64))
+    for frame in FRAMES[:2]:
+        pairs.write(root / "annotations" / f"{frame}.txt", pairs.bbgt(person))
     return root
 
 
@@ -75,20 +71,6 @@ def annotations(tmp_path):
     return path
 
 
-def llvip(root, *names):
-    """A pair of each of three cameras, the last in the test split, with an object of each name."""
-    box = "<bndbox><xmin>9</xmin><ymin>9</ymin><xmax>30</xmax><ymax>50</ymax></bndbox>"
-    rows = "".join(f"<object><name>{name}</name>{box}</object>" for name in names)
-    for place in ("train/010001", "train/020001", "test/190001"):
-        for path in (root / "visible" / f"{place}.jpg", root / "infrared" / f"{place}.jpg"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (80, 64)).save(path)
-        path = root / "Annotations" / f"{place.split('/')[1]}.xml"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"<annotation><size><width>80</width><height>64</height></size>{rows}</annotation>")
-    return root
-
-
 def run(capsys, *flags, command=evaluate.main):
     """What the command prints."""
     command([*map(str, flags), "--device", "cpu", *["--workers", "0"] * (command is evaluate.main)])
@@ -96,13 +78,7 @@ def run(capsys, *flags, command=evaluate.main):
 
 
 def refused(capsys, *flags) -> str:
-    """The one sentence with which the command ends, its exit status being 2."""
-    with pytest.raises(SystemExit) as stop, one_sentence():
-        run(capsys, *flags)
-    assert stop.value.code == 2
-    output = capsys.readouterr()
-    assert "Traceback" not in output.err
-    return output.err.strip().splitlines()[-1]
+    return scripts.refused(capsys, evaluate.main, *flags, "--device", "cpu", "--workers", 0)
 
 
 def rows_of(output: str) -> dict[str, list[str]]:
@@ -126,8 +102,12 @@ def test_a_detector_on_kaist(checkpoint, kaist, tmp_path, capsys):
     metrics = json.loads(files["metrics.json"].read_text())
     assert set(metrics["miss_rate"]) == set(metrics["detection"]) == {"both", "visible", "infrared"}
     assert metrics["miss_rate"]["both"]["reasonable all"]["boxes"] == 2
-    for name in ("detections", "detections-visible", "detections-infrared"):
-        assert sum(len(frame["scores"]) for frame in read_detections(tmp_path / f"{name}.txt", 3)) == 15
+    names = ("detections", "detections-visible", "detections-infrared")
+    both, *alone = (sum(len(frame["scores"]) for frame in read_detections(tmp_path / f"{n}.txt", 3)) for n in names)
+    assert min(alone) > 0 and max(alone) < both  # three views merged
+    flags[flags.index("--save-detections") + 1] = tmp_path / "one.txt"
+    run(capsys, "--checkpoint", checkpoint, *flags, "--merge", "none")
+    assert len((tmp_path / "one.txt").read_text().splitlines()) < both
     assert set(metrics["miss_rate_curves"]["visible"]) == set(ROWS[:3]) and files["curve.png"].stat().st_size > 10_000
 
 
@@ -156,13 +136,16 @@ class SeesShift(torch.nn.Module):
     """Finds the box that its data set marks with a white column, as many pixels off as infrared is."""
 
     modes = {"both": ("visible", "infrared"), "visible": ("visible",)}
-    macl, kwargs, roi_head = None, {"classes": ["person"]}, SimpleNamespace()
+    macl, kwargs, roi_head, merge = None, {"classes": ["person"]}, SimpleNamespace(), "none"
 
     def extract(self, images):
         return images
 
-    def detect(self, images, names, *, score_threshold):
-        columns = [float(image[0, 0].argmax()) for image in images[names[-1]]]
+    def detect_modes(self, images, modes, *, score_threshold):
+        return {mode: self.detect(images[names[-1]]) for mode, names in modes.items()}
+
+    def detect(self, images):
+        columns = [float(image[0, 0].argmax()) for image in images]
         label, score = torch.tensor([1]), torch.tensor([0.9])
         return [{"boxes": torch.tensor([[x, 40, x + 20, 100]]), "labels": label, "scores": score} for x in columns]
 

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from mutants import hunt
+from pairs import kaist, llvip
 from PIL import Image
 
 import macl
@@ -30,38 +31,6 @@ SMALL = dict(
 )  # fmt: skip
 
 
-def save(path, size=(32, 24)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (90, 60, 30)).save(path)
-
-
-@pytest.fixture
-def llvip(tmp_path):
-    for name in ("010001", "020001"):
-        for modality in ("visible", "infrared"):
-            save(tmp_path / modality / "train" / f"{name}.png")
-    (tmp_path / "Annotations").mkdir()
-    box = "<bndbox><xmin>3</xmin><ymin>4</ymin><xmax>13</xmax><ymax>20</ymax></bndbox>"
-    size = "<size><width>32</width><height>24</height></size>"
-    sound = f"<annotation>{size}<object><name>person</name>{box}</object></annotation>"
-    (tmp_path / "Annotations" / "020001.xml").write_text(sound)
-    return tmp_path
-
-
-@pytest.fixture
-def kaist(tmp_path):
-    for frame in FRAMES:
-        video, image = frame.rsplit("/", 1)
-        for modality in ("visible", "lwir"):
-            save(tmp_path / "images" / video / modality / f"{image}.jpg")
-        path = tmp_path / "annotations" / f"{frame}.txt"
-        path.parent.mkdir(parents=True)
-        path.write_text("% bbGt version=3\n")
-    (tmp_path / "imageSets").mkdir()
-    (tmp_path / "imageSets" / "all.txt").write_text("\n".join(FRAMES))
-    return tmp_path
-
-
 def use(data):
     """What training makes of what was read."""
     data.statistics()
@@ -75,9 +44,10 @@ COUNTS = [200, pytest.param(1500, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_voc_annotations(llvip, count):
+def test_voc_annotations(tmp_path, count):
+    root = llvip(tmp_path, "person", places=("train/010001", "train/020001"), size=(32, 24))
     sound = dict(size=SIZE, object=[PERSON, PERSON | dict(difficult=1)])
-    hunt(llvip / "Annotations" / "010001.xml", sound, lambda path: use(LLVIP(llvip, "train")), count)
+    hunt(root / "Annotations" / "010001.xml", sound, lambda path: use(LLVIP(root, "train")), count)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -89,9 +59,10 @@ def test_voc_annotations(llvip, count):
         ("published.json", PUBLISHED),
     ],
 )
-def test_lists_and_annotations_of_kaist(kaist, name, sound, count):
-    annotations = kaist / name if name.endswith("json") else None
-    hunt(kaist / name, sound, lambda path: use(KAIST(kaist, "all", annotations)), count)
+def test_lists_and_annotations_of_kaist(tmp_path, name, sound, count):
+    root = kaist(tmp_path, FRAMES, objects=(), size=(32, 24))
+    annotations = root / name if name.endswith("json") else None
+    hunt(root / name, sound, lambda path: use(KAIST(root, "all", annotations)), count)
 
 
 @pytest.mark.parametrize("count", COUNTS)

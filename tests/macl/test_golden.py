@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from macl.backbone import ModalityBatchNorm2d
+from macl.contrast import hard_negative_loss, hard_negatives
+from macl.domain import DomainClassifier, mmd
 from macl.fpn import FPN
 from macl.msp import MSPReweight
 
@@ -92,3 +95,72 @@ def test_modality_norm(golden):
     golden.close(x.grad, "grad_x", 1e-9, 1e-10)
     for name, branch in branches.items():
         golden.all_close(branch.state_dict(), f"after.{name}.", 1e-9, 1e-10)
+
+
+@pytest.mark.parametrize("golden", ["dhn_select"], indirect=True)
+def test_hard_negatives(golden):
+    indices = hard_negatives(golden["query"], golden["queue"], int(golden["top_k"]))
+    assert torch.equal(indices, golden["indices_desc"])
+    golden.close(golden["queue"][indices], "hard_negatives", 0, 1e-12)
+
+
+@pytest.mark.parametrize("golden", ["macl_dhn_fixedqueue_a", "macl_dhn_fixedqueue_b"], indirect=True)
+def test_contrast_with_a_separate_term_of_hard_negatives(golden):
+    queue, k = golden["w.dhn_sampler.queue"], int(golden["top_k"])
+    head, visible, infrared = golden.head(norm="none")
+    loss, _ = head(visible, infrared)
+    hard = hard_negative_loss(head.embed(visible), queue, k, head.temperature)
+    golden.close(loss, "loss_pos", 1e-4, 1e-6)
+    golden.close(hard, "loss_neg", 1e-4, 1e-6)
+    (loss + 0.1 * hard).backward()
+    golden.gradients_are_close(head, visible, infrared, 1e-4, 1e-6)
+
+    query = golden["emb_vis"]
+    indices = hard_negatives(query, queue, k)
+    assert torch.equal(indices, golden["hard_negative_indices_desc"])
+    golden.close((query @ queue.T).gather(1, indices), "hard_negative_sims_desc", 1e-9, 1e-12)
+
+
+CONTRAST_AND_MMD = [
+    ("macl_domain_n4", {"norm": "none"}, 0.1, [1.0, 2.0, 4.0]),
+    ("macl_domain_nlarge", {"norm": "group", "norm_groups": 4}, 0.08, [0.5, 1.0, 2.0]),
+]
+
+
+@pytest.mark.parametrize(("golden", "kwargs", "weight", "sigmas"), CONTRAST_AND_MMD, indirect=["golden"])
+def test_contrast_with_discrepancy(golden, kwargs, weight, sigmas):
+    head, visible, infrared = golden.head(**kwargs)
+    discrepancy = mmd(head.embed(visible), head.embed(infrared), sigmas)
+    golden.close(discrepancy, "loss_domain", 1e-4, 1e-6)
+    loss = head(visible, infrared)[0] + weight * discrepancy
+    golden.close(loss, "loss_macl", 1e-4, 1e-6)
+    loss.backward()
+    golden.gradients_are_close(head, visible, infrared, 1e-4, 1e-6)
+
+
+MMD = [("mmd_unbiased_equal", True, 1.0), ("mmd_unbiased_unequal", True, 0.1), ("mmd_biased", False, 0.5)]
+
+
+@pytest.mark.parametrize(("golden", "unbiased", "weight"), MMD, indirect=["golden"])
+def test_mmd(golden, unbiased, weight):
+    x, y = (golden[name].clone().requires_grad_() for name in "xy")
+    loss = weight * mmd(x, y, golden["kernels"], unbiased=unbiased)
+    loss.backward()
+    golden.close(loss, "loss", 1e-8, 1e-10)
+    golden.close(x.grad, "grad_x", 1e-8, 1e-10)
+    golden.close(y.grad, "grad_y", 1e-8, 1e-10)
+
+
+@pytest.mark.parametrize("golden", ["domain_classifier_2d", "domain_classifier_4d"], indirect=True)
+def test_domain_classifier(golden):
+    hidden, in_dim = golden["w.fc.0.weight"].shape
+    classifier = DomainClassifier(in_dim, hidden, len(golden["w.fc.3.bias"])).double().eval()
+    classifier.fc.load_state_dict(golden.under("w.fc."))
+    x = golden["x"].clone().requires_grad_()
+    logits = classifier(x, float(golden["lambda"]))
+    loss = F.cross_entropy(logits, golden["labels"])
+    loss.backward()
+    golden.close(logits, "logits", 1e-9, 1e-11)
+    golden.close(loss, "loss_ce", 1e-9, 1e-11)
+    golden.close(x.grad, "grad_x", 1e-9, 1e-11)
+    golden.all_close({name: p.grad for name, p in classifier.fc.named_parameters()}, "g.fc.", 1e-9, 1e-11)

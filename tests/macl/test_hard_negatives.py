@@ -1,13 +1,12 @@
 """Hard negatives: which rows of the bank are chosen, what becomes of them, and what the bank holds."""
 
-import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from macl.contrast import HARD_MODES, MACLHead, choose, hard_negative_loss, hard_negatives, in_denominator
+from macl.contrast import MACLHead, choose, hard_negative_loss, hard_negatives, in_denominator
 
 
 def features(rows, seed=0):
@@ -32,6 +31,10 @@ def filled(rows=14, **kwargs):
     return model
 
 
+def keys(rows):
+    return {"visible": unit(rows, seed=20), "infrared": unit(rows, seed=21)}
+
+
 def test_the_hardest_rows_come_first_and_masked_ones_never():
     query, bank = unit(4), unit(9, seed=1)
     mask = torch.rand(4, 9, generator=torch.Generator().manual_seed(2)) < 0.5
@@ -46,20 +49,21 @@ def test_the_hardest_rows_come_first_and_masked_ones_never():
 
 
 @pytest.mark.parametrize("direction", ["both", "visible_to_infrared"])
-def test_in_the_denominator_they_are_columns_of_one_cross_entropy(direction):
+@pytest.mark.parametrize("given", [True, False])
+def test_they_and_the_keys_are_columns_of_one_cross_entropy(direction, given):
     """Loss and every gradient, that of the temperature included, are those of the logits side by side."""
     model, inputs = filled(direction=direction).eval(), [features(6, seed).requires_grad_() for seed in (0, 1)]
-    losses, _, _ = model.compare(*inputs, torch.arange(6))
-    assert set(losses) == {"loss_macl"}
+    loss, _ = model(*inputs, torch.arange(6), keys(6) if given else None)
     embedded = dict(zip(("visible", "infrared"), map(model.embed, inputs), strict=True))
-    expected = []
+    columns, expected = keys(6) if given else embedded, []
     for query, key in model.directions:
         hard = (embedded[query] @ model.hard.banks[key].features.T).topk(5).values
-        logits = torch.cat([embedded[query] @ embedded[key].T, hard], dim=1) / model.temperature
+        logits = torch.cat([embedded[query] @ columns[key].T, hard], dim=1) / model.temperature
         expected.append(F.cross_entropy(logits, torch.arange(6)))
-    results = [losses["loss_macl"], torch.stack(expected).mean()]
+    results = [loss, torch.stack(expected).mean()]
     torch.testing.assert_close(*results)
-    torch.testing.assert_close(*[torch.autograd.grad(loss, [*inputs, *model.parameters()]) for loss in results])
+    leaves = [*inputs, *model.parameters()]
+    torch.testing.assert_close(*[torch.autograd.grad(one, leaves, materialize_grads=True) for one in results])
 
 
 def test_a_loss_near_zero_keeps_its_precision():
@@ -72,18 +76,7 @@ def test_a_loss_near_zero_keeps_its_precision():
     assert similarity.grad.item() == pytest.approx(math.exp(-60) / 0.01, rel=1e-4, abs=0)
 
 
-def test_the_separate_term_is_the_mean_softplus_of_the_chosen_rows():
-    model, visible, infrared = filled(hard_mode="softplus").eval(), features(6), features(6, 1)
-    losses, _, embedded = model.compare(visible, infrared, torch.arange(6))
-    torch.testing.assert_close(losses["loss_macl"], head(bank_size=0)(visible, infrared)[0])
-    expected = [
-        F.softplus((embedded[query] @ model.hard.banks[key].features.T).topk(5).values / 0.07).mean()
-        for query, key in model.directions
-    ]
-    torch.testing.assert_close(losses["loss_dhn"], torch.stack(expected).mean())
-
-
-def test_the_separate_term_counts_only_rows_that_exist():
+def test_the_loss_of_their_own_counts_only_rows_that_exist():
     query, bank = unit(3), unit(4, seed=1)
     mask = torch.zeros(3, 4, dtype=torch.bool)
     mask[0, 1:] = True  # one row is left to the first query, all four to the others
@@ -91,74 +84,57 @@ def test_the_separate_term_counts_only_rows_that_exist():
     torch.testing.assert_close(hard_negative_loss(query, bank, 10, 0.1, mask), expected)
 
 
-@pytest.mark.parametrize("mode", HARD_MODES)
-@pytest.mark.parametrize("case", ["empty bank", "own scene only", "none in use", "no rows", "one row"])
-def test_without_negatives_the_loss_is_the_plain_one(mode, case):
+@pytest.mark.parametrize("case", ["empty bank", "own scene only", "no rows", "one row"])
+def test_without_negatives_the_loss_is_the_plain_one(case):
     rows = {"no rows": 0, "one row": 1}.get(case, 4)
-    model = head(hard_mode=mode) if case in ("empty bank", "one row") else filled(hard_mode=mode)
+    model = filled() if case == "own scene only" else head()
     scenes = torch.arange(rows)
     if case == "own scene only":
         scenes[:] = 7
         for bank in model.hard.banks.values():
             bank.id_buffer.fill_(7)
-    model.hard.active = 0 if case == "none in use" else 20
-    visible, infrared = features(rows).requires_grad_(), features(rows, 1).requires_grad_()
-    losses, metrics, _ = model.compare(visible, infrared, scenes)
-    torch.testing.assert_close(losses["loss_macl"], head(bank_size=0)(visible, infrared)[0])
-    assert losses.get("loss_dhn", 0) == 0
-    sum(losses.values()).backward()
-    assert all(torch.isfinite(leaf.grad).all() for leaf in (*model.parameters(), visible, infrared))
+    inputs = features(rows).requires_grad_(), features(rows, 1).requires_grad_()
+    loss, metrics = model(*inputs, scenes, keys(rows))
+    torch.testing.assert_close(loss, head(bank_size=0)(*inputs, keys=keys(rows))[0])
+    assert rows > 1 or loss == 0
+    loss.backward()
+    assert all(torch.isfinite(leaf.grad).all() for leaf in (*model.parameters(), *inputs))
     assert all(value.isfinite() for value in metrics.values())
 
 
 def test_the_positive_is_never_among_the_negatives():
     """The same people come back in every step, embedded alike in both modalities: a row of theirs would score 1."""
     model, people = head(bank_size=64, hard_k=64), features(8)
-    query, scenes = model.embed(people), torch.arange(8) // 2 + 10  # four scenes of two
+    query, scenes = model.embed(people).detach(), torch.arange(8) // 2 + 10  # four scenes of two
     for step in range(4):
         for name in model.hard.banks:
             similarity, exists, _ = model.hard.choose(query, name, scenes)
             assert exists.sum() == 8 * 6 * step  # all rows of the other three scenes, of every step so far
             assert similarity.max() < 1 - 1e-6
-        model.compare(people, people, scenes)
+        model(people, people, scenes, {"visible": query, "infrared": query})
     assert model.hard.choose(query, "visible", scenes + 50)[0].max().item() == pytest.approx(1)
     model.hard.banks["visible"].id_buffer[:3] = -1
     assert model.hard.choose(query, "visible", torch.full((8,), -1))[1].sum() == 8 * 32  # unknown masks nothing
 
 
-def test_only_the_newest_rows_take_part():
-    model = head(bank_size=6, hard_k=6)
-    bank, rows = model.hard.banks["visible"], unit(9, seed=3)
-    for first, stop in ((0, 4), (4, 9)):  # the second batch wraps around
-        bank.enqueue(rows[first:stop])
-        for active in (1, 3, 6):
-            model.hard.active = active
-            similarity, exists, _ = model.hard.choose(rows, "visible", torch.full((9,), -1))
-            in_use = rows[max(0, stop - active) : stop]
-            expected = (rows @ in_use.T).sort(dim=1, descending=True).values
-            torch.testing.assert_close(similarity[:, : len(in_use)], expected)
-            assert (exists.sum(dim=1) == len(in_use)).all()
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_rows_enter_the_bank_of_their_modality_after_the_loss_and_in_training_only(momentum):
-    model, scenes = head(hard_momentum=momentum), torch.tensor([4, 4, 6])
-    inputs = features(3), features(3, 1)
-    model.eval().compare(*inputs, scenes)
+def test_keys_enter_the_bank_of_their_modality_after_the_loss_and_in_training_only():
+    model, scenes, inputs = head(), torch.tensor([4, 4, 6]), (features(3), features(3, 1))
+    model.eval()(*inputs, scenes)
     assert [len(bank) for bank in model.hard.banks.values()] == [0, 0]
-    losses, _, embedded = model.train().compare(*inputs, scenes)
-    torch.testing.assert_close(losses["loss_macl"], head(bank_size=0)(*inputs)[0])
+    loss, _ = model.train()(*inputs, scenes, keys(3))
+    torch.testing.assert_close(loss, head(bank_size=0)(*inputs, keys=keys(3))[0])
     for name, bank in model.hard.banks.items():
-        torch.testing.assert_close(bank.features, embedded[name].detach(), rtol=0, atol=1e-15)
-        assert torch.equal(bank.ids, scenes) and not bank.buffer.requires_grad
-    resumed = head(hard_momentum=momentum)  # a saved bank goes on where it was
+        assert torch.equal(bank.features, keys(3)[name]) and torch.equal(bank.ids, scenes)
+        assert not bank.buffer.requires_grad
+    resumed = head()  # a saved bank goes on where it was
     resumed.load_state_dict(model.state_dict())
-    again, other = (each.compare(*inputs, scenes + 10)[0]["loss_macl"] for each in (model, resumed))
-    assert again > losses["loss_macl"]  # the hardest negative is now the positive's twin
+    again, other = (each(*inputs, scenes + 10, keys(3))[0] for each in (model, resumed))
+    assert again > loss  # the positive's own key is now a negative, too
     assert torch.equal(again, other)
     assert set(head(direction="visible_to_infrared").hard.banks) == {"infrared"}
-    with pytest.raises(ValueError, match="scene of every row"):
-        model.compare(*inputs)
+    for lacking in ((None, keys(3)), (scenes, None)):
+        with pytest.raises(ValueError, match="scene of every row, and keys of an averaged detector"):
+            model(*inputs, *lacking)
 
 
 def test_a_bank_overwritten_before_the_backward_changes_no_gradient():
@@ -172,46 +148,27 @@ def test_a_bank_overwritten_before_the_backward_changes_no_gradient():
     assert torch.equal(*gradients)
 
 
-def test_the_key_projector_follows_slowly_and_makes_the_rows():
-    model = head(hard_momentum=0.9, dropout=0.5, norm="batch").train()
-    keys = model.hard.key_projector
-    assert not any(parameter.requires_grad for parameter in keys.parameters())
-    with torch.no_grad():
-        for parameter in model.projector.parameters():
-            parameter.add_(1.0)
-        model.projector[1].running_mean.add_(3.0)
-    before = copy.deepcopy(list(keys.parameters()))
-    model.compare(features(3), features(3, 1), torch.arange(3))
-    for average, old, live in zip(keys.parameters(), before, model.projector.parameters(), strict=True):
-        torch.testing.assert_close(average, old * 0.9 + live * 0.1)
-    torch.testing.assert_close(keys[1].running_mean, model.projector[1].running_mean)
-    expected = F.normalize(keys.eval()(features(3)), dim=1)  # without dropout
-    torch.testing.assert_close(model.hard.banks["visible"].features, expected)
-    assert "hard.key_projector.0.weight" in model.state_dict()
-
-
 def test_the_metrics_of_hard_negatives():
     model, scenes = filled(14, direction="visible_to_infrared"), torch.tensor([100, 101, 7])
-    losses, metrics, embedded = model.compare(features(3), features(3, 1), scenes)
-    similarity = embedded["visible"].detach() @ unit(14, seed=10).T
+    loss, metrics = model(features(3), features(3, 1), scenes, keys(3))
+    similarity = model.embed(features(3)).detach() @ unit(14, seed=10).T
     similarity[0, 0] = similarity[1, 1] = -math.inf
     assert metrics["dhn_fill"].item() == pytest.approx(14 / 20)
     assert metrics["dhn_masked"].item() == pytest.approx(2 / (3 * 14))
     torch.testing.assert_close(metrics["dhn_hardest"], similarity.max(dim=1).values.mean())
-    plain, known = head(bank_size=0, direction="visible_to_infrared")(features(3), features(3, 1))
+    plain, known = head(bank_size=0, direction="visible_to_infrared")(features(3), features(3, 1), keys=keys(3))
     torch.testing.assert_close(metrics["macl_relative"], known["macl_relative"])  # of the batch's own keys alone
-    assert losses["loss_macl"] > plain
+    assert loss > plain
 
 
 def test_autocast_leaves_the_similarities_in_float32():
     cosine = torch.linspace(0.9, 0.901, 20)  # all the same in bfloat16
     bank = torch.stack([cosine, (1 - cosine**2).sqrt()], dim=1)
-    model = head(hard_k=20).float()
+    model = filled().float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         indices = hard_negatives(torch.tensor([[1.0, 0.0]]), bank, 20)
-        _, _, embedded = model.compare(features(3).float(), features(3, 1).float(), torch.arange(3))
-        similarity, _, _ = model.hard.choose(embedded["visible"], "infrared", torch.full((3,), -1))
+        embedded = model.embed(features(3).float())
+        similarity, _, _ = model.hard.choose(embedded, "infrared", torch.full((3,), -1))
     assert indices[0].tolist() == list(range(19, -1, -1)) and similarity.dtype == torch.float32
-    exact = embedded["visible"].double() @ model.hard.banks["infrared"].features.double().T
-    expected = exact.sort(descending=True).values
-    torch.testing.assert_close(similarity[:, :3].double(), expected, atol=1e-6, rtol=0)
+    expected = (embedded.double() @ model.hard.banks["infrared"].features.double().T).topk(5).values
+    torch.testing.assert_close(similarity.double(), expected, atol=1e-6, rtol=0)

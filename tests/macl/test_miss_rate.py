@@ -65,12 +65,6 @@ def test_the_average_worked_by_hand():
     assert curve["fppi"].tolist() == [0, 0.5, 0.5] and curve["miss_rate"].tolist() == [50, 50, 0]
 
 
-def test_an_ignored_box_takes_any_number_of_detections_by_their_own_area():
-    crowd = (100, 100, 300, 300)
-    inside = [(110, 110, 150, 200), (200, 110, 240, 200), (110, 150, 150, 250)]  # IoU with the crowd below 0.1
-    assert counts([found(*inside)], [truth(crowd, (400, 100, 440, 200), ignore=[0])]) == (0, 0, 1)
-
-
 def test_half_of_a_box_is_enough_and_less_is_not():
     wide = (100, 100, 200, 200)
     assert counts([found((100, 100, 200, 300))], [truth(wide)]) == (1, 0, 1)

@@ -1,0 +1,59 @@
+"""Data sets for the tests, in LLVIP's layout and in KAIST's original one, and what is said of bad ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from trainkit.errors import InputError
+
+SIZE = (96, 112)  # of KAIST's images here
+PERSON = ("person", 10, 20, 30, 60, 0)  # name, x, y, width, height, occlusion
+
+
+def write(path: Path, content, size=SIZE) -> Path:
+    """A picture of a colour, a text, or else json."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, tuple):
+        Image.new("RGB", size, content).save(path)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def llvip(root: Path, *names: str, places=("train/010001", "train/020001", "test/190001"), size=(80, 64)) -> Path:
+    """Pairs, each with an object of every name."""
+    box = "<bndbox><xmin>9</xmin><ymin>9</ymin><xmax>30</xmax><ymax>50</ymax></bndbox>"
+    rows = "".join(f"<object><name>{name}</name>{box}</object>" for name in names)
+    sides = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+    for place in places:
+        for modality in ("visible", "infrared"):
+            write(root / modality / f"{place}.jpg", (90, 60, 30), size)
+        write(root / "Annotations" / f"{place.split('/')[1]}.xml", f"<annotation>{sides}{rows}</annotation>")
+    return root
+
+
+def bbgt(*objects, version=3) -> str:
+    lines = [f"{name} {x} {y} {w} {h} {occlusion} 0 0 0 0 {0} 0" for name, x, y, w, h, occlusion in objects]
+    return "\n".join([f"% bbGt version={version}", *lines]) + "\n"
+
+
+def kaist(root: Path, frames, objects=(PERSON,), name="all", size=SIZE) -> Path:
+    """Frames with these objects each, and a list of them."""
+    for frame in frames:
+        video, image = frame.rsplit("/", 1)
+        write(root / "images" / video / "visible" / f"{image}.jpg", (200, 100, 50), size)
+        write(root / "images" / video / "lwir" / f"{image}.jpg", (90, 90, 90), size)
+        write(root / "annotations" / f"{frame}.txt", bbgt(*objects))
+    write(root / "imageSets" / f"{name}.txt", "\n".join(frames) + "\n")
+    return root
+
+
+def refused(call, *words) -> str:
+    """The one-sentence message of the InputError that call() raises; it must hold the words."""
+    with pytest.raises(InputError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and all(str(word) in message for word in words), message
+    return message

@@ -1,0 +1,61 @@
+"""What the averaged detector fills in: keys of the boxes, and labels of the domain that has none."""
+
+import copy
+
+import pytest
+import torch
+
+from macl.backbone import MODALITIES
+from macl.teacher import UNSURE, Teacher
+
+FOUND = {"boxes": torch.tensor([[5.0, 5, 20, 40], [30, 8, 50, 55]]), "labels": torch.tensor([1, 2])}
+
+
+@pytest.fixture
+def taught(build, unequal):
+    """A detector in training, its average, which is another, and the batch's images."""
+    student = build(dhn_size=32, dhn_k=8).double().train()
+    average = copy.deepcopy(student)
+    with torch.no_grad():
+        for parameter in average.macl.projector.parameters():
+            parameter.normal_()
+    for i, target in enumerate(unequal["targets"]):
+        target |= {"scene": torch.tensor(i), "domain": torch.tensor(i % 2)}
+    return student, average, {name: unequal[name] for name in MODALITIES}, unequal["targets"]
+
+
+def test_keys_are_the_averages_embeddings_and_reach_the_loss_and_the_bank(taught):
+    student, average, images, targets = taught
+    filled = Teacher(average, keys=True, threshold=None)(**images, targets=targets)
+    assert not average.training and student.training
+    with torch.no_grad():
+        for i, target in enumerate(filled):
+            own = average.extract({name: given[i : i + 1] for name, given in images.items()})
+            expected = torch.stack(average.embed(own, [targets[i]["boxes"]]), dim=1)
+            torch.testing.assert_close(target["keys"], expected)
+            assert target.keys() - targets[i].keys() == {"keys"} and not target["keys"].requires_grad
+    student(**images, targets=filled)["loss_macl"].backward()
+    assert student.backbone.conv1.weight.grad is not None
+    assert all(parameter.grad is None for parameter in average.parameters())
+    for m, name in enumerate(MODALITIES):
+        expected = torch.cat([filled[i]["keys"][:, m] for i in (0, 3, 1, 2)])
+        torch.testing.assert_close(student.macl.hard.banks[name].features, expected.float().to(expected))
+        assert len(average.macl.hard.banks[name]) == 0
+
+
+@pytest.mark.parametrize("keys", [True, False])
+def test_detections_are_the_labels_of_the_new_domain_and_of_no_other(taught, keys, monkeypatch):
+    _, average, images, targets = taught
+    targets[0] |= {"visible_in": torch.ones(1, 2).bool(), "ignore": torch.ones(1).bool()}
+    found, asked = FOUND | {"scores": torch.tensor([0.7, 0.6999])}, []
+    monkeypatch.setattr(average, "detect", lambda _, **options: asked.append(options) or [found] * 4)
+    filled = Teacher(average, keys=keys, threshold=0.7)(**images, targets=copy.deepcopy(targets))
+    assert asked == [{"score_threshold": UNSURE}] and UNSURE == 0.3 and not average.training
+    for before, after in zip(targets, filled, strict=True):
+        assert ("keys" in after) == keys and (not keys or len(after["keys"]) == len(after["boxes"]))
+        rest = {name: value for name, value in after.items() if name != "keys"}
+        if before["domain"] == 0:
+            assert rest.keys() == {"scene", "domain", "boxes", "labels", "ignore"}
+            assert rest["ignore"].tolist() == [False, True]
+            before = {**FOUND, "ignore": rest["ignore"], "scene": before["scene"], "domain": before["domain"]}
+        assert rest.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in rest.items())
