@@ -190,6 +190,8 @@ def load_initial_weights(detector: PairedFasterRCNN, path: str | Path) -> str:
         ours, theirs = ({k: tensors.pop(k) for k in [*tensors] if k.startswith(f"{part}.")} for tensors in (own, state))
         fits = {k: tensor.shape for k, tensor in ours.items()} == {k: tensor.shape for k, tensor in theirs.items()}
         parts |= theirs if fits else ours
+        if part == "macl" and not fits:  # what another projector made is no key
+            parts |= {key: tensor for key, tensor in detector.state_dict().items() if key.startswith("macl.hard.")}
         if not fits:
             notes.append(f"newly made: {part}" if ours else f"left out: {part}")
     try:

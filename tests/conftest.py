@@ -55,15 +55,15 @@ def two_ranks():
 
 @pytest.fixture(scope="session")
 def backward_nodes():
-    """backward_nodes(tensor): the names of all nodes that a gradient of the tensor passes."""
+    """backward_nodes(tensor): all nodes that a gradient of the tensor passes."""
 
-    def names(tensor: torch.Tensor) -> set[str]:
+    def nodes(tensor: torch.Tensor) -> set:
         seen, ahead = set(), [tensor.grad_fn]
         while ahead:
             node = ahead.pop()
             if node is not None and node not in seen:
                 seen.add(node)
                 ahead += [function for function, _ in node.next_functions]
-        return {node.name() for node in seen}
+        return seen
 
-    return names
+    return nodes
