@@ -258,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
         detector.backbone.compile()
         detector.neck.compile()
     average = ema(detector, args.ema_decay) if args.ema_decay else None
-    teacher = Teacher(average.module, keys=True, threshold=None) if args.dhn_size else None
+    teacher = Teacher(detector, keys=True, threshold=None) if args.dhn_size else None
     weights = detection_weights(args, detector)
     freeze_unreached(detector, weights)
 
@@ -279,6 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
     run = Run(
         args, SCRIPT, train_step, sampler, total_steps=args.epochs * steps_per_epoch,
         constants={"model_kwargs": detector.kwargs, "register": registered}, values={"untrained": None},
+        parts={} if teacher is None else {"teacher": teacher},
         validate_first=detector.macl is not None,
     )  # fmt: skip
     run.say(*messages)
@@ -286,6 +287,8 @@ def main(arguments: list[str] | None = None) -> None:
         for epoch in run.epochs():
             for batches in run.batches(loader):
                 result = train_step(batches)
+                if teacher is not None and not result.skipped:
+                    teacher.update(detector)
                 run.log_step(result, images=sum(len(batch["path"]) for batch in batches) * distributed.world_size())
             if not run.validation_due():
                 continue

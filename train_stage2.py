@@ -261,13 +261,8 @@ def validate_args(args: argparse.Namespace) -> None:
     if not args.freeze_stages or max(args.freeze_stages) > 4:
         raise InputError(f"--freeze-stages {args.freeze_stages}: expected numbers from 0 to 4")
     check_hard_negatives(args)
-    if args.target_labels == "none":
-        if not mixes(args):
-            raise InputError(
-                "--target-labels none learns from the old domain's labels: give --old-share, and --llvip-root"
-            )
-        if not args.ema_decay:
-            raise InputError("--target-labels none takes labels from the averaged detector: --ema-decay above 0")
+    if args.target_labels == "none" and not mixes(args):
+        raise InputError("--target-labels none learns from the old domain's labels: give --old-share, --llvip-root")
 
 
 def validate_both(detector, new, old, args, device, between) -> tuple[dict, list[dict]]:
@@ -326,7 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
     threshold = args.self_threshold if args.target_labels == "none" else None
     teacher = None
     if args.dhn_size or threshold is not None:
-        teacher = Teacher(average.module, keys=args.dhn_size > 0, threshold=threshold)
+        teacher = Teacher(detector, keys=args.dhn_size > 0, threshold=threshold)
 
     if isinstance(train_data, JointDataset):
         lengths = tuple(map(len, train_data.datasets))
@@ -355,6 +350,7 @@ def main(arguments: list[str] | None = None) -> None:
     run = Run(
         args, SCRIPT, train_step, sampler, total_steps=total_steps, may_change=MAY_CHANGE,
         constants={"model_kwargs": detector.kwargs, "register": registered},
+        parts={} if teacher is None else {"teacher": teacher},
     )  # fmt: skip
     run.say(*messages)
     with run:
@@ -365,6 +361,8 @@ def main(arguments: list[str] | None = None) -> None:
             run.say(freeze(args, detector, train_step, epoch) if epoch else "before fine-tuning:")
             for batches in run.batches(loader):
                 result = train_step(batches)
+                if teacher is not None and not result.skipped:
+                    teacher.update(detector)
                 run.log_step(result, images=sum(len(batch["path"]) for batch in batches) * distributed.world_size())
             if run.validation_due():
                 model = detector if average is None or epoch == 0 else average.module

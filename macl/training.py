@@ -18,7 +18,6 @@ from trainkit.loader import make_loader
 from trainkit.sampler import ResumableSampler
 from trainkit.step import TrainStep, module_gradient_norms
 
-MAX_KEY_DECAY = 0.995  # of the average that embeds the keys of hard negatives
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
 
 
@@ -54,17 +53,8 @@ def add_hard_negative_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_hard_negatives(args: argparse.Namespace) -> None:
     """Raises InputError for flags with which hard negatives cannot work."""
-    if not args.dhn_size:
-        return
-    if args.macl_weight == 0:
+    if args.dhn_size and args.macl_weight == 0:
         raise InputError("--dhn-size: hard negatives are negatives of MACL; raise --macl-weight, or give --dhn-size 0")
-    if not 0 < args.ema_decay <= MAX_KEY_DECAY:
-        raise InputError(
-            f"--dhn-size takes its keys from the averaged detector: expected --ema-decay above 0 and at most "
-            f"{MAX_KEY_DECAY}, with more they lag too far behind; got {args.ema_decay}"
-        )
-    if args.mosaic:
-        raise InputError("--mosaic makes one picture of several scenes, which hard negatives keep apart: --dhn-size 0")
 
 
 def check_augmentation(args: argparse.Namespace) -> None:

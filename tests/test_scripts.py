@@ -280,8 +280,9 @@ def test_stage_2_trains_and_validates_both_domains(stage2):
 
 
 def test_stage_2_takes_keys_from_the_averaged_detector(stage2):
-    (train_step,), (teacher,) = (stage2.parts[part].results for part in ("TrainStep", "Teacher"))
-    assert teacher.detector is train_step.average.module and teacher.keys and teacher.threshold is None
+    (teacher,) = stage2.parts["Teacher"].results
+    assert teacher.keys and teacher.threshold is None and teacher.average.n_averaged == 24
+    assert load(stage2.folder)["teacher"]["average.n_averaged"] == 24
     assert len(stage2.parts["forward_losses"].calls) == 24
     assert all(kwargs == {"teacher": teacher} for _, kwargs in stage2.parts["forward_losses"].calls)
     fill = [line["dhn_fill"] for line in metrics(stage2.folder)]

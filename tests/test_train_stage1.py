@@ -48,7 +48,6 @@ def test_wrong_flags_end_in_one_sentence(stage1, tmp_path, capsys):
     assert "--statistics given" in say("--statistics", "given")
     assert "--hue 0.7" in say("--hue", "0.7")
     assert "--crop-scale" in say("--crop-scale", "0.9", "0.5")
-    assert "at most 0.995" in say("--dhn-size", 8, "--ema-decay", 0)
     assert "fit together: dhn_size" in say("--dhn-size", 8, "--macl-level", "none")
     assert "--best-by r1" in say("--best-by", "r1", "--macl-weight", "0")
     assert "nothing" in say("--data-root", tmp_path / "nothing")
