@@ -42,7 +42,7 @@ from macl.training import (
 from macl.evaluation import validation_text
 from macl.plots import draw_validation
 from macl.registration import add_registration_flags, choose_move
-from macl.teacher import Teacher
+from macl.teacher import KeyEncoder
 from macl.weights import has_old_names
 from trainkit import distributed
 from trainkit.arguments import (
@@ -258,7 +258,8 @@ def main(arguments: list[str] | None = None) -> None:
         detector.backbone.compile()
         detector.neck.compile()
     average = ema(detector, args.ema_decay) if args.ema_decay else None
-    teacher = Teacher(detector, keys=True, threshold=None) if args.dhn_size else None
+    keys = KeyEncoder(detector) if args.dhn_size else None
+    forward = functools.partial(forward_losses, teachers=[] if keys is None else [keys])
     weights = detection_weights(args, detector)
     freeze_unreached(detector, weights)
 
@@ -267,9 +268,9 @@ def main(arguments: list[str] | None = None) -> None:
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     optimizer, schedule = build_optimisation(args, detector, steps_per_epoch)
     train_step = TrainStep(
-        distributed.parallel(detector), optimizer, forward=functools.partial(forward_losses, teacher=teacher),
-        weights=weights, describe=lambda batch: batch["path"], device=device, schedule=schedule, average=average,
-        amp=args.amp, clip_norm=args.clip_norm,
+        distributed.parallel(detector), optimizer, forward=forward, weights=weights,
+        describe=lambda batch: batch["path"], device=device, schedule=schedule, average=average, amp=args.amp,
+        clip_norm=args.clip_norm,
     )  # fmt: skip
     torch.manual_seed(args.seed * 1000 + distributed.rank())  # each process samples its own RoIs
     if args.check:
@@ -279,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     run = Run(
         args, SCRIPT, train_step, sampler, total_steps=args.epochs * steps_per_epoch,
         constants={"model_kwargs": detector.kwargs, "register": registered}, values={"untrained": None},
-        parts={} if teacher is None else {"teacher": teacher},
+        parts={} if keys is None else {"keys": keys},
         validate_first=detector.macl is not None,
     )  # fmt: skip
     run.say(*messages)
@@ -287,8 +288,8 @@ def main(arguments: list[str] | None = None) -> None:
         for epoch in run.epochs():
             for batches in run.batches(loader):
                 result = train_step(batches)
-                if teacher is not None and not result.skipped:
-                    teacher.update(detector)
+                if keys is not None and not result.skipped:
+                    keys.update(detector)
                 run.log_step(result, images=sum(len(batch["path"]) for batch in batches) * distributed.world_size())
             if not run.validation_due():
                 continue

@@ -43,7 +43,7 @@ from macl.training import (
 from macl.evaluation import miss_rate_metrics, validation_text
 from macl.plots import draw_validation
 from macl.registration import add_registration_flags, choose_move
-from macl.teacher import Teacher
+from macl.teacher import KeyEncoder, Labeller
 from trainkit import distributed
 from trainkit.arguments import (
     add_recipe_flags,
@@ -261,8 +261,11 @@ def validate_args(args: argparse.Namespace) -> None:
     if not args.freeze_stages or max(args.freeze_stages) > 4:
         raise InputError(f"--freeze-stages {args.freeze_stages}: expected numbers from 0 to 4")
     check_hard_negatives(args)
-    if args.target_labels == "none" and not mixes(args):
-        raise InputError("--target-labels none learns from the old domain's labels: give --old-share, --llvip-root")
+    if args.target_labels == "none" and not (mixes(args) and args.ema_decay):
+        raise InputError(
+            "--target-labels none has the old domain's labels and the averaged detector's alone: it needs --old-share, "
+            "with --data-root also --llvip-root, and --ema-decay above 0"
+        )
 
 
 def validate_both(detector, new, old, args, device, between) -> tuple[dict, list[dict]]:
@@ -318,10 +321,9 @@ def main(arguments: list[str] | None = None) -> None:
         detector.backbone.compile()
         detector.neck.compile()
     average = ema(detector, args.ema_decay) if args.ema_decay else None
-    threshold = args.self_threshold if args.target_labels == "none" else None
-    teacher = None
-    if args.dhn_size or threshold is not None:
-        teacher = Teacher(detector, keys=args.dhn_size > 0, threshold=threshold)
+    keys = KeyEncoder(detector) if args.dhn_size else None
+    labels = Labeller(average.module, args.self_threshold) if args.target_labels == "none" else None
+    forward = functools.partial(forward_losses, teachers=[one for one in (labels, keys) if one is not None])
 
     if isinstance(train_data, JointDataset):
         lengths = tuple(map(len, train_data.datasets))
@@ -336,9 +338,8 @@ def main(arguments: list[str] | None = None) -> None:
     detector.backbone.freeze(min(args.freeze_stages))  # the optimizer knows all that is ever trained
     optimizer, schedule = build_optimisation(args, detector, steps_per_epoch, lr_scale=lr_factors(args))
     train_step = TrainStep(
-        detector, optimizer, forward=functools.partial(forward_losses, teacher=teacher), weights=weights,
-        describe=lambda batch: batch["path"], device=device, schedule=schedule, average=average, amp=args.amp,
-        clip_norm=args.clip_norm,
+        detector, optimizer, forward=forward, weights=weights, describe=lambda batch: batch["path"], device=device,
+        schedule=schedule, average=average, amp=args.amp, clip_norm=args.clip_norm,
     )  # fmt: skip
     torch.manual_seed(args.seed * 1000 + distributed.rank())  # each process samples its own RoIs
     if args.check:
@@ -350,7 +351,7 @@ def main(arguments: list[str] | None = None) -> None:
     run = Run(
         args, SCRIPT, train_step, sampler, total_steps=total_steps, may_change=MAY_CHANGE,
         constants={"model_kwargs": detector.kwargs, "register": registered},
-        parts={} if teacher is None else {"teacher": teacher},
+        parts={} if keys is None else {"keys": keys},
     )  # fmt: skip
     run.say(*messages)
     with run:
@@ -361,8 +362,8 @@ def main(arguments: list[str] | None = None) -> None:
             run.say(freeze(args, detector, train_step, epoch) if epoch else "before fine-tuning:")
             for batches in run.batches(loader):
                 result = train_step(batches)
-                if teacher is not None and not result.skipped:
-                    teacher.update(detector)
+                if keys is not None and not result.skipped:
+                    keys.update(detector)
                 run.log_step(result, images=sum(len(batch["path"]) for batch in batches) * distributed.world_size())
             if run.validation_due():
                 model = detector if average is None or epoch == 0 else average.module

@@ -10,19 +10,15 @@ from torch import Tensor, nn
 from trainkit.device import at_least_float32
 
 
-def mmd(x: Tensor, y: Tensor, sigmas: list[float] | Tensor, unbiased: bool = True, paired: bool = False) -> Tensor:
+def mmd(x: Tensor, y: Tensor, sigmas: list[float] | Tensor, unbiased: bool = True) -> Tensor:
     """Squared maximum mean discrepancy between two samples (Gretton et al., JMLR 2012).
 
     x: (N, D). y: (M, D).
     sigmas: bandwidths in the units of x; the kernel is the mean of exp(-|a - b|^2 / (2 sigma^2)) over them.
     unbiased: MMD_u^2 (equation 3), which may be negative; else MMD_b^2 (equation 5).
-    paired: whether x_i and y_i are of one thing. These pairs are then left out of the cross term (equation 4), which
-        would be too large by what they have in common. Unbiased and N = M only, else ValueError.
 
     -> (), float32 at least; exactly 0 but connected with fewer than two rows (biased: one) on either side.
     """
-    if paired and (len(x) != len(y) or not unbiased):
-        raise ValueError(f"the paired form is unbiased and of equally many rows, got {len(x)} and {len(y)}")
     x, y = at_least_float32(x), at_least_float32(y)
     if min(len(x), len(y)) < (2 if unbiased else 1):
         return (x.sum() + y.sum()) * 0
@@ -36,7 +32,7 @@ def mmd(x: Tensor, y: Tensor, sigmas: list[float] | Tensor, unbiased: bool = Tru
         return (kernel.sum() - kernel.diagonal().sum()) / (len(kernel) * (len(kernel) - 1))
 
     within = mean_kernel(x, x, without_diagonal=unbiased) + mean_kernel(y, y, without_diagonal=unbiased)
-    return within - 2 * mean_kernel(x, y, without_diagonal=paired)
+    return within - 2 * mean_kernel(x, y, without_diagonal=False)
 
 
 class _Reverse(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""What an averaged detector gives the one in training: keys for the contrast, and labels of a domain without any."""
+"""What averaged detectors give the one in training: keys for the contrast, and labels of a domain without any."""
 
 import torch
 from torch import Tensor, nn
@@ -6,31 +6,23 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from macl.detector import PairedFasterRCNN
 
-DECAY = 0.98  # of the moving average
+DECAY = 0.98  # of the moving average that embeds keys
 UNSURE = 0.3  # score from which a detection too weak for a label is ignored rather than background
-NEW = 0  # the domain, as `JointDataset` counts them, that a teacher labels
+NEW = 0  # the domain, as `JointDataset` counts them, that a labeller labels
 
 
-class Teacher(nn.Module):
-    """Fills in the targets of a batch from a moving average of the detector in training.
+class KeyEncoder(nn.Module):
+    """Embeds the boxes of a batch as keys that age alike (He et al., MoCo, 2020, equation 2).
 
-    The average (Tarvainen and Valpola, 2017, section 2) is the teacher's own and decays by DECAY from the first step
-    on: that which a run validates follows its first steps closely, and keys would age with it.
+    Its moving average of the detector decays by DECAY from the first step on: the one that a run validates follows its
+    first steps closely, and keys would age with it.
 
     detector: in training, with the weights that it starts from.
-    keys: whether to embed each box, as keys that age alike (He et al., MoCo, 2020, equation 2).
-    threshold: score from which a detection becomes a label of an image of domain NEW, whose own labels are put aside
-        (Li et al., Adaptive Teacher, 2022, section 3.2); None where all labels are known.
     """
 
-    def __init__(self, detector: PairedFasterRCNN, *, keys: bool, threshold: float | None):
+    def __init__(self, detector: PairedFasterRCNN):
         super().__init__()
         self.average = AveragedModel(detector, multi_avg_fn=get_ema_multi_avg_fn(DECAY)).eval()
-        self.keys, self.threshold = keys, threshold
-
-    @property
-    def detector(self) -> PairedFasterRCNN:
-        return self.average.module
 
     def update(self, detector: PairedFasterRCNN) -> None:
         """Follow the detector; after every step."""
@@ -38,19 +30,33 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, visible: list[Tensor], infrared: list[Tensor], targets: list[dict]) -> list[dict]:
-        """The targets with what is asked for; see `PairedFasterRCNN.forward` for all forms."""
-        features = self.detector.extract({"visible": visible, "infrared": infrared})
-        if self.threshold is not None:
-            found = self.detector.detect(features, score_threshold=UNSURE)
-            targets = [
-                self.labelled(target, one) if target["domain"] == NEW else target
-                for target, one in zip(targets, found, strict=True)
-            ]
-        if self.keys:
-            rows = torch.stack(self.detector.embed(features, [target["boxes"] for target in targets]), dim=1)
-            rows = rows.split([len(target["boxes"]) for target in targets])  # (n_i, 2, D)
-            targets = [target | {"keys": keys} for target, keys in zip(targets, rows, strict=True)]
-        return targets
+        """The targets with keys (n_i, 2, D), one row per box and modality; see `PairedFasterRCNN.forward`."""
+        boxes, average = [target["boxes"] for target in targets], self.average.module
+        rows = torch.stack(average.embed(average.extract({"visible": visible, "infrared": infrared}), boxes), dim=1)
+        rows = rows.split([len(box) for box in boxes])
+        return [target | {"keys": keys} for target, keys in zip(targets, rows, strict=True)]
+
+
+class Labeller:
+    """Labels the images of domain NEW, whose own labels are put aside (Li et al., Adaptive Teacher, 2022, section 3.2).
+
+    detector: a moving average of the one in training (Tarvainen and Valpola, 2017); this puts it into evaluation mode.
+    threshold: score from which a detection becomes a label.
+    """
+
+    def __init__(self, detector: PairedFasterRCNN, threshold: float):
+        self.detector, self.threshold = detector.eval(), threshold
+
+    @torch.no_grad()
+    def __call__(self, visible: list[Tensor], infrared: list[Tensor], targets: list[dict]) -> list[dict]:
+        """The targets, with detections as labels where the domain is NEW; see `PairedFasterRCNN.forward`."""
+        found = self.detector.detect(
+            self.detector.extract({"visible": visible, "infrared": infrared}), score_threshold=UNSURE
+        )
+        return [
+            self.labelled(target, one) if target["domain"] == NEW else target
+            for target, one in zip(targets, found, strict=True)
+        ]
 
     def labelled(self, target: dict, found: dict) -> dict:
         """A target whose labels are detections."""

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,6 @@ from torch import Tensor
 from macl.data import AugmentedDataset, PairedAugmentation, collate
 from macl.detector import PairedFasterRCNN
 from macl.evaluation import alignment_metrics, detection_metrics, predict
-from macl.teacher import Teacher
 from trainkit.arguments import fraction, non_negative_float, non_negative_int, positive_int
 from trainkit.device import to_device
 from trainkit.errors import InputError
@@ -105,12 +104,15 @@ def augmented_loader(args: argparse.Namespace, data, sampler: ResumableSampler, 
 
 
 def forward_losses(
-    model: torch.nn.Module, batch: dict, teacher: Teacher | None = None
+    model: torch.nn.Module, batch: dict, teachers: Sequence[Callable] = ()
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The unweighted losses of a collated batch, and the metrics to log. model: the detector, wrapped in DDP or not."""
+    """The unweighted losses of a collated batch, and the metrics to log.
+
+    model: the detector, wrapped in DDP or not. teachers: fill in the targets, one after the other, see `macl.teacher`.
+    """
     device = next(model.parameters()).device
     inputs = to_device({name: batch[name] for name in ("visible", "infrared", "targets")}, device)
-    if teacher is not None:
+    for teacher in teachers:
         inputs["targets"] = teacher(**inputs)
     return model(**inputs, with_metrics=True)
 

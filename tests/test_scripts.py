@@ -24,7 +24,7 @@ from trainkit.run import Run
 NAMES = ("stage1", "stage2", "fgclip")
 RECORDED = {
     "stage1": ["TrainStep", "validate"],
-    "stage2": ["TrainStep", "validate", "SyntheticPairs", "Teacher", "forward_losses"],
+    "stage2": ["TrainStep", "validate", "SyntheticPairs", "KeyEncoder", "forward_losses"],
     "fgclip": ["TrainStep", "Embedder"],
 }
 
@@ -279,12 +279,11 @@ def test_stage_2_trains_and_validates_both_domains(stage2):
     assert validated[-2:] == [tuple(DAY_AND_NIGHT), (NIGHT,)]
 
 
-def test_stage_2_takes_keys_from_the_averaged_detector(stage2):
-    (teacher,) = stage2.parts["Teacher"].results
-    assert teacher.keys and teacher.threshold is None and teacher.average.n_averaged == 24
-    assert load(stage2.folder)["teacher"]["average.n_averaged"] == 24
+def test_stage_2_takes_keys_from_an_average_that_follows_every_step(stage2):
+    (keys,) = stage2.parts["KeyEncoder"].results
+    assert keys.average.n_averaged == load(stage2.folder)["keys"]["average.n_averaged"] == 24
     assert len(stage2.parts["forward_losses"].calls) == 24
-    assert all(kwargs == {"teacher": teacher} for _, kwargs in stage2.parts["forward_losses"].calls)
+    assert all(kwargs == {"teachers": [keys]} for _, kwargs in stage2.parts["forward_losses"].calls)
     fill = [line["dhn_fill"] for line in metrics(stage2.folder)]
     assert fill[0] == 0 < fill[1] <= fill[-1] == 1
 

@@ -162,6 +162,7 @@ def test_wrong_flags_end_in_one_sentence(begun, tuned, tmp_path, capsys):
     assert "a bank of 40 rows" in say("--dhn-k", 41)
     assert "the old domain's labels" in say("--target-labels", "none", "--old-share", 0)
     assert "the old domain's labels" in say("--target-labels", "none", "--data-root", tmp_path)
+    assert "the old domain's labels" in say("--target-labels", "none", "--ema-decay", 0, "--dhn-size", 0)
     assert "expected NAME=FACTOR" in say("--lr-scale", "backbone")
     assert "parts are backbone, neck" in say("--lr-scale", "bakbone=0.1")
     headless = tmp_path / "headless.pt"

@@ -1,4 +1,4 @@
-"""What the averaged detector fills in: keys of the boxes, and labels of the domain that has none."""
+"""What averaged detectors fill in: keys of the boxes, and labels of the domain that has none."""
 
 import copy
 
@@ -6,32 +6,28 @@ import pytest
 import torch
 
 from macl.backbone import MODALITIES
-from macl.teacher import DECAY, UNSURE, Teacher
+from macl.teacher import DECAY, UNSURE, KeyEncoder, Labeller
 
 FOUND = {"boxes": torch.tensor([[5.0, 5, 20, 40], [30, 8, 50, 55]]), "labels": torch.tensor([1, 2])}
 
 
 @pytest.fixture
 def taught(build, unequal):
-    """A detector in training, a function that makes its teacher, whose average is another, and the batch."""
-    student = build(dhn_size=32, dhn_k=8).double().train()
-
-    def make(**kwargs):
-        teacher = Teacher(student, **kwargs)
-        with torch.no_grad():
-            for parameter in teacher.detector.macl.projector.parameters():
-                parameter.normal_()
-        return teacher
-
+    """A detector in training with hard negatives, and the batch's images and targets."""
     for i, target in enumerate(unequal["targets"]):
         target |= {"scene": torch.tensor(i), "domain": torch.tensor(i % 2)}
-    return student, make, {name: unequal[name] for name in MODALITIES}, unequal["targets"]
+    student = build(dhn_size=32, dhn_k=8).double().train()
+    return student, {name: unequal[name] for name in MODALITIES}, unequal["targets"]
 
 
 def test_keys_are_the_averages_embeddings_and_reach_the_loss_and_the_bank(taught):
-    student, make, images, targets = taught
-    teacher = make(keys=True, threshold=None)
-    average, filled = teacher.detector, teacher(**images, targets=targets)
+    student, images, targets = taught
+    encoder = KeyEncoder(student)
+    average = encoder.average.module
+    with torch.no_grad():
+        for parameter in average.macl.projector.parameters():
+            parameter.normal_()
+    filled = encoder(**images, targets=targets)
     assert not average.training and student.training
     with torch.no_grad():
         for i, target in enumerate(filled):
@@ -48,34 +44,29 @@ def test_keys_are_the_averages_embeddings_and_reach_the_loss_and_the_bank(taught
         assert len(average.macl.hard.banks[name]) == 0
 
 
-@pytest.mark.parametrize("keys", [True, False])
-def test_detections_are_the_labels_of_the_new_domain_and_of_no_other(taught, keys, monkeypatch):
-    _, make, images, targets = taught
-    teacher = make(keys=keys, threshold=0.7)
-    targets[0] |= {"visible_in": torch.ones(1, 2).bool(), "ignore": torch.ones(1).bool()}
-    found, asked = FOUND | {"scores": torch.tensor([0.7, 0.6999])}, []
-    monkeypatch.setattr(teacher.detector, "detect", lambda _, **options: asked.append(options) or [found] * 4)
-    filled = teacher(**images, targets=copy.deepcopy(targets))
-    assert asked == [{"score_threshold": UNSURE}] and UNSURE == 0.3 and not teacher.detector.training
-    for before, after in zip(targets, filled, strict=True):
-        assert ("keys" in after) == keys and (not keys or len(after["keys"]) == len(after["boxes"]))
-        rest = {name: value for name, value in after.items() if name != "keys"}
-        if before["domain"] == 0:
-            assert rest.keys() == {"scene", "domain", "boxes", "labels", "ignore"}
-            assert rest["ignore"].tolist() == [False, True]
-            before = {**FOUND, "ignore": rest["ignore"], "scene": before["scene"], "domain": before["domain"]}
-        assert rest.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in rest.items())
-
-
 def test_the_average_decays_at_one_rate_from_the_first_step_on(build):
-    student = build().double().train()
-    teacher, weights = Teacher(student, keys=True, threshold=None), []
+    student, weights = build().double().train(), []
+    encoder = KeyEncoder(student)
     for step in range(4):
         with torch.no_grad():
             student.rpn.head.cls_logits.bias.fill_(step)
-        teacher.update(student)
-        weights.append(teacher.detector.rpn.head.cls_logits.bias[0].item())
+        encoder.update(student)
+        weights.append(encoder.average.module.rpn.head.cls_logits.bias[0].item())
     expected = [0.0]
     for step in (1, 2, 3):
         expected.append(DECAY * expected[-1] + (1 - DECAY) * step)
-    assert weights == pytest.approx(expected) and not teacher.detector.training
+    assert weights == pytest.approx(expected) and not encoder.average.module.training
+
+
+def test_detections_are_the_labels_of_the_new_domain_and_of_no_other(taught, monkeypatch):
+    average, images, targets = taught
+    targets[0] |= {"visible_in": torch.ones(1, 2).bool(), "ignore": torch.ones(1).bool()}
+    found, asked = FOUND | {"scores": torch.tensor([0.7, 0.6999])}, []
+    monkeypatch.setattr(average, "detect", lambda _, **options: asked.append(options) or [found] * 4)
+    filled = Labeller(average, 0.7)(**images, targets=copy.deepcopy(targets))
+    assert asked == [{"score_threshold": UNSURE}] and UNSURE == 0.3 and not average.training
+    for before, after in zip(targets, filled, strict=True):
+        if before["domain"] == 0:
+            assert after["ignore"].tolist() == [False, True]
+            before = {**FOUND, "ignore": after["ignore"], "scene": before["scene"], "domain": before["domain"]}
+        assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
