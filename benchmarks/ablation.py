@@ -79,6 +79,9 @@ DRAWN = {
     "crop": Arm("MACL on crops", stage1(CROP)),
     "crop, dhn": Arm("the same with hard negatives", stage1(f"{CROP} {DHN}"), against=(*CONTROLS, "crop")),
     "street": Arm("the control in the new domain", start="control", evaluate=STREET, against=()),
+    "street register": Arm(
+        "the same, infrared moved onto visible", start="control", evaluate=f"{STREET} --register rig", against=("street",)
+    ),
     "street longer": Arm("old labels alone, longer", start="longer", evaluate=STREET, against=("street",)),
     "self-training": Arm(
         "labels of the new domain by the averaged detector", stage2("--target-labels none"),

@@ -100,7 +100,7 @@ def close(shifts, others):
 @pytest.mark.parametrize("register", ["none", "rig", "each"])
 def test_scripts_register_training_and_validation(register):
     """Each domain by its own rig: the street's infrared lies 3 px right and 1 down, that of the night does not."""
-    drawn = ["--synthetic-train", "60", "--synthetic-val", "60", "--register", register]
+    drawn = ["--synthetic-train", "24", "--synthetic-val", "24", "--register", register]
     there = (3, 1) if register == "none" else (0, 0)
     for script, classes, off in (
         (train_stage1, [], [(0, 0)] * 2),
