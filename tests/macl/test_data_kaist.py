@@ -282,15 +282,12 @@ def box(**changes):
 BAD_JSON = [
     ("{", "is not valid JSON"),
     ([], "holds []; expected the json of KAIST's annotations, an object"),
-    ({"images": []}, "a list of objects under categories"),
     (changed(images=[], annotations=[]), "holds no images"),
     (image(im_name="../x"), "images 0 names '../x'"),
-    (image(width=1e30), "images 0, width: expected a whole number"),
     (changed(images=changed()["images"] * 2), "twice"),
     (box(image_id=7), "annotations 0: no image has the id 7"),
     (box(category_id=9), "annotations 0: no image has the id 0, or no category the id 9"),
     (box(bbox=[1, 2, 3]), "annotations 0, bbox (x, y, width, height): expected 4 numbers"),
-    (box(bbox=[1, 2, float("inf"), 4]), "annotations 0, bbox"),
     (box(occlusion=None), "annotations 0, occlusion"),
     (box(ignore="perhaps"), "annotations 0, ignore"),
     (changed(annotations=[{"id": 3, **changed()["annotations"][0]}] * 2), "an annotation id twice"),
@@ -371,16 +368,3 @@ def test_real_frames_are_the_same_in_both_layouts(shared):
     counts = text.statistics()
     assert (counts["boxes"], counts["ignored"], counts["named_people"], counts["empty_images"]) == (62, 7, 7, 1)
     assert (counts["day"], counts["night"], counts["heavy"]) == (4, 4, 3)
-    # Registered, and the right way round: people are warm, and visible light has colour by day.
-    sample = tree[1]
-    inside = torch.cat([sample["infrared"][0, y1:y2, x1:x2].flatten() for x1, y1, x2, y2 in sample["boxes"].int()])
-    assert inside.float().mean() > sample["infrared"][0].float().mean()
-
-
-def test_real_annotations_of_the_test_frames(shared):
-    frames, source = read_ground_truth(shared / "data/kaist/eval/gt/kaist_annotations_test20.json")
-    assert len(frames) == 2252 and "improved" in source
-    assert sum(frame["daytime"] for frame in frames) == 1455
-    assert sum(len(frame["boxes"]) for frame in frames) == 4254
-    assert sum(int(frame["ignore"].sum()) for frame in frames) == 864
-    assert sum(len(frame["boxes"]) == 0 for frame in frames) == 852

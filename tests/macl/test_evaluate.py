@@ -322,17 +322,12 @@ def test_what_does_not_fit_the_files_is_named(checkpoint, kaist, annotations, tm
     assert "not with infrared alone" in refused(capsys, *model, "--misalign", 3)
 
 
-@pytest.mark.parametrize(("name", "suffix"), [("MBNet", ".txt"), ("MLPD", ".json")])
-def test_published_detections_from_the_command_line(shared, tmp_path, capsys, name, suffix):
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_detections_from_the_command_line(shared, tmp_path, capsys, name):
     folder = shared / "data/kaist/eval"
     file = folder / "results" / f"{name}_result.txt"
-    if suffix == ".json":
-        rows = [json.loads(f"[{line}]") for line in file.read_text().split()]
-        entries = [{"image_id": i - 1, "bbox": box, "score": score} for i, *box, score in rows]
-        file = tmp_path / f"{name}.json"
-        file.write_text(json.dumps(entries))
-    flags = ["--annotations", folder / "gt/kaist_annotations_test20.json", *["--first-id", 0] * (suffix == ".json")]
-    output = run(capsys, "--dataset", "kaist", "--detections", file, *flags, "--output", tmp_path / "metrics.json")
+    flags = ["--annotations", folder / "gt/kaist_annotations_test20.json", "--output", tmp_path / "metrics.json"]
+    output = run(capsys, "--dataset", "kaist", "--detections", file, *flags)
     assert [rows_of(output)[row][0] for row in ROWS] == [f"{value:.2f}" for value in PUBLISHED[name]]
     rows = json.loads((tmp_path / "metrics.json").read_text())["miss_rate"][file.stem]
     assert [round(rows[row]["miss_rate"], 2) for row in ROWS] == PUBLISHED[name]
