@@ -255,15 +255,10 @@ def test_classes_are_in_natural_order(tmp_path):
 
 
 def test_boxes_are_clipped_dropped_and_counted():
-    clipped, inverted, empty, outside = (
-        [-0.2, 0.5, 0.5, 1.7],
-        [0.5, 0.1, 0.4, 0.5],
-        [0.3, 0.3, 0.3, 0.9],
-        [1.1, 0, 2, 1],
-    )
-    boxes = torch.tensor([[0.1, 0.1, 0.5, 0.5], clipped, inverted, empty, outside, [0.0, torch.nan, 1.0, 1.0]])
+    boxes = [[0.1, 0.1, 0.5, 0.5], [-0.2, 0.5, 0.5, 1.7]]  # the second reaches out of the image
+    boxes += [[0.5, 0.1, 0.4, 0.5], [0.3, 0.3, 0.3, 0.9], [1.1, 0, 2, 1]]  # inverted, without area, outside
     statistics = BoxStatistics()
-    kept, which = usable_boxes(boxes, statistics)
+    kept, which = usable_boxes(torch.tensor([*boxes, [0.0, torch.nan, 1.0, 1.0]]), statistics)
     torch.testing.assert_close(kept, torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.0, 0.5, 0.5, 1.0]]))
     assert which.tolist() == [True, True, False, False, False, False]
     assert statistics == dict(total=6, clipped=1, inverted=1, empty=2, not_finite=1) and statistics.invalid == 4

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from scripts import equal, refused
 
 from fgclip import FGCLIP, Tokenizer, evaluate, load_model, save_clip_weights
 from fgclip.data import Record, RegionDataset
@@ -54,8 +55,6 @@ def results(folder, tmp_path, *flags, **kwargs):
 
 
 def refusal(capsys, folder, *flags, **kwargs) -> str:
-    from scripts import refused  # not where this file is a script itself
-
     return refused(capsys, evaluate.main, *command(folder, **kwargs), *flags)
 
 
@@ -77,8 +76,7 @@ def text_features(model, texts, long=False):
 
 
 def same(one, other):
-    state = other.state_dict()
-    return all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
+    return equal(dict(one.state_dict()), dict(other.state_dict()))
 
 
 def test_a_run_brings_weights_and_tokenizer(folder, tmp_path, model):

@@ -5,29 +5,13 @@ import math
 import time
 
 import pytest
-import torch
+from pairs import found, truth
 
 from macl.data import read_ground_truth
 from macl.metrics import miss_rate_curve, miss_rate_table, read_detections
 from macl.metrics.miss_rate import MAX_DETECTIONS
 
 PERSON = (100, 100, 140, 200)  # 40 x 100 pixels
-
-
-def truth(*boxes, ignore=(), occlusion=None, daytime=True):
-    return {
-        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        "ignore": torch.tensor([index in ignore for index in range(len(boxes))], dtype=torch.bool),
-        "occlusion": torch.tensor(occlusion or [0] * len(boxes)),
-        "daytime": daytime,
-    }
-
-
-def found(*boxes, scores=None):
-    return {
-        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        "scores": torch.tensor(scores or [0.9 - 0.1 * index for index in range(len(boxes))]),
-    }
 
 
 def shifted(box, x, y=0):
