@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from pairs import write
 from scripts import equal, refused
 
 from fgclip import FGCLIP, Tokenizer, evaluate, load_model, save_clip_weights
@@ -32,12 +33,6 @@ def run_state(own, **changes):
     average = {k: v + 0.01 for k, v in own.state_dict().items()}
     kept = dict(script="fgclip", model_kwargs=own.config, model=own.state_dict(), ema=average, merges=MERGES)
     return {k: v for k, v in (kept | changes).items() if v is not None}
-
-
-def write(path, content, lines=False):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(map(json.dumps, content)) + "\n" if lines else json.dumps(content))
-    return path
 
 
 def command(folder, checkpoint="run.pt"):
@@ -201,7 +196,7 @@ def fgovd(path, changes=()):
         line | dict(img_path="1.png", neg_expression=["a", "b", "c", "d"], bbox=[0, 0, 30, 30], width=41),
         line | dict(img_path="0.png", neg_expression=["the red"], bbox=[10, 10, 10, 10]),
     ]
-    return write(path, [one | dict(changes) for one in lines], lines=True)
+    return write(path, "\n".join(json.dumps(one | dict(changes)) for one in lines) + "\n")
 
 
 def test_fgovd(folder, tmp_path, model, capsys):
