@@ -87,12 +87,12 @@ def test_only_offsets_are_kept_in_memory(tmp_path):
     assert items[49][0]["f_path"].endswith("49.png")
 
 
-@pytest.mark.parametrize("content", ["", '[{"a": 1}, 3, {"b": 2}]', '{"a": 1}\nb', '{\n"images": []\n}'])
+@pytest.mark.parametrize("content", ["", '[{"a": 1}', '[{"a": 1}, 3, {"b": 2}]', '{"a": 1}\nb'])
 def test_damaged_files_are_named(tmp_path, content):
     path = tmp_path / "some.json"
     path.write_text(content)
     with pytest.raises(InputError, match="some.json"):
-        list(FineHARD(path))
+        JsonItems([path])
 
 
 @pytest.mark.parametrize(

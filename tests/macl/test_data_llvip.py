@@ -157,6 +157,17 @@ def test_bad_lists(root, content, word):
     refused(lambda: LLVIP(root, "train"), "train.txt", word)
 
 
+def test_names_that_are_not_utf_8(root):
+    name = b"19" + "行人".encode("gbk")
+    for folder in (root / "visible/test", root / "infrared/test", root / "Annotations"):
+        file = next(folder.glob("190001*"))
+        os.rename(file, os.fsencode(folder) + b"/" + name + os.fsencode(file.suffix))
+    sample = LLVIP(root, "test")[0]
+    assert os.fsencode(sample["path"]).endswith(name + b".jpg") and len(sample["boxes"]) == 1
+    (root / "Annotations" / os.fsdecode(name + b".xml")).write_text("broken")
+    refused(lambda: LLVIP(root, "test")[0], "\\udcd0").encode("utf-8")
+
+
 @pytest.mark.parametrize("kind", ["folder", "fifo", "loop", "dangling"])
 def test_no_file_in_the_place_of_one(root, kind):
     make = {"folder": os.mkdir, "fifo": os.mkfifo, "loop": lambda file: os.symlink(file, file)}
