@@ -35,7 +35,8 @@ def two_ranks():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        shared = {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        paths = f"{ROOT}{os.pathsep}{ROOT / 'tests/harness'}"  # as pytest's own
+        shared = {"PYTHONPATH": paths, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
         command = [sys.executable, "-W", "error", script, str(folder)]
         ranks = [
             subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},

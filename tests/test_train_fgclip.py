@@ -130,9 +130,8 @@ def test_published_weights_and_their_scales(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "FG-CLIP" in output and "all logit scales reset to 3.0000" in output
     assert metrics(tmp_path / "reset")[0]["logit_scale_region"] == pytest.approx(3, abs=0.01)
-    assert (
-        load_model(tmp_path / "reset" / "last.pt")[0].vision_model.image_size == 48
-    )  # what it was trained on, not what it was
+    model, _ = load_model(tmp_path / "reset" / "last.pt")
+    assert model.vision_model.image_size == 48  # what it was trained on, not what it was
     train(tmp_path / "kept", *flags[:-1], "--max-steps", 1, tiny=tiny)
     output = capsys.readouterr().out
     assert "logit scale region is 6.0000, far from --logit-scale-init 2.6593; --reset-logit-scales" in output

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "harness"))  # as a script it has no pytest to do so
-
 from scripts import STAGE_1, STAGE_2, equal, load, metrics, refused, run
 
 import macl

@@ -10,8 +10,6 @@ from PIL import Image
 
 from fgclip import FGCLIP
 
-torch.set_num_threads(1)
-
 SMALL = dict(
     vision=dict(image_size=32, patch_size=8, width=32, layers=3, heads=4, mlp_width=64),
     text=dict(vocab_size=514, context_length=24, width=24, layers=2, heads=3, mlp_width=48),

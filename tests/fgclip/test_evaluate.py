@@ -10,6 +10,8 @@ import sys
 
 import pytest
 import torch
+from pairs import write
+from scripts import equal, refused
 
 from fgclip import FGCLIP, Tokenizer, evaluate, load_model, save_clip_weights
 from fgclip.data import Record, RegionDataset
@@ -33,12 +35,6 @@ def run_state(own, **changes):
     return {k: v for k, v in (kept | changes).items() if v is not None}
 
 
-def write(path, content, lines=False):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(map(json.dumps, content)) + "\n" if lines else json.dumps(content))
-    return path
-
-
 def command(folder, checkpoint="run.pt"):
     return ["--checkpoint", folder / checkpoint, "--device", "cpu", "--workers", 0]
 
@@ -54,8 +50,6 @@ def results(folder, tmp_path, *flags, **kwargs):
 
 
 def refusal(capsys, folder, *flags, **kwargs) -> str:
-    from scripts import refused  # not where this file is a script itself
-
     return refused(capsys, evaluate.main, *command(folder, **kwargs), *flags)
 
 
@@ -77,8 +71,7 @@ def text_features(model, texts, long=False):
 
 
 def same(one, other):
-    state = other.state_dict()
-    return all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
+    return equal(dict(one.state_dict()), dict(other.state_dict()))
 
 
 def test_a_run_brings_weights_and_tokenizer(folder, tmp_path, model):
@@ -101,6 +94,7 @@ def test_a_run_brings_weights_and_tokenizer(folder, tmp_path, model):
         (dict(model_kwargs=[1]), "describes no model that can be built"),
         (dict(model_kwargs=dict(vision=3)), "describes no model that can be built"),
         (dict(model_kwargs=dict(embed_dim=2**62)), "describes no model that can be built"),
+        (dict(model_kwargs=dict(text=dict(context_length=1))), "context_length"),
         (dict(merges=3), "merges: expected a list of pairs, got 3"),
         (dict(merges=[["t", torch.ones(2)]]), "merges: expected two symbols"),
         (dict(merges=[["a", "b"]] * 9), "more merges than the model's 518 tokens"),
@@ -113,19 +107,6 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path, model, changes, said)
         changes = dict(model_kwargs=model.config | changes["model_kwargs"])
     torch.save(run_state(model, **changes), tmp_path / "run.pt")
     with pytest.raises(InputError, match=said):
-        load_model(tmp_path / "run.pt")
-
-
-@pytest.mark.parametrize("tower", ["vision", "text"])
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("layers", 10**9), ("layers", True), ("layers", float("nan")), ("width", 10**30), ("heads", torch.ones(2))]
-    + [("eps", "x"), ("activation", ["gelu"]), ("eos_id", "x"), ("context_length", 1), ("image_size", 33)],
-)
-def test_a_config_in_a_checkpoint_is_checked_before_anything_is_made_of_it(tmp_path, model, tower, key, value):
-    config = model.config | {tower: model.config[tower] | {key: value}}
-    torch.save(run_state(model, model_kwargs=config), tmp_path / "run.pt")
-    with pytest.raises(InputError, match="run.pt"):
         load_model(tmp_path / "run.pt")
 
 
@@ -215,7 +196,7 @@ def fgovd(path, changes=()):
         line | dict(img_path="1.png", neg_expression=["a", "b", "c", "d"], bbox=[0, 0, 30, 30], width=41),
         line | dict(img_path="0.png", neg_expression=["the red"], bbox=[10, 10, 10, 10]),
     ]
-    return write(path, [one | dict(changes) for one in lines], lines=True)
+    return write(path, "\n".join(json.dumps(one | dict(changes)) for one in lines) + "\n")
 
 
 def test_fgovd(folder, tmp_path, model, capsys):
@@ -332,15 +313,6 @@ def test_bad_data_is_refused(folder, tmp_path, capsys):
     assert "at least two" in refusal(capsys, folder, "--task", "folder", "--image-root", folder)
     assert "expected a file or folder of weights" in refusal(capsys, folder, checkpoint="nothing.pt")
     assert "0.png was not written by torch.save" in refusal(capsys, folder, checkpoint="images/0.png")
-
-
-def test_a_damaged_image_is_named_by_a_loading_process(folder, tmp_path, capsys):
-    for i in range(IMAGES):
-        content = (folder / "images" / f"{i}.png").read_bytes()
-        (tmp_path / f"{i}.png").write_bytes(content[:100] if i == 2 else content)
-    flags = ("--task", "retrieval", "--annotations", coco(tmp_path), "--image-root", tmp_path, "--workers", 1)
-    said = refusal(capsys, folder, *flags)
-    assert "2.png (named by" in said and "images[2]) cannot be decoded as an image: broken" in said
 
 
 @pytest.mark.parametrize("flags", [[], ["--image-size", 64], ["--crop"]])

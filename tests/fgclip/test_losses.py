@@ -45,8 +45,7 @@ def test_symmetric_loss_and_gradients(queued, classes):
     found = symmetric_loss(image, text, SCALE, ids=ids, bank=bank)
     torch.testing.assert_close(found, expected)
     inputs = (image, text, SCALE)
-    for mine, theirs in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs))
     torch.testing.assert_close(symmetric_loss(image, text, SCALE, ids=ids, bank=bank, reduction="sum"), 5 * found)
 
 
@@ -76,17 +75,6 @@ def test_statistics():
     assert statistics["top1"] == 3
 
 
-def test_a_bank_gets_no_gradient_and_may_change_before_the_backward():
-    bank, image, text = PairBank(4, 6).double(), rows(2, 1), rows(2, 2)
-    torch.testing.assert_close(symmetric_loss(image, text, SCALE, bank=bank), symmetric_loss(image, text, SCALE))
-    bank.enqueue(image, text)
-    assert not any(buffer.requires_grad for buffer in bank.buffers())
-    loss = symmetric_loss(image, text, SCALE, bank=bank)
-    before = torch.autograd.grad(loss, image, retain_graph=True)[0]
-    bank.enqueue(rows(4, 5), rows(4, 6))
-    assert torch.autograd.grad(loss, image)[0].equal(before) and len(bank) == 4
-
-
 @pytest.mark.parametrize("counts", [[3, 1, 4], [11, 11], [1]])
 def test_hard_negatives(counts):
     region, text = rows(len(counts), 1), rows(sum(counts), 2)
@@ -97,8 +85,7 @@ def test_hard_negatives(counts):
     found, statistics = hard_negative_loss(region, text, SCALE, counts=torch.tensor(counts), with_stats=True)
     torch.testing.assert_close(found, expected)
     inputs = (region, text, SCALE)
-    for mine, theirs in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs))
     hits = sum(len(t) > 1 and bool((r @ t[0]) > (t[1:] @ r).max()) for r, t in zip(region, parts, strict=True))
     assert statistics["top1"] == hits and statistics["candidates"] == sum(counts)
     assert statistics["rows_with_negatives"] == sum(c > 1 for c in counts)

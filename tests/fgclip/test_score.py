@@ -87,10 +87,7 @@ def test_bad_input_is_refused(folder, capsys):
         ((), "give captions with --text or --text-file"),
         (("--text", "a", "--box", "1,2,3"), "--box 1,2,3: expected 4 numbers"),
         (("--text", "a", "--box", "1,2,3,nan"), "--box 1,2,3,nan: expected a number"),
-        (
-            ("--text", "a", "--box", "5,5,20,20", "--box", "0.1,0,0.5,1"),
-            "--box 0.1,0,0.5,1: expected x1",
-        ),
+        (("--text", "a", "--box", "5,5,20,20", "--box", "0.1,0,0.5,1"), "--box 0.1,0,0.5,1: expected x1"),
         (("--text", "a", "--image-size", "8192"), "of at most 4096"),
         (("--text", "a", "--box", "30,4,5,20"), "--box 30,4,5,20: expected x1,y1,x2,y2"),
         (("--text", "a", "--box", "60,4,70,20"), "overlapping the image of 40x30"),

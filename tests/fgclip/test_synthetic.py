@@ -6,19 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fgclip import Tokenizer
+from fgclip import Tokenizer, synthetic
 from fgclip.data import Collate, data_statistics
-from fgclip.synthetic import (
-    ATTRIBUTES,
-    PHRASES,
-    PLACEMENTS,
-    SHAPES,
-    TEXTURES,
-    SyntheticRegions,
-    shape_mask,
-    texture_mask,
-    vocabulary,
-)
+from fgclip.synthetic import ATTRIBUTES, PHRASES, PLACEMENTS, SyntheticRegions
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -79,13 +69,15 @@ def test_a_scene_is_drawn_from_seed_and_index(placement):
 
 def test_shapes_and_textures_differ():
     u, v = np.meshgrid(np.linspace(-1, 1, 32), np.linspace(-1, 1, 32))
-    for masks in ([shape_mask(name, u, v) for name in SHAPES], [texture_mask(name, u, v) for name in TEXTURES]):
+    shapes = [synthetic.shape_mask(name, u, v) for name in synthetic.SHAPES]
+    textures = [synthetic.texture_mask(name, u, v) for name in synthetic.TEXTURES]
+    for masks in (shapes, textures):
         assert all((a != b).mean() > 0.05 for a, b in itertools.combinations(masks, 2))
 
 
 def test_a_learned_vocabulary_makes_short_texts():
     scenes = SyntheticRegions(40, seed=0)
-    tokenizer = Tokenizer(vocabulary())
+    tokenizer = Tokenizer(synthetic.vocabulary())
     assert {len(tokenizer.encode(phrase)) for phrase in PHRASES} == {4}
     batch = Collate(tokenizer)([scenes[i] for i in range(40)])
     assert batch["short_texts"].shape[1] <= 16 and batch["long_texts"].shape[1] <= 40

@@ -4,7 +4,6 @@ import gzip
 import json
 import pickle
 import random
-import re
 import unicodedata
 
 import pytest
@@ -74,31 +73,21 @@ def test_longer_merge_files_are_cut_where_clip_cuts_them(tmp_path):
     assert len(tokenizer.read_merges(path)) == 48894
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("three.txt", b"version\na b c\n"),
-        ("cut.txt.gz", gzip.compress(b"version\na b\n" * 50, mtime=0)[:30]),
-        ("text.gz", b"no gzip"),
-        ("other.json", b'{"model": {}}'),
-        ("numbers.json", b'{"model": {"merges": [1, 2]}}'),
-        ("latin.txt", b"version\n\xe9 a\n"),
-        ("deep.json", b"[" * 10**5),
-        ("bomb.txt.gz", gzip.compress(b"version\n" + b"a b\n" * 2**24, 1, mtime=0)),
-    ],
-)
-def test_other_files_are_refused(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=re.escape(name)):
-        Tokenizer(tmp_path / name)
-    with pytest.raises(InputError, match="absent"):
-        Tokenizer(tmp_path / "absent")
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "three.txt").write_text("version\na b c\n")
+    (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(b"version\n" + b"a b\n" * 2**24, 1, mtime=0))
+    for name in ("three.txt", "bomb.txt.gz", "absent"):
+        with pytest.raises(InputError, match=name):
+            Tokenizer(tmp_path / name)
 
 
 def test_cleaning(monkeypatch):
+    """With ftfy and without it, which is said."""
+    assert ("ftfy" in Tokenizer("bytes").description) == (tokenizer.ftfy is None)
     if tokenizer.ftfy is not None:
         assert tokenizer.clean("cafÃ©") == "café"
     monkeypatch.setattr(tokenizer, "ftfy", None)  # it unescapes once itself
+    assert "ftfy is not installed" in Tokenizer("bytes").description
     assert tokenizer.clean("  A\t\nB&amp;lt; ") == "a b<"
     assert tokenizer.clean("\ufeffa cat \ufeff ") == "a cat"
     assert tokenizer.clean(f"a&#{'9' * 5000}; &amp;#{'9' * 5000}; b") == "a&#; &#; b"  # more digits than int() takes
@@ -125,13 +114,6 @@ def test_words_are_those_of_the_published_pattern(installed, monkeypatch):
     pool = [c for c in pool if c != "\u0345"] + list("ab 's't12_-") * 300
     for text in ("".join(random.choices(pool, k=40)) for _ in range(300)):
         assert pattern.findall(text) == regex.findall(published, text, regex.IGNORECASE)
-
-
-def test_missing_ftfy_is_said(monkeypatch):
-    assert ("ftfy" in Tokenizer("bytes").description) == (tokenizer.ftfy is None)
-    monkeypatch.setattr(tokenizer, "ftfy", None)
-    assert "ftfy is not installed" in Tokenizer("bytes").description
-    assert Tokenizer("bytes").encode("plain text")
 
 
 def test_learned_merges_make_words_of_texts():

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from trainkit.errors import InputError
 
 SIZE = (96, 112)  # of KAIST's images here
+FRAMES = ["set00/V000/I00001", "set00/V000/I00003", "set04/V002/I00019", "set06/V000/I00019", "set11/V001/I00039"]
 PERSON = ("person", 10, 20, 30, 60, 0)  # name, x, y, width, height, occlusion
 
 
@@ -39,7 +41,7 @@ def bbgt(*objects, version=3) -> str:
     return "\n".join([f"% bbGt version={version}", *lines]) + "\n"
 
 
-def kaist(root: Path, frames, objects=(PERSON,), name="all", size=SIZE) -> Path:
+def kaist(root: Path, frames=FRAMES, objects=(PERSON,), name="all", size=SIZE) -> Path:
     """Frames with these objects each, and a list of them."""
     for frame in frames:
         video, image = frame.rsplit("/", 1)
@@ -48,6 +50,36 @@ def kaist(root: Path, frames, objects=(PERSON,), name="all", size=SIZE) -> Path:
         write(root / "annotations" / f"{frame}.txt", bbgt(*objects))
     write(root / "imageSets" / f"{name}.txt", "\n".join(frames) + "\n")
     return root
+
+
+def published(objects_by_frame: dict, size=SIZE, **extra) -> dict:
+    """The json of KAIST's test frames."""
+    names = ["__ignore__", "person", "cyclist", "people", "person?"]
+    annotations = [
+        {"image_id": i, "category_id": names.index(name), "bbox": [x, y, w, h], "occlusion": hidden, "ignore": 0}
+        for i, objects in enumerate(objects_by_frame.values())
+        for name, x, y, w, h, hidden in objects
+    ]
+    images = [dict(id=i, im_name=name, width=size[0], height=size[1]) for i, name in enumerate(objects_by_frame)]
+    categories = [{"id": i, "name": name} for i, name in enumerate(names)]
+    return extra | {"images": images, "annotations": annotations, "categories": categories}
+
+
+def truth(*boxes, labels=None, ignore=(), occlusion=None, daytime=True) -> dict:
+    """The ground truth of a frame; ignore: places of the boxes that are."""
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.tensor(labels or [1] * len(boxes)),
+        "ignore": torch.tensor([index in ignore for index in range(len(boxes))], dtype=torch.bool),
+        "occlusion": torch.tensor(occlusion or [0] * len(boxes)),
+        "daytime": daytime,
+    }
+
+
+def found(*boxes, labels=None, scores=None) -> dict:
+    """The detections of a frame, by falling score where none are given."""
+    scores = torch.tensor(scores or [0.9 - 0.1 * index for index in range(len(boxes))])
+    return {name: truth(*boxes, labels=labels)[name] for name in ("boxes", "labels")} | {"scores": scores}
 
 
 def refused(call, *words) -> str:

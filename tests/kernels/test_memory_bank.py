@@ -22,16 +22,6 @@ def test_it_holds_the_last_rows_of_any_sequence_of_batches(size, batches):
     assert (bank.buffer[len(bank) :] == 0).all() and (bank.id_buffer[len(bank) :] == -1).all()
 
 
-def test_a_reloaded_bank_goes_on_where_it_stopped():
-    bank, copy = MemoryBank(5, 3), MemoryBank(5, 3)
-    bank.enqueue(torch.randn(7, 3), torch.arange(7))
-    copy.load_state_dict(bank.state_dict())
-    more = torch.randn(2, 3)
-    for one in (bank, copy):
-        one.enqueue(more)
-    assert all(torch.equal(a, b) for a, b in zip(bank.state_dict().values(), copy.state_dict().values(), strict=True))
-
-
 def test_rows_are_detached_copies_in_its_dtype():
     bank = MemoryBank(4, 2, dtype=torch.float16)
     rows = torch.ones(2, 2, requires_grad=True)

@@ -1,24 +1,11 @@
 """Average precision: worked by hand, and the ways nothing can be measured."""
 
 import pytest
-import torch
+from pairs import found, truth
 
 from macl.metrics import average_precision
 
 A, B, FAR = [10, 10, 50, 110], [200, 10, 240, 110], [400, 200, 440, 300]
-
-
-def truth(*boxes, labels=None, ignore=()):
-    return {
-        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        "labels": torch.tensor(labels or [1] * len(boxes)),
-        "ignore": torch.tensor([index in ignore for index in range(len(boxes))], dtype=torch.bool),
-    }
-
-
-def found(*boxes, labels=None, scores=None):
-    scores = torch.tensor(scores or [0.9 - 0.1 * index for index in range(len(boxes))])
-    return {key: value for key, value in truth(*boxes, labels=labels).items() if key != "ignore"} | {"scores": scores}
 
 
 def test_perfect_and_printing_nothing(capfd):

@@ -149,9 +149,8 @@ def test_pictures_are_registered_and_one_camera_is_not(tmp_path, capsys, monkeyp
 def test_real_pairs(shared, name, size, count, least):
     """With a shift of up to 12 x 4 pixels added, the share found within 2 pixels; without one, the rig."""
     if name == "llvip256":
-        paths = find_pairs(*(shared / f"data/llvip256/unlabelled/{modality}" for modality in ("visible", "infrared")))[
-            ::10
-        ]
+        folder = shared / "data/llvip256/unlabelled"
+        paths = find_pairs(folder / "visible", folder / "infrared")[::10]
     else:
         kind, root, splits = REAL[name]
         parts = [kind(shared / "data" / root, split) for split in splits]

@@ -4,14 +4,12 @@ import pickle
 
 import pytest
 import torch
-from pairs import PERSON, SIZE, bbgt, kaist, refused, write
+from pairs import FRAMES, PERSON, SIZE, bbgt, kaist, published, refused, write
 from PIL import Image
 
 from macl.data import KAIST, collate, hold_out, read_ground_truth
 from macl.data.kaist import TRAINING_RULES
 from trainkit.loader import make_loader
-
-FRAMES = ["set00/V000/I00001", "set00/V000/I00003", "set04/V002/I00019", "set06/V000/I00019", "set11/V001/I00039"]
 
 
 def xml(*objects, corners=False, size=SIZE):
@@ -23,23 +21,6 @@ def xml(*objects, corners=False, size=SIZE):
         text += f"<object><name>{name}</name><bndbox>" + "".join(f"<{tag}>{value}</{tag}>" for tag, value in box)
         text += f"</bndbox><occlusion>{hidden}</occlusion></object>"
     return f"<annotation>{text}</annotation>"
-
-
-def published(objects_by_frame, size=SIZE, **extra):
-    """The json of the test frames."""
-    names = ["__ignore__", "person", "cyclist", "people", "person?"]
-    annotations = [
-        {"image_id": i, "category_id": names.index(name), "bbox": [x, y, w, h], "occlusion": hidden, "ignore": 0}
-        for i, objects in enumerate(objects_by_frame.values())
-        for name, x, y, w, h, hidden in objects
-    ]
-    images = [dict(id=i, im_name=name, width=size[0], height=size[1]) for i, name in enumerate(objects_by_frame)]
-    categories = [{"id": i, "name": name} for i, name in enumerate(names)]
-    return extra | {"images": images, "annotations": annotations, "categories": categories}
-
-
-def original(root, frames=FRAMES, objects=(PERSON,), name="all"):
-    return kaist(root, frames, objects, name)
 
 
 def processed(root, frames=FRAMES, objects=(PERSON,), name="all"):
@@ -59,14 +40,14 @@ def numbers(data):
     return [(pair.scene, int(pair.visible.stem[-5:])) for pair in data.pairs]
 
 
-@pytest.fixture(params=[original, processed])
+@pytest.fixture(params=[kaist, processed])
 def root(request, tmp_path):
     return request.param(tmp_path / "a visible infrared lwir place")  # the words of the layouts in the path itself
 
 
 @pytest.fixture
 def tree(tmp_path):
-    return original(tmp_path / "kaist")
+    return kaist(tmp_path / "kaist")
 
 
 def test_a_sample_follows_the_contract_in_both_layouts(root):
@@ -85,12 +66,12 @@ def test_a_sample_follows_the_contract_in_both_layouts(root):
     assert sample["path"] == str(data.paths(4)[0])
 
 
-@pytest.mark.parametrize(("make", "name"), [(original, "kaist-rgbt"), (processed, "KAIST_processed")])
+@pytest.mark.parametrize(("make", "name"), [(kaist, "kaist-rgbt"), (processed, "KAIST_processed")])
 def test_source_says_layout_list_labels_and_counts_and_the_parent_of_the_root_will_do(tmp_path, make, name):
     root = make(tmp_path / name)
     source = KAIST(tmp_path, "all").source
     assert "5 pairs (3 by day, 2 by night)" in source and "all.txt" in source and str(root) in source
-    assert ("original tree" in source) == (make is original) != ("processed VOC layout" in source)
+    assert ("original tree" in source) == (make is kaist) != ("processed VOC layout" in source)
     assert "nnotations, one" in source
     assert "below 20 pixels or of occlusion above 1" in KAIST(root, "all").with_rules(**TRAINING_RULES).source
 
@@ -192,7 +173,7 @@ def test_ground_truth_needs_no_images(tree, tmp_path):
 
 def test_stride_counts_as_the_lists_of_the_benchmark_do(tmp_path):
     frames = [f"set00/V00{video}/I{number:05d}" for video in (0, 1) for number in range(46)]
-    tree = original(tmp_path / "kaist", frames, name="train-all-01")
+    tree = kaist(tmp_path / "kaist", frames, name="train-all-01")
     chosen = KAIST(tree, "train-all-01", stride=20)
     assert numbers(chosen) == [(video, number) for video in (0, 1) for number in (19, 39)]
     assert len(KAIST(tree, "train-all-01", None, 2)) == 46 and "among the 92 listed" in chosen.source
@@ -282,15 +263,12 @@ def box(**changes):
 BAD_JSON = [
     ("{", "is not valid JSON"),
     ([], "holds []; expected the json of KAIST's annotations, an object"),
-    ({"images": []}, "a list of objects under categories"),
     (changed(images=[], annotations=[]), "holds no images"),
     (image(im_name="../x"), "images 0 names '../x'"),
-    (image(width=1e30), "images 0, width: expected a whole number"),
     (changed(images=changed()["images"] * 2), "twice"),
     (box(image_id=7), "annotations 0: no image has the id 7"),
     (box(category_id=9), "annotations 0: no image has the id 0, or no category the id 9"),
     (box(bbox=[1, 2, 3]), "annotations 0, bbox (x, y, width, height): expected 4 numbers"),
-    (box(bbox=[1, 2, float("inf"), 4]), "annotations 0, bbox"),
     (box(occlusion=None), "annotations 0, occlusion"),
     (box(ignore="perhaps"), "annotations 0, ignore"),
     (changed(annotations=[{"id": 3, **changed()["annotations"][0]}] * 2), "an annotation id twice"),
@@ -336,7 +314,7 @@ def test_a_subset_is_renumbered(root):
 
 def test_a_video_of_every_set_is_held_out(tmp_path):
     frames = [f"set{place:02d}/V{video:03d}/I00001" for place in (0, 3) for video in range(3)]
-    train, validation, sentence = hold_out(KAIST(original(tmp_path, [*frames, "set04/V000/I00001"]), "all"))
+    train, validation, sentence = hold_out(KAIST(kaist(tmp_path, [*frames, "set04/V000/I00001"]), "all"))
     assert validation.scenes == [2, 3002] and train.scenes == [0, 1, 3000, 3001, 4000]
     assert "2 of the 7 pairs of all, all those of video set00/V002, set03/V002" in sentence
     ruled = train.with_rules(**TRAINING_RULES)
@@ -371,16 +349,3 @@ def test_real_frames_are_the_same_in_both_layouts(shared):
     counts = text.statistics()
     assert (counts["boxes"], counts["ignored"], counts["named_people"], counts["empty_images"]) == (62, 7, 7, 1)
     assert (counts["day"], counts["night"], counts["heavy"]) == (4, 4, 3)
-    # Registered, and the right way round: people are warm, and visible light has colour by day.
-    sample = tree[1]
-    inside = torch.cat([sample["infrared"][0, y1:y2, x1:x2].flatten() for x1, y1, x2, y2 in sample["boxes"].int()])
-    assert inside.float().mean() > sample["infrared"][0].float().mean()
-
-
-def test_real_annotations_of_the_test_frames(shared):
-    frames, source = read_ground_truth(shared / "data/kaist/eval/gt/kaist_annotations_test20.json")
-    assert len(frames) == 2252 and "improved" in source
-    assert sum(frame["daytime"] for frame in frames) == 1455
-    assert sum(len(frame["boxes"]) for frame in frames) == 4254
-    assert sum(int(frame["ignore"].sum()) for frame in frames) == 864
-    assert sum(len(frame["boxes"]) == 0 for frame in frames) == 852

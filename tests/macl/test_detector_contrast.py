@@ -57,18 +57,6 @@ def test_keys_follow_their_boxes_whatever_is_left_out_or_of_another_size(build, 
         assert bank.ids.tolist() == order
 
 
-def test_the_people_of_a_picture_are_never_its_negatives(build, batch):
-    """The same picture in every step: the loss is as if there were no hard negatives."""
-    model, plain, same = build(**DHN).train(), build().train(), keyed(batch)
-    same["targets"][1]["scene"] = torch.tensor(0)
-    expected = plain(**same)["loss_macl"]
-    for _ in range(3):
-        losses, metrics = model(**same, with_metrics=True)
-        torch.testing.assert_close(losses["loss_macl"], expected)
-    assert metrics["dhn_masked"] == 1 and metrics["dhn_hardest"] == 0
-    assert model(**keyed(batch, first=10))["loss_macl"] > plain(**keyed(batch, first=10))["loss_macl"]
-
-
 def test_what_contrast_needs_is_asked_for(build, batch):
     without = {}
     for key in ("scene", "keys"):

@@ -131,6 +131,7 @@ def test_keys_enter_the_bank_of_their_modality_after_the_loss_and_in_training_on
     again, other = (each(*inputs, scenes + 10, keys(3))[0] for each in (model, resumed))
     assert again > loss  # the positive's own key is now a negative, too
     assert torch.equal(again, other)
+    torch.testing.assert_close(model.state_dict(), resumed.state_dict(), rtol=0, atol=0)
     assert set(head(direction="visible_to_infrared").hard.banks) == {"infrared"}
     for lacking in ((None, keys(3)), (scenes, None)):
         with pytest.raises(ValueError, match="scene of every row, and keys of an averaged detector"):

@@ -51,14 +51,6 @@ def test_equals_a_plain_loop_over_random_views(counts, threshold, limit):
         assert merged["boxes"].tolist() == [row[1].tolist() for row in expected]
 
 
-def test_what_one_camera_alone_sees_survives_and_is_surer_where_others_agree():
-    person, empty = view([[10, 10, 30, 60]], [0.6]), view([], [])
-    alone, agreed = (merge_views(views, score_threshold=0.05, limit=9) for views in ([empty, person, empty],
-                                                                                      [person] * 3))  # fmt: skip
-    assert torch.equal(alone["boxes"], person["boxes"]) and torch.equal(agreed["boxes"], person["boxes"])
-    assert 0.3 < alone["scores"] < 0.6 < agreed["scores"]
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(("merge", "fusion"), [("logit", "mean"), ("none", "max"), ("logit", "visible")])
 def test_both_cameras_are_the_merge_of_three_views_and_one_camera_is_itself(build, unequal, merge, fusion, monkeypatch):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from pairs import found, truth
 from PIL import Image
 
 from macl import plots
@@ -10,15 +11,6 @@ from macl.metrics import miss_rate_curve
 from macl.plots import COLOURS, DIVIDER, MIN_SIDE, draw_detections, draw_validation, miss_rate_plot, tsne_picture
 
 BLACK = torch.zeros(3, 400, 400, dtype=torch.uint8)
-
-
-def boxes_of(*boxes, **more):
-    labels = torch.ones(len(boxes), dtype=torch.int64)
-    return {"boxes": torch.tensor(boxes).float().reshape(-1, 4), "labels": labels, **more}
-
-
-def detections(*boxes, scores=None):
-    return boxes_of(*boxes, scores=torch.tensor(scores or [0.9] * len(boxes)))
 
 
 def draw(visible, infrared, *arguments, classes=("person",), **options):
@@ -32,7 +24,7 @@ def coloured(picture, kind):
 
 def test_both_modalities_side_by_side_with_the_same_boxes():
     visible = torch.zeros(3, 128, 160, dtype=torch.uint8)
-    picture = draw(visible, visible + 255, detections([40, 50, 80, 110]))
+    picture = draw(visible, visible + 255, found([40, 50, 80, 110]))
     width = 3 * 160
     assert picture.width == 2 * width + DIVIDER and picture.height > 3 * 128 == MIN_SIDE
     left, right = picture.crop((0, 0, width, 384)), picture.crop((width + DIVIDER, 0, picture.width, 384))
@@ -44,31 +36,31 @@ def test_both_modalities_side_by_side_with_the_same_boxes():
 
 
 def test_one_modality_of_a_large_image_is_not_enlarged():
-    picture = draw(None, torch.full((3, 512, 640), 128, dtype=torch.uint8), detections())
+    picture = draw(None, torch.full((3, 512, 640), 128, dtype=torch.uint8), found())
     assert picture.width == 640 and 512 < picture.height < 560
     assert picture.getpixel((300, 300)) == (128, 128, 128)
 
 
 def test_ground_truth_and_ignored_boxes_differ_from_detections():
-    truth = boxes_of([50, 50, 150, 150], [200, 200, 300, 300], ignore=torch.tensor([False, True]))
-    picture = draw(BLACK, None, detections(), truth).crop((0, 0, 400, 400))
+    true = truth([50, 50, 150, 150], [200, 200, 300, 300], ignore=[1])
+    picture = draw(BLACK, None, found(), true).crop((0, 0, 400, 400))
     assert coloured(picture, "ground truth")[50, 50:151].all() and coloured(picture, "ignored")[200, 200:301].all()
     assert not coloured(picture, "detection").any()
     assert not coloured(picture, "ground truth")[152:175].any()  # one class needs no name, ...
-    several = coloured(draw(BLACK, None, detections(), truth, classes=("car", "person")), "ground truth")
+    several = coloured(draw(BLACK, None, found(), true, classes=("car", "person")), "ground truth")
     assert several[152:175, 50:70].any()  # ... of several each true box shows its own, below
 
 
 def test_low_scores_are_left_out():
-    found = detections([50, 50, 100, 100], [200, 200, 300, 300], scores=[0.2, 0.8])
-    drawn = coloured(draw(BLACK, None, found).crop((0, 0, 400, 400)), "detection")
+    boxes = found([50, 50, 100, 100], [200, 200, 300, 300], scores=[0.2, 0.8])
+    drawn = coloured(draw(BLACK, None, boxes).crop((0, 0, 400, 400)), "detection")
     assert not drawn[:120, :120].any() and drawn[250, 200]
-    assert coloured(draw(BLACK, None, found, min_score=0.1), "detection")[75, 50]
+    assert coloured(draw(BLACK, None, boxes, min_score=0.1), "detection")[75, 50]
 
 
 def test_labels_stay_inside_the_picture():
     corners = [[0, 0, 30, 30], [390, 0, 400, 60], [-20, 380, 10, 420]]
-    drawn = coloured(draw(BLACK, None, detections(*corners)).crop((0, 0, 400, 400)), "detection")
+    drawn = coloured(draw(BLACK, None, found(*corners)).crop((0, 0, 400, 400)), "detection")
     assert drawn[:10, 320:390].sum() > 200  # to the left of the border
     assert drawn[360:380, :40].any()
 
@@ -82,8 +74,8 @@ def viz():
 @pytest.mark.parametrize("extra", [True, False])
 def test_pictures_of_a_validation(viz, tmp_path, monkeypatch, extra):
     monkeypatch.setattr(plots, "find_spec", lambda name: extra)
-    one = {"detections": {"both": detections([5, 5, 9, 9])}, "classes": ["person"]}
-    one |= {"ground_truth": boxes_of([5, 5, 9, 9], ignore=torch.tensor([False]))}
+    one = {"detections": {"both": found([5, 5, 9, 9])}, "classes": ["person"]}
+    one |= {"ground_truth": truth([5, 5, 9, 9])}
     results = [one | {"embeddings": (*torch.randn(2, 1, 4), torch.ones(1).bool())} for _ in range(13)]
     draw_validation(tmp_path, 2, [{"visible": BLACK, "infrared": BLACK}] * 13, results)
     drawn = [f"validation-{index}.png" for index in (0, 3, 6, 9, 12)] + ["tsne-002.png"] * extra

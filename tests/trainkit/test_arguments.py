@@ -134,19 +134,10 @@ def test_a_resumed_run_keeps_its_flags_but_for_those_that_may_change():
         prepare("--lr", "0.1", "--resume", "auto")
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("epochs", [1]),
-        ("epochs", "x"),
-        ("epochs", None),
-        ("lr", -1.0),
-        ("amp", "fp8"),
-        ("check", 3),
-        ("sizes", [[1]]),
-        ("sizes", [1, "x"]),
-    ],
-)
+WRONG = {"epochs": ([1], "x", None), "lr": (-1.0,), "amp": ("fp8",), "check": (3,), "sizes": ([[1]], [1, "x"])}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
 def test_a_damaged_record_of_flags_is_refused(name, value):
     _, folder = prepare()
     save(folder / "last.pt", {"step": 5})
