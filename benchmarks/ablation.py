@@ -80,7 +80,7 @@ DRAWN = {
     "crop, dhn": Arm("the same with hard negatives", stage1(f"{CROP} {DHN}"), against=(*CONTROLS, "crop")),
     "street": Arm("the control in the new domain", start="control", evaluate=STREET, against=()),
     "street register": Arm(
-        "the same, infrared moved onto visible", start="control", evaluate=f"{STREET} --register rig", against=("street",)
+        "the same, infrared registered", start="control", evaluate=f"{STREET} --register rig", against=("street",)
     ),
     "street longer": Arm("old labels alone, longer", start="longer", evaluate=STREET, against=("street",)),
     "self-training": Arm(
