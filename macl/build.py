@@ -47,7 +47,7 @@ def build_detector(
     macl_level: str = "roi", macl_hidden: tuple[int, ...] = (128, 64), macl_dim: int = 128,
     macl_norm: str = "layer", macl_norm_groups: int = 32, macl_dropout: float = 0.0,
     macl_direction: str = "both", macl_temperature: float = 0.07, macl_roi_size: int = 4,
-    dhn_size: int = 0, dhn_k: int = 8, merge: str = "logit", modality_dropout: tuple[float, float] = (0.0, 0.0),
+    dhn_size: int = 0, dhn_k: int = 8, merge: str = "none", modality_dropout: tuple[float, float] = (0.0, 0.0),
     visible_mean: tuple[float, ...] = IMAGENET_MEAN, visible_std: tuple[float, ...] = IMAGENET_STD,
     infrared_mean: tuple[float, ...] = IMAGENET_MEAN, infrared_std: tuple[float, ...] = IMAGENET_STD,
     min_size: int | tuple[int, ...] | None = None, max_size: int | None = None,
