@@ -87,7 +87,7 @@ def test_a_detector_on_kaist(checkpoint, kaist, tmp_path, capsys):
     names = ("--output", "--save-detections", "--plot")
     flags = [part for pair in zip(names, files.values(), strict=True) for part in pair]
     flags += ["--dataset", "kaist", "--data-root", kaist, "--score-threshold", 0]
-    output = run(capsys, "--checkpoint", checkpoint, *flags)
+    output = run(capsys, "--checkpoint", checkpoint, *flags, "--merge", "logit")
     assert "KAIST test-all-20: 3 pairs (1 by day, 2 by night)" in output
     assert all(f"\n{mode}  " in output for mode in ("both", "visible", "infrared"))
     rows = rows_of(output)
@@ -101,7 +101,7 @@ def test_a_detector_on_kaist(checkpoint, kaist, tmp_path, capsys):
     both, *alone = (sum(len(frame["scores"]) for frame in read_detections(tmp_path / f"{n}.txt", 3)) for n in names)
     assert min(alone) > 0 and max(alone) < both  # three views merged
     flags[flags.index("--save-detections") + 1] = tmp_path / "one.txt"
-    run(capsys, "--checkpoint", checkpoint, *flags, "--merge", "none")
+    run(capsys, "--checkpoint", checkpoint, *flags)
     assert len((tmp_path / "one.txt").read_text().splitlines()) < both
     assert set(metrics["miss_rate_curves"]["visible"]) == set(ROWS[:3]) and files["curve.png"].stat().st_size > 10_000
 
