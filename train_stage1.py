@@ -29,11 +29,13 @@ from macl.training import (
     add_augmentation_flags,
     add_detection_weight_flags,
     add_hard_negative_flags,
+    add_registration_flags,
     augmented_loader,
     best_metric,
     check,
     check_augmentation,
     check_hard_negatives,
+    choose_move,
     detection_weights,
     forward_losses,
     freeze_unreached,
@@ -41,7 +43,6 @@ from macl.training import (
 )
 from macl.evaluation import validation_text
 from macl.plots import draw_validation
-from macl.registration import add_registration_flags, choose_move
 from macl.teacher import KeyEncoder
 from macl.weights import has_old_names
 from trainkit import distributed

@@ -30,11 +30,13 @@ from macl.training import (
     add_augmentation_flags,
     add_detection_weight_flags,
     add_hard_negative_flags,
+    add_registration_flags,
     augmented_loader,
     best_metric,
     check,
     check_augmentation,
     check_hard_negatives,
+    choose_move,
     detection_weights,
     forward_losses,
     freeze_unreached,
@@ -42,7 +44,6 @@ from macl.training import (
 )
 from macl.evaluation import miss_rate_metrics, validation_text
 from macl.plots import draw_validation
-from macl.registration import add_registration_flags, choose_move
 from macl.teacher import KeyEncoder, Labeller
 from trainkit import distributed
 from trainkit.arguments import (

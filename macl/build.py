@@ -120,9 +120,9 @@ def read_checkpoint(path: str | Path) -> dict:
     source = read_state(path)
     if isinstance(source.get("model_kwargs"), dict):
         source["model_kwargs"] = {k: v for k, v in source["model_kwargs"].items() if k not in DROPPED_KEYWORDS}
-        for state in (source.get("model"), source.get("ema")):
-            for key in [key for key in state if str(key).startswith(DROPPED_PARTS)] if isinstance(state, dict) else ():
-                del state[key]
+        states = [one for one in (source.get("model"), source.get("ema")) if isinstance(one, dict)]
+        for state, key in [(one, key) for one in states for key in one if str(key).startswith(DROPPED_PARTS)]:
+            del state[key]
     if "model_kwargs" in source:
         with torch.device("meta"):
             own = _build(source["model_kwargs"], path).state_dict()

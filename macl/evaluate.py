@@ -22,7 +22,8 @@ from macl import data, evaluation
 from macl.build import MERGES, load_detector, read_checkpoint
 from macl.metrics import could_count_from_zero, read_detections, write_detections
 from macl.plots import miss_rate_plot
-from macl.registration import add_registration_flags, choose_move, correction
+from macl.registration import correction
+from macl.training import add_registration_flags, choose_move
 from trainkit import distributed
 from trainkit.arguments import fraction, make_parser, non_negative_int, positive_int
 from trainkit.device import AUTOCAST

@@ -14,7 +14,7 @@ import torch
 from macl.build import load_detector, read_checkpoint
 from macl.data import find_pairs, moved, read_pair, to_float
 from macl.plots import draw_detections
-from macl.registration import add_registration_flags, choose_move
+from macl.training import add_registration_flags, choose_move
 from trainkit.arguments import fraction, make_parser
 from trainkit.errors import InputError, one_line, one_sentence
 from trainkit.files import whole_file, write_json

@@ -1,31 +1,17 @@
 """Where infrared lies beside visible: a shift in whole pixels, by the correlation of edges. Nothing is trained."""
 
-import argparse
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from macl.data import to_float
-from trainkit.arguments import non_negative_int
 from trainkit.errors import InputError
-from trainkit.files import shown
 
 MOST = (12, 6)  # pixels across and down
 STRONGEST = 5.0  # edges are clipped at so many times their mean
 PAIRS = 200
-AGREEING = 0.5  # least share of the pairs that makes a rig
-
-
-# fmt: off
-def add_registration_flags(add: Callable) -> None:
-    """add: the `add_argument` of a group."""
-    add("--register", choices=("none", "rig", "each"), default="none",
-        help="move infrared onto visible: by one shift for all pairs (rig), or by one for each")
-    add("--register-most", type=non_negative_int, nargs=2, default=MOST, metavar=("X", "Y"), help="largest shift")
-# fmt: on
 
 
 def edge_strength(image: Tensor) -> Tensor:
@@ -89,29 +75,3 @@ def correction(images: dict[str, Tensor], most: tuple[int, int] = MOST) -> tuple
     """The move of infrared that puts it onto visible: minus its shift."""
     (x, y), _ = estimate_shift(images["visible"], images["infrared"], most)
     return -x, -y
-
-
-def choose_move(
-    args: argparse.Namespace, dataset, trained: str | None = None, *, read: Callable = dict
-) -> tuple[tuple[int, int] | Callable, str, list[str]]:
-    """The move of infrared that --register asks for, see `macl.data.moved`; its name, and sentences about it.
-
-    dataset, read: see `rig_shift`
-    trained: the name of the move that the detector was trained with, if any
-
-    Raises InputError where a rig is asked for and the pairs do not agree on a shift.
-    """
-    move, name, messages, most = (0, 0), args.register, [], tuple(args.register_most)
-    if args.register == "each":
-        move = partial(correction, most=most)
-        messages.append("infrared is registered pair by pair")
-    elif args.register == "rig":
-        (x, y), share = rig_shift(dataset, most=most, read=read)
-        found = f"the shift ({x}, {y}), in pixels to the right and down, holds for {share:.0%} of the pairs"
-        if share < AGREEING:
-            raise InputError(f"--register rig: {found}, so the cameras are no rig; each may do")
-        move, name = (-x, -y), f"rig {x} {y}"
-        messages.append(f"infrared is registered: {found}, and is undone")
-    if trained not in (None, name):
-        messages.append(f"Warning: the detector was trained with --register {shown(trained)}, this is {name}")
-    return move, name, messages

@@ -1,7 +1,8 @@
-"""What the scripts of stage 1 and stage 2 share: flags, loss weights, loader, validation, --check."""
+"""What stages 1 and 2 share: flags, loss weights, loader, validation, --check; and --register, of all commands."""
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -10,13 +11,16 @@ from torch import Tensor
 from macl.data import AugmentedDataset, PairedAugmentation, collate
 from macl.detector import PairedFasterRCNN
 from macl.evaluation import alignment_metrics, detection_metrics, predict
+from macl.registration import MOST, correction, rig_shift
 from trainkit.arguments import fraction, non_negative_float, non_negative_int, positive_int
 from trainkit.device import to_device
 from trainkit.errors import InputError
+from trainkit.files import shown
 from trainkit.loader import make_loader
 from trainkit.sampler import ResumableSampler
 from trainkit.step import TrainStep, module_gradient_norms
 
+AGREEING = 0.5  # least share of the pairs that makes a rig
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
 
 
@@ -41,6 +45,13 @@ def add_detection_weight_flags(add: Callable) -> None:
     add("--rpn-weight", type=non_negative_float, default=1.0, metavar="X", help="both losses of the RPN")
     add("--class-weight", type=non_negative_float, default=1.0, metavar="X", help="classification")
     add("--box-weight", type=non_negative_float, default=1.0, metavar="X", help="box regression")
+
+
+def add_registration_flags(add: Callable) -> None:
+    """add: the `add_argument` of a group."""
+    add("--register", choices=("none", "rig", "each"), default="none",
+        help="move infrared onto visible: by one shift for all pairs (rig), or by one for each")
+    add("--register-most", type=non_negative_int, nargs=2, default=MOST, metavar=("X", "Y"), help="largest shift")
 # fmt: on
 
 
@@ -62,6 +73,32 @@ def check_augmentation(args: argparse.Namespace) -> None:
         raise InputError(f"--hue {args.hue}: expected at most 0.5, half of the colour circle")
     if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
         raise InputError(f"--crop-scale {args.crop_scale}: expected two numbers above 0, the smaller one first")
+
+
+def choose_move(
+    args: argparse.Namespace, dataset, trained: str | None = None, *, read: Callable = dict
+) -> tuple[tuple[int, int] | Callable, str, list[str]]:
+    """The move of infrared that --register asks for, see `macl.data.moved`; its name, and sentences about it.
+
+    dataset, read: see `rig_shift`
+    trained: the name of the move that the detector was trained with, if any
+
+    Raises InputError where a rig is asked for and the pairs do not agree on a shift.
+    """
+    move, name, messages, most = (0, 0), args.register, [], tuple(args.register_most)
+    if args.register == "each":
+        move = functools.partial(correction, most=most)
+        messages.append("infrared is registered pair by pair")
+    elif args.register == "rig":
+        (x, y), share = rig_shift(dataset, most=most, read=read)
+        found = f"the shift ({x}, {y}), in pixels to the right and down, holds for {share:.0%} of the pairs"
+        if share < AGREEING:
+            raise InputError(f"--register rig: {found}, so the cameras are no rig; each may do")
+        move, name = (-x, -y), f"rig {x} {y}"
+        messages.append(f"infrared is registered: {found}, and is undone")
+    if trained not in (None, name):
+        messages.append(f"Warning: the detector was trained with --register {shown(trained)}, this is {name}")
+    return move, name, messages
 
 
 def detection_weights(args: argparse.Namespace, detector: PairedFasterRCNN) -> dict[str, float]:

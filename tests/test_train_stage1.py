@@ -36,7 +36,9 @@ def stage1(tmp_path_factory):
 def test_every_option_of_the_model_trains_a_step(tmp_path, flags):
     few = ["--synthetic-train", 12, "--batch-size", 2, *flags.split(), "--max-steps", 1]
     folder = run(train_stage1, STAGE_1, tmp_path / "run", *few)
-    assert len(metrics(folder)) == 1 and load(folder)["register"] == ("each" if "each" in flags else "none")
+    saved = load(folder)
+    assert len(metrics(folder)) == 1 and saved["register"] == ("each" if "each" in flags else "none")
+    assert saved.get("keys", {}).get("average.n_averaged") == (1 if "--dhn-size" in flags else None)
 
 
 def test_wrong_flags_end_in_one_sentence(stage1, tmp_path, capsys):
@@ -44,6 +46,7 @@ def test_wrong_flags_end_in_one_sentence(stage1, tmp_path, capsys):
         return refused(capsys, train_stage1.main, *STAGE_1, *flags)
 
     assert "--fusion" in say("--fusion", "maximum")
+    assert [train_stage1.parse_arguments(one).merge for one in ([], ["--data-root", "x"])] == ["logit", "none"]
     assert "never has a negative" in say("--macl-level", "image", "--batch-size", "1")
     assert "--statistics given" in say("--statistics", "given")
     assert "--hue 0.7" in say("--hue", "0.7")
@@ -105,9 +108,8 @@ def test_evaluation_and_prediction_of_a_run(stage1, tmp_path, capsys):
         flags = [part for name in given for part in (f"--{name}", str(folders[name]))]
         predict.main([*common, *flags, "--output", str(output), "--min-score", "0"])
         found = json.loads((output / "detections.json").read_text())
-        assert len(found) == 2 and {path.name for path in output.iterdir()} == {
-            "010000.png", "020000.png", "detections.json"
-        }  # fmt: skip
+        names = {path.name for path in output.iterdir()}
+        assert len(found) == 2 and names == {"010000.png", "020000.png", "detections.json"}
     assert "--visible, --infrared or both" in refused(capsys, predict.main, *common, "--output", tmp_path / "x")
     missing = ["--visible", tmp_path / "none", "--output", tmp_path / "x"]
     assert "none is no folder of images" in refused(capsys, predict.main, *common, *missing)

@@ -132,10 +132,8 @@ def test_what_is_trained_is_what_losses_with_a_weight_reach(kwargs, backward_nod
     images, boxes = [torch.rand(3, 64, 64)] * 2, torch.tensor([[5.0, 5, 25, 50], [30, 10, 50, 55]])
     target = {"boxes": boxes, "labels": torch.ones(2).long(), "scene": torch.tensor(0), "keys": torch.rand(2, 2, 8)}
     losses = detector(visible=images, infrared=images, targets=[target] * 2)
-    reached = {
-        name: {id(node.variable) for node in backward_nodes(loss) if hasattr(node, "variable")}
-        for name, loss in losses.items()
-    }
+    nodes = {name: backward_nodes(loss) for name, loss in losses.items()}
+    reached = {name: {id(node.variable) for node in all_ if hasattr(node, "variable")} for name, all_ in nodes.items()}
     tied = {"loss_rpn_box_reg": "loss_objectness"}  # one flag
     choices = [name for name in losses if name not in tied]
     for count in range(1, len(choices) + 1):

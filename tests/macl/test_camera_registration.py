@@ -12,7 +12,8 @@ import train_stage1
 import train_stage2
 from macl import predict
 from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, SyntheticPairs, find_pairs, moved, read_pair
-from macl.registration import choose_move, estimate_shift, rig_shift
+from macl.registration import estimate_shift, rig_shift
+from macl.training import choose_move
 from trainkit.errors import InputError
 
 REAL = {

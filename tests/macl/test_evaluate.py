@@ -19,7 +19,7 @@ from macl import evaluate, predict
 from macl.data import SyntheticPairs, moved
 from macl.data.annotation import Annotation
 from macl.evaluation import detection_metrics, miss_rate_curves, miss_rate_metrics, validation_text
-from macl.metrics import miss_rate_curve, read_detections
+from macl.metrics import alignment, miss_rate_curve, read_detections
 from trainkit.errors import InputError
 
 ROWS = ["reasonable all", "reasonable day", "reasonable night", "near", "medium", "far", "none", "partial", "heavy"]
@@ -225,6 +225,12 @@ def test_average_precision_of_each_class():
     rows = [line.split()[:2] for line in validation_text(metrics | {"alignment": None}).splitlines()]
     assert rows[2:] == [["both", "50.0"], ["person", "100.0"], ["cyclist", "0.0"], ["car", "-"]]
     assert "per_class" not in detection_metrics([frame | {"classes": ["person"]}])["both"]
+
+
+def test_embeddings_that_all_are_alike_are_said_to_have_collapsed():
+    rows, both = torch.randn(9, 8, generator=torch.Generator().manual_seed(0)), {"both": {"ap50": 0.5}}
+    agreements = [alignment(one, one) | {"r1_seen_in_one": None} for one in (rows, rows + 9)]
+    assert ["collapsed" in validation_text(both | {"alignment": one}) for one in agreements] == [False, True]
 
 
 def test_average_precision_of_those_seen_in_one_modality():

@@ -36,8 +36,7 @@ def test_keys_are_the_averages_embeddings_and_reach_the_loss_and_the_bank(taught
             torch.testing.assert_close(target["keys"], expected)
             assert target.keys() - targets[i].keys() == {"keys"} and not target["keys"].requires_grad
     student(**images, targets=filled)["loss_macl"].backward()
-    assert student.backbone.conv1.weight.grad is not None
-    assert all(parameter.grad is None for parameter in average.parameters())
+    assert student.backbone.conv1.weight.grad is not None and all(part.grad is None for part in average.parameters())
     for m, name in enumerate(MODALITIES):
         expected = torch.cat([filled[i]["keys"][:, m] for i in (0, 3, 1, 2)])
         torch.testing.assert_close(student.macl.hard.banks[name].features, expected.float().to(expected))
@@ -52,9 +51,8 @@ def test_the_average_decays_at_one_rate_from_the_first_step_on(build):
             student.rpn.head.cls_logits.bias.fill_(step)
         encoder.update(student)
         weights.append(encoder.average.module.rpn.head.cls_logits.bias[0].item())
-    expected = [0.0]
-    for step in (1, 2, 3):
-        expected.append(DECAY * expected[-1] + (1 - DECAY) * step)
+    old, new = DECAY, 1 - DECAY
+    expected = [0, new, old * new + 2 * new, old**2 * new + 2 * old * new + 3 * new]
     assert weights == pytest.approx(expected) and not encoder.average.module.training
 
 
