@@ -264,8 +264,8 @@ def validate_args(args: argparse.Namespace) -> None:
     check_hard_negatives(args)
     if args.target_labels == "none" and not (mixes(args) and args.ema_decay):
         raise InputError(
-            "--target-labels none has the old domain's labels and the averaged detector's alone: it needs --old-share, "
-            "with --data-root also --llvip-root, and --ema-decay above 0"
+            "--target-labels none trains on the old domain's labels and on those of the averaged detector: give "
+            "--old-share above 0, with --data-root also --llvip-root, and --ema-decay above 0"
         )
 
 

@@ -51,7 +51,7 @@ def add_registration_flags(add: Callable) -> None:
     """add: the `add_argument` of a group."""
     add("--register", choices=("none", "rig", "each"), default="none",
         help="move infrared onto visible: by one shift for all pairs (rig), or by one for each")
-    add("--register-most", type=non_negative_int, nargs=2, default=MOST, metavar=("X", "Y"), help="largest shift")
+    add("--register-most", type=non_negative_int, nargs=2, default=MOST, metavar=("X", "Y"), help="pixels at most")
 # fmt: on
 
 
