@@ -1,0 +1,210 @@
+"""Videos as frames: files by PyAV, and folders of numbered images.
+
+Times are seconds from the beginning, by the video's own time stamps. An index counts decoded frames.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from trainkit.errors import InputError
+from trainkit.files import is_image, natural, open_image, reason, regular_file, shown, whole_file
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
+IMAGE_RATE = Fraction(30)  # frames a second of a folder of images, which does not say it
+LEAST_SHARE = 0.95  # of what a header claims; with less the video counts as damaged
+WALK = 2.0  # seconds up to which decoding on is no dearer than a seek
+
+
+class Video:
+    """The frames of a video. Every pass opens it anew, so that it can be sent to another process.
+
+    rate: frames a second, on average. claimed: frames by the header, or None. seconds: length by the header, or None.
+    After a full pass, count: decoded frames; damaged: whether too few of those claimed came; problem: a sentence where
+    the pass broke off, or None. A subclass gives `walk`.
+    """
+
+    def __init__(self, path: Path, rate: Fraction, claimed: int | None = None, seconds: float | None = None):
+        self.path, self.rate, self.claimed, self.seconds = path, rate, claimed, seconds
+        self.count: int | None = None
+        self.problem: str | None = None
+        self.damaged = False
+        self.error = ""  # of decoding, which ended the latest walk
+
+    def walk(self, start: float = 0.0) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
+        """(time in seconds, what makes it RGB) of frames as they are shown, from one shown at `start` (s) or before."""
+        raise NotImplementedError
+
+    def frames(
+        self, period: int = 1, offsets: Sequence[int] = (0,), last: bool = False
+    ) -> Iterator[tuple[int, float, np.ndarray]]:
+        """(index, time in seconds, (H, W, 3) uint8 RGB) of the frames whose index % period is in offsets, in order.
+
+        Only these are converted, and none is kept. last: the last decoded frame, too, where it is not among them.
+        An error of decoding ends the pass. Raises InputError where the video cannot be opened, or one of its images.
+        """
+        self.count, self.problem, self.damaged = None, None, False
+        count, time, held = 0, 0.0, None
+        for time, picture in self.walk():
+            held = None if count % period in offsets else picture
+            if held is None:
+                yield count, time, picture()
+            count += 1
+        if last and held is not None:
+            yield count - 1, time, held()
+        reached = count / self.claimed if self.claimed else time / self.seconds if self.seconds else 1.0
+        self.count, self.damaged = count, count == 0 or reached < LEAST_SHARE
+        if self.error or self.damaged:
+            claim = f"{count} of the {self.claimed}" if self.claimed else f"{count} ({time:.1f} s)"
+            self.problem = f"{self.path} broke off: {claim} frames can be decoded ({self.error or 'nothing follows'})"
+
+    def at(self, times: Sequence[float]) -> list[np.ndarray]:
+        """The pictures (H, W, 3) uint8 RGB shown at these moments (s), in any order; beyond an end its frame.
+
+        Raises InputError where no frame can be decoded.
+        """
+        pictures, walk, now, following = {}, iter(()), None, None
+        for time in sorted(set(times)):
+            if now is None or (following is not None and time > following[0] + WALK):
+                walk = self.walk(time)
+                now, following = next(walk, None), next(walk, None)
+            # Time stamps are rounded, to 1 ms in some formats.
+            while following is not None and following[0] <= time + 0.1 / self.rate:
+                now, following = following, next(walk, None)
+            if now is None:
+                raise InputError(f"{self.path}: no frame can be decoded at {time:g} s ({self.error or 'it is empty'})")
+            pictures[time] = now[1]()
+        return [pictures[time] for time in times]
+
+
+class VideoFile(Video):
+    """A file that PyAV reads. Raises InputError without PyAV, or where it is no video."""
+
+    def __init__(self, path: Path):
+        with opened(path) as container:
+            stream = container.streams.video[0]
+            rate = stream.average_rate or stream.guessed_rate
+            seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
+            super().__init__(path, rate, stream.frames or None, float(seconds) or None)
+        if not rate:
+            raise InputError(f"{path} does not say how many frames a second it has")
+
+    def walk(self, start: float = 0.0) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
+        av, self.error = library(), ""
+        with opened(self.path) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # videos are decoded side by side, one in a process
+            convert = av.video.reformatter.VideoReformatter()
+            try:
+                for index, frame in enumerate(decoded_from(container, stream, start)):
+                    yield (
+                        index / float(self.rate) if frame.pts is None else shown_at(frame, stream),
+                        partial(as_rgb, convert, frame),
+                    )
+            except av.FFmpegError as error:
+                self.error = reason(error)
+
+
+class ImageFolder(Video):
+    """A folder of images whose names end in numbers, in a row. Raises InputError where they do not."""
+
+    def __init__(self, path: Path, rate: Fraction):
+        self.images = sorted(filter(is_image, os.listdir(path)), key=natural)
+        numbers = [int((re.findall(r"\d+", Path(name).stem) or [-1])[-1]) for name in self.images]
+        for i in range(1, len(numbers)):
+            if numbers[i] != numbers[i - 1] + 1 or numbers[i - 1] < 0:
+                names = f"{shown(self.images[i])} follows {shown(self.images[i - 1])}"
+                raise InputError(f"{path}: {names}; expected the images of a video to be numbered in a row")
+        if not numbers:
+            raise InputError(f"{path} holds no images; expected a video, or a folder of numbered images")
+        super().__init__(path, Fraction(rate), len(numbers), float(len(numbers) / rate))
+
+    def walk(self, start: float = 0.0) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
+        first = min(max(0, int(start * self.rate)), len(self.images) - 1)
+        for index in range(first, len(self.images)):
+            yield float(index / self.rate), partial(as_array, self.path / self.images[index])
+
+
+def open_video(path: str | Path, rate: Fraction = IMAGE_RATE) -> Video:
+    """A video file, or a folder of numbered images at `rate` frames a second.
+
+    Raises InputError where it is neither, cannot be read, or PyAV is missing.
+    """
+    if os.path.isdir(path):
+        return ImageFolder(Path(path), rate)
+    return VideoFile(regular_file(path, "a video, or a folder of numbered images"))
+
+
+def library():
+    """PyAV. Raises InputError without it."""
+    try:
+        import av
+    except ImportError as error:
+        raise InputError("reading videos needs `pip install av`") from error
+    return av
+
+
+def opened(path: Path):
+    """The container of a file with pictures. It reads nothing but this file."""
+    av = library()
+    try:
+        only_files = {"protocol_whitelist": "file"}  # a playlist may name what it likes
+        container = av.open(f"file:{os.path.abspath(path)}", metadata_errors="replace", options=only_files)
+    except (av.FFmpegError, OSError) as error:
+        raise InputError(f"{path} cannot be read as a video ({reason(error)})") from error
+    if not container.streams.video:
+        container.close()
+        raise InputError(f"{path} holds no pictures; expected a video")
+    return container
+
+
+def decoded_from(container, stream, start: float) -> Iterator:
+    """The decoded frames from the last key frame that is shown at `start` (s) or before."""
+    back = 0.0
+    while start > back:
+        container.seek((stream.start_time or 0) + int((start - back) / stream.time_base), stream=stream)
+        frames = container.decode(stream)
+        first = next((frame for frame in frames if frame.key_frame), None)
+        if first is not None and first.pts is not None and shown_at(first, stream) <= start:
+            return chain([first], frames)
+        back = 2 * back + 1.0  # some formats seek by the order of decoding
+    if start > 0:
+        container.seek(stream.start_time or 0, stream=stream)
+    return container.decode(stream)
+
+
+def shown_at(frame, stream) -> float:
+    return float((frame.pts - (stream.start_time or 0)) * stream.time_base)
+
+
+def as_rgb(convert, frame) -> np.ndarray:
+    """A decoded frame as (H, W, 3) uint8 RGB, turned as the file says that it is to be shown."""
+    picture = convert.reformat(frame, format="rgb24").to_ndarray()
+    return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture
+
+
+def as_array(path: Path) -> np.ndarray:
+    return np.asarray(open_image(path))
+
+
+def write_video(
+    path: str | Path, pictures: Iterable[np.ndarray], rate: Fraction | int, codec: str = "libx264", **options: str
+) -> None:
+    """Write pictures (H, W, 3) uint8 RGB, H and W even, as a file of the kind that its suffix says (.mp4, .avi, .mkv).
+
+    options: of the encoder, such as g="30", frames from one key frame to the next.
+    """
+    av, kind, stream = library(), Path(path).suffix[1:], None
+    with whole_file(path) as file, av.open(file, "w", format={"mkv": "matroska"}.get(kind, kind)) as container:
+        for picture in pictures:
+            if stream is None:
+                stream = container.add_stream(codec, rate=rate, options=options)
+                stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode() if stream is not None else [])
