@@ -1,0 +1,342 @@
+"""Data sets of videos: which videos there are, what happens in them and when.
+
+Times are seconds (float64) from the beginning of a video.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from fgclip.video.decode import VIDEO_SUFFIXES, Video, open_video
+from trainkit.errors import InputError
+from trainkit.files import is_image, number, read_lines, shown
+
+UCF_RATE, XD_RATE = 30.0, 24.0  # frames a second in which the two data sets count
+XD_CLASSES = dict(
+    B1="fighting", B2="shooting", B4="riot", B5="abuse", B6="car accident", G="explosion"
+)  # code in the name -> class
+
+Event = tuple[float, float, str]  # start and end in seconds, class
+
+
+@dataclass(frozen=True, eq=False)
+class Track:
+    """A thing over time. stretches: where it can be seen, each of times (n,) in s, ascending, and boxes (n, 4) float64,
+    xyxy in 0..1. phrases: what it is and does. event: whether that is an event. negatives: alterations of the first.
+    """
+
+    stretches: tuple[tuple[np.ndarray, np.ndarray], ...]
+    phrases: tuple[str, ...] = ()
+    event: bool = False
+    negatives: tuple[str, ...] = ()
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Times of the first and the last key in s."""
+        return float(self.stretches[0][0][0]), float(self.stretches[-1][0][-1])
+
+    def boxes_at(self, times: np.ndarray, margin: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes (m, 4) at times (m,) in s, linear within a stretch, and whether there is one (m,) bool; else zeros.
+
+        margin: up to so many seconds outside of a stretch the box of its end is valid.
+        """
+        times = np.asarray(times, dtype=np.float64)
+        boxes, nearest = np.zeros((len(times), 4)), np.full(len(times), np.inf)
+        for keys, sides in self.stretches:
+            away = np.maximum(0, np.maximum(keys[0] - times, times - keys[-1]))  # (m,)
+            here = (away < nearest) & (away <= margin + 1e-6)
+            boxes[here] = np.stack([np.interp(times[here], keys, side) for side in sides.T], axis=1)
+            nearest[here] = away[here]
+        return boxes, np.isfinite(nearest)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A sentence about a video from start to end in s (inf: its end). event: whether it tells of one."""
+
+    start: float
+    end: float
+    text: str
+    event: bool
+
+
+@dataclass(frozen=True)
+class VideoRecord:
+    """One video. name: its file's name without the suffix, in a data set once. path: None where it was not found.
+
+    classes: of its events, () for a normal video. events: when they are, None where that is not known; the class of
+    one is "" where only the whole video's are known. source: videos cut from one recording share it.
+    """
+
+    name: str
+    path: Path | None = None
+    classes: tuple[str, ...] = ()
+    events: tuple[Event, ...] | None = None
+    tracks: tuple[Track, ...] = ()
+    captions: tuple[Span, ...] = ()
+    source: str = ""
+
+
+def truth(record: VideoRecord, frames: int, rate: Fraction, name: str | None = None) -> np.ndarray:
+    """Which of a video's decoded frames belong to an event, (frames,) bool.
+
+    An event from s to e has the frames [round(s * rate), round(e * rate)). name: only events of this class.
+    """
+    if record.events is None:
+        raise InputError(f"{record.name}: its annotation does not say when its events are")
+    inside = np.zeros(frames, dtype=bool)
+    for start, end, event in record.events:
+        if name is None or name == event:
+            inside[round(start * float(rate)) : round(min(end * float(rate), frames))] = True
+    return inside
+
+
+@dataclass(frozen=True)
+class VideoSet:
+    """Videos of one split. classes: of events, without normal. test_names: the data set's test videos.
+
+    notes: sentences about what was found.
+    """
+
+    records: list[VideoRecord]
+    classes: tuple[str, ...]
+    test_names: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of the videos of which there is no file."""
+        return [record.name for record in self.records if record.path is None]
+
+    def open(self, record: VideoRecord) -> Video:
+        """The video of a record. Raises InputError where it cannot be opened."""
+        if record.path is None:
+            raise InputError(f"{record.name}: no such video was found")
+        return open_video(record.path)
+
+    def subset(self, chosen: Iterable[int] | Callable[[VideoRecord], bool]) -> "VideoSet":
+        """The videos of these indices, or for which a function is true."""
+        if callable(chosen):
+            return replace(self, records=[record for record in self.records if chosen(record)])
+        return replace(self, records=[self.records[i] for i in chosen])
+
+
+def named(names: Iterable[str], most: int = 20) -> str:
+    """Names for a sentence, without most of a long list."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def stem(name: str) -> str:
+    """The last part of a path without the suffix of a video; other dots belong to the name."""
+    name = name.replace("\\", "/").rpartition("/")[2]
+    base, suffix = os.path.splitext(name)
+    return base if suffix.lower() in VIDEO_SUFFIXES else name
+
+
+def scan(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """Below a root, links followed: the paths of videos and folders of images by name, and those of texts."""
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder; expected the root of a data set of videos")
+    videos, texts, seen = {}, [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(folder)) in seen:  # a link can lead back
+            folders.clear()
+            continue
+        seen.add(real)
+        paths = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+        files = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
+        if not files and any(map(is_image, names)):
+            files = [Path(folder)]
+        for path in files:
+            videos.setdefault(stem(path.name), []).append(path)
+        texts += [path for path in paths if path.suffix == ".txt"]
+    return videos, texts
+
+
+def one_path(paths: list[Path], listed: str = "") -> Path | None:
+    """The path of a video: that which a list gives, else the first of equal copies."""
+    wanted = [path for path in paths if str(path.with_suffix("")).endswith(f"/{os.path.splitext(listed)[0]}")] or paths
+    if len({path.stat().st_size if path.is_file() else path for path in wanted}) > 1:
+        names = " and ".join(map(str, wanted[:2]))
+        raise InputError(f"the name {stem(wanted[0].name)} belongs to two videos, {names}; expected one of each name")
+    return wanted[0] if wanted else None
+
+
+def agreed(texts: list[Path], pattern: str, parse: Callable[[Path], dict]) -> dict:
+    """What the texts of this name say, which must be the same; nothing where there is none."""
+    said = {path: parse(path) for path in texts if fnmatch(path.name, pattern)}
+    first = next(iter(said), None)
+    for path, content in said.items():
+        if not content:
+            raise InputError(f"{path} is empty; expected one video in a line")
+        if content != said[first]:
+            raise InputError(f"{path} and {first} differ; expected one list of its kind below the root")
+    return said.get(first, {})
+
+
+def ucf_list(path: Path) -> dict[str, str]:
+    """Name -> CLASS/NAME.mp4, of Anomaly_Train.txt or Anomaly_Test.txt."""
+    lines = [line.replace("\\", "/") for line in read_lines(path, "CLASS/NAME.mp4 in a line")]
+    for line in lines:
+        if "/" not in line:
+            raise InputError(f"{path}: expected CLASS/NAME.mp4, got {shown(line)}")
+    return {stem(line): "/".join(line.split("/")[-2:]) for line in lines}
+
+
+def ucf_annotation(path: Path) -> dict[str, tuple[Event, ...]]:
+    """Name -> events, of lines `NAME[.mp4] [FRAMES] CLASS start end start end`, in frames at UCF_RATE, -1 for none."""
+    videos = {}
+    for line in read_lines(path, "NAME CLASS and frames in a line"):
+        name, *words = line.split()
+        event, *frames = words[1:] if words and words[0].isdecimal() else words or [""]
+        times = [number(word, f"{path}, {name}", -1, whole=True) / UCF_RATE for word in frames]
+        if not times or len(times) % 2 or event.lstrip("-").isdecimal():
+            raise InputError(f"{path}, {name}: expected a class, and pairs of frames, got {shown(line)}")
+        videos[stem(name)] = tuple((s, e, event) for s, e in zip(times[::2], times[1::2], strict=True) if 0 <= s < e)
+    return videos
+
+
+def ucf_crime(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> VideoSet:
+    train, test = (agreed(texts, f"Anomaly_{name}.txt", ucf_list) for name in ("Train", "Test"))
+    times = agreed(texts, "Temporal_Anomaly_Annotation*.txt", ucf_annotation)
+    times = times or agreed(texts, "test_with_frame_counts.txt", ucf_annotation)
+    if not test or not (train if split == "train" else times):
+        wanted = "Anomaly_Train.txt" if split == "train" else "Temporal_Anomaly_Annotation*.txt"
+        raise InputError(f"{root} holds no Anomaly_Test.txt with {wanted}; --format folders needs no list")
+    if both := sorted(train.keys() & test.keys()):
+        raise InputError(f"{root}: {len(both)} videos are in Anomaly_Train.txt and Anomaly_Test.txt: {named(both, 3)}")
+    if unknown := sorted(test.keys() - times.keys()) if split == "test" else []:
+        raise InputError(f"{root}: the annotation lacks {len(unknown)} videos of Anomaly_Test.txt: {named(unknown, 3)}")
+    records = []
+    for name, listed in (train if split == "train" else test).items():
+        folder = listed.split("/")[0]
+        classes = () if "normal" in folder.lower() else (folder,)
+        events = times[name] if split == "test" else None if classes else ()
+        records.append(VideoRecord(name, one_path(files.get(name, []), listed), classes, events, source=name))
+    every = {listed.split("/")[0] for listed in [*train.values(), *test.values()]}
+    classes = tuple(sorted(name for name in every if "normal" not in name.lower()))
+    return VideoSet(records, classes, frozenset(test))
+
+
+def xd_classes(name: str) -> tuple[str, ...]:
+    """Classes by a name that ends in _label_ and codes; A is none."""
+    found = re.search(r"_label_([A-Z0-9-]+)$", name)
+    return tuple(XD_CLASSES[code] for code in found[1].split("-") if code in XD_CLASSES) if found else ()
+
+
+def xd_annotation(path: Path) -> dict[str, tuple[Event, ...]]:
+    """Name -> events, of lines `NAME [CODE] start end [CODE] start end`, in frames at XD_RATE."""
+    videos = {}
+    for line in read_lines(path, "NAME and frames in a line"):
+        name, *words = line.split()
+        event = classes[0] if len(classes := xd_classes(stem(name))) == 1 else ""
+        times, events = [], []
+        for word in words:
+            event = XD_CLASSES.get(word, event)
+            if word not in XD_CLASSES:
+                times.append(number(word, f"{path}, {name}", 0, whole=True) / XD_RATE)
+            if len(times) == 2:
+                events.append((*times, event))
+                times = []
+        if times or not events:
+            raise InputError(f"{path}, {name}: expected pairs of frames, got {shown(line)}")
+        videos[stem(name)] = tuple(events)
+    return videos
+
+
+def xd_violence(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> VideoSet:
+    """Test videos are those of the annotation, and those below a folder whose name begins with `test`."""
+    times = agreed(texts, "annotations_multiclasses.txt", xd_annotation)
+    times = times or agreed(texts, "annotations.txt", xd_annotation)
+    if not times:
+        raise InputError(f"{root} holds no annotations.txt or annotations_multiclasses.txt of XD-Violence")
+    labelled = {name for name in files if "_label_" in name}
+    apart = {
+        n
+        for n in labelled
+        for p in files[n]
+        if any(x.lower().startswith("test") for x in p.relative_to(root).parts[:-1])
+    }
+    tests = frozenset(times) | apart
+    records = []
+    for name in sorted(tests if split == "test" else labelled - tests):
+        classes = xd_classes(name)
+        events = times.get(name, None if classes else ())
+        records.append(VideoRecord(name, one_path(files.get(name, [])), classes, events, source=name))
+    return VideoSet(records, tuple(sorted(XD_CLASSES.values())), tests)
+
+
+def folders(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> VideoSet:
+    """root/CLASS/VIDEO, or root/train/CLASS/VIDEO and root/test/CLASS/VIDEO; the class of normal videos begins so."""
+    halves = [name for name in ("train", "test") if (root / name).is_dir()]
+    if halves and split not in halves:
+        raise InputError(f"{root} holds no folder {split}; expected {split}/CLASS/VIDEO beside {halves[0]}")
+    records, tests, classes = [], set(), set()
+    for name, paths in files.items():
+        if len(paths) > 1:
+            raise InputError(f"the name {name} belongs to two videos, {paths[0]} and {paths[1]}; names must differ")
+        parts = paths[0].relative_to(root).parts
+        half = parts[0] if halves else split
+        if len(parts) < 2 + bool(halves) or half not in ("train", "test"):
+            raise InputError(
+                f"{paths[0]} lies in no folder of a class; expected CLASS/VIDEO below {root} or its train and test"
+            )
+        own = parts[bool(halves)]
+        own = () if own.lower().startswith("normal") else (own,)
+        classes.update(own)
+        tests |= {name} if half == "test" else set()
+        if half == split:
+            records.append(VideoRecord(name, paths[0], own, None if own else (), source=name))
+    return VideoSet(records, tuple(sorted(classes)), frozenset(tests))
+
+
+FORMATS = {"ucf-crime": ucf_crime, "xd-violence": xd_violence, "folders": folders}
+
+
+def read_videos(root: str | Path, format: str, split: str) -> VideoSet:
+    """The "train" or "test" videos of a data set in one of FORMATS.
+
+    Lists and annotation are found by their published names anywhere below the root, videos by theirs. Raises
+    InputError where lists are missing, empty or disagree, a name stands for two videos, or training has one label.
+    """
+    if format not in FORMATS:
+        raise InputError(f"--format {format}: expected one of {', '.join(FORMATS)}")
+    files, texts = scan(Path(root))
+    videos = FORMATS[format](Path(root), split, files, texts)
+    normal = sum(not record.classes for record in videos.records)
+    if not len(videos):
+        raise InputError(f"{root} holds no videos to {split} with, as {format} has them")
+    if split == "train" and normal in (0, len(videos)):
+        kind = "normal" if normal else "anomalous"
+        raise InputError(f"{root}: every training video is {kind}; expected normal and anomalous ones")
+    copies = sorted(record.name for record in videos.records if len(files.get(record.name, ())) > 1)
+    notes = (f"{len(copies)} videos have equal copies, which are not read: {named(copies)}",) if copies else ()
+    return replace(videos, notes=notes)
+
+
+def hold_out(videos: VideoSet, share: float, seed: int) -> tuple[VideoSet, VideoSet]:
+    """Training videos and `share` of each class to validate on, at least one where a class has two.
+
+    Videos of one source stay together. The choice depends on names and the seed alone.
+    """
+    groups: dict[tuple[str, ...], set[str]] = {}
+    for record in videos.records:
+        groups.setdefault(record.classes, set()).add(record.source or record.name)
+    held, rng = set(), np.random.default_rng(seed)
+    for classes in sorted(groups):
+        sources = sorted(groups[classes])
+        count = min(len(sources) - 1, max(1, round(share * len(sources)))) if share else 0
+        held.update(rng.permutation(sources)[:count].tolist())
+    chosen = [(record.source or record.name) in held for record in videos.records]
+    return videos.subset(np.flatnonzero(~np.array(chosen))), videos.subset(np.flatnonzero(chosen))
