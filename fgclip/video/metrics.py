@@ -1,0 +1,237 @@
+"""How well scores over time find the events in videos, beside what knowing less would reach. NumPy alone.
+
+Frames are counted from 0, an event [start, end) leaves its end out, and a clip's score holds for each of its frames.
+The frames of all videos make one ROC curve, on which equal scores are one point. Its area may only tell which videos
+are anomalous: hence the figures within anomalous videos, the detections, and the oracles.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+
+import numpy as np
+
+from trainkit.errors import InputError
+from trainkit.tables import aligned
+
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the IoU
+ALARM = 0.5  # a score above it is an alarm
+
+
+@dataclass(frozen=True)
+class VideoScores:
+    """What a model says of a video of so many decoded frames, and what is known of it.
+
+    classes: () of a normal video. events: (start, end, class) in frames; None where it is not known when they are.
+    scores (T,): how likely an event is in each clip, T = ceil(frames / clip_frames); class_scores (T, 1 + C): the
+    probabilities of normal and of each class. rate: frames per second. Raises InputError where the sizes do not fit.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    events: tuple[tuple[int, int, str], ...] | None
+    frames: int
+    clip_frames: int
+    scores: np.ndarray
+    class_scores: np.ndarray
+    rate: Fraction = Fraction(30)
+
+    def __post_init__(self):
+        if not 0 < -(-self.frames // self.clip_frames) == len(self.scores) == len(self.class_scores):
+            sizes = f"{len(self.scores)} scores and {len(self.class_scores)} rows of class scores"
+            raise InputError(f"{self.name}: {sizes} for {self.frames} frames in clips of {self.clip_frames}")
+        if not (np.isfinite(self.scores).all() and np.isfinite(self.class_scores).all()):
+            raise InputError(f"{self.name}: some scores are not finite")
+
+    @property
+    def known(self) -> bool:
+        """Whether it is known of each frame if it is normal."""
+        return self.events is not None or not self.classes
+
+    def positives(self, name: str | None = None) -> np.ndarray:
+        """How many frames (T,) of each clip lie in an event, or in one of the class."""
+        truth = np.zeros(self.frames, dtype=np.int64)
+        for start, end, kind in self.events or ():
+            if name in (None, kind):
+                truth[start:end] = 1
+        return np.add.reduceat(truth, np.arange(0, self.frames, self.clip_frames))
+
+    @cached_property
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Frames (T,) of each clip in an event, and the others; the last clip may be shorter."""
+        starts = np.arange(0, self.frames, self.clip_frames)
+        return self.positives(), np.diff(np.append(starts, self.frames)) - self.positives()
+
+
+def frame_auc(scores: np.ndarray, truth: np.ndarray, negatives: np.ndarray | None = None) -> float:
+    """How often a positive frame scores above a negative one; equal scores count half. NaN without both kinds.
+
+    scores (N,); truth (N,) bool, or how many positive frames each score stands for beside so many `negatives`.
+    """
+    true, false = _above(scores, truth, negatives)
+    area = (np.diff(false, prepend=0) * (true + np.append(0, true[:-1]))).sum() / 2
+    return float(area / true[-1] / false[-1]) if true.any() and false.any() else float("nan")
+
+
+def average_precision(scores: np.ndarray, truth: np.ndarray, negatives: np.ndarray | None = None) -> float:
+    """Sum over the distinct scores of precision times gain in recall. NaN without positives. Arguments: `frame_auc`."""
+    true, false = _above(scores, truth, negatives)
+    return float((np.diff(true, prepend=0) * true / (true + false)).sum() / true[-1]) if true.any() else float("nan")
+
+
+def _above(scores: np.ndarray, positives: np.ndarray, negatives: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Positive and negative frames at or above each distinct score, highest first."""
+    order, negatives = np.argsort(-scores), ~positives if negatives is None else negatives
+    last = np.flatnonzero(np.append(np.diff(scores[order]), 1)[: len(scores)])  # of those that are equal
+    return np.cumsum(positives[order])[last], np.cumsum(negatives[order])[last]
+
+
+def proposals(video: VideoScores) -> list[np.ndarray]:
+    """For each column of class_scores (n, 3): start and end in frames and the score of what it proposes as events.
+
+    Runs of at least two frames strictly above max - 0.6 (max - min), scored by their highest plus 0.7 times the mean
+    of the highest sixteenth of the frames, the last clip counted whole: so measures VadCLIP (Wu et al. 2024).
+    """
+    x, size = video.class_scores, video.clip_frames  # (T, 1 + C)
+    count = max(1, len(x) * size // 16)  # frames
+    taken = np.clip(count - size * np.arange(len(x)), 0, size)[:, None]  # of each clip, highest first
+    levels = (-np.sort(-x, axis=0) * taken).sum(axis=0) / count
+    high, found = x > x.max(axis=0) - 0.6 * (x.max(axis=0) - x.min(axis=0)), []
+    for column, above, level in zip(x.T, high.T, levels, strict=True):
+        edges = np.flatnonzero(np.diff(above, prepend=False, append=False))  # start, end, start, ... of the runs
+        best = np.maximum.reduceat(np.append(column, 0), edges)[::2] if len(edges) else np.empty(0)
+        rows = np.column_stack([edges.reshape(-1, 2) * size, best + 0.7 * level])
+        found.append(rows[rows[:, 1] - rows[:, 0] >= 2])
+    return found
+
+
+def detection_map(videos: Sequence[VideoScores], names: Sequence[str | None], thresholds=THRESHOLDS) -> np.ndarray:
+    """Average precision (len(names), thresholds) of the proposals for each column of class_scores; NaN without events.
+
+    names: the class of each column; None: its events are the normal videos as wholes. Of the unused events of its
+    class and video a proposal takes the one of largest IoU, and is a hit where that reaches the threshold.
+    """
+    result, found = np.full((len(names), len(thresholds)), np.nan), [proposals(video) for video in videos]
+    for column, name in enumerate(names):
+        whole = [[(0, video.frames)] if name is None and not video.classes else [] for video in videos]
+        events = [[event[:2] for event in video.events or () if event[2] == name] for video in videos]
+        events = {i: some for i, some in enumerate(whole if name is None else events) if some}
+        rows = np.concatenate([np.insert(one[column], 3, i, axis=1) for i, one in enumerate(found)])
+        rows = rows[np.argsort(-rows[:, 2], kind="stable")]  # (n, 4)
+        near = [(rank, *rows[rank, [3, 0, 1]]) for rank in np.flatnonzero(np.isin(rows[:, 3], list(events)))]
+        for place, threshold in enumerate(thresholds) if events else ():
+            hits, unused = np.zeros(len(rows)), {i: list(some) for i, some in events.items()}
+            for rank, i, start, end in near:
+                overlaps = [_iou(event, start, end) for event in unused[i]]
+                if overlaps and max(overlaps) >= threshold:
+                    unused[i].pop(int(np.argmax(overlaps)))
+                    hits[rank] = 1
+            precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+            result[column, place] = (precision * hits).sum() / sum(map(len, events.values()))
+    return result
+
+
+def _iou(event: tuple[int, int], start: float, end: float) -> float:
+    common = min(end, event[1]) - max(start, event[0])
+    return max(0.0, common) / (max(end, event[1]) - min(start, event[0]))
+
+
+def frame_figures(videos: Sequence[VideoScores]) -> dict[str, float]:
+    """auc and ap of all frames, the same of anomalous videos, the mean of their own AUC, and the share of the frames
+    without an event that raise an alarm; video_auc: of the highest scores, also of videos with unknown events."""
+    known = [video for video in videos if video.known]
+    parts = [_together(known), _together([video for video in known if video.classes])]
+    scores, _, negative = parts[0]
+    own = [frame_auc(video.scores, *video.counts) for video in known if video.classes]
+    highest, anomalous = (np.array(x) for x in zip(*((v.scores.max(), bool(v.classes)) for v in videos), strict=True))
+    names, figures = ("auc", "ap", "anomalous_auc", "anomalous_ap"), (frame_auc, average_precision)
+    return dict(zip(names, (figure(*part) for part in parts for figure in figures), strict=True)) | dict(
+        mean_auc=_mean(own), video_auc=frame_auc(highest, anomalous),
+        false_alarms=float(negative[scores > ALARM].sum() / negative.sum()) if negative.any() else float("nan"),
+    )  # fmt: skip
+
+
+def _together(videos: Sequence[VideoScores]) -> tuple[np.ndarray, ...]:
+    """Scores, positive and negative frames (N,) of all clips of the videos."""
+    columns = [(video.scores, *video.counts) for video in videos] or [(np.zeros(0),) * 3]
+    return tuple(map(np.concatenate, zip(*columns, strict=True)))
+
+
+def _mean(values) -> float:
+    """The mean of those that are not NaN."""
+    values = np.array(values)[~np.isnan(values)]
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def oracles(videos: Sequence[VideoScores]) -> dict[str, list[VideoScores]]:
+    """Scores of who knows only which videos are anomalous, and of who guesses also that events are in the middle."""
+    single = [replace(v, clip_frames=1, scores=np.full(v.frames, float(bool(v.classes))),
+                      class_scores=np.zeros((v.frames, 0))) for v in videos]  # fmt: skip
+    ramps = [1 - abs(2 * (np.arange(v.frames) + 0.5) / v.frames - 1) for v in videos]  # 0 at both ends, 1 in the middle
+    middle = [replace(v, scores=v.scores * ramp) for v, ramp in zip(single, ramps, strict=True)]
+    return {"oracle of the video's label": single, "oracle x middle of the video": middle}
+
+
+def anomaly_report(videos: Sequence[VideoScores], classes: Sequence[str], *, normal_counts: bool = False) -> dict:
+    """Nested dict of plain ints and floats in 0..1, NaN where something cannot be measured.
+
+    scores: `frame_figures` of the anomaly score, of 1 - p(normal) and of the `oracles`. classes: of each class its
+    videos, events, auc within its videos, one_vs_rest_auc of its own score, and mAP. map: by threshold and averaged,
+    the mean of the classes that have events, and that over 1 + C as published, where those without count 0. top1: how
+    often the class that is highest in an anomalous video's best sixteenth is one of its own. counts.
+    normal_counts: normal is a class with events in `map`, as it is published for XD-Violence.
+    """
+    if not any(video.known for video in videos):
+        raise InputError("expected at least one video of which it is known when its events are, found none")
+    known, anomalous = [v for v in videos if v.known], [v for v in videos if v.classes]
+    scores, positive, negative = _together(known)
+    precision = detection_map(known, [None if normal_counts else "", *classes])  # (1 + C, thresholds)
+    rows = {}
+    for index, name in enumerate(classes, start=1):
+        own, true = [v for v in known if name in v.classes], np.concatenate([v.positives(name) for v in known])
+        score = np.concatenate([v.class_scores[:, index] for v in known])
+        rows[name] = dict(
+            videos=sum(name in v.classes for v in videos), events=sum(e[2] == name for v in own for e in v.events),
+            auc=frame_auc(*_together(own)), one_vs_rest_auc=frame_auc(score, true, positive + negative - true),
+            map=_mean(precision[index]),
+        )  # fmt: skip
+    best = [np.sort(v.class_scores[:, 1:], axis=0)[-1 - len(v.scores) // 16 :].mean(axis=0).argmax() for v in anomalous]
+    steps = dict(zip([*map(str, THRESHOLDS), "average"], [*range(len(THRESHOLDS)), slice(None)], strict=True))
+    maps = dict(with_events=precision, published=np.nan_to_num(precision))
+    kinds = {"anomaly score": videos, "1 - p(normal)": [replace(v, scores=1 - v.class_scores[:, 0]) for v in videos]}
+    return dict(
+        counts=dict(
+            videos=len(videos), anomalous=len(anomalous), unknown=len(videos) - len(known),
+            frames=int((positive + negative).sum()), positives=int(positive.sum()),
+        ),
+        scores={name: frame_figures(part) for name, part in (kinds | oracles(videos)).items()},
+        classes=rows,
+        mean_one_vs_rest_auc=_mean([row["one_vs_rest_auc"] for row in rows.values()]),
+        top1=_mean([classes[i] in v.classes for i, v in zip(best, anomalous, strict=True)]),
+        map={name: {step: _mean(part[:, at]) for step, at in steps.items()} for name, part in maps.items()},
+    )  # fmt: skip
+
+
+def report_text(report: dict) -> str:
+    """The tables of an `anomaly_report`, shares in percent, a dash where something cannot be measured."""
+
+    def table(rows: dict[str, dict], corner: str) -> str:
+        cells = [[name, *(_cell(value) for value in row.values())] for name, row in rows.items()]
+        names = next(iter(rows.values()), {})
+        return aligned([[corner, *(name.replace("_", " ") for name in names)], *cells])
+
+    counts, classes = report["counts"], report["classes"]
+    with_events = sum(row["events"] > 0 for row in classes.values())
+    maps = {f"mean of the {with_events} classes with events": report["map"]["with_events"]}
+    maps |= {f"as published ({1 + len(classes)} classes)": report["map"]["published"]}
+    said = "{videos} videos, {anomalous} anomalous; {frames} frames, {positives} in events".format(**counts)
+    said += f"; {counts['unknown']} videos of unknown events count only as wholes" if counts["unknown"] else ""
+    shares = f"mean one vs rest AUC {_cell(report['mean_one_vs_rest_auc'])}; "
+    shares += f"top 1 class of anomalous videos {_cell(report['top1'])}"
+    tables = [table(report["scores"], "%"), table(classes, "% by class") + "\n" + shares, table(maps, "mAP@IoU, %")]
+    return "\n\n".join([said, *tables])
+
+
+def _cell(value: float) -> str:
+    return str(value) if isinstance(value, int) else "-" if np.isnan(value) else f"{100 * value:.2f}"
