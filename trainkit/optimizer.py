@@ -50,7 +50,7 @@ def parameter_groups(
 
 def lr_factor(
     step: int, kind: str, *, total_steps: int, warmup_steps: int = 0, warmup_factor: float = 0.001,
-    milestones: Sequence[int] = (), gamma: float = 0.1, final_factor: float = 0.0,
+    milestones: Sequence[int] = (), gamma: float = 0.1, final_factor: float = 0.0, restart: int = 0,
 ) -> float:  # fmt: skip
     """The factor on each group's learning rate after `step` optimizer steps.
 
@@ -59,7 +59,10 @@ def lr_factor(
     "cosine": half a cosine from 1 down to `final_factor` at `total_steps` (Loshchilov and Hutter 2017, equation 5).
     "one-cycle": as cosine, but the rise is half a cosine too, and takes 30 % of the run where `warmup_steps` is 0
     (Smith and Topin 2018, as torch's OneCycleLR; momentum is left alone).
+    restart: the step at which a first course has ended and a second one begins; 0 for one alone.
     """
+    if restart:
+        step, total_steps = (step, restart) if step < restart else (step - restart, total_steps - restart)
     if kind == "one-cycle" and not warmup_steps:
         warmup_steps = round(0.3 * total_steps)
     rise = course = 1.0
@@ -75,11 +78,13 @@ def lr_factor(
     return rise * course
 
 
-def build_optimisation(args: argparse.Namespace, model: nn.Module, steps_per_epoch: int, **grouping):
+def build_optimisation(
+    args: argparse.Namespace, model: nn.Module, steps_per_epoch: int, *, restart_epochs: int = 0, **grouping
+):
     """Optimizer of all that `model` trains, and its schedule, as the flags of `add_recipe_flags` say.
 
     --lr-base-batch scales --lr with the samples per step (Goyal et al. 2017, 2.1). grouping: lr_scale and no_decay of
-    `parameter_groups`. The schedule is stepped after each optimizer step.
+    `parameter_groups`. restart_epochs: after which the schedule begins anew. The schedule is stepped after each optimizer step.
     """
     lr = args.lr
     if args.lr_base_batch:
@@ -93,7 +98,7 @@ def build_optimisation(args: argparse.Namespace, model: nn.Module, steps_per_epo
     factor = functools.partial(
         lr_factor, kind=args.schedule, total_steps=args.epochs * steps_per_epoch, warmup_steps=args.warmup_steps,
         warmup_factor=args.warmup_factor, milestones=sorted(epoch * steps_per_epoch for epoch in args.milestones),
-        gamma=args.gamma, final_factor=args.final_factor,
+        gamma=args.gamma, final_factor=args.final_factor, restart=restart_epochs * steps_per_epoch,
     )  # fmt: skip
     return optimizer, LambdaLR(optimizer, factor)
 

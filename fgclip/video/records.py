@@ -6,6 +6,7 @@ Times are seconds (float64) from the beginning of a video.
 import os
 import re
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from fractions import Fraction
@@ -97,7 +98,7 @@ def truth(record: VideoRecord, frames: int, rate: Fraction, name: str | None = N
     return inside
 
 
-@dataclass(frozen=True)
+@dataclass
 class VideoSet:
     """Videos of one split. classes: of events, without normal. test_names: the data set's test videos.
 
@@ -126,8 +127,10 @@ class VideoSet:
     def subset(self, chosen: Iterable[int] | Callable[[VideoRecord], bool]) -> "VideoSet":
         """The videos of these indices, or for which a function is true."""
         if callable(chosen):
-            return replace(self, records=[record for record in self.records if chosen(record)])
-        return replace(self, records=[self.records[i] for i in chosen])
+            chosen = [i for i, record in enumerate(self.records) if chosen(record)]
+        part = copy(self)
+        part.records = [self.records[i] for i in chosen]
+        return part
 
 
 def named(names: Iterable[str], most: int = 20) -> str:

@@ -1,0 +1,157 @@
+"""Features of the clips of videos, made by an image tower in one pass over each video."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fgclip.images import normalise
+from fgclip.model import FGCLIP, l2_normalize
+from fgclip.video import decode
+from fgclip.video.store import INPUTS, Clips, FeatureStore
+from trainkit import distributed
+from trainkit.device import autocast
+from trainkit.errors import InputError
+
+LEAST_AMOUNT = 1e-4  # of change, in colours of 0..1
+LEAST_MOTION = 1e-6  # a single pixel of a patch of 32 that changes by 1 of 255 is more; rounding is less
+
+
+class ClipEncoder:
+    """Describes each clip of `clip_frames` frames by the picture in its middle and what changes until the next one.
+
+    frames_per_clip: n pictures instead, frames floor((j + 1/2) clip_frames / n) of a clip; their features are averaged.
+    batch_size: pictures at once. amp: a key of AUTOCAST.
+    """
+
+    def __init__(
+        self, model: FGCLIP, *, clip_frames: int = 16, frames_per_clip: int = 1, device: torch.device | str = "cpu",
+        batch_size: int = 64, amp: str = "none",
+    ):  # fmt: skip
+        if frames_per_clip > clip_frames:
+            raise InputError(f"--frames-per-clip {frames_per_clip}: expected at most --clip-frames, {clip_frames}")
+        self.model, self.device, self.amp = model.to(device), torch.device(device), amp
+        self.clip_frames, self.frames_per_clip, self.batch_size = clip_frames, frames_per_clip, batch_size
+        self.samples = tuple((2 * j + 1) * clip_frames // (2 * frames_per_clip) for j in range(frames_per_clip))
+        self.offsets = tuple(sorted({(s + step) % clip_frames for s in self.samples for step in (0, 1)}))
+
+    @torch.inference_mode()
+    def encode(self, pictures: Tensor, following: Tensor) -> dict[str, Tensor]:
+        """The features of n pictures, given the frame after each: both (n, 3, S, S) float32 in 0..1.
+
+        Returns, float32, with d (P,) the mean absolute difference of each patch:
+            global (n, D), the unit features of `encode_image`;
+            motion (n, D), the unit features of the patches, averaged with weights max(0, d - median d), zero where
+                nothing moves; of an even P the median is the lower of the two middle ones;
+            amount (n, 4), the logarithms of mean and largest d, and of the means of the 4 and 12 largest, from 1e-4.
+        """
+        pictures, following, tower = pictures.to(self.device), following.to(self.device), self.model.vision_model
+        with autocast(self.amp, self.device):
+            tokens, size = tower.penultimate(normalise(pictures))
+            pooled = self.model.visual_projection(tower.pool(tokens))
+            patches = self.model.visual_projection(tower.dense(tokens, size).flatten(2).transpose(1, 2))  # (n, P, D)
+        change = (pictures - following).abs().mean(dim=1, keepdim=True)
+        change = F.avg_pool2d(change, tower.patch_size).flatten(1)  # (n, P)
+        excess = (change - change.median(dim=1, keepdim=True).values).clamp(min=0)
+        weight = excess / excess.sum(dim=1, keepdim=True).clamp(min=LEAST_MOTION)
+        most = change.topk(min(12, change.shape[1]), dim=1).values
+        amounts = (change.mean(dim=1), most[:, 0], most[:, :4].mean(dim=1), most.mean(dim=1))
+        amount = torch.stack(amounts, dim=1).clamp(min=LEAST_AMOUNT).log()
+        motion = torch.einsum("np,npd->nd", weight, l2_normalize(patches))
+        return dict(zip(INPUTS, (l2_normalize(pooled), motion, amount), strict=True))
+
+    @torch.inference_mode()
+    def video(self, video: decode.Video) -> Clips:
+        """The clips of a video, T = ceil(frames / clip_frames), in one pass that keeps a batch of pictures at most.
+
+        The last clip takes the last frame for those that it lacks. A frame without a next one is its own.
+        """
+        each, parts, pairs = self.frames_per_clip, [], self._pairs(video)
+        size = max(1, self.batch_size // each) * each  # whole clips
+        while pictures := list(islice(pairs, size)):
+            colours = torch.from_numpy(np.stack(pictures)).to(self.device)  # (n, 2, S, S, 3)
+            now, then = (colours.movedim(-1, 2).contiguous().float() / 255).unbind(1)
+            rows = self.encode(now, then).values()
+            # Half precision stays on the device until the end, so that a GPU need not be waited for.
+            parts.append([row.unflatten(0, (-1, each)).mean(dim=1).half() for row in rows])
+        if not parts:
+            raise InputError(video.problem or "no frame of it can be decoded")
+        arrays = (torch.cat(rows).cpu().numpy() for rows in zip(*parts, strict=True))
+        return Clips(*arrays, frames=video.count, rate=video.rate)
+
+    def _pairs(self, video: decode.Video) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The pictures that are looked at and those after them, clip after clip, (S, S, 3) uint8 each."""
+        side, made, held, small = self.model.vision_model.image_size, 0, None, None
+        for index, _, picture in video.frames(self.clip_frames, self.offsets, last=True):
+            small = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC))
+            if held is not None:
+                yield held, small
+                made += 1
+            held = small if index % self.clip_frames in self.samples else None
+        for _ in range(math.ceil(video.count / self.clip_frames) * self.frames_per_clip - made):
+            yield small, small
+
+
+def weights_key(model: FGCLIP, clip_frames: int, frames_per_clip: int) -> dict[str, int | str]:
+    """What features depend on, as plain values: two caches with the same key may be mixed."""
+    tower, digest = model.vision_model, hashlib.sha256()
+    block = tower.encoder.layers[0]
+    digest.update(f"{block.self_attn.heads} {block.mlp.activation.__name__} {tower.post_layernorm.eps}".encode())
+    for name, weight in sorted(model.state_dict().items()):
+        if name.startswith(("vision_model.", "visual_projection.")):
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().float().cpu().contiguous().numpy())
+    sizes = dict(image_size=tower.image_size, dim=model.visual_projection.out_features)
+    return dict(weights=digest.hexdigest(), **sizes, clip_frames=clip_frames, frames_per_clip=frames_per_clip)
+
+
+def bytes_of(path: Path | None) -> int:
+    """The size of a file, or of the files in a folder; 0 of none."""
+    if path is None:
+        return 0
+    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+
+
+def extract(
+    videos, encoder: ClipEncoder, store: FeatureStore, *, between: Callable[[], None] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[str]:  # fmt: skip
+    """Write the features of the videos of a VideoSet that the store lacks; -> the names of the damaged ones.
+
+    The processes share them, the largest files first. A video that the store knows, damaged or not, is passed over
+    as long as its file's size stays. Those that are not found are passed over.
+    between: see `distributed.in_step`. progress: called with the name of each video that this process is done with.
+    """
+    records = [record for record in videos.records if record.name not in videos.missing]
+    sizes, known = distributed.run_on_main(
+        lambda: ({r.name: bytes_of(r.path) for r in records}, {r.name: store.record(r.name) for r in records})
+    )
+    ahead = [r for r in records if known[r.name] is None or known[r.name]["bytes"] != sizes[r.name]]
+    if any(record.path is not None and record.path.is_file() for record in ahead):
+        decode.library()  # else its absence would be taken for damage
+    shares, loads = [[] for _ in range(distributed.world_size())], [0] * distributed.world_size()
+    for record in sorted(ahead, key=lambda record: (-sizes[record.name], record.name)):
+        least = loads.index(min(loads))
+        shares[least].append(record)
+        loads[least] += sizes[record.name] or 1
+    mine = shares[distributed.rank()]
+    for record in distributed.in_step(mine, len(mine), between):
+        try:
+            video = videos.open(record)
+            clips, problem = encoder.video(video), video.problem
+            if video.damaged:
+                clips = None
+        except InputError as error:
+            clips, problem = None, str(error)
+        store.write(record.name, clips, size=sizes[record.name], problem=problem)
+        if progress is not None:
+            progress(record.name)
+    distributed.gather_objects(None)  # until all are written
+    return [record.name for record in records if store.error(record.name) is not None]

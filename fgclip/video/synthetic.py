@@ -1,0 +1,204 @@
+"""Surveillance videos of moving shapes, half of them with an event, drawn from a seed."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from fgclip.synthetic import COLOURS, KINDS, alterations, phrase, shape_mask, texture_mask
+from fgclip.video.records import Span, Track, VideoRecord, VideoSet
+
+EVENTS = ("explosion", "fight", "speeding", "fire")
+VERBS = dict(fight="fighting", speeding="speeding", fire="burning")  # of the shapes that an event is about
+FRAMES = (96, 160)  # of a video
+SHARE = (0.12, 0.3)  # of a video that its event takes
+SPEED = (0.004, 0.012)  # of a shape, in image sides per frame
+FASTER = 5  # times that, where it speeds
+LAMPS = 0.4  # share of all videos with a blinking lamp, which means nothing
+RAMP = 6  # frames in which two shapes come together
+PULSE = 9  # frames in which an explosion grows
+KEY_EVERY = 4  # frames between the key frames of a track
+# Sentences for the classes, made of what the phrases of tracks say. Row 0 is a video without event.
+PROMPTS = {"normal": tuple(f"a {colour} {shape}" for colour in COLOURS for shape in ("ring", "square", "circle"))}
+PROMPTS["explosion"] = ("an explosion",)
+PROMPTS |= {name: tuple(f"a {verb} {text[2:]}" for text in PROMPTS["normal"]) for name, verb in VERBS.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a video: what is in it, where it moves, and what happens from frame `start` to `end`."""
+
+    frames: int
+    kinds: list[tuple[str, str, str]]  # colour, texture and shape of each of N things
+    sides: np.ndarray  # (N,)
+    origin: np.ndarray  # (N, 2), of their centres, before reflection
+    velocity: np.ndarray  # (N, 2) per frame
+    event: str | None
+    actors: list[int]  # the things that the event is about
+    start: int
+    end: int
+    spot: np.ndarray  # (2,), where it explodes
+    lamp: tuple[float, float, int] | None  # x, y and the frames from one change to the next
+
+    def centres(self, frames: np.ndarray) -> np.ndarray:
+        """(N, F, 2) in 0..1 at these frames (F,)."""
+        time = np.repeat(frames[None].astype(float), len(self.kinds), axis=0)  # (N, F)
+        if self.event == "speeding":
+            time[self.actors] += (FASTER - 1) * (frames.clip(self.start, self.end) - self.start)
+        path = self.origin[:, None] + self.velocity[:, None] * time[..., None]
+        room = 1 - self.sides[:, None, None]
+        centres = room * (1 - abs(path % 2 - 1)) + self.sides[:, None, None] / 2  # reflected at the borders
+        if self.event == "fight":
+            inside = np.minimum(frames - self.start, self.end - 1 - frames)
+            near = ((inside + 1) / RAMP).clip(0, 1)[:, None]  # (F, 1), 1 where they are together
+            shake = 0.03 * np.stack([np.sin(2.1 * frames), np.cos(2.9 * frames)], axis=1)
+            for sign, actor in zip((-1, 1), self.actors, strict=True):
+                together = 0.5 + 0.4 * (self.spot - 0.5) + sign * (np.array([0.08, 0]) + shake)
+                centres[actor] += near * (together - centres[actor])
+        return centres
+
+    def boxes(self, frames: np.ndarray) -> np.ndarray:
+        """(N, F, 4) xyxy in 0..1."""
+        centres, half = self.centres(frames), self.sides[:, None, None] / 2
+        return np.concatenate([centres - half, centres + half], axis=2).clip(0, 1)
+
+    def happens(self, frame: int) -> bool:
+        return self.event is not None and self.start <= frame < self.end
+
+    def blast(self, frames: np.ndarray) -> np.ndarray:
+        """Half the side (F,) of the ring of an explosion, which grows again and again."""
+        return 0.06 + 0.2 * ((frames - self.start) % PULSE) / (PULSE - 1)
+
+
+class SyntheticVideos(VideoSet):
+    """`count` videos of a seed: three moving shapes each, and an event of one of four kinds in every second one.
+
+    An explosion is a ring that grows again and again; in a fight two shapes meet and shake; speeding is a shape five
+    times as fast; fire turns a shape to flickering orange. Lamps blink and orange shapes move in all videos, so that
+    neither motion nor colour alone is a sign.
+    """
+
+    def __init__(self, count: int, *, seed: int, image_size: int = 64):
+        self.seed, self.image_size = seed, image_size
+        self.plans = {f"video-{seed}-{index}": plan(seed, index) for index in range(count)}
+        super().__init__([record(name, plan) for name, plan in self.plans.items()], EVENTS)
+
+    missing = ()  # they are drawn when they are opened
+
+    def open(self, record: VideoRecord) -> "DrawnVideo":
+        return DrawnVideo(self.plans[record.name], self.image_size, seed=[*map(int, record.name.split("-")[1:])])
+
+
+class DrawnVideo:
+    """A drawn video, with the interface of `fgclip.video.decode.Video`."""
+
+    rate, problem, damaged = Fraction(30), None, False
+
+    def __init__(self, plan: Plan, image_size: int, seed: list[int]):
+        self.plan, self.image_size, self.seed = plan, image_size, seed
+        self.claimed = self.count = plan.frames
+        rng = np.random.default_rng((*seed, 1))
+        grain = 0.03 * rng.standard_normal((image_size, image_size, 3))
+        self.background = (rng.uniform(0.3, 0.6) + grain).astype(np.float32)  # (S, S, 3)
+
+    def frames(
+        self, period: int = 1, offsets: Collection[int] = (0,), last: bool = False
+    ) -> Iterator[tuple[int, float, np.ndarray]]:
+        for index in range(self.count):
+            if index % period in offsets or (last and index == self.count - 1):
+                yield index, index / 30, self.draw(index)
+
+    def at(self, times: Sequence[float]) -> list[np.ndarray]:
+        return [self.draw(min(max(int(time * 30 + 1e-6), 0), self.count - 1)) for time in times]
+
+    def draw(self, frame: int) -> np.ndarray:
+        """(S, S, 3) uint8."""
+        plan, canvas, happens = self.plan, self.background.copy(), self.plan.happens(frame)
+        rng = np.random.default_rng((*self.seed, 2, frame))
+        if plan.lamp is not None and frame // plan.lamp[2] % 2:
+            x, y, _ = plan.lamp
+            paint(canvas, np.array([x, y, x + 0.1, y + 0.1]), "square", "plain", np.array([1.0, 1.0, 0.8]))
+        for i, (box, (colour, texture, shape)) in enumerate(
+            zip(plan.boxes(np.array([frame]))[:, 0], plan.kinds, strict=True)
+        ):
+            rgb = np.array(COLOURS[colour])
+            if happens and plan.event == "fire" and i in plan.actors:
+                rgb = np.array(COLOURS["orange"]) * rng.uniform(0.6, 1.3)
+                texture = ("plain", "dotted", "checked")[rng.integers(3)]
+            paint(canvas, box, shape, texture, rgb)
+        if happens and plan.event == "explosion":
+            half = plan.blast(np.array([frame]))
+            paint(
+                canvas, np.concatenate([plan.spot - half, plan.spot + half]), "ring", "plain", np.array([1, 0.9, 0.6])
+            )
+        canvas += 0.01 * rng.standard_normal(canvas.shape, dtype=np.float32)
+        return (255 * canvas.clip(0, 1)).round().astype(np.uint8)
+
+
+def paint(canvas: np.ndarray, box: np.ndarray, shape: str, texture: str, colour: np.ndarray) -> None:
+    """Draw a shape into a picture (S, S, 3) in 0..1."""
+    centres = (np.arange(len(canvas)) + 0.5) / len(canvas)
+    columns, rows = (slice(*np.searchsorted(centres, (box[i], box[i + 2]))) for i in range(2))
+    u = 2 * (centres[columns] - box[0]) / (box[2] - box[0]) - 1
+    v = 2 * (centres[rows] - box[1]) / (box[3] - box[1]) - 1
+    u, v = np.meshgrid(u, v)  # (h, w)
+    shade = np.where(texture_mask(texture, u, v), 0.3, 1.0)[..., None]
+    inside = shape_mask(shape, u, v)
+    canvas[rows, columns][inside] = (shade * colour)[inside]
+
+
+def plan(seed: int, index: int) -> Plan:
+    """What happens in video `index`: an event in every odd one, each kind equally often."""
+    rng = np.random.default_rng((seed, index, 0))
+    frames, sides = int(rng.integers(*FRAMES, endpoint=True)), rng.uniform(0.2, 0.3, 3)
+    angle, speed = rng.uniform(0, 2 * np.pi, 3), rng.uniform(*SPEED, 3)
+    length = round(frames * rng.uniform(*SHARE))
+    start = int(rng.integers(0, frames - length + 1))
+    event = EVENTS[index // 2 % len(EVENTS)] if index % 2 else None
+    actors = dict(explosion=[], fight=[0, 1], speeding=[0], fire=[0]).get(event, [])
+    lamp = (*rng.uniform(0, 0.9, 2), int(rng.integers(3, 12))) if rng.random() < LAMPS else None
+    return Plan(
+        frames, [KINDS[i] for i in rng.choice(len(KINDS), 3, replace=False)], sides, rng.uniform(0, 2, (3, 2)),
+        speed[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1), event, actors, start, start + length,
+        rng.uniform(0.3, 0.7, 2), lamp,
+    )  # fmt: skip
+
+
+def record(name: str, plan: Plan) -> VideoRecord:
+    """The labels of a drawn video: classes, events, tracks with phrases, and captions."""
+    things = ", ".join(f"{colour} {shape}" for colour, _, shape in plan.kinds)
+    if plan.event is None:
+        tracks = [track(plan, i, [(0, plan.frames)]) for i in range(3)]
+        return VideoRecord(name, None, (), (), tuple(tracks), (Span(0.0, plan.frames / 30, things, False),))
+    outside = [(0, plan.start), (plan.end, plan.frames)]
+    tracks = [track(plan, i, outside if i in plan.actors else [(0, plan.frames)]) for i in range(3)]
+    tracks += [track(plan, i, [(plan.start, plan.end)], plan.event) for i in plan.actors]
+    if plan.event == "explosion":
+        frames = np.arange(plan.start, plan.end)
+        half = plan.blast(frames)[:, None]
+        boxes = np.concatenate([plan.spot - half, plan.spot + half], axis=1).clip(0, 1)
+        tracks.append(Track(((frames / 30, boxes),), ("an explosion",), True, tuple(map(phrase, plan.kinds))))
+    captions = [Span(a / 30, b / 30, things, False) for a, b in outside if b > a]
+    captions.append(Span(plan.start / 30, plan.end / 30, f"{things}, {plan.event}", True))
+    event = (plan.start / 30, plan.end / 30, plan.event)
+    return VideoRecord(name, None, (plan.event,), (event,), tuple(t for t in tracks if t.stretches), tuple(captions))
+
+
+def track(plan: Plan, thing: int, parts: list[tuple[int, int]], event: str | None = None) -> Track:
+    """One thing in some parts of the video; its phrase says what it does in an event."""
+    stretches = []
+    for start, end in parts:
+        if end > start:
+            frames = np.unique([*range(start, end, KEY_EVERY), end - 1])
+            stretches.append((frames / 30, plan.boxes(frames)[thing]))
+    kind = plan.kinds[thing]
+    texts = {None: phrase(kind)} | {name: f"a {verb} {' '.join(kind)}" for name, verb in VERBS.items()}
+    others = tuple(text for name, text in texts.items() if name != event)
+    return Track(tuple(stretches), (texts[event],), event is not None, (*others, *alterations(kind)[:4]))
+
+
+def sentences() -> list[str]:
+    """Every word of the drawn videos, for a vocabulary."""
+    return [*PROMPTS["normal"], *(f"a {verb} {' '.join(kind)}" for verb in VERBS.values() for kind in KINDS),
+            "an explosion", *(f"{phrase(kind)}, {event}" for kind in KINDS for event in EVENTS)]  # fmt: skip
