@@ -12,14 +12,13 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from fgclip.video.features import ClipEncoder, extract, weights_key
 from fgclip.video.metrics import VideoScores, anomaly_report, frame_auc, report_text
 from fgclip.video.model import VideoModel, load_video_model
-from fgclip.video.plots import Strip, as_json, best_and_worst, draw_curves, need_matplotlib, peaks, thumbnail, time_of
+from fgclip.video.plots import Strip, best_and_worst, draw_curves, need_matplotlib, peaks, thumbnail, time_of
 from fgclip.video.records import FORMATS, VideoSet, named, read_videos
 from fgclip.video.store import FeatureStore
 from fgclip.video.synthetic import SyntheticVideos
@@ -99,7 +98,7 @@ def scored(args: argparse.Namespace, encoder: ClipEncoder, model: VideoModel, vi
         raise InputError(f"{len(lost)} videos are missing or damaged (--allow-missing goes without): {named(lost, 4)}")
     records = [record for record in videos.records if record.name in store]
     said = f"without {len(lost)} videos: {', '.join(lost)}" if lost else ""
-    return [model.scores(record, store.read(record.name)) for record in records], said
+    return [model.scores(one, store.read(one.name)) for one in records * distributed.is_main()], said
 
 
 def draw(path: str, scores: list[VideoScores], videos: VideoSet) -> None:
@@ -112,6 +111,12 @@ def draw(path: str, scores: list[VideoScores], videos: VideoSet) -> None:
         pictures = videos.open(records[one.name]).at(times)
         strips.append(Strip(one, title, list(zip(times, map(thumbnail, pictures), strict=True))))
     draw_curves(path, strips)
+
+
+def as_json(video: VideoScores) -> dict:
+    """What the curve of a video is drawn from, as plain values; rate in frames per second, events in frames."""
+    sizes = dict(name=video.name, rate=float(video.rate), clip_frames=video.clip_frames, frames=video.frames)
+    return sizes | dict(classes=video.classes, events=video.events, scores=video.scores.round(5).tolist())
 
 
 def plain(value):
