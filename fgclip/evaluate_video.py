@@ -43,7 +43,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("videos").add_argument
-    add("--data-root", metavar="DIR", help="root of a data set, of which the test videos are taken; else they are drawn")
+    add("--data-root", metavar="DIR", help="root of a data set, for its test videos; else they are drawn")
     add("--format", choices=tuple(FORMATS), help="layout of --data-root (ucf-crime)")
     add("--features", metavar="DIR", help="of python -m fgclip.extract; what it lacks is added. Else they are not kept")
     add("--allow-missing", type=non_negative_int, metavar="N", help="go on without so many missing or damaged videos")
@@ -56,15 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settle(args: argparse.Namespace) -> None:
-    """Fill in the defaults. Raises InputError on a flag that nothing would read, and where no result can be written."""
+    """Fill in defaults. Raises InputError on a flag that nothing would read, and where a result cannot be written."""
     check_needed(args, format=("data_root",), allow_missing=("data_root",))
     for name, default in DRAWN.items():
         if args.data_root and getattr(args, name) is not None:
             raise InputError(f"--{name} is of drawn videos; it has no part in --data-root")
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
-    for flag in ("output", "plot"):
-        if (path := getattr(args, flag)) and not Path(path).resolve().parent.is_dir():
-            raise InputError(f"--{flag} {path}: expected a file in a folder that exists")
+    for flag, path in (("--output", args.output), ("--plot", args.plot)):
+        if path and not Path(path).resolve().parent.is_dir():
+            raise InputError(f"{flag} {path}: expected a file in a folder that exists")
     if args.plot:
         need_matplotlib()
 
@@ -114,9 +114,9 @@ def draw(path: str, scores: list[VideoScores], videos: VideoSet) -> None:
 
 
 def as_json(video: VideoScores) -> dict:
-    """What the curve of a video is drawn from, as plain values; rate in frames per second, events in frames."""
+    """What a curve is drawn from, as plain values. rate: frames per second."""
     sizes = dict(name=video.name, rate=float(video.rate), clip_frames=video.clip_frames, frames=video.frames)
-    return sizes | dict(classes=video.classes, events=video.events, scores=video.scores.round(5).tolist())
+    return sizes | dict(scores=video.scores.astype(float).round(6).tolist())
 
 
 def plain(value):
@@ -145,7 +145,8 @@ def main(arguments: list[str] | None = None) -> None:
         print("\n" + report_text(report))
         if args.output:
             known = dict(checkpoint=args.checkpoint, supervision=model.supervision, data=about, lost=lost)
-            write_json(args.output, known | plain(report) | dict(videos=[as_json(one) for one in scores]))
+            videos_json = [as_json(one) | dict(classes=one.classes, events=one.events) for one in scores]
+            write_json(args.output, known | plain(report) | dict(videos=videos_json))
         if args.plot:
             draw(args.plot, scores, videos)
     distributed.stop()

@@ -57,11 +57,11 @@ def described(model: VideoModel, scores: VideoScores, frames: np.ndarray, phrase
     names, found = (NORMAL, *model.classes), []
     texts = model.embed(phrases)[0].cpu().numpy()  # (M, D)
     for clip in sorted(peaks(scores.scores, count)):
-        row, cosines = scores.class_scores[clip], texts @ frames[clip]
+        row, cosines = scores.class_scores[clip].astype(float).round(6), texts @ frames[clip]
         best = [(phrases[i], round(float(cosines[i]), 4)) for i in np.argsort(-cosines, kind="stable")[:MOST_PHRASES]]
         found.append({
-            "time": time_of(scores, clip), "clip": clip, "score": round(float(scores.scores[clip]), 5),
-            "class": names[row.argmax()], "probabilities": dict(zip(names, row.round(5).tolist(), strict=True)),
+            "time": time_of(scores, clip), "clip": clip, "score": round(float(scores.scores[clip]), 6),
+            "class": names[row.argmax()], "probabilities": dict(zip(names, row.tolist(), strict=True)),
             "phrases": [dict(phrase=phrase, cosine=cosine) for phrase, cosine in best],
         })  # fmt: skip
     return found
@@ -103,14 +103,13 @@ def main(arguments: list[str] | None = None) -> None:
     anomaly, classes, frames = (part.cpu().numpy() for part in model.score(clips))
     scores = VideoScores(name, (), None, clips.frames, model.clips["clip_frames"], anomaly, classes, clips.rate)
     found = described(model, scores, frames, phrases, args.peaks)
-    times = [peak["time"] for peak in found]
-    small = []
-    for peak, picture in zip(found, video.at(times), strict=True):
-        peak["picture"] = f"peak-{clock(peak['time']).replace(':', '.')}.jpg"
+    times, small = [peak["time"] for peak in found], []
+    for number, (peak, picture) in enumerate(zip(found, video.at(times), strict=True), start=1):
+        peak["picture"] = f"peak-{number}.jpg"
         with whole_file(output / peak["picture"]) as file:
             Image.fromarray(picture).save(file, format="JPEG", quality=90)
         small.append(thumbnail(picture))
-    probabilities = dict(zip((NORMAL, *model.classes), classes.T.round(5).tolist(), strict=True))
+    probabilities = dict(zip((NORMAL, *model.classes), classes.T.astype(float).round(6).tolist(), strict=True))
     seconds = float(clips.frames / clips.rate)
     known = dict(checkpoint=args.checkpoint, supervision=model.supervision, problem=video.problem, seconds=seconds)
     write_json(output / "scores.json", known | as_json(scores) | dict(probabilities=probabilities, peaks=found))
