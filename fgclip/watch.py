@@ -14,14 +14,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from fgclip.evaluate_video import add_model_flags, as_json
+from fgclip.evaluate_video import add_model_flags, as_json, open_model
 from fgclip.video.decode import Video, open_video
 from fgclip.video.features import ClipEncoder
 from fgclip.video.metrics import ALARM, VideoScores
-from fgclip.video.model import NORMAL, VideoModel, load_video_model
+from fgclip.video.model import NORMAL, VideoModel
 from fgclip.video.plots import Strip, clock, draw_curves, need_matplotlib, peaks, thumbnail, time_of
 from fgclip.video.store import Clips
-from trainkit import distributed
 from trainkit.arguments import make_parser, positive_int
 from trainkit.errors import InputError, one_sentence
 from trainkit.files import read_lines, whole_file, write_json, writing
@@ -87,17 +86,16 @@ def main(arguments: list[str] | None = None) -> None:
     add_arguments(parser)
     args = parser.parse_args(arguments)
     need_matplotlib()
-    model, output = load_video_model(args.checkpoint, args.weights), Path(args.output)
+    model, encoder = open_model(args)
     phrases = [text for texts in model.prompts.values() for text in texts]
     if args.phrases:
         phrases = list(dict.fromkeys(read_lines(args.phrases, "phrases, one per line")))
     if not phrases:
         raise InputError(f"{args.phrases} holds no phrases; expected one per line")
-    video, device = open_video(args.video), distributed.start(args.device)
+    video, output = open_video(args.video), Path(args.output)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-    model, options = model.to(device), dict(device=device, batch_size=args.batch_size, amp=args.amp)
-    clips = clips_of(video, ClipEncoder(model.fgclip, **model.clips, **options))
+    clips = clips_of(video, encoder)
 
     name = Path(args.video).resolve().name
     anomaly, classes, frames = (part.cpu().numpy() for part in model.score(clips))
