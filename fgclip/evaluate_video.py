@@ -46,8 +46,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def open_model(args: argparse.Namespace) -> tuple[VideoModel, ClipEncoder]:
     """The model that `add_model_flags` name, on its device, and what makes clips of videos for it."""
-    model = load_video_model(args.checkpoint, args.weights).to(device := distributed.start(args.device))
-    options = dict(device=device, batch_size=args.batch_size, amp=args.amp)
+    options = dict(device=distributed.start(args.device), batch_size=args.batch_size, amp=args.amp)
+    model = load_video_model(args.checkpoint, args.weights).to(options["device"])
     return model, ClipEncoder(model.fgclip, **model.clips, **options)
 
 
@@ -87,19 +87,15 @@ def open_videos(args: argparse.Namespace, model: VideoModel) -> tuple[VideoSet, 
     else:
         videos = read_videos(args.data_root, args.format or "ucf-crime", "test")
         about = ". ".join([f"test videos of {args.data_root}", *videos.notes])
-    unknown = sorted({name for record in videos.records for name in record.classes} - set(model.classes))
-    if unknown:
-        known = f"{args.checkpoint} knows {', '.join(model.classes)}"
-        raise InputError(f"{args.data_root or 'drawn videos'}: events of the classes {named(unknown, 5)}; {known}")
+    if unknown := sorted({name for record in videos.records for name in record.classes} - set(model.classes)):
+        raise InputError(f"{about}: events of {named(unknown, 5)}; {args.checkpoint} knows {named(model.classes)}")
     return videos, about
 
 
-def scored(
-    model: VideoModel, encoder: ClipEncoder, videos: VideoSet, folder: str, allowed: int
-) -> tuple[list[VideoScores], list[str]]:
-    """Scores of the videos, on rank 0, and the names of those that are missing or damaged, and why.
+def scored(model: VideoModel, encoder: ClipEncoder, videos: VideoSet, folder: str, allowed: int) -> tuple[list, list]:
+    """VideoScores of the videos, on rank 0, and which of them are missing or damaged. folder: of their features.
 
-    folder: of their features. allowed: how many may be lost; with more it raises InputError.
+    Raises InputError where more than `allowed` are lost.
     """
     store = FeatureStore(folder, weights_key(model.fgclip, **model.clips))
     ahead = sum(record.name not in store for record in videos.records) - len(videos.missing)

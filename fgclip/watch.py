@@ -113,7 +113,12 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(output / "scores.json", known | as_json(scores) | dict(probabilities=probabilities, peaks=found))
     draw_curves(output / "curves.png", [Strip(scores, name, list(zip(times, small, strict=True)))])
     print(f"{args.video}: {clips.frames} frames, {clock(seconds)} at {float(clips.rate):g} frames a second")
-    print(*[video.problem] * bool(video.problem), f"supervision: {model.supervision}", summary(scores, found), sep="\n")
+    longest = model.fgclip.text_model.context_length - 2
+    cut = sum(len(model.tokenizer.encode(phrase)) > longest for phrase in phrases)
+    said = [video.problem] * bool(video.problem) + [f"{cut} phrases were longer than the model reads, and were cut"][
+        :cut
+    ]
+    print(*said, f"supervision: {model.supervision}", summary(scores, found), sep="\n")
     print(f"written to {output}: scores.json, curves.png and {len(found)} pictures")
 
 
