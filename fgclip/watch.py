@@ -66,6 +66,13 @@ def described(model: VideoModel, scores: VideoScores, frames: np.ndarray, phrase
     return found
 
 
+def cut_short(model: VideoModel, phrases: list[str]) -> str:
+    """A sentence about phrases that are longer than the model reads, "" where there are none."""
+    longest = model.fgclip.text_model.context_length - 2  # without the marks of start and end
+    count = sum(len(model.tokenizer.encode(phrase)) > longest for phrase in phrases)
+    return f"{count} phrases were longer than the model reads, and were cut" if count else ""
+
+
 def summary(scores: VideoScores, found: list[dict]) -> str:
     """What the peaks are, as a table, and how long the score is above the level of an alarm."""
     seconds = scores.counts[1][scores.scores > ALARM].sum() / float(scores.rate)
@@ -113,12 +120,8 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(output / "scores.json", known | as_json(scores) | dict(probabilities=probabilities, peaks=found))
     draw_curves(output / "curves.png", [Strip(scores, name, list(zip(times, small, strict=True)))])
     print(f"{args.video}: {clips.frames} frames, {clock(seconds)} at {float(clips.rate):g} frames a second")
-    longest = model.fgclip.text_model.context_length - 2
-    cut = sum(len(model.tokenizer.encode(phrase)) > longest for phrase in phrases)
-    said = [video.problem] * bool(video.problem) + [f"{cut} phrases were longer than the model reads, and were cut"][
-        :cut
-    ]
-    print(*said, f"supervision: {model.supervision}", summary(scores, found), sep="\n")
+    print(f"supervision: {model.supervision}", *filter(None, [video.problem, cut_short(model, phrases)]), sep="\n")
+    print(summary(scores, found))
     print(f"written to {output}: scores.json, curves.png and {len(found)} pictures")
 
 
