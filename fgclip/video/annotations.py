@@ -5,6 +5,7 @@ Key frame n of a file that counts from f, at r frames a second, is at (n - f) / 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 import torch
@@ -15,12 +16,10 @@ from fgclip.video.records import Span, Track, VideoRecord, VideoSet, named, stem
 from trainkit.errors import InputError
 from trainkit.files import number, numbers, plain_text, read_json, read_lines, shown
 
-FIRST_FRAME = 1  # Label Studio counts from it, and so do the lists made of its exports
-STUDIO_RATE = 25.0  # in which it counts whatever the video has
+STUDIO_RATE, FIRST_FRAME = 25.0, 1  # as Label Studio counts, and lists made of its exports, whatever the video has
 SLACK = 0.5  # seconds that a key frame may lie behind its video's end
 RATES = (24, 25, 30, 50, 60)  # common frames a second
 LOOKS_LIKE = 0.84  # the share of a video of 30 frames a second in which all keys counted at 25 lie
-MOST = 1e6  # seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +27,8 @@ class Entry:
     """What an item of a file says about a video. listed: its path there. place: file and item, for messages.
 
     captions: `event` as far as the file says it; tracks take it from their video. events: (start, end) in s, None where
-    the file does not say. seconds: the video's length by the file. rate: frames a second of its key frames.
-    paired: whether each track has one phrase. boxes: what was met.
+    the file does not say. seconds: the video's length by the file. rate: frames a second of its key frames, None where
+    they have times. paired: whether each track has one phrase. boxes: what was met.
     """
 
     file: str
@@ -56,17 +55,15 @@ def read_tracks(path: str | Path, rate: float = STUDIO_RATE) -> list[Entry]:
     rate: frames a second in which key frames count where the file does not say it. An item of a list may say "rate" and
     "first_frame", and a key frame "time" in s instead. Raises InputError where a file is none of these.
     """
-    entries = []
+    items = []
     for item, place in JsonItems(annotation_files(path)):
         if "annotations" in item and "data" in item:
-            entries.append(listed(from_label_studio(item, place), str(path), place, rate))
+            items.append((from_label_studio(item, place), place))
         elif "video" in item:
-            entries.append(listed(item, str(path), place, rate))
+            items.append((item, place))
         else:
-            for name in item:
-                spot = f"{place}, {shown(name)}"
-                entries.append(listed(from_object(name, field(item, name, dict, place), spot), str(path), spot, rate))
-    return entries
+            items += [(from_object(name, field(item, name, dict, place), place), f"{place}, {name}") for name in item]
+    return [listed(item, str(path), place, rate) for item, place in items]
 
 
 def listed(item: dict, file: str, place: str, rate: float) -> Entry:
@@ -82,61 +79,52 @@ def listed(item: dict, file: str, place: str, rate: float) -> Entry:
             if max(map(abs, box)) > FAR:
                 raise InputError(f"{spot}: the box {shown(box)} looks like pixels; expected fractions of the sides")
             if "time" in key:
-                time = number(key["time"], f"{spot}, time", 0, MOST)
+                time = number(key["time"], f"{spot}, time", 0)
             else:
                 time = (number(key.get("frame"), f"{spot}, frame", first, 1e9, whole=True) - first) / rate
                 counted = True
-            keys[time] = box, key.get("enabled") is not False
+            keys[time] = key.get("enabled") is not False, *box
         keyed += bool(keys)
-        if i < len(phrases) and (stretches := stretches_of(keys, boxes)):
+        if (stretches := stretches_of(keys, boxes)) and i < len(phrases):
             tracks.append(Track(stretches, (phrases[i],)))
     captions = ()
     if item.get("global_caption"):
         whole = item.get("timestamps") is None  # then it tells of the event where the video has one
-        times = (0.0, float("inf")) if whole else item["timestamps"]
-        captions = spans([times], [item["global_caption"]], place, event=whole)
+        captions = spans([[0, inf] if whole else item["timestamps"]], [item["global_caption"]], place, whole)
     return Entry(
         file, place, field(item, "video", str, place), tuple(tracks), captions,
-        seconds=number(item["duration"], f"{place}, duration", 0, MOST) if "duration" in item else None,
+        seconds=number(item["duration"], f"{place}, duration", 0) if "duration" in item else None,
         rate=rate if counted else None, paired=keyed in (0, len(phrases)), boxes=boxes,
     )  # fmt: skip
 
 
-def stretches_of(keys: dict[float, tuple[tuple, bool]], boxes: BoxStatistics) -> tuple:
-    """Stretches of a track of time -> (box, whether it goes on). Unusable boxes are counted and left out."""
-    parts, ended = [], True
-    for time, (box, goes_on) in sorted(keys.items()):
-        if goes_on and ended:
+def stretches_of(keys: dict[float, tuple], boxes: BoxStatistics) -> tuple:
+    """Stretches of a track of time -> (whether it goes on, *box). Unusable boxes are counted and left out."""
+    parts, open_ended = [], False
+    for time, (goes_on, *box) in sorted(keys.items()):
+        if goes_on and not open_ended:
             parts.append([])
-        if goes_on or not ended:
+        if goes_on or open_ended:
             parts[-1].append((time, *box))
-        ended = not goes_on
-    stretches = []
-    for part in parts:
-        rows = torch.tensor(part, dtype=torch.float64)  # (n, 5)
-        usable, kept = usable_boxes(rows[:, 1:], boxes)
-        if len(usable):
-            stretches.append((rows[kept, 0].numpy(), usable.numpy()))
-    return tuple(stretches)
+        open_ended = goes_on
+    rows = [torch.tensor(part, dtype=torch.float64) for part in parts]  # (n, 5)
+    kept = [(part, *usable_boxes(part[:, 1:], boxes)) for part in rows]
+    return tuple((part[mask, 0].numpy(), usable.numpy()) for part, usable, mask in kept if len(usable))
 
 
 def spans(times: Sequence, texts: Sequence, place: str, event: bool = False) -> tuple[Span, ...]:
-    """Sentences with start and end in s; those that never were are left to `cut`."""
-    if len(times) != len(texts):
-        raise InputError(f"{place}: {len(texts)} sentences have {len(times)} times; expected as many")
-    pairs = [numbers(pair, f"{place}, times", 2, 0, float("inf")) for pair in times]
-    return tuple(
-        Span(*pair, plain_text(text, f"{place}, sentences").strip(), event)
-        for pair, text in zip(pairs, texts, strict=True)
-    )
+    if not isinstance(times, list) or len(times) != len(texts):
+        raise InputError(f"{place}: {len(texts)} sentences have the times {shown(times)}; expected a pair for each")
+    pairs = [numbers(pair, f"{place}, times", 2, 0, inf) for pair in times]
+    texts = [plain_text(text, f"{place}, sentences").strip() for text in texts]
+    return tuple(Span(*pair, text, event) for pair, text in zip(pairs, texts, strict=True))
 
 
 def from_object(name: str, value: dict, place: str) -> dict:
     """The value of a video in an object as an item of a list."""
-    regions = [region for region, _ in objects(value, "region", place)]
-    caption, times = field(value, "global", dict, place).get("Caption"), value.get("timestamps")
+    regions, times = [region for region, _ in objects(value, "region", place)], value.get("timestamps")
     return dict(
-        video=name, global_caption=caption, timestamps=times[0] if times and isinstance(times, list) else None,
+        video=name, global_caption=field(value, "global", dict, place).get("Caption"), timestamps=times and times[0],
         region_captions=[r.get("caption") for r in regions], box_infos=[r.get("keyframes") for r in regions],
     )  # fmt: skip
 
@@ -144,69 +132,65 @@ def from_object(name: str, value: dict, place: str) -> dict:
 def from_label_studio(task: dict, place: str) -> dict:
     """A task of Label Studio's export as an item of a list. The first annotation of several counts.
 
-    A track says what was written to it, else the task's category, else its label. A turned box counts as an empty one.
+    A track's phrase is the task's category, else its label. A turned box counts as an empty one.
     """
-    data, annotations = field(task, "data", dict, place), objects(task, "annotations", place)
-    results = [r for found, spot in annotations[:1] for r in objects(found, "result", spot)]
-    said = {r.get("id"): field(r, "value", dict, s).get("text") for r, s in results if r.get("type") == "textarea"}
+    data, found = field(task, "data", dict, place), objects(task, "annotations", place)[:1]
     item = dict(video=data.get("filename") or data.get("video"), region_captions=[], box_infos=[])
-    for result, spot in (r for r in results if r[0].get("type") == "videorectangle"):
+    for result, spot in (part for first, spot in found for part in objects(first, "result", spot)):
+        if result.get("type") != "videorectangle":
+            continue
         value, keys = field(result, "value", dict, spot), []
         frames, seconds = value.get("framesCount"), value.get("duration")
-        if seconds:
-            item["duration"] = seconds
+        item |= dict(duration=seconds) if seconds else {}
         for key, where in objects(value, "sequence", spot):
             x, y, w, h = numbers([key.get(side) for side in ("x", "y", "width", "height")], where)
-            w, h = (0.0, 0.0) if key.get("rotation") else (w, h)
+            w, h = (0, 0) if key.get("rotation") else (w, h)
             box = [x / 100, y / 100, (x + w) / 100, (y + h) / 100]
             keys.append(dict(frame=key.get("frame"), bbox=box, enabled=key.get("enabled")))
-            if key.get("time"):  # exact, while a duration is that of the sound, too
+            if key.get("time"):  # exact, while a length may be that of the sound
                 frames, seconds = key.get("frame"), key["time"]
         if frames and seconds:
-            frames, seconds = (number(x, f"{spot}, frames and seconds", 1e-3, 1e9) for x in (frames, seconds))
+            frames, seconds = (number(x, f"{spot}, frames and seconds", 1e-3) for x in (frames, seconds))
             item["rate"] = round(frames / seconds, 2)
-        text = said.get(result.get("id")) or data.get("category") or value.get("labels") or ""
-        item["region_captions"].append(" ".join(text if isinstance(text, list) else [text]).replace("_", " "))
+        item["region_captions"].append(str(data.get("category") or (value.get("labels") or [""])[0]).replace("_", " "))
         item["box_infos"].append(keys)
     return item
 
 
 def read_sentences(path: str | Path) -> list[Entry]:
     """Sentences of UCA (json, or txt) or HIVAU (json). Raises InputError where a file is neither."""
-    if Path(path).suffix == ".txt":
-        return uca_lines(path)
-    entries = []
-    for name in (content := read_json(path, "UCA's or HIVAU's sentences", dict)):
+    content, entries = uca_lines(path) if Path(path).suffix == ".txt" else read_json(path, "sentences", dict), []
+    for name in content:
         place, item = f"{path}, {shown(name)}", field(content, name, dict, str(path))
         if "sentences" in item:
-            captions = spans(*(field(item, key, list, place) for key in ("timestamps", "sentences")), place)
-            events, seconds = None, number(item.get("duration"), f"{place}, duration", 0, MOST)
+            captions = spans(item.get("timestamps"), field(item, "sentences", list, place), place)
+            events, frames, rate = None, item.get("duration"), 1
         else:
-            times, *said = (
-                field(item, key, list, place) for key in ("events", "events_summary", "clips", "clips_caption")
-            )
-            captions = spans(times, said[0], place)
-            for clips, texts in zip(said[1], said[2], strict=False):
-                captions += spans(clips, texts, place)
-            events = tuple((span.start, span.end) for span in captions[: len(times)]) if item.get("label") else ()
-            rate = number(item.get("fps"), f"{place}, fps", 1e-3)
-            seconds = number(item.get("n_frames"), f"{place}, n_frames", 0, 1e9) / rate
+            events, said = item.get("events"), field(item, "events_summary", list, place)
+            captions = spans(events, said, place)
+            events = tuple((span.start, span.end) for span in captions) if item.get("label") else ()
+            for times, texts in zip(
+                *(field(item, key, list, place) for key in ("clips", "clips_caption")), strict=False
+            ):
+                captions += spans(times, texts, place)
+            frames, rate = item.get("n_frames"), number(item.get("fps"), f"{place}, fps", 1e-3)
+        seconds = None if frames is None else number(frames, f"{place}, length", 0, 1e9) / rate
         entries.append(Entry(str(path), place, name, captions=captions, events=events, seconds=seconds))
     return entries
 
 
-def uca_lines(path: str | Path) -> list[Entry]:
-    """Entries of lines `NAME mm:ss.d mm:ss.d ##text`."""
-    found: dict[str, tuple[list, list]] = {}
+def uca_lines(path: str | Path) -> dict[str, dict]:
+    """What UCA's json holds, but for lengths, of lines `NAME mm:ss.d mm:ss.d ##text`."""
+    videos: dict[str, dict] = {}
     for line in read_lines(path, "UCA's sentences"):
         about, marked, text = line.partition("##")
         if not marked or len(words := about.split()) != 3:
             raise InputError(f"{path}: expected `NAME mm:ss.d mm:ss.d ##text`, got {shown(line)}")
-        times, texts = found.setdefault(words[0], ([], []))
+        video = videos.setdefault(words[0], dict(timestamps=[], sentences=[]))
         clocks = [[number(part, f"{path}, {words[0]}", 0) for part in word.split(":")[::-1]] for word in words[1:]]
-        times.append([sum(part * 60**i for i, part in enumerate(parts)) for parts in clocks])
-        texts.append(text)
-    return [Entry(str(path), f"{path}, {name}", name, captions=spans(*s, str(path))) for name, s in found.items()]
+        video["timestamps"].append([sum(part * 60**i for i, part in enumerate(parts)) for parts in clocks])
+        video["sentences"].append(text)
+    return videos
 
 
 def add_annotations(videos: VideoSet, entries: Sequence[Entry]) -> tuple[VideoSet, list[str]]:
@@ -216,87 +200,73 @@ def add_annotations(videos: VideoSet, entries: Sequence[Entry]) -> tuple[VideoSe
     of an event where its video has one; a sentence where it overlaps one or, where none is known, as its file says.
     Raises InputError where a key frame lies behind its video's end.
     """
-    records, taken, messages = {record.name: record for record in videos.records}, {}, []
+    known = {record.name: record for record in videos.records if record.name not in videos.test_names}
+    taken, messages = {}, []
     for file in dict.fromkeys(entry.file for entry in entries):
         own = [entry for entry in entries if entry.file == file]
-        used = [entry for entry in own if entry.name in records and entry.name not in videos.test_names]
-        others = [entry for entry in own if entry.name not in records and entry.name not in videos.test_names]
-        lengths = {entry.name: entry.seconds or seconds_of(videos, records[entry.name]) for entry in used}
-        for entry in used:
-            taken.setdefault(entry.name, []).append(cut(entry, lengths[entry.name]))
+        used, apart = ([entry for entry in own if (entry.name in known) is told] for told in (True, False))
+        lengths = {entry.name: entry.seconds or seconds_of(videos, known[entry.name]) for entry in used}
+        late = [e for e in used if any(span.start >= min(span.end, lengths[e.name] or inf) for span in e.captions)]
+        other = [entry for entry in apart if entry.name not in videos.test_names]
         groups = {
-            "are of test videos, and are left out": [entry for entry in own if entry.name in videos.test_names],
-            "are of MSAD, another data set, and are left out": [entry for entry in others if "MSAD" in entry.listed],
-            "name no training video, and are left out": [entry for entry in others if "MSAD" not in entry.listed],
+            "of test videos are left out": [entry for entry in apart if entry.name in videos.test_names],
+            "of MSAD, another data set, are left out": [entry for entry in other if "MSAD" in entry.listed],
+            "of no training video are left out": [entry for entry in other if "MSAD" not in entry.listed],
             "have not one phrase for each track; the first go together": [entry for entry in used if not entry.paired],
-            "have sentences behind the video's end or without a length, which are left out": [
-                entry for entry in used if len(cut(entry, lengths[entry.name]).captions) < len(entry.captions)
-            ],
+            "have sentences at no time of their video, which are left out": late,
         }
         tracks, sentences = (sum(len(getattr(entry, part)) for entry in used) for part in ("tracks", "captions"))
-        messages.append(f"{file}: {tracks} tracks and {sentences} sentences of {len(lengths)} videos")
+        said = [f"{tracks} tracks and {sentences} sentences of {len(lengths)} videos"]
         for what, group in groups.items():
             names = dict.fromkeys(entry.name for entry in group)
-            if group:
-                messages.append(f"{file}: {len(group)} entries ({len(names)} videos) {what}: {named(names)}")
+            said += [f"{len(group)} entries ({len(names)} videos) {what}: {named(names)}"] if group else []
         boxes = BoxStatistics()
         for entry in used:
             boxes.update(entry.boxes or {})
-        messages += [f"{file}: {boxes}"] * bool(boxes.invalid or boxes["clipped"])
-        messages += rate_of(file, used, lengths)
+            taken.setdefault(entry.name, []).append((entry, lengths[entry.name] or inf))
+        said += [str(boxes)] if boxes.invalid or boxes["clipped"] else []
+        messages += [f"{file}: {text}" for text in said + rate_of(used, lengths)]
     part = videos.subset(range(len(videos)))
-    part.records = [with_entries(record, taken.get(record.name, ())) for record in videos.records]
+    part.records = [with_entries(record, taken.get(record.name, [])) for record in videos.records]
     return part, messages
 
 
 def seconds_of(videos: VideoSet, record: VideoRecord) -> float | None:
-    """A video's length by its header, where there is one; what is wrong with a file its features say."""
+    """A video's length by its header. What is wrong with a file is told when it is read as a whole."""
     try:
         return videos.open(record).seconds
     except InputError:
         return None
 
 
-def cut(entry: Entry, seconds: float | None) -> Entry:
-    """Sentences end with their video."""
-    spoken = (replace(span, end=min(span.end, seconds or span.end)) for span in entry.captions)
-    return replace(entry, captions=tuple(span for span in spoken if span.start < span.end))
-
-
-def rate_of(file: str, entries: Sequence[Entry], lengths: dict[str, float | None]) -> list[str]:
+def rate_of(entries: Sequence[Entry], lengths: dict[str, float | None]) -> list[str]:
     """What there is to say about the rate of key frames. Raises InputError where one lies behind its video's end."""
-    shares = []
-    for entry in entries:
-        seconds, last = lengths[entry.name], max((track.span[1] for track in entry.tracks), default=0.0)
-        if seconds and last > seconds + SLACK:
-            fits = next(
-                (r for r in RATES if last * (entry.rate or 0) <= r * seconds), last * (entry.rate or 0) / seconds
-            )
-            rates = f" at {entry.rate:g} frames a second; {fits:.4g} would fit" if entry.rate else ""
-            raise InputError(f"{entry.place}: a key frame of {entry.name} is at {last:.2f} s of {seconds:.2f} s{rates}")
-        if seconds and entry.rate and entry.tracks:
-            shares.append(last / seconds)
-    rates = sorted({entry.rate for entry in entries if entry.rate and entry.tracks})
-    said = [f"{file}: key frames are taken at {' and '.join(f'{rate:g}' for rate in rates)} a second"] if rates else []
-    if shares and max(shares) < LOOKS_LIKE and rates[-1] > STUDIO_RATE:
-        said.append(
-            f"{file}: no key frame lies behind {max(shares):.0%} of its video: they look like 25 frames a second"
-        )
+    shares, rates = [], sorted({entry.rate for entry in entries if entry.rate and entry.tracks})
+    for entry in (entry for entry in entries if entry.tracks and lengths[entry.name]):
+        seconds, last, rate = lengths[entry.name], max(track.span[1] for track in entry.tracks), entry.rate or 0
+        if last > seconds + SLACK:
+            fits = next((other for other in RATES if last * rate <= other * seconds), last * rate / seconds)
+            why = f" at {rate:g} frames a second; {fits:.4g} would fit" if rate else ""
+            raise InputError(f"{entry.place}: a key frame of {entry.name} is at {last:.2f} s of {seconds:.2f} s{why}")
+        shares.append(last / seconds)
+    said = [f"key frames are taken at {' and '.join(f'{rate:g}' for rate in rates)} a second"] if rates else []
+    if shares and rates and max(shares) < LOOKS_LIKE and rates[-1] > STUDIO_RATE:
+        said.append(f"none lies beyond {max(shares):.0%} of its video: key frames look like 25 frames a second")
     return said
 
 
-def with_entries(record: VideoRecord, entries: Sequence[Entry]) -> VideoRecord:
-    """A record with the tracks, sentences and events of entries about it."""
-    tracks = tuple(replace(t, event=bool(record.classes)) for entry in entries for t in entry.tracks)
+def with_entries(record: VideoRecord, entries: Sequence[tuple[Entry, float]]) -> VideoRecord:
+    """A record with the tracks, sentences and events of entries about it, each with the video's length in s."""
+    tracks = [replace(track, event=bool(record.classes)) for entry, _ in entries for track in entry.tracks]
     events = record.events
     if events is None:
-        times = [pair for entry in entries for pair in entry.events or ()]
-        times = times or [(keys[0], keys[-1]) for track in tracks for keys, _ in track.stretches]
-        kind = record.classes[0] if len(record.classes) == 1 else ""
-        if times and all(start < end for start, end in times):  # tracks of one key do not say how long
-            events = tuple((float(start), float(end), kind) for start, end in times)
+        times = [pair for entry, _ in entries for pair in entry.events or ()]
+        times = times or [(float(keys[0]), float(keys[-1])) for track in tracks for keys, _ in track.stretches]
+        if times and all(start < end for start, end in times):  # a single key does not say how long
+            events = tuple((*pair, record.classes[0] if len(record.classes) == 1 else "") for pair in times)
     captions = []
-    for span in (span for entry in entries for span in entry.captions):
-        event = span.event if events is None else any(s < span.end and span.start < e for s, e, _ in events)
-        captions.append(replace(span, event=event and bool(record.classes)))
-    return replace(record, tracks=record.tracks + tracks, captions=record.captions + tuple(captions), events=events)
+    for span, seconds in ((span, seconds) for entry, seconds in entries for span in entry.captions):
+        span = replace(span, end=min(span.end, seconds))
+        told = span.event if events is None else any(s < span.end and span.start < e for s, e, _ in events)
+        captions += [replace(span, event=told and bool(record.classes))] if span.start < span.end else []
+    return replace(record, tracks=(*record.tracks, *tracks), captions=(*record.captions, *captions), events=events)
