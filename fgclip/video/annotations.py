@@ -136,7 +136,7 @@ def from_label_studio(task: dict, place: str) -> dict:
     """
     data, found = field(task, "data", dict, place), objects(task, "annotations", place)[:1]
     item = dict(video=data.get("filename") or data.get("video"), region_captions=[], box_infos=[])
-    for result, spot in (part for first, spot in found for part in objects(first, "result", spot)):
+    for result, spot in (part for first, where in found for part in objects(first, "result", where)):
         if result.get("type") != "videorectangle":
             continue
         value, keys = field(result, "value", dict, spot), []
@@ -241,17 +241,19 @@ def seconds_of(videos: VideoSet, record: VideoRecord) -> float | None:
 
 def rate_of(entries: Sequence[Entry], lengths: dict[str, float | None]) -> list[str]:
     """What there is to say about the rate of key frames. Raises InputError where one lies behind its video's end."""
-    shares, rates = [], sorted({entry.rate for entry in entries if entry.rate and entry.tracks})
-    for entry in (entry for entry in entries if entry.tracks and lengths[entry.name]):
-        seconds, last, rate = lengths[entry.name], max(track.span[1] for track in entry.tracks), entry.rate or 0
+    measured = [entry for entry in entries if entry.tracks and lengths[entry.name]]
+    lasts = [(max(track.span[1] for track in entry.tracks), lengths[entry.name], entry) for entry in measured]
+    for last, seconds, entry in lasts:
         if last > seconds + SLACK:
-            fits = next((other for other in RATES if last * rate <= other * seconds), last * rate / seconds)
-            why = f" at {rate:g} frames a second; {fits:.4g} would fit" if rate else ""
+            least = max(other * (e.rate or 0) / (length + SLACK) for other, length, e in lasts)
+            fits = next((rate for rate in RATES if rate >= least), least)
+            why = f" at {entry.rate:g} frames a second; {fits:.4g} would fit" if entry.rate else ""
             raise InputError(f"{entry.place}: a key frame of {entry.name} is at {last:.2f} s of {seconds:.2f} s{why}")
-        shares.append(last / seconds)
+    rates = sorted({entry.rate for entry in entries if entry.rate and entry.tracks})
     said = [f"key frames are taken at {' and '.join(f'{rate:g}' for rate in rates)} a second"] if rates else []
-    if shares and rates and max(shares) < LOOKS_LIKE and rates[-1] > STUDIO_RATE:
-        said.append(f"none lies beyond {max(shares):.0%} of its video: key frames look like 25 frames a second")
+    share = max((last / seconds for last, seconds, _ in lasts), default=1)
+    if share < LOOKS_LIKE and rates and rates[-1] > STUDIO_RATE:
+        said.append(f"none lies beyond {share:.0%} of its video: key frames look like {STUDIO_RATE:g} frames a second")
     return said
 
 
