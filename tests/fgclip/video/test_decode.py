@@ -60,7 +60,7 @@ def test_every_frame_and_sixty_seeks_are_exact(tmp_path, suffix, rate, codec, op
     rng = np.random.default_rng(0)
     wanted = rng.integers(0, COUNT, 60)
     for chosen in (wanted[:30], wanted[30:]):
-        inside = rng.uniform(0.01, 0.9, 30) / float(rate)  # any moment at which a frame is shown
+        inside = rng.uniform(0.01, 0.8, 30) / float(rate)  # any moment at which a frame is shown
         assert [shows(f) for f in video.at([times[i] + d for i, d in zip(chosen, inside, strict=True)])] == [*chosen]
         assert [shows(video.at([times[i]])[0]) for i in chosen] == [*chosen]
     assert [shows(frame) for frame in video.at([99.0, -1.0, 0.0])] == [COUNT - 1, 0, 0]
@@ -96,11 +96,12 @@ def test_a_variable_rate_goes_by_time_stamps(tmp_path):
 def test_a_damaged_file_says_how_far_it_can_be_read(tmp_path, suffix):
     path = written(tmp_path / f"a{suffix}", codec="mpeg4", g="12")
     content = path.read_bytes()
-    if suffix == ".mp4":  # its table of contents is at the end
-        path.write_bytes(content[:1000])
+    half = len(content) // 2
+    if suffix == ".mp4":  # without its end, the table of contents, it cannot be opened at all
+        path.write_bytes(content[:half])
         assert str(path) in (say := refusal(open_video, path)) and "cannot be read as a video" in say
-        content = content[:2000] + bytes(len(content) // 2) + content[2000 + len(content) // 2 :]
-    path.write_bytes(content if suffix == ".mp4" else content[: len(content) // 2])
+        half = (content.find(b"mdat") + content.find(b"moov")) // 2
+    path.write_bytes(content[:half] + (b"\xff" * 300 + content[half + 300 :] if suffix == ".mp4" else b""))
     video = open_video(path)
     count = sum(1 for _ in video.frames())
     assert video.count == count < COUNT and video.damaged and "\n" not in video.problem
@@ -113,8 +114,8 @@ def test_a_folder_of_images_is_a_video(tmp_path):
         Image.fromarray(picture(i)).save(tmp_path / "a" / f"frame_{i + 1}.png")  # 10 comes after 9
     folder, video = open_video(tmp_path / "a", Fraction(25)), open_video(written(tmp_path / "a.mp4", 25, count=40))
     for arguments in ((), (16, (8, 9), True)):
-        both = [[(i, t, shows(f)) for i, t, f in one.frames(*arguments)] for one in (folder, video)]
-        assert both[0] == pytest.approx(both[1]) and folder.count == video.count == 40
+        both = [[(i, round(t, 6), shows(f)) for i, t, f in one.frames(*arguments)] for one in (folder, video)]
+        assert both[0] == both[1] and folder.count == video.count == 40
     moments = np.random.default_rng(0).uniform(0, 2, 40)
     assert [shows(f) for f in folder.at(moments)] == [shows(f) for f in video.at(moments)]
     (tmp_path / "a" / "frame_7.png").unlink()
