@@ -24,17 +24,10 @@ SEEN = {"both": (True, True), "visible_only": (True, False), "infrared_only": (F
 
 @torch.inference_mode()
 def predict(
-    detector: PairedFasterRCNN,
-    dataset: Dataset,
-    *,
-    modes: dict[str, tuple[str, ...]],
-    device: torch.device | str,
-    batch_size: int = 4,
-    workers: int = 0,
-    amp: str = "none",
-    score_threshold: float = SCORE_THRESHOLD,
+    detector: PairedFasterRCNN, dataset: Dataset, *, modes: dict[str, tuple[str, ...]], device: torch.device | str,
+    batch_size: int = 4, workers: int = 0, amp: str = "none", score_threshold: float = SCORE_THRESHOLD,
     between: Callable[[], None] | None = None,
-) -> list[dict]:
+) -> list[dict]:  # fmt: skip
     """Run a detector on every sample of a paired data set, each on exactly one process.
 
     modes: name -> modalities to detect with (see `PairedFasterRCNN.modes`), which share the features; empty for

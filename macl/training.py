@@ -148,13 +148,9 @@ def forward_losses(
 
 
 def validate(
-    detector: PairedFasterRCNN,
-    data,
-    args: argparse.Namespace,
-    device: torch.device,
-    between: Callable[[], None],
+    detector: PairedFasterRCNN, data, args: argparse.Namespace, device: torch.device, between: Callable[[], None],
     modes: Mapping | None = None,
-) -> tuple[dict, list[dict]]:
+) -> tuple[dict, list[dict]]:  # fmt: skip
     """Metrics by mode and, under "alignment", of the embeddings; and the results of `predict` they come from.
 
     between, modes: see `predict`; modes None: all of the detector's.

@@ -155,21 +155,16 @@ def gather(x: torch.Tensor) -> torch.Tensor:
 
     The number of rows may differ between ranks and be 0; the other sizes and the dtype may not.
     """
-    return all_gather_with_grad(x.detach())
+    return gather_and_place(x.detach())[0]
 
 
-def all_gather_with_grad(x: torch.Tensor) -> torch.Tensor:
-    """`gather` through which the gradient flows back: (n_r, ...) -> (sum of n_r, ...).
+def gather_and_place(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """`gather` through which the gradient flows back, and which of the rows is this rank's first.
 
     Backward sums the gradient over the ranks and hands each rank its own rows. With losses as `global_mean` makes them,
     DistributedDataParallel's average is then the single process's gradient. Every rank takes part in backward, also one
     whose rows have no graph: the result must enter the loss on every rank, if only with a zero.
     """
-    return gather_and_place(x)[0]
-
-
-def gather_and_place(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """`all_gather_with_grad`, and which of the rows is this rank's first."""
     if not _together():
         return x, 0
     wants_gradient = x.requires_grad and torch.is_grad_enabled()
