@@ -39,7 +39,6 @@ from trainkit.arguments import (
     non_negative_int,
     parse_with_resume,
     peek_flags,
-    positive_float,
     positive_int,
 )
 from trainkit.errors import InputError, one_sentence
@@ -56,7 +55,7 @@ MISS_RATES = ("reasonable all", "reasonable day", "reasonable night", "all")  # 
 # The recipe for KAIST: the defaults of the flags, and what differs for the drawn scenes.
 KAIST_RECIPE = dict(
     epochs=6, batch_size=4, workers=4, optimizer="adamw", lr=1e-4, weight_decay=1e-4, schedule="cosine",
-    warmup_steps=500, clip_norm=10.0, ema_decay=0.999,
+    lr_scale=["backbone=0.1"], warmup_steps=500, clip_norm=10.0, ema_decay=0.999,
 )  # fmt: skip
 SYNTHETIC_RECIPE = dict(
     epochs=3, workers=1, lr=5e-4, warmup_steps=30, clip_norm=0.0, ema_decay=0.99, freeze_stages=[1, 0],
@@ -74,20 +73,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     synthetic = peek_flags(arguments, "--data-root").data_root is None
     defaults = KAIST_RECIPE | (SYNTHETIC_RECIPE if synthetic else {})
     return parse_with_resume(parser, arguments, SCRIPT, defaults)
-
-
-def name_and_factor(text: str) -> str:
-    """ "backbone=0.1", checked."""
-    name, _, factor = text.partition("=")
-    if not name or not factor:
-        raise argparse.ArgumentTypeError(f"expected NAME=FACTOR such as backbone=0.1, got {text!r}")
-    positive_float(factor)
-    return text
-
-
-def lr_factors(args: argparse.Namespace) -> dict[str, float]:
-    """--lr-scale: the beginning of a parameter's name -> its factor on --lr."""
-    return {name: float(factor) for name, factor in (text.split("=") for text in args.lr_scale)}
 
 
 # fmt: off
@@ -114,15 +99,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """What a fine-tuning run may choose; the rest of the architecture is the checkpoint's."""
     add = parser.add_argument_group("detector: without a flag as in the checkpoint").add_argument
-    add("--from-scratch", action="store_true", help="the architecture alone, with random weights")
     add("--modality-dropout", type=fraction, nargs=2, metavar=("VISIBLE", "INFRARED"),
         help="probability that a modality of a training image is masked")
     add("--min-size", type=int_list, metavar="PIXELS", help="short side; of several training draws one per batch")
     add("--max-size", type=positive_int, metavar="PIXELS", help="longest side after resizing")
     add("--freeze-stages", type=int_list, default="2,1", metavar="N,N",
         help="backbone stages frozen in epoch 1, 2, ...; the last number holds for the rest")
-    add("--lr-scale", type=name_and_factor, nargs="*", default=["backbone=0.1"], metavar="NAME=X",
-        help="factor on --lr by beginning of a parameter's name, such as backbone=0.1 neck=0.5")
     add = parser.add_argument_group("a new domain without labels: the averaged detector labels it").add_argument
     add("--target-labels", choices=("given", "none"), default="given",
         help="none: train on the labels of the old domain alone; the new one's serve validation")
@@ -212,16 +194,10 @@ def build_model(
         detector = macl.build_detector(**kwargs)
     except ValueError as error:
         raise InputError(f"the detector's flags do not fit together: {error}") from error
-    for name in lr_factors(args):
-        if not any(f"{known}.".startswith(f"{name}.") for known, _ in detector.named_parameters()):
-            parts = ", ".join(part for part, _ in detector.named_children())
-            raise InputError(f"--lr-scale {name}: no parameter's name begins so; the detector's parts are {parts}")
     if args.best_by == "r1" and detector.macl is None:
         raise InputError("--best-by r1 needs a contrastive head, and the checkpoint's detector has none")
     if resumed is not None:
         return detector, []
-    if args.from_scratch:
-        return detector, [f"architecture of {source}, random weights (--from-scratch)"]
     return detector, [f"weights of {source}: {load_initial_weights(detector, source)}"]
 
 
@@ -309,7 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
     weights = training.detection_weights(args, detector)
     training.freeze_unreached(detector, weights)
     detector.backbone.freeze(min(args.freeze_stages))  # the optimizer knows all that is ever trained
-    optimizer, schedule = build_optimisation(args, detector, steps_per_epoch, lr_scale=lr_factors(args))
+    optimizer, schedule = build_optimisation(args, detector, steps_per_epoch)
     train_step = TrainStep(
         detector, optimizer, forward=forward, weights=weights, describe=lambda batch: batch["path"], device=device,
         schedule=schedule, average=average, amp=args.amp, clip_norm=args.clip_norm,

@@ -86,7 +86,7 @@ def test_a_run_that_gets_no_better_is_stopped(begun, tmp_path, capsys):
     "flags",
     [
         "--old-share 0 --dhn-size 0 --macl-weight 0 --ema-decay 0",
-        "--from-scratch --target-labels none --register each",
+        "--target-labels none --register each",
         "--old-share 0 --lr-scale backbone=0.1 neck=0.5 --modality-dropout 0.5 0.5 --amp bf16 --accumulate 2 "
         "--best-by miss-rate --optimizer sgd --min-size 48 --max-size 80 --synthetic-val 1",
     ],
