@@ -200,11 +200,9 @@ def open_data(args: argparse.Namespace, image_size: int):
         ]  # fmt: skip
     if args.data_root is None and args.image_root is None:
         raise InputError("--image-root is missing: expected the folder that the paths in --annotations start from")
-    read, *layout = LAYOUTS[args.format]
-    annotations, image_root = (
-        Path(path or Path(args.data_root) / below)
-        for path, below in zip((args.annotations, args.image_root), layout, strict=True)
-    )
+    read, annotations_below, images_below = LAYOUTS[args.format]
+    annotations = Path(args.annotations or Path(args.data_root) / annotations_below)
+    image_root = Path(args.image_root or Path(args.data_root) / images_below)
     records, val_root = read(annotations), image_root
     if args.val_annotations is not None:
         held_out, val_root = evenly(read(args.val_annotations), args.val_images), args.val_image_root or image_root
@@ -336,16 +334,11 @@ def logit_scales(args: argparse.Namespace, models: list[FGCLIP], optimizer: torc
     ]
 
 
-def about_losses(args: argparse.Namespace, model: FGCLIP, banks: torch.nn.ModuleDict) -> str:
-    """What is trained: size, weights of the losses, scales, and banks."""
+def about_losses(args: argparse.Namespace, model: FGCLIP) -> str:
+    """What is trained: its size, and the weights of the losses."""
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     weights = ", ".join(f"{name.removeprefix('loss_')} {weight:g}" for name, weight in loss_weights(args).items())
-    scales = ", ".join(f"{name} {scale.item():.4f}" for name, scale in model.log_scales().items())
-    text = f"{count / 1e6:.1f} M trainable parameters; loss weights: {weights}; logarithms of the scales: {scales}"
-    if banks:
-        sizes = ", ".join(f"{name} {args.bank_size if name == 'region' else args.global_bank_size}" for name in banks)
-        text += f"; memory bank: {sizes}, used after {args.bank_warmup_steps} steps"
-    return text
+    return f"{count / 1e6:.1f} M trainable parameters; loss weights: {weights}"
 
 
 def check(messages: list[str], train_data, val_data, train_step, objective, loader, model) -> None:
@@ -424,7 +417,7 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     if args.resume or args.init_from:
         messages += logit_scales(args, models, optimizer)
-    run.say(*messages, about_losses(args, bare, banks))
+    run.say(*messages, about_losses(args, bare))
     with run:
         for epoch in run.epochs():
             for batches in run.batches(loader):

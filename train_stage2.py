@@ -26,7 +26,7 @@ from macl import training
 from macl.build import load_initial_weights, read_checkpoint
 from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, JointDataset, SyntheticPairs, hold_out, refuse_absent_classes
 from macl.data.kaist import TRAINING_RULES
-from macl.evaluation import miss_rate_metrics, validation_text
+from macl.evaluation import miss_rate_tables, validation_text
 from macl.plots import draw_validation
 from macl.teacher import KeyEncoder, Labeller
 from trainkit import distributed
@@ -220,7 +220,8 @@ def validate_args(args: argparse.Namespace) -> None:
 def validate_both(detector, new, old, args, device, between) -> tuple[dict, list[dict]]:
     """Metrics on the new domain with its miss rates, those on the old one under "old", and the new one's results."""
     metrics, results = training.validate(detector, new, args, device, between)
-    metrics["miss_rate"] = miss_rate_metrics(results)
+    tables = miss_rate_tables(results).items()
+    metrics["miss_rate"] = {mode: {row: one["miss_rate"] for row, one in rows.items()} for mode, rows in tables}
     if old is not None:
         metrics["old"], _ = training.validate(detector, old, args, device, between)
     return metrics, results

@@ -55,10 +55,7 @@ def predict(
                 "image_id": batch["image_id"][i],
                 "size": tuple(batch["visible"][i].shape[-2:]),
                 "classes": detector.kwargs["classes"],
-                "detections": {
-                    mode: {name: value.cpu() for name, value in outputs[i].items()}
-                    for mode, outputs in detections.items()
-                },
+                "detections": {mode: to_device(outputs[i], "cpu") for mode, outputs in detections.items()},
                 "ground_truth": target,
             }
             results.append(result if embeddings is None else result | {"embeddings": embeddings[i]})
@@ -111,12 +108,6 @@ def detection_metrics(results: list[dict], max_detections: int = MAX_DETECTIONS)
             per_class = [{key: values.get(key) for key in MEASURES} for values in known]
             metrics[mode]["per_class"] = dict(zip(classes, per_class, strict=True))
     return metrics
-
-
-def miss_rate_metrics(results: list[dict]) -> dict[str, dict[str, float | None]]:
-    """Mode -> row -> log-average miss rate in percent (lower is better)."""
-    tables = miss_rate_tables(results)
-    return {mode: {row: values["miss_rate"] for row, values in rows.items()} for mode, rows in tables.items()}
 
 
 def miss_rate_tables(results: list[dict]) -> dict[str, dict[str, dict]]:

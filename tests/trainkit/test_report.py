@@ -165,7 +165,6 @@ def test_bad_input_is_one_sentence_and_exit_status_2(tmp_path, capsys):
     assert "holds neither args.json nor metrics.jsonl" in refused(capsys, main, tmp_path / "empty")
     assert "leads out of the run's folder" in refused(capsys, main, linked)
     assert "args.json is not valid JSON" in refused(capsys, main, broken)
-    assert "given twice" in refused(capsys, main, run, f"{run}/../run")
     assert "ends with .html" in refused(capsys, main, run, "--output", tmp_path / "last.pt")
     assert "cannot be written (No such file" in refused(capsys, main, run, "--output", tmp_path / "no" / "page.html")
     assert "whole number" in refused(capsys, main, run, "--pictures", "-1")
