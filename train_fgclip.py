@@ -305,8 +305,6 @@ def validate_args(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} {size}: the loss that the bank is for has no weight")
         if size % args.bank_classes:
             raise InputError(f"{flag} {size} does not divide among the {args.bank_classes} of --bank-classes")
-    if args.bank_classes > 1 and not (args.bank_size or args.global_bank_size):
-        raise InputError("--bank-classes needs --bank-size or --global-bank-size")
     check_needed(
         args, image_root=("annotations", "data_root"),
         val_annotations=("annotations", "data_root"), val_image_root=("val_annotations",),
@@ -343,8 +341,7 @@ def about_losses(args: argparse.Namespace, model: FGCLIP) -> str:
 
 def check(messages: list[str], train_data, val_data, train_step, objective, loader, model) -> None:
     """--check: what the data holds, one step, and whether a gradient reaches every part."""
-    for line in messages:
-        print(line)
+    print("\n".join(messages))
     for name, data in (("training", train_data), ("validation", val_data)):
         indices = evenly(range(len(data)), CHECKED)
         print(f"{name}, {len(indices)} of {len(data)} records read:")

@@ -21,7 +21,7 @@ import torch
 import macl
 from macl import training
 from macl.backbone import BACKBONES, NORMS
-from macl.build import IMAGENET_MEAN, IMAGENET_STD, MACL_LEVELS, MERGES, load_initial_weights, read_checkpoint
+from macl.build import MACL_LEVELS, MERGES, load_initial_weights, read_checkpoint
 from macl.contrast import DIRECTIONS, PROJECTOR_NORMS
 from macl.data import LLVIP, SyntheticPairs, hold_out, refuse_absent_classes, to_float
 from macl.fusion import FUSIONS
@@ -181,10 +181,8 @@ def build_model(args: argparse.Namespace, train_data) -> tuple[macl.PairedFaster
         kwargs["macl_level"] = "none"
     if args.statistics == "measured":
         kwargs |= measure_statistics(train_data)
-    elif args.statistics == "imagenet":
-        kwargs |= {
-            f"{m}_{k}": v for m in ("visible", "infrared") for k, v in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))
-        }
+    elif args.statistics == "imagenet":  # which are the detector's own defaults
+        kwargs = {name: value for name, value in kwargs.items() if not name.endswith(("_mean", "_std"))}
     try:
         detector = macl.build_detector(**kwargs)
     except (TypeError, ValueError) as error:  # TypeError: what a damaged args.json says beside the flags

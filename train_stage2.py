@@ -32,6 +32,7 @@ from macl.teacher import KeyEncoder, Labeller
 from trainkit import distributed
 from trainkit.arguments import (
     add_recipe_flags,
+    below_one,
     fraction,
     int_list,
     make_parser,
@@ -88,7 +89,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-occlusion", type=int, choices=(0, 1, 2), default=TRAINING_RULES["max_occlusion"],
         help="KAIST: people occluded more than that (1 partially, 2 heavily) are ignored in training")
     add("--llvip-root", metavar="PATH", help="LLVIP, the domain of stage 1, to mix in and to validate on")
-    add("--old-share", type=fraction, default=0.25, metavar="X",
+    add("--old-share", type=below_one, default=0.25, metavar="X",
         help="share of each batch from the domain of stage 1; 0 mixes nothing in")
     add("--synthetic-train", type=positive_int, default=600, metavar="N", help="drawn training pairs")
     add("--synthetic-val", type=positive_int, default=100, metavar="N", help="drawn validation pairs of each domain")
@@ -206,8 +207,6 @@ def validate_args(args: argparse.Namespace) -> None:
     training.check_flags(args)
     if args.llvip_root is not None and args.data_root is None:
         raise InputError("--llvip-root goes with --data-root; without it the old domain is drawn")
-    if args.old_share == 1:
-        raise InputError("--old-share 1 would leave no batch for the new domain: expected less")
     if not args.freeze_stages or max(args.freeze_stages) > 4:
         raise InputError(f"--freeze-stages {args.freeze_stages}: expected numbers from 0 to 4")
     if args.target_labels == "none" and not (mixes(args) and args.ema_decay):

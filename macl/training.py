@@ -170,8 +170,7 @@ def best_metric(metrics: dict, by: str) -> tuple[float, float]:
 
 def check(messages: list[str], data: dict, train_step: TrainStep, loader, detector: PairedFasterRCNN) -> None:
     """--check: what the data holds, one step, and whether a gradient reaches every part."""
-    for line in messages:
-        print(line)
+    print("\n".join(messages))
     for name, pairs in data.items():
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in pairs.statistics().items()))
     result = train_step([next(iter(loader))], keep_gradients=True)

@@ -137,11 +137,9 @@ def all_reduce_any(flag: bool) -> bool:
 def in_step(batches: Iterable, count: int, between: Callable[[], None] | None) -> Iterator:
     """This rank's `count` batches, with `between()` after each, a collective: equally often on every rank.
 
-    `between` may raise to end the work on all ranks at once. None: the batches alone.
+    `between` may raise to end the work on all ranks at once. None: nothing is called.
     """
-    if between is None:
-        yield from batches
-        return
+    between = between or (lambda: None)
     longest = max(gather_objects(count))
     for batch in batches:
         yield batch

@@ -14,15 +14,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from trainkit import distributed
 from trainkit.errors import InputError
 
-_NORM_LAYERS = (nn.LayerNorm, nn.RMSNorm)  # the parameters of all others have one dimension, and are spared for that
-
 
 def parameter_groups(
     module: nn.Module, *, lr: float, weight_decay: float, no_decay: Sequence[str] = (), lr_scale: dict | None = None
 ) -> list[dict]:
     """Every trainable parameter of `module` in exactly one group of an optimizer; frozen ones in none.
 
-    No weight decay on norm layers, biases, and other parameters of at most one dimension.
+    No weight decay on parameters of at most one dimension, as those of norms and biases are.
 
     no_decay: dotted names, or their ends, of parameters without weight decay.
     lr_scale: beginning of a dotted name ("backbone", "head.box") -> factor on `lr`; the longest that fits wins.
@@ -30,12 +28,10 @@ def parameter_groups(
     Each group has params, lr, weight_decay and a name such as "backbone, no decay".
     """
     lr_scale = lr_scale or {}
-    norms = {id(p) for layer in module.modules() if isinstance(layer, _NORM_LAYERS) for p in layer.parameters()}
     members: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         prefixes = [prefix for prefix in lr_scale if f"{name}.".startswith(f"{prefix}.")]
-        spared = id(parameter) in norms or parameter.dim() <= 1
-        spared = spared or any(f".{name}".endswith(f".{suffix}") for suffix in no_decay)
+        spared = parameter.dim() <= 1 or any(f".{name}".endswith(f".{suffix}") for suffix in no_decay)
         if parameter.requires_grad:
             members.setdefault((max(prefixes, key=len, default=""), spared), []).append(parameter)
     return [

@@ -135,12 +135,11 @@ def _numbers(values: dict, before: Name) -> Iterator[tuple[Name, float]]:
 def page(runs: list[Run], pictures: int) -> str:
     """The page, which is forbidden to load anything. pictures: how many of each kind per run."""
     shown = picture_section(runs, pictures)  # first, as it makes notes
-    kinds = dict.fromkeys([*TITLES, *(name[0] for run in runs for name in run.curves)])
     records = [run.record | {"arguments": "above"} for run in runs]
     sections = [
         ("Runs", overview(runs)),
         ("Last validation", validation_tables(runs)),
-        *((TITLES.get(kind, kind), charts(runs, kind)) for kind in kinds),
+        *((title, charts(runs, kind)) for kind, title in TITLES.items()),
         ("Pictures", shown),
         ("Arguments", compared(runs, [run.record.get("arguments", {}) for run in runs])),
         ("Machine and versions", compared(runs, records)),

@@ -13,7 +13,7 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
-        self.head = nn.ModuleDict({"box": nn.Linear(4, 4), "norm": nn.LayerNorm((2, 4))})
+        self.head = nn.ModuleDict({"box": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
         self.logit_scale = nn.Parameter(torch.ones(1, 1))
         self.embedding = nn.Parameter(torch.ones(5, 4))
         self.backbone[0].requires_grad_(False)

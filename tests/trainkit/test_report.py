@@ -231,7 +231,7 @@ def test_a_long_run_makes_a_small_page(tmp_path):
 
 @pytest.mark.parametrize("values", [[1e-12, 3e-12], [1e99, -1e99], [1e300, 1.0, 2.0], [10**400, None, 1, 2]])
 def test_odd_ranges_are_drawn(values, tmp_path):
-    lines = [json.dumps({"step": step * 2**50, "kind": "odd", "x": value}) for step, value in enumerate(values)]
+    lines = [json.dumps({"step": step * 2**50, "kind": "train", "x": value}) for step, value in enumerate(values)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     text = str(show(tmp_path, tmp_path).tags)
     assert "svg" in text and "nan" not in text
