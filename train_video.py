@@ -70,11 +70,12 @@ BEST = {"auc": "auc", "anomaly-auc": "anomalous_auc", "video-auc": "video_auc", 
 
 # The recipe for UCF-Crime with published weights, and what differs for drawn videos.
 RECIPE = dict(
-    epochs=10, batch_size=128, workers=4, lr=1e-4, weight_decay=0.01, schedule="cosine", clip_norm=1.0, tower="frozen",
+    epochs=10, batch_size=128, workers=4, lr=1e-4, weight_decay=0.01, schedule="cosine", clip_norm=1.0, lr_scale=["fgclip=0.05"],
+    tower="frozen",
     best_by="video-auc",
 )  # fmt: skip
 SYNTHETIC_RECIPE = dict(
-    epochs=70, tower_epochs=40, batch_size=32, workers=1, lr=1e-3, tower_lr=1.5e-3, weight_decay=0.05, warmup_steps=20,
+    epochs=70, tower_epochs=40, batch_size=32, workers=1, lr=1e-3, lr_scale=["fgclip=1.5"], weight_decay=0.05, warmup_steps=20,
     tower="tune", clip_frames=4, window=4, image_size=64, best_by="auc", validate_every=10,
 )  # fmt: skip
 DRAWN_TOWER = dict(layers=4, width=128, heads=4, mlp_width=512)
@@ -130,7 +131,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--bank-warmup-steps", type=non_negative_int, default=50, metavar="N", help="optimizer steps before it is used")
     add = parser.add_argument_group("towers, with --tower tune").add_argument
     add("--tower-epochs", type=positive_int, default=5, metavar="N", help="the first of --epochs, for the towers")
-    add("--tower-lr", type=positive_float, default=5e-6, metavar="X", help="their learning rate after warm-up")
     add("--best-by", choices=tuple(BEST), default="video-auc", help="what chooses best.pt: frames of all videos, of "
         "those with an event, mAP of classes in time, videos")
 # fmt: on
@@ -378,10 +378,7 @@ def main(arguments: list[str] | None = None) -> None:
     sampler = BalancedVideos(data[0], args.batch_size, seed=args.seed)
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     model.fgclip.requires_grad_(args.tower_epochs > 0)  # what never learns has no place in the optimizer
-    optimizer, schedule = build_optimisation(
-        args, model, steps_per_epoch, restart_epochs=args.tower_epochs,
-        lr_scale={"fgclip": args.tower_lr / args.lr},
-    )  # fmt: skip
+    optimizer, schedule = build_optimisation(args, model, steps_per_epoch, restart_epochs=args.tower_epochs)
     enabled = {name for weights in (tower_weights, head_weights) for name, x in weights(args, data[0]).items() if x}
     banks = torch.nn.ModuleDict({
         name: PairBank(args.bank_size, model.class_texts.shape[1], classes=args.bank_classes, device=device)

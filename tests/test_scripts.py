@@ -43,9 +43,11 @@ class Recorded:
 
 def record(name: str, script, flags: list, folder) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:
-        parts = {part: Recorded(getattr(script, part)) for part in RECORDED[name]}
-        for part, recorded in parts.items():
-            patch.setattr(script, part, recorded)
+        parts = {}
+        for part in RECORDED[name]:
+            place = script if hasattr(script, part) else macl.training
+            parts[part] = Recorded(getattr(place, part))
+            patch.setattr(place, part, parts[part])
         run(script, flags, folder)
     return SimpleNamespace(name=name, script=script, flags=flags, folder=folder, parts=parts)
 
@@ -272,7 +274,7 @@ def test_stage_1_measures_mean_and_deviation(stage1):
 
 
 def test_stage_2_trains_and_validates_both_domains(stage2):
-    drawn = [(kwargs["domain"], args[1] >= train_stage2.VALIDATION_SEED) for args, kwargs in
+    drawn = [(kwargs["domain"], args[1] >= macl.training.VALIDATION_SEED) for args, kwargs in
              stage2.parts["SyntheticPairs"].calls]  # fmt: skip
     assert sorted(drawn, key=str) == sorted([(d, v) for d in (DAY_AND_NIGHT, NIGHT) for v in (False, True)], key=str)
     validated = [call[0][1].domains for call in stage2.parts["validate"].calls]

@@ -25,7 +25,7 @@ def stage1(tmp_path_factory):
         "--norm batch --frozen-stages 1 --fusion max --fpn-levels 5 --msp-hidden 8 --box-loss giou",
         "--norm modality_batch --macl-level image --macl-norm batch --macl-dropout 0.1 --optimizer sgd --amp bf16 "
         "--min-size 48 --synthetic-val 1",  # a processor takes long for half precision
-        "--fusion visible --no-msp --macl-weight 0 --schedule one-cycle --ema-decay 0 --min-size 96,128 --max-size 200",
+        "--fusion visible --no-msp --macl-weight 0 --schedule constant --ema-decay 0 --min-size 96,128 --max-size 200",
         "--macl-level crop --dhn-size 16 --dhn-k 2 --merge none",
         "--crop 1 --register each --hue 0.1 --accumulate 2 --clip-norm 1",
         "--amp fp16 --min-size 48 --synthetic-val 1",
