@@ -70,13 +70,12 @@ BEST = {"auc": "auc", "anomaly-auc": "anomalous_auc", "video-auc": "video_auc", 
 
 # The recipe for UCF-Crime with published weights, and what differs for drawn videos.
 RECIPE = dict(
-    epochs=10, batch_size=128, workers=4, lr=1e-4, weight_decay=0.01, schedule="cosine", clip_norm=1.0, lr_scale=["fgclip=0.05"],
-    tower="frozen",
+    epochs=10, batch_size=128, workers=4, lr=1e-4, lr_scale=["fgclip=0.05"], weight_decay=0.01, clip_norm=1.0,
     best_by="video-auc",
 )  # fmt: skip
 SYNTHETIC_RECIPE = dict(
-    epochs=70, tower_epochs=40, batch_size=32, workers=1, lr=1e-3, lr_scale=["fgclip=1.5"], weight_decay=0.05, warmup_steps=20,
-    tower="tune", clip_frames=4, window=4, image_size=64, best_by="auc", validate_every=10,
+    epochs=70, tower_epochs=40, batch_size=32, workers=1, lr=1e-3, lr_scale=["fgclip=1.5"], weight_decay=0.05,
+    warmup_steps=20, tower="tune", clip_frames=4, window=4, image_size=64, best_by="auc", validate_every=10,
 )  # fmt: skip
 DRAWN_TOWER = dict(layers=4, width=128, heads=4, mlp_width=512)
 

@@ -54,14 +54,10 @@ def lr_factor(
     It rises linearly from `warmup_factor` to 1 over `warmup_steps` and then follows `kind`:
     "constant": 1. "multistep": times `gamma` at each of `milestones`, rising steps from the start of the run.
     "cosine": half a cosine from 1 down to `final_factor` at `total_steps` (Loshchilov and Hutter 2017, equation 5).
-    args: argparse.Namespace, model: nn.Module, steps_per_epoch: int, *, no_decay: Sequence[str] = (),
-    restart_epochs: int = 0,
-):  # fmt: skip
-    """Optimizer of all that `model` trains, and its schedule, as the flags of `add_recipe_flags` say.
-
-    --lr-base-batch scales --lr with the samples per step (Goyal et al. 2017, 2.1). no_decay: see `parameter_groups`.
-    restart_epochs: after which the schedule begins anew. The schedule is stepped after each optimizer step. Raises
-    InputError where --lr-scale names no parameter.
+    restart: the step at which a first course has ended and a second one begins; 0 for one alone.
+    """
+    if restart:
+        step, total_steps = (step, restart) if step < restart else (step - restart, total_steps - restart)
     rise = course = 1.0
     if step < warmup_steps:
         rise = warmup_factor + (1 - warmup_factor) * (step / warmup_steps)
@@ -74,21 +70,14 @@ def lr_factor(
 
 
 def build_optimisation(
-<<<<<<< HEAD
-    args: argparse.Namespace, model: nn.Module, steps_per_epoch: int, *, restart_epochs: int = 0, **grouping
-):
-    """Optimizer of all that `model` trains, and its schedule, as the flags of `add_recipe_flags` say.
-
-    --lr-base-batch scales --lr with the samples per step (Goyal et al. 2017, 2.1). grouping: lr_scale and no_decay of
-    `parameter_groups`. restart_epochs: after which the schedule begins anew. The schedule is stepped after each optimizer step.
-=======
-    args: argparse.Namespace, model: nn.Module, steps_per_epoch: int, *, no_decay: Sequence[str] = ()
-):
+    args: argparse.Namespace, model: nn.Module, steps_per_epoch: int, *, no_decay: Sequence[str] = (),
+    restart_epochs: int = 0,
+):  # fmt: skip
     """Optimizer of all that `model` trains, and its schedule, as the flags of `add_recipe_flags` say.
 
     --lr-base-batch scales --lr with the samples per step (Goyal et al. 2017, 2.1). no_decay: see `parameter_groups`.
-    The schedule is stepped after each optimizer step. Raises InputError where --lr-scale names no parameter.
->>>>>>> h-s
+    restart_epochs: after which the schedule begins anew. The schedule is stepped after each optimizer step. Raises
+    InputError where --lr-scale names no parameter.
     """
     lr_scale = {name: float(factor) for name, factor in (text.split("=") for text in args.lr_scale)}
     for name, factor in lr_scale.items():  # a recipe may name parts at 1 that not every model has
