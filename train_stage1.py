@@ -61,7 +61,7 @@ SYNTHETIC_RECIPE = dict(
     warmup_steps=50, ema_decay=0.99, statistics="measured", backbone="resnet18", norm="group", fpn_channels=64,
     fpn_levels=3, anchor_sizes=[12, 24, 48], aspect_ratios=[2.0, 3.0], min_size=None, max_size=None,
     rpn_pre_nms=[300, 150], rpn_post_nms=[150, 75], head_width=256, roi_samples=64, modality_dropout=[0.2, 0.2],
-    merge="logit", macl_roi_size=7, macl_temperature=0.2,
+    macl_roi_size=7, macl_temperature=0.2,
 )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--msp", action=argparse.BooleanOptionalAction, default=False, help="multi-scale pyramid reweighting")
     add("--msp-hidden", type=positive_int, metavar="N", help="hidden width of MSP's attention")
     add("--fusion", choices=FUSIONS, default="mean", help="how two pyramids become one")
-    add("--merge", choices=MERGES, default="none", help="logit: boxes of both cameras and of each alone are merged")
+    add("--merge", choices=MERGES, default="logit", help="logit: boxes of both cameras and of each alone are merged")
     add("--modality-dropout", type=fraction, nargs=2, default=[0.1, 0.1], metavar=("VISIBLE", "INFRARED"),
         help="probability that a modality of a training image is masked")
     add("--min-size", type=int_list, metavar="PIXELS",
