@@ -36,9 +36,9 @@ from fgclip.video.features import ClipEncoder, extract, weights_key
 from fgclip.video.head import TemporalHead
 from fgclip.video.losses import LOSSES, VideoLoss
 from fgclip.video.metrics import anomaly_report
-from fgclip.video.model import VideoModel, class_prompts, load_video_model
+from fgclip.video.model import NORMAL, VideoModel, class_prompts, load_video_model
 from fgclip.video.records import FORMATS, VideoSet, hold_out, read_videos
-from fgclip.video.samples import BalancedVideos, ClipBags, VideoFrames, collate_bags
+from fgclip.video.samples import ClipBags, VideoFrames, collate_bags
 from fgclip.video.store import INPUTS, FeatureStore
 from fgclip.video.synthetic import PROMPTS, SyntheticVideos, sentences
 from fgclip.weight_files import read_run
@@ -60,6 +60,7 @@ from trainkit.loader import make_loader
 from trainkit.optimizer import build_optimisation, ema
 from trainkit.run import Run
 from trainkit.run_folder import find_resume
+from trainkit.sampler import AlternatingSampler
 from trainkit.step import TrainStep, module_gradient_norms
 
 SCRIPT = "video"
@@ -351,7 +352,7 @@ def begin_stage(args, train_step: TrainStep, data, banks, sampler, device, folde
 
 def check(messages: list[str], videos: VideoSet, train_step: TrainStep, stage: TowerStage | HeadStage) -> None:
     """--check: what the data holds, one step, and whether a gradient reaches every part that learns."""
-    counts = collections.Counter(name for record in videos.records for name in record.classes or ("none",))
+    counts = collections.Counter(name for record in videos.records for name in record.classes or (NORMAL,))
     print("\n".join([*messages, "videos per class: " + ", ".join(f"{name} {n}" for name, n in counts.items())]))
     print("before training: " + stage.text(stage.validate(train_step.bare_model)))
     batches = [next(iter(stage.loader))]
@@ -374,7 +375,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = model.to(device).train()
     average = ema(model, args.ema_decay) if args.ema_decay else None
 
-    sampler = BalancedVideos(data[0], args.batch_size, seed=args.seed)
+    sampler = AlternatingSampler([bool(r.classes) for r in data[0].records], args.batch_size, seed=args.seed)
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     model.fgclip.requires_grad_(args.tower_epochs > 0)  # what never learns has no place in the optimizer
     optimizer, schedule = build_optimisation(args, model, steps_per_epoch, restart_epochs=args.tower_epochs)
