@@ -18,6 +18,7 @@ import argparse
 import collections
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -130,7 +131,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--bank-classes", type=int, choices=(1, 2), default=1, help="2: half of the places for events")
     add("--bank-warmup-steps", type=non_negative_int, default=50, metavar="N", help="optimizer steps before it is used")
     add = parser.add_argument_group("towers, with --tower tune").add_argument
-    add("--tower-epochs", type=positive_int, default=5, metavar="N", help="the first of --epochs, for the towers")
+    add("--tower-epochs", type=non_negative_int, default=5, metavar="N", help="the first of --epochs, for the towers")
     add("--best-by", choices=tuple(BEST), default="video-auc", help="what chooses best.pt: frames of all videos, of "
         "those with an event, mAP of classes in time, videos")
 # fmt: on
@@ -147,8 +148,8 @@ def validate_args(args: argparse.Namespace) -> None:
         raise InputError("--features: --tower tune makes features of its own, in the folder of the run")
     elif not (drawn or args.tracks or args.captions):
         raise InputError("--tower tune learns from --tracks or --captions; give one of them, or --tower frozen")
-    if args.tower_epochs >= args.epochs:
-        raise InputError(f"--tower-epochs {args.tower_epochs}: --epochs {args.epochs} leaves none for the head")
+    elif not 0 < args.tower_epochs < args.epochs:
+        raise InputError(f"--tower-epochs {args.tower_epochs}: expected at least 1, and below --epochs {args.epochs}")
     if args.batch_size % 2:
         raise InputError(f"--batch-size {args.batch_size}: half of the videos have an event; expected an even number")
     if not drawn and not (args.init_from or args.resume):
@@ -271,15 +272,17 @@ class TowerStage:
 class HeadStage:
     """The head learns from the features of every clip; the towers stand still.
 
-    Extracts what `folder` lacks; tells the head their mean and spread; embeds the classes, and what captions and tracks
-    say.
+    Extracts what `folder` lacks, with a call of `between` after each video. Tells the head mean and spread; embeds
+    the classes, and what captions and tracks say.
     """
 
-    def __init__(self, args, model: nn.Module, data, weights: dict[str, float], banks, sampler, device, folder: Path):
+    def __init__(
+        self, args, model: nn.Module, data, weights: dict[str, float], banks, sampler, device, folder: Path, between
+    ):
         whole, (train, validation) = bare(model), data
         encoder = ClipEncoder(whole.fgclip, **whole.clips, device=device, amp=args.amp)
         store = FeatureStore(folder, weights_key(whole.fgclip, **whole.clips))
-        damaged = [name for videos in data for name in extract(videos, encoder, store)]
+        damaged = [name for videos in data for name in extract(videos, encoder, store, between=between)]
         if len(damaged) > args.allow_missing:
             names = ", ".join(f"{name} ({store.error(name)})" for name in damaged[:4])
             raise InputError(f"{len(damaged)} videos are damaged (--allow-missing goes without): {names}")
@@ -335,7 +338,9 @@ def few(videos: VideoSet, count: int) -> VideoSet:
     return videos.subset(lambda record: record.name in names)
 
 
-def begin_stage(args, train_step: TrainStep, data, banks, sampler, device, folder: Path) -> TowerStage | HeadStage:
+def begin_stage(
+    args, train_step: TrainStep, data, banks, sampler, device, folder: Path, between: Callable[[], None] | None = None
+) -> TowerStage | HeadStage:
     """The stage in which the sampler is: what learns, and from what. data: training and validation videos."""
     model, average = train_step.bare_model, train_step.average
     towers = sampler.epoch + (len(sampler) == 0) < args.tower_epochs
@@ -345,7 +350,7 @@ def begin_stage(args, train_step: TrainStep, data, banks, sampler, device, folde
     model.select("towers" if towers else "head", [name.removeprefix("loss_") for name in weights if weights[name]])
     train_step.model, train_step.weights = distributed.parallel(model), weights
     parts = args, train_step.model, data, weights, banks, sampler, device
-    stage = TowerStage(*parts) if towers else HeadStage(*parts, folder)
+    stage = TowerStage(*parts) if towers else HeadStage(*parts, folder, between)
     train_step.forward = stage.forward
     return stage
 
@@ -402,7 +407,7 @@ def main(arguments: list[str] | None = None) -> None:
     run.say(f"supervision: {model.supervision}", *messages, about)
     folder = Path(args.features or run.folder / "features")
     with run:
-        stage = begin_stage(*parts, folder)
+        stage = begin_stage(*parts, folder, run.leave_if_asked)
         for epoch in run.epochs():
             for batches in run.batches(stage.loader):
                 stage.begin(batches, use_banks=train_step.steps >= args.bank_warmup_steps)
@@ -413,7 +418,7 @@ def main(arguments: list[str] | None = None) -> None:
                 shown = {name: metrics[name] for name in PRINTED if name in metrics}
                 run.log_step(result, images=count, metrics=shown, hidden=metrics)
             if isinstance(stage, TowerStage) and epoch == args.tower_epochs and len(sampler) == 0:
-                stage = begin_stage(*parts, folder)
+                stage = begin_stage(*parts, folder, run.leave_if_asked)
             if run.validation_due():
                 metrics = stage.validate(model if average is None else average.module)
                 run.log_validation(metrics, stage.text(metrics))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import VIDEO, load, metrics, refused, run
+from scripts import VIDEO, equal, load, metrics, refused, run
 
 import train_video
 from fgclip.video import load_video_model
@@ -94,6 +95,25 @@ def test_own_videos_in_folders(own, plain, tmp_path, capsys):
     assert load_video_model(folder / "best.pt").classes == ("fire",)
 
 
+def test_a_signal_during_extraction_leaves_a_run_to_go_on_with(plain, tmp_path, monkeypatch):
+    """It ends after the video in hand; what is extracted is kept."""
+    opened, count = SyntheticVideos.open, [0]
+
+    def told_to_end(self, record):
+        count[0] += 1
+        if count[0] == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return opened(self, record)
+
+    flags = [*VIDEO, *HEAD, "--init-from", plain / "last.pt", "--max-steps", 3]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(SyntheticVideos, "open", told_to_end)
+        run(train_video, flags, tmp_path / "run")
+    assert stop.value.code == 143 and len(list((tmp_path / "run/features").glob("*.clips.json"))) == 5
+    train_video.main(["--resume", str(tmp_path / "run"), "--max-steps", "3", "--device", "cpu"])
+    assert equal(load(tmp_path / "run")["model"], load(run(train_video, flags, tmp_path / "other"))["model"])
+
+
 def test_a_damaged_video_is_named_and_another_takes_its_place(own, plain, tmp_path, capsys):
     root = shutil.copytree(own, tmp_path / "videos")
     (victim,) = sorted((root / "fire").iterdir())[:1]
@@ -118,7 +138,7 @@ def test_wrong_flags_end_in_one_sentence(own, plain, tmp_path, capsys):
         return refused(capsys, train_video.main, *VIDEO, "--output", tmp_path / "run", *flags)
 
     assert "random towers say nothing" in say("--tower", "frozen")
-    assert "leaves none for the head" in say("--tower-epochs", 6)
+    assert "below --epochs 6" in say("--tower-epochs", 6)
     assert "expected an even number" in say("--batch-size", 3)
     assert "does not divide among the 2" in say("--bank-size", 5)
     assert "makes features of its own" in say("--features", tmp_path)
