@@ -68,12 +68,13 @@ class ClipEncoder:
         return dict(zip(INPUTS, (l2_normalize(pooled), motion, amount), strict=True))
 
     @torch.inference_mode()
-    def video(self, video: decode.Video) -> Clips:
+    def video(self, video: decode.Video, progress: Callable[[int], None] | None = None) -> Clips:
         """The clips of a video, T = ceil(frames / clip_frames), in one pass that keeps a batch of pictures at most.
 
         The last clip takes the last frame for those that it lacks. A frame without a next one is its own.
+        progress: called with how many frames are behind.
         """
-        each, parts, pairs = self.frames_per_clip, [], self._pairs(video)
+        each, parts, pairs = self.frames_per_clip, [], self._pairs(video, progress)
         size = max(1, self.batch_size // each) * each  # whole clips
         while pictures := list(islice(pairs, size)):
             colours = torch.from_numpy(np.stack(pictures)).to(self.device)  # (n, 2, S, S, 3)
@@ -86,7 +87,7 @@ class ClipEncoder:
         arrays = (torch.cat(rows).cpu().numpy() for rows in zip(*parts, strict=True))
         return Clips(*arrays, frames=video.count, rate=video.rate)
 
-    def _pairs(self, video: decode.Video) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _pairs(self, video: decode.Video, progress=None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The pictures that are looked at and those after them, clip after clip, (S, S, 3) uint8 each."""
         side, made, held, small = self.model.vision_model.image_size, 0, None, None
         for index, _, picture in video.frames(self.clip_frames, self.offsets, last=True):
@@ -95,6 +96,8 @@ class ClipEncoder:
                 yield held, small
                 made += 1
             held = small if index % self.clip_frames in self.samples else None
+            if progress is not None:
+                progress(index + 1)
         for _ in range(math.ceil(video.count / self.clip_frames) * self.frames_per_clip - made):
             yield small, small
 

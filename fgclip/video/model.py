@@ -98,9 +98,8 @@ class VideoModel(nn.Module):
         events = record.events
         if events is not None:
             events = tuple((round(start * clips.rate), round(end * clips.rate), name) for start, end, name in events)
-        return VideoScores(
-            record.name, record.classes, events, clips.frames, self.clips["clip_frames"], anomaly, classes
-        )
+        sizes = clips.frames, self.clips["clip_frames"]
+        return VideoScores(record.name, record.classes, events, *sizes, anomaly, classes, clips.rate)
 
     @torch.no_grad()
     def clamp_logit_scales(self) -> None:
