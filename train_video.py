@@ -249,7 +249,8 @@ class TowerStage:
     def __init__(self, args, model: nn.Module, data, weights: dict[str, float], banks, sampler, device):
         tower, self.args, self.device = bare(model), args, device
         sizes = dict(image_size=args.image_size, margin=args.clip_frames / 60, seed=args.seed)
-        train, self.validation = (VideoFrames(videos, **sizes) for videos in data)
+        spoken = (videos.subset(lambda record: record.tracks or record.captions) for videos in data[1:])
+        train, self.validation = (VideoFrames(videos, **sizes) for videos in (data[0], *spoken))
         names = [name.removeprefix("loss_") for name, weight in weights.items() if weight]
         length = tower.fgclip.text_model.context_length
         collate = Collate(tower.tokenizer, context_length=length, long_context_length=None, hard="hard" in names)
@@ -263,7 +264,7 @@ class TowerStage:
     def validate(self, model: VideoModel) -> dict:
         """`validation_metrics` of a frame of each validation video, the same every time."""
         embedder = Embedder(model.fgclip, model.tokenizer, device=self.device, amp=self.args.amp)
-        return validation_metrics(embedder, self.validation, long=False)
+        return validation_metrics(embedder, self.validation, long=False) if len(self.validation) else {}
 
     def text(self, metrics: dict) -> str:
         return validation_text(metrics)
@@ -317,11 +318,12 @@ class HeadStage:
     def text(self, metrics: dict) -> str:
         scores, oracle = metrics["scores"]["anomaly score"], metrics["scores"]["oracle of the video's label"]
         own = ", ".join(f"{name} {row['auc']:.3f}" for name, row in metrics["classes"].items())
-        return (
-            f"frames: AUC {scores['auc']:.3f} (of who knows the video's label {oracle['auc']:.3f}), AP "
-            f"{scores['ap']:.3f}; within anomalous videos: AUC {scores['anomalous_auc']:.3f} ({own}); videos: AUC "
-            f"{scores['video_auc']:.3f}; mAP@IoU {metrics['map']['with_events']['average']:.3f}"
-        )
+        parts = {
+            "frames: AUC": scores["auc"], "of who knows the video's label": oracle["auc"], "AP": scores["ap"],
+            f"within videos with events: AUC ({own})": scores["anomalous_auc"],
+            "mAP@IoU": metrics["map"]["with_events"]["average"], "videos: AUC": scores["video_auc"],
+        }  # fmt: skip
+        return "; ".join(f"{name} {value:.3f}" for name, value in parts.items() if not math.isnan(value))
 
 
 def best_metric(metrics: dict, by: str) -> tuple[float, float]:
@@ -374,6 +376,8 @@ def main(arguments: list[str] | None = None) -> None:
     validate_args(args)
     torch.manual_seed(args.seed)
     *data, messages = open_videos(args)
+    if args.tower_epochs and not any(tower_weights(args, data[0]).values()):
+        raise InputError("--tower tune: no loss of the towers has a weight, and tracks or captions to learn from")
     if args.check:  # as many as one step takes
         data = [few(videos, args.batch_size) for videos in data]
     model, about = build_model(args, data[0])
