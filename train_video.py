@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fgclip import FGCLIP, Tokenizer, load_model
+from fgclip import FGCLIP, Tokenizer
 from fgclip.data import Collate
 from fgclip.embedding import Embedder
 from fgclip.losses import PairBank
@@ -37,12 +37,11 @@ from fgclip.video.features import ClipEncoder, extract, weights_key
 from fgclip.video.head import TemporalHead
 from fgclip.video.losses import LOSSES, VideoLoss
 from fgclip.video.metrics import anomaly_report
-from fgclip.video.model import NORMAL, VideoModel, class_prompts, load_video_model
+from fgclip.video.model import NORMAL, VideoModel, class_prompts, load_towers
 from fgclip.video.records import FORMATS, VideoSet, hold_out, read_videos
 from fgclip.video.samples import ClipBags, VideoFrames, collate_bags
 from fgclip.video.store import INPUTS, FeatureStore
 from fgclip.video.synthetic import PROMPTS, SyntheticVideos, sentences
-from fgclip.weight_files import read_run
 from trainkit import distributed
 from trainkit.arguments import (
     add_recipe_flags,
@@ -198,15 +197,9 @@ def build_model(args: argparse.Namespace, train: VideoSet) -> tuple[VideoModel, 
     """Towers of --init-from, of the resumed run or, for drawn videos, new ones; a new head; and a sentence."""
     source = find_resume(args.resume, args.output, SCRIPT) or args.init_from
     if source is not None:
-        run = read_run(Path(source))
-        if run is not None and run.get("script") == SCRIPT:
-            model = load_video_model(source, weights="raw" if source != args.init_from else "ema")
-            fgclip, tokenizer = model.fgclip, model.tokenizer
-        else:
-            fgclip, tokenizer = load_model(source, args.vocab)
+        weights = "raw" if source != args.init_from else "ema"
+        fgclip, tokenizer = load_towers(source, args.vocab, weights=weights, image_size=args.image_size)
         about = f"towers of {source}; tokenizer: {tokenizer.description}"
-        if args.image_size not in (None, fgclip.vision_model.image_size):
-            fgclip = fgclip.with_image_size(args.image_size)
     else:
         tokenizer, about = Tokenizer(learn_merges(sentences())), "towers from random weights"
         vision = dict(image_size=args.image_size, patch_size=8, **DRAWN_TOWER)

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -124,13 +124,13 @@ def bytes_of(path: Path | None) -> int:
 
 def extract(
     videos, encoder: ClipEncoder, store: FeatureStore, *, between: Callable[[], None] | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[str]:  # fmt: skip
     """Write the features of the videos of a VideoSet that the store lacks; -> the names of the damaged ones.
 
     The processes share them, the largest files first. A video that the store knows, damaged or not, is passed over
     as long as its file's size stays. Those that are not found are passed over.
-    between: see `distributed.in_step`. progress: called with the name of each video that this process is done with.
+    between: see `distributed.in_step`. progress: what wraps the videos of this process on their way, such as `tqdm`.
     """
     records = [record for record in videos.records if record.name not in videos.missing]
     sizes, known = distributed.run_on_main(
@@ -145,7 +145,7 @@ def extract(
         shares[least].append(record)
         loads[least] += sizes[record.name] or 1
     mine = shares[distributed.rank()]
-    for record in distributed.in_step(mine, len(mine), between):
+    for record in distributed.in_step(progress(mine), len(mine), between):
         try:
             video = videos.open(record)
             clips, problem = encoder.video(video), video.problem
@@ -154,7 +154,5 @@ def extract(
         except InputError as error:
             clips, problem = None, str(error)
         store.write(record.name, clips, size=sizes[record.name], problem=problem)
-        if progress is not None:
-            progress(record.name)
     distributed.gather_objects(None)  # until all are written
     return [record.name for record in records if store.error(record.name) is not None]
