@@ -19,11 +19,13 @@ import collections
 import math
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from fgclip import FGCLIP, Tokenizer
 from fgclip.data import Collate
@@ -276,7 +278,8 @@ class HeadStage:
         whole, (train, validation) = bare(model), data
         encoder = ClipEncoder(whole.fgclip, **whole.clips, device=device, amp=args.amp)
         store = FeatureStore(folder, weights_key(whole.fgclip, **whole.clips))
-        damaged = [name for videos in data for name in extract(videos, encoder, store, between=between)]
+        bar = partial(tqdm, desc="features", unit="video", disable=None if distributed.is_main() else True)
+        damaged = [name for videos in data for name in extract(videos, encoder, store, between=between, progress=bar)]
         if len(damaged) > args.allow_missing:
             names = ", ".join(f"{name} ({store.error(name)})" for name in damaged[:4])
             raise InputError(f"{len(damaged)} videos are damaged (--allow-missing goes without): {names}")

@@ -10,6 +10,7 @@ of who knows nothing but which videos have an event.
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("videos").add_argument
-    add("--data-root", metavar="DIR", help="root of a data set, of which the test videos are taken; else they are drawn")
+    add("--data-root", metavar="DIR", help="data set whose test videos are taken; else they are drawn")
     add("--format", choices=tuple(FORMATS), help="layout of --data-root (ucf-crime)")
     add("--features", metavar="DIR", help="of python -m fgclip.extract; what it lacks is added. Else they are not kept")
     add("--allow-missing", type=non_negative_int, metavar="N", help="go on without so many missing or damaged videos")
@@ -90,9 +91,8 @@ def scored(args: argparse.Namespace, encoder: ClipEncoder, model: VideoModel, vi
     Raises InputError where there are more of them than --allow-missing says.
     """
     store = FeatureStore(folder, weights_key(model.fgclip, **model.clips))
-    ahead = sum(record.name not in store for record in videos.records) - len(videos.missing)
-    with tqdm(total=ahead, desc="features", unit="video", disable=None if distributed.is_main() else True) as bar:
-        damaged = extract(videos, encoder, store, progress=lambda name: bar.update(distributed.world_size()))
+    shown = None if distributed.is_main() else True
+    damaged = extract(videos, encoder, store, progress=partial(tqdm, desc="features", unit="video", disable=shown))
     lost = [f"{name} (missing)" for name in videos.missing] + [f"{name} ({store.error(name)})" for name in damaged]
     if len(lost) > (args.allow_missing or 0):
         raise InputError(f"{len(lost)} videos are missing or damaged (--allow-missing goes without): {named(lost, 4)}")

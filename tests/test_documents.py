@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = re.compile(r"(?:torchrun --nproc-per-node \d+|python) (?:-m )?(\S+)(.*)")
 OTHERS = ("pip install", "pytest", "ruff")
-SCRIPTS = ("train_stage1", "train_stage2", "train_fgclip")
-COMMANDS = "macl.evaluate macl.predict fgclip.evaluate fgclip.score trainkit.report benchmarks.ablation".split()
+SCRIPTS = ("train_stage1", "train_stage2", "train_fgclip", "train_video")
+COMMANDS = "macl.evaluate macl.predict fgclip.evaluate fgclip.score fgclip.extract fgclip.evaluate_video fgclip.watch"
+COMMANDS = [*COMMANDS.split(), "trainkit.report", "benchmarks.ablation"]
 
 
 def blocks(path: Path) -> list[str]:
