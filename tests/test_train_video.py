@@ -13,7 +13,7 @@ from PIL import Image
 from scripts import VIDEO, equal, load, metrics, refused, run
 
 import train_video
-from fgclip.video import load_video_model
+from fgclip.video import TemporalHead, load_video_model
 from fgclip.video.records import VideoSet
 from fgclip.video.synthetic import SyntheticVideos
 
@@ -131,6 +131,15 @@ def test_two_processes_train_as_one(plain, tmp_path, two_ranks):
     for one, two in zip(metrics(plain)[:2] + metrics(plain)[8:10], first["towers"] + first["head"], strict=True):
         for name in (name for name in one if name.startswith("loss_")):
             assert two[name] == pytest.approx(one[name], rel=0.02 if "loss_bag" in one else 1e-3), name
+
+
+def test_half_precision_has_logits_in_float32(plain, tmp_path, monkeypatch):
+    seen, forward = [], TemporalHead.forward
+    monkeypatch.setattr(TemporalHead, "forward", lambda *args: seen.append(forward(*args)) or seen[-1])
+    flags = ["--init-from", plain / "last.pt", "--features", plain / "features", "--amp", "bf16", "--max-steps", 1]
+    (line,) = metrics(train(tmp_path / "run", *HEAD, *flags))
+    assert all(output[name].dtype == torch.float32 for output in seen for name in ("anomaly", "classes", "frames"))
+    assert all(np.isfinite(value) for name, value in line.items() if name.startswith("loss_"))
 
 
 def test_wrong_flags_end_in_one_sentence(own, plain, tmp_path, capsys):
