@@ -29,7 +29,7 @@ from trainkit.device import AUTOCAST
 from trainkit.errors import InputError, one_sentence
 from trainkit.files import write_json
 
-DRAWN = dict(count=100, seed=20_000)  # neither training nor validation draws from that seed
+DRAWN_COUNT, DRAWN_SEED = 100, 20_000  # neither training nor validation draws from that seed
 
 
 # fmt: off
@@ -42,9 +42,24 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
 
 
+# fmt: on
+
+
+def open_model(args: argparse.Namespace) -> tuple[VideoModel, ClipEncoder]:
+    """The model that `add_model_flags` name, on its device, and what makes clips of videos for it."""
+    options = dict(device=distributed.start(args.device), batch_size=args.batch_size, amp=args.amp)
+    model = load_video_model(args.checkpoint, args.weights).to(options["device"])
+    return model, ClipEncoder(model.fgclip, **model.clips, **options)
+
+
+# fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("videos").add_argument
+<<<<<<< .merge_file_O87SoF
     add("--data-root", metavar="DIR", help="data set whose test videos are taken; else they are drawn")
+=======
+    add("--data-root", metavar="DIR", help="root of a data set, for its test videos; else they are drawn")
+>>>>>>> .merge_file_3nwjEN
     add("--format", choices=tuple(FORMATS), help="layout of --data-root (ucf-crime)")
     add("--features", metavar="DIR", help="of python -m fgclip.extract; what it lacks is added. Else they are not kept")
     add("--allow-missing", type=non_negative_int, metavar="N", help="go on without so many missing or damaged videos")
@@ -56,16 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 
 
-def settle(args: argparse.Namespace) -> None:
-    """Fill in the defaults. Raises InputError on a flag that nothing would read, and where no result can be written."""
+def check(args: argparse.Namespace) -> None:
+    """Raises InputError on a flag that nothing would read, and where a result cannot be written."""
     check_needed(args, format=("data_root",), allow_missing=("data_root",))
-    for name, default in DRAWN.items():
-        if args.data_root and getattr(args, name) is not None:
-            raise InputError(f"--{name} is of drawn videos; it has no part in --data-root")
-        setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
-    for flag in ("output", "plot"):
-        if (path := getattr(args, flag)) and not Path(path).resolve().parent.is_dir():
-            raise InputError(f"--{flag} {path}: expected a file in a folder that exists")
+    if args.data_root and not args.count is args.seed is None:
+        raise InputError("--count and --seed are of drawn videos; they have no part in --data-root")
+    for flag, path in (("--output", args.output), ("--plot", args.plot)):
+        if path and not Path(path).resolve().parent.is_dir():
+            raise InputError(f"{flag} {path}: expected a file in a folder that exists")
     if args.plot:
         need_matplotlib()
 
@@ -73,32 +86,30 @@ def settle(args: argparse.Namespace) -> None:
 def open_videos(args: argparse.Namespace, model: VideoModel) -> tuple[VideoSet, str]:
     """The videos, and what they are. Raises InputError where they have classes that the model does not know."""
     if args.data_root is None:
-        videos = SyntheticVideos(args.count, seed=args.seed, image_size=model.fgclip.vision_model.image_size)
-        about = f"{args.count} videos drawn from seed {args.seed} (no --data-root)"
+        seed, size = DRAWN_SEED if args.seed is None else args.seed, model.fgclip.vision_model.image_size
+        videos = SyntheticVideos(args.count or DRAWN_COUNT, seed=seed, image_size=size)
+        about = f"{len(videos)} videos drawn from seed {seed} (no --data-root)"
     else:
         videos = read_videos(args.data_root, args.format or "ucf-crime", "test")
         about = ". ".join([f"test videos of {args.data_root}", *videos.notes])
-    unknown = sorted({name for record in videos.records for name in record.classes} - set(model.classes))
-    if unknown:
-        known = f"the model of {args.checkpoint} knows {', '.join(model.classes)}"
-        raise InputError(f"{args.data_root or 'drawn videos'}: events of the classes {named(unknown, 5)}; {known}")
+    if unknown := sorted({name for record in videos.records for name in record.classes} - set(model.classes)):
+        raise InputError(f"{about}: events of {named(unknown, 5)}; {args.checkpoint} knows {named(model.classes)}")
     return videos, about
 
 
-def scored(args: argparse.Namespace, encoder: ClipEncoder, model: VideoModel, videos: VideoSet, folder: str) -> tuple:
-    """VideoScores of the videos, and a sentence about those that are missing or damaged, "" for none.
+def scored(model: VideoModel, encoder: ClipEncoder, videos: VideoSet, folder: str, allowed: int) -> tuple[list, list]:
+    """VideoScores of the videos, on rank 0, and which of them are missing or damaged. folder: of their features.
 
-    Raises InputError where there are more of them than --allow-missing says.
+    Raises InputError where more than `allowed` are lost.
     """
     store = FeatureStore(folder, weights_key(model.fgclip, **model.clips))
     shown = None if distributed.is_main() else True
     damaged = extract(videos, encoder, store, progress=partial(tqdm, desc="features", unit="video", disable=shown))
     lost = [f"{name} (missing)" for name in videos.missing] + [f"{name} ({store.error(name)})" for name in damaged]
-    if len(lost) > (args.allow_missing or 0):
+    if len(lost) > allowed:
         raise InputError(f"{len(lost)} videos are missing or damaged (--allow-missing goes without): {named(lost, 4)}")
-    records = [record for record in videos.records if record.name in store]
-    said = f"without {len(lost)} videos: {', '.join(lost)}" if lost else ""
-    return [model.scores(one, store.read(one.name)) for one in records * distributed.is_main()], said
+    records = [record for record in videos.records if record.name in store and distributed.is_main()]
+    return [model.scores(record, store.read(record.name)) for record in records], lost
 
 
 def draw(path: str, scores: list[VideoScores], videos: VideoSet) -> None:
@@ -114,9 +125,9 @@ def draw(path: str, scores: list[VideoScores], videos: VideoSet) -> None:
 
 
 def as_json(video: VideoScores) -> dict:
-    """What the curve of a video is drawn from, as plain values; rate in frames per second, events in frames."""
+    """What a curve is drawn from, as plain values. rate: frames per second."""
     sizes = dict(name=video.name, rate=float(video.rate), clip_frames=video.clip_frames, frames=video.frames)
-    return sizes | dict(classes=video.classes, events=video.events, scores=video.scores.round(5).tolist())
+    return sizes | dict(scores=video.scores.astype(float).round(6).tolist())
 
 
 def plain(value):
@@ -132,20 +143,21 @@ def main(arguments: list[str] | None = None) -> None:
     add_model_flags(parser)
     add_arguments(parser)
     args = parser.parse_args(arguments)
-    settle(args)
-    device, model = distributed.start(args.device), load_video_model(args.checkpoint, args.weights)
+    check(args)
+    model, encoder = open_model(args)
     videos, about = open_videos(args, model)
-    options = dict(device=device, batch_size=args.batch_size, amp=args.amp)
-    encoder = ClipEncoder(model.to(device).fgclip, **model.clips, **options)
     with tempfile.TemporaryDirectory() as own:
-        scores, lost = scored(args, encoder, model, videos, args.features or distributed.run_on_main(lambda: own))
+        folder = args.features or distributed.run_on_main(lambda: own)
+        scores, lost = scored(model, encoder, videos, folder, args.allow_missing or 0)
     if distributed.is_main():
-        print(f"supervision: {model.supervision} ({args.checkpoint})", about, *[lost] * bool(lost), sep="\n")
+        about += f". Without {len(lost)}: {', '.join(lost)}" if lost else ""
+        print(f"supervision: {model.supervision} ({args.checkpoint})", about, sep="\n")
         report = anomaly_report(scores, model.classes, normal_counts=args.format == "xd-violence")
         print("\n" + report_text(report))
         if args.output:
-            known = dict(checkpoint=args.checkpoint, supervision=model.supervision, data=about, lost=lost)
-            write_json(args.output, known | plain(report) | dict(videos=[as_json(one) for one in scores]))
+            known = dict(checkpoint=args.checkpoint, supervision=model.supervision, data=about)
+            each = [as_json(one) | dict(classes=one.classes, events=one.events) for one in scores]
+            write_json(args.output, known | dict(metrics=plain(report), videos=each))
         if args.plot:
             draw(args.plot, scores, videos)
     distributed.stop()

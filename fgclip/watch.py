@@ -14,14 +14,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from fgclip.evaluate_video import add_model_flags, as_json
+from fgclip.evaluate_video import add_model_flags, as_json, open_model
 from fgclip.video.decode import Video, open_video
 from fgclip.video.features import ClipEncoder
 from fgclip.video.metrics import ALARM, VideoScores
-from fgclip.video.model import NORMAL, VideoModel, load_video_model
+from fgclip.video.model import NORMAL, VideoModel
 from fgclip.video.plots import Strip, clock, draw_curves, need_matplotlib, peaks, thumbnail, time_of
 from fgclip.video.store import Clips
-from trainkit import distributed
 from trainkit.arguments import make_parser, positive_int
 from trainkit.errors import InputError, one_sentence
 from trainkit.files import read_lines, whole_file, write_json, writing
@@ -57,14 +56,21 @@ def described(model: VideoModel, scores: VideoScores, frames: np.ndarray, phrase
     names, found = (NORMAL, *model.classes), []
     texts = model.embed(phrases)[0].cpu().numpy()  # (M, D)
     for clip in sorted(peaks(scores.scores, count)):
-        row, cosines = scores.class_scores[clip], texts @ frames[clip]
+        row, cosines = scores.class_scores[clip].astype(float).round(6), texts @ frames[clip]
         best = [(phrases[i], round(float(cosines[i]), 4)) for i in np.argsort(-cosines, kind="stable")[:MOST_PHRASES]]
         found.append({
-            "time": time_of(scores, clip), "clip": clip, "score": round(float(scores.scores[clip]), 5),
-            "class": names[row.argmax()], "probabilities": dict(zip(names, row.round(5).tolist(), strict=True)),
+            "time": time_of(scores, clip), "clip": clip, "score": round(float(scores.scores[clip]), 6),
+            "class": names[row.argmax()], "probabilities": dict(zip(names, row.tolist(), strict=True)),
             "phrases": [dict(phrase=phrase, cosine=cosine) for phrase, cosine in best],
         })  # fmt: skip
     return found
+
+
+def cut_short(model: VideoModel, phrases: list[str]) -> str:
+    """A sentence about phrases that are longer than the model reads, "" where there are none."""
+    longest = model.fgclip.text_model.context_length - 2  # without the marks of start and end
+    count = sum(len(model.tokenizer.encode(phrase)) > longest for phrase in phrases)
+    return f"{count} phrases were longer than the model reads, and were cut" if count else ""
 
 
 def summary(scores: VideoScores, found: list[dict]) -> str:
@@ -87,36 +93,35 @@ def main(arguments: list[str] | None = None) -> None:
     add_arguments(parser)
     args = parser.parse_args(arguments)
     need_matplotlib()
-    model, output = load_video_model(args.checkpoint, args.weights), Path(args.output)
+    model, encoder = open_model(args)
     phrases = [text for texts in model.prompts.values() for text in texts]
     if args.phrases:
         phrases = list(dict.fromkeys(read_lines(args.phrases, "phrases, one per line")))
     if not phrases:
         raise InputError(f"{args.phrases} holds no phrases; expected one per line")
-    video, device = open_video(args.video), distributed.start(args.device)
+    video, output = open_video(args.video), Path(args.output)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-    model, options = model.to(device), dict(device=device, batch_size=args.batch_size, amp=args.amp)
-    clips = clips_of(video, ClipEncoder(model.fgclip, **model.clips, **options))
+    clips = clips_of(video, encoder)
 
     name = Path(args.video).resolve().name
     anomaly, classes, frames = (part.cpu().numpy() for part in model.score(clips))
     scores = VideoScores(name, (), None, clips.frames, model.clips["clip_frames"], anomaly, classes, clips.rate)
     found = described(model, scores, frames, phrases, args.peaks)
-    times = [peak["time"] for peak in found]
-    small = []
-    for peak, picture in zip(found, video.at(times), strict=True):
-        peak["picture"] = f"peak-{clock(peak['time']).replace(':', '.')}.jpg"
+    times, small = [peak["time"] for peak in found], []
+    for number, (peak, picture) in enumerate(zip(found, video.at(times), strict=True), start=1):
+        peak["picture"] = f"peak-{number}.jpg"
         with whole_file(output / peak["picture"]) as file:
             Image.fromarray(picture).save(file, format="JPEG", quality=90)
         small.append(thumbnail(picture))
-    probabilities = dict(zip((NORMAL, *model.classes), classes.T.round(5).tolist(), strict=True))
+    probabilities = dict(zip((NORMAL, *model.classes), classes.T.astype(float).round(6).tolist(), strict=True))
     seconds = float(clips.frames / clips.rate)
     known = dict(checkpoint=args.checkpoint, supervision=model.supervision, problem=video.problem, seconds=seconds)
     write_json(output / "scores.json", known | as_json(scores) | dict(probabilities=probabilities, peaks=found))
     draw_curves(output / "curves.png", [Strip(scores, name, list(zip(times, small, strict=True)))])
     print(f"{args.video}: {clips.frames} frames, {clock(seconds)} at {float(clips.rate):g} frames a second")
-    print(*[video.problem] * bool(video.problem), f"supervision: {model.supervision}", summary(scores, found), sep="\n")
+    print(f"supervision: {model.supervision}", *filter(None, [video.problem, cut_short(model, phrases)]), sep="\n")
+    print(summary(scores, found))
     print(f"written to {output}: scores.json, curves.png and {len(found)} pictures")
 
 

@@ -85,6 +85,11 @@ def test_every_flag_that_a_document_names_exists(parser_of):
     for name in (*SCRIPTS, *COMMANDS):
         needed = {"macl.predict": "--checkpoint a --output b", "fgclip.evaluate": "--checkpoint a"}
         needed |= {"fgclip.score": "--checkpoint a --image b", "trainkit.report": "a"}
+        needed |= {
+            "fgclip.extract": "--init-from a --data-root b --features c",
+            "fgclip.evaluate_video": "--checkpoint a",
+        }
+        needed |= {"fgclip.watch": "--checkpoint a --video b --output c"}
         parser = parser_of(name, needed.get(name, "").split())
         known |= {flag for action in parser._actions for flag in action.option_strings}
     for path in DOCUMENTS:

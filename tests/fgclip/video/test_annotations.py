@@ -174,7 +174,7 @@ def test_keys_are_held_against_the_file(tmp_path):
     add_annotations(videos, tracks(tmp_path, [item(38)]))
     say = refusal(add_annotations, videos, tracks(tmp_path, [item(45)], rate=24.0))
     assert (
-        "tracks.json, item 0: a key frame of Fight1 is at 1.83 s of 1.00 s at 24 frames a second; 50 would fit" in say
+        "tracks.json, item 0: a key frame of Fight1 is at 1.83 s of 1.00 s at 24 frames a second; 30 would fit" in say
     )
     assert refusal(add_annotations, videos, tracks(tmp_path, [item(dict(time=2, bbox=BOX))])).endswith(
         "2.00 s of 1.00 s"
