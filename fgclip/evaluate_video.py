@@ -55,11 +55,7 @@ def open_model(args: argparse.Namespace) -> tuple[VideoModel, ClipEncoder]:
 # fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("videos").add_argument
-<<<<<<< .merge_file_O87SoF
-    add("--data-root", metavar="DIR", help="data set whose test videos are taken; else they are drawn")
-=======
     add("--data-root", metavar="DIR", help="root of a data set, for its test videos; else they are drawn")
->>>>>>> .merge_file_3nwjEN
     add("--format", choices=tuple(FORMATS), help="layout of --data-root (ucf-crime)")
     add("--features", metavar="DIR", help="of python -m fgclip.extract; what it lacks is added. Else they are not kept")
     add("--allow-missing", type=non_negative_int, metavar="N", help="go on without so many missing or damaged videos")
