@@ -159,7 +159,7 @@ def test_sentences_are_of_an_event_where_they_overlap_one(tmp_path):
         ([item(1, video="Fight_9.mp4")], "1 entries (1 videos) of no training video are left out: Fight_9"),
         ([item(1, region_captions=["a", "b"])], "have not one phrase for each track; the first go together: Fight1"),
         ([item(1, dict(frame=2, bbox=[0.5, 0, 0.2, 1]), dict(frame=3, bbox=[-0.1, 0, 1, 1]))],
-         "3 boxes, 1 (33.33%) dropped: 1 inverted, 0 without area inside the image, 0 not finite; 1 kept and clipped"),
+         "3 boxes, 1 (33.33%) dropped: 1 inverted, 0 without area inside the image; 1 kept and clipped"),
     ],
 )  # fmt: skip
 def test_what_is_left_out_is_named(tmp_path, content, words):

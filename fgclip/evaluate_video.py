@@ -1,0 +1,164 @@
+"""Evaluate a model of train_video.py: frames, detections and classes of events in videos.
+
+python -m fgclip.evaluate_video --checkpoint runs/NAME/best.pt                                  # newly drawn videos
+python -m fgclip.evaluate_video --checkpoint runs/NAME/best.pt --data-root UCF_Crimes --features features
+python -m fgclip.evaluate_video --checkpoint runs/NAME/best.pt --data-root XD --format xd-violence --plot curves.png
+
+The test videos of --data-root, whose features are extracted where --features lacks them. All figures stand beside those
+of who knows nothing but which videos have an event.
+"""
+
+import argparse
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from fgclip.video.features import ClipEncoder, extract, weights_key
+from fgclip.video.metrics import VideoScores, anomaly_report, frame_auc, report_text
+from fgclip.video.model import VideoModel, load_video_model
+from fgclip.video.plots import Strip, best_and_worst, draw_curves, need_matplotlib, peaks, thumbnail, time_of
+from fgclip.video.records import FORMATS, VideoSet, named, read_videos
+from fgclip.video.store import FeatureStore
+from fgclip.video.synthetic import SyntheticVideos
+from trainkit import distributed
+from trainkit.arguments import check_needed, make_parser, non_negative_int, positive_int
+from trainkit.device import AUTOCAST
+from trainkit.errors import InputError, one_sentence
+from trainkit.files import write_json
+
+DRAWN_COUNT, DRAWN_SEED = 100, 20_000  # neither training nor validation draws from that seed
+
+
+# fmt: off
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--checkpoint", required=True, metavar="FILE", help="best.pt or last.pt of train_video.py")
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged (EMA) weights if any, or raw ones")
+    add("--batch-size", type=positive_int, default=64, metavar="N", help="frames at once")
+    add("--amp", choices=tuple(AUTOCAST), default="none", help="number format of the towers")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+# fmt: on
+
+
+def open_model(args: argparse.Namespace) -> tuple[VideoModel, ClipEncoder]:
+    """The model that `add_model_flags` name, on its device, and what makes clips of videos for it."""
+    options = dict(device=distributed.start(args.device), batch_size=args.batch_size, amp=args.amp)
+    model = load_video_model(args.checkpoint, args.weights).to(options["device"])
+    return model, ClipEncoder(model.fgclip, **model.clips, **options)
+
+
+# fmt: off
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("videos").add_argument
+    add("--data-root", metavar="DIR", help="root of a data set, for its test videos; else they are drawn")
+    add("--format", choices=tuple(FORMATS), help="layout of --data-root (ucf-crime)")
+    add("--features", metavar="DIR", help="of python -m fgclip.extract; what it lacks is added. Else they are not kept")
+    add("--allow-missing", type=non_negative_int, metavar="N", help="go on without so many missing or damaged videos")
+    add("--count", type=positive_int, metavar="N", help="of drawn videos (100)")
+    add("--seed", type=non_negative_int, metavar="N", help="of drawn videos (20000)")
+    add = parser.add_argument_group("results").add_argument
+    add("--output", metavar="FILE", help="also write all figures, and the scores of every video, to this json file")
+    add("--plot", metavar="FILE", help="also draw the scores of the best and worst videos of each class into this png")
+# fmt: on
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises InputError on a flag that nothing would read, and where a result cannot be written."""
+    check_needed(args, format=("data_root",), allow_missing=("data_root",))
+    if args.data_root and not args.count is args.seed is None:
+        raise InputError("--count and --seed are of drawn videos; they have no part in --data-root")
+    for flag, path in (("--output", args.output), ("--plot", args.plot)):
+        if path and not Path(path).resolve().parent.is_dir():
+            raise InputError(f"{flag} {path}: expected a file in a folder that exists")
+    if args.plot:
+        need_matplotlib()
+
+
+def open_videos(args: argparse.Namespace, model: VideoModel) -> tuple[VideoSet, str]:
+    """The videos, and what they are. Raises InputError where they have classes that the model does not know."""
+    if args.data_root is None:
+        seed, size = DRAWN_SEED if args.seed is None else args.seed, model.fgclip.vision_model.image_size
+        videos = SyntheticVideos(args.count or DRAWN_COUNT, seed=seed, image_size=size)
+        about = f"{len(videos)} videos drawn from seed {seed} (no --data-root)"
+    else:
+        videos = read_videos(args.data_root, args.format or "ucf-crime", "test")
+        about = ". ".join([f"test videos of {args.data_root}", *videos.notes])
+    if unknown := sorted({name for record in videos.records for name in record.classes} - set(model.classes)):
+        raise InputError(f"{about}: events of {named(unknown, 5)}; {args.checkpoint} knows {named(model.classes)}")
+    return videos, about
+
+
+def scored(model: VideoModel, encoder: ClipEncoder, videos: VideoSet, folder: str, allowed: int) -> tuple[list, list]:
+    """VideoScores of the videos, on rank 0, and which of them are missing or damaged. folder: of their features.
+
+    Raises InputError where more than `allowed` are lost.
+    """
+    store = FeatureStore(folder, weights_key(model.fgclip, **model.clips))
+    shown = None if distributed.is_main() else True
+    damaged = extract(videos, encoder, store, progress=partial(tqdm, desc="features", unit="video", disable=shown))
+    lost = [f"{name} (missing)" for name in videos.missing] + [f"{name} ({store.error(name)})" for name in damaged]
+    if len(lost) > allowed:
+        raise InputError(f"{len(lost)} videos are missing or damaged (--allow-missing goes without): {named(lost, 4)}")
+    records = [record for record in videos.records if record.name in store and distributed.is_main()]
+    return [model.scores(record, store.read(record.name)) for record in records], lost
+
+
+def draw(path: str, scores: list[VideoScores], videos: VideoSet) -> None:
+    """A png of the best and the worst videos of each class, with frames at the four highest peaks."""
+    strips, records = [], {record.name: record for record in videos.records}
+    for one in best_and_worst(scores):
+        own = frame_auc(one.scores, *one.counts) if one.known else float("nan")
+        title = f"{one.name}: {', '.join(one.classes) or 'normal'}" + f", AUC {own:.3f}" * (own == own)
+        times = [time_of(one, clip) for clip in peaks(one.scores, 4)]
+        pictures = videos.open(records[one.name]).at(times)
+        strips.append(Strip(one, title, list(zip(times, map(thumbnail, pictures), strict=True))))
+    draw_curves(path, strips)
+
+
+def as_json(video: VideoScores) -> dict:
+    """What a curve is drawn from, as plain values. rate: frames per second."""
+    sizes = dict(name=video.name, rate=float(video.rate), clip_frames=video.clip_frames, frames=video.frames)
+    return sizes | dict(scores=video.scores.astype(float).round(6).tolist())
+
+
+def plain(value):
+    """`value` for json, which has no NaN."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return None if value != value else value
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the figures of the videos. arguments: without the program's name."""
+    parser = make_parser(__doc__)
+    add_model_flags(parser)
+    add_arguments(parser)
+    args = parser.parse_args(arguments)
+    check(args)
+    model, encoder = open_model(args)
+    videos, about = open_videos(args, model)
+    with tempfile.TemporaryDirectory() as own:
+        folder = args.features or distributed.run_on_main(lambda: own)
+        scores, lost = scored(model, encoder, videos, folder, args.allow_missing or 0)
+    if distributed.is_main():
+        about += f". Without {len(lost)}: {', '.join(lost)}" if lost else ""
+        print(f"supervision: {model.supervision} ({args.checkpoint})", about, sep="\n")
+        report = anomaly_report(scores, model.classes, normal_counts=args.format == "xd-violence")
+        print("\n" + report_text(report))
+        if args.output:
+            known = dict(checkpoint=args.checkpoint, supervision=model.supervision, data=about)
+            each = [as_json(one) | dict(classes=one.classes, events=one.events) for one in scores]
+            write_json(args.output, known | dict(metrics=plain(report), videos=each))
+        if args.plot:
+            draw(args.plot, scores, videos)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

@@ -1,0 +1,117 @@
+"""Pictures of scores over time: one strip per video, with frames at its peaks below. They need the ``viz`` extra."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fgclip.video.metrics import ALARM, VideoScores, frame_auc
+from trainkit.errors import InputError
+from trainkit.files import whole_file
+
+WIDTH, SIDE, TITLE, CURVE, TIMES, FRAMES = 11, 0.6, 0.45, 1.1, 0.35, 1.3  # inches of the parts of a strip
+DOTS = 90  # per inch
+MOST_STRIPS = 200  # in one picture
+TICKS = (0.1, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)  # seconds
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A video, its title, and the pictures (H, W, 3) uint8 at the times (s) of its peaks."""
+
+    video: VideoScores
+    title: str
+    peaks: Sequence[tuple[float, np.ndarray]] = ()
+
+
+def need_matplotlib() -> None:
+    """Raises InputError where it is missing: call it before hours of work that end in a picture."""
+    if find_spec("matplotlib") is None:
+        raise InputError('pictures of scores need matplotlib: pip install "macl-fgclip[viz]"')
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 or 2:03, and 0:03.2 where there are tenths."""
+    minutes, tenths = divmod(round(10 * seconds), 600)
+    start = f"{minutes // 60}:{minutes % 60:02}" if minutes >= 60 else str(minutes)
+    return f"{start}:{tenths // 10:02}" + f".{tenths % 10}" * (tenths % 10 > 0)
+
+
+def peaks(scores: np.ndarray, count: int) -> list[int]:
+    """At most `count` clips (T,) that score as high as both neighbours, highest first, none near a higher one.
+
+    Near is T / (4 count) clips: in a long video, or where they are few, they are further apart.
+    """
+    apart, found = max(1, len(scores) // (4 * count)), []
+    neighbours = np.maximum(np.append(scores[1:], -np.inf), np.append(-np.inf, scores[:-1]))
+    free = np.where(scores >= neighbours, scores, -np.inf)
+    while len(found) < count and np.isfinite(free).any():
+        found.append(best := int(np.argmax(free)))
+        free[max(0, best - apart) : best + apart + 1] = -np.inf
+    return found
+
+
+def time_of(video: VideoScores, clip: int) -> float:
+    """When the middle of a clip is shown, in s."""
+    return float(min(clip * video.clip_frames + video.clip_frames // 2, video.frames - 1) / video.rate)
+
+
+def best_and_worst(videos: Sequence[VideoScores], each: int = 4) -> list[VideoScores]:
+    """Of each class `each` videos, half those of the best own AUC and half those of the worst; MOST_STRIPS in all.
+
+    Normal videos are ranked by their peaks, low ones first; videos of unknown events by theirs, high ones first.
+    """
+    chosen = []
+    for kind in sorted({video.classes[:1] for video in videos}):
+        some = [video for video in videos if video.classes[:1] == kind]
+        own = [frame_auc(v.scores, *v.counts) if v.events else v.scores.max() * (1 if kind else -1) for v in some]
+        ranked = [some[i] for i in np.argsort(-np.nan_to_num(own), kind="stable")]
+        chosen += ranked if len(ranked) <= each else [*ranked[: each - each // 2], *ranked[-(each // 2) :]]
+    return chosen[:MOST_STRIPS]
+
+
+def draw_curves(path: str | Path, strips: Sequence[Strip]) -> None:
+    """Write a png: of each video the score over time, its events shaded, and the pictures at its peaks."""
+    from matplotlib.figure import Figure
+
+    heights = [TITLE + CURVE + TIMES + FRAMES * bool(strip.peaks) for strip in strips]
+    total, room = sum(heights), WIDTH - 1.5 * SIDE
+    figure = Figure(figsize=(WIDTH, total), dpi=DOTS)
+    for i, strip in enumerate(strips):
+        bottom, width = total - sum(heights[: i + 1]), room / max(4, len(strip.peaks))  # inches
+        place = SIDE, total - sum(heights[:i]) - TITLE - CURVE, room, CURVE
+        draw_curve(figure.add_axes(np.divide(place, (WIDTH, total) * 2)), strip)
+        for column, (time, picture) in enumerate(sorted(strip.peaks, key=lambda peak: peak[0])):
+            place = SIDE + column * width, bottom, 0.95 * width, FRAMES - 0.2
+            axes = figure.add_axes(np.divide(place, (WIDTH, total) * 2), anchor="SW")
+            axes.imshow(picture)
+            axes.set_axis_off()
+            axes.set_title(clock(time), fontsize=8, loc="left", pad=2)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png")
+
+
+def draw_curve(axes, strip: Strip) -> None:
+    video, rate = strip.video, float(strip.video.rate)
+    edges = np.minimum(np.arange(len(video.scores) + 1) * video.clip_frames, video.frames) / rate
+    for start, end, _ in video.events or ():
+        axes.axvspan(start / rate, min(end, video.frames) / rate, color="C1", alpha=0.3, lw=0)
+    axes.stairs(video.scores, edges, baseline=None, color="C0", zorder=3)
+    marks = np.array([time for time, _ in strip.peaks])
+    axes.plot(marks, video.scores[np.searchsorted(edges, marks, side="right") - 1], "o", color="C3", ms=4, zorder=4)
+    axes.axhline(ALARM, color="gray", lw=0.5, ls=":")
+    ticks = np.arange(0, edges[-1] + 1e-9, next((tick for tick in TICKS if edges[-1] / tick <= 12), TICKS[-1]))
+    axes.set(xlim=(0, edges[-1]), ylim=(-0.03, 1.03), yticks=(0, 0.5, 1))
+    axes.set_xticks(ticks, [clock(tick) for tick in ticks])
+    axes.tick_params(labelsize=8)
+    axes.set_title(strip.title, fontsize=10, loc="left", parse_math=False)
+
+
+def thumbnail(picture: np.ndarray, side: int = 240) -> np.ndarray:
+    """A picture (H, W, 3) uint8 of at most `side` pixels a side, its shape kept."""
+    image = Image.fromarray(picture)
+    image.thumbnail((side, side))
+    return np.asarray(image)

@@ -1,0 +1,130 @@
+"""Watch a video: when something happens, what it is, and which phrases fit.
+
+python -m fgclip.watch --checkpoint runs/NAME/best.pt --video shop.mp4 --output shop
+python -m fgclip.watch --checkpoint runs/NAME/best.pt --video FRAMES --phrases phrases.txt --peaks 10 --output shop
+
+Any video that PyAV reads, or a folder of numbered images, of any length. --output gets scores.json, curves.png and the
+pictures at the peaks; what is said of the peaks is printed, too.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from fgclip.evaluate_video import add_model_flags, as_json, open_model
+from fgclip.video.decode import Video, open_video
+from fgclip.video.features import ClipEncoder
+from fgclip.video.metrics import ALARM, VideoScores
+from fgclip.video.model import NORMAL, VideoModel
+from fgclip.video.plots import Strip, clock, draw_curves, need_matplotlib, peaks, thumbnail, time_of
+from fgclip.video.store import Clips
+from trainkit.arguments import make_parser, positive_int
+from trainkit.errors import InputError, one_sentence
+from trainkit.files import read_lines, whole_file, write_json, writing
+from trainkit.tables import aligned
+
+MOST_PHRASES = 10  # of a peak, those that fit best
+
+
+# fmt: off
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_flags(parser)
+    add = parser.add_argument_group("what to watch").add_argument
+    add("--video", required=True, metavar="PATH", help="a video, or a folder of numbered images")
+    add("--output", required=True, metavar="DIR", help="the folder for what was found; it is made where it is missing")
+    add("--phrases", metavar="FILE", help="what the peaks may show, one phrase per line; else the sentences of the "
+        "classes")
+    add("--peaks", type=positive_int, default=5, metavar="N", help="most peaks to tell of")
+# fmt: on
+
+
+def clips_of(video: Video, encoder: ClipEncoder) -> Clips:
+    """The clips of a video, with a progress bar on a terminal. Raises InputError where none can be decoded."""
+    with tqdm(total=video.claimed, unit="frame", disable=None) as bar:
+        return encoder.video(video, progress=lambda frames: bar.update(frames - bar.n))
+
+
+def described(model: VideoModel, scores: VideoScores, frames: np.ndarray, phrases: list[str], count: int) -> list[dict]:
+    """The peaks in the order of time: time (s), clip, score, class of the highest probability, normal among them, the
+    probabilities of all by name, and the phrases whose embeddings have the highest cosine with the clip's frame.
+
+    frames: unit vectors (T, D) of `VideoModel.score`.
+    """
+    names, found = (NORMAL, *model.classes), []
+    texts = model.embed(phrases)[0].cpu().numpy()  # (M, D)
+    for clip in sorted(peaks(scores.scores, count)):
+        row, cosines = scores.class_scores[clip].astype(float).round(6), texts @ frames[clip]
+        best = [(phrases[i], round(float(cosines[i]), 4)) for i in np.argsort(-cosines, kind="stable")[:MOST_PHRASES]]
+        found.append({
+            "time": time_of(scores, clip), "clip": clip, "score": round(float(scores.scores[clip]), 6),
+            "class": names[row.argmax()], "probabilities": dict(zip(names, row.tolist(), strict=True)),
+            "phrases": [dict(phrase=phrase, cosine=cosine) for phrase, cosine in best],
+        })  # fmt: skip
+    return found
+
+
+def cut_short(model: VideoModel, phrases: list[str]) -> str:
+    """A sentence about phrases that are longer than the model reads, "" where there are none."""
+    longest = model.fgclip.text_model.context_length - 2  # without the marks of start and end
+    count = sum(len(model.tokenizer.encode(phrase)) > longest for phrase in phrases)
+    return f"{count} phrases were longer than the model reads, and were cut" if count else ""
+
+
+def summary(scores: VideoScores, found: list[dict]) -> str:
+    """What the peaks are, as a table, and how long the score is above the level of an alarm."""
+    seconds = scores.counts[1][scores.scores > ALARM].sum() / float(scores.rate)
+    alarms = f"score above {ALARM:g} for {seconds:.1f} s; its peaks:"
+    rows = [["time", "score", "class", "p", "cosine", " phrase"]]
+    for peak in found:
+        for place, fit in enumerate(peak["phrases"][:3]):
+            p = peak["probabilities"][peak["class"]]
+            first = [clock(peak["time"]), f"{peak['score']:.3f}", peak["class"], f"{p:.3f}"]
+            rows.append([*(first if place == 0 else [""] * 4), f"{fit['cosine']:.3f}", " " + fit["phrase"]])
+    width = max(len(row[-1]) for row in rows)
+    return "\n".join([alarms, aligned([[*row[:-1], row[-1].ljust(width)] for row in rows])])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write and print what happens in a video. arguments: without the program's name."""
+    parser = make_parser(__doc__)
+    add_arguments(parser)
+    args = parser.parse_args(arguments)
+    need_matplotlib()
+    model, encoder = open_model(args)
+    phrases = [text for texts in model.prompts.values() for text in texts]
+    if args.phrases:
+        phrases = list(dict.fromkeys(read_lines(args.phrases, "phrases, one per line")))
+    if not phrases:
+        raise InputError(f"{args.phrases} holds no phrases; expected one per line")
+    video, output = open_video(args.video), Path(args.output)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    clips = clips_of(video, encoder)
+
+    name = Path(args.video).resolve().name
+    anomaly, classes, frames = (part.cpu().numpy() for part in model.score(clips))
+    scores = VideoScores(name, (), None, clips.frames, model.clips["clip_frames"], anomaly, classes, clips.rate)
+    found = described(model, scores, frames, phrases, args.peaks)
+    times, small = [peak["time"] for peak in found], []
+    for number, (peak, picture) in enumerate(zip(found, video.at(times), strict=True), start=1):
+        peak["picture"] = f"peak-{number}.jpg"
+        with whole_file(output / peak["picture"]) as file:
+            Image.fromarray(picture).save(file, format="JPEG", quality=90)
+        small.append(thumbnail(picture))
+    probabilities = dict(zip((NORMAL, *model.classes), classes.T.astype(float).round(6).tolist(), strict=True))
+    seconds = float(clips.frames / clips.rate)
+    known = dict(checkpoint=args.checkpoint, supervision=model.supervision, problem=video.problem, seconds=seconds)
+    write_json(output / "scores.json", known | as_json(scores) | dict(probabilities=probabilities, peaks=found))
+    draw_curves(output / "curves.png", [Strip(scores, name, list(zip(times, small, strict=True)))])
+    print(f"{args.video}: {clips.frames} frames, {clock(seconds)} at {float(clips.rate):g} frames a second")
+    print(f"supervision: {model.supervision}", *filter(None, [video.problem, cut_short(model, phrases)]), sep="\n")
+    print(summary(scores, found))
+    print(f"written to {output}: scores.json, curves.png and {len(found)} pictures")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()
