@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +19,8 @@ from trainkit.errors import InputError
 from trainkit.files import is_image, number, read_lines, shown
 
 UCF_RATE, XD_RATE = 30.0, 24.0  # frames a second in which the two data sets count
-XD_CLASSES = dict(
-    B1="fighting", B2="shooting", B4="riot", B5="abuse", B6="car accident", G="explosion"
-)  # code in the name -> class
-
+# Code in a name of XD-Violence -> class.
+XD_CLASSES = dict(B1="fighting", B2="shooting", B4="riot", B5="abuse", B6="car accident", G="explosion")
 Event = tuple[float, float, str]  # start and end in seconds, class
 
 
@@ -83,20 +80,6 @@ class VideoRecord:
     tracks: tuple[Track, ...] = ()
     captions: tuple[Span, ...] = ()
     source: str = ""
-
-
-def truth(record: VideoRecord, frames: int, rate: Fraction, name: str | None = None) -> np.ndarray:
-    """Which of a video's decoded frames belong to an event, (frames,) bool.
-
-    An event from s to e has the frames [round(s * rate), round(e * rate)). name: only events of this class.
-    """
-    if record.events is None:
-        raise InputError(f"{record.name}: its annotation does not say when its events are")
-    inside = np.zeros(frames, dtype=bool)
-    for start, end, event in record.events:
-        if name is None or name == event:
-            inside[round(start * float(rate)) : round(min(end * float(rate), frames))] = True
-    return inside
 
 
 @dataclass
@@ -181,25 +164,25 @@ def one_path(paths: list[Path], listed: Path | None) -> Path | None:
 def agreed(texts: list[Path], parse: Callable[[Path], dict], *patterns: str) -> dict:
     """What the texts of the first pattern that is there say, which must be the same; nothing where there is none."""
     for pattern in patterns:
-        said = {path: parse(path) for path in texts if fnmatch(path.name, pattern)}
-        for path, content in said.items():
-            first = next(iter(said))
-            if not content:
-                raise InputError(f"{path} is empty; expected one video in a line")
-            if content != said[first]:
-                raise InputError(f"{path} and {first} differ; expected one list of its kind below the root")
+        said = [(path, parse(path)) for path in texts if fnmatch(path.name, pattern)]
+        for path, content in said:
+            if not content or content != said[0][1]:
+                problem = f"and {said[0][0]} differ" if content else "is empty"
+                raise InputError(f"{path} {problem}; expected one list of its kind, with a video in a line")
         if said:
-            return content
+            return said[0][1]
     return {}
 
 
 def ucf_list(path: Path) -> dict[str, Path]:
     """Name -> CLASS/NAME.mp4, of Anomaly_Train.txt or Anomaly_Test.txt."""
-    lines = [line.replace("\\", "/").split("/")[-2:] for line in read_lines(path, "CLASS/NAME.mp4 in a line")]
-    for parts in lines:
-        if len(parts) < 2:
-            raise InputError(f"{path}: expected CLASS/NAME.mp4, got {shown(parts[0])}")
-    return {stem(name): Path(folder, name) for folder, name in lines}
+    videos = {}
+    for line in read_lines(path, "CLASS/NAME.mp4 in a line"):
+        *_, folder, name = ("", "", *line.replace("\\", "/").split("/"))
+        if not folder:
+            raise InputError(f"{path}: expected CLASS/NAME.mp4, got {shown(line)}")
+        videos[stem(name)] = Path(folder, name)
+    return videos
 
 
 def annotation(path: Path, rate: float) -> dict[str, tuple[Event, ...]]:
@@ -244,8 +227,8 @@ def ucf_crime(root: Path, split: str, files: dict[str, list[Path]], texts: list[
 
 
 def class_of(folder: str) -> tuple[str, ...]:
-    """The class that a folder is named after, none of a normal one."""
-    return () if "normal" in folder.lower() else (folder,)
+    """The class that a folder is named after, none where that is normal and not abnormal."""
+    return () if re.search("(?<![a-z])normal", folder.lower()) else (folder,)
 
 
 def xd_classes(name: str) -> tuple[str, ...]:
@@ -266,7 +249,8 @@ def xd_violence(root: Path, split: str, files: dict[str, list[Path]], texts: lis
     tests, records = frozenset({*times, *apart}), []
     for name in sorted(tests if split == "test" else found.keys() - tests):
         classes = xd_classes(name)
-        records.append(VideoRecord(name, None, classes, times.get(name, None if classes else ())))
+        events = times.get(name, None if classes else ())
+        records.append(VideoRecord(name, None, classes, events, source=name.partition("__#")[0]))
     return VideoSet(records, tuple(sorted(XD_CLASSES.values())), tests)
 
 
@@ -306,9 +290,8 @@ def read_videos(root: str | Path, format: str, split: str) -> VideoSet:
     if not len(videos):
         raise InputError(f"{root} holds no videos to {split} with, as {format} has them")
     if split == "train" and normal in (0, len(videos)):
-        raise InputError(
-            f"{root}: every training video is {'normal' if normal else 'anomalous'}; expected normal and anomalous ones"
-        )
+        kind = "normal" if normal else "anomalous"
+        raise InputError(f"{root}: every training video is {kind}; expected normal and anomalous ones")
     records = [replace(r, path=one_path(files.get(r.name, []), r.path)) for r in videos.records]
     copies = sorted(record.name for record in records if len(files.get(record.name, ())) > 1)
     notes = (f"{len(copies)} videos have equal copies, which are not read: {named(copies)}",) if copies else ()
