@@ -62,7 +62,11 @@ def read_tracks(path: str | Path, rate: float = STUDIO_RATE) -> list[Entry]:
         elif "video" in item:
             items.append((item, place))
         else:
-            items += [(from_object(name, field(item, name, dict, place), place), f"{place}, {name}") for name in item]
+            for name in item:
+                spot = f"{place}, {shown(name)}"
+                items.append((from_object(name, field(item, name, dict, place), spot), spot))
+    if not items:
+        raise InputError(f"{path} holds no tracks")
     return [listed(item, str(path), place, rate) for item, place in items]
 
 
@@ -112,9 +116,11 @@ def stretches_of(keys: dict[float, tuple], boxes: BoxStatistics) -> tuple:
     return tuple((part[mask, 0].numpy(), usable.numpy()) for part, usable, mask in kept if len(usable))
 
 
-def spans(times: Sequence, texts: Sequence, place: str, event: bool = False) -> tuple[Span, ...]:
-    if not isinstance(times, list) or len(times) != len(texts):
-        raise InputError(f"{place}: {len(texts)} sentences have the times {shown(times)}; expected a pair for each")
+def spans(times: list, texts: list, place: str, event: bool = False) -> tuple[Span, ...]:
+    if not isinstance(times, list) or not isinstance(texts, list) or len(times) != len(texts):
+        raise InputError(
+            f"{place}: the times {shown(times)} do not go with {shown(texts)}; expected a pair for each text"
+        )
     pairs = [numbers(pair, f"{place}, times", 2, 0, inf) for pair in times]
     texts = [plain_text(text, f"{place}, sentences").strip() for text in texts]
     return tuple(Span(*pair, text, event) for pair, text in zip(pairs, texts, strict=True))
@@ -124,7 +130,8 @@ def from_object(name: str, value: dict, place: str) -> dict:
     """The value of a video in an object as an item of a list."""
     regions, times = [region for region, _ in objects(value, "region", place)], value.get("timestamps")
     return dict(
-        video=name, global_caption=field(value, "global", dict, place).get("Caption"), timestamps=times and times[0],
+        video=name, global_caption=field(value, "global", dict, place).get("Caption"),
+        timestamps=times[0] if isinstance(times, list) and times else None,
         region_captions=[r.get("caption") for r in regions], box_infos=[r.get("keyframes") for r in regions],
     )  # fmt: skip
 
@@ -152,7 +159,8 @@ def from_label_studio(task: dict, place: str) -> dict:
         if frames and seconds:
             frames, seconds = (number(x, f"{spot}, frames and seconds", 1e-3) for x in (frames, seconds))
             item["rate"] = round(frames / seconds, 2)
-        item["region_captions"].append(str(data.get("category") or (value.get("labels") or [""])[0]).replace("_", " "))
+        labels = value.get("labels") if isinstance(value.get("labels"), list) else []
+        item["region_captions"].append(str(data.get("category") or [*labels, ""][0]).replace("_", " "))
         item["box_infos"].append(keys)
     return item
 
@@ -160,19 +168,18 @@ def from_label_studio(task: dict, place: str) -> dict:
 def read_sentences(path: str | Path) -> list[Entry]:
     """Sentences of UCA (json, or txt) or HIVAU (json). Raises InputError where a file is neither."""
     content, entries = uca_lines(path) if Path(path).suffix == ".txt" else read_json(path, "sentences", dict), []
+    if not content:
+        raise InputError(f"{path} holds no sentences")
     for name in content:
         place, item = f"{path}, {shown(name)}", field(content, name, dict, str(path))
         if "sentences" in item:
-            captions = spans(item.get("timestamps"), field(item, "sentences", list, place), place)
+            captions = spans(item.get("timestamps"), item["sentences"], place)
             events, frames, rate = None, item.get("duration"), 1
         else:
-            events, said = item.get("events"), field(item, "events_summary", list, place)
-            captions = spans(events, said, place)
+            captions = spans(item.get("events"), item.get("events_summary"), place)
             events = tuple((span.start, span.end) for span in captions) if item.get("label") else ()
-            for times, texts in zip(
-                *(field(item, key, list, place) for key in ("clips", "clips_caption")), strict=False
-            ):
-                captions += spans(times, texts, place)
+            clips, texts = (field(item, key, list, place) for key in ("clips", "clips_caption"))
+            captions += tuple(span for pair in zip(clips, texts, strict=False) for span in spans(*pair, place))
             frames, rate = item.get("n_frames"), number(item.get("fps"), f"{place}, fps", 1e-3)
         seconds = None if frames is None else number(frames, f"{place}, length", 0, 1e9) / rate
         entries.append(Entry(str(path), place, name, captions=captions, events=events, seconds=seconds))
@@ -205,7 +212,8 @@ def add_annotations(videos: VideoSet, entries: Sequence[Entry]) -> tuple[VideoSe
     for file in dict.fromkeys(entry.file for entry in entries):
         own = [entry for entry in entries if entry.file == file]
         used, apart = ([entry for entry in own if (entry.name in known) is told] for told in (True, False))
-        lengths = {entry.name: entry.seconds or seconds_of(videos, known[entry.name]) for entry in used}
+        lengths = {entry.name: entry.seconds for entry in used}
+        lengths = {name: seconds or seconds_of(videos, known[name]) for name, seconds in lengths.items()}
         late = [e for e in used if any(span.start >= min(span.end, lengths[e.name] or inf) for span in e.captions)]
         other = [entry for entry in apart if entry.name not in videos.test_names]
         groups = {

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from mutants import hunt
 
 from fgclip.video.annotations import add_annotations, read_sentences, read_tracks
 from fgclip.video.decode import write_video
 from fgclip.video.records import VideoRecord, VideoSet, read_videos
 from trainkit.errors import InputError
 
-BOX, KEYS = [0.1, 0.2, 0.5, 0.6], "box_infos"
+BOX = [0.1, 0.2, 0.5, 0.6]
 FIGHT = VideoRecord("Fight1", None, ("Fighting",))
 SET = VideoSet([FIGHT, VideoRecord("Calm1", None, (), ())], ("Fighting",), frozenset({"Fight2"}))
 
@@ -186,6 +187,7 @@ def test_keys_are_held_against_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
+        ([], "holds no tracks"),
         ([item(0)], "item 0, box_infos[0], keys[0], frame: expected a whole number from 1"),
         ([item(dict(frame=1, bbox=[10, 20, 200, 220]))], "looks like pixels; expected fractions"),
         ([item(dict(frame=1))], "bbox: expected 4 numbers, got None"),
@@ -209,9 +211,10 @@ def test_bad_tracks_are_one_sentence(tmp_path, content, words):
         (
             "a.json",
             '{"Fight1": {"timestamps": [[0, 1]], "sentences": ["a", "b"]}}',
-            "2 sentences have the times [[0, 1]]",
+            "the times [[0, 1]] do not go with ['a', 'b']",
         ),
-        ("a.json", '{"Fight1": {"events": []}}', "events_summary: expected a list"),
+        ("a.json", '{"Fight1": {"events": []}}', "the times [] do not go with None"),
+        ("a.json", "{}", "holds no sentences"),
         ("a.json", "[]", "expected sentences, an object"),
     ],
 )
@@ -219,3 +222,19 @@ def test_bad_sentences_are_one_sentence(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     say = refusal(read_sentences, tmp_path / name)
     assert words in say and str(tmp_path / name) in say
+
+
+@pytest.mark.parametrize(
+    ("sound", "read"),
+    [
+        ([item(1, 9, global_caption="a", timestamps=[0, 9], rate=30, first_frame=1, duration=9)], read_tracks),
+        ({"Fight1": {"global": {"Caption": "a"}, "region": [dict(caption="a", keyframes=[dict(frame=1, bbox=BOX)])]}},
+         read_tracks),
+        ([studio((1, True, dict(time=2.0)), framesCount=9, duration=1.0)], read_tracks),
+        (dict(Fight1=dict(timestamps=[[0, 1], [2, 3]], sentences=["a", "b"], duration=9)), read_sentences),
+        (dict(Fight1=dict(events=[[0, 1]], events_summary=["a"], label=["A"], clips=[[[0, 1]]], clips_caption=[["a"]],
+                          fps=30, n_frames=90)), read_sentences),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_read_sanely_or_refused(tmp_path, sound, read):
+    hunt(tmp_path / "a.json", sound, lambda path: add_annotations(SET, read(path)), 300)
