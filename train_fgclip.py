@@ -43,7 +43,6 @@ from trainkit.arguments import (
     non_negative_int,
     parse_with_resume,
     peek_flags,
-    positive_float,
     positive_int,
 )
 from trainkit.errors import InputError, one_sentence
@@ -77,6 +76,7 @@ LAYOUTS = {
 FINE_TUNING_RECIPE = dict(
     epochs=1, batch_size=32, workers=4, optimizer="adamw", lr=1e-6, weight_decay=1e-3, schedule="cosine",
     warmup_steps=200, clip_norm=1.0, ema_decay=0.999,
+    lr_scale="vision_model=1 text_model=1 visual_projection=1 text_projection=1 text_filip_projection=1".split(),
 )  # fmt: skip
 SIZES = dict(
     patch_size=16, vision_width=768, vision_layers=12, vision_heads=12, text_width=512, text_layers=12, text_heads=8,
@@ -175,11 +175,6 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     add("--bank-warmup-steps", type=non_negative_int, default=50, metavar="N",
         help="optimizer steps before the banks are used; they fill meanwhile")
     add("--bank-classes", type=int, choices=(1, 2), default=1, help="2: half of the places for images with label 1")
-    add = parser.add_argument_group("learning rates of parts; without them --lr").add_argument
-    add("--vision-lr", type=positive_float, metavar="X", help="image tower")
-    add("--text-lr", type=positive_float, metavar="X", help="text tower")
-    add("--projection-lr", type=positive_float, metavar="X", help="projections of both")
-    add("--roi-projection-lr", type=positive_float, metavar="X", help="projection of the regions, --roi-projection")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -205,11 +200,9 @@ def open_data(args: argparse.Namespace, image_size: int):
         ]  # fmt: skip
     if args.data_root is None and args.image_root is None:
         raise InputError("--image-root is missing: expected the folder that the paths in --annotations start from")
-    read, *layout = LAYOUTS[args.format]
-    annotations, image_root = (
-        Path(path or Path(args.data_root) / below)
-        for path, below in zip((args.annotations, args.image_root), layout, strict=True)
-    )
+    read, annotations_below, images_below = LAYOUTS[args.format]
+    annotations = Path(args.annotations or Path(args.data_root) / annotations_below)
+    image_root = Path(args.image_root or Path(args.data_root) / images_below)
     records, val_root = read(annotations), image_root
     if args.val_annotations is not None:
         held_out, val_root = evenly(read(args.val_annotations), args.val_images), args.val_image_root or image_root
@@ -270,8 +263,6 @@ def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]
         model = model.with_image_size(args.image_size)  # so that its checkpoints say what it was trained on
     if args.long_weight and model.text_model.long_context_length is None:
         raise InputError("--long-weight: the model has no long text path, its short one being too short; expected 0")
-    if args.roi_projection_lr and not model.config["roi_projection"]:
-        raise InputError("--roi-projection-lr needs --roi-projection")
     return model, tokenizer, [*messages, f"tokenizer: {tokenizer.description}"]
 
 
@@ -314,8 +305,6 @@ def validate_args(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} {size}: the loss that the bank is for has no weight")
         if size % args.bank_classes:
             raise InputError(f"{flag} {size} does not divide among the {args.bank_classes} of --bank-classes")
-    if args.bank_classes > 1 and not (args.bank_size or args.global_bank_size):
-        raise InputError("--bank-classes needs --bank-size or --global-bank-size")
     check_needed(
         args, image_root=("annotations", "data_root"),
         val_annotations=("annotations", "data_root"), val_image_root=("val_annotations",),
@@ -326,19 +315,6 @@ def validate_args(args: argparse.Namespace) -> None:
         raise InputError(f"--logit-scale-init {args.logit_scale_init}: expected at most ln 100, {MAX_LOGIT_SCALE:.4f}")
     if args.best_by in ("region", "hard") and not (args.region_weight or args.hard_weight):
         raise InputError(f"--best-by {args.best_by} needs a loss of regions; --best-by captions does not")
-
-
-def grouping(args: argparse.Namespace, model: FGCLIP) -> dict:
-    """What the optimizer does otherwise than everywhere: rates of parts, and tables without weight decay."""
-    rates = {
-        "vision_model": args.vision_lr, "text_model": args.text_lr, "visual_projection": args.projection_lr,
-        "text_projection": args.projection_lr, "text_filip_projection": args.projection_lr,
-        "roi_projection": args.roi_projection_lr,
-    }  # fmt: skip
-    return dict(
-        lr_scale={part: (rate or args.lr) / args.lr for part, rate in rates.items() if hasattr(model, part)},
-        no_decay=[f"position_embedding{kind}.weight" for kind in ("", "_res", "_ori")],  # scales are spared anyway
-    )
 
 
 def logit_scales(args: argparse.Namespace, models: list[FGCLIP], optimizer: torch.optim.Optimizer) -> list[str]:
@@ -356,22 +332,16 @@ def logit_scales(args: argparse.Namespace, models: list[FGCLIP], optimizer: torc
     ]
 
 
-def about_losses(args: argparse.Namespace, model: FGCLIP, banks: torch.nn.ModuleDict) -> str:
-    """What is trained: size, weights of the losses, scales, and banks."""
+def about_losses(args: argparse.Namespace, model: FGCLIP) -> str:
+    """What is trained: its size, and the weights of the losses."""
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     weights = ", ".join(f"{name.removeprefix('loss_')} {weight:g}" for name, weight in loss_weights(args).items())
-    scales = ", ".join(f"{name} {scale.item():.4f}" for name, scale in model.log_scales().items())
-    text = f"{count / 1e6:.1f} M trainable parameters; loss weights: {weights}; logarithms of the scales: {scales}"
-    if banks:
-        sizes = ", ".join(f"{name} {args.bank_size if name == 'region' else args.global_bank_size}" for name in banks)
-        text += f"; memory bank: {sizes}, used after {args.bank_warmup_steps} steps"
-    return text
+    return f"{count / 1e6:.1f} M trainable parameters; loss weights: {weights}"
 
 
 def check(messages: list[str], train_data, val_data, train_step, objective, loader, model) -> None:
     """--check: what the data holds, one step, and whether a gradient reaches every part."""
-    for line in messages:
-        print(line)
+    print("\n".join(messages))
     for name, data in (("training", train_data), ("validation", val_data)):
         indices = evenly(range(len(data)), CHECKED)
         print(f"{name}, {len(indices)} of {len(data)} records read:")
@@ -420,7 +390,8 @@ def main(arguments: list[str] | None = None) -> None:
     total_steps = args.epochs * steps_per_epoch
     if (args.bank_size or args.global_bank_size) and args.bank_warmup_steps >= total_steps:
         raise InputError(f"--bank-warmup-steps {args.bank_warmup_steps}: the run has only {total_steps} steps")
-    optimizer, schedule = build_optimisation(args, bare, steps_per_epoch, **grouping(args, bare))
+    tables = [f"position_embedding{kind}.weight" for kind in ("", "_res", "_ori")]  # scales are spared anyway
+    optimizer, schedule = build_optimisation(args, bare, steps_per_epoch, no_decay=tables)
 
     sizes = dict(region=args.bank_size, long=args.global_bank_size, short=args.global_bank_size)
     banks = torch.nn.ModuleDict({
@@ -443,7 +414,7 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     if args.resume or args.init_from:
         messages += logit_scales(args, models, optimizer)
-    run.say(*messages, about_losses(args, bare, banks))
+    run.say(*messages, about_losses(args, bare))
     with run:
         for epoch in run.epochs():
             for batches in run.batches(loader):

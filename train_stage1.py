@@ -19,28 +19,12 @@ import math
 import torch
 
 import macl
+from macl import training
 from macl.backbone import BACKBONES, NORMS
-from macl.build import IMAGENET_MEAN, IMAGENET_STD, MACL_LEVELS, MERGES, load_initial_weights, read_checkpoint
+from macl.build import MACL_LEVELS, MERGES, load_initial_weights, read_checkpoint
 from macl.contrast import DIRECTIONS, PROJECTOR_NORMS
 from macl.data import LLVIP, SyntheticPairs, hold_out, refuse_absent_classes, to_float
 from macl.fusion import FUSIONS
-from macl.training import (
-    VALIDATION_SEED,
-    add_augmentation_flags,
-    add_detection_weight_flags,
-    add_hard_negative_flags,
-    add_registration_flags,
-    augmented_loader,
-    best_metric,
-    check,
-    check_augmentation,
-    check_hard_negatives,
-    choose_move,
-    detection_weights,
-    forward_losses,
-    freeze_unreached,
-    validate,
-)
 from macl.evaluation import validation_text
 from macl.plots import draw_validation
 from macl.teacher import KeyEncoder
@@ -77,7 +61,7 @@ SYNTHETIC_RECIPE = dict(
     warmup_steps=50, ema_decay=0.99, statistics="measured", backbone="resnet18", norm="group", fpn_channels=64,
     fpn_levels=3, anchor_sizes=[12, 24, 48], aspect_ratios=[2.0, 3.0], min_size=None, max_size=None,
     rpn_pre_nms=[300, 150], rpn_post_nms=[150, 75], head_width=256, roi_samples=64, modality_dropout=[0.2, 0.2],
-    merge="logit", macl_roi_size=7, macl_temperature=0.2,
+    macl_roi_size=7, macl_temperature=0.2,
 )  # fmt: skip
 
 
@@ -86,11 +70,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_recipe_flags(parser, SCRIPT)
     add_data_flags(parser)
-    add_augmentation_flags(parser)
-    add_registration_flags(parser.add_argument_group("registration").add_argument)
     add_model_flags(parser)
-    add_loss_flags(parser)
-
+    training.add_flags(parser)
     given = peek_flags(arguments, "--data-root", "--init-from")
     defaults = LLVIP_RECIPE | (SYNTHETIC_RECIPE if given.data_root is None else {})
     if given.init_from is not None:
@@ -105,12 +86,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 # fmt: off
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("which pairs").add_argument
+    add = parser.add_argument_group("which pairs, and validation on them").add_argument
     add("--val-split", choices=("held-out", "test"), default="held-out", help="LLVIP: cameras of train, or test")
     add("--synthetic-train", type=positive_int, default=1000, metavar="N", help="drawn training pairs")
     add("--synthetic-val", type=positive_int, default=200, metavar="N", help="drawn validation pairs")
     add("--statistics", choices=("imagenet", "measured", "given"), default="imagenet",
         help="mean and std of each modality: ImageNet's, measured on 64 training pairs, or the checkpoint's")
+    add("--best-by", choices=("ap50", "ap", "r1"), default="ap50", help="metric of validation that chooses best.pt")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -126,7 +108,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--msp", action=argparse.BooleanOptionalAction, default=False, help="multi-scale pyramid reweighting")
     add("--msp-hidden", type=positive_int, metavar="N", help="hidden width of MSP's attention")
     add("--fusion", choices=FUSIONS, default="mean", help="how two pyramids become one")
-    add("--merge", choices=MERGES, default="none", help="logit: boxes of both cameras and of each alone are merged")
+    add("--merge", choices=MERGES, default="logit", help="logit: boxes of both cameras and of each alone are merged")
     add("--modality-dropout", type=fraction, nargs=2, default=[0.1, 0.1], metavar=("VISIBLE", "INFRARED"),
         help="probability that a modality of a training image is masked")
     add("--min-size", type=int_list, metavar="PIXELS",
@@ -157,16 +139,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--macl-direction", choices=DIRECTIONS, default="both", help="queries of both modalities, or of one")
     add("--macl-temperature", type=positive_float, default=0.07, metavar="X", help="initial, 0.01 to 1; learned")
     add("--macl-roi-size", type=positive_int, default=4, metavar="N", help="boxes are pooled to N x N")
-    add_hard_negative_flags(parser)
-
-
-def add_loss_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("loss weights").add_argument
-    add_detection_weight_flags(add)
-    add("--macl-weight", type=non_negative_float, default=0.1, metavar="X", help="contrast; 0 builds no head")
-    add = parser.add_argument_group("validation and speed").add_argument
-    add("--best-by", choices=("ap50", "ap", "r1"), default="ap50", help="metric that chooses best.pt")
-    add("--compile", action="store_true", help="torch.compile the backbone and the neck")
 # fmt: on
 
 
@@ -175,7 +147,7 @@ def open_data(args: argparse.Namespace):
     classes = dict(classes=args.classes)
     if args.data_root is None:
         train = SyntheticPairs(args.synthetic_train, args.seed, **classes)
-        validation = SyntheticPairs(args.synthetic_val, VALIDATION_SEED + args.seed, **classes)
+        validation = SyntheticPairs(args.synthetic_val, training.VALIDATION_SEED + args.seed, **classes)
         messages = [f"training on {train.source} (no --data-root was given)", f"validating on {validation.source}"]
     else:
         train = LLVIP(args.data_root, "train", **classes)
@@ -187,7 +159,7 @@ def open_data(args: argparse.Namespace):
         messages = [f"training on {train.source}", sentence]
     refuse_absent_classes(train, every=True)
     refuse_absent_classes(validation, every=False)
-    move, registered, about = choose_move(args, train)
+    move, registered, about = training.choose_move(args, train)
     return train.moved(move), validation.moved(move), registered, messages + about
 
 
@@ -209,10 +181,8 @@ def build_model(args: argparse.Namespace, train_data) -> tuple[macl.PairedFaster
         kwargs["macl_level"] = "none"
     if args.statistics == "measured":
         kwargs |= measure_statistics(train_data)
-    elif args.statistics == "imagenet":
-        kwargs |= {
-            f"{m}_{k}": v for m in ("visible", "infrared") for k, v in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))
-        }
+    elif args.statistics == "imagenet":  # which are the detector's own defaults
+        kwargs = {name: value for name, value in kwargs.items() if not name.endswith(("_mean", "_std"))}
     try:
         detector = macl.build_detector(**kwargs)
     except (TypeError, ValueError) as error:  # TypeError: what a damaged args.json says beside the flags
@@ -231,8 +201,7 @@ def build_model(args: argparse.Namespace, train_data) -> tuple[macl.PairedFaster
 
 def validate_args(args: argparse.Namespace) -> None:
     """Raises InputError for flags that contradict each other."""
-    check_augmentation(args)
-    check_hard_negatives(args)
+    training.check_flags(args)
     world = distributed.world_size()
     if args.macl_weight and args.macl_level == "image" and args.batch_size * world == 1:
         raise InputError(
@@ -260,12 +229,12 @@ def main(arguments: list[str] | None = None) -> None:
         detector.neck.compile()
     average = ema(detector, args.ema_decay) if args.ema_decay else None
     keys = KeyEncoder(detector) if args.dhn_size else None
-    forward = functools.partial(forward_losses, teachers=[] if keys is None else [keys])
-    weights = detection_weights(args, detector)
-    freeze_unreached(detector, weights)
+    forward = functools.partial(training.forward_losses, teachers=[] if keys is None else [keys])
+    weights = training.detection_weights(args, detector)
+    training.freeze_unreached(detector, weights)
 
     sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
-    loader = augmented_loader(args, train_data, sampler, device)
+    loader = training.augmented_loader(args, train_data, sampler, device)
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     optimizer, schedule = build_optimisation(args, detector, steps_per_epoch)
     train_step = TrainStep(
@@ -275,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     torch.manual_seed(args.seed * 1000 + distributed.rank())  # each process samples its own RoIs
     if args.check:
-        check(messages, {"training": train_data, "validation": val_data}, train_step, loader, detector)
+        training.check(messages, {"training": train_data, "validation": val_data}, train_step, loader, detector)
         return
 
     run = Run(
@@ -295,16 +264,16 @@ def main(arguments: list[str] | None = None) -> None:
             if not run.validation_due():
                 continue
             if epoch == 0:  # R@1 of the untrained head, for comparison
-                metrics, _ = validate(detector, val_data, args, device, run.leave_if_asked, modes={})
+                metrics, _ = training.validate(detector, val_data, args, device, run.leave_if_asked, modes={})
                 r1 = run.values["untrained"] = metrics["alignment"]["r1"]
                 run.log_validation(metrics, "" if r1 is None else f"cross-modal retrieval R@1 {r1:.3f}")
                 continue
             model = detector if average is None else average.module
-            metrics, results = validate(model, val_data, args, device, run.leave_if_asked)
+            metrics, results = training.validate(model, val_data, args, device, run.leave_if_asked)
             run.log_validation(metrics, validation_text(metrics, run.values["untrained"]))
             if distributed.is_main():
                 draw_validation(run.folder, epoch, val_data, results)
-            run.keep_best(best_metric(metrics, args.best_by), args.best_by)
+            run.keep_best(training.best_metric(metrics, args.best_by), args.best_by)
 
 
 if __name__ == "__main__":

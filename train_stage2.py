@@ -22,32 +22,17 @@ from pathlib import Path
 import torch
 
 import macl
+from macl import training
 from macl.build import load_initial_weights, read_checkpoint
 from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, JointDataset, SyntheticPairs, hold_out, refuse_absent_classes
 from macl.data.kaist import TRAINING_RULES
-from macl.training import (
-    VALIDATION_SEED,
-    add_augmentation_flags,
-    add_detection_weight_flags,
-    add_hard_negative_flags,
-    add_registration_flags,
-    augmented_loader,
-    best_metric,
-    check,
-    check_augmentation,
-    check_hard_negatives,
-    choose_move,
-    detection_weights,
-    forward_losses,
-    freeze_unreached,
-    validate,
-)
-from macl.evaluation import miss_rate_metrics, validation_text
+from macl.evaluation import miss_rate_tables, validation_text
 from macl.plots import draw_validation
 from macl.teacher import KeyEncoder, Labeller
 from trainkit import distributed
 from trainkit.arguments import (
     add_recipe_flags,
+    below_one,
     fraction,
     int_list,
     make_parser,
@@ -55,7 +40,6 @@ from trainkit.arguments import (
     non_negative_int,
     parse_with_resume,
     peek_flags,
-    positive_float,
     positive_int,
 )
 from trainkit.errors import InputError, one_sentence
@@ -72,7 +56,7 @@ MISS_RATES = ("reasonable all", "reasonable day", "reasonable night", "all")  # 
 # The recipe for KAIST: the defaults of the flags, and what differs for the drawn scenes.
 KAIST_RECIPE = dict(
     epochs=6, batch_size=4, workers=4, optimizer="adamw", lr=1e-4, weight_decay=1e-4, schedule="cosine",
-    warmup_steps=500, clip_norm=10.0, ema_decay=0.999,
+    lr_scale=["backbone=0.1"], warmup_steps=500, clip_norm=10.0, ema_decay=0.999,
 )  # fmt: skip
 SYNTHETIC_RECIPE = dict(
     epochs=3, workers=1, lr=5e-4, warmup_steps=30, clip_norm=0.0, ema_decay=0.99, freeze_stages=[1, 0],
@@ -85,32 +69,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_recipe_flags(parser, SCRIPT, MAY_CHANGE)
     add_data_flags(parser)
-    add_augmentation_flags(parser)
-    add_registration_flags(parser.add_argument_group("registration").add_argument)
     add_model_flags(parser)
-    add_loss_flags(parser)
+    training.add_flags(parser)
     synthetic = peek_flags(arguments, "--data-root").data_root is None
     defaults = KAIST_RECIPE | (SYNTHETIC_RECIPE if synthetic else {})
     return parse_with_resume(parser, arguments, SCRIPT, defaults)
 
 
-def name_and_factor(text: str) -> str:
-    """ "backbone=0.1", checked."""
-    name, _, factor = text.partition("=")
-    if not name or not factor:
-        raise argparse.ArgumentTypeError(f"expected NAME=FACTOR such as backbone=0.1, got {text!r}")
-    positive_float(factor)
-    return text
-
-
-def lr_factors(args: argparse.Namespace) -> dict[str, float]:
-    """--lr-scale: the beginning of a parameter's name -> its factor on --lr."""
-    return {name: float(factor) for name, factor in (text.split("=") for text in args.lr_scale)}
-
-
 # fmt: off
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("which pairs").add_argument
+    add = parser.add_argument_group("which pairs, and validation on them").add_argument
     add("--image-set", default="train-all-02", metavar="NAME|FILE", help="KAIST: list of training frames")
     add("--val-image-set", metavar="NAME|FILE", help="KAIST: list of validation frames; without it videos are held out")
     add("--stride", type=positive_int, default=1, metavar="N", help="KAIST: every N-th training frame of a video")
@@ -121,39 +89,27 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-occlusion", type=int, choices=(0, 1, 2), default=TRAINING_RULES["max_occlusion"],
         help="KAIST: people occluded more than that (1 partially, 2 heavily) are ignored in training")
     add("--llvip-root", metavar="PATH", help="LLVIP, the domain of stage 1, to mix in and to validate on")
-    add("--old-share", type=fraction, default=0.25, metavar="X",
+    add("--old-share", type=below_one, default=0.25, metavar="X",
         help="share of each batch from the domain of stage 1; 0 mixes nothing in")
     add("--synthetic-train", type=positive_int, default=600, metavar="N", help="drawn training pairs")
     add("--synthetic-val", type=positive_int, default=100, metavar="N", help="drawn validation pairs of each domain")
+    add("--best-by", choices=("ap50", "ap", "miss-rate", "r1"), default="miss-rate", help="metric that chooses best.pt")
+    add("--patience", type=non_negative_int, default=0, metavar="N", help="stop after N validations with none better")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """What a fine-tuning run may choose; the rest of the architecture is the checkpoint's."""
     add = parser.add_argument_group("detector: without a flag as in the checkpoint").add_argument
-    add("--from-scratch", action="store_true", help="the architecture alone, with random weights")
     add("--modality-dropout", type=fraction, nargs=2, metavar=("VISIBLE", "INFRARED"),
         help="probability that a modality of a training image is masked")
     add("--min-size", type=int_list, metavar="PIXELS", help="short side; of several training draws one per batch")
     add("--max-size", type=positive_int, metavar="PIXELS", help="longest side after resizing")
     add("--freeze-stages", type=int_list, default="2,1", metavar="N,N",
         help="backbone stages frozen in epoch 1, 2, ...; the last number holds for the rest")
-    add("--lr-scale", type=name_and_factor, nargs="*", default=["backbone=0.1"], metavar="NAME=X",
-        help="factor on --lr by beginning of a parameter's name, such as backbone=0.1 neck=0.5")
-    add_hard_negative_flags(parser)
     add = parser.add_argument_group("a new domain without labels: the averaged detector labels it").add_argument
     add("--target-labels", choices=("given", "none"), default="given",
         help="none: train on the labels of the old domain alone; the new one's serve validation")
     add("--self-threshold", type=fraction, default=0.7, metavar="X", help="score from which a detection is a label")
-
-
-def add_loss_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("loss weights").add_argument
-    add_detection_weight_flags(add)
-    add("--macl-weight", type=non_negative_float, default=0.1, metavar="X", help="contrast")
-    add = parser.add_argument_group("validation and speed").add_argument
-    add("--best-by", choices=("ap50", "ap", "miss-rate", "r1"), default="miss-rate", help="metric that chooses best.pt")
-    add("--patience", type=non_negative_int, default=0, metavar="N", help="stop after N validations with none better")
-    add("--compile", action="store_true", help="torch.compile the backbone and the neck")
 # fmt: on
 
 
@@ -180,7 +136,7 @@ def open_data(args: argparse.Namespace, classes: Sequence[str]):
     """
     old = old_validation = None
     if args.data_root is None:
-        seed = VALIDATION_SEED + args.seed
+        seed = training.VALIDATION_SEED + args.seed
         new = SyntheticPairs(args.synthetic_train, args.seed, domain=DAY_AND_NIGHT, classes=classes)
         old = SyntheticPairs(args.synthetic_train, args.seed, domain=NIGHT, classes=classes)
         validation = SyntheticPairs(args.synthetic_val, seed, domain=DAY_AND_NIGHT, classes=classes)
@@ -193,11 +149,11 @@ def open_data(args: argparse.Namespace, classes: Sequence[str]):
             messages.append(f"old domain: {sentence}")
     for dataset in filter(None, (new, old, validation, old_validation)):
         refuse_absent_classes(dataset, every=False)
-    move, registered, about = choose_move(args, new)
+    move, registered, about = training.choose_move(args, new)
     new, validation = (dataset.moved(move) for dataset in (new, validation))
     messages += about
     if old is not None:
-        move, _, about = choose_move(args, old)
+        move, _, about = training.choose_move(args, old)
         old, old_validation = (dataset.moved(move) for dataset in (old, old_validation))
         messages += [f"old domain: {sentence}" for sentence in about]
     others = [name for name in classes if name != "person"]
@@ -239,29 +195,20 @@ def build_model(
         detector = macl.build_detector(**kwargs)
     except ValueError as error:
         raise InputError(f"the detector's flags do not fit together: {error}") from error
-    for name in lr_factors(args):
-        if not any(f"{known}.".startswith(f"{name}.") for known, _ in detector.named_parameters()):
-            parts = ", ".join(part for part, _ in detector.named_children())
-            raise InputError(f"--lr-scale {name}: no parameter's name begins so; the detector's parts are {parts}")
     if args.best_by == "r1" and detector.macl is None:
         raise InputError("--best-by r1 needs a contrastive head, and the checkpoint's detector has none")
     if resumed is not None:
         return detector, []
-    if args.from_scratch:
-        return detector, [f"architecture of {source}, random weights (--from-scratch)"]
     return detector, [f"weights of {source}: {load_initial_weights(detector, source)}"]
 
 
 def validate_args(args: argparse.Namespace) -> None:
     """Raises InputError for flags that contradict each other."""
-    check_augmentation(args)
+    training.check_flags(args)
     if args.llvip_root is not None and args.data_root is None:
         raise InputError("--llvip-root goes with --data-root; without it the old domain is drawn")
-    if args.old_share == 1:
-        raise InputError("--old-share 1 would leave no batch for the new domain: expected less")
     if not args.freeze_stages or max(args.freeze_stages) > 4:
         raise InputError(f"--freeze-stages {args.freeze_stages}: expected numbers from 0 to 4")
-    check_hard_negatives(args)
     if args.target_labels == "none" and not (mixes(args) and args.ema_decay):
         raise InputError(
             "--target-labels none trains on the old domain's labels and on those of the averaged detector: give "
@@ -271,10 +218,11 @@ def validate_args(args: argparse.Namespace) -> None:
 
 def validate_both(detector, new, old, args, device, between) -> tuple[dict, list[dict]]:
     """Metrics on the new domain with its miss rates, those on the old one under "old", and the new one's results."""
-    metrics, results = validate(detector, new, args, device, between)
-    metrics["miss_rate"] = miss_rate_metrics(results)
+    metrics, results = training.validate(detector, new, args, device, between)
+    tables = miss_rate_tables(results).items()
+    metrics["miss_rate"] = {mode: {row: one["miss_rate"] for row, one in rows.items()} for mode, rows in tables}
     if old is not None:
-        metrics["old"], _ = validate(detector, old, args, device, between)
+        metrics["old"], _ = training.validate(detector, old, args, device, between)
     return metrics, results
 
 
@@ -291,9 +239,9 @@ def both_text(metrics: dict) -> str:
 def selection_metric(metrics: dict, by: str) -> tuple[float, float]:
     """The metric on the new domain that chooses best.pt, higher is better, and the one that breaks ties."""
     if by != "miss-rate":
-        return best_metric(metrics, by)
+        return training.best_metric(metrics, by)
     rate = next(iter(metrics["miss_rate"].values()), {}).get("reasonable all")
-    return -math.inf if rate is None else -rate, best_metric(metrics, "ap")[1]
+    return -math.inf if rate is None else -rate, training.best_metric(metrics, "ap")[1]
 
 
 def freeze(args: argparse.Namespace, detector: macl.PairedFasterRCNN, train_step: TrainStep, epoch: int) -> str:
@@ -324,20 +272,20 @@ def main(arguments: list[str] | None = None) -> None:
     average = ema(detector, args.ema_decay) if args.ema_decay else None
     keys = KeyEncoder(detector) if args.dhn_size else None
     labels = Labeller(average.module, args.self_threshold) if args.target_labels == "none" else None
-    forward = functools.partial(forward_losses, teachers=[one for one in (labels, keys) if one is not None])
+    forward = functools.partial(training.forward_losses, teachers=[one for one in (labels, keys) if one is not None])
 
     if isinstance(train_data, JointDataset):
         lengths = tuple(map(len, train_data.datasets))
         sampler = BalancedSampler(lengths, args.batch_size, share=args.old_share, seed=args.seed)
     else:
         sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
-    loader = augmented_loader(args, train_data, sampler, device)
+    loader = training.augmented_loader(args, train_data, sampler, device)
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     total_steps = args.epochs * steps_per_epoch
-    weights = detection_weights(args, detector)
-    freeze_unreached(detector, weights)
+    weights = training.detection_weights(args, detector)
+    training.freeze_unreached(detector, weights)
     detector.backbone.freeze(min(args.freeze_stages))  # the optimizer knows all that is ever trained
-    optimizer, schedule = build_optimisation(args, detector, steps_per_epoch, lr_scale=lr_factors(args))
+    optimizer, schedule = build_optimisation(args, detector, steps_per_epoch)
     train_step = TrainStep(
         detector, optimizer, forward=forward, weights=weights, describe=lambda batch: batch["path"], device=device,
         schedule=schedule, average=average, amp=args.amp, clip_norm=args.clip_norm,
@@ -346,7 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.check:
         parts = getattr(train_data, "datasets", (train_data,))
         data = dict(zip(("training", "training, old domain"), parts, strict=False)) | {"validation": val_data}
-        check(messages, data, train_step, loader, detector)
+        training.check(messages, data, train_step, loader, detector)
         return
 
     run = Run(

@@ -18,13 +18,16 @@ import argparse
 import collections
 import math
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-from fgclip import FGCLIP, Tokenizer, load_model
+from fgclip import FGCLIP, Tokenizer
 from fgclip.data import Collate
 from fgclip.embedding import Embedder
 from fgclip.losses import PairBank
@@ -36,12 +39,11 @@ from fgclip.video.features import ClipEncoder, extract, weights_key
 from fgclip.video.head import TemporalHead
 from fgclip.video.losses import LOSSES, VideoLoss
 from fgclip.video.metrics import anomaly_report
-from fgclip.video.model import VideoModel, class_prompts, load_video_model
+from fgclip.video.model import NORMAL, VideoModel, class_prompts, load_towers
 from fgclip.video.records import FORMATS, VideoSet, hold_out, read_videos
-from fgclip.video.samples import BalancedVideos, ClipBags, VideoFrames, collate_bags
+from fgclip.video.samples import ClipBags, VideoFrames, collate_bags
 from fgclip.video.store import INPUTS, FeatureStore
 from fgclip.video.synthetic import PROMPTS, SyntheticVideos, sentences
-from fgclip.weight_files import read_run
 from trainkit import distributed
 from trainkit.arguments import (
     add_recipe_flags,
@@ -60,6 +62,7 @@ from trainkit.loader import make_loader
 from trainkit.optimizer import build_optimisation, ema
 from trainkit.run import Run
 from trainkit.run_folder import find_resume
+from trainkit.sampler import AlternatingSampler
 from trainkit.step import TrainStep, module_gradient_norms
 
 SCRIPT = "video"
@@ -70,12 +73,12 @@ BEST = {"auc": "auc", "anomaly-auc": "anomalous_auc", "video-auc": "video_auc", 
 
 # The recipe for UCF-Crime with published weights, and what differs for drawn videos.
 RECIPE = dict(
-    epochs=10, batch_size=128, workers=4, lr=1e-4, weight_decay=0.01, schedule="cosine", clip_norm=1.0, tower="frozen",
+    epochs=10, batch_size=128, workers=4, lr=1e-4, lr_scale=["fgclip=0.05"], weight_decay=0.01, clip_norm=1.0,
     best_by="video-auc",
 )  # fmt: skip
 SYNTHETIC_RECIPE = dict(
-    epochs=70, tower_epochs=40, batch_size=32, workers=1, lr=1e-3, tower_lr=1.5e-3, weight_decay=0.05, warmup_steps=20,
-    tower="tune", clip_frames=4, window=4, image_size=64, best_by="auc", validate_every=10,
+    epochs=70, tower_epochs=40, batch_size=32, workers=1, lr=1e-3, lr_scale=["fgclip=1.5"], weight_decay=0.05,
+    warmup_steps=20, tower="tune", clip_frames=4, window=4, image_size=64, best_by="auc", validate_every=10,
 )  # fmt: skip
 DRAWN_TOWER = dict(layers=4, width=128, heads=4, mlp_width=512)
 
@@ -129,8 +132,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--bank-classes", type=int, choices=(1, 2), default=1, help="2: half of the places for events")
     add("--bank-warmup-steps", type=non_negative_int, default=50, metavar="N", help="optimizer steps before it is used")
     add = parser.add_argument_group("towers, with --tower tune").add_argument
-    add("--tower-epochs", type=positive_int, default=5, metavar="N", help="the first of --epochs, for the towers")
-    add("--tower-lr", type=positive_float, default=5e-6, metavar="X", help="their learning rate after warm-up")
+    add("--tower-epochs", type=non_negative_int, default=5, metavar="N", help="the first of --epochs, for the towers")
     add("--best-by", choices=tuple(BEST), default="video-auc", help="what chooses best.pt: frames of all videos, of "
         "those with an event, mAP of classes in time, videos")
 # fmt: on
@@ -147,8 +149,8 @@ def validate_args(args: argparse.Namespace) -> None:
         raise InputError("--features: --tower tune makes features of its own, in the folder of the run")
     elif not (drawn or args.tracks or args.captions):
         raise InputError("--tower tune learns from --tracks or --captions; give one of them, or --tower frozen")
-    if args.tower_epochs >= args.epochs:
-        raise InputError(f"--tower-epochs {args.tower_epochs}: --epochs {args.epochs} leaves none for the head")
+    elif not 0 < args.tower_epochs < args.epochs:
+        raise InputError(f"--tower-epochs {args.tower_epochs}: expected at least 1, and below --epochs {args.epochs}")
     if args.batch_size % 2:
         raise InputError(f"--batch-size {args.batch_size}: half of the videos have an event; expected an even number")
     if not drawn and not (args.init_from or args.resume):
@@ -197,15 +199,9 @@ def build_model(args: argparse.Namespace, train: VideoSet) -> tuple[VideoModel, 
     """Towers of --init-from, of the resumed run or, for drawn videos, new ones; a new head; and a sentence."""
     source = find_resume(args.resume, args.output, SCRIPT) or args.init_from
     if source is not None:
-        run = read_run(Path(source))
-        if run is not None and run.get("script") == SCRIPT:
-            model = load_video_model(source, weights="raw" if source != args.init_from else "ema")
-            fgclip, tokenizer = model.fgclip, model.tokenizer
-        else:
-            fgclip, tokenizer = load_model(source, args.vocab)
+        weights = "raw" if source != args.init_from else "ema"
+        fgclip, tokenizer = load_towers(source, args.vocab, weights=weights, image_size=args.image_size)
         about = f"towers of {source}; tokenizer: {tokenizer.description}"
-        if args.image_size not in (None, fgclip.vision_model.image_size):
-            fgclip = fgclip.with_image_size(args.image_size)
     else:
         tokenizer, about = Tokenizer(learn_merges(sentences())), "towers from random weights"
         vision = dict(image_size=args.image_size, patch_size=8, **DRAWN_TOWER)
@@ -248,7 +244,8 @@ class TowerStage:
     def __init__(self, args, model: nn.Module, data, weights: dict[str, float], banks, sampler, device):
         tower, self.args, self.device = bare(model), args, device
         sizes = dict(image_size=args.image_size, margin=args.clip_frames / 60, seed=args.seed)
-        train, self.validation = (VideoFrames(videos, **sizes) for videos in data)
+        spoken = (videos.subset(lambda record: record.tracks or record.captions) for videos in data[1:])
+        train, self.validation = (VideoFrames(videos, **sizes) for videos in (data[0], *spoken))
         names = [name.removeprefix("loss_") for name, weight in weights.items() if weight]
         length = tower.fgclip.text_model.context_length
         collate = Collate(tower.tokenizer, context_length=length, long_context_length=None, hard="hard" in names)
@@ -262,7 +259,7 @@ class TowerStage:
     def validate(self, model: VideoModel) -> dict:
         """`validation_metrics` of a frame of each validation video, the same every time."""
         embedder = Embedder(model.fgclip, model.tokenizer, device=self.device, amp=self.args.amp)
-        return validation_metrics(embedder, self.validation, long=False)
+        return validation_metrics(embedder, self.validation, long=False) if len(self.validation) else {}
 
     def text(self, metrics: dict) -> str:
         return validation_text(metrics)
@@ -271,15 +268,18 @@ class TowerStage:
 class HeadStage:
     """The head learns from the features of every clip; the towers stand still.
 
-    Extracts what `folder` lacks; tells the head their mean and spread; embeds the classes, and what captions and tracks
-    say.
+    Extracts what `folder` lacks, with a call of `between` after each video. Tells the head mean and spread; embeds
+    the classes, and what captions and tracks say.
     """
 
-    def __init__(self, args, model: nn.Module, data, weights: dict[str, float], banks, sampler, device, folder: Path):
+    def __init__(
+        self, args, model: nn.Module, data, weights: dict[str, float], banks, sampler, device, folder: Path, between
+    ):
         whole, (train, validation) = bare(model), data
         encoder = ClipEncoder(whole.fgclip, **whole.clips, device=device, amp=args.amp)
         store = FeatureStore(folder, weights_key(whole.fgclip, **whole.clips))
-        damaged = [name for videos in data for name in extract(videos, encoder, store)]
+        bar = partial(tqdm, desc="features", unit="video", disable=None if distributed.is_main() else True)
+        damaged = [name for videos in data for name in extract(videos, encoder, store, between=between, progress=bar)]
         if len(damaged) > args.allow_missing:
             names = ", ".join(f"{name} ({store.error(name)})" for name in damaged[:4])
             raise InputError(f"{len(damaged)} videos are damaged (--allow-missing goes without): {names}")
@@ -314,11 +314,12 @@ class HeadStage:
     def text(self, metrics: dict) -> str:
         scores, oracle = metrics["scores"]["anomaly score"], metrics["scores"]["oracle of the video's label"]
         own = ", ".join(f"{name} {row['auc']:.3f}" for name, row in metrics["classes"].items())
-        return (
-            f"frames: AUC {scores['auc']:.3f} (of who knows the video's label {oracle['auc']:.3f}), AP "
-            f"{scores['ap']:.3f}; within anomalous videos: AUC {scores['anomalous_auc']:.3f} ({own}); videos: AUC "
-            f"{scores['video_auc']:.3f}; mAP@IoU {metrics['map']['with_events']['average']:.3f}"
-        )
+        parts = {
+            "frames: AUC": scores["auc"], "of who knows the video's label": oracle["auc"], "AP": scores["ap"],
+            f"within videos with events: AUC ({own})": scores["anomalous_auc"],
+            "mAP@IoU": metrics["map"]["with_events"]["average"], "videos: AUC": scores["video_auc"],
+        }  # fmt: skip
+        return "; ".join(f"{name} {value:.3f}" for name, value in parts.items() if not math.isnan(value))
 
 
 def best_metric(metrics: dict, by: str) -> tuple[float, float]:
@@ -335,7 +336,9 @@ def few(videos: VideoSet, count: int) -> VideoSet:
     return videos.subset(lambda record: record.name in names)
 
 
-def begin_stage(args, train_step: TrainStep, data, banks, sampler, device, folder: Path) -> TowerStage | HeadStage:
+def begin_stage(
+    args, train_step: TrainStep, data, banks, sampler, device, folder: Path, between: Callable[[], None] | None = None
+) -> TowerStage | HeadStage:
     """The stage in which the sampler is: what learns, and from what. data: training and validation videos."""
     model, average = train_step.bare_model, train_step.average
     towers = sampler.epoch + (len(sampler) == 0) < args.tower_epochs
@@ -345,14 +348,14 @@ def begin_stage(args, train_step: TrainStep, data, banks, sampler, device, folde
     model.select("towers" if towers else "head", [name.removeprefix("loss_") for name in weights if weights[name]])
     train_step.model, train_step.weights = distributed.parallel(model), weights
     parts = args, train_step.model, data, weights, banks, sampler, device
-    stage = TowerStage(*parts) if towers else HeadStage(*parts, folder)
+    stage = TowerStage(*parts) if towers else HeadStage(*parts, folder, between)
     train_step.forward = stage.forward
     return stage
 
 
 def check(messages: list[str], videos: VideoSet, train_step: TrainStep, stage: TowerStage | HeadStage) -> None:
     """--check: what the data holds, one step, and whether a gradient reaches every part that learns."""
-    counts = collections.Counter(name for record in videos.records for name in record.classes or ("none",))
+    counts = collections.Counter(name for record in videos.records for name in record.classes or (NORMAL,))
     print("\n".join([*messages, "videos per class: " + ", ".join(f"{name} {n}" for name, n in counts.items())]))
     print("before training: " + stage.text(stage.validate(train_step.bare_model)))
     batches = [next(iter(stage.loader))]
@@ -369,19 +372,18 @@ def main(arguments: list[str] | None = None) -> None:
     validate_args(args)
     torch.manual_seed(args.seed)
     *data, messages = open_videos(args)
+    if args.tower_epochs and not any(tower_weights(args, data[0]).values()):
+        raise InputError("--tower tune: no loss of the towers has a weight, and tracks or captions to learn from")
     if args.check:  # as many as one step takes
         data = [few(videos, args.batch_size) for videos in data]
     model, about = build_model(args, data[0])
     model = model.to(device).train()
     average = ema(model, args.ema_decay) if args.ema_decay else None
 
-    sampler = BalancedVideos(data[0], args.batch_size, seed=args.seed)
+    sampler = AlternatingSampler([bool(r.classes) for r in data[0].records], args.batch_size, seed=args.seed)
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     model.fgclip.requires_grad_(args.tower_epochs > 0)  # what never learns has no place in the optimizer
-    optimizer, schedule = build_optimisation(
-        args, model, steps_per_epoch, restart_epochs=args.tower_epochs,
-        lr_scale={"fgclip": args.tower_lr / args.lr},
-    )  # fmt: skip
+    optimizer, schedule = build_optimisation(args, model, steps_per_epoch, restart_epochs=args.tower_epochs)
     enabled = {name for weights in (tower_weights, head_weights) for name, x in weights(args, data[0]).items() if x}
     banks = torch.nn.ModuleDict({
         name: PairBank(args.bank_size, model.class_texts.shape[1], classes=args.bank_classes, device=device)
@@ -405,7 +407,7 @@ def main(arguments: list[str] | None = None) -> None:
     run.say(f"supervision: {model.supervision}", *messages, about)
     folder = Path(args.features or run.folder / "features")
     with run:
-        stage = begin_stage(*parts, folder)
+        stage = begin_stage(*parts, folder, run.leave_if_asked)
         for epoch in run.epochs():
             for batches in run.batches(stage.loader):
                 stage.begin(batches, use_banks=train_step.steps >= args.bank_warmup_steps)
@@ -416,7 +418,7 @@ def main(arguments: list[str] | None = None) -> None:
                 shown = {name: metrics[name] for name in PRINTED if name in metrics}
                 run.log_step(result, images=count, metrics=shown, hidden=metrics)
             if isinstance(stage, TowerStage) and epoch == args.tower_epochs and len(sampler) == 0:
-                stage = begin_stage(*parts, folder)
+                stage = begin_stage(*parts, folder, run.leave_if_asked)
             if run.validation_due():
                 metrics = stage.validate(model if average is None else average.module)
                 run.log_validation(metrics, stage.text(metrics))

@@ -62,7 +62,7 @@ def stage2(flags: str) -> str:
 
 
 STREET = "--domain day-and-night"
-MERGE, MAX, DHN = "--merge logit", f"{BARE} --fusion max", "--dhn-size 512"
+MERGE, DHN = "--merge logit", "--dhn-size 512"
 ROI, CROP = "--merge none --macl-level roi", "--merge none --macl-level crop"
 DRAWN = {
     "base": Arm("the detector alone, rate held", stage1(f"{BARE} --schedule constant"), "", "", (), BASE_STEPS),
@@ -70,8 +70,6 @@ DRAWN = {
     "control again": Arm("the same with other draws", stage1(BARE), against=("control",), redraw=1000),
     "longer": Arm("the same for 1.7 times as long", stage1(BARE), steps=LONG_STEPS),
     "merge": Arm("boxes of three views merged", start="control", evaluate=MERGE, against=("control",)),
-    "max": Arm("fusion by maximum", stage1(MAX)),
-    "max, merge": Arm("both of these", start="max", evaluate=MERGE),
     "msp": Arm("multi-scale pyramid reweighting (MSP)", stage1(f"{BARE} --msp")),
     "macl 1": Arm("MACL, weight 1", stage1(f"{ROI} --macl-weight 1")),
     "macl": Arm("MACL, weight 0.1", stage1(ROI)),
@@ -92,8 +90,6 @@ LLVIP = {
     "real control": Arm("the base, trained on real pairs", stage1(BARE), against=()),
     "real control again": Arm("the same with other draws", stage1(BARE), against=("real control",), redraw=1000),
     "real merge": Arm("boxes of three views merged", start="real control", evaluate=MERGE, against=("real control",)),
-    "real max": Arm("fusion by maximum", stage1(MAX), against=REAL_CONTROLS),
-    "real max, merge": Arm("both of these", start="real max", evaluate=MERGE, against=REAL_CONTROLS),
     "real msp": Arm("MSP", stage1(f"{BARE} --msp"), against=REAL_CONTROLS),
     "real macl": Arm("MACL, weight 0.1", stage1(ROI), against=REAL_CONTROLS),
     "real dhn": Arm("MACL with hard negatives", stage1(f"{ROI} {DHN}"), against=(*REAL_CONTROLS, "real macl")),

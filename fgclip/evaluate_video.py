@@ -10,6 +10,7 @@ of who knows nothing but which videos have an event.
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -98,9 +99,8 @@ def scored(model: VideoModel, encoder: ClipEncoder, videos: VideoSet, folder: st
     Raises InputError where more than `allowed` are lost.
     """
     store = FeatureStore(folder, weights_key(model.fgclip, **model.clips))
-    ahead = sum(record.name not in store for record in videos.records) - len(videos.missing)
-    with tqdm(total=ahead, desc="features", unit="video", disable=None if distributed.is_main() else True) as bar:
-        damaged = extract(videos, encoder, store, progress=lambda name: bar.update(distributed.world_size()))
+    shown = None if distributed.is_main() else True
+    damaged = extract(videos, encoder, store, progress=partial(tqdm, desc="features", unit="video", disable=shown))
     lost = [f"{name} (missing)" for name in videos.missing] + [f"{name} ({store.error(name)})" for name in damaged]
     if len(lost) > allowed:
         raise InputError(f"{len(lost)} videos are missing or damaged (--allow-missing goes without): {named(lost, 4)}")

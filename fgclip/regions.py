@@ -8,32 +8,31 @@ from torch import Tensor
 
 
 class BoxStatistics(Counter):
-    """Numbers of boxes that `usable_boxes` met: total, inverted, empty, not_finite, and clipped of those kept."""
+    """Numbers of boxes that `usable_boxes` met: total, inverted, empty, and clipped of those kept."""
 
     @property
     def invalid(self) -> int:
-        return self["inverted"] + self["empty"] + self["not_finite"]
+        return self["inverted"] + self["empty"]
 
     def __str__(self) -> str:
         return (
             f"{self['total']} boxes, {self.invalid} ({self.invalid / max(self['total'], 1):.2%}) dropped: "
-            f"{self['inverted']} inverted, {self['empty']} without area inside the image, "
-            f"{self['not_finite']} not finite; {self['clipped']} kept and clipped"
+            f"{self['inverted']} inverted, {self['empty']} without area inside the image; "
+            f"{self['clipped']} kept and clipped"
         )
 
 
 def usable_boxes(boxes: Tensor, statistics: BoxStatistics | None = None) -> tuple[Tensor, Tensor]:
-    """Boxes (N, 4), xyxy in 0..1, clipped to the image, without the inverted, empty and non-finite ones.
+    """Boxes (N, 4), xyxy in 0..1, clipped to the image, without the inverted and empty ones.
 
     Returns the kept boxes (K, 4) and which were kept (N,) bool; counts into `statistics` where given.
     """
-    finite = boxes.isfinite().all(dim=1)
-    inverted = finite & (boxes[:, 2:] < boxes[:, :2]).any(dim=1)
+    inverted = (boxes[:, 2:] < boxes[:, :2]).any(dim=1)
     clipped = boxes.clamp(0, 1)
-    kept = finite & ~inverted & (clipped[:, 2:] > clipped[:, :2]).all(dim=1)
+    kept = ~inverted & (clipped[:, 2:] > clipped[:, :2]).all(dim=1)
     if statistics is not None:
         changed = kept & (clipped != boxes).any(dim=1)
-        kinds = dict(not_finite=~finite, inverted=inverted, empty=finite & ~inverted & ~kept, clipped=changed)
+        kinds = dict(inverted=inverted, empty=~inverted & ~kept, clipped=changed)
         statistics.update({name: int(which.sum()) for name, which in kinds.items()}, total=len(boxes))
     return clipped[kept], kept
 

@@ -117,19 +117,9 @@ def same_id(query_ids, ids):
 
 
 def contrastive_loss(
-    query,
-    key,
-    logit_scale,
-    *,
-    target=None,
-    bank=None,
-    bank_valid=None,
-    query_ids=None,
-    key_ids=None,
-    bank_ids=None,
-    reduction="mean",
-    with_stats=False,
-):
+    query, key, logit_scale, *, target=None, bank=None, bank_valid=None, query_ids=None, key_ids=None, bank_ids=None,
+    reduction="mean", with_stats=False,
+):  # fmt: skip
     """Twin of `kernels.contrastive_loss`; the argument meanings are given there. Statistics: a tuple in their order.
 
     Cross-entropy (van den Oord et al., CPC, eq. 4), the positive split off: softplus(lse_negatives - positive) keeps

@@ -123,9 +123,9 @@ class PairedFasterRCNN(nn.Module):
         seen = [target["visible_in"].all(dim=1) if "visible_in" in target else slice(None) for target in targets]
         boxes = [target["boxes"][rows] for target, rows in zip(targets, seen, strict=True)]
         scenes = keys = None
-        if self.macl.hard is not None:
+        if self.macl.hard is not None and all("scene" in target for target in targets):
             counts = torch.tensor(self.row_counts(boxes), device=boxes[0].device)
-            scenes = stack_labels(targets, "scene").repeat_interleave(counts)
+            scenes = torch.stack([target["scene"] for target in targets]).repeat_interleave(counts)
         if "keys" in targets[0]:
             rows = [target["keys"][one] for target, one in zip(targets, seen, strict=True)]
             keys = dict(zip(MODALITIES, torch.cat(rows).unbind(1), strict=True))
@@ -287,13 +287,6 @@ def jittered(boxes: Tensor) -> Tensor:
     place = place + JITTER * torch.randn_like(size) * size
     half = size / 2 * (JITTER * torch.randn_like(size[:, :1])).exp()
     return torch.cat([place - half, place + half], dim=1)
-
-
-def stack_labels(targets: list[dict[str, Tensor]], key: str) -> Tensor:
-    """One label per image, (B,) int64. Raises ValueError where a target has none."""
-    if not all(key in target for target in targets):
-        raise ValueError(f"every target needs {key!r}, a 0-d int64 tensor, for the losses of this detector")
-    return torch.stack([target[key] for target in targets])
 
 
 def check_inputs(images: dict[str, list[Tensor]], targets: list[dict] | None, training: bool) -> None:

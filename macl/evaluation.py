@@ -24,17 +24,10 @@ SEEN = {"both": (True, True), "visible_only": (True, False), "infrared_only": (F
 
 @torch.inference_mode()
 def predict(
-    detector: PairedFasterRCNN,
-    dataset: Dataset,
-    *,
-    modes: dict[str, tuple[str, ...]],
-    device: torch.device | str,
-    batch_size: int = 4,
-    workers: int = 0,
-    amp: str = "none",
-    score_threshold: float = SCORE_THRESHOLD,
+    detector: PairedFasterRCNN, dataset: Dataset, *, modes: dict[str, tuple[str, ...]], device: torch.device | str,
+    batch_size: int = 4, workers: int = 0, amp: str = "none", score_threshold: float = SCORE_THRESHOLD,
     between: Callable[[], None] | None = None,
-) -> list[dict]:
+) -> list[dict]:  # fmt: skip
     """Run a detector on every sample of a paired data set, each on exactly one process.
 
     modes: name -> modalities to detect with (see `PairedFasterRCNN.modes`), which share the features; empty for
@@ -62,10 +55,7 @@ def predict(
                 "image_id": batch["image_id"][i],
                 "size": tuple(batch["visible"][i].shape[-2:]),
                 "classes": detector.kwargs["classes"],
-                "detections": {
-                    mode: {name: value.cpu() for name, value in outputs[i].items()}
-                    for mode, outputs in detections.items()
-                },
+                "detections": {mode: to_device(outputs[i], "cpu") for mode, outputs in detections.items()},
                 "ground_truth": target,
             }
             results.append(result if embeddings is None else result | {"embeddings": embeddings[i]})
@@ -118,12 +108,6 @@ def detection_metrics(results: list[dict], max_detections: int = MAX_DETECTIONS)
             per_class = [{key: values.get(key) for key in MEASURES} for values in known]
             metrics[mode]["per_class"] = dict(zip(classes, per_class, strict=True))
     return metrics
-
-
-def miss_rate_metrics(results: list[dict]) -> dict[str, dict[str, float | None]]:
-    """Mode -> row -> log-average miss rate in percent (lower is better)."""
-    tables = miss_rate_tables(results)
-    return {mode: {row: values["miss_rate"] for row, values in rows.items()} for mode, rows in tables.items()}
 
 
 def miss_rate_tables(results: list[dict]) -> dict[str, dict[str, dict]]:

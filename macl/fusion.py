@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-FUSIONS = ("mean", "max", "visible", "infrared")
+FUSIONS = ("mean", "visible", "infrared")
 
 
 class Fusion(nn.Module):
     """Fuses the pyramids of the two modalities, level by level, over the modalities that are present in each image.
 
-    kind: "mean" or "max", by element; or "visible" / "infrared", that pyramid alone.
+    kind: "mean", or "visible" / "infrared", that pyramid alone.
     dropout: probabilities that the visible, or the infrared, maps of a training image are masked; never both.
     """
 
@@ -42,7 +42,7 @@ class Fusion(nn.Module):
 
     def fuse(self, visible: Tensor, infrared: Tensor, present: Tensor | None) -> Tensor:
         """Maps (B, C, H, W) of both, and (B, 2) bool -> (B, C, H, W)."""
-        fused = torch.maximum(visible, infrared) if self.kind == "max" else (visible + infrared) / 2
+        fused = (visible + infrared) / 2
         if present is None:
             return fused
         sees_visible, sees_infrared = present.to(visible.device)[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1)

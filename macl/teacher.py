@@ -50,9 +50,8 @@ class Labeller:
     @torch.no_grad()
     def __call__(self, visible: list[Tensor], infrared: list[Tensor], targets: list[dict]) -> list[dict]:
         """The targets, with detections as labels where the domain is NEW; see `PairedFasterRCNN.forward`."""
-        found = self.detector.detect(
-            self.detector.extract({"visible": visible, "infrared": infrared}), score_threshold=UNSURE
-        )
+        features = self.detector.extract({"visible": visible, "infrared": infrared})
+        found = self.detector.detect(features, score_threshold=UNSURE)
         return [
             self.labelled(target, one) if target["domain"] == NEW else target
             for target, one in zip(targets, found, strict=True)

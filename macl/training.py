@@ -25,8 +25,8 @@ VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a
 
 
 # fmt: off
-def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags are named like the fields of `PairedAugmentation`."""
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of both stages. Those of the augmentation are named like the fields of `PairedAugmentation`."""
     add = parser.add_argument_group("augmentation: geometry is the same for both images").add_argument
     add("--flip", type=fraction, default=0.5, metavar="P", help="probability of a horizontal flip")
     add("--crop", type=fraction, default=0.0, metavar="P", help="probability of a crop")
@@ -38,13 +38,16 @@ def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
     add("--gain", type=fraction, default=0.2, metavar="X", help="infrared times 1 +- X")
     add("--offset", type=fraction, default=0.05, metavar="X", help="infrared plus +- X, of 0..1")
     add("--noise", type=fraction, default=0.02, metavar="X", help="largest standard deviation of noise on infrared")
-
-
-def add_detection_weight_flags(add: Callable) -> None:
-    """The weights of the detection losses. add: the `add_argument` of a group."""
+    add_registration_flags(parser.add_argument_group("registration").add_argument)
+    add = parser.add_argument_group("hard negatives of MACL (DHN), with keys of the averaged detector").add_argument
+    add("--dhn-size", type=non_negative_int, default=0, metavar="N", help="bank rows per modality; 0 for none")
+    add("--dhn-k", type=positive_int, default=8, metavar="N", help="hardest rows per query")
+    add = parser.add_argument_group("loss weights").add_argument
     add("--rpn-weight", type=non_negative_float, default=1.0, metavar="X", help="both losses of the RPN")
     add("--class-weight", type=non_negative_float, default=1.0, metavar="X", help="classification")
     add("--box-weight", type=non_negative_float, default=1.0, metavar="X", help="box regression")
+    add("--macl-weight", type=non_negative_float, default=0.1, metavar="X", help="contrast, MACL; 0 for none")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the backbone and the neck")
 
 
 def add_registration_flags(add: Callable) -> None:
@@ -55,24 +58,14 @@ def add_registration_flags(add: Callable) -> None:
 # fmt: on
 
 
-def add_hard_negative_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("hard negatives of MACL (DHN), with keys of the averaged detector").add_argument
-    add("--dhn-size", type=non_negative_int, default=0, metavar="N", help="bank rows per modality; 0 for none")
-    add("--dhn-k", type=positive_int, default=8, metavar="N", help="hardest rows per query")
-
-
-def check_hard_negatives(args: argparse.Namespace) -> None:
-    """Raises InputError for flags with which hard negatives cannot work."""
-    if args.dhn_size and args.macl_weight == 0:
-        raise InputError("--dhn-size: hard negatives are negatives of MACL; raise --macl-weight, or give --dhn-size 0")
-
-
-def check_augmentation(args: argparse.Namespace) -> None:
-    """Raises InputError for augmentation flags outside their range."""
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises InputError for values of `add_flags` that are outside their range or cannot work together."""
     if args.hue > 0.5:
         raise InputError(f"--hue {args.hue}: expected at most 0.5, half of the colour circle")
     if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
         raise InputError(f"--crop-scale {args.crop_scale}: expected two numbers above 0, the smaller one first")
+    if args.dhn_size and args.macl_weight == 0:
+        raise InputError("--dhn-size: hard negatives are negatives of MACL; raise --macl-weight, or give --dhn-size 0")
 
 
 def choose_move(
@@ -155,13 +148,9 @@ def forward_losses(
 
 
 def validate(
-    detector: PairedFasterRCNN,
-    data,
-    args: argparse.Namespace,
-    device: torch.device,
-    between: Callable[[], None],
+    detector: PairedFasterRCNN, data, args: argparse.Namespace, device: torch.device, between: Callable[[], None],
     modes: Mapping | None = None,
-) -> tuple[dict, list[dict]]:
+) -> tuple[dict, list[dict]]:  # fmt: skip
     """Metrics by mode and, under "alignment", of the embeddings; and the results of `predict` they come from.
 
     between, modes: see `predict`; modes None: all of the detector's.
@@ -181,8 +170,7 @@ def best_metric(metrics: dict, by: str) -> tuple[float, float]:
 
 def check(messages: list[str], data: dict, train_step: TrainStep, loader, detector: PairedFasterRCNN) -> None:
     """--check: what the data holds, one step, and whether a gradient reaches every part."""
-    for line in messages:
-        print(line)
+    print("\n".join(messages))
     for name, pairs in data.items():
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in pairs.statistics().items()))
     result = train_step([next(iter(loader))], keep_gradients=True)

@@ -128,10 +128,10 @@ def test_a_run_is_a_process_that_trains_and_one_that_evaluates(tmp_path, monkeyp
     called = []
     monkeypatch.setattr(ablation, "call", lambda command, log: called.append(command) or 1.0)
     monkeypatch.setattr(ablation, "read_metrics", lambda path: {})
-    for name in ("max, merge", "real control"):
+    for name in ("merge", "real control"):
         ablation.measure(name, 1, args)
     (evaluated, trained, again) = (" ".join(map(str, command)) for command in called)
-    assert f"--checkpoint {tmp_path}/max-1/last.pt" in evaluated and "--merge logit" in evaluated
+    assert f"--checkpoint {tmp_path}/control-1/last.pt" in evaluated and "--merge logit" in evaluated
     assert f"--init-from {tmp_path}/base-1/last.pt --data-root L --output {tmp_path}/real_control-1" in trained
     assert f"--checkpoint {tmp_path}/real_control-1/last.pt --data-root L" in again and "llvip --split test" in again
     monkeypatch.undo()

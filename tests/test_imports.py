@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = tuple(f"trainkit.{name}" for name in "device distributed errors files load_report loader tables".split())
 ALLOWED = {"kernels": (), "trainkit": (), "macl": ("kernels", *SHARED), "fgclip": ("kernels", *SHARED)}
 # These import like scripts.
-COMMANDS = {f"{name}.py" for name in "evaluate predict score report training".split()}
+COMMANDS = {f"{name}.py" for name in "evaluate predict score report training extract evaluate_video watch".split()}
 
 
 def imported(path: Path):
@@ -34,6 +34,12 @@ def test_imports_run_one_way(package):
             if other in ALLOWED and other != package and name != "trainkit":
                 fits = any(name == one or name.startswith(one + ".") for one in ALLOWED[package])
                 assert fits, f"{path.relative_to(ROOT)}:{line} imports {name}"
+
+
+def test_the_image_half_of_fgclip_imports_nothing_of_video():
+    for path in sorted((ROOT / "fgclip").rglob("*.py")):
+        if "video" not in str(path.relative_to(ROOT)) and path.name not in COMMANDS:
+            assert not any("fgclip.video" in name for name, _ in imported(path)), path
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("train_*.py")), ids=lambda path: path.name)

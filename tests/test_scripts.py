@@ -10,22 +10,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from scripts import FGCLIP, ROOT, STAGE_1, STAGE_2, equal, load, metrics, refused, run
+from scripts import FGCLIP, ROOT, STAGE_1, STAGE_2, VIDEO, equal, load, metrics, refused, run
 
 import macl
 import train_fgclip
 import train_stage1
 import train_stage2
+import train_video
 from macl.data import DAY_AND_NIGHT, NIGHT
 from trainkit import distributed
 from trainkit.errors import one_sentence
 from trainkit.run import Run
 
-NAMES = ("stage1", "stage2", "fgclip")
+NAMES = ("stage1", "stage2", "fgclip", "video")
 RECORDED = {
     "stage1": ["TrainStep", "validate"],
     "stage2": ["TrainStep", "validate", "SyntheticPairs", "KeyEncoder", "forward_losses"],
     "fgclip": ["TrainStep", "Embedder"],
+    "video": ["TrainStep", "Embedder"],
 }
 
 
@@ -43,9 +45,11 @@ class Recorded:
 
 def record(name: str, script, flags: list, folder) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:
-        parts = {part: Recorded(getattr(script, part)) for part in RECORDED[name]}
-        for part, recorded in parts.items():
-            patch.setattr(script, part, recorded)
+        parts = {}
+        for part in RECORDED[name]:
+            place = script if hasattr(script, part) else macl.training
+            parts[part] = Recorded(getattr(place, part))
+            patch.setattr(place, part, parts[part])
         run(script, flags, folder)
     return SimpleNamespace(name=name, script=script, flags=flags, folder=folder, parts=parts)
 
@@ -66,6 +70,11 @@ def fgclip(tmp_path_factory):
     return record("fgclip", train_fgclip, FGCLIP, tmp_path_factory.mktemp("runs") / "fgclip")
 
 
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    return record("video", train_video, VIDEO, tmp_path_factory.mktemp("runs") / "video")
+
+
 @pytest.fixture(params=NAMES)
 def whole(request):
     """A finished run of 24 steps of each script, with what its main handed to its parts."""
@@ -73,7 +82,7 @@ def whole(request):
 
 
 def test_a_run_leaves_what_it_should(whole):
-    files = {"args.json", "metrics.jsonl", "last.pt", "best.pt"} | (set() if whole.name == "fgclip" else {"pictures"})
+    files = {"args.json", "metrics.jsonl", "last.pt", "best.pt"} | ({"pictures"} if "stage" in whole.name else set())
     assert files <= {path.name for path in whole.folder.iterdir()}
     steps, validations = metrics(whole.folder), metrics(whole.folder, "validation")
     assert [line["step"] for line in steps] == list(range(1, 25))
@@ -86,6 +95,9 @@ def test_a_run_leaves_what_it_should(whole):
 
 def test_what_is_optimised_is_what_is_logged(whole):
     weights = {"loss_macl": 0.1, "loss_hard": 0.5}
+    if whole.name == "video":
+        weights = dict.fromkeys(("loss_short", "loss_region", "loss_caption", "loss_track"), 0.5)
+        weights |= {"loss_texts": 0.1, "loss_hard": 0.1}
     for line in metrics(whole.folder):
         losses = {name: value for name, value in line.items() if name.startswith("loss_")}
         assert line["loss"] == pytest.approx(sum(weights.get(name, 1.0) * value for name, value in losses.items()))
@@ -96,7 +108,7 @@ def test_a_run_learns_along_its_schedule(whole):
     rates, losses = [line["lr"] for line in steps], [line["loss"] for line in steps]
     lr = 0.002 if whole.name == "stage2" else 0.004
     assert rates[0] < 0.3 * lr and rates[5] == pytest.approx(lr, rel=0.1) and rates[-1] < 0.05 * lr
-    if whole.name != "stage2":  # which begins with a trained detector
+    if whole.name in ("stage1", "fgclip"):  # stage 2 begins with a trained detector, video has two stages
         assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
 
 
@@ -104,8 +116,8 @@ def test_the_step_gets_what_the_flags_say_and_validation_the_average(whole):
     (train_step,) = whole.parts["TrainStep"].results
     assert train_step.clip_norm == 3 and train_step.schedule is not None
     averaged = train_step.average.module
-    validated = whole.parts["Embedder" if whole.name == "fgclip" else "validate"].calls[-1][0][0]
-    assert validated is averaged and averaged is not train_step.model
+    validated = whole.parts["validate" if "stage" in whole.name else "Embedder"].calls[-1][0][0]
+    assert validated is (averaged.fgclip if whole.name == "video" else averaged) and averaged is not train_step.model
 
 
 def test_a_resumed_run_equals_one_that_was_never_stopped(whole, tmp_path):
@@ -188,6 +200,7 @@ def test_check_reports_and_writes_nothing(whole, tmp_path, capsys, monkeypatch):
     words = {
         "stage1": ["training: pairs 32", "gradient norm of backbone.layer1"],
         "stage2": ["training, old domain: pairs 16", "gradient norm of macl.projector", "loss_macl"],
+        "video": ["normal 4", "gradient norm of fgclip.vision_model", "loss_region"],
         "fgclip": ["128 boxes, 0 (0.00%) dropped", "gradient norm of vision_model.encoder", "logit_scale_finegraind"],
     }
     assert all(word in output for word in words[whole.name])
@@ -204,7 +217,7 @@ def test_help_shows_the_defaults_of_the_command(capsys):
         assert f"regions and phrases (default: {weight})" in text
 
 
-@pytest.mark.parametrize("script", [train_stage1, train_stage2, train_fgclip])
+@pytest.mark.parametrize("script", [train_stage1, train_stage2, train_fgclip, train_video])
 def test_every_value_of_a_recipe_belongs_to_a_flag(script):
     flags = vars(script.parse_arguments([]))
     for name, recipe in vars(script).items():
@@ -272,7 +285,7 @@ def test_stage_1_measures_mean_and_deviation(stage1):
 
 
 def test_stage_2_trains_and_validates_both_domains(stage2):
-    drawn = [(kwargs["domain"], args[1] >= train_stage2.VALIDATION_SEED) for args, kwargs in
+    drawn = [(kwargs["domain"], args[1] >= macl.training.VALIDATION_SEED) for args, kwargs in
              stage2.parts["SyntheticPairs"].calls]  # fmt: skip
     assert sorted(drawn, key=str) == sorted([(d, v) for d in (DAY_AND_NIGHT, NIGHT) for v in (False, True)], key=str)
     validated = [call[0][1].domains for call in stage2.parts["validate"].calls]

@@ -86,7 +86,7 @@ def test_banks_fill_during_warm_up_and_count_only_after_it(bank_run, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--amp bf16 --roi-projection --roi-projection-lr 0.1 --text-lr 1e-4 --vision-lr 1e-4 --projection-lr 1e-3",
+        "--amp bf16 --roi-projection --lr-scale roi_projection=10 text_model=0.1",
         "--checkpoint-activations --placement free --ema-decay 0 --best-by hard",
         "--long-weight 0 --short-weight 0 --best-by hard --optimizer sgd --clip-norm 0",
         "--region-weight 0 --accumulate 3 --context-length 24 --activation gelu",
@@ -211,7 +211,6 @@ def test_wrong_flags_end_in_one_sentence(plain, tmp_path, capsys, monkeypatch):
     assert "no weight" in say("--global-bank-size 8 --long-weight 0 --short-weight 0")
     assert "nothing would be learnt" in say("--stage global --long-weight 0 --short-weight 0")
     assert "does not divide" in say("--bank-size 9 --bank-classes 2")
-    assert "--bank-classes needs" in say("--bank-classes 2")
     assert "the run has only 24 steps" in say("--bank-size 8")
     assert "--image-root needs" in say("--image-root .")
     assert "--val-annotations needs" in say("--val-annotations x.json")
@@ -220,7 +219,7 @@ def test_wrong_flags_end_in_one_sentence(plain, tmp_path, capsys, monkeypatch):
     assert "--reset-logit-scales needs" in say("--reset-logit-scales")
     assert "at most ln 100" in say("--logit-scale-init 5")
     assert "--best-by region needs" in say("--stage global --best-by region")
-    assert "--roi-projection-lr needs" in say("--roi-projection-lr 0.1")
+    assert "no parameter's name begins so" in say("--lr-scale roi_projection=10")
     assert "multiple of the patch size" in say("--device cpu --image-size 30 --init-from", plain / "best.pt", tiny=[])
     assert "fit together" in say("--vision-heads 5")
     assert "no long text path" in say("--context-length 20")

@@ -86,7 +86,7 @@ def test_a_run_that_gets_no_better_is_stopped(begun, tmp_path, capsys):
     "flags",
     [
         "--old-share 0 --dhn-size 0 --macl-weight 0 --ema-decay 0",
-        "--from-scratch --target-labels none --register each",
+        "--target-labels none --register each",
         "--old-share 0 --lr-scale backbone=0.1 neck=0.5 --modality-dropout 0.5 0.5 --amp bf16 --accumulate 2 "
         "--best-by miss-rate --optimizer sgd --min-size 48 --max-size 80 --synthetic-val 1",
     ],
@@ -151,7 +151,7 @@ def test_wrong_flags_end_in_one_sentence(begun, tuned, tmp_path, capsys):
         return refused(capsys, train_stage2.main, *STAGE_2, "--init-from", begun, *output, *flags)
 
     assert "--llvip-root goes with --data-root" in say("--llvip-root", tmp_path)
-    assert "--old-share 1" in say("--old-share", 1)
+    assert "--old-share: expected a number of at least 0 and below 1" in say("--old-share", 1)
     assert "--freeze-stages" in say("--freeze-stages", 5)
     assert "--dhn-size 0" in say("--macl-weight", 0)
     assert "a bank of 40 rows" in say("--dhn-k", 41)

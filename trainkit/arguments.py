@@ -58,6 +58,15 @@ def float_list(text: str) -> list[float]:
     return [positive_float(part) for part in text.split(",")]
 
 
+def name_and_factor(text: str) -> str:
+    """ "backbone=0.1", checked."""
+    name, _, factor = text.partition("=")
+    if not name or not factor:
+        raise argparse.ArgumentTypeError(f"expected NAME=FACTOR such as backbone=0.1, got {text!r}")
+    positive_float(factor)
+    return text
+
+
 # fmt: off
 def add_recipe_flags(parser: argparse.ArgumentParser, script: str, may_change: tuple[str, ...] = ()) -> None:
     """Add the flags that every script has. may_change: what else `script` lets change on resume, for the help."""
@@ -90,13 +99,15 @@ def add_recipe_flags(parser: argparse.ArgumentParser, script: str, may_change: t
     add("--optimizer", choices=("sgd", "adamw"), default="adamw", help="kind of optimizer")
     add("--lr", type=positive_float, default=1e-3, metavar="X", help="learning rate after warm-up")
     add("--lr-base-batch", type=positive_int, metavar="N", help="--lr is per N samples (all GPUs), and is scaled")
+    add("--lr-scale", type=name_and_factor, nargs="*", default=[], metavar="NAME=X",
+        help="factor on --lr by beginning of a parameter's name, such as backbone=0.1 neck=0.5")
     add("--momentum", type=below_one, default=0.9, metavar="X", help="SGD's momentum, AdamW's first beta")
     add("--weight-decay", type=non_negative_float, default=1e-4, metavar="X", help="none on norm layers and biases")
-    kinds = ("multistep", "cosine", "one-cycle", "constant")
+    kinds = ("multistep", "cosine", "constant")
     add("--schedule", choices=kinds, default="cosine", help="course of the learning rate after warm-up")
     add("--milestones", type=int_list, default="8,11", metavar="EPOCHS", help="multistep: when --gamma multiplies")
     add("--gamma", type=fraction, default=0.1, metavar="X", help="multistep: factor at each of --milestones")
-    add("--final-factor", type=fraction, default=0.0, metavar="X", help="cosine, one-cycle: last rate / --lr")
+    add("--final-factor", type=fraction, default=0.0, metavar="X", help="cosine: last rate / --lr")
     add("--warmup-steps", type=non_negative_int, default=0, metavar="N", help="optimizer steps of warm-up")
     add("--warmup-factor", type=fraction, default=0.001, metavar="X", help="first rate / --lr")
     add("--accumulate", type=positive_int, default=1, metavar="N", help="batches per optimizer step and process")

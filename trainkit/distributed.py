@@ -137,11 +137,9 @@ def all_reduce_any(flag: bool) -> bool:
 def in_step(batches: Iterable, count: int, between: Callable[[], None] | None) -> Iterator:
     """This rank's `count` batches, with `between()` after each, a collective: equally often on every rank.
 
-    `between` may raise to end the work on all ranks at once. None: the batches alone.
+    `between` may raise to end the work on all ranks at once. None: nothing is called.
     """
-    if between is None:
-        yield from batches
-        return
+    between = between or (lambda: None)
     longest = max(gather_objects(count))
     for batch in batches:
         yield batch
@@ -155,21 +153,16 @@ def gather(x: torch.Tensor) -> torch.Tensor:
 
     The number of rows may differ between ranks and be 0; the other sizes and the dtype may not.
     """
-    return all_gather_with_grad(x.detach())
+    return gather_and_place(x.detach())[0]
 
 
-def all_gather_with_grad(x: torch.Tensor) -> torch.Tensor:
-    """`gather` through which the gradient flows back: (n_r, ...) -> (sum of n_r, ...).
+def gather_and_place(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """`gather` through which the gradient flows back, and which of the rows is this rank's first.
 
     Backward sums the gradient over the ranks and hands each rank its own rows. With losses as `global_mean` makes them,
     DistributedDataParallel's average is then the single process's gradient. Every rank takes part in backward, also one
     whose rows have no graph: the result must enter the loss on every rank, if only with a zero.
     """
-    return gather_and_place(x)[0]
-
-
-def gather_and_place(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """`all_gather_with_grad`, and which of the rows is this rank's first."""
     if not _together():
         return x, 0
     wants_gradient = x.requires_grad and torch.is_grad_enabled()

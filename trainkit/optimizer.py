@@ -12,8 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from trainkit import distributed
-
-_NORM_LAYERS = (nn.LayerNorm, nn.RMSNorm)  # the parameters of all others have one dimension, and are spared for that
+from trainkit.errors import InputError
 
 
 def parameter_groups(
@@ -21,7 +20,7 @@ def parameter_groups(
 ) -> list[dict]:
     """Every trainable parameter of `module` in exactly one group of an optimizer; frozen ones in none.
 
-    No weight decay on norm layers, biases, and other parameters of at most one dimension.
+    No weight decay on parameters of at most one dimension, as those of norms and biases are.
 
     no_decay: dotted names, or their ends, of parameters without weight decay.
     lr_scale: beginning of a dotted name ("backbone", "head.box") -> factor on `lr`; the longest that fits wins.
@@ -29,12 +28,10 @@ def parameter_groups(
     Each group has params, lr, weight_decay and a name such as "backbone, no decay".
     """
     lr_scale = lr_scale or {}
-    norms = {id(p) for layer in module.modules() if isinstance(layer, _NORM_LAYERS) for p in layer.parameters()}
     members: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         prefixes = [prefix for prefix in lr_scale if f"{name}.".startswith(f"{prefix}.")]
-        spared = id(parameter) in norms or parameter.dim() <= 1
-        spared = spared or any(f".{name}".endswith(f".{suffix}") for suffix in no_decay)
+        spared = parameter.dim() <= 1 or any(f".{name}".endswith(f".{suffix}") for suffix in no_decay)
         if parameter.requires_grad:
             members.setdefault((max(prefixes, key=len, default=""), spared), []).append(parameter)
     return [
@@ -57,39 +54,40 @@ def lr_factor(
     It rises linearly from `warmup_factor` to 1 over `warmup_steps` and then follows `kind`:
     "constant": 1. "multistep": times `gamma` at each of `milestones`, rising steps from the start of the run.
     "cosine": half a cosine from 1 down to `final_factor` at `total_steps` (Loshchilov and Hutter 2017, equation 5).
-    "one-cycle": as cosine, but the rise is half a cosine too, and takes 30 % of the run where `warmup_steps` is 0
-    (Smith and Topin 2018, as torch's OneCycleLR; momentum is left alone).
     restart: the step at which a first course has ended and a second one begins; 0 for one alone.
     """
     if restart:
         step, total_steps = (step, restart) if step < restart else (step - restart, total_steps - restart)
-    if kind == "one-cycle" and not warmup_steps:
-        warmup_steps = round(0.3 * total_steps)
     rise = course = 1.0
     if step < warmup_steps:
-        done = step / warmup_steps
-        rise = (1 - math.cos(math.pi * done)) / 2 if kind == "one-cycle" else done
-        rise = warmup_factor + (1 - warmup_factor) * rise
+        rise = warmup_factor + (1 - warmup_factor) * (step / warmup_steps)
     if kind == "multistep":
         course = gamma ** bisect.bisect_right(milestones, step)
-    elif kind in ("cosine", "one-cycle"):
+    elif kind == "cosine":
         done = min(max((step - warmup_steps) / max(1, total_steps - warmup_steps), 0.0), 1.0)
         course = final_factor + (1 - final_factor) * (1 + math.cos(math.pi * done)) / 2
     return rise * course
 
 
 def build_optimisation(
-    args: argparse.Namespace, model: nn.Module, steps_per_epoch: int, *, restart_epochs: int = 0, **grouping
-):
+    args: argparse.Namespace, model: nn.Module, steps_per_epoch: int, *, no_decay: Sequence[str] = (),
+    restart_epochs: int = 0,
+):  # fmt: skip
     """Optimizer of all that `model` trains, and its schedule, as the flags of `add_recipe_flags` say.
 
-    --lr-base-batch scales --lr with the samples per step (Goyal et al. 2017, 2.1). grouping: lr_scale and no_decay of
-    `parameter_groups`. restart_epochs: after which the schedule begins anew. The schedule is stepped after each optimizer step.
+    --lr-base-batch scales --lr with the samples per step (Goyal et al. 2017, 2.1). no_decay: see `parameter_groups`.
+    restart_epochs: after which the schedule begins anew. The schedule is stepped after each optimizer step. Raises
+    InputError where --lr-scale names no parameter.
     """
+    lr_scale = {name: float(factor) for name, factor in (text.split("=") for text in args.lr_scale)}
+    for name, factor in lr_scale.items():  # a recipe may name parts at 1 that not every model has
+        if factor != 1 and not any(f"{known}.".startswith(f"{name}.") for known, _ in model.named_parameters()):
+            parts = ", ".join(part for part, _ in model.named_children())
+            raise InputError(f"--lr-scale {name}: no parameter's name begins so; the model's parts are {parts}")
     lr = args.lr
     if args.lr_base_batch:
         lr = lr * args.batch_size * distributed.world_size() * args.accumulate / args.lr_base_batch
-    groups = parameter_groups(model, lr=lr, weight_decay=args.weight_decay, **grouping)
+    groups = parameter_groups(model, lr=lr, weight_decay=args.weight_decay, no_decay=no_decay, lr_scale=lr_scale)
     if args.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, momentum=args.momentum)
     else:

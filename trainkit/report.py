@@ -85,15 +85,13 @@ def main(arguments: list[str] | None = None) -> None:
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     """The runs in these folders, labelled with the ends of their paths that tell them apart.
 
-    Raises InputError where a folder is missing, given twice or no run's, and where one of its files is broken or leads
-    out of it. A half-written last line of metrics.jsonl only makes a note.
+    Raises InputError where a folder is missing or no run's, and where one of its files is broken or leads out of it. A
+    half-written last line of metrics.jsonl only makes a note.
     """
     runs = [_read_run(Path(folder)) for folder in folders]
-    places = [run.folder.resolve() for run in runs]
-    for run, place in zip(runs, places, strict=True):
-        if places.count(place) > 1:
-            raise InputError(f"{run.folder} is given twice.")
-        run.label = str(place.relative_to(os.path.commonpath([other.parent for other in places])))
+    common = os.path.commonpath([run.folder.resolve().parent for run in runs])
+    for run in runs:
+        run.label = str(run.folder.resolve().relative_to(common))
     return runs
 
 
@@ -137,12 +135,11 @@ def _numbers(values: dict, before: Name) -> Iterator[tuple[Name, float]]:
 def page(runs: list[Run], pictures: int) -> str:
     """The page, which is forbidden to load anything. pictures: how many of each kind per run."""
     shown = picture_section(runs, pictures)  # first, as it makes notes
-    kinds = dict.fromkeys([*TITLES, *(name[0] for run in runs for name in run.curves)])
     records = [run.record | {"arguments": "above"} for run in runs]
     sections = [
         ("Runs", overview(runs)),
         ("Last validation", validation_tables(runs)),
-        *((TITLES.get(kind, kind), charts(runs, kind)) for kind in kinds),
+        *((title, charts(runs, kind)) for kind, title in TITLES.items()),
         ("Pictures", shown),
         ("Arguments", compared(runs, [run.record.get("arguments", {}) for run in runs])),
         ("Machine and versions", compared(runs, records)),

@@ -21,6 +21,9 @@ IMAGE_RATE = Fraction(30)  # frames a second of a folder of images, which does n
 LEAST_SHARE = 0.95  # of what a header claims; with less the video counts as damaged
 WALK = 2.0  # seconds up to which decoding on is no dearer than a seek
 
+Shown = tuple[int, float, np.ndarray]  # index, time in seconds, (H, W, 3) uint8 RGB
+Step = tuple[float, Callable[[], np.ndarray]]  # time in seconds, and what makes its (H, W, 3) uint8 RGB
+
 
 class Video:
     """The frames of a video. Every pass opens it anew, so that it can be sent to another process.
@@ -37,14 +40,12 @@ class Video:
         self.damaged = False
         self.error = ""  # of decoding, which ended the latest walk
 
-    def walk(self, start: float = 0.0) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
-        """(time in seconds, what makes it RGB) of frames as they are shown, from one shown at `start` (s) or before."""
+    def walk(self, start: float = 0.0) -> Iterator[Step]:
+        """The frames as they are shown, from one that is shown at `start` (s) or before."""
         raise NotImplementedError
 
-    def frames(
-        self, period: int = 1, offsets: Sequence[int] = (0,), last: bool = False
-    ) -> Iterator[tuple[int, float, np.ndarray]]:
-        """(index, time in seconds, (H, W, 3) uint8 RGB) of the frames whose index % period is in offsets, in order.
+    def frames(self, period: int = 1, offsets: Sequence[int] = (0,), last: bool = False) -> Iterator[Shown]:
+        """The frames whose index % period is in offsets, in order.
 
         Only these are converted, and none is kept. last: the last decoded frame, too, where it is not among them.
         An error of decoding ends the pass. Raises InputError where the video cannot be opened, or one of its images.
@@ -95,18 +96,16 @@ class VideoFile(Video):
         if not rate:
             raise InputError(f"{path} does not say how many frames a second it has")
 
-    def walk(self, start: float = 0.0) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
+    def walk(self, start: float = 0.0) -> Iterator[Step]:
         av, self.error = library(), ""
+        convert = av.video.reformatter.VideoReformatter()
         with opened(self.path) as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # videos are decoded side by side, one in a process
-            convert = av.video.reformatter.VideoReformatter()
             try:
                 for index, frame in enumerate(decoded_from(container, stream, start)):
-                    yield (
-                        index / float(self.rate) if frame.pts is None else shown_at(frame, stream),
-                        partial(as_rgb, convert, frame),
-                    )
+                    time = index / float(self.rate) if frame.pts is None else shown_at(frame, stream)
+                    yield time, partial(as_rgb, convert, frame)
             except av.FFmpegError as error:
                 self.error = reason(error)
 
@@ -117,18 +116,18 @@ class ImageFolder(Video):
     def __init__(self, path: Path, rate: Fraction):
         self.images = sorted(filter(is_image, os.listdir(path)), key=natural)
         numbers = [int((re.findall(r"\d+", Path(name).stem) or [-1])[-1]) for name in self.images]
+        if not numbers:
+            raise InputError(f"{path} holds no images; expected a video, or a folder of numbered images")
         for i in range(1, len(numbers)):
             if numbers[i] != numbers[i - 1] + 1 or numbers[i - 1] < 0:
                 names = f"{shown(self.images[i])} follows {shown(self.images[i - 1])}"
                 raise InputError(f"{path}: {names}; expected the images of a video to be numbered in a row")
-        if not numbers:
-            raise InputError(f"{path} holds no images; expected a video, or a folder of numbered images")
         super().__init__(path, Fraction(rate), len(numbers), float(len(numbers) / rate))
 
-    def walk(self, start: float = 0.0) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
+    def walk(self, start: float = 0.0) -> Iterator[Step]:
         first = min(max(0, int(start * self.rate)), len(self.images) - 1)
-        for index in range(first, len(self.images)):
-            yield float(index / self.rate), partial(as_array, self.path / self.images[index])
+        for index, name in enumerate(self.images[first:], first):
+            yield float(index / self.rate), lambda path=self.path / name: np.asarray(open_image(path))
 
 
 def open_video(path: str | Path, rate: Fraction = IMAGE_RATE) -> Video:
@@ -187,10 +186,6 @@ def as_rgb(convert, frame) -> np.ndarray:
     """A decoded frame as (H, W, 3) uint8 RGB, turned as the file says that it is to be shown."""
     picture = convert.reformat(frame, format="rgb24").to_ndarray()
     return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture
-
-
-def as_array(path: Path) -> np.ndarray:
-    return np.asarray(open_image(path))
 
 
 def write_video(

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from fgclip.images import normalise
 from fgclip.model import FGCLIP, l2_normalize
 from fgclip.video import decode
+from fgclip.video.records import VideoRecord, VideoSet
 from fgclip.video.store import INPUTS, Clips, FeatureStore
 from trainkit import distributed
 from trainkit.device import autocast
@@ -122,39 +123,40 @@ def bytes_of(path: Path | None) -> int:
     return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
 
 
+def lacking(records: Iterable[VideoRecord], store: FeatureStore) -> dict[str, int]:
+    """Bytes of the videos that the store does not know, or not of that size, by name, the largest first."""
+    sizes = {record.name: bytes_of(record.path) for record in records}
+    ahead = [name for name, size in sizes.items() if (store.record(name) or {}).get("bytes") != size]
+    return {name: sizes[name] for name in sorted(ahead, key=lambda name: (-sizes[name], name))}
+
+
 def extract(
-    videos, encoder: ClipEncoder, store: FeatureStore, *, between: Callable[[], None] | None = None,
-    progress: Callable[[str], None] | None = None,
+    videos: VideoSet, encoder: ClipEncoder, store: FeatureStore, *, between: Callable[[], None] | None = None,
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[str]:  # fmt: skip
-    """Write the features of the videos of a VideoSet that the store lacks; -> the names of the damaged ones.
+    """Write the features of the videos that the store lacks; -> the names of the damaged ones.
 
     The processes share them, the largest files first. A video that the store knows, damaged or not, is passed over
     as long as its file's size stays. Those that are not found are passed over.
-    between: see `distributed.in_step`. progress: called with the name of each video that this process is done with.
+    between: see `distributed.in_step`. progress: what wraps the videos of this process on their way, such as `tqdm`.
     """
-    records = [record for record in videos.records if record.name not in videos.missing]
-    sizes, known = distributed.run_on_main(
-        lambda: ({r.name: bytes_of(r.path) for r in records}, {r.name: store.record(r.name) for r in records})
-    )
-    ahead = [r for r in records if known[r.name] is None or known[r.name]["bytes"] != sizes[r.name]]
-    if any(record.path is not None and record.path.is_file() for record in ahead):
+    missing = set(videos.missing)
+    records = {record.name: record for record in videos.records if record.name not in missing}
+    ahead = distributed.run_on_main(lambda: lacking(records.values(), store))
+    if any(records[name].path is not None and records[name].path.is_file() for name in ahead):
         decode.library()  # else its absence would be taken for damage
-    shares, loads = [[] for _ in range(distributed.world_size())], [0] * distributed.world_size()
-    for record in sorted(ahead, key=lambda record: (-sizes[record.name], record.name)):
+    mine, loads = [], [0] * distributed.world_size()
+    for name, size in ahead.items():
         least = loads.index(min(loads))
-        shares[least].append(record)
-        loads[least] += sizes[record.name] or 1
-    mine = shares[distributed.rank()]
-    for record in distributed.in_step(mine, len(mine), between):
+        loads[least] += max(size, 1)
+        mine += [name] * (least == distributed.rank())
+    for name in distributed.in_step(progress(mine), len(mine), between):
         try:
-            video = videos.open(record)
+            video = videos.open(records[name])
             clips, problem = encoder.video(video), video.problem
-            if video.damaged:
-                clips = None
+            clips = None if video.damaged else clips
         except InputError as error:
             clips, problem = None, str(error)
-        store.write(record.name, clips, size=sizes[record.name], problem=problem)
-        if progress is not None:
-            progress(record.name)
+        store.write(name, clips, size=ahead[name], problem=problem)
     distributed.gather_objects(None)  # until all are written
-    return [record.name for record in records if store.error(record.name) is not None]
+    return [name for name in records if store.error(name) is not None]

@@ -97,7 +97,9 @@ class TemporalHead(nn.Module):
         x = self.norm(x)
         frames = l2_normalize(l2_normalize(features["global"]) + self.correction(x))
         texts, scale = self.class_texts(texts), self.logit_scale.exp()
-        output = dict(anomaly=self.anomaly(x).squeeze(-1).float(), classes=scale * frames @ texts.T, frames=frames)
+        with torch.autocast(x.device.type, enabled=False):  # logits are float32
+            classes = scale * frames @ texts.T
+        output = dict(anomaly=self.anomaly(x).squeeze(-1).float(), classes=classes, frames=frames)
         if spans is not None:
             videos, starts, ends = (each[:, None] for each in spans)
             inside = (starts <= place) & (place < ends)  # (N, T)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fgclip.loading import check_image_size, load_model
 from fgclip.losses import caption_ids
 from fgclip.model import FGCLIP, MAX_LOGIT_SCALE, l2_normalize
 from fgclip.objective import freeze_unreached
@@ -138,3 +139,22 @@ def load_video_model(path: str | Path, weights: str = "ema") -> VideoModel:
     check_like(state, model.state_dict(), source)
     model.load_state_dict(state)
     return model.eval()
+
+
+def load_towers(
+    path: str | Path, vocab: str | Path | None = None, *, weights: str = "ema", image_size: int | None = None
+) -> tuple[FGCLIP, Tokenizer]:
+    """Towers, in evaluation mode on the CPU, and tokenizer: a checkpoint of train_video.py, or as of `load_model`.
+
+    image_size: side of the square frames that they are to see, instead of their own.
+    """
+    run = read_run(Path(path))
+    if run is not None and run.get("script") == "video":
+        model = load_video_model(path, weights)
+        towers, tokenizer = model.fgclip, model.tokenizer
+    else:
+        towers, tokenizer = load_model(path, vocab, weights=weights)
+    if image_size not in (None, towers.vision_model.image_size):
+        check_image_size(towers, image_size)
+        towers = towers.with_image_size(image_size).eval()
+    return towers, tokenizer

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,8 @@ from trainkit.errors import InputError
 from trainkit.files import is_image, number, read_lines, shown
 
 UCF_RATE, XD_RATE = 30.0, 24.0  # frames a second in which the two data sets count
-XD_CLASSES = dict(
-    B1="fighting", B2="shooting", B4="riot", B5="abuse", B6="car accident", G="explosion"
-)  # code in the name -> class
-
+# Code in a name of XD-Violence -> class.
+XD_CLASSES = dict(B1="fighting", B2="shooting", B4="riot", B5="abuse", B6="car accident", G="explosion")
 Event = tuple[float, float, str]  # start and end in seconds, class
 
 
@@ -82,20 +80,6 @@ class VideoRecord:
     tracks: tuple[Track, ...] = ()
     captions: tuple[Span, ...] = ()
     source: str = ""
-
-
-def truth(record: VideoRecord, frames: int, rate: Fraction, name: str | None = None) -> np.ndarray:
-    """Which of a video's decoded frames belong to an event, (frames,) bool.
-
-    An event from s to e has the frames [round(s * rate), round(e * rate)). name: only events of this class.
-    """
-    if record.events is None:
-        raise InputError(f"{record.name}: its annotation does not say when its events are")
-    inside = np.zeros(frames, dtype=bool)
-    for start, end, event in record.events:
-        if name is None or name == event:
-            inside[round(start * float(rate)) : round(min(end * float(rate), frames))] = True
-    return inside
 
 
 @dataclass
@@ -167,55 +151,68 @@ def scan(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     return videos, texts
 
 
-def one_path(paths: list[Path], listed: str = "") -> Path | None:
+def one_path(paths: list[Path], listed: Path | None) -> Path | None:
     """The path of a video: that which a list gives, else the first of equal copies."""
-    wanted = [path for path in paths if str(path.with_suffix("")).endswith(f"/{os.path.splitext(listed)[0]}")] or paths
+    wanted = [path for path in paths if listed and f"{path.with_suffix('')}".endswith(f"/{listed.with_suffix('')}")]
+    wanted = wanted or paths
     if len({path.stat().st_size if path.is_file() else path for path in wanted}) > 1:
         names = " and ".join(map(str, wanted[:2]))
         raise InputError(f"the name {stem(wanted[0].name)} belongs to two videos, {names}; expected one of each name")
     return wanted[0] if wanted else None
 
 
-def agreed(texts: list[Path], pattern: str, parse: Callable[[Path], dict]) -> dict:
-    """What the texts of this name say, which must be the same; nothing where there is none."""
-    said = {path: parse(path) for path in texts if fnmatch(path.name, pattern)}
-    first = next(iter(said), None)
-    for path, content in said.items():
-        if not content:
-            raise InputError(f"{path} is empty; expected one video in a line")
-        if content != said[first]:
-            raise InputError(f"{path} and {first} differ; expected one list of its kind below the root")
-    return said.get(first, {})
+def agreed(texts: list[Path], parse: Callable[[Path], dict], *patterns: str) -> dict:
+    """What the texts of the first pattern that is there say, which must be the same; nothing where there is none."""
+    for pattern in patterns:
+        said = [(path, parse(path)) for path in texts if fnmatch(path.name, pattern)]
+        for path, content in said:
+            if not content or content != said[0][1]:
+                problem = f"and {said[0][0]} differ" if content else "is empty"
+                raise InputError(f"{path} {problem}; expected one list of its kind, with a video in a line")
+        if said:
+            return said[0][1]
+    return {}
 
 
-def ucf_list(path: Path) -> dict[str, str]:
+def ucf_list(path: Path) -> dict[str, Path]:
     """Name -> CLASS/NAME.mp4, of Anomaly_Train.txt or Anomaly_Test.txt."""
-    lines = [line.replace("\\", "/") for line in read_lines(path, "CLASS/NAME.mp4 in a line")]
-    for line in lines:
-        if "/" not in line:
-            raise InputError(f"{path}: expected CLASS/NAME.mp4, got {shown(line)}")
-    return {stem(line): "/".join(line.split("/")[-2:]) for line in lines}
-
-
-def ucf_annotation(path: Path) -> dict[str, tuple[Event, ...]]:
-    """Name -> events, of lines `NAME[.mp4] [FRAMES] CLASS start end start end`, in frames at UCF_RATE, -1 for none."""
     videos = {}
-    for line in read_lines(path, "NAME CLASS and frames in a line"):
+    for line in read_lines(path, "CLASS/NAME.mp4 in a line"):
+        *_, folder, name = ("", "", *line.replace("\\", "/").split("/"))
+        if not folder:
+            raise InputError(f"{path}: expected CLASS/NAME.mp4, got {shown(line)}")
+        videos[stem(name)] = Path(folder, name)
+    return videos
+
+
+def annotation(path: Path, rate: float) -> dict[str, tuple[Event, ...]]:
+    """Name -> events, of lines `NAME[.mp4] [COUNT] [CLASS] start end [CLASS] start end` in frames, -1 for none."""
+    videos = {}
+    for line in read_lines(path, "NAME and frames in a line"):
         name, *words = line.split()
-        event, *frames = words[1:] if words and words[0].isdecimal() else words or [""]
-        times = [number(word, f"{path}, {name}", -1, whole=True) / UCF_RATE for word in frames]
-        if not times or len(times) % 2 or event.lstrip("-").isdecimal():
-            raise InputError(f"{path}, {name}: expected a class, and pairs of frames, got {shown(line)}")
-        videos[stem(name)] = tuple((s, e, event) for s, e in zip(times[::2], times[1::2], strict=True) if 0 <= s < e)
+        if words[1:] and words[0].isdecimal() and words[1][0].isalpha():
+            del words[0]  # how many frames the video has
+        times, events = [], []
+        kind = classes[0] if len(classes := xd_classes(stem(name))) == 1 else ""
+        for word in words:
+            if word[0].isalpha():
+                kind = XD_CLASSES.get(word, word)
+                continue
+            times.append(number(word, f"{path}, {name}", -1, whole=True) / rate)
+            if len(times) % 2 == 0:
+                events.append((*times[-2:], kind))
+        if not times or len(times) % 2:
+            raise InputError(f"{path}, {name}: expected pairs of frames, got {shown(line)}")
+        videos[stem(name)] = tuple(event for event in events if 0 <= event[0] < event[1])
     return videos
 
 
 def ucf_crime(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> VideoSet:
-    train, test = (agreed(texts, f"Anomaly_{name}.txt", ucf_list) for name in ("Train", "Test"))
-    times = agreed(texts, "Temporal_Anomaly_Annotation*.txt", ucf_annotation)
-    times = times or agreed(texts, "test_with_frame_counts.txt", ucf_annotation)
+    train, test = (agreed(texts, ucf_list, f"Anomaly_{name}.txt") for name in ("Train", "Test"))
+    known = ("Temporal_Anomaly_Annotation*.txt", "test_with_frame_counts.txt")
+    times = agreed(texts, partial(annotation, rate=UCF_RATE), *known)
     if not test or not (train if split == "train" else times):
-        wanted = "Anomaly_Train.txt" if split == "train" else "Temporal_Anomaly_Annotation*.txt"
+        wanted = "Anomaly_Train.txt" if split == "train" else known[0]
         raise InputError(f"{root} holds no Anomaly_Test.txt with {wanted}; --format folders needs no list")
     if both := sorted(train.keys() & test.keys()):
         raise InputError(f"{root}: {len(both)} videos are in Anomaly_Train.txt and Anomaly_Test.txt: {named(both, 3)}")
@@ -223,13 +220,15 @@ def ucf_crime(root: Path, split: str, files: dict[str, list[Path]], texts: list[
         raise InputError(f"{root}: the annotation lacks {len(unknown)} videos of Anomaly_Test.txt: {named(unknown, 3)}")
     records = []
     for name, listed in (train if split == "train" else test).items():
-        folder = listed.split("/")[0]
-        classes = () if "normal" in folder.lower() else (folder,)
-        events = times[name] if split == "test" else None if classes else ()
-        records.append(VideoRecord(name, one_path(files.get(name, []), listed), classes, events, source=name))
-    every = {listed.split("/")[0] for listed in [*train.values(), *test.values()]}
-    classes = tuple(sorted(name for name in every if "normal" not in name.lower()))
-    return VideoSet(records, classes, frozenset(test))
+        classes = class_of(listed.parts[0])
+        records.append(VideoRecord(name, listed, classes, times[name] if split == "test" else None if classes else ()))
+    classes = {kind for listed in (*train.values(), *test.values()) for kind in class_of(listed.parts[0])}
+    return VideoSet(records, tuple(sorted(classes)), frozenset(test))
+
+
+def class_of(folder: str) -> tuple[str, ...]:
+    """The class that a folder is named after, none where that is normal and not abnormal."""
+    return () if re.search("(?<![a-z])normal", folder.lower()) else (folder,)
 
 
 def xd_classes(name: str) -> tuple[str, ...]:
@@ -238,70 +237,40 @@ def xd_classes(name: str) -> tuple[str, ...]:
     return tuple(XD_CLASSES[code] for code in found[1].split("-") if code in XD_CLASSES) if found else ()
 
 
-def xd_annotation(path: Path) -> dict[str, tuple[Event, ...]]:
-    """Name -> events, of lines `NAME [CODE] start end [CODE] start end`, in frames at XD_RATE."""
-    videos = {}
-    for line in read_lines(path, "NAME and frames in a line"):
-        name, *words = line.split()
-        event = classes[0] if len(classes := xd_classes(stem(name))) == 1 else ""
-        times, events = [], []
-        for word in words:
-            event = XD_CLASSES.get(word, event)
-            if word not in XD_CLASSES:
-                times.append(number(word, f"{path}, {name}", 0, whole=True) / XD_RATE)
-            if len(times) == 2:
-                events.append((*times, event))
-                times = []
-        if times or not events:
-            raise InputError(f"{path}, {name}: expected pairs of frames, got {shown(line)}")
-        videos[stem(name)] = tuple(events)
-    return videos
-
-
 def xd_violence(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> VideoSet:
     """Test videos are those of the annotation, and those below a folder whose name begins with `test`."""
-    times = agreed(texts, "annotations_multiclasses.txt", xd_annotation)
-    times = times or agreed(texts, "annotations.txt", xd_annotation)
+    known = ("annotations_multiclasses.txt", "annotations.txt")
+    times = agreed(texts, partial(annotation, rate=XD_RATE), *known)
     if not times:
-        raise InputError(f"{root} holds no annotations.txt or annotations_multiclasses.txt of XD-Violence")
-    labelled = {name for name in files if "_label_" in name}
-    apart = {
-        n
-        for n in labelled
-        for p in files[n]
-        if any(x.lower().startswith("test") for x in p.relative_to(root).parts[:-1])
-    }
-    tests = frozenset(times) | apart
-    records = []
-    for name in sorted(tests if split == "test" else labelled - tests):
+        raise InputError(f"{root} holds no {known[1]} or {known[0]} of XD-Violence")
+    found = {name: files[name] for name in files if "_label_" in name}
+    folders = {name: {part for p in found[name] for part in p.relative_to(root).parts[:-1]} for name in found}
+    apart = {name for name, parts in folders.items() if any(part.lower().startswith("test") for part in parts)}
+    tests, records = frozenset({*times, *apart}), []
+    for name in sorted(tests if split == "test" else found.keys() - tests):
         classes = xd_classes(name)
         events = times.get(name, None if classes else ())
-        records.append(VideoRecord(name, one_path(files.get(name, [])), classes, events, source=name))
+        records.append(VideoRecord(name, None, classes, events, source=name.partition("__#")[0]))
     return VideoSet(records, tuple(sorted(XD_CLASSES.values())), tests)
 
 
 def folders(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> VideoSet:
-    """root/CLASS/VIDEO, or root/train/CLASS/VIDEO and root/test/CLASS/VIDEO; the class of normal videos begins so."""
+    """root/CLASS/VIDEO, or root/train/CLASS/VIDEO and root/test/CLASS/VIDEO; the class of normal videos says so."""
     halves = [name for name in ("train", "test") if (root / name).is_dir()]
     if halves and split not in halves:
         raise InputError(f"{root} holds no folder {split}; expected {split}/CLASS/VIDEO beside {halves[0]}")
-    records, tests, classes = [], set(), set()
-    for name, paths in files.items():
-        if len(paths) > 1:
-            raise InputError(f"the name {name} belongs to two videos, {paths[0]} and {paths[1]}; names must differ")
-        parts = paths[0].relative_to(root).parts
-        half = parts[0] if halves else split
-        if len(parts) < 2 + bool(halves) or half not in ("train", "test"):
-            raise InputError(
-                f"{paths[0]} lies in no folder of a class; expected CLASS/VIDEO below {root} or its train and test"
-            )
-        own = parts[bool(halves)]
-        own = () if own.lower().startswith("normal") else (own,)
-        classes.update(own)
-        tests |= {name} if half == "test" else set()
-        if half == split:
-            records.append(VideoRecord(name, paths[0], own, None if own else (), source=name))
-    return VideoSet(records, tuple(sorted(classes)), frozenset(tests))
+    found: dict[str, list[VideoRecord]] = {"train": [], "test": []}
+    for name, (path, *others) in files.items():
+        if others:
+            raise InputError(f"the name {name} belongs to two videos, {path} and {others[0]}; names must differ")
+        half, *parts = path.relative_to(root).parts if halves else (split, *path.relative_to(root).parts)
+        if len(parts) < 2 or half not in found:
+            where = f"{root} or its train and test"
+            raise InputError(f"{path} lies in no folder of a class; expected CLASS/VIDEO below {where}")
+        classes = class_of(parts[0])
+        found[half].append(VideoRecord(name, path, classes, None if classes else ()))
+    classes = {kind for half in found.values() for record in half for kind in record.classes}
+    return VideoSet(found[split], tuple(sorted(classes)), frozenset(record.name for record in found["test"]))
 
 
 FORMATS = {"ucf-crime": ucf_crime, "xd-violence": xd_violence, "folders": folders}
@@ -323,9 +292,10 @@ def read_videos(root: str | Path, format: str, split: str) -> VideoSet:
     if split == "train" and normal in (0, len(videos)):
         kind = "normal" if normal else "anomalous"
         raise InputError(f"{root}: every training video is {kind}; expected normal and anomalous ones")
-    copies = sorted(record.name for record in videos.records if len(files.get(record.name, ())) > 1)
+    records = [replace(r, path=one_path(files.get(r.name, []), r.path)) for r in videos.records]
+    copies = sorted(record.name for record in records if len(files.get(record.name, ())) > 1)
     notes = (f"{len(copies)} videos have equal copies, which are not read: {named(copies)}",) if copies else ()
-    return replace(videos, notes=notes)
+    return replace(videos, records=records, notes=notes)
 
 
 def hold_out(videos: VideoSet, share: float, seed: int) -> tuple[VideoSet, VideoSet]:

@@ -15,27 +15,10 @@ from fgclip.data import Record, Region, Sample, draw_sample
 from fgclip.images import preprocess
 from fgclip.video.records import VideoRecord, VideoSet
 from fgclip.video.store import Clips
-from trainkit.sampler import ResumableSampler
 
 EVENT_SHARE = 0.6  # of the frames of a video with tracks of events are drawn from these
 WHOLE = 60.0  # seconds from which a frame is drawn for a caption without an end
 SPANS = 4  # captions and tracks of a video per visit of the head
-
-
-class BalancedVideos(ResumableSampler):
-    """Batches of `(epoch, index)`, every second video with an event. An epoch goes once through the rarer kind."""
-
-    def __init__(self, videos: VideoSet, batch_size: int, *, seed: int):
-        events = np.array([bool(record.classes) for record in videos.records])
-        self.kinds = [np.flatnonzero(~events), np.flatnonzero(events)]
-        super().__init__(2 * min(map(len, self.kinds)), batch_size, seed=seed)
-
-    def _order(self) -> np.ndarray:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        return np.stack([rng.permutation(kind)[: self.length // 2] for kind in self.kinds], axis=1).ravel()
-
-    def _recipe(self) -> dict:
-        return super()._recipe() | {"kinds": [len(kind) for kind in self.kinds]}
 
 
 class VideoFrames(Dataset):

@@ -59,27 +59,30 @@ class FeatureStore:
                 self.folder.mkdir(parents=True, exist_ok=True)
             write_json(index, dict(key=key), indent=2)
         found = read_json(index, "the index of features", dict).get("key")
-        if not isinstance(found, dict) or not all(type(found.get(name)) is int for name in ("dim", "clip_frames")):
+        counts = [found.get(name) for name in ("dim", "clip_frames")] if isinstance(found, dict) else [None]
+        if not all(type(count) is int and count > 0 for count in counts):
             raise InputError(f"{index} is not an index of features")
         if key is not None and found != key:
-            raise InputError(f"{self.folder} holds features of another key, {found}; expected {key}")
+            differing = [name for name in key | found if found.get(name) != key.get(name)]
+            theirs, ours = ({name: of.get(name) for name in differing} for of in (found, key))
+            raise InputError(f"{self.folder} holds features of another key, {theirs}; expected {ours}")
         return found
 
-    def _path(self, name: str, ending: str) -> Path:
+    def _path(self, name: str, ending: str = "clips.json") -> Path:
         return inside(self.folder, f"{name}.{ending}", str(self.folder))
 
     def record(self, name: str) -> dict | None:
-        """What is known of a video: frames, rate, bytes of its file, problem (or None), damaged; None if nothing is."""
-        path = self._path(name, "clips.json")
+        """What is known of a video: frames, 0 of a damaged one, rate, bytes of its file, and problem or None."""
+        path = self._path(name)
         if not path.is_file():
             return None
         record = read_json(path, "a record of features", dict)
-        if not {"frames", "rate", "bytes", "problem", "damaged"} <= record.keys():
+        if not {"frames", "rate", "bytes", "problem"} <= record.keys():
             raise InputError(f"{path} is not a record of features")
         return record
 
     def __contains__(self, name: str) -> bool:
-        return (record := self.record(name)) is not None and not record["damaged"]
+        return bool((self.record(name) or dict(frames=0))["frames"])
 
     def names(self) -> list[str]:
         """The videos whose features are here, sorted."""
@@ -89,14 +92,14 @@ class FeatureStore:
     def error(self, name: str) -> str | None:
         """Why a video that was tried has no features, as a sentence."""
         record = self.record(name)
-        return record["problem"] if record is not None and record["damaged"] else None
+        return record["problem"] if record is not None and not record["frames"] else None
 
     def write(self, name: str, clips: Clips | None, *, size: int = 0, problem: str | None = None) -> None:
         """Keep the clips of a video, or None and the `problem` by which it is damaged. size: bytes of its file.
 
         Raises InputError where features are not finite.
         """
-        path = self._path(name, "clips.json")
+        path = self._path(name)
         with writing(path):
             path.unlink(missing_ok=True)
         for kind, array in clips.features.items() if clips else ():
@@ -105,22 +108,21 @@ class FeatureStore:
             with whole_file(self._path(name, f"{kind}.npy")) as file:
                 np.save(file, array, allow_pickle=False)
         known = dict(frames=clips.frames, rate=str(clips.rate)) if clips else dict(frames=0, rate="0")
-        write_json(path, dict(**known, bytes=size, problem=problem, damaged=clips is None))
+        write_json(path, dict(**known, bytes=size, problem=problem))
 
     def read(self, name: str) -> Clips:
         """The clips of a video, mapped from the disk. Raises InputError where they are missing or damaged."""
         record = self.record(name)
-        if record is None or record["damaged"]:
+        if record is None or not record["frames"]:
             raise InputError(f"{self.folder} holds no features of {name}" + f" ({record['problem']})" * bool(record))
-        frames = number(record["frames"], f"{self._path(name, 'clips.json')}, frames", 1, 2**40, whole=True)
+        frames = number(record["frames"], f"{self._path(name)}, frames", 1, 2**40, whole=True)
         rows, arrays = math.ceil(frames / self.key["clip_frames"]), []
-        for kind, width in zip(INPUTS, (self.key["dim"], self.key["dim"], 4), strict=True):
-            try:
+        try:
+            rate = Fraction(record["rate"])
+            for kind, width in zip(INPUTS, (self.key["dim"], self.key["dim"], 4), strict=True):
                 arrays.append(np.load(self._path(name, f"{kind}.npy"), mmap_mode="r", allow_pickle=False))
-                rate, found = Fraction(record["rate"]), (arrays[-1].shape, arrays[-1].dtype)
-            except (OSError, ValueError, EOFError, TypeError, ZeroDivisionError, AttributeError) as error:
-                raise InputError(f"{self.folder}, features of {name}, {kind}: {error}; extract them again") from error
-            if found != ((rows, width), np.float16):
-                place = self._path(name, f"{kind}.npy")
-                raise InputError(f"{place}: expected ({rows}, {width}) of float16, found {found[0]} of {found[1]}")
+                if (arrays[-1].shape, arrays[-1].dtype) != ((rows, width), np.float16):
+                    raise ValueError(f"{kind} is not ({rows}, {width}) of float16")
+        except (OSError, ValueError, EOFError, TypeError, ZeroDivisionError, AttributeError) as error:
+            raise InputError(f"{error}; delete {self._path(name)} to extract the features of {name} again") from error
         return Clips(*arrays, frames=frames, rate=rate)

@@ -97,9 +97,7 @@ def rasterise(shape: list[tuple], *, foot: tuple[float, float], height: float, c
     from_x, from_y = x.astype(np.float32) - x0, y.astype(np.float32)[:, None] - y0  # (K, 1, w), (K, h, 1)
     position = np.minimum(np.maximum(from_x * towards_x + from_y * towards_y, 0), 1)  # (K, h, w), 1 at the other end
     across, down = from_x - position * along_x, from_y - position * along_y
-    depth = (
-        position * widening + radius - np.sqrt(across * across + down * down)
-    )  # below the outline, in units of height
+    depth = position * widening + radius - np.sqrt(across * across + down * down)  # below the outline, in heights
     coverage = np.minimum(np.maximum(depth.max(axis=0) * np.float32(height) + np.float32(0.5), 0), 1)
     return rows, columns, coverage, materials[:, 0, 0].astype(np.intp)[depth.argmax(axis=0)]
 

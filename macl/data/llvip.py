@@ -16,15 +16,13 @@ from macl.data.voc import read_voc
 from trainkit.errors import InputError
 from trainkit.files import inside, regular_file, shown
 
-SPLITS = ("train", "test")
-
 
 class LLVIP(PairedDataset):
     """Pairs of LLVIP, or of data kept in its layout; scene is the camera, -1 where a name does not start with one.
 
     root: the folder that holds visible/ and infrared/, or its parent that holds LLVIP/
-    split: "train" or "test": the names in {split}.txt of ImageSets/Main or ImageSets, one per line without suffix;
-        without that file every image of visible/{split}
+    split: "train", "test" or your own: the names in {split}.txt of ImageSets/Main or ImageSets, one per line without
+        suffix; without that file every image of visible/{split}
     classes: the names of labels 1, 2, ...; other objects are left out
 
     Raises InputError at construction for a missing folder, image or annotation, and a bad list; when a sample is read,
@@ -34,8 +32,6 @@ class LLVIP(PairedDataset):
     scene_kind = "camera"
 
     def __init__(self, root: str | Path, split: str, *, classes: Sequence[str] = ("person",)):
-        if split not in SPLITS:
-            raise InputError(f"LLVIP has no split {split!r}; expected one of {', '.join(SPLITS)}")
         root, _ = find_root(root, ["LLVIP"], ["visible", "infrared"])
         names, where = _find_names(root, split)
         visible, infrared = (

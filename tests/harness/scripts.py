@@ -23,6 +23,11 @@ FGCLIP = (
     "--image-size 32 --synthetic-train 32 --synthetic-val 12 --batch-size 4 --workers 0 --device cpu --epochs 3 "
     "--lr 0.004 --warmup-steps 5 --clip-norm 3 --ema-decay 0.9 --weight-decay 0.3 --validate-at 3"
 ).split()
+VIDEO = (
+    "--synthetic-train 32 --synthetic-val 8 --image-size 32 --batch-size 8 --workers 0 --device cpu --epochs 6 "
+    "--tower-epochs 2 --validate-every 2 --lr 0.004 --warmup-steps 5 --clip-norm 3 --ema-decay 0.9 --hard-weight 0.1 "
+    "--bank-size 16 --bank-classes 2 --bank-warmup-steps 3"
+).split()
 
 
 def run(script, flags: list, folder: Path, *more) -> Path:

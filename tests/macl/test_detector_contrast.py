@@ -62,7 +62,7 @@ def test_what_contrast_needs_is_asked_for(build, batch):
     for key in ("scene", "keys"):
         without[key] = [{k: v for k, v in target.items() if k != key} for target in keyed(batch)["targets"]]
     for changes, said in (
-        ({"targets": without["scene"]}, "every target needs 'scene'"),
+        ({"targets": without["scene"]}, "hard negatives need the scene of every row"),
         ({"targets": without["keys"]}, "keys of an averaged detector"),
         ({"infrared": None}, "both modalities in training"),
     ):

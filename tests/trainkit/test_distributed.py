@@ -23,7 +23,7 @@ def test_alone_every_collective_is_a_no_op():
 
 def test_alone_gather_passes_the_gradient_and_sum_is_a_copy():
     x = torch.randn(3, 2, requires_grad=True)
-    distributed.all_gather_with_grad(x).square().sum().backward()
+    distributed.gather_and_place(x)[0].square().sum().backward()
     torch.testing.assert_close(x.grad, 2 * x.detach())
     total = distributed.all_reduce_sum(x)
     assert torch.equal(total, x) and not total.requires_grad

@@ -1,0 +1,85 @@
+"""Features of the clips of all videos of a data set, for train_video.py and fgclip.evaluate_video.
+
+python -m fgclip.extract --init-from fg-clip-base --data-root UCF_Crimes --features features --amp bf16
+torchrun --nproc-per-node 4 -m fgclip.extract --init-from fg-clip-base --data-root UCF_Crimes --features features
+
+Each video is read once. Those that the folder has are passed over, so that the same command goes on after Ctrl-C.
+"""
+
+import argparse
+import sys
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from fgclip.video.features import ClipEncoder, extract, weights_key
+from fgclip.video.model import load_towers
+from fgclip.video.records import FORMATS, VideoSet, read_videos
+from fgclip.video.store import FeatureStore
+from trainkit import distributed
+from trainkit.arguments import make_parser, non_negative_int, positive_int
+from trainkit.device import AUTOCAST
+from trainkit.errors import InputError, one_sentence
+
+SPLITS = dict(train=("train",), test=("test",), all=("train", "test"))
+
+
+# fmt: off
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the towers, the videos, what a clip is, and the run."""
+    add = parser.add_argument
+    add("--init-from", required=True, metavar="PATH", help="published weights, or a run of train_fgclip.py or "
+        "train_video.py")
+    add("--vocab", metavar="PATH", help="merges of the tokenizer of published weights")
+    add("--image-size", type=positive_int, metavar="PIXELS", help="side of the square that frames are resized to, "
+        "instead of that of the weights")
+    add("--data-root", required=True, metavar="PATH", help="the data set, in its own layout")
+    add("--format", choices=tuple(FORMATS), default="ucf-crime", help="layout of --data-root")
+    add("--split", choices=tuple(SPLITS), default="all", help="which of its videos")
+    add("--features", required=True, metavar="DIR", help="folder to write to; what it has is kept")
+    add("--clip-frames", type=positive_int, default=16, metavar="N", help="frames per clip")
+    add("--frames-per-clip", type=positive_int, default=1, metavar="N", help="frames of a clip that are looked at")
+    add("--allow-missing", type=non_negative_int, default=0, metavar="N", help="videos that may be missing or damaged")
+    add("--batch-size", type=positive_int, default=256, metavar="N", help="frames at once, of each process")
+    add("--amp", choices=tuple(AUTOCAST), default="none", help="number format of the forward pass")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+# fmt: on
+
+
+def open_videos(args: argparse.Namespace) -> VideoSet:
+    """The videos of --split, each once: without folders for the two halves, all belong to both."""
+    halves = [read_videos(args.data_root, args.format, split) for split in SPLITS[args.split]]
+    records = {record.name: record for half in halves for record in half.records}
+    return VideoSet(list(records.values()), halves[0].classes)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Extract, and say what could not be. arguments: without the program's name."""
+    parser = make_parser(__doc__)
+    add_arguments(parser)
+    args = parser.parse_args(arguments)
+    device = distributed.start(args.device)
+    videos = open_videos(args)
+    model, _ = load_towers(args.init_from, args.vocab, image_size=args.image_size)
+    clips = dict(clip_frames=args.clip_frames, frames_per_clip=args.frames_per_clip)
+    encoder = ClipEncoder(model, **clips, device=device, batch_size=args.batch_size, amp=args.amp)
+    store = FeatureStore(args.features, weights_key(model, **clips))
+    shown = None if distributed.is_main() and sys.stderr.isatty() else True
+    damaged = extract(videos, encoder, store, progress=partial(tqdm, unit="video", dynamic_ncols=True, disable=shown))
+    if distributed.is_main():
+        for name in videos.missing:
+            print(f"missing: {name}")
+        for name in damaged:
+            print(f"damaged: {name}: {store.error(name)}")
+        count = len(videos) - len(videos.missing) - len(damaged)
+        print(f"{args.features} has the clips of {count} of {len(videos)} videos")
+    distributed.stop()
+    lost = len(videos.missing) + len(damaged)
+    if lost > args.allow_missing and distributed.is_main():
+        raise InputError(f"{lost} videos are missing or damaged; --allow-missing {args.allow_missing}")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

@@ -1,0 +1,210 @@
+"""train_video.py as a person runs it: its stages, own videos, two processes, wrong flags, and what it learns."""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scripts import VIDEO, equal, load, metrics, refused, run
+
+import train_video
+from fgclip.video import TemporalHead, load_video_model
+from fgclip.video.records import VideoSet
+from fgclip.video.synthetic import SyntheticVideos
+
+HEAD = "--tower frozen --epochs 2 --validate-every 1 --bank-size 0 --bank-classes 1".split()
+
+
+def train(folder: Path, *flags) -> Path:
+    return run(train_video, [*VIDEO, *flags], folder)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("runs") / "plain")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Drawn videos as folders of images, one folder per class: 12 of each of two."""
+    root, videos = tmp_path_factory.mktemp("videos"), SyntheticVideos(24, seed=5, image_size=32)
+    for record in videos.records:
+        folder = root / ("fire" if record.classes else "normal") / record.name
+        folder.mkdir(parents=True)
+        for index, _, picture in videos.open(record).frames(period=8):
+            Image.fromarray(picture).save(folder / f"{index // 8:04}.png")
+    return root
+
+
+def test_tower_and_head_learn_one_after_the_other(plain):
+    steps, towers = metrics(plain), metrics(plain)[:8]
+    assert all({"loss_short", "loss_region", "loss_hard"} <= line.keys() for line in towers)
+    for line in steps[8:]:
+        assert {"loss_bag", "loss_class", "loss_texts", "loss_caption", "loss_track", "loss_hard"} <= line.keys()
+    # The schedule begins anew, the banks of two classes fill half by half and are used after three steps.
+    assert steps[8]["lr"] < 0.1 * steps[12]["lr"] and steps[7]["lr"] < steps[5]["lr"]
+    assert towers[-1]["region_bank"] == 16 and steps[-1]["track_bank"] == 2 * steps[-1]["track_bank_events"] == 16
+    assert towers[1]["region_candidates"] < towers[-1]["region_candidates"]
+    assert towers[-1]["region_in_batch"] < towers[-1]["loss_region"]
+    first, *_, last = metrics(plain, "validation")
+    assert first["region"]["count"] > 8 and {"scores", "classes", "map"} <= last.keys()
+    before, after = load(plain, "best.pt"), load(plain)
+    for name in before["model"]:  # the towers stand still while the head learns
+        assert not name.startswith("fgclip.vision") or torch.equal(before["model"][name], after["model"][name]), name
+    assert torch.equal(
+        after["model"]["fgclip.visual_projection.weight"], after["ema"]["fgclip.visual_projection.weight"]
+    )
+
+
+def test_a_head_learns_from_the_towers_and_features_of_another_run(plain, tmp_path, capsys):
+    features = ["--features", plain / "features"]
+    before = {path.name: path.stat().st_mtime_ns for path in (plain / "features").iterdir()}
+    folder = train(tmp_path / "head", *HEAD, "--init-from", plain / "last.pt", *features, "--max-steps", 2)
+    assert {path.name: path.stat().st_mtime_ns for path in (plain / "features").iterdir()} == before
+    one, two = load_video_model(plain / "last.pt"), load_video_model(folder / "last.pt")
+    assert torch.equal(one.fgclip.visual_projection.weight, two.fgclip.visual_projection.weight)
+    assert two.supervision.endswith("not weakly supervised") and two.classes == (
+        "explosion",
+        "fight",
+        "speeding",
+        "fire",
+    )
+    assert "optimizer" in load(folder) and not any(
+        "fgclip" in g["name"] for g in load(folder)["optimizer"]["param_groups"]
+    )
+    flags = [*VIDEO, *HEAD, "--init-from", plain / "last.pt", *features, "--output", tmp_path / "other"]
+    assert "holds features of another key" in refused(capsys, train_video.main, *flags, "--frames-per-clip", 2)
+
+
+def test_own_videos_in_folders(own, plain, tmp_path, capsys):
+    """Only labels of videos: no tracks, no captions. What is held out is not trained on."""
+    flags = ["--data-root", own, "--format", "folders", *HEAD, "--init-from", plain / "last.pt", "--val-share", "0.25"]
+    folder = run(train_video, flags, tmp_path / "run", "--batch-size", 4, "--device", "cpu", "--workers", 0)
+    output = capsys.readouterr().out
+    assert "supervision: labels of videos alone" in output
+    assert "training: 18 videos, 9 with an event" in output and "held out for validation: 6 videos, 3 with" in output
+    line = metrics(folder)[0]
+    assert {"loss_bag", "loss_class", "loss_texts"} <= line.keys() and "loss_track" not in line
+    last = metrics(folder, "validation")[-1]["scores"]["anomaly score"]
+    assert last["auc"] is None and 0 <= last["video_auc"] <= 1  # it is not known when the events are
+    assert load_video_model(folder / "best.pt").classes == ("fire",)
+
+
+def test_a_signal_during_extraction_leaves_a_run_to_go_on_with(plain, tmp_path, monkeypatch):
+    """It ends after the video in hand; what is extracted is kept."""
+    opened, count = SyntheticVideos.open, [0]
+
+    def told_to_end(self, record):
+        count[0] += 1
+        if count[0] == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return opened(self, record)
+
+    flags = [*VIDEO, *HEAD, "--init-from", plain / "last.pt", "--max-steps", 3]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(SyntheticVideos, "open", told_to_end)
+        run(train_video, flags, tmp_path / "run")
+    assert stop.value.code == 143 and len(list((tmp_path / "run/features").glob("*.clips.json"))) == 5
+    train_video.main(["--resume", str(tmp_path / "run"), "--max-steps", "3", "--device", "cpu"])
+    assert equal(load(tmp_path / "run")["model"], load(run(train_video, flags, tmp_path / "other"))["model"])
+
+
+def test_a_damaged_video_is_named_and_another_takes_its_place(own, plain, tmp_path, capsys):
+    root = shutil.copytree(own, tmp_path / "videos")
+    (victim,) = sorted((root / "fire").iterdir())[:1]
+    for path in victim.iterdir():
+        path.write_bytes(b"no picture")
+    flags = ["--data-root", root, "--format", "folders", *HEAD, "--init-from", plain / "last.pt", "--batch-size", 4]
+    flags += ["--device", "cpu", "--workers", 0, "--max-steps", 3]
+    assert victim.name in refused(capsys, train_video.main, *flags, "--output", tmp_path / "one")
+    assert len(metrics(run(train_video, flags, tmp_path / "two", "--allow-missing", 1))) == 3
+
+
+def test_two_processes_train_as_one(plain, tmp_path, two_ranks):
+    """Half a batch each: the same losses, of the towers and, but for what dropout draws, of the head."""
+    (first, _) = two_ranks(__file__, tmp_path)
+    for one, two in zip(metrics(plain)[:2] + metrics(plain)[8:10], first["towers"] + first["head"], strict=True):
+        for name in (name for name in one if name.startswith("loss_")):
+            assert two[name] == pytest.approx(one[name], rel=0.02 if "loss_bag" in one else 1e-3), name
+
+
+def test_half_precision_has_logits_in_float32(plain, tmp_path, monkeypatch):
+    seen, forward = [], TemporalHead.forward
+    monkeypatch.setattr(TemporalHead, "forward", lambda *args: seen.append(forward(*args)) or seen[-1])
+    flags = ["--init-from", plain / "last.pt", "--features", plain / "features", "--amp", "bf16", "--max-steps", 1]
+    (line,) = metrics(train(tmp_path / "run", *HEAD, *flags))
+    assert all(output[name].dtype == torch.float32 for output in seen for name in ("anomaly", "classes", "frames"))
+    assert all(np.isfinite(value) for name, value in line.items() if name.startswith("loss_"))
+
+
+def test_wrong_flags_end_in_one_sentence(own, plain, tmp_path, capsys):
+    def say(*flags):
+        return refused(capsys, train_video.main, *VIDEO, "--output", tmp_path / "run", *flags)
+
+    assert "random towers say nothing" in say("--tower", "frozen")
+    assert "below --epochs 6" in say("--tower-epochs", 6)
+    assert "expected an even number" in say("--batch-size", 3)
+    assert "does not divide among the 2" in say("--bank-size", 5)
+    assert "makes features of its own" in say("--features", tmp_path)
+    assert "--tracks needs --data-root" in say("--tracks", "x.json")
+    data = ["--data-root", own, "--format", "folders"]
+    assert "--init-from is missing" in say(*data, "--tower", "frozen")
+    assert "learns from --tracks or --captions" in say(*data, "--tower", "tune")
+    assert "holds no Anomaly_Test.txt" in say("--data-root", own, *HEAD, "--init-from", plain / "last.pt")
+
+
+def shuffled(videos: VideoSet, seed: int) -> VideoSet:
+    """The same videos with the labels of others."""
+    records = videos.records
+    order = np.random.default_rng(seed).permutation(len(records))
+    labels = [dict(classes=records[i].classes, tracks=(), captions=()) for i in order]
+    part = videos.subset(range(len(records)))
+    part.records = [type(r)(**{**vars(r), **label}) for r, label in zip(records, labels, strict=True)]
+    return part
+
+
+@pytest.mark.slow
+def test_the_default_run_finds_events_and_what_should_fail_fails(tmp_path, monkeypatch):
+    """The bars for drawn videos, and controls: without motion, without neighbouring clips, with shuffled labels."""
+    train_video.main(["--output", str(tmp_path / "run"), "--device", "cpu", "--workers", "0"])
+    last = metrics(tmp_path / "run", "validation")[-1]
+    scores, own = last["scores"]["anomaly score"], {name: row["auc"] for name, row in last["classes"].items()}
+    average = last["map"]["with_events"]["average"]
+    assert scores["auc"] >= 0.80 and scores["anomalous_auc"] >= 0.78 and scores["ap"] >= 0.50 and average >= 0.30
+    assert min(own.values()) >= 0.62 and min(own["explosion"], own["fire"]) >= 0.75
+    assert last["scores"]["oracle of the video's label"]["anomalous_auc"] == pytest.approx(0.5)
+
+    flags = ["--tower", "frozen", "--init-from", tmp_path / "run/last.pt", "--features", tmp_path / "run/features"]
+    flags += ["--epochs", 30, "--validate-every", 30, "--device", "cpu", "--track-weight", 0, "--caption-weight", 0]
+
+    def control(name: str, *more) -> dict:
+        return metrics(run(train_video, [*flags, *more], tmp_path / name), "validation")[-1]
+
+    plain, still = control("plain"), control("still", "--inputs", "global")
+    alone = control("alone", "--head-layers", 0)
+    auc = [each["scores"]["anomaly score"]["auc"] for each in (plain, still)]
+    assert auc[1] < auc[0] - 0.10
+    assert alone["map"]["with_events"]["average"] < plain["map"]["with_events"]["average"] - 0.08
+    opened, found = train_video.open_videos, []
+    for seed in range(3):
+        monkeypatch.setattr(
+            train_video,
+            "open_videos",
+            lambda args, seed=seed: (lambda t, v, m: (shuffled(t, seed), v, m))(*opened(args)),
+        )
+        found.append(control(f"shuffled-{seed}")["scores"]["anomaly score"]["anomalous_auc"])
+    assert abs(np.mean(found) - 0.5) <= 0.1
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    halves = [*VIDEO, "--batch-size", 4]
+    train(folder / "towers", *halves, "--max-steps", 2)
+    train_video.main(["--resume", str(folder / "towers"), "--max-steps", "10", "--device", "cpu"])
+    lines = metrics(folder / "towers")
+    torch.save({"towers": lines[:2], "head": lines[8:]}, folder / f"rank{os.environ['RANK']}.pt")
