@@ -20,7 +20,10 @@ from fgclip.video.head import TemporalHead
 from fgclip.video.metrics import VideoScores, anomaly_report
 from fgclip.video.model import NORMAL, VideoModel
 from fgclip.video.plots import Strip, best_and_worst, clock, draw_curve, peaks, thumbnail
+from fgclip.video.records import VideoRecord
+from fgclip.video.store import Clips
 from fgclip.video.synthetic import PROMPTS, SyntheticVideos, sentences
+from trainkit.files import open_image
 
 SIDE = 32
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -107,7 +110,7 @@ def test_drawn_videos(checkpoint, model, tmp_path, capsys):
     assert one["scores"] == pytest.approx(scores[1].scores, abs=1e-5) and one["name"] == "video-3-1"
     assert (one["rate"], one["clip_frames"], one["frames"]) == (30, 4, scores[1].frames)
     assert one["classes"] == ["explosion"] and one["events"] == [list(event) for event in scores[1].events]
-    assert Image.open(curves).width == 990
+    assert open_image(curves).width == 990
     evaluate(checkpoint, "--count", 1, "--output", report)  # normal alone: nothing to rank
     assert '"auc": null' in report.read_text()
 
@@ -151,6 +154,12 @@ def test_normal_is_a_class_of_xd_violence(name, checkpoint, model, tmp_path, mon
     assert published == pytest.approx(right["map"]["published"], abs=1e-6) != wrong["map"]["published"]
 
 
+def test_events_are_in_frames_of_the_video_s_own_rate(model):
+    clips = Clips(*np.zeros((2, 10, 16), np.float16), np.zeros((10, 4), np.float16), frames=38, rate=Fraction(15))
+    found = model.scores(VideoRecord("a", None, ("fire",), ((1.0, 2.0, "fire"),)), clips)
+    assert found.rate == 15 and found.events == ((15, 30, "fire"),)
+
+
 def test_watching_a_folder_of_images(checkpoint, model, tmp_path, capsys):
     """Scores are the model's, a peak's picture is the middle of its clip, phrases are ranked by their cosines."""
     video, texts = images(tmp_path / "frames", 200), ["a red ring", "an explosion", ("a red ring " * 9).strip()]
@@ -164,17 +173,17 @@ def test_watching_a_folder_of_images(checkpoint, model, tmp_path, capsys):
     assert pytest.approx(classes, abs=1e-5) == np.array([*found["probabilities"].values()]).T
     said, cosines = capsys.readouterr().out, frames @ model.embed(texts)[0].numpy().T
     assert "1 phrases were longer than the model reads" in said and "supervision: labels of videos alone" in said
-    assert sorted(peak["clip"] for peak in found["peaks"]) == sorted(peaks(scores, 3)) and len(found["peaks"]) == 3
+    assert [peak["clip"] for peak in found["peaks"]] == sorted(peaks(scores, 3)) and len(found["peaks"]) == 3
     for peak in found["peaks"]:
         clip, order = peak["clip"], np.argsort(-cosines[peak["clip"]])
         assert peak["time"] == pytest.approx((4 * clip + 2) / 30) and peak["class"] == names[classes[clip].argmax()]
         assert [one["phrase"] for one in peak["phrases"]] == [texts[i] for i in order]
         assert [one["cosine"] for one in peak["phrases"]] == pytest.approx(cosines[clip][order], abs=1e-3)
-        picture = np.asarray(Image.open(tmp_path / "out/deep" / peak["picture"]), dtype=float)
+        picture = np.asarray(open_image(tmp_path / "out/deep" / peak["picture"]), dtype=float)
         errors = [abs(picture - video.draw(index)).mean() for index in range(video.count)]
         assert abs(int(np.argmin(errors)) - 4 * clip - 2) <= 1  # jpg
         assert clock(peak["time"]) in said and peak["phrases"][0]["phrase"] in said
-    assert Image.open(tmp_path / "out/deep/curves.png").width == 990
+    assert open_image(tmp_path / "out/deep/curves.png").width == 990
 
 
 def test_without_phrases_the_sentences_of_the_classes_are_taken(checkpoint, tmp_path):
