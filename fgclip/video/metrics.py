@@ -114,27 +114,22 @@ def detection_map(videos: Sequence[VideoScores], names: Sequence[str | None], th
     """
     result, found = np.full((len(names), len(thresholds)), np.nan), [proposals(video) for video in videos]
     for column, name in enumerate(names):
-        whole = [[(0, video.frames)] if name is None and not video.classes else [] for video in videos]
-        events = [[event[:2] for event in video.events or () if event[2] == name] for video in videos]
-        events = {i: some for i, some in enumerate(whole if name is None else events) if some}
+        events = {i: [event[:2] for event in v.events or () if event[2] == name] for i, v in enumerate(videos)}
+        if name is None:
+            events = {i: [] if video.classes else [(0, video.frames)] for i, video in enumerate(videos)}
+        count = sum(map(len, events.values()))
         rows = np.concatenate([np.empty((0, 4)), *(np.insert(one[column], 3, i, 1) for i, one in enumerate(found))])
         rows = rows[np.argsort(-rows[:, 2], kind="stable")]  # (n, 4)
-        near = [(rank, *rows[rank, [3, 0, 1]]) for rank in np.flatnonzero(np.isin(rows[:, 3], list(events)))]
-        for place, threshold in enumerate(thresholds) if events else ():
-            hits, unused = np.zeros(len(rows)), {i: list(some) for i, some in events.items()}
+        near = [(rank, *rows[rank - 1, [3, 0, 1]]) for rank in range(1, 1 + len(rows)) if events[rows[rank - 1, 3]]]
+        for place, threshold in enumerate(thresholds) if count else ():
+            hits, unused = [], {i: list(some) for i, some in events.items()}
             for rank, i, start, end in near:
-                overlaps = [_iou(event, start, end) for event in unused[i]]
-                if overlaps and max(overlaps) >= threshold:
+                overlaps = [(min(end, e) - max(start, s)) / (max(end, e) - min(start, s)) for s, e in unused[i]]
+                if max(overlaps, default=0) >= threshold:
                     unused[i].pop(int(np.argmax(overlaps)))
-                    hits[rank] = 1
-            precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
-            result[column, place] = (precision * hits).sum() / sum(map(len, events.values()))
+                    hits.append(rank)
+            result[column, place] = sum(n / rank for n, rank in enumerate(hits, start=1)) / count
     return result
-
-
-def _iou(event: tuple[int, int], start: float, end: float) -> float:
-    common = min(end, event[1]) - max(start, event[0])
-    return max(0.0, common) / (max(end, event[1]) - min(start, event[0]))
 
 
 def frame_figures(videos: Sequence[VideoScores]) -> dict[str, float]:
@@ -142,14 +137,13 @@ def frame_figures(videos: Sequence[VideoScores]) -> dict[str, float]:
     without an event that raise an alarm; video_auc: of the highest scores, also of videos with unknown events."""
     known = [video for video in videos if video.known]
     parts = [_together(known), _together([video for video in known if video.classes])]
-    scores, _, negative = parts[0]
-    own = [frame_auc(video.scores, *video.counts) for video in known if video.classes]
-    highest, anomalous = (np.array(x) for x in zip(*((v.scores.max(), bool(v.classes)) for v in videos), strict=True))
+    (scores, _, negative), anomalous = parts[0], np.array([bool(video.classes) for video in videos])
     names, figures = ("auc", "ap", "anomalous_auc", "anomalous_ap"), (frame_auc, average_precision)
     return dict(zip(names, (figure(*part) for part in parts for figure in figures), strict=True)) | dict(
-        mean_auc=_mean(own), video_auc=frame_auc(highest, anomalous),
+        mean_auc=_mean([frame_auc(video.scores, *video.counts) for video in known if video.classes]),
+        video_auc=frame_auc(np.array([video.scores.max() for video in videos]), anomalous),
         false_alarms=float(negative[scores > ALARM].sum() / negative.sum()) if negative.any() else float("nan"),
-    )  # fmt: skip
+    )
 
 
 def _together(videos: Sequence[VideoScores]) -> tuple[np.ndarray, ...]:
@@ -160,17 +154,16 @@ def _together(videos: Sequence[VideoScores]) -> tuple[np.ndarray, ...]:
 
 def _mean(values) -> float:
     """The mean of those that are not NaN."""
-    values = np.array(values)[~np.isnan(values)]
-    return float(values.mean()) if len(values) else float("nan")
+    return float("nan") if np.isnan(values).all() else float(np.nanmean(values))
 
 
 def oracles(videos: Sequence[VideoScores]) -> dict[str, list[VideoScores]]:
     """Scores of who knows only which videos are anomalous, and of who guesses also that events are in the middle."""
-    single = [replace(v, clip_frames=1, scores=np.full(v.frames, float(bool(v.classes))),
-                      class_scores=np.zeros((v.frames, 0))) for v in videos]  # fmt: skip
+    label = [replace(v, clip_frames=1, scores=np.full(v.frames, float(bool(v.classes))),
+                     class_scores=np.zeros((v.frames, 0))) for v in videos]  # fmt: skip
     ramps = [1 - abs(2 * (np.arange(v.frames) + 0.5) / v.frames - 1) for v in videos]  # 0 at both ends, 1 in the middle
-    middle = [replace(v, scores=v.scores * ramp) for v, ramp in zip(single, ramps, strict=True)]
-    return {"oracle of the video's label": single, "oracle x middle of the video": middle}
+    middle = [replace(v, scores=v.scores * ramp) for v, ramp in zip(label, ramps, strict=True)]
+    return {"oracle of the video's label": label, "oracle x middle of the video": middle}
 
 
 def anomaly_report(videos: Sequence[VideoScores], classes: Sequence[str], *, normal_counts: bool = False) -> dict:
