@@ -170,7 +170,8 @@ def open_videos(args: argparse.Namespace) -> tuple[VideoSet, VideoSet, list[str]
         return train, validation, [f"training on {len(train)} videos drawn from seed {args.seed} (no --data-root), "
                                    f"validating on {len(validation)} from seed {validation.seed}"]  # fmt: skip
     videos, messages = read_videos(args.data_root, args.format, "train"), []
-    missing = videos.missing
+    kept = FeatureStore(args.features).names() if args.features and Path(args.features).is_dir() else []
+    missing = [name for name in videos.missing if name not in kept]
     if len(missing) > args.allow_missing:
         names = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
         raise InputError(f"{args.data_root}: {len(missing)} videos are missing (--allow-missing goes without): {names}")
@@ -179,7 +180,8 @@ def open_videos(args: argparse.Namespace) -> tuple[VideoSet, VideoSet, list[str]
     entries = read_tracks(args.tracks, args.track_rate) if args.tracks else []
     entries += read_sentences(args.captions) if args.captions else []
     videos, said = add_annotations(videos, entries)
-    train, validation = hold_out(videos.subset(lambda record: record.path is not None), args.val_share, args.seed)
+    there = videos.subset(lambda record: record.name not in missing)
+    train, validation = hold_out(there, args.val_share, args.seed)
     for name, part in (("training", train), ("held out for validation", validation)):
         events = sum(bool(record.classes) for record in part.records)
         messages.append(f"{name}: {len(part)} videos, {events} with an event of {len(part.classes)} classes")
