@@ -18,10 +18,11 @@ import argparse
 import collections
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -62,7 +63,7 @@ from trainkit.loader import make_loader
 from trainkit.optimizer import build_optimisation, ema
 from trainkit.run import Run
 from trainkit.run_folder import find_resume
-from trainkit.sampler import AlternatingSampler
+from trainkit.sampler import ResumableSampler
 from trainkit.step import TrainStep, module_gradient_norms
 
 SCRIPT = "video"
@@ -218,6 +219,24 @@ def build_model(args: argparse.Namespace, train: VideoSet) -> tuple[VideoModel, 
     clips = dict(clip_frames=args.clip_frames, frames_per_clip=args.frames_per_clip)
     said = supervision(train, args)
     return VideoModel(fgclip, head, tokenizer, prompts=prompts, clips=clips, supervision=said), about
+
+
+class AlternatingSampler(ResumableSampler):
+    """ResumableSampler over samples of two labels that take turns. An epoch goes once through the rarer label.
+
+    labels: whether each sample has the second label; with both there has to be at least one.
+    """
+
+    def __init__(self, labels: Sequence[bool], batch_size: int, *, seed: int):
+        self.kinds = [np.flatnonzero(np.asarray(labels, dtype=bool) == kind) for kind in (False, True)]
+        super().__init__(2 * min(map(len, self.kinds)), batch_size, seed=seed)
+
+    def _order(self) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        return np.stack([rng.permutation(kind)[: self.length // 2] for kind in self.kinds], axis=1).ravel()
+
+    def _recipe(self) -> dict:
+        return super()._recipe() | {"labels": [len(kind) for kind in self.kinds]}
 
 
 def tower_weights(args: argparse.Namespace, videos: VideoSet) -> dict[str, float]:
