@@ -8,6 +8,7 @@ Each video is read once. Those that the folder has are passed over, so that the 
 
 import argparse
 import sys
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_arguments(parser)
     args = parser.parse_args(arguments)
-    device = distributed.start(args.device)
+    device = distributed.start(args.device, timedelta(days=30))  # a rank that is done waits for the others
     videos = open_videos(args)
     model, _ = load_towers(args.init_from, args.vocab, image_size=args.image_size)
     clips = dict(clip_frames=args.clip_frames, frames_per_clip=args.frames_per_clip)

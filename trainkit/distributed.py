@@ -5,6 +5,7 @@ Without a process group every function returns what one process alone would see,
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,10 +19,11 @@ from trainkit.errors import InputError
 _launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # the process of `torchrun`
 
 
-def start(device: str) -> torch.device:
+def start(device: str, patience: timedelta | None = None) -> torch.device:
     """Join the process group that `torchrun` announces (nccl for cuda, gloo for cpu) and return this process's device.
 
-    Without `torchrun` nothing is joined. Raises InputError where `--device cuda` finds no GPU for this process.
+    Without `torchrun` nothing is joined. patience: how long processes wait for each other, if not as long as torch has
+    it. Raises InputError where `--device cuda` finds no GPU for this process.
     """
     place = torch.device(device)
     if device == "cuda":
@@ -33,7 +35,8 @@ def start(device: str) -> torch.device:
                              "--nproc-per-node.")  # fmt: skip
         torch.cuda.set_device(place)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(**dict(backend="nccl", device_id=place) if device == "cuda" else dict(backend="gloo"))
+        kind = dict(backend="nccl", device_id=place) if device == "cuda" else dict(backend="gloo")
+        dist.init_process_group(**kind, timeout=patience)
     return place
 
 
