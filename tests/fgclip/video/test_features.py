@@ -115,7 +115,7 @@ def test_motion_and_amount_are_those_of_a_plain_loop(small_model):
 
 @pytest.mark.parametrize(
     ("frames", "length", "each"),
-    [(33, 16, 1), (25, 16, 1), (24, 16, 1), (16, 16, 1), (1, 16, 1), (40, 8, 3), (9, 4, 4), (7, 1, 1), (13, 5, 2)],
+    [(33, 16, 1), (25, 16, 1), (24, 16, 1), (16, 16, 1), (1, 16, 1), (40, 8, 3), (9, 4, 4), (7, 1, 1), (13, 4, 2)],
 )
 def test_the_clips_of_a_video_are_those_of_a_plain_loop(small_model, frames, length, each):
     pictures, pairs = noise(frames), []
@@ -135,7 +135,7 @@ def test_the_clips_of_a_video_are_those_of_a_plain_loop(small_model, frames, len
 @pytest.mark.slow
 def test_memory_does_not_grow_over_a_long_video(tmp_path, small_model):
     pytest.importorskip("av")
-    still, seen = noise(30, size=(120, 160)), []
+    still, seen = noise(30, size=(48, 64)), []
     write_video(tmp_path / "long.mp4", (still[i % 30] for i in range(18_000)), 30)
     video = open_video(tmp_path / "long.mp4")
     walk = video.walk
@@ -148,8 +148,8 @@ def test_memory_does_not_grow_over_a_long_video(tmp_path, small_model):
             yield frame
 
     video.walk = watched
-    assert len(ClipEncoder(small_model, clip_frames=2).video(video).amount) == 9000
-    assert len(seen) == 9 and max(seen[2:]) - seen[2] < 8, seen  # MiB; the pictures themselves, squashed, are 55
+    assert len(ClipEncoder(small_model, clip_frames=4).video(video).amount) == 4500
+    assert len(seen) == 9 and max(seen[2:]) - seen[2] < 8, seen  # MiB; the pictures themselves, squashed, are 27
 
 
 # ---- the folder
@@ -193,6 +193,12 @@ def test_killed_at_any_file_and_resumed_it_equals_one_go(videos, tmp_path, small
             extract(videos, encoder, store)
         assert store.names() == sorted("bac"[: after // 4])  # the largest first
         assert extract(videos, encoder, store) == [] and contents(store.folder) == whole
+    (tmp_path / "root/normal/a/019.png").unlink()
+    after = len(files) + 1  # after one array of what now is another video
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        extract(videos, encoder, store)
+    assert store.names() == ["b", "c"]
 
 
 def test_damaged_videos_are_recorded_and_not_tried_again(videos, tmp_path, small_model):
