@@ -25,6 +25,7 @@ from fgclip.data.collate import Collate
 from fgclip.data.dataset import DataStatistics, RegionDataset, data_statistics, evenly, hold_out, image_ids
 from fgclip.data.records import COCO, FineHARD
 from fgclip.embedding import Embedder
+from fgclip.freezing import freeze, train_unfrozen
 from fgclip.loading import check_image_size
 from fgclip.losses import PairBank
 from fgclip.model import MAX_LOGIT_SCALE
@@ -160,6 +161,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--logit-scale-init", type=non_negative_float, default=MAX_LOGIT_SCALE, metavar="X",
         help="logarithm of the three logit scales at the start; published weights bring their own")
     add("--reset-logit-scales", action="store_true", help="set the scales of --init-from or --resume to it")
+    add("--freeze", nargs="*", default=[], metavar="TOWER[:N]", help="what does not learn: vision or text with its "
+        "projection, or vision:9 and text:6, the first blocks and the embeddings below them")
 
 
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
@@ -334,9 +337,10 @@ def logit_scales(args: argparse.Namespace, models: list[FGCLIP], optimizer: torc
 
 def about_losses(args: argparse.Namespace, model: FGCLIP) -> str:
     """What is trained: its size, and the weights of the losses."""
-    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     weights = ", ".join(f"{name.removeprefix('loss_')} {weight:g}" for name, weight in loss_weights(args).items())
-    return f"{count / 1e6:.1f} M trainable parameters; loss weights: {weights}"
+    return f"{learning / 1e6:.2f} of {whole / 1e6:.2f} M parameters learn; loss weights: {weights}"
 
 
 def check(messages: list[str], train_data, val_data, train_step, objective, loader, model) -> None:
@@ -369,9 +373,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     weights = loss_weights(args)
     enabled = [name.removeprefix("loss_") for name, weight in weights.items() if weight]
+    freeze(bare, args.freeze)
     freeze_unreached(bare, enabled)
+    if not any(parameter.requires_grad and parameter.dim() for parameter in bare.parameters()):
+        raise InputError(f"--freeze {' '.join(args.freeze)}: nothing but the logit scales would learn")
     bare.set_checkpointing(args.checkpoint_activations)
-    bare = bare.to(device).train()
+    train_unfrozen(bare.to(device))
     if args.compile:
         for tower in (bare.vision_model, bare.text_model):
             for block in tower.encoder.layers[:-1]:
@@ -434,7 +441,9 @@ def main(arguments: list[str] | None = None) -> None:
                     models[-1], tokenizer, device=device, batch_size=args.batch_size, workers=args.workers,
                     amp=args.amp, between=run.leave_if_asked,
                 )  # fmt: skip
+                models[-1].eval()
                 metrics = validation_metrics(embedder, val_data, regions=regions, long=bool(args.long_weight))
+                train_unfrozen(bare)
                 run.log_validation(metrics, validation_text(metrics))
                 if epoch > 0:
                     run.keep_best(best_metric(metrics, args.best_by), args.best_by)
