@@ -19,14 +19,16 @@ from benchmarks import common
 from benchmarks.fgclip_step import SIZES, WEIGHTS, make_batch
 from fgclip import FGCLIP
 from fgclip.freezing import freeze, train_unfrozen
+from fgclip.lora import add_lora
 from fgclip.objective import FGCLIPLoss
 from trainkit.step import TrainStep
 
-OPTIONS = {  # name -> frozen parts
-    "plain": [],
-    "--freeze text": ["text"],
-    "--freeze vision": ["vision"],
-    "--freeze vision:9 text:9": ["vision:9", "text:9"],
+OPTIONS = {  # name -> frozen parts, and rank of the adapters
+    "plain": ([], 0),
+    "--freeze text": (["text"], 0),
+    "--freeze vision": (["vision"], 0),
+    "--freeze vision:9 text:9": (["vision:9", "text:9"], 0),
+    "--lora-rank 8": ([], 8),
 }
 
 
@@ -36,7 +38,10 @@ class Contender:
     def __init__(self, name: str, args: argparse.Namespace):
         torch.manual_seed(0)
         model = FGCLIP(**SIZES[args.size])
-        freeze(model, OPTIONS[name])
+        parts, rank = OPTIONS[name]
+        freeze(model, parts)
+        if rank:
+            add_lora(model, ("q_proj", "v_proj"), rank=rank, alpha=2 * rank, dropout=0.05)
         train_unfrozen(model.to(args.device))
         self.batches = [make_batch(args)]
         self.objective = FGCLIPLoss(model, names=list(WEIGHTS), banks={}, device=args.device)
@@ -54,9 +59,9 @@ class Contender:
 def main() -> None:
     parser = common.make_parser(__doc__, rounds=3)
     common.add_step_flags(parser, batch_size=4)
-    parser.add_argument("--size", choices=tuple(SIZES), default="base", help="of the towers (default: base, ViT-B/16)")
     parser.add_argument("--memory-of", metavar="NAME", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.size = "base"  # ViT-B/16
     torch.set_num_threads(args.threads)
     if args.memory_of:
         contender = Contender(args.memory_of, args)
@@ -69,7 +74,7 @@ def main() -> None:
         row += [f"{peak:.0f}", f"{peak / peaks['plain']:.2f}"]
     columns = ["step", *common.TIME_COLUMNS[1:4], "time over plain (all rounds)", "peak MiB", "over plain"]
     report = [
-        f"# Options of FG-CLIP training, {args.size} towers, batch {args.batch_size}, amp {args.amp}",
+        f"# Options of FG-CLIP training, ViT-B/16 at 224, batch {args.batch_size}, amp {args.amp}",
         f"{common.machine(args.device)}; {args.rounds} rounds",
         common.table(columns, rows),
     ]
