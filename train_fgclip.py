@@ -25,7 +25,9 @@ from fgclip.data.collate import Collate
 from fgclip.data.dataset import DataStatistics, RegionDataset, data_statistics, evenly, hold_out, image_ids
 from fgclip.data.records import COCO, FineHARD
 from fgclip.embedding import Embedder
+from fgclip.freezing import freeze, train_unfrozen
 from fgclip.loading import check_image_size
+from fgclip.lora import TARGETS, add_lora
 from fgclip.losses import PairBank
 from fgclip.model import MAX_LOGIT_SCALE
 from fgclip.objective import FGCLIPLoss, freeze_unreached
@@ -35,6 +37,7 @@ from fgclip.transformer import ACTIVATIONS
 from trainkit import distributed
 from trainkit.arguments import (
     add_recipe_flags,
+    below_one,
     check_needed,
     fraction,
     int_list,
@@ -43,6 +46,7 @@ from trainkit.arguments import (
     non_negative_int,
     parse_with_resume,
     peek_flags,
+    positive_float,
     positive_int,
 )
 from trainkit.errors import InputError, one_sentence
@@ -99,10 +103,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_recipe_flags(parser, SCRIPT, MAY_CHANGE)
     add_data_flags(parser)
     add_model_flags(parser)
+    add_part_flags(parser)
     add_loss_flags(parser)
     add_run_flags(parser)
 
-    given = peek_flags(arguments, *"--data-root --annotations --init-from --format --stage --bank-size".split())
+    deciding = "--data-root --annotations --init-from --format --stage --bank-size --lora-rank"
+    given = peek_flags(arguments, *deciding.split())
     synthetic = given.data_root is None and given.annotations is None
     defaults = dict(FINE_TUNING_RECIPE)
     if synthetic or given.init_from is None:
@@ -111,6 +117,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         defaults |= SYNTHETIC_RECIPE
         if given.bank_size not in (None, "0"):
             defaults |= BANK_RECIPE
+    if given.init_from is not None and given.lora_rank not in (None, "0"):
+        defaults |= dict(lr=1e-4)
     if given.init_from is not None:
         defaults |= dict(image_size=None, **dict.fromkeys(SIZES))
     if given.format == "coco" and not synthetic:
@@ -160,6 +168,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--logit-scale-init", type=non_negative_float, default=MAX_LOGIT_SCALE, metavar="X",
         help="logarithm of the three logit scales at the start; published weights bring their own")
     add("--reset-logit-scales", action="store_true", help="set the scales of --init-from or --resume to it")
+
+
+def add_part_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("which parts of the towers learn").add_argument
+    add("--freeze", nargs="*", default=[], metavar="TOWER[:N]", help="what does not learn: vision or text with its "
+        "projection, or vision:9 and text:6, the first blocks and the embeddings below them")
+    add("--lora-rank", type=non_negative_int, default=0, metavar="N", help="learn low-rank adapters of the blocks and "
+        "the logit scales alone; 0: none. With --init-from --lr is then 1e-4")
+    add("--lora-alpha", type=positive_float, default=16.0, metavar="X", help="factor on an adapter, over its rank")
+    add("--lora-dropout", type=below_one, default=0.05, metavar="X", help="share of an adapter's inputs set to 0")
+    add("--lora-targets", nargs="+", choices=TARGETS, default=["q_proj", "v_proj"], help="layers of a block")
 
 
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
@@ -334,9 +353,10 @@ def logit_scales(args: argparse.Namespace, models: list[FGCLIP], optimizer: torc
 
 def about_losses(args: argparse.Namespace, model: FGCLIP) -> str:
     """What is trained: its size, and the weights of the losses."""
-    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     weights = ", ".join(f"{name.removeprefix('loss_')} {weight:g}" for name, weight in loss_weights(args).items())
-    return f"{count / 1e6:.1f} M trainable parameters; loss weights: {weights}"
+    return f"{learning / 1e6:.2f} of {whole / 1e6:.2f} M parameters learn; loss weights: {weights}"
 
 
 def check(messages: list[str], train_data, val_data, train_step, objective, loader, model) -> None:
@@ -369,9 +389,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     weights = loss_weights(args)
     enabled = [name.removeprefix("loss_") for name, weight in weights.items() if weight]
+    freeze(bare, args.freeze)
+    if args.lora_rank:
+        sizes = dict(rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout)
+        add_lora(bare, args.lora_targets, **sizes)
     freeze_unreached(bare, enabled)
+    if not any(parameter.requires_grad and parameter.dim() for parameter in bare.parameters()):
+        raise InputError(f"--freeze {' '.join(args.freeze)}: nothing but the logit scales would learn")
     bare.set_checkpointing(args.checkpoint_activations)
-    bare = bare.to(device).train()
+    train_unfrozen(bare.to(device))
     if args.compile:
         for tower in (bare.vision_model, bare.text_model):
             for block in tower.encoder.layers[:-1]:
@@ -434,7 +460,9 @@ def main(arguments: list[str] | None = None) -> None:
                     models[-1], tokenizer, device=device, batch_size=args.batch_size, workers=args.workers,
                     amp=args.amp, between=run.leave_if_asked,
                 )  # fmt: skip
+                models[-1].eval()
                 metrics = validation_metrics(embedder, val_data, regions=regions, long=bool(args.long_weight))
+                train_unfrozen(bare)
                 run.log_validation(metrics, validation_text(metrics))
                 if epoch > 0:
                     run.keep_best(best_metric(metrics, args.best_by), args.best_by)

@@ -100,10 +100,14 @@ class Encoder(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def run(self, block, *inputs):
-        """Calls one block, or a method of one, under activation checkpointing where that is on."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+        """Calls one block, or a method of one: without graph where nothing below or in it learns, else checkpointed
+        where that is on."""
+        parameters = getattr(block, "__self__", block).parameters()
+        learns = inputs[0].requires_grad or any(parameter.requires_grad for parameter in parameters)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            if self.checkpointing and torch.is_grad_enabled():
+                return checkpoint(block, *inputs, use_reentrant=False)
+            return block(*inputs)
 
     def penultimate(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """The input of the last block: (B, L, C) to (B, L, C)."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fgclip.lora import merged
 from fgclip.model import FGCLIP
 from fgclip.text import TextTower, stretch_positions, stretched_length
 from fgclip.vision import VisionTower
@@ -158,7 +159,10 @@ def make_missing(state: dict[str, Tensor]) -> dict[str, str]:
 
 
 def build(arguments: Mapping, state: Mapping[str, Tensor], source: str) -> FGCLIP:
-    """FGCLIP(**arguments) with copies of the tensors, in float32 on the CPU. Raises InputError where they don't fit."""
+    """FGCLIP(**arguments) with copies of the tensors, adapters `merged`, in float32 on the CPU.
+
+    Raises InputError where they don't fit.
+    """
     try:
         arguments = dict(arguments)
         for tower in ("vision", "text"):
@@ -177,6 +181,10 @@ def build(arguments: Mapping, state: Mapping[str, Tensor], source: str) -> FGCLI
         raise InputError(f"{source} describes no model that can be built: {reason(error)}") from error
     state = {name: tensor.detach().cpu() for name, tensor in state.items()}
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    try:
+        state = merged(state)
+    except (KeyError, RuntimeError) as error:
+        raise InputError(f"{source}: its low-rank adapters do not fit: {reason(error)}") from error
     check_like(state, model.state_dict(), source)
     state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)
@@ -196,12 +204,12 @@ def hugging_face_config(model: FGCLIP) -> dict:
 
 
 def save_clip_weights(model: FGCLIP, directory: str | Path) -> None:
-    """Writes model.safetensors and config.json in the FG-CLIP layout. Needs the safetensors package."""
+    """Writes model.safetensors, adapters merged, and config.json in the FG-CLIP layout. Needs safetensors."""
     from safetensors.torch import save
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in merged(model.state_dict()).items()}
     with whole_file(directory / "model.safetensors") as file:
         file.write(save(state, metadata={"format": "pt"}))
     write_json(directory / "config.json", hugging_face_config(model), indent=1)

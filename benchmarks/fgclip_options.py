@@ -1,0 +1,85 @@
+"""What do the options for large models and few GPUs save in a training step of FG-CLIP: memory and time by turns.
+
+    python benchmarks/fgclip_options.py --batch-size 4 --rounds 3 --write
+
+Steps (forward, all four losses, backward, AdamW) take turns in one process. Peak memory is that of three steps in a
+fresh process each, above what it held before the first; gradients and optimizer state are in it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import trainkit.process_setup  # noqa: F401  before torch
+
+import torch
+
+from benchmarks import common
+from benchmarks.fgclip_step import SIZES, WEIGHTS, make_batch
+from fgclip import FGCLIP
+from fgclip.freezing import freeze, train_unfrozen
+from fgclip.lora import add_lora
+from fgclip.objective import FGCLIPLoss
+from trainkit.step import TrainStep
+
+OPTIONS = {  # name -> frozen parts, and rank of the adapters
+    "plain": ([], 0),
+    "--freeze text": (["text"], 0),
+    "--freeze vision": (["vision"], 0),
+    "--freeze vision:9 text:9": (["vision:9", "text:9"], 0),
+    "--lora-rank 8": ([], 8),
+}
+
+
+class Contender:
+    """A model with its optimizer and an option of OPTIONS."""
+
+    def __init__(self, name: str, args: argparse.Namespace):
+        torch.manual_seed(0)
+        model = FGCLIP(**SIZES[args.size])
+        parts, rank = OPTIONS[name]
+        freeze(model, parts)
+        if rank:
+            add_lora(model, ("q_proj", "v_proj"), rank=rank, alpha=2 * rank, dropout=0.05)
+        train_unfrozen(model.to(args.device))
+        self.batches = [make_batch(args)]
+        self.objective = FGCLIPLoss(model, names=list(WEIGHTS), banks={}, device=args.device)
+        self.train_step = TrainStep(
+            model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5), device=args.device,
+            forward=lambda _, batch: (self.objective(batch), {}), amp=args.amp, describe=lambda batch: batch["sources"],
+            weights={f"loss_{name}": weight for name, weight in WEIGHTS.items()},
+        )  # fmt: skip
+
+    def step(self) -> None:
+        self.objective.begin(self.batches)
+        self.train_step(self.batches)
+
+
+def main() -> None:
+    parser = common.make_parser(__doc__, rounds=3)
+    common.add_step_flags(parser, batch_size=4)
+    parser.add_argument("--memory-of", metavar="NAME", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.size = "base"  # ViT-B/16
+    torch.set_num_threads(args.threads)
+    if args.memory_of:
+        contender = Contender(args.memory_of, args)
+        return print(common.extra_memory(lambda: [contender.step() for _ in range(3)], args.device))
+
+    peaks = {name: common.in_fresh_process(f"--memory-of={name}") for name in OPTIONS}
+    times = common.take_turns({name: Contender(name, args).step for name in OPTIONS}, args.rounds)
+    rows = common.time_rows(times, "plain")
+    for row, peak in zip(rows, peaks.values(), strict=True):
+        row += [f"{peak:.0f}", f"{peak / peaks['plain']:.2f}"]
+    columns = ["step", *common.TIME_COLUMNS[1:4], "time over plain (all rounds)", "peak MiB", "over plain"]
+    report = [
+        f"# Options of FG-CLIP training, ViT-B/16 at 224, batch {args.batch_size}, amp {args.amp}",
+        f"{common.machine(args.device)}; {args.rounds} rounds",
+        common.table(columns, rows),
+    ]
+    common.finish(report, f"fgclip-options-{args.device}-{args.amp}", args.write)
+
+
+if __name__ == "__main__":
+    main()

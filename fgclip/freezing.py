@@ -1,0 +1,37 @@
+"""Parts of the towers that do not learn: they run without graph and in evaluation mode, and no optimizer knows them."""
+
+from collections.abc import Collection
+
+from fgclip.model import FGCLIP
+from trainkit.errors import InputError
+
+# What is frozen with a whole tower. A projection of the regions' own goes on learning.
+TOWERS = dict(
+    vision=("vision_model", "visual_projection"), text=("text_model", "text_projection", "text_filip_projection")
+)  # fmt: skip
+
+
+def freeze(model: FGCLIP, parts: Collection[str]) -> None:
+    """Freezes "vision" or "text", a tower with its projections, or "text:6", its embeddings and first 6 blocks.
+
+    Call it before an optimizer and DDP are made. Raises InputError on other words, and where there are fewer blocks.
+    """
+    for part in parts:
+        name, colon, count = part.partition(":")
+        tower = getattr(model, f"{name}_model") if name in TOWERS else None
+        if tower is None or (colon and not (count.isdecimal() and int(count) <= len(tower.encoder.layers))):
+            blocks = [len(each.encoder.layers) for each in (model.vision_model, model.text_model)]
+            expected = "vision or text, with a colon the number of first blocks, of at most {} and {}".format(*blocks)
+            raise InputError(f"--freeze {part}: expected {expected}")
+        frozen = [getattr(model, each) for each in TOWERS[name] if hasattr(model, each)]
+        if colon:
+            below = [tower.embeddings, tower.pre_layrnorm] if name == "vision" else [tower.embeddings]
+            frozen = [*below, *tower.encoder.layers[: int(count)]]
+        for module in frozen:
+            module.requires_grad_(False)
+
+
+def train_unfrozen(model: FGCLIP) -> None:
+    """Training mode for every module with a parameter that learns, evaluation mode for the others."""
+    for module in model.modules():
+        module.training = any(parameter.requires_grad for parameter in module.parameters())

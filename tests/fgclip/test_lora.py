@@ -1,0 +1,111 @@
+"""Low-rank adapters: what learns, that they merge exactly, and a run with them that is resumed, evaluated and saved."""
+
+import pytest
+import torch
+from scripts import FGCLIP as TINY
+from scripts import equal, load, metrics, refused, run
+
+import train_fgclip
+from fgclip import load_clip_weights, load_model, save_clip_weights
+from fgclip.freezing import freeze, train_unfrozen
+from fgclip.lora import TARGETS, add_lora
+from fgclip.weights import build
+
+LORA = [*TINY, *"--lora-rank 2 --lora-alpha 6 --lora-dropout 0.3 --lora-targets q_proj v_proj fc2".split()]
+
+
+def adapted(model, targets, dropout=0.0):
+    add_lora(model, targets, rank=2, alpha=6.0, dropout=dropout)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_up"):
+            assert not parameter.any()  # the model is the same at first
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def batch_of():
+    tokens = torch.randint(1, 512, (4, 9), generator=torch.Generator().manual_seed(1))
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    batch = dict(pixels=pixels, boxes=[torch.tensor([[0.1, 0.1, 0.8, 0.9]])] * 2)
+    batch |= dict(short_texts=tokens, short=torch.tensor([0, 1]), region=torch.tensor([2, 3]))
+    return batch | dict(long_texts=tokens, long=torch.tensor([0, 3]))
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("v_proj",)])
+def test_merged_weights_are_base_plus_product(small_model, tmp_path, targets):
+    base = {name: value.clone() for name, value in small_model.state_dict().items()}
+    model = adapted(small_model, targets).eval()
+    state, whole = model.state_dict(), build(small_model.config, model.state_dict(), "here")
+    for name, value in whole.state_dict().items():
+        layer = name.removesuffix(".weight")
+        expected = base[name]
+        if f"{layer}.lora_up" in state:
+            expected = expected + 6.0 / 2 * (state[f"{layer}.lora_up"] @ state[f"{layer}.lora_down"])
+        assert (layer.rpartition(".")[2] in targets and name.endswith("weight")) == (f"{layer}.lora_up" in state)
+        assert value.equal(expected), name
+    plain = whole.eval()(batch_of())
+    for name, feature in model(batch_of()).items():
+        torch.testing.assert_close(feature, plain[name], rtol=1e-4, atol=1e-5, msg=name)
+    save_clip_weights(model, tmp_path)
+    assert equal(dict(load_clip_weights(tmp_path).state_dict()), dict(whole.state_dict()))
+
+
+def test_what_learns_and_what_drops_out(small_model):
+    freeze(small_model, ["vision:2"])
+    model = adapted(small_model, ["q_proj", "fc1"], dropout=0.5)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapters = {name for name in learning if "lora_" in name}
+    assert {name.split(".lora")[0] for name in adapters} == {
+        *(f"{tower}_model.encoder.layers.{i}.{layer}" for layer in ("self_attn.q_proj", "mlp.fc1")
+          for tower, i in (("vision", 2), ("text", 0), ("text", 1)))
+    }  # fmt: skip
+    assert {name.partition(".")[0] for name in learning - adapters} == {
+        "logit_scale", "logit_scale_finegraind", "logit_scale_hardneg"
+    }  # fmt: skip
+    train_unfrozen(model)
+    first, second = (model(batch_of())["image"] for _ in range(2))
+    assert not first.equal(second)
+    assert model.eval()(batch_of())["image"].equal(model(batch_of())["image"])
+
+
+def test_a_run_with_adapters(tmp_path, monkeypatch):
+    """Its checkpoints hold base and adapters; it is resumed exactly, validated without dropout, and loaded merged."""
+    modes, validate = [], train_fgclip.validation_metrics
+
+    def validation(embedder, *args, **kwargs):
+        modes.extend(module.training for module in embedder.model.modules())
+        return validate(embedder, *args, **kwargs)
+
+    monkeypatch.setattr(train_fgclip, "validation_metrics", validation)
+    whole = run(train_fgclip, LORA, tmp_path / "whole", "--ema-decay", 0, "--max-steps", 5)
+    halves = run(train_fgclip, LORA, tmp_path / "halves", "--ema-decay", 0, "--max-steps", 2)
+    before = load(halves)["model"]
+    train_fgclip.main(["--resume", str(halves), "--max-steps", "5", "--device", "cpu"])
+    assert modes and not any(modes)
+    state, model = load(halves)["model"], load_model(halves / "last.pt")[0].state_dict()
+    assert equal(state, load(whole)["model"]) and metrics(halves) == metrics(whole)
+    for name, value in state.items():
+        learns = "lora_up" in name or "lora_down" in name or name.startswith("logit_scale")
+        assert value.equal(before[name]) != learns, name
+    layer = "text_model.encoder.layers.1.mlp.fc2"
+    product = 6 / 2 * state[f"{layer}.lora_up"] @ state[f"{layer}.lora_down"]
+    torch.testing.assert_close(model[f"{layer}.weight"], state[f"{layer}.weight"] + product)
+    assert product.any() and model.keys() == {name for name in state if "lora_" not in name}
+    # Another run goes on from the merged weights, at the rate of adapters.
+    more = "--lora-rank 1 --max-steps 1 --synthetic-train 8 --synthetic-val 4 --batch-size 4 --device cpu --workers 0"
+    flags = ["--init-from", halves / "last.pt", *more.split(), "--warmup-steps", 0, "--clip-norm", 0]
+    again = load(run(train_fgclip, flags, tmp_path / "again"))
+    assert equal(again["model"][f"{layer}.weight"], model[f"{layer}.weight"])
+    assert again["schedule"]["base_lrs"][0] == 1e-4
+
+
+def test_damaged_adapters_and_wrong_flags_end_in_one_sentence(tmp_path, capsys):
+    folder = run(train_fgclip, LORA, tmp_path / "run", "--max-steps", 1, "--ema-decay", 0)
+    state = load(folder)
+    del state["model"]["text_model.encoder.layers.1.mlp.fc2.lora_down"]
+    torch.save(state, tmp_path / "damaged.pt")
+    say = "--device cpu --init-from".split()
+    assert "adapters do not fit" in refused(capsys, train_fgclip.main, *say, tmp_path / "damaged.pt")
+    assert "invalid choice" in refused(capsys, train_fgclip.main, *TINY, "--lora-targets", "proj")
+    frozen = ["--freeze", "vision:2", "text:2", "--output", tmp_path / "none"]
+    assert "nothing but the logit scales" in refused(capsys, train_fgclip.main, *LORA, *frozen)
