@@ -1,10 +1,10 @@
-"""Stage 1: train the paired visible + infrared detector, on LLVIP or on scenes that it draws itself.
+"""Stage 1: train the paired visible + infrared detector, on pairs of your own or on scenes that it draws itself.
 
     python train_stage1.py --batch-size 4                                   # drawn scenes, minutes on two CPU cores
     python train_stage1.py --data-root LLVIP --init-from fasterrcnn_resnet50_fpn_coco.pth
     torchrun --nproc-per-node 4 train_stage1.py --data-root LLVIP --init-from WEIGHTS --amp bf16
     python train_stage1.py --resume auto                                    # go on after Ctrl-C
-    python train_stage1.py --data-root LLVIP --check                        # look before a long run
+    python train_stage1.py --data-root ROOT --check                         # look before a long run, docs/data.md
 
 Without --data-root the defaults are those of the drawn scenes: small images and a small network. With it, or with
 --init-from a checkpoint, they are others; add --help to see the defaults of just that command.
@@ -23,7 +23,7 @@ from macl import training
 from macl.backbone import BACKBONES, NORMS
 from macl.build import MACL_LEVELS, MERGES, load_initial_weights, read_checkpoint
 from macl.contrast import DIRECTIONS, PROJECTOR_NORMS
-from macl.data import LLVIP, SyntheticPairs, hold_out, refuse_absent_classes, to_float
+from macl.data import SyntheticPairs, refuse_absent_classes, to_float
 from macl.fusion import FUSIONS
 from macl.evaluation import validation_text
 from macl.plots import draw_validation
@@ -72,8 +72,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_data_flags(parser)
     add_model_flags(parser)
     training.add_flags(parser)
-    given = peek_flags(arguments, "--data-root", "--init-from")
-    defaults = LLVIP_RECIPE | (SYNTHETIC_RECIPE if given.data_root is None else {})
+    given = peek_flags(arguments, "--data-root", "--visible", "--init-from")
+    defaults = LLVIP_RECIPE | (SYNTHETIC_RECIPE if given.data_root is given.visible is None else {})
     if given.init_from is not None:
         source = read_checkpoint(given.init_from)
         if "model_kwargs" in source:
@@ -87,7 +87,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 # fmt: off
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("which pairs, and validation on them").add_argument
-    add("--val-split", choices=("held-out", "test"), default="held-out", help="LLVIP: cameras of train, or test")
+    training.add_pair_flags(add)
+    add("--split", metavar="NAME|FILE", help="training pairs: a split, or a list of names (default: train, or all)")
+    add("--val-split", metavar="NAME|FILE", help="validation pairs, held-out for a part of training's (default: val, "
+        "or held-out)")
     add("--synthetic-train", type=positive_int, default=1000, metavar="N", help="drawn training pairs")
     add("--synthetic-val", type=positive_int, default=200, metavar="N", help="drawn validation pairs")
     add("--statistics", choices=("imagenet", "measured", "given"), default="imagenet",
@@ -98,7 +101,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Every flag here is the keyword of `macl.build_detector` of the same name."""
     add = parser.add_argument_group("detector").add_argument
-    add("--classes", nargs="+", default=["person"], metavar="NAME", help="what to detect")
+    add("--classes", nargs="+", metavar="NAME", help="what to detect (default: all that occur; drawn: person)")
     add("--backbone", choices=tuple(BACKBONES), default="resnet50", help="depth of the ResNet")
     add("--norm", choices=NORMS, default="group", help="norm layers; frozen_batch with published weights")
     add("--norm-eps", type=non_negative_float, default=1e-5, metavar="X", help="0 with torchvision's COCO file of 2019")
@@ -144,20 +147,15 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def open_data(args: argparse.Namespace):
     """Training and validation data, how they are registered, and sentences about them."""
-    classes = dict(classes=args.classes)
-    if args.data_root is None:
+    if training.has_pairs(args):
+        train, validation, sentence = training.open_training(args, args.split, args.val_split, args.classes)
+        messages = [f"training on {train.source}", sentence]
+    else:
+        classes = dict(classes=args.classes or ["person"])
         train = SyntheticPairs(args.synthetic_train, args.seed, **classes)
         validation = SyntheticPairs(args.synthetic_val, training.VALIDATION_SEED + args.seed, **classes)
         messages = [f"training on {train.source} (no --data-root was given)", f"validating on {validation.source}"]
-    else:
-        train = LLVIP(args.data_root, "train", **classes)
-        if args.val_split == "test":
-            validation = LLVIP(args.data_root, "test", **classes)
-            sentence = f"validating on {validation.source}"
-        else:
-            train, validation, sentence = hold_out(train)
-        messages = [f"training on {train.source}", sentence]
-    refuse_absent_classes(train, every=True)
+    refuse_absent_classes(train, every=args.classes is not None)
     refuse_absent_classes(validation, every=False)
     move, registered, about = training.choose_move(args, train)
     return train.moved(move), validation.moved(move), registered, messages + about
@@ -176,7 +174,7 @@ def measure_statistics(dataset, count: int = 64) -> dict[str, list[float]]:
 def build_model(args: argparse.Namespace, train_data) -> tuple[macl.PairedFasterRCNN, list[str]]:
     """The detector, with the weights of --init-from, and what there is to say about it."""
     names = [name for name in macl.build_detector.__kwdefaults__ if hasattr(args, name)]
-    kwargs = {name: getattr(args, name) for name in names}
+    kwargs = {name: getattr(args, name) for name in names} | {"classes": list(train_data.classes)}
     if args.macl_weight == 0:
         kwargs["macl_level"] = "none"
     if args.statistics == "measured":
@@ -194,7 +192,7 @@ def build_model(args: argparse.Namespace, train_data) -> tuple[macl.PairedFaster
     ]
     if args.init_from is not None:
         messages.append(f"weights of {args.init_from}: {load_initial_weights(detector, args.init_from)}")
-    elif args.data_root is not None:
+    elif training.has_pairs(args):
         messages.append("training from random weights; --init-from takes torchvision's COCO or ImageNet files")
     return detector, messages
 

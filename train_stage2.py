@@ -24,7 +24,16 @@ import torch
 import macl
 from macl import training
 from macl.build import load_initial_weights, read_checkpoint
-from macl.data import DAY_AND_NIGHT, KAIST, LLVIP, NIGHT, JointDataset, SyntheticPairs, hold_out, refuse_absent_classes
+from macl.data import (
+    DAY_AND_NIGHT,
+    KAIST,
+    NIGHT,
+    JointDataset,
+    SyntheticPairs,
+    hold_out,
+    open_root,
+    refuse_absent_classes,
+)
 from macl.data.kaist import TRAINING_RULES
 from macl.evaluation import miss_rate_tables, validation_text
 from macl.plots import draw_validation
@@ -88,7 +97,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="KAIST: smaller people are ignored in training")
     add("--max-occlusion", type=int, choices=(0, 1, 2), default=TRAINING_RULES["max_occlusion"],
         help="KAIST: people occluded more than that (1 partially, 2 heavily) are ignored in training")
-    add("--llvip-root", metavar="PATH", help="LLVIP, the domain of stage 1, to mix in and to validate on")
+    add("--llvip-root", metavar="PATH", help="pairs of stage 1's domain, in any layout, to mix in and to validate on")
     add("--old-share", type=below_one, default=0.25, metavar="X",
         help="share of each batch from the domain of stage 1; 0 mixes nothing in")
     add("--synthetic-train", type=positive_int, default=600, metavar="N", help="drawn training pairs")
@@ -145,7 +154,8 @@ def open_data(args: argparse.Namespace, classes: Sequence[str]):
     else:
         new, validation, messages = open_kaist(args, classes)
         if args.llvip_root is not None:
-            old, old_validation, sentence = hold_out(LLVIP(args.llvip_root, "train", classes=classes))
+            old = open_root(args.llvip_root, "train", "all", "val", "test", classes=classes)
+            old, old_validation, sentence = hold_out(old)
             messages.append(f"old domain: {sentence}")
     for dataset in filter(None, (new, old, validation, old_validation)):
         refuse_absent_classes(dataset, every=False)

@@ -1,7 +1,7 @@
 """Evaluate a detector with both cameras and with each alone, or a file of detections.
 
     python -m macl.evaluate --checkpoint runs/NAME/best.pt                            # new synthetic scenes
-    python -m macl.evaluate --checkpoint best.pt --dataset llvip --data-root LLVIP    # LLVIP's test split
+    python -m macl.evaluate --checkpoint best.pt --data-root ROOT                     # LLVIP, own pairs: docs/data.md
     python -m macl.evaluate --checkpoint best.pt --dataset kaist --data-root KAIST --annotations TEST.json
     python -m macl.evaluate --dataset kaist --detections FILE.txt --annotations TEST.json      # no model
     python -m macl.evaluate --checkpoint best.pt --misalign 2 4 8                     # infrared moved to the right
@@ -23,7 +23,7 @@ from macl.build import MERGES, load_detector, read_checkpoint
 from macl.metrics import could_count_from_zero, read_detections, write_detections
 from macl.plots import miss_rate_plot
 from macl.registration import correction
-from macl.training import add_registration_flags, choose_move
+from macl.training import add_pair_flags, add_registration_flags, choose_move, has_pairs, open_pairs, open_training
 from trainkit import distributed
 from trainkit.arguments import fraction, make_parser, non_negative_int, positive_int
 from trainkit.device import AUTOCAST
@@ -32,8 +32,7 @@ from trainkit.files import write_json
 from trainkit.tables import aligned
 
 DOMAINS = {"night": data.NIGHT, "day-and-night": data.DAY_AND_NIGHT, "registered": data.DAY_AND_NIGHT_REGISTERED}
-NEEDS = {"split": "llvip", "image_set": "kaist", "annotations": "kaist", "detections": "kaist", "domain": "synthetic"}
-NEEDS |= {"data_root": "llvip or kaist"}
+NEEDS = {"split": "pairs", "image_set": "kaist", "annotations": "kaist", "detections": "kaist", "domain": "synthetic"}
 OUTPUTS = {"save_detections": (".txt", ".json"), "plot": (".png", ".pdf", ".svg")}
 
 
@@ -44,9 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", metavar="PATH", help="best.pt or last.pt of a run")
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged (EMA) weights if any, or raw ones")
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=("kaist", "llvip", "synthetic"), default="synthetic", help="which data set")
-    add("--data-root", metavar="PATH", help="the data set's own root (kaist, llvip)")
-    add("--split", choices=("train", "test"), help="llvip: which split (default: test)")
+    add("--dataset", choices=("pairs", "llvip", "kaist", "synthetic"),
+        help="which data set; llvip is one of pairs (default: pairs where some are named, else synthetic)")
+    add("--data-root", metavar="PATH", help="the data set's own root")
+    add_pair_flags(add)
+    add("--split", metavar="NAME|FILE", help="pairs: a split, a list of names, or held-out for what stage 1 held out "
+        "(default: test, val, all or train)")
     add("--image-set", metavar="NAME", help="kaist: a list in its imageSets, or a list's path (default: test-all-20)")
     add("--annotations", metavar="PATH", help="kaist: folder or json of annotations (default: the root's own)")
     add("--count", type=positive_int, default=200, metavar="N", help="synthetic: number of scenes")
@@ -79,21 +81,27 @@ def check_flags(args: argparse.Namespace) -> None:
     """Refuses flags of another data set, and places that cannot be written, before the long part."""
     if (args.checkpoint is None) == (args.detections is None):
         raise InputError("expected either --checkpoint PATH or --detections FILE")
+    named = {None: "pairs" if has_pairs(args) else "synthetic", "llvip": "pairs"}
+    args.dataset = named.get(args.dataset, args.dataset)
+    if has_pairs(args) and args.dataset == "synthetic":
+        raise InputError("--data-root and --visible need --dataset pairs or kaist")
     for name, dataset in NEEDS.items():
-        if getattr(args, name) is not None and args.dataset not in dataset:
+        if getattr(args, name) is not None and args.dataset != dataset:
             raise InputError(f"--{name.replace('_', '-')} needs --dataset {dataset}")
     if (args.misalign or args.register != "none") and args.checkpoint is None:
         raise InputError("--misalign and --register need --checkpoint")
-    if args.dataset != "synthetic" and args.data_root is None and None in (args.detections, args.annotations):
-        raise InputError(f"--dataset {args.dataset} needs --data-root, or --detections and --annotations FILE.json")
+    if args.dataset == "pairs" and not has_pairs(args):
+        raise InputError("--dataset pairs needs --data-root, or --visible, --infrared and --labels")
+    if args.dataset == "kaist" and args.data_root is None and None in (args.detections, args.annotations):
+        raise InputError("--dataset kaist needs --data-root, or --detections and --annotations FILE.json")
     for name in ("output", *OUTPUTS):
         path, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if path is not None and path.suffix not in OUTPUTS.get(name, (path.suffix,)):
             raise InputError(f"{flag} {path}: expected a name that ends in {' or '.join(OUTPUTS[name])}")
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"{flag} {path}: the folder {path.parent} does not exist")
-    if args.dataset == "llvip" and args.plot:
-        raise InputError("--plot: LLVIP's annotations do not know occlusion, so there is no miss rate")
+    if args.dataset == "pairs" and args.plot:
+        raise InputError("--plot: the annotations of pairs do not know occlusion, so there is no miss rate")
     if args.plot is not None and find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib, which the viz extra brings: pip install -e '.[viz]'")
 
@@ -103,8 +111,15 @@ def open_dataset(args: argparse.Namespace, classes: Sequence[str], script: str |
     if args.dataset == "synthetic":
         domain = args.domain or ("day-and-night" if script == "stage2" else "night")
         dataset = data.SyntheticPairs(args.count, args.seed, domain=DOMAINS[domain], classes=classes)
-    elif args.dataset == "llvip":
-        dataset = data.LLVIP(args.data_root, args.split or "test", classes=classes)
+    elif args.split == "held-out":
+        _, dataset, _ = open_training(args, None, "held-out", classes)
+    elif args.dataset == "pairs":
+        splits = [args.split] if args.split else ["test", "val", "all", "train"]
+        dataset = open_pairs(args, *splits, classes=classes)
+        if dataset is None:
+            raise InputError(
+                f"--split {args.split}: the data have none; expected train, val, test, all, held-out or a list"
+            )
     else:
         dataset = data.KAIST(args.data_root, args.image_set or "test-all-20", args.annotations, classes=classes)
     data.refuse_absent_classes(dataset, every=False)

@@ -4,11 +4,13 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from macl.data import AugmentedDataset, PairedAugmentation, collate
+from macl.data import AugmentedDataset, PairedAugmentation, Pairs, collate, hold_out, open_root
+from macl.data.layouts import ALL, FORMS
 from macl.detector import PairedFasterRCNN
 from macl.evaluation import alignment_metrics, detection_metrics, predict
 from macl.registration import MOST, correction, rig_shift
@@ -56,6 +58,61 @@ def add_registration_flags(add: Callable) -> None:
         help="move infrared onto visible: by one shift for all pairs (rig), or by one for each")
     add("--register-most", type=non_negative_int, nargs=2, default=MOST, metavar=("X", "Y"), help="pixels at most")
 # fmt: on
+
+
+# fmt: off
+def add_pair_flags(add: Callable) -> None:
+    """The flags that name pairs beside --data-root. add: the `add_argument` of a group."""
+    add("--visible", metavar="DIR", help="instead of --data-root: the visible images, ...")
+    add("--infrared", metavar="DIR", help="... the infrared images of the same names, ...")
+    add("--labels", metavar="PATH", help="... and their labels: a folder of .txt or .xml files, or a COCO json")
+    add("--label-form", choices=tuple(FORMS), help="YOLO's .txt, COCO's json, VOC's .xml (default: what is there)")
+    add("--suffixes", nargs=2, metavar=("VISIBLE", "INFRARED"), help="what ends the names of images in one folder")
+# fmt: on
+
+
+def has_pairs(args: argparse.Namespace) -> bool:
+    """Whether pairs are named, rather than drawn. Raises InputError where they are named in part or twice."""
+    places = [args.visible, args.infrared, args.labels]
+    if any(places) and (args.data_root is not None or None in places):
+        raise InputError("expected --data-root ROOT, or --visible DIR --infrared DIR --labels PATH")
+    return args.data_root is not None or all(places)
+
+
+def open_pairs(args: argparse.Namespace, *splits: str, classes: Sequence[str] | None) -> Pairs | None:
+    """The first of the splits that the named pairs have, see `open_root`; None without any. classes: None for all."""
+    options = {"form": args.label_form, "suffixes": args.suffixes}
+    options = {name: value for name, value in options.items() if value is not None} | {"classes": classes}
+    if args.data_root is not None:
+        return open_root(args.data_root, *splits, **options)
+    for split in splits:
+        if split == ALL or Path(split).is_file():
+            named = {} if split == ALL else dict(listed=Path(split), split=Path(split).stem)
+            return Pairs(args.visible, args.infrared, args.labels, **options | named)
+    return None
+
+
+def open_training(args: argparse.Namespace, split: str | None, held: str | None, classes: Sequence[str] | None):
+    """Training pairs, validation pairs, and a sentence about the latter.
+
+    split: None for the first of train, all, val, test
+    held: the split to validate on, "held-out" for a part of the training pairs; None: val, or a part where it is absent
+    """
+    train = open_pairs(args, *([split] if split else ["train", ALL, "val", "test"]), classes=classes)
+    if train is None:
+        raise InputError(f"--split {split}: the data have none; expected train, val, test, all, or a list of names")
+    validation = None if held == "held-out" else open_pairs(args, held or "val", classes=train.classes)
+    if validation is None and held not in (None, "held-out"):
+        raise InputError(f"--val-split {held}: the data have none; expected val, test, held-out, or a list of names")
+    if validation is not None and validation.split == train.split:
+        validation = None
+    test = open_pairs(args, "test", classes=train.classes) if train.split == ALL else None
+    known = {pair.visible for other in (validation, test) if other is not None for pair in other.pairs}
+    kept = [index for index, pair in enumerate(train.pairs) if pair.visible not in known]
+    train = train if len(kept) == len(train) else train.subset(kept, "in no other split")
+    if validation is None:
+        return hold_out(train)
+    return train, validation, f"validating on {validation.source}"
 
 
 def check_flags(args: argparse.Namespace) -> None:

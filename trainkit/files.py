@@ -192,6 +192,18 @@ def open_image(path: str | Path, named_by: str = "") -> Image.Image:
         raise InputError(f"{name} cannot be decoded as an image: {problem}") from error
 
 
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of a picture as `open_image` turns it, from its first bytes."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(regular_file(path), formats=_formats()) as image:
+            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in range(5, 9)
+            return image.size[::-1] if turned else image.size
+    except InputError:
+        raise
+    except Exception as error:  # Pillow raises what its decoders happen to raise
+        raise InputError(f"{path} cannot be decoded as an image: {reason(error)}") from error
+
+
 # --- Torch files ---
 
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import trainkit.files as files
 from macl.data.annotation import Labels, Object
-from macl.data.voc import corners, flag, parse_voc
+from macl.data.label_files import OCCLUSION, corners, edges, flag, parse_voc, read_coco
 from trainkit.errors import InputError
-from trainkit.files import MAX_ID, image_size, number, numbers, plain_text, read_text, shown
+from trainkit.files import MAX_ID, number, numbers, read_text, shown
 
 IGNORED_NAMES = ("people", "cyclist", "person?", "person?a", "__ignore__")
 BBGT = "% bbGt version=3"
@@ -66,7 +66,7 @@ def read_bbgt(path: Path) -> Labels:
             place = f"{path}, line {count} (a name and 11 numbers)"
             name, *values = line.split()
             values = numbers(values, place, 11)
-            objects.append(_object(name, _edges(*values[:4]), values[4], values[9], place))
+            objects.append(_object(name, edges(*values[:4]), values[4], values[9], place))
     return Labels(str(path), None, objects)
 
 
@@ -76,7 +76,7 @@ def read_xml(path: Path) -> Labels:
     objects = []
     for name, item in items:
         tree = item.find("bndbox/x") is not None
-        box = _edges(*corners(item, path, "xywh")) if tree else corners(item, path)
+        box = edges(*corners(item, path, "xywh")) if tree else corners(item, path)
         occlusion, difficult = item.findtext("occlusion", "0"), item.findtext("difficult", "")
         objects.append(_object(name, box, occlusion, difficult, str(path)))
     return Labels(str(path), size, objects)
@@ -85,51 +85,20 @@ def read_xml(path: Path) -> Labels:
 def read_json(path: str | Path) -> tuple[dict[Frame, Labels], str]:
     """The labels by frame, in the order of the image ids, and the version that the file says it holds.
 
-    The published json of the 2252 test frames: images of {"id", "im_name", "width", "height"}, annotations of
-    {"image_id", "category_id", "bbox" [x, y, width, height], "occlusion", "ignore"}, and categories of {"id", "name"}.
+    The published json of the 2252 test frames: COCO's, whose images have an "im_name" instead of a "file_name", and
+    whose annotations have an "occlusion".
     """
     data = files.read_json(path, "the json of KAIST's annotations", dict)
-    categories = _items(data, "categories", path)
-    names = {_id(item, "id", place): plain_text(item.get("name"), f"{place}, name") for place, item in categories}
-    by_id = {}
-    for place, item in _items(data, "images", path):
-        frame = parse_frame(plain_text(item.get("im_name"), f"{place}, im_name"), place)
-        size = image_size(item.get("width"), item.get("height"), place)
-        by_id[_id(item, "id", place)] = (frame, Labels(f"{path}, {frame.name}", size, []))
-    frames = dict(by_id[image] for image in sorted(by_id))
-    if not frames:
-        raise InputError(f"{path} holds no images; expected the json of KAIST's annotations")
-    annotations = _items(data, "annotations", path)
-    ids = [_id(item, "id", place) for place, item in annotations if "id" in item]
-    if len(frames) < len(data["images"]) or len(set(ids)) < len(ids):
-        raise InputError(f"{path} holds an image id, an im_name or an annotation id twice; expected each once")
-    for place, item in annotations:
-        image, category = _id(item, "image_id", place), _id(item, "category_id", place)
-        if image not in by_id or category not in names:
-            raise InputError(f"{place}: no image has the id {image}, or no category the id {category}")
-        box = _edges(*numbers(item.get("bbox"), f"{place}, bbox (x, y, width, height)"))
-        _, labels = by_id[image]
-        labels.objects.append(_object(names[category], box, item.get("occlusion"), item.get("ignore"), place))
+    images, _ = read_coco(data, path, name_key="im_name", occlusion=True)
+    by_id = {number(key, f"{path}, image id", -MAX_ID, MAX_ID, whole=True): image for key, image in images.items()}
+    in_order = [by_id[key] for key in sorted(by_id)]
+    frames = {parse_frame(image.name, image.place): image.labels for image in in_order}
+    if len(frames) < len(images):
+        raise InputError(f"{path} holds an im_name twice; expected each once")
     improved = isinstance(data.get("info_improved"), dict)
     return frames, "improved annotations, as the file says" if improved else "the file does not say which revision"
 
 
-def _items(data: dict, key: str, path: str | Path) -> list[tuple[str, dict]]:
-    """The objects under a key of the json, each with its place for a message."""
-    items = data.get(key)
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise InputError(f"{path}: expected a list of objects under {key}, got {shown(items)}")
-    return [(f"{path}, {key} {index}", item) for index, item in enumerate(items)]
-
-
-def _id(item: dict, key: str, place: str) -> int:
-    return number(item.get(key), f"{place}, {key}", -MAX_ID, MAX_ID, whole=True)
-
-
-def _edges(x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
-    return x, y, x + width, y + height
-
-
 def _object(name: str, box: tuple, occlusion, ignore, place: str) -> Object:
-    level = number(occlusion, f"{place}, occlusion (none, partial or heavy)", 0, 2, whole=True)
+    level = number(occlusion, f"{place}, {OCCLUSION}", 0, 2, whole=True)
     return Object(name, box, flag(ignore, f"{place}, ignore"), level)

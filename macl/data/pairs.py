@@ -20,7 +20,7 @@ from trainkit.files import read_lines, shown
 HELD_OUT = 0.1  # share of the training pairs
 OWN_DATA = (
     "data of your own goes into LLVIP's layout: visible/{train,test}/NAME.jpg, infrared/{train,test}/NAME.jpg, and "
-    "Annotations/NAME.xml in VOC form"
+    "Annotations/NAME.xml in VOC form; or another of docs/data.md, or name --visible, --infrared and --labels"
 )
 
 
@@ -142,12 +142,12 @@ def hold_out(dataset: PairedDataset) -> tuple[PairedDataset, PairedDataset, str]
     """Split off validation pairs: whole scenes, since neighbouring pairs of a scene look alike.
 
     Takes the last scene of each group, then the last but one, until HELD_OUT of the pairs are reached; the first of a
-    group stays. Where no scene can be spared, every k-th pair. -> the rest for training, the pairs held out, and a
-    sentence about them. Raises InputError for fewer than two pairs.
+    group stays. Where no scene can be spared, every k-th pair; a single pair serves both. -> the rest for training, the
+    pairs held out, and a sentence about them.
     """
     total, scenes = len(dataset), dataset.scenes
     if total < 2:
-        raise InputError(f"{dataset.source}: {total} pair; at least 2 are needed to hold one out")
+        return dataset, dataset, f"Warning: validating on the training data, as {dataset.source} cannot be split"
     groups = defaultdict(list)
     for scene in sorted(set(scenes)):
         groups[dataset.scene_group(scene)].append(scene)
@@ -158,7 +158,9 @@ def hold_out(dataset: PairedDataset) -> tuple[PairedDataset, PairedDataset, str]
             break
     if chosen:
         held_out = [index for index, scene in enumerate(scenes) if scene in chosen]
-        which = f"all those of {dataset.scene_kind} {', '.join(map(dataset.scene_name, sorted(chosen)))}"
+        names = [dataset.scene_name(scene) for scene in sorted(chosen)]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        which = f"all those of {dataset.scene_kind} {', '.join(names[:8])}{more}"
     else:
         step = min(round(1 / HELD_OUT), total)
         held_out = range(step - 1, total, step)

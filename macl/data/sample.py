@@ -19,7 +19,7 @@ and, where known,
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +68,12 @@ def moved(images: dict[str, Tensor], move: tuple[int, int] | Callable) -> dict[s
     return images | {"infrared": image[:, rows[:, None], columns]}
 
 
-def find_pairs(visible: str | Path | None, infrared: str | Path | None) -> list[tuple[Path | None, Path | None]]:
+def find_pairs(
+    visible: str | Path | None, infrared: str | Path | None, suffixes: Sequence[str] = ("", "")
+) -> list[tuple[Path | None, Path | None]]:
     """The (visible, infrared) image paths of two folders, matched by file name without suffix, in name order.
+
+    suffixes: what ends the names of visible and of infrared images, which may then lie in one folder
 
     One argument may be None, or both may be an image file each, of any names. Raises InputError for a folder without
     images, an image without partner, and an image that is its own partner.
@@ -79,18 +83,33 @@ def find_pairs(visible: str | Path | None, infrared: str | Path | None) -> list[
     if all(path.is_file() for path in given):
         pairs = [tuple(both)]
     else:
-        images = {folder: images_by_stem(folder) for folder in given}
-        for folder in given:
-            if not images[folder]:
-                raise InputError(f"{folder} is no folder of images ({', '.join(IMAGE_SUFFIXES)})")
-        for folder, other in zip(given, given[::-1], strict=True):
-            for stem, name in images[folder].items():
+        images = [path and with_suffix(images_by_stem(path), end, other)
+                  for path, end, other in zip(both, suffixes, suffixes[::-1], strict=True)]  # fmt: skip
+        for folder, found, end in zip(both, images, suffixes, strict=True):
+            if found == {}:
+                raise InputError(
+                    f"{folder} is no folder of images ({', '.join(end + each for each in IMAGE_SUFFIXES)})"
+                )
+        for one, other in ((0, 1), (1, 0)) if len(given) == 2 else ():
+            for stem, name in images[one].items():
                 if stem not in images[other]:
-                    raise InputError(f"{folder / name} has no partner named {stem}.* in {other}")
-        pairs = [tuple(folder and folder / images[folder][stem] for folder in both) for stem in images[given[0]]]
+                    partner = f"{stem}{suffixes[other]}.*"
+                    raise InputError(f"{both[one] / name} has no partner named {partner} in {both[other]}")
+        stems = next(filter(None, images))
+        pairs = [tuple(path and path / found[stem] for path, found in zip(both, images, strict=True)) for stem in stems]
     if len(given) == 2 and all(os.path.samefile(*pair) for pair in pairs):  # whatever links lead there
-        raise InputError(f"{given[0]} and {given[1]} are the same pictures; expected visible and infrared ones")
+        problem = "are the same pictures; expected visible and infrared ones, or --suffixes that tell them apart"
+        raise InputError(f"{given[0]} and {given[1]} {problem}")
     return pairs
+
+
+def with_suffix(images: dict[str, str], end: str, other: str) -> dict[str, str]:
+    """Those whose name without suffix ends with `end`, which is cut off, and not with `other`."""
+    return {
+        stem.removesuffix(end): name
+        for stem, name in images.items()
+        if stem.endswith(end) and (end or not other or not stem.endswith(other))
+    }
 
 
 def images_by_stem(folder: Path) -> dict[str, str]:

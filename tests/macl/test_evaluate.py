@@ -295,9 +295,9 @@ MODEL, OTHERS = "--checkpoint a.pt", "--detections a.txt --dataset kaist"
     [
         ("", "either --checkpoint PATH or --detections FILE"),
         (f"{MODEL} --dataset kaist", "--dataset kaist needs --data-root"),
-        (f"{MODEL} --data-root x", "--data-root needs --dataset llvip or kaist"),
+        (f"{MODEL} --data-root x --dataset synthetic", "need --dataset pairs or kaist"),
         (f"{MODEL} --image-set test", "--image-set needs --dataset kaist"),
-        (f"{MODEL} --dataset kaist --split test", "--split needs --dataset llvip"),
+        (f"{MODEL} --dataset kaist --split test", "--split needs --dataset pairs"),
         ("--detections a.txt", "--detections needs --dataset kaist"),
         (OTHERS, "needs --data-root, or --detections and --annotations FILE.json"),
         (f"{OTHERS} --annotations folder", "folder does not exist; expected the json of KAIST's annotations"),
@@ -356,7 +356,11 @@ def test_data_is_opened_with_the_classes_of_the_checkpoint(kaist, tmp_path, caps
 def test_scripts_train_on_no_class_that_nobody_has(kaist, tmp_path):
     root, bikes = llvip(tmp_path / "L", "person", "car"), llvip(tmp_path / "bikes", "Person")
     stage1, stage2 = train_stage1.parse_arguments, train_stage2.parse_arguments
-    for flags in (["--data-root", bikes], ["--data-root", root, "--classes", "person", "bike"], ["--classes", "car"]):
+    for flags in (
+        ["--data-root", bikes, "--classes", "person"],
+        ["--data-root", root, "--classes", "person", "bike"],
+        ["--classes", "car"],
+    ):
         with pytest.raises(InputError, match="'Person' 1|'person' 1, 'car' 1|named person"):
             train_stage1.open_data(stage1([*map(str, flags)]))
     train_stage1.open_data(stage1(["--data-root", str(root), "--classes", "car", "person"]))

@@ -1,0 +1,257 @@
+"""Pairs in folders of images with label files, in any of the layouts of `macl.data.layouts`."""
+
+import functools
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from macl.data.annotation import Annotation, Labels, annotate
+from macl.data.label_files import NAME_FILES, find_names, read_coco, read_voc, read_yolo
+from macl.data.layouts import ALL, FORMS, LAYOUTS, SPLITS, find_source, form_of
+from macl.data.pairs import OWN_DATA, Pair, PairedDataset, find_images, find_root, read_list
+from macl.data.sample import images_by_stem, with_suffix
+from trainkit.errors import InputError
+from trainkit.files import inside, is_image, picture_size, read_json, read_lines, read_text, regular_file, shown
+
+
+class Pairs(PairedDataset):
+    """Pairs of two folders with VOC, YOLO or COCO labels.
+
+    visible: a folder; or a list of paths, in which `visible` is `infrared` for the other image, and `images` is
+        `labels` for a .txt of YOLO, which may also lie beside the image
+    infrared: a folder, with the same names but for the suffix
+    labels: a folder of .xml or .txt files with these names, or a COCO json
+    classes: the names of labels 1, 2, ...; other objects are left out. None: all that occur, in the order of the file
+        of names, of the json's categories or of the first objects
+    form: voc, yolo or coco; None: told by the files
+    listed: a list of the names to take; None: all in the folder
+    suffixes: what ends the names of visible and infrared images, such as _RGB and _PreviewData
+    names: of YOLO's class ids, where no file from `labels` up to `root` gives them, see `find_names`
+    cameras: whether the first two digits of a name are the camera, its scene; otherwise names that are alike but for
+        the number that ends them are a scene
+    first_pixel: what VOC's boxes count from, 0 or 1; None: 0 if some xmin or ymin in the folder is 0
+
+    Raises InputError at construction for a missing folder, image or annotation, a bad list, a json of other images and,
+    where classes is None, bad labels; when a sample is read, for these, a broken image and sizes that differ.
+    """
+
+    def __init__(
+        self, visible: str | Path, infrared: str | Path, labels: str | Path, *, classes: Sequence[str] | None = None,
+        form: str | None = None, listed: Path | None = None, suffixes: Sequence[str] = ("", ""),
+        names: dict[int, str] | None = None, cameras: bool = False, first_pixel: int | None = None,
+        root: Path | None = None, split: str = ALL, title: str = "pairs",
+    ):  # fmt: skip
+        visible, infrared, labels = map(Path, (visible, infrared, labels))
+        self.form, order = form or ("yolo" if visible.is_file() else form_of(labels)), ()
+        if self.form is None:
+            raise InputError(f"{labels} holds no labels; expected a folder of .xml or .txt files, or a COCO .json")
+        if visible.is_file():
+            stems, bases, files, where = _follow_paths(visible)
+        else:
+            stems, where = _find_stems(visible, listed, suffixes)
+            if self.form == "coco":
+                stems, files, order = _read_json(labels, stems, visible, suffixes)
+                where += f", labels of {labels}"
+            else:
+                files = _find_files(labels, stems, self.form, suffixes)
+            bases = [[folder / f"{stem}{end}" for stem in stems]
+                     for folder, end in zip((visible, infrared), suffixes, strict=True)]  # fmt: skip
+        images = [find_images(zip(each, stems, strict=True)) for each in bases]
+        self.of_infrared = labels == infrared if infrared != visible else _end_with(files, suffixes[1])
+        self.scene_kind = "camera" if cameras else "sequence"
+        scenes, self.scene_names = _cameras(stems) if cameras else _sequences(stems)
+        super().__init__(map(Pair, *images, files, scenes), classes or (), split=split, source="")
+        if self.form == "voc":
+            self.first_pixel, about = _first_pixel(labels, first_pixel)
+        elif self.form == "yolo":
+            ids = functools.partial(_all_ids, files, labels, root, split)
+            self.names, about = _name_ids(find_names(labels, root or labels.parent), names, self.classes, ids)
+            order = (self.names or {}).values()
+            absent = files.count(None)
+            about += f"; {absent} without a label file are without objects" if absent else ""
+        else:
+            about = ""
+        count = f"{len(stems)} pair{'s' * (len(stems) != 1)}"
+        self.source = f"{title}{'' if split == ALL else f' {split}'}: {count} {where}{about}"
+        if classes is None:
+            self._take_all_classes(order)
+
+    def annotation(self, index: int) -> Annotation:
+        return annotate(self.labels(index), self.classes)
+
+    def labels(self, index: int) -> Labels:
+        visible, infrared, file, *_ = self.pairs[index]
+        if self.form == "voc":
+            return read_voc(file, classes=self.classes, first_pixel=self.first_pixel)
+        if self.form == "yolo":
+            return read_yolo(file, picture_size(infrared if self.of_infrared else visible), self.names)
+        return file
+
+    def scene_name(self, scene: int) -> str:
+        return self.scene_names[scene]
+
+    def _take_all_classes(self, order: Sequence[str]) -> None:
+        counts = Counter(item.name for index in range(len(self)) for item in self.labels(index).objects)
+        if not counts:
+            raise InputError(f"no object is in the labels of {self.source}")
+        found = sorted(counts, key=int) if all(map(str.isdecimal, counts)) else counts  # YOLO's ids without names
+        self.classes = tuple(name for name in dict.fromkeys([*order, *found]) if counts[name])
+        named = ", ".join(f"{name} ({counts[name]})" for name in self.classes)
+        self.source += f"; classes: {named}"
+
+
+class LLVIP(Pairs):
+    """Pairs of LLVIP, or of data kept in its layout; scene is the camera, -1 where a name does not start with one.
+
+    Jia et al., "LLVIP: A Visible-infrared Paired Dataset for Low-light Vision", 2021.
+
+    root: the folder that holds visible/ and infrared/, or its parent that holds LLVIP/
+    split: "train", "test" or your own: the names in {split}.txt of ImageSets/Main or ImageSets, one per line without
+        suffix; without that file every image of visible/{split}
+    """
+
+    def __init__(self, root: str | Path, split: str, *, classes: Sequence[str] | None = ("person",)):
+        root, _ = find_root(root, ["LLVIP"], ["visible", "infrared"])
+        super().__init__(**LAYOUTS[0].place(root, split), form="voc", classes=classes)
+
+
+def open_root(root: str | Path, *splits: str, **options) -> Pairs | None:
+    """The first of the splits that the data set in a folder has, with these keywords of Pairs; None without any.
+
+    One of them may be the .txt list of the names to take, where one folder holds all images.
+    """
+    source = find_source(root)
+    listed = next((Path(split) for split in splits if split.endswith(".txt") and Path(split).is_file()), None)
+    split = source.split(*(ALL if listed and split == str(listed) else split for split in splits))
+    if split is None:
+        return None
+    options |= dict(listed=listed, split=listed.stem) if listed and split == ALL else {}
+    return Pairs(**source.layout.place(source.root, split) | options)
+
+
+def _find_stems(visible: Path, listed: Path | None, suffixes: Sequence[str]) -> tuple[list[str], str]:
+    """The names of the pairs without suffixes, and their source."""
+    if listed is not None:
+        stems = []
+        for name in read_list(listed, "one image name"):
+            if inside(visible, name, str(listed)).name != name:
+                raise InputError(f"{listed}: {shown(name)}; expected an image name without folders or suffix")
+            stem = os.path.splitext(name)[0] if is_image(name) else name
+            stems.append(next((stem.removesuffix(end) for end in suffixes if end and stem.endswith(end)), stem))
+        return stems, f"listed in {listed}"
+    stems = list(with_suffix(images_by_stem(visible), *suffixes))
+    if not stems:
+        raise InputError(f"{visible} holds no image such as NAME{suffixes[0]}.jpg; {OWN_DATA}")
+    return stems, f"found in {visible} (no list)"
+
+
+def _find_files(labels: Path, stems: list[str], form: str, suffixes: Sequence[str]) -> list[Path | None]:
+    """The label file of each pair. YOLO writes none for an image without objects: None."""
+    known, files = set(os.listdir(labels)) if labels.is_dir() else (), []
+    for stem in stems:
+        names = [f"{stem}{end}{FORMS[form]}" for end in dict.fromkeys(("", *suffixes))]
+        name = next((name for name in names if name in known), None)
+        if name is None and form == "yolo":
+            files.append(None)
+        else:
+            files.append(regular_file(labels / (name or names[0]), f"the boxes of {stem}"))
+    if not any(files):
+        raise InputError(f"{labels} holds no label file of the pairs, such as {stems[0]}{FORMS[form]}")
+    return files
+
+
+def _read_json(path: Path, stems: list[str], visible: Path, suffixes: Sequence[str]):
+    """The names of the pairs that are both in the folder and in the json, their labels, and the json's categories.
+
+    Either may hold more than the other, but not both.
+    """
+    images, categories = read_coco(read_json(path, "a COCO json", dict), path)
+    known = {}
+    for image in images.values():
+        stem = os.path.splitext(os.path.basename(image.name))[0]
+        known[next((stem.removesuffix(end) for end in suffixes if end and stem.endswith(end)), stem)] = image.labels
+    both = [stem for stem in stems if stem in known]
+    if len(both) < min(len(stems), len(images)):
+        missing = next(stem for stem in stems if stem not in known)
+        raise InputError(
+            f"{path} holds {len(images)} images but not {missing} of {visible}, and some that are not there"
+        )
+    return both, [known[stem] for stem in both], categories
+
+
+def _follow_paths(file: Path):
+    """The names, both images without suffix, and the label files of a list of visible paths, and where it is."""
+    stems, visible, infrared, labels = [], [], [], []
+    for line in read_list(file, "the path of a visible image"):
+        path, end = os.path.splitext(line)
+        if "visible" not in path or not is_image(line):
+            raise InputError(f"{file}: {shown(line)}; expected the path of an image that holds the word visible")
+        stems.append(path)
+        visible.append(file.parent / path)
+        infrared.append(file.parent / path.replace("visible", "infrared"))
+        places = [file.parent / f"{each}.txt" for each in ("labels".join(path.rsplit("images", 1)), path)]
+        labels.append(next(filter(Path.is_file, places), None))
+    if not any(labels):
+        raise InputError(f"{file}: no label file of its images, such as {file.parent / stems[0]}.txt")
+    return stems, (visible, infrared), labels, f"listed in {file}"
+
+
+def _end_with(files: Sequence, suffix: str) -> bool:
+    """Whether label files have the names of the infrared images, where one folder holds both."""
+    return suffix != "" and any(isinstance(file, Path) and file.stem.endswith(suffix) for file in files)
+
+
+def _cameras(stems: list[str]) -> tuple[list[int], list[str]]:
+    cameras = [int(stem[:2]) if stem[:2].isdecimal() and len(stem) > 2 else -1 for stem in stems]
+    return cameras, [f"{number:02d}" for number in range(100)]
+
+
+def _sequences(stems: list[str]) -> tuple[list[int], list[str]]:
+    """What precedes the last number of each name; -1 where these say nothing: one for all, or hardly two of a kind."""
+    begins = [re.sub(r"\d*$", "", stem) for stem in stems]
+    names = list(dict.fromkeys(begins))
+    if not 1 < len(names) <= len(stems) // 2:
+        return [-1] * len(stems), []
+    places = {name: place for place, name in enumerate(names)}
+    return [places[begin] for begin in begins], names
+
+
+def _first_pixel(folder: Path, known: int | None) -> tuple[int, str]:
+    """What VOC's boxes count from, and a clause about it."""
+    if known is not None:
+        return known, f"; boxes count pixels from {known}" * (known == 0)
+    zero = re.compile(r"<[xy]min>\s*0(?:\.0*)?\s*<")
+    for file in folder.glob("*.xml"):
+        if zero.search(read_text(file, "a VOC annotation")):
+            return 0, f"; boxes count pixels from 0, as {file.name} shows"
+    return 1, "; boxes count pixels from 1, as no xmin and no ymin is 0"
+
+
+def _name_ids(found: tuple[dict | None, str], known: dict | None, classes: Sequence[str], ids: Callable):
+    """YOLO's names by class id, None where an id is its own name, and a clause about them.
+
+    found: the names in a file, and the file; known: those that the layout knows
+    ids: gives all that occur, which `classes` name in order where nothing else does; or the ids 0, 1, 2, ...
+    """
+    names, file = found
+    if names or known:
+        return names or known, f"; class names of {file}" if names else ""
+    if all(map(str.isdecimal, classes)):
+        return None, "; no classes.txt or data.yaml names the class ids, so they are their own names"
+    occurring = ids()
+    names = dict(zip(occurring if len(occurring) == len(classes) else range(len(classes)), classes, strict=True))
+    return names, "; no classes.txt or data.yaml: " + ", ".join(f"id {key} is {name}" for key, name in names.items())
+
+
+def _all_ids(files: Sequence[Path | None], labels: Path, root: Path | None, split: str) -> list[int]:
+    """The class ids in label files, in those of other splits too, so that all splits agree on what they mean."""
+    files = set(filter(None, files))
+    if root is not None and labels.is_relative_to(root):
+        below = labels.relative_to(root).parts
+        for word in (word for words in SPLITS.values() for word in words):
+            folder = root.joinpath(*(word if part == split else part for part in below))
+            files |= {file for file in folder.glob("*.txt") if file.name not in NAME_FILES}
+    words = {line.split()[0] for file in files for line in read_lines(file, "YOLO's labels")}
+    return sorted(int(word) for word in words if word.isdecimal())

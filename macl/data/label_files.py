@@ -1,0 +1,181 @@
+"""The label files of pairs: PASCAL VOC, YOLO's text with its file of names, and COCO's json. All raise InputError."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from macl.data.annotation import Labels, Object
+from trainkit.errors import InputError
+from trainkit.files import MAX_ID, image_size, number, numbers, plain_text, read_text, reason, regular_file, shown
+
+NAME_FILES = ("classes.txt", "obj.names", "data.yaml", "*.yaml", "*.yml")
+OCCLUSION = "occlusion (none, partial or heavy)"
+_FLAGS = {"true": 1, "yes": 1, "false": 0, "no": 0, "": 0}
+_YAML_NAMES = re.compile(r"^names:[ \t]*(\[[^]]*]|\{[^}]*}|(?:\n+[ \t]*(?:-[ \t]|\d+[ \t]*:).*)+)", re.MULTILINE)
+_YAML_ITEM = re.compile(r"""(?:(\d+)\s*:\s*)?("[^"]*"|'[^']*'|[^\s,:'"-][^,\n]*)""")
+
+
+def read_voc(path: str | Path, *, classes: Collection[str], first_pixel: int = 1) -> Labels:
+    """Objects marked "difficult" are ignored; those that are not among `classes` need no box.
+
+    first_pixel: 1, as in VOC, where a box includes its last pixel: edges are x1 - 1, y1 - 1, x2, y2; or 0
+    """
+    size, items = parse_voc(path)
+    objects = []
+    for name, item in items:
+        if name in classes:
+            x1, y1, x2, y2 = corners(item, path)
+            difficult = flag(item.findtext("difficult", ""), f"{path}, <difficult>")
+            objects.append(Object(name, (x1 - first_pixel, y1 - first_pixel, x2, y2), difficult))
+        else:
+            objects.append(Object(name))
+    return Labels(str(path), size, objects)
+
+
+def parse_voc(path: str | Path) -> tuple[tuple[int, int], list[tuple[str, ElementTree.Element]]]:
+    """-> width and height in pixels, and the name and element of every <object>."""
+    path = regular_file(path, "a VOC annotation")
+    try:
+        root = ElementTree.parse(path).getroot()
+    except (ElementTree.ParseError, LookupError, OSError, ValueError) as error:  # LookupError: an unknown encoding
+        raise InputError(f"{path} is not XML ({reason(error)}); expected a VOC annotation") from error
+    if root.tag != "annotation":
+        raise InputError(f"{path} starts with <{shown(root.tag)[1:-1]}>; expected the <annotation> of a VOC file")
+    size = image_size(root.findtext("size/width"), root.findtext("size/height"), f"{path}, <size>")
+    items = [(item.findtext("name", "").strip(), item) for item in root.iterfind("object")]
+    if not all(name for name, _ in items):
+        raise InputError(f"{path} has an <object> without a <name>; expected a VOC annotation")
+    return size, items
+
+
+def corners(item: ElementTree.Element, path: str | Path, sides: Sequence[str] = ("xmin", "ymin", "xmax", "ymax")):
+    """The four numbers in the <bndbox> of an <object>."""
+    return tuple(number(item.findtext(f"bndbox/{side}"), f"{path}, <bndbox><{side}>") for side in sides)
+
+
+def flag(value, place: str) -> bool:
+    """Whether an annotation marks something: true, yes or 1 to 9, rather than false, no, 0 or nothing."""
+    word = str(value).strip().lower()
+    return number(_FLAGS.get(word, word), place, 0, 9, whole=True) > 0
+
+
+def read_yolo(path: Path | None, size: tuple[int, int], names: Mapping[int, str] | None) -> Labels:
+    """Per line a class id and centre x, centre y, width, height as fractions of the image's sides.
+
+    path: None, as an empty file, for an image without objects
+    size: width, height of the image in pixels
+    names: by id; None: an id is its own name
+
+    Boxes that reach out of the image are clipped later. A centre outside of it is refused, and so are other numbers per
+    line: polygons and scores.
+    """
+    objects = []
+    for count, line in enumerate(read_text(path, "YOLO's labels").split("\n") if path else (), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {count}"
+        first, *values = line.split()
+        if len(values) != 4:
+            kind = "a score" if len(values) == 5 else "a polygon" if len(values) > 5 else "part of a line"
+            expected = "a class id, centre x, centre y, width, height"
+            raise InputError(f"{place} has {len(values) + 1} numbers, as of {kind}; expected {expected}")
+        label = number(first, f"{place}, class id", 0, MAX_ID, whole=True)
+        if names is not None and label not in names:
+            known = ", ".join(f"{key} {name}" for key, name in names.items())
+            raise InputError(
+                f"{place}: class id {label} is beyond the names, {known}; classes.txt or data.yaml name ids"
+            )
+        x, y = numbers(values[:2], f"{place}, centre in fractions of the image", 2, 0, 1)
+        wide, high = numbers(values[2:], f"{place}, width and height in fractions of the image", 2, 0, 2)
+        edges = (x - wide / 2) * size[0], (y - high / 2) * size[1], (x + wide / 2) * size[0], (y + high / 2) * size[1]
+        objects.append(Object(str(label) if names is None else names[label], edges))
+    return Labels(str(path), size, objects)
+
+
+def read_names(path: Path) -> dict[int, str]:
+    """Class id -> name: the lines of a text file, or `names` of a YAML file, {} without; its `nc` is their number."""
+    text = read_text(path, "the names of the classes")
+    if path.suffix not in (".yaml", ".yml"):
+        return dict(enumerate(filter(None, map(str.strip, text.split("\n")))))
+    text = re.sub(r"(?m)(?:^|[ \t]+)(?:#.*)?$", "", text)
+    found, count = _YAML_NAMES.search(text), re.search(r"(?m)^nc:[ \t]*(\d+)[ \t]*$", text)
+    items = _YAML_ITEM.findall(found[1].strip("[]{}")) if found else []
+    names = {int(key or index): name.strip().strip("'\"") for index, (key, name) in enumerate(items)}
+    if re.search(r"(?m)^names:", text) and (not names or len(names) < len(items)):
+        raise InputError(f"{path}: names is not a list, or not a mapping of whole numbers, of class names")
+    if names and count and int(count[1]) != len(names):
+        raise InputError(f"{path} says nc: {count[1]} but gives {len(names)} names")
+    return names
+
+
+def find_names(labels: Path, root: Path) -> tuple[dict[int, str] | None, str]:
+    """The names in the folder of the labels, or else in one above it up to `root`, and their file; or None."""
+    above = [folder for folder in labels.parents if folder.is_relative_to(root)]
+    for folder in (labels, *above):
+        for file in (file for pattern in NAME_FILES for file in sorted(folder.glob(pattern))):
+            if names := read_names(file):
+                return names, str(file)
+    return None, ""
+
+
+class CocoImage(NamedTuple):
+    place: str  # for messages
+    name: str
+    labels: Labels
+
+
+def read_coco(
+    data: dict, path: str | Path, *, name_key: str = "file_name", occlusion: bool = False
+) -> tuple[dict[int | str, CocoImage], list[str]]:
+    """Image id -> image, in the file's order, and the names of its categories. A bbox is x, y, width, height.
+
+    data: the json of the file `path`
+    name_key: of an image's name
+    occlusion: whether annotations have one, 0 to 2
+
+    What is marked as crowd or "ignore" is ignored. Ids are whole numbers or texts.
+    """
+    categories = {
+        _id(item, "id", place): plain_text(item.get("name"), f"{place}, name")
+        for place, item in _items(data, "categories", path)
+    }
+    images, annotations = {}, _items(data, "annotations", path)
+    for place, item in _items(data, "images", path):
+        name = plain_text(item.get(name_key), f"{place}, {name_key}")
+        size = image_size(item.get("width"), item.get("height"), place)
+        images[_id(item, "id", place)] = CocoImage(place, name, Labels(f"{path}, {name}", size, []))
+    if not images:
+        raise InputError(f"{path} holds no images")
+    ids = [_id(item, "id", place) for place, item in annotations if "id" in item]
+    if len({image.name for image in images.values()}) < len(data["images"]) or len(set(ids)) < len(ids):
+        raise InputError(f"{path} holds an image id, a {name_key} or an annotation id twice; expected each once")
+    for place, item in annotations:
+        image, category = _id(item, "image_id", place), _id(item, "category_id", place)
+        if image not in images or category not in categories:
+            raise InputError(f"{place}: no image has the id {image}, or no category the id {category}")
+        box = edges(*numbers(item.get("bbox"), f"{place}, bbox (x, y, width, height)"))
+        ignore = flag(item.get("ignore", ""), f"{place}, ignore") or flag(item.get("iscrowd", ""), f"{place}, iscrowd")
+        level = number(item.get("occlusion"), f"{place}, {OCCLUSION}", 0, 2, whole=True) if occlusion else 0
+        images[image].labels.objects.append(Object(categories[category], box, ignore, level))
+    return images, list(categories.values())
+
+
+def edges(x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
+    return x, y, x + width, y + height
+
+
+def _items(data: dict, key: str, path: str | Path) -> list[tuple[str, dict]]:
+    """The objects under a key of the json, each with its place for a message."""
+    items = data.get(key)
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise InputError(f"{path}: expected a list of objects under {key}, got {shown(items)}")
+    return [(f"{path}, {key} {index}", item) for index, item in enumerate(items)]
+
+
+def _id(item: dict, key: str, place: str) -> int | str:
+    value = item.get(key)
+    if isinstance(value, str) and not value.isdecimal():
+        return plain_text(value, f"{place}, {key}")
+    return number(value, f"{place}, {key}", -MAX_ID, MAX_ID, whole=True)

@@ -1,0 +1,117 @@
+"""Where visible images, infrared images and labels lie below a root: a table of layouts, told by their folders."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from macl.data.label_files import NAME_FILES
+from macl.data.pairs import OWN_DATA
+from trainkit.errors import InputError
+
+FORMS = {"voc": ".xml", "yolo": ".txt", "coco": ".json"}  # of labels, by the suffix of their files
+ALL = "all"  # the split of a layout that has none
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",), ALL: (ALL,)}
+LISTS = ("ImageSets/Main/{split}.txt", "ImageSets/{split}.txt", "meta/{split}.txt", "align_{split}.txt", "{split}.txt")
+PATHS = "{split}.txt"  # in the place of a folder: a list of visible paths, `visible` is `infrared` in the others'
+
+
+class Layout(NamedTuple):
+    """Places below the root; {split} stands for train, val, ..., and one folder without it holds all pairs."""
+
+    name: str
+    visible: str
+    infrared: str
+    labels: tuple[str, ...]  # the first that holds labels
+    suffixes: tuple[str, str] = ("", "")  # of the names of visible and of infrared images
+    names: tuple[str, ...] = ()  # of YOLO's ids, where the data set has no file of them
+    cameras: bool = False  # whether the first two digits of a name are the camera
+    first_pixel: int | None = None  # of VOC's boxes; None: as the data show
+    beside: str = ""  # another folder, by which the layout is known
+
+    def has(self, root: Path, split: str) -> bool:
+        if self.visible == PATHS:
+            file = root / PATHS.format(split=split)
+            return file.is_file() and "visible" in file.open(errors="replace").readline(4096)
+        folders = [root / place.format(split=split) for place in (self.visible, self.infrared)]
+        named = "{split}" in self.visible or split == ALL or self.listed(root, split) is not None
+        return named and all(map(Path.is_dir, [*folders, root / self.beside]))
+
+    def listed(self, root: Path, split: str) -> Path | None:
+        """The list of a split's names."""
+        lists = (root / place.format(split=split) for place in LISTS if self.visible != PATHS)
+        return next(filter(Path.is_file, lists), None)
+
+    def place(self, root: Path, split: str) -> dict:
+        """The keywords of `Pairs`."""
+        places = (self.visible, self.infrared, *self.labels)
+        visible, infrared, *labels = (root / place.format(split=split) for place in places)
+        known = dict(suffixes=self.suffixes, cameras=self.cameras, first_pixel=self.first_pixel)
+        known |= dict(names=dict(enumerate(self.names)) or None, listed=self.listed(root, split))
+        labels = next(filter(form_of, labels), labels[0])
+        return known | dict(visible=visible, infrared=infrared, labels=labels, root=root, split=split, title=self.name)
+
+
+_JSON = ("annotations/{split}.json", "annotations/instances_{split}.json", "Annotations/coco/{split}.json")
+LAYOUTS = (
+    Layout("LLVIP", "visible/{split}", "infrared/{split}", ("Annotations",), cameras=True, first_pixel=1),
+    Layout("visible + infrared", "visible/{split}", "infrared/{split}",
+           ("labels/visible/{split}", "labels/{split}", "labels", *_JSON, "visible/{split}", "infrared/{split}")),
+    Layout("visible + infrared in each split", "{split}/visible/images", "{split}/infrared/images",
+           ("{split}/visible/labels", "{split}/infrared/labels", "{split}/labels")),
+    Layout("images/visible + images/infrared", "images/visible/{split}", "images/infrared/{split}",
+           ("labels/visible/{split}", "labels/infrared/{split}", "labels/{split}", *_JSON)),
+    Layout("images + images_ir", "images/{split}", "images_ir/{split}", ("labels/{split}", *_JSON, "images/{split}")),
+    Layout("vis_imgs + ir_imgs", "{split}_imgs/vis_imgs", "{split}_imgs/ir_imgs", _JSON),
+    Layout("FLIR-aligned", "JPEGImages", "JPEGImages", ("Annotations",), ("_RGB", "_PreviewData")),
+    Layout("M3FD", "Vis", "Ir", ("Annotation", "Annotations", "labels")),
+    Layout("M3FD", "vi", "ir", ("labels",), beside="meta",
+           names=("People", "Car", "Bus", "Lamp", "Motorcycle", "Truck")),
+    Layout("MSRS", "detection/vi", "detection/ir", ("detection/labels",), names=("person", "bike", "car")),
+    Layout("vi + ir", "vi", "ir", ("labels",)),
+    Layout("images + images_ir", "images", "images_ir", ("labels", "images")),
+    Layout("RGBimages + IRimages", "RGBimages", "IRimages", ("labels",)),
+    Layout("Visual + Thermal", "Visual", "Thermal", ("label", "labels")),
+    Layout("Himax + Lepton", "Himax", "Lepton", ("Lepton",)),
+    Layout("visible + infrared", "visible", "infrared", ("labels", "visible", "infrared")),
+    Layout("lists of visible paths", PATHS, "", ("",)),
+)  # fmt: skip
+
+
+class Source(NamedTuple):
+    """A data set on the disk."""
+
+    root: Path
+    layout: Layout
+
+    def split(self, *wanted: str) -> str | None:
+        """The first of the splits that is there, as it is spelt there; "val" is also valid and validation."""
+        spelt = (word for name in wanted for word in SPLITS.get(name, (name,)))
+        return next((word for word in spelt if self.layout.has(self.root, word)), None)
+
+
+def find_source(root: str | Path) -> Source:
+    """The data set in a folder, or in the only folder within it that holds one, two levels down at most."""
+    root, words = Path(root), [word for words in SPLITS.values() for word in words]
+    for level in ("", "*", "*/*"):
+        folders = sorted(filter(Path.is_dir, root.glob(level))) if level else [root]
+        known = [Source(folder, row) for folder in folders for row in LAYOUTS if Source(folder, row).split(*words)]
+        found = [one for one in known if form_of(one.layout.place(one.root, one.split(*words))["labels"])]
+        if len({one.root for one in found}) > 1:
+            several = ", ".join(dict.fromkeys(str(one.root) for one in found))
+            raise InputError(f"{root} holds several data sets, {several}: give --data-root one of them")
+        if found:
+            return found[0]
+        if known:
+            places = dict.fromkeys(str(one.root / place) for one in known for place in one.layout.labels)
+            raise InputError(f"{root} is laid out as {known[0].layout.name}, but no labels are in {', '.join(places)}")
+    layouts = dict.fromkeys(f"{row.visible} and {row.infrared}" for row in LAYOUTS[:-1])
+    raise InputError(f"{root} holds no pairs in a known layout such as {'; '.join(layouts)}; {OWN_DATA}")
+
+
+def form_of(labels: Path) -> str | None:
+    """The form of the labels in a folder or file; None where there are none."""
+    if labels.is_file():
+        return "coco" if labels.suffix == FORMS["coco"] else None
+    names = os.listdir(labels) if labels.is_dir() else ()
+    kinds = {os.path.splitext(name)[1].lower() for name in names if name not in NAME_FILES}
+    return next((form for form, suffix in FORMS.items() if suffix in kinds and form != "coco"), None)

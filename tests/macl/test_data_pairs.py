@@ -1,0 +1,218 @@
+"""Pairs in every layout and label form: what is recognised, which classes, and what wrong labels say."""
+
+import pytest
+from pairs import refused, write
+
+from macl.data import Pairs, hold_out, open_root
+from macl.data.label_files import read_names
+
+SIZE, BOX = (40, 20), [10, 5, 30, 15]  # width, height; x1, y1, x2, y2
+YOLO = "{} 0.5 0.5 0.5 0.5\n"
+VOC = "<annotation><size><width>40</width><height>20</height></size>{}</annotation>"
+OBJECT = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>30</xmax><ymax>15</ymax></bndbox></object>"
+
+
+def coco(names, categories=("person", "car"), **changes):
+    """A json in which each image has a person and, but for the first, a car."""
+    images = [dict(id=f"i{i}", file_name=f"{name}.png", width=40.0, height=20.0) for i, name in enumerate(names)]
+    boxes = [dict(image_id=f"i{i}", category_id=kind, bbox=[10, 5, 20, 10], iscrowd=0)
+             for i in range(len(names)) for kind in (3, 5)[: 1 + (i > 0)]]  # fmt: skip
+    kinds = [dict(id=3 + 2 * i, name=name) for i, name in enumerate(categories)]
+    return dict(images=images, annotations=boxes, categories=kinds) | changes
+
+
+def build(root, visible, infrared, labels, names=("a1", "a2", "b1"), form="yolo", ends=("", ""), size=SIZE):
+    """Pairs, the first with a person, the others with a person and a car (class ids 0 and 1)."""
+    for folder, end, other in ((visible, ends[0], SIZE), (infrared, ends[1], size)):
+        for name in names:
+            write(root / folder / f"{name}{end}.png", (90, 60, 30), other)
+    for place, name in enumerate(names):
+        count = 1 + (place > 0)
+        if form == "yolo":
+            write(root / labels / f"{name}.txt", "".join(map(YOLO.format, range(count))))
+        elif form == "voc":
+            objects = (OBJECT.format(kind, 11, 6) for kind in ("person", "car")[:count])
+            write(root / labels / f"{name}{ends[1]}.xml", VOC.format("".join(objects)))
+    if form == "coco":
+        write(root / labels, coco(names))
+    return root
+
+
+def many(template):
+    return {split: [place.format(split=split) for place in template] for split in ("train", "val")}
+
+
+LAYOUTS = [
+    ("LLVIP", "voc", many(("visible/{split}", "infrared/{split}", "Annotations"))),
+    ("visible + infrared", "yolo", many(("visible/{split}", "infrared/{split}", "visible/{split}"))),
+    ("visible + infrared", "yolo", many(("visible/{split}", "infrared/{split}", "labels/{split}"))),
+    ("visible + infrared", "coco", many(("visible/{split}", "infrared/{split}", "annotations/{split}.json"))),
+    ("in each split", "yolo", many(("{split}/visible/images", "{split}/infrared/images", "{split}/visible/labels"))),
+    ("images/visible", "yolo", many(("images/visible/{split}", "images/infrared/{split}", "labels/visible/{split}"))),
+    ("images + images_ir", "yolo", many(("images/{split}", "images_ir/{split}", "labels/{split}"))),
+    ("images + images_ir", "yolo", {"all": ("images", "images_ir", "labels")}),
+    ("RGBimages", "voc", {"all": ("RGBimages", "IRimages", "labels")}),
+    ("vis_imgs + ir_imgs", "coco", many(("{split}_imgs/vis_imgs", "{split}_imgs/ir_imgs", "annotations/{split}.json"))),
+    ("FLIR-aligned", "voc", {"all": ("align/JPEGImages", "align/JPEGImages", "align/Annotations")}),
+    ("M3FD", "voc", {"all": ("M3FD_Detection/Vis", "M3FD_Detection/Ir", "M3FD_Detection/Annotation")}),
+    ("MSRS", "yolo", {"all": ("MSRS/detection/vi", "MSRS/detection/ir", "MSRS/detection/labels")}),
+]
+
+
+@pytest.mark.parametrize(("title", "form", "splits"), LAYOUTS)
+def test_a_layout_is_told_by_its_folders(tmp_path, title, form, splits):
+    for split, places in splits.items():
+        ends = ("_RGB", "_PreviewData") if "FLIR" in title else ("", "")
+        build(tmp_path, *places, names=[f"{split[0]}{i}" for i in range(3)], form=form, ends=ends)
+    if form == "yolo" and title != "MSRS":
+        write(tmp_path / "data.yaml", "path: .\nnames:\n  0: person\n  1: car\nnc: 2\n")
+    for split in splits:
+        data = open_root(tmp_path, split)
+        names = "person (3), bike (2)" if title == "MSRS" else "person (3), car (2)"
+        assert len(data) == 3 and title in data.source and data.split == split and names in data.source
+        sample = data[1]
+        assert sample["boxes"].tolist() == [BOX, BOX] and sample["labels"].tolist() == [1, 2]
+        assert f"/{split[0]}1" in sample["path"] and data[0]["labels"].tolist() == [1]
+        assert open_root(tmp_path, split, classes=["car" if "(2)" in names and "car" in names else "bike"])[1][
+            "labels"
+        ].tolist() == [1]
+    assert open_root(tmp_path, "test") is None
+
+
+def test_a_list_of_visible_paths(tmp_path):
+    build(tmp_path, "d/visible/images/x", "d/infrared/images/x", "d/visible/labels/x")
+    write(tmp_path / "train.txt", "./d/visible/images/x/a2.png\nd/visible/images/x/b1.png\n")
+    write(tmp_path / "classes.txt", "person\ncar\n")
+    data = open_root(tmp_path, "train")
+    assert len(data) == 2 and data[0]["path"].endswith("a2.png") and data[0]["labels"].tolist() == [1, 2]
+    write(tmp_path / "train.txt", "d/visible/images/x/a2.png\nd/other/b1.png\n")
+    refused(lambda: open_root(tmp_path, "train"), "d/other/b1.png", "word visible")
+
+
+def test_splits_from_lists_and_what_no_layout_fits(tmp_path):
+    build(tmp_path / "M", "Vis", "Ir", "Annotation", names=["00000", "00001", "01000"], form="voc")
+    assert open_root(tmp_path, "all").scenes == [-1] * 3  # no cameras in such names
+    write(tmp_path / "M/meta/val.txt", "00001.png\n")
+    assert [pair.visible.name for pair in open_root(tmp_path, "val").pairs] == ["00001.png"]
+    assert open_root(tmp_path, "train") is None
+    write(tmp_path / "M/mine.txt", "01000\n")
+    assert open_root(tmp_path, str(tmp_path / "M/mine.txt")).split == "mine"
+    build(tmp_path / "N", "Vis", "Ir", "Annotation", form="voc")
+    refused(lambda: open_root(tmp_path, "all"), "several data sets", tmp_path / "N")
+    refused(lambda: open_root(tmp_path / "M/Vis", "all"), "no pairs in a known layout", "--visible, --infrared")
+    build(tmp_path / "L", "Vis", "Ir", "other")
+    refused(lambda: open_root(tmp_path / "L", "all"), "laid out as M3FD", "Annotation", "labels")
+
+
+def test_whole_sequences_are_held_out(tmp_path):
+    names = [f"{place}_{number}" for place in ("east", "north", "west") for number in range(8, 12)]
+    data = Pairs(*(build(tmp_path, "v", "i", "l", names) / part for part in "vil"), classes=["0"])
+    train, validation, sentence = hold_out(data)
+    assert "all those of sequence west_" in sentence and len(train) == 8 and len(set(train.scenes)) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "names: [person, 'a car']\nnc: 2", "names: ['person', \"a car\",]  # two\n", "nc: 2\nnames:\n- person\n- a car",
+        "names:\n  - 'person'\n  # no\n  - a car\nval: x", "names: {0: person, 1: a car}",
+        "names:\n  0: person\n  1: a car\n",
+        "train: [x]\nnames:  # ids\n    0: 'person'\n    1: \"a car\"\ndownload: |\n  x: y\n",
+    ],
+)  # fmt: skip
+def test_names_of_a_data_yaml(tmp_path, text):
+    assert read_names(write(tmp_path / "data.yaml", text)) == {0: "person", 1: "a car"}
+    write(tmp_path / "data.yaml", "train: x\nnc: 2\n")
+    assert read_names(tmp_path / "data.yaml") == {}
+
+
+def test_classes_by_name(tmp_path):
+    root = build(tmp_path, "v", "i", "l", ["a1", "a2"])
+    parts = [root / part for part in "vil"]
+    data = Pairs(*parts)
+    assert data.classes == ("0", "1") and "so they are their own names" in data.source
+    data = Pairs(*parts, classes=["person", "car"])
+    assert "id 0 is person, id 1 is car" in data.source and data[1]["labels"].tolist() == [1, 2]
+    write(root / "l/a1.txt", YOLO.format(7))
+    write(root / "l/a2.txt", YOLO.format(7) + YOLO.format(19))
+    assert "id 7 is boat, id 19 is buoy" in Pairs(*parts, classes=["boat", "buoy"]).source
+    refused(lambda: Pairs(*parts, classes=["boat"])[0], "a1.txt, line 1", "class id 7 is beyond", "0 boat")
+    write(root / "l/classes.txt", "person\ncar\n")
+    refused(lambda: Pairs(*parts), "class id 7 is beyond", "1 car")
+
+
+BAD = [
+    ("yolo", "0 0.5 0.5 0.5", "4 numbers, as of part of a line"),
+    ("yolo", "0 0.5 0.5 0.5 0.5 0.9", "as of a score"),
+    ("yolo", "0 0.1 0.1 0.5 0.5 0.9 0.9 0.1 0.8", "as of a polygon"),
+    ("yolo", "0 320 240 50 80", "centre in fractions of the image: expected a number from 0 to 1, got 320"),
+    ("yolo", "0 0.5 0.5 30 20", "width and height in fractions"),
+    ("yolo", "person 0.5 0.5 0.5 0.5", "class id: expected a whole number"),
+    ("yolo", "2 0.5 0.5 0.5 0.5", "class id 2 is beyond the names, 0 person, 1 car"),
+    ("yolo", None, "no label file of the pairs, such as a1.txt"),
+    ("coco", coco(["x1", "x2", "x3"]), "holds 3 images but not a1"),
+    ("coco", coco(["a1", "x2", "b1"]), "holds 3 images but not a2"),
+    ("coco", coco(["a1", "a2", "a1"]), "twice"),
+    ("coco", coco(["a1"], categories=[]), "no category the id 3"),
+    ("coco", coco(["a1"], annotations=[dict(image_id="i0", category_id=3, bbox=[1, 2, 3])]), "bbox (x, y, width"),
+    ("coco", [], "expected a COCO json, an object"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "content", "words"), BAD)
+def test_wrong_labels_end_in_one_sentence(tmp_path, form, content, words):
+    labels = "l" if form == "yolo" else "l.json"
+    root = build(tmp_path, "v", "i", labels, form=form)
+    write(root / "classes.txt", "person\ncar\n")
+    if content is None:
+        for name in ("a1", "a2", "b1"):
+            (root / f"l/{name}.txt").rename(root / f"l/other{name}.txt")
+    else:
+        write(root / (labels if form == "coco" else "l/a2.txt"), content)
+    refused(lambda: Pairs(root / "v", root / "i", root / labels), words)
+
+
+def test_what_else_labels_may_hold(tmp_path):
+    """YOLO without a file, and boxes that reach out; crowd; a json of more or fewer images than there are."""
+    root = build(tmp_path, "v", "i", "l")
+    (root / "l/a1.txt").unlink()
+    write(root / "l/a2.txt", "0 0.9 0.5 0.5 1.6\n")
+    data = Pairs(root / "v", root / "i", root / "l")
+    assert "1 without a label file" in data.source and len(data[0]["boxes"]) == 0
+    assert data[1]["boxes"].tolist() == [[26, 0, 40, 20]] and data.statistics()["clipped"] == 1
+    content = coco(["a1", "a2", "b1", "c1"])
+    content["annotations"][0]["iscrowd"] = content["annotations"][1]["ignore"] = 1
+    data = Pairs(root / "v", root / "i", write(root / "l.json", content))
+    assert [data[i]["ignore"].tolist() for i in (0, 1)] == [[True], [True, False]] and len(data) == 3
+    assert len(Pairs(root / "v", root / "i", write(root / "l.json", coco(["b1"])))) == 1
+
+
+def test_what_voc_counts_from_is_told_by_the_data(tmp_path):
+    root = build(tmp_path, "v", "i", "l", form="voc")
+    parts = [root / part for part in "vil"]
+    assert "count pixels from 1" in Pairs(*parts).source and Pairs(*parts)[0]["boxes"].tolist() == [BOX]
+    write(root / "l/b1.xml", VOC.format(OBJECT.format("person", 0, 3)))
+    assert "count pixels from 0, as b1.xml shows" in Pairs(*parts).source
+    assert Pairs(*parts)[0]["boxes"].tolist() == [[11, 6, 30, 15]]
+
+
+EXPECTED = {  # pairs and boxes of each sample, by their PROVENANCE.md and label files
+    "flir_aligned": (2, {"car": 11}),
+    "m3fd": (4, {"People": 21, "Car": 25, "Lamp": 7}),
+    "msrs": (5, {"person": 13, "car": 3}),
+    "harbour_yolo": (19, None),
+    "damsdet_coco/dataset/coco_LLVIP": (2, {"person": 3}),
+    "damsdet_coco/dataset/coco_FLIR_align": (2, {"person": 13, "car": 3}),
+    "vedai": (1, {"car": 1, "truck": 1, "tractor": 6, "camper": 1}),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_real_samples(shared, name):
+    if not (shared / "data/pairs").is_dir():
+        pytest.skip("no samples of other layouts in shared/data/pairs")
+    pairs, boxes = EXPECTED[name]
+    data = open_root(shared / "data/pairs" / name, "train", "all", "val")
+    counts = {key.removeprefix("named_"): value for key, value in data.statistics().items() if key.startswith("named_")}
+    assert len(data) == pairs and (boxes is None or counts == boxes) and data.classes == tuple(boxes or data.classes)
+    assert all((data[index]["boxes"] >= 0).all() for index in range(pairs))
