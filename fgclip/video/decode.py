@@ -174,7 +174,7 @@ def decoded_from(container, stream, start: float) -> Iterator:
             return chain([first], frames)
         back = 2 * back + 1.0  # some formats seek by the order of decoding
     if start > 0:
-        container.seek(stream.start_time or 0, stream=stream)
+        container.seek((stream.start_time or 0) - int(1 / stream.time_base), stream=stream)  # decoding begins before it
     return container.decode(stream)
 
 
@@ -196,7 +196,10 @@ def write_video(
     options: of the encoder, such as g="30", frames from one key frame to the next.
     """
     av, kind, stream = library(), Path(path).suffix[1:], None
-    with whole_file(path) as file, av.open(file, "w", format={"mkv": "matroska"}.get(kind, kind)) as container:
+    with (
+        whole_file(path) as file,
+        av.open(file, "w", format={"mkv": "matroska", "ts": "mpegts"}.get(kind, kind)) as container,
+    ):
         for picture in pictures:
             if stream is None:
                 stream = container.add_stream(codec, rate=rate, options=options)
