@@ -18,10 +18,11 @@ import argparse
 import collections
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -62,7 +63,7 @@ from trainkit.loader import make_loader
 from trainkit.optimizer import build_optimisation, ema
 from trainkit.run import Run
 from trainkit.run_folder import find_resume
-from trainkit.sampler import AlternatingSampler
+from trainkit.sampler import ResumableSampler
 from trainkit.step import TrainStep, module_gradient_norms
 
 SCRIPT = "video"
@@ -170,7 +171,8 @@ def open_videos(args: argparse.Namespace) -> tuple[VideoSet, VideoSet, list[str]
         return train, validation, [f"training on {len(train)} videos drawn from seed {args.seed} (no --data-root), "
                                    f"validating on {len(validation)} from seed {validation.seed}"]  # fmt: skip
     videos, messages = read_videos(args.data_root, args.format, "train"), []
-    missing = videos.missing
+    kept = FeatureStore(args.features).names() if args.features and Path(args.features).is_dir() else []
+    missing = [name for name in videos.missing if name not in kept]
     if len(missing) > args.allow_missing:
         names = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
         raise InputError(f"{args.data_root}: {len(missing)} videos are missing (--allow-missing goes without): {names}")
@@ -179,7 +181,8 @@ def open_videos(args: argparse.Namespace) -> tuple[VideoSet, VideoSet, list[str]
     entries = read_tracks(args.tracks, args.track_rate) if args.tracks else []
     entries += read_sentences(args.captions) if args.captions else []
     videos, said = add_annotations(videos, entries)
-    train, validation = hold_out(videos.subset(lambda record: record.path is not None), args.val_share, args.seed)
+    there = videos.subset(lambda record: record.name not in missing)
+    train, validation = hold_out(there, args.val_share, args.seed)
     for name, part in (("training", train), ("held out for validation", validation)):
         events = sum(bool(record.classes) for record in part.records)
         messages.append(f"{name}: {len(part)} videos, {events} with an event of {len(part.classes)} classes")
@@ -216,6 +219,24 @@ def build_model(args: argparse.Namespace, train: VideoSet) -> tuple[VideoModel, 
     clips = dict(clip_frames=args.clip_frames, frames_per_clip=args.frames_per_clip)
     said = supervision(train, args)
     return VideoModel(fgclip, head, tokenizer, prompts=prompts, clips=clips, supervision=said), about
+
+
+class AlternatingSampler(ResumableSampler):
+    """ResumableSampler over samples of two labels that take turns. An epoch goes once through the rarer label.
+
+    labels: whether each sample has the second label; with both there has to be at least one.
+    """
+
+    def __init__(self, labels: Sequence[bool], batch_size: int, *, seed: int):
+        self.kinds = [np.flatnonzero(np.asarray(labels, dtype=bool) == kind) for kind in (False, True)]
+        super().__init__(2 * min(map(len, self.kinds)), batch_size, seed=seed)
+
+    def _order(self) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        return np.stack([rng.permutation(kind)[: self.length // 2] for kind in self.kinds], axis=1).ravel()
+
+    def _recipe(self) -> dict:
+        return super()._recipe() | {"labels": [len(kind) for kind in self.kinds]}
 
 
 def tower_weights(args: argparse.Namespace, videos: VideoSet) -> dict[str, float]:

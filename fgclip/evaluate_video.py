@@ -101,7 +101,8 @@ def scored(model: VideoModel, encoder: ClipEncoder, videos: VideoSet, folder: st
     store = FeatureStore(folder, weights_key(model.fgclip, **model.clips))
     shown = None if distributed.is_main() else True
     damaged = extract(videos, encoder, store, progress=partial(tqdm, desc="features", unit="video", disable=shown))
-    lost = [f"{name} (missing)" for name in videos.missing] + [f"{name} ({store.error(name)})" for name in damaged]
+    lost = [f"{name} (missing)" for name in videos.missing if name not in store]  # features do without the videos
+    lost += [f"{name} ({store.error(name)})" for name in damaged]
     if len(lost) > allowed:
         raise InputError(f"{len(lost)} videos are missing or damaged (--allow-missing goes without): {named(lost, 4)}")
     records = [record for record in videos.records if record.name in store and distributed.is_main()]
@@ -115,8 +116,8 @@ def draw(path: str, scores: list[VideoScores], videos: VideoSet) -> None:
         own = frame_auc(one.scores, *one.counts) if one.known else float("nan")
         title = f"{one.name}: {', '.join(one.classes) or 'normal'}" + f", AUC {own:.3f}" * (own == own)
         times = [time_of(one, clip) for clip in peaks(one.scores, 4)]
-        pictures = videos.open(records[one.name]).at(times)
-        strips.append(Strip(one, title, list(zip(times, map(thumbnail, pictures), strict=True))))
+        pictures = [] if one.name in videos.missing else videos.open(records[one.name]).at(times)
+        strips.append(Strip(one, title, list(zip(times, map(thumbnail, pictures), strict=bool(pictures)))))
     draw_curves(path, strips)
 
 

@@ -93,6 +93,15 @@ def test_own_videos_in_folders(own, plain, tmp_path, capsys):
     last = metrics(folder, "validation")[-1]["scores"]["anomaly score"]
     assert last["auc"] is None and 0 <= last["video_auc"] <= 1  # it is not known when the events are
     assert load_video_model(folder / "best.pt").classes == ("fire",)
+    # Without the videos their features are enough, for those that a list names.
+    listed = tmp_path / "listed"
+    listed.mkdir()
+    names = [("fire" if r.classes else "Normal_Videos", r.name) for r in SyntheticVideos(24, seed=5).records]
+    (listed / "Anomaly_Train.txt").write_text("\n".join(f"{kind}/{name}.mp4" for kind, name in names))
+    (listed / "Anomaly_Test.txt").write_text("fire/another.mp4")
+    again = ["--data-root", listed, *HEAD, "--init-from", plain / "last.pt", "--val-share", "0.25", "--batch-size", 4]
+    again += ["--device", "cpu", "--workers", 0, "--features", folder / "features"]
+    assert len(metrics(run(train_video, again, tmp_path / "again"))) == len(metrics(folder))
 
 
 def test_a_signal_during_extraction_leaves_a_run_to_go_on_with(plain, tmp_path, monkeypatch):

@@ -23,7 +23,8 @@ ALARM = 0.5  # a score above it is an alarm
 class VideoScores:
     """What a model says of a video of so many decoded frames, and what is known of it.
 
-    classes: () of a normal video. events: (start, end, class) in frames; None where it is not known when they are.
+    classes: () of a normal video. events: (start, end, class) in frames, class "" where it may be any of the video's;
+    None where it is not known when they are.
     scores (T,): how likely an event is in each clip, T = ceil(frames / clip_frames); class_scores (T, 1 + C): the
     probabilities of normal and of each class. rate: frames per second. Raises InputError where the sizes do not fit.
     """
@@ -49,19 +50,18 @@ class VideoScores:
         """Whether it is known of each frame if it is normal."""
         return self.events is not None or not self.classes
 
-    def positives(self, name: str | None = None) -> np.ndarray:
-        """How many frames (T,) of each clip lie in an event, or in one of the class."""
-        truth = np.zeros(self.frames, dtype=np.int64)
-        for start, end, kind in self.events or ():
-            if name in (None, kind):
-                truth[start:end] = 1
-        return np.add.reduceat(truth, np.arange(0, self.frames, self.clip_frames))
+    def of_class(self, column: int, name: str) -> "VideoScores":
+        """The same with the scores of one class, and its events alone."""
+        return replace(self, scores=self.class_scores[:, column], events=[e for e in self.events or () if e[2] == name])
 
     @cached_property
     def counts(self) -> tuple[np.ndarray, np.ndarray]:
         """Frames (T,) of each clip in an event, and the others; the last clip may be shorter."""
-        starts = np.arange(0, self.frames, self.clip_frames)
-        return self.positives(), np.diff(np.append(starts, self.frames)) - self.positives()
+        starts, truth = np.arange(0, self.frames, self.clip_frames), np.zeros(self.frames, dtype=np.int64)
+        for start, end, _ in self.events or ():
+            truth[start:end] = 1
+        positives = np.add.reduceat(truth, starts)
+        return positives, np.diff(np.append(starts, self.frames)) - positives
 
 
 def frame_auc(scores: np.ndarray, truth: np.ndarray, negatives: np.ndarray | None = None) -> float:
@@ -114,27 +114,22 @@ def detection_map(videos: Sequence[VideoScores], names: Sequence[str | None], th
     """
     result, found = np.full((len(names), len(thresholds)), np.nan), [proposals(video) for video in videos]
     for column, name in enumerate(names):
-        whole = [[(0, video.frames)] if name is None and not video.classes else [] for video in videos]
-        events = [[event[:2] for event in video.events or () if event[2] == name] for video in videos]
-        events = {i: some for i, some in enumerate(whole if name is None else events) if some}
-        rows = np.concatenate([np.insert(one[column], 3, i, axis=1) for i, one in enumerate(found)])
+        events = {i: [event[:2] for event in v.events or () if event[2] == name] for i, v in enumerate(videos)}
+        if name is None:
+            events = {i: [] if video.classes else [(0, video.frames)] for i, video in enumerate(videos)}
+        count = sum(map(len, events.values()))
+        rows = np.concatenate([np.empty((0, 4)), *(np.insert(one[column], 3, i, 1) for i, one in enumerate(found))])
         rows = rows[np.argsort(-rows[:, 2], kind="stable")]  # (n, 4)
-        near = [(rank, *rows[rank, [3, 0, 1]]) for rank in np.flatnonzero(np.isin(rows[:, 3], list(events)))]
-        for place, threshold in enumerate(thresholds) if events else ():
-            hits, unused = np.zeros(len(rows)), {i: list(some) for i, some in events.items()}
+        near = [(rank, *rows[rank - 1, [3, 0, 1]]) for rank in range(1, 1 + len(rows)) if events[rows[rank - 1, 3]]]
+        for place, threshold in enumerate(thresholds) if count else ():
+            hits, unused = [], {i: list(some) for i, some in events.items()}
             for rank, i, start, end in near:
-                overlaps = [_iou(event, start, end) for event in unused[i]]
-                if overlaps and max(overlaps) >= threshold:
+                overlaps = [(min(end, e) - max(start, s)) / (max(end, e) - min(start, s)) for s, e in unused[i]]
+                if max(overlaps, default=0) >= threshold:
                     unused[i].pop(int(np.argmax(overlaps)))
-                    hits[rank] = 1
-            precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
-            result[column, place] = (precision * hits).sum() / sum(map(len, events.values()))
+                    hits.append(rank)
+            result[column, place] = sum(n / rank for n, rank in enumerate(hits, start=1)) / count
     return result
-
-
-def _iou(event: tuple[int, int], start: float, end: float) -> float:
-    common = min(end, event[1]) - max(start, event[0])
-    return max(0.0, common) / (max(end, event[1]) - min(start, event[0]))
 
 
 def frame_figures(videos: Sequence[VideoScores]) -> dict[str, float]:
@@ -142,14 +137,13 @@ def frame_figures(videos: Sequence[VideoScores]) -> dict[str, float]:
     without an event that raise an alarm; video_auc: of the highest scores, also of videos with unknown events."""
     known = [video for video in videos if video.known]
     parts = [_together(known), _together([video for video in known if video.classes])]
-    scores, _, negative = parts[0]
-    own = [frame_auc(video.scores, *video.counts) for video in known if video.classes]
-    highest, anomalous = (np.array(x) for x in zip(*((v.scores.max(), bool(v.classes)) for v in videos), strict=True))
+    (scores, _, negative), anomalous = parts[0], np.array([bool(video.classes) for video in videos])
     names, figures = ("auc", "ap", "anomalous_auc", "anomalous_ap"), (frame_auc, average_precision)
     return dict(zip(names, (figure(*part) for part in parts for figure in figures), strict=True)) | dict(
-        mean_auc=_mean(own), video_auc=frame_auc(highest, anomalous),
+        mean_auc=_mean([frame_auc(video.scores, *video.counts) for video in known if video.classes]),
+        video_auc=frame_auc(np.array([video.scores.max() for video in videos]), anomalous),
         false_alarms=float(negative[scores > ALARM].sum() / negative.sum()) if negative.any() else float("nan"),
-    )  # fmt: skip
+    )
 
 
 def _together(videos: Sequence[VideoScores]) -> tuple[np.ndarray, ...]:
@@ -160,17 +154,16 @@ def _together(videos: Sequence[VideoScores]) -> tuple[np.ndarray, ...]:
 
 def _mean(values) -> float:
     """The mean of those that are not NaN."""
-    values = np.array(values)[~np.isnan(values)]
-    return float(values.mean()) if len(values) else float("nan")
+    return float("nan") if np.isnan(values).all() else float(np.nanmean(values))
 
 
 def oracles(videos: Sequence[VideoScores]) -> dict[str, list[VideoScores]]:
     """Scores of who knows only which videos are anomalous, and of who guesses also that events are in the middle."""
-    single = [replace(v, clip_frames=1, scores=np.full(v.frames, float(bool(v.classes))),
-                      class_scores=np.zeros((v.frames, 0))) for v in videos]  # fmt: skip
+    label = [replace(v, clip_frames=1, scores=np.full(v.frames, float(bool(v.classes))),
+                     class_scores=np.zeros((v.frames, 0))) for v in videos]  # fmt: skip
     ramps = [1 - abs(2 * (np.arange(v.frames) + 0.5) / v.frames - 1) for v in videos]  # 0 at both ends, 1 in the middle
-    middle = [replace(v, scores=v.scores * ramp) for v, ramp in zip(single, ramps, strict=True)]
-    return {"oracle of the video's label": single, "oracle x middle of the video": middle}
+    middle = [replace(v, scores=v.scores * ramp) for v, ramp in zip(label, ramps, strict=True)]
+    return {"oracle of the video's label": label, "oracle x middle of the video": middle}
 
 
 def anomaly_report(videos: Sequence[VideoScores], classes: Sequence[str], *, normal_counts: bool = False) -> dict:
@@ -180,30 +173,30 @@ def anomaly_report(videos: Sequence[VideoScores], classes: Sequence[str], *, nor
     videos, events, auc within its videos, one_vs_rest_auc of its own score, and mAP. map: by threshold and averaged,
     the mean of the classes that have events, and that over 1 + C as published, where those without count 0. top1: how
     often the class that is highest in an anomalous video's best sixteenth is one of its own. counts.
-    normal_counts: normal is a class with events in `map`, as it is published for XD-Violence.
+    Videos of events without a class have no part in one_vs_rest_auc and map.
+    normal_counts: normal is a class with events in the published mean, as for XD-Violence.
     """
     if not any(video.known for video in videos):
         raise InputError("expected at least one video of which it is known when its events are, found none")
     known, anomalous = [v for v in videos if v.known], [v for v in videos if v.classes]
-    scores, positive, negative = _together(known)
-    precision = detection_map(known, [None if normal_counts else "", *classes])  # (1 + C, thresholds)
-    rows = {}
-    for index, name in enumerate(classes, start=1):
-        own, true = [v for v in known if name in v.classes], np.concatenate([v.positives(name) for v in known])
-        score = np.concatenate([v.class_scores[:, index] for v in known])
+    clear, rows = [v for v in known if all(kind for *_, kind in v.events or ())], {}
+    precision = detection_map(clear, [None if normal_counts else "", *classes])  # (1 + C, thresholds)
+    for column, name in enumerate(classes, start=1):
+        own, as_one = [v for v in known if name in v.classes], [v.of_class(column, name) for v in clear]
         rows[name] = dict(
-            videos=sum(name in v.classes for v in videos), events=sum(e[2] == name for v in own for e in v.events),
-            auc=frame_auc(*_together(own)), one_vs_rest_auc=frame_auc(score, true, positive + negative - true),
-            map=_mean(precision[index]),
+            videos=sum(name in v.classes for v in videos), events=sum(len(v.events) for v in as_one),
+            auc=frame_auc(*_together(own)), one_vs_rest_auc=frame_auc(*_together(as_one)), map=_mean(precision[column]),
         )  # fmt: skip
     best = [np.sort(v.class_scores[:, 1:], axis=0)[-1 - len(v.scores) // 16 :].mean(axis=0).argmax() for v in anomalous]
     steps = dict(zip([*map(str, THRESHOLDS), "average"], [*range(len(THRESHOLDS)), slice(None)], strict=True))
-    maps = dict(with_events=precision, published=np.nan_to_num(precision))
+    nowhere = np.isnan(precision).all()
+    maps = dict(with_events=precision[1:], published=np.where(nowhere, np.nan, np.nan_to_num(precision)))
+    _, positive, negative = _together(known)
     kinds = {"anomaly score": videos, "1 - p(normal)": [replace(v, scores=1 - v.class_scores[:, 0]) for v in videos]}
     return dict(
         counts=dict(
-            videos=len(videos), anomalous=len(anomalous), unknown=len(videos) - len(known),
-            frames=int((positive + negative).sum()), positives=int(positive.sum()),
+            videos=len(videos), anomalous=len(anomalous), frames=int((positive + negative).sum()),
+            positives=int(positive.sum()), unknown=len(videos) - len(known), unclear=len(known) - len(clear),
         ),
         scores={name: frame_figures(part) for name, part in (kinds | oracles(videos)).items()},
         classes=rows,
@@ -227,6 +220,7 @@ def report_text(report: dict) -> str:
     maps |= {f"as published ({1 + len(classes)} classes)": report["map"]["published"]}
     said = "{videos} videos, {anomalous} anomalous; {frames} frames, {positives} in events".format(**counts)
     said += f"; {counts['unknown']} videos of unknown events count only as wholes" if counts["unknown"] else ""
+    said += f"; {counts['unclear']} of events without a class count for none" if counts["unclear"] else ""
     shares = f"mean one vs rest AUC {_cell(report['mean_one_vs_rest_auc'])}; "
     shares += f"top 1 class of anomalous videos {_cell(report['top1'])}"
     tables = [table(report["scores"], "%"), table(classes, "% by class") + "\n" + shares, table(maps, "mAP@IoU, %")]

@@ -83,7 +83,7 @@ def test_a_shift_of_one_clip_is_seen(recorded):
 
 def test_official_counts_and_what_the_label_alone_reaches(official):
     report = anomaly_report(official, sorted({v.classes[0] for v in official if v.classes}))
-    assert report["counts"] == dict(videos=290, anomalous=140, unknown=0, frames=1_111_808, positives=84_182)
+    assert report["counts"] == dict(videos=290, anomalous=140, frames=1_111_808, positives=84_182, unknown=0, unclear=0)
     _, _, label, middle = report["scores"].values()
     assert label["auc"] == pytest.approx(0.8157, abs=5e-5) and middle["auc"] == pytest.approx(0.8652, abs=5e-5)
     assert label["anomalous_auc"] == 0.5 and middle["anomalous_auc"] == pytest.approx(0.634, abs=5e-4)
@@ -112,8 +112,8 @@ def test_equal_scores_share_a_threshold():
 def test_frames_of_clips():
     """The end of an event is left out; events may overlap, and may end behind the video."""
     one = video([0, 0, 0, 0], ((3, 6, "a"), (5, 9, "b"), (13, 99, "a")), frames=14)
-    assert one.positives().tolist() == [1, 4, 1, 1] and one.positives("b").tolist() == [0, 3, 1, 0]
     assert [part.tolist() for part in one.counts] == [[1, 4, 1, 1], [3, 0, 3, 1]]
+    assert one.of_class(2, "b").counts[0].tolist() == [0, 3, 1, 0]
     exact = video([0.1, 0.9, 0.2], ((4, 8, "a"),))
     assert frame_figures([exact])["auc"] == 1 and frame_figures([video(exact.scores, ((4, 9, "a"),))])["auc"] < 1
 
@@ -166,7 +166,7 @@ def test_a_report_says_what_it_cannot_measure():
         video([0.3, 0.2], None, ("a",), class_scores=scores),
     ]
     report = anomaly_report(videos, ("a", "b"))
-    assert report["counts"] == dict(videos=3, anomalous=2, unknown=1, frames=16, positives=4)
+    assert report["counts"] == dict(videos=3, anomalous=2, frames=16, positives=4, unknown=1, unclear=0)
     assert report["top1"] == 0.5 and report["scores"]["anomaly score"] == pytest.approx(
         dict(auc=1, ap=1, anomalous_auc=1, anomalous_ap=1, mean_auc=1, video_auc=0.5, false_alarms=1 / 3)
     )
@@ -185,7 +185,24 @@ def test_a_report_says_what_it_cannot_measure():
 def test_the_class_of_a_video_is_that_of_its_best_sixteenth():
     rows = np.full((32, 3), 0.1)
     rows[3, 1], rows[7:10, 2] = 0.9, 0.5
-    assert anomaly_report([video([0] * 32, None, ("b",), class_scores=rows), video([0])], ("a", "b"))["top1"] == 1
+    report = anomaly_report([video([0] * 32, None, ("b",), class_scores=rows), video([0])], ("a", "b"))
+    assert report["top1"] == 1 and math.isnan(report["map"]["published"]["average"])
+
+
+def test_events_without_a_class_count_for_none():
+    """They may be of any of their video's classes; as events they count."""
+    scores = np.array([[0.8, 0.1, 0.1], [0.1, 0.3, 0.6]])
+    clear = video([0.2, 0.9], ((4, 8, "b"),), class_scores=scores)
+    unclear = video([0.9, 0.2], ((0, 4, ""), (4, 8, "a")), ("a", "b"), class_scores=scores)
+    alone = anomaly_report([clear, video([0.1, 0.1])], ("a", "b"), normal_counts=True)
+    both = anomaly_report([clear, unclear, video([0.1, 0.1])], ("a", "b"), normal_counts=True)
+    assert both["map"] == alone["map"] and both["map"]["with_events"]["average"] == 1
+    assert both["counts"] | dict(videos=2) == dict(
+        videos=2, anomalous=2, frames=24, positives=12, unknown=0, unclear=1
+    ) and "; 1 of events without a class count for none" in report_text(both)
+    assert both["classes"]["b"] == pytest.approx(alone["classes"]["b"] | dict(videos=2, auc=5 / 6))
+    only = anomaly_report([unclear], ("a", "b"))
+    assert only["scores"]["anomaly score"]["ap"] == 1 and math.isnan(only["map"]["published"]["average"])
 
 
 def test_normal_videos_alone_have_no_curve():
