@@ -278,5 +278,5 @@ def with_entries(record: VideoRecord, entries: Sequence[tuple[Entry, float]]) ->
     for span, seconds in ((span, seconds) for entry, seconds in entries for span in entry.captions):
         span = replace(span, end=min(span.end, seconds))
         told = span.event if events is None else any(s < span.end and span.start < e for s, e, _ in events)
-        captions += [replace(span, event=told and bool(record.classes))] if span.start < span.end else []
+        captions += [replace(span, event=told)] if span.start < span.end else []
     return replace(record, tracks=(*record.tracks, *tracks), captions=(*record.captions, *captions), events=events)

@@ -165,15 +165,14 @@ def opened(path: Path):
 
 def decoded_from(container, stream, start: float) -> Iterator:
     """The decoded frames from the last key frame that is shown at `start` (s) or before."""
-    back = 0.0
-    while start > back:
-        container.seek((stream.start_time or 0) + int((start - back) / stream.time_base), stream=stream)
-        frames = container.decode(stream)
-        first = next((frame for frame in frames if frame.key_frame), None)
-        if first is not None and first.pts is not None and shown_at(first, stream) <= start:
-            return chain([first], frames)
-        back = 2 * back + 1.0  # some formats seek by the order of decoding
     if start > 0:
+        # Some formats seek by the order of decoding, so that only an earlier moment, or one before all, leads there.
+        for back in (*(2.0**i - 1 for i in range(12) if 2**i - 1 < start), start, start + 1):
+            container.seek((stream.start_time or 0) + int((start - back) / stream.time_base), stream=stream)
+            frames = container.decode(stream)
+            first = next((frame for frame in frames if frame.key_frame), None)
+            if first is not None and first.pts is not None and shown_at(first, stream) <= start:
+                return chain([first], frames)
         container.seek(stream.start_time or 0, stream=stream)
     return container.decode(stream)
 
@@ -196,7 +195,10 @@ def write_video(
     options: of the encoder, such as g="30", frames from one key frame to the next.
     """
     av, kind, stream = library(), Path(path).suffix[1:], None
-    with whole_file(path) as file, av.open(file, "w", format={"mkv": "matroska"}.get(kind, kind)) as container:
+    with (
+        whole_file(path) as file,
+        av.open(file, "w", format={"mkv": "matroska", "ts": "mpegts"}.get(kind, kind)) as container,
+    ):
         for picture in pictures:
             if stream is None:
                 stream = container.add_stream(codec, rate=rate, options=options)

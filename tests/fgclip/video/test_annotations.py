@@ -164,9 +164,10 @@ def test_sentences_are_of_an_event_where_they_overlap_one(tmp_path):
     ],
 )  # fmt: skip
 def test_what_is_left_out_is_named(tmp_path, content, words):
-    added, messages = add_annotations(SET, tracks(tmp_path, content))
+    videos = replace(SET, records=[*SET.records, VideoRecord("Fight2", None, ("Fighting",))])
+    added, messages = add_annotations(videos, tracks(tmp_path, content))
     assert sum(words in message for message in messages) == 1 and all("tracks.json: " in m for m in messages)
-    assert len(added.records[0].tracks) == ("Fight1" in content[0]["video"])
+    assert not added.records[2].tracks and len(added.records[0].tracks) == ("Fight1" in content[0]["video"])
 
 
 def test_keys_are_held_against_the_file(tmp_path):
