@@ -3,7 +3,7 @@
     python benchmarks/fgclip_options.py --batch-size 4 --rounds 3 --write
     python benchmarks/fgclip_options.py --accumulate 4 --batch-size 16 --options plain cached-negatives --write
 
-Steps (forward, all four losses, backward, AdamW) take turns in one process. Peak memory is that of three steps in a
+Steps (forward, all four losses, backward, AdamW) take turns in one process. Peak memory is that of two steps in a
 fresh process each, above what it held before the first; gradients and optimizer state are in it.
 """
 
@@ -71,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.memory_of:
         contender = Contender(args.memory_of, args)
-        return print(common.extra_memory(lambda: [contender.step() for _ in range(3)], args.device))
+        return print(common.extra_memory(lambda: [contender.step() for _ in range(2)], args.device))
 
     peaks = {name: common.in_fresh_process(f"--memory-of={name}") for name in args.options}
     times = common.take_turns({name: Contender(name, args).step for name in args.options}, args.rounds)

@@ -104,6 +104,7 @@ def test_banks_fill_during_warm_up_and_count_only_after_it(bank_run, tmp_path):
         "--amp bf16 --roi-projection --lr-scale roi_projection=10 text_model=0.1",
         "--checkpoint-activations --placement free --ema-decay 0 --best-by hard",
         "--long-weight 0 --short-weight 0 --best-by hard --optimizer sgd --clip-norm 0",
+        "--batch-size 1 --accumulate 3 --cached-negatives --lora-rank 1 --amp bf16 --freeze text:1",
         "--region-weight 0 --accumulate 3 --context-length 24 --activation gelu",
         "--hard-weight 0 --long-weight 0 --max-regions 2 --vocab bytes --bank-size 8 --bank-warmup-steps 0",
     ],
