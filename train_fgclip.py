@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from fgclip import FGCLIP, Tokenizer, load_model
+from fgclip.cached import CachedFGCLIPLoss
 from fgclip.data.collate import Collate
 from fgclip.data.dataset import DataStatistics, RegionDataset, data_statistics, evenly, hold_out, image_ids
 from fgclip.data.records import COCO, FineHARD
@@ -188,6 +189,8 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     add("--short-weight", type=non_negative_float, default=1.0, metavar="X", help="images and short captions")
     add("--region-weight", type=non_negative_float, default=0.1, metavar="X", help="regions and phrases")
     add("--hard-weight", type=non_negative_float, default=0.5, metavar="X", help="regions and altered phrases")
+    add("--cached-negatives", action="store_true", help="--accumulate batches make exactly the step of one large "
+        "batch, with all its negatives, for one more forward pass (GradCache)")
     add = parser.add_argument_group("memory bank: negatives from earlier steps").add_argument
     add("--bank-size", type=non_negative_int, default=0, metavar="N", help="regions, of all GPUs; 0 is FG-CLIP")
     add("--global-bank-size", type=non_negative_int, default=0, metavar="N", help="images, for each kind of caption")
@@ -303,7 +306,7 @@ def check_data(args: argparse.Namespace, statistics: DataStatistics) -> None:
 
 def validate_args(args: argparse.Namespace) -> None:
     """Raises InputError for flags that contradict each other, have no effect, or leave a loss constant."""
-    images = args.batch_size * distributed.world_size()
+    images = args.batch_size * distributed.world_size() * (args.accumulate if args.cached_negatives else 1)
     captions = args.long_weight or args.short_weight
     if args.stage == "global" and (args.region_weight or args.hard_weight or args.bank_size):
         raise InputError("--stage global has no regions: --region-weight, --hard-weight and --bank-size are for region")
@@ -330,6 +333,8 @@ def validate_args(args: argparse.Namespace) -> None:
         trust_torchscript=("init_from", "resume"), heads=("init_from", "resume"),
         reset_logit_scales=("init_from", "resume"),
     )  # fmt: skip
+    if args.cached_negatives and args.accumulate == 1:
+        raise InputError("--cached-negatives needs --accumulate of at least 2: one batch has all its negatives already")
     if args.logit_scale_init > MAX_LOGIT_SCALE:
         raise InputError(f"--logit-scale-init {args.logit_scale_init}: expected at most ln 100, {MAX_LOGIT_SCALE:.4f}")
     if args.best_by in ("region", "hard") and not (args.region_weight or args.hard_weight):
@@ -356,7 +361,7 @@ def about_losses(args: argparse.Namespace, model: FGCLIP) -> str:
     whole = sum(parameter.numel() for parameter in model.parameters())
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     weights = ", ".join(f"{name.removeprefix('loss_')} {weight:g}" for name, weight in loss_weights(args).items())
-    return f"{learning / 1e6:.2f} of {whole / 1e6:.2f} M parameters learn; loss weights: {weights}"
+    return f"{learning:,} of {whole:,} parameters learn; loss weights: {weights}"
 
 
 def check(messages: list[str], train_data, val_data, train_step, objective, loader, model) -> None:
@@ -424,7 +429,8 @@ def main(arguments: list[str] | None = None) -> None:
         name: PairBank(size, bare.visual_projection.out_features, classes=args.bank_classes, device=device)
         for name, size in sizes.items() if size and name in enabled
     })  # fmt: skip
-    objective = FGCLIPLoss(model, names=enabled, banks=banks, device=device)
+    objective_type = CachedFGCLIPLoss if args.cached_negatives else FGCLIPLoss
+    objective = objective_type(model, names=enabled, banks=banks, device=device)
     train_step = TrainStep(
         model, optimizer, forward=lambda _, batch: (objective(batch), {}), weights=weights,
         describe=lambda batch: batch["sources"], device=device, schedule=schedule, average=average, amp=args.amp,

@@ -138,17 +138,20 @@ class FGCLIP(nn.Module):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """Every feature that the losses of one batch need, not normalised, each distinct image and text encoded once.
 
-        batch: pixels (B, 3, H, W), and any of
+        batch: any of
+            pixels (B, 3, H, W);
             short_texts (U, L) tokens, and into its rows: short (B,), region (R,), hard (H,) int64;
             long_texts (V, L) tokens, long (B,) into its rows;
-            boxes, a list of B tensors (n_i, 4), R together.
+            boxes, with pixels, a list of B tensors (n_i, 4), R together.
         Returns image, short, long (B, D), regions, region_texts (R, D) and hard_texts (H, D), where the batch has what
         they are made of, and the multipliers scale_global, scale_region and scale_hard.
         """
-        tokens, size = self.vision_model.penultimate(batch["pixels"])
-        features = {"image": self.visual_projection(self.vision_model.pool(tokens))}
-        if "boxes" in batch:
-            features["regions"] = self._pool_regions(tokens, size, batch["boxes"])
+        features = {}
+        if "pixels" in batch:
+            tokens, size = self.vision_model.penultimate(batch["pixels"])
+            features["image"] = self.visual_projection(self.vision_model.pool(tokens))
+            if "boxes" in batch:
+                features["regions"] = self._pool_regions(tokens, size, batch["boxes"])
         if "short_texts" in batch:
             short = self.encode_text(batch["short_texts"])
             for name, index in (("short", "short"), ("region_texts", "region"), ("hard_texts", "hard")):

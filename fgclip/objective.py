@@ -31,46 +31,54 @@ class FGCLIPLoss:
 
     def begin(self, batches: list[dict], *, use_banks: bool = True) -> None:
         """Counts the pairs of the step over all ranks, and forgets the metrics of the last step."""
-        counts = [[len(batch.get(key, ())) for key in LOSSES.values()] for batch in batches]
-        counts = distributed.all_reduce_sum(torch.tensor(counts, dtype=torch.float64))  # (micro-batches, LOSSES)
+        counts = distributed.all_reduce_sum(self.count(batches))  # (micro-batches, LOSSES)
         totals = counts.sum(0)
-        factors = torch.where(totals > 0, distributed.world_size() * len(batches) / totals, 0.0).tolist()
+        factors = torch.where(totals > 0, distributed.world_size() * len(counts) / totals, 0.0).tolist()
         self.factors = dict(zip(LOSSES, factors, strict=True))
         self.counts = (dict(zip(LOSSES, row, strict=True)) for row in counts)
         self.sums, self.use_banks = {}, use_banks
 
+    def count(self, batches: list[dict]) -> Tensor:
+        """This rank's pairs (micro-batches, LOSSES) float64, in as many rows as the step calls `losses`."""
+        counts = [[len(batch.get(key, ())) for key in LOSSES.values()] for batch in batches]
+        return torch.tensor(counts, dtype=torch.float64)
+
     def __call__(self, batch: dict) -> dict[str, Tensor]:
         """The losses () of the next micro-batch. Afterwards its pairs are in the banks."""
-        batch, counts = to_device(batch, self.device), next(self.counts)
-        features = self.model(batch)
+        batch = to_device(batch, self.device)
+        return self.losses(self.model(batch), pairs_of(batch))
+
+    def losses(self, features: dict[str, Tensor], pairs: dict) -> dict[str, Tensor]:
+        """The losses () of the model's features, whose rows `pairs` tells; the pairs go to the banks."""
+        counts = next(self.counts)
         losses, image = {}, l2_normalize(features["image"])
         for name in ("long", "short", "region"):
             if name in self.names:
-                loss = self.contrast(name, image, features, batch, counts[name])
+                loss = self.contrast(name, image, features, pairs, counts[name])
                 losses[f"loss_{name}"] = self.factors[name] * loss
         if "hard" in self.names:
             region, text = l2_normalize(features["regions"]), l2_normalize(features["hard_texts"])
-            options = dict(counts=batch["hard_counts"], ids=batch["short_ids"][batch["hard"]])
+            options = dict(counts=pairs["hard_counts"], ids=pairs["hard"])
             loss, stats = hard_negative_loss(
-                region[batch["hard_regions"]], text, features["scale_hard"], **options, reduction="sum", with_stats=True
+                region[pairs["hard_regions"]], text, features["scale_hard"], **options, reduction="sum", with_stats=True
             )
             losses["loss_hard"] = self.factors["hard"] * loss
             self.add_quality("hard", stats)
-        self.add("truncated", batch["truncated"], 0)
+        self.add("truncated", pairs["truncated"], 0)
         for name in ("image", "short", "long", "regions", "region_texts"):
             if name in features:
                 self.add(f"norm_{name}", features[name].detach().norm(dim=-1).sum(), len(features[name]))
         return losses
 
-    def contrast(self, name: str, image: Tensor, features: dict, batch: dict, count: Tensor) -> Tensor:
+    def contrast(self, name: str, image: Tensor, features: dict, pairs: dict, count: Tensor) -> Tensor:
         """The summed loss of one kind of pairs, `count` of them on all ranks, among each other and the bank."""
         if name == "region":
             image, text, scale = l2_normalize(features["regions"]), features["region_texts"], features["scale_region"]
-            ids, labels = batch["short_ids"][batch["region"]], batch["region_labels"]
+            labels = pairs["region_labels"]
         else:
             text, scale = features[name], features["scale_global"]
-            ids, labels = batch[f"{name}_ids"][batch[name]], batch["labels"]
-        text, bank = l2_normalize(text), self.banks.get(name)
+            labels = pairs["labels"]
+        text, ids, bank = l2_normalize(text), pairs[name], self.banks.get(name)
         used = bank if self.use_banks else None
         loss, stats = symmetric_loss(image, text, scale, ids=ids, bank=used, reduction="sum", with_stats=True)
         in_batch = stats
@@ -86,10 +94,8 @@ class FGCLIPLoss:
             self.add(f"{name}_in_batch", in_batch["loss"], in_batch["rows"])
             self.add(f"{name}_candidates", count * stats["rows"], stats["rows"])
             self.add(f"{name}_unmasked", stats["candidates"], stats["rows"])
-            cosines = image @ text.T  # (N, N)
-            other = ids[:, None] != ids
-            self.add(f"{name}_cosine", cosines.diagonal().sum(), len(image))
-            self.add(f"{name}_cosine_unmatched", cosines[other].sum(), other.sum())
+            self.add(f"{name}_cosine", (image * text).sum(), len(image))
+            self.add(f"{name}_cosine_unmatched", *unmatched_cosines(image, text, ids))
         return loss
 
     def add_quality(self, name: str, stats: dict[str, Tensor]) -> None:
@@ -119,6 +125,20 @@ class FGCLIPLoss:
         means = {name: total / count if count else math.nan for name, (total, count) in sums.items()}
         banks = {f"{name}_bank": len(self.banks[name]) for name in self.names if name in self.banks}
         return means | banks | dict(truncated=int(sums["truncated"][0]))
+
+
+def pairs_of(batch: dict) -> dict:
+    """What the losses know of a batch: ids of the texts of long, short, region and hard, and what tells the rows."""
+    ids = {name: batch["long_ids" if name == "long" else "short_ids"][batch[name]] for name in LOSSES if name in batch}
+    others = ("labels", "region_labels", "hard_regions", "hard_counts", "truncated")
+    return ids | {name: batch[name] for name in others if name in batch}
+
+
+def unmatched_cosines(image: Tensor, text: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and number of the cosines between unit rows (N, D) of different ids (N,), without the N x N matrix."""
+    _, group, sizes = ids.unique(return_inverse=True, return_counts=True)
+    images, texts = (rows.new_zeros(len(sizes), rows.shape[1]).index_add(0, group, rows) for rows in (image, text))
+    return (images.sum(0) * texts.sum(0)).sum() - (images * texts).sum(), len(ids) ** 2 - (sizes**2).sum()
 
 
 def freeze_unreached(model: FGCLIP, names: Collection[str]) -> None:

@@ -66,6 +66,21 @@ def test_a_run_with_banks_is_resumed_bit_for_bit(bank_run, tmp_path):
     assert metrics(bank_run) == metrics(halves)
 
 
+def test_cached_negatives_are_those_of_a_large_batch_and_are_resumed(tmp_path):
+    flags = [*BANK, *"--bank-warmup-steps 2 --region-weight 1 --max-regions 2".split()]
+    whole = metrics(train(tmp_path / "whole", *flags, *"--batch-size 8 --max-steps 4".split()))
+    flags += "--cached-negatives --accumulate 2".split()
+    folder = train(tmp_path / "cached", *flags, "--max-steps", 4)
+    cached = metrics(folder)
+    for one, other in zip(whole, cached, strict=True):
+        assert other.pop("kind") == one.pop("kind")
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-5)
+    assert cached[0]["region_candidates"] == 16 and cached[3]["region_candidates"] == 24
+    halves = train(tmp_path / "halves", *flags, "--max-steps", 2)
+    train_fgclip.main(["--resume", str(halves), "--max-steps", "4", "--device", "cpu"])
+    assert metrics(halves) == metrics(folder)
+
+
 def test_banks_fill_during_warm_up_and_count_only_after_it(bank_run, tmp_path):
     without = metrics(
         train(tmp_path / "without", *"--max-regions 1 --lr-base-batch 48 --region-weight 0.1 --max-steps 7".split())
@@ -89,6 +104,7 @@ def test_banks_fill_during_warm_up_and_count_only_after_it(bank_run, tmp_path):
         "--amp bf16 --roi-projection --lr-scale roi_projection=10 text_model=0.1",
         "--checkpoint-activations --placement free --ema-decay 0 --best-by hard",
         "--long-weight 0 --short-weight 0 --best-by hard --optimizer sgd --clip-norm 0",
+        "--batch-size 1 --accumulate 3 --cached-negatives --lora-rank 1 --amp bf16 --freeze text:1",
         "--region-weight 0 --accumulate 3 --context-length 24 --activation gelu",
         "--hard-weight 0 --long-weight 0 --max-regions 2 --vocab bytes --bank-size 8 --bank-warmup-steps 0",
     ],
@@ -212,6 +228,7 @@ def test_wrong_flags_end_in_one_sentence(plain, tmp_path, capsys, monkeypatch):
     assert "nothing would be learnt" in say("--stage global --long-weight 0 --short-weight 0")
     assert "does not divide" in say("--bank-size 9 --bank-classes 2")
     assert "the run has only 24 steps" in say("--bank-size 8")
+    assert "--cached-negatives needs --accumulate" in say("--cached-negatives")
     assert "--image-root needs" in say("--image-root .")
     assert "--val-annotations needs" in say("--val-annotations x.json")
     assert "--val-image-root needs" in say("--val-image-root .")

@@ -14,7 +14,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fgclip import FGCLIP, Tokenizer
+from fgclip.cached import CachedFGCLIPLoss
 from fgclip.data import Collate
+from fgclip.freezing import freeze, train_unfrozen
+from fgclip.lora import add_lora
 from fgclip.losses import PairBank, symmetric_loss
 from fgclip.model import l2_normalize
 from fgclip.objective import FGCLIPLoss, freeze_unreached
@@ -29,6 +32,7 @@ ALONE = ((0, 1, 2, 3, 4, 5), (6, 7, 8, 9))
 SPLITS = {
     "even": (((0, 1, 2), (6, 7)), ((3, 4, 5), (8, 9))),
     "ragged": (((0,), (6, 7, 8)), ((1, 2, 3, 4, 5), (9,))),
+    "cached": (((0,), (1, 2, 3, 4)), ((5, 6, 7), (8, 9))),  # together the images in order
 }
 
 CASES = (("even", 1), ("ragged", 2))  # split, and classes of the banks
@@ -42,6 +46,10 @@ def make_model(vocab_size):
         embed_dim=8,
         logit_scale=2.0,
     ).double()
+
+
+def kind_of(split):
+    return CachedFGCLIPLoss if split == "cached" else FGCLIPLoss
 
 
 def make_batches(micro_batches, **options):
@@ -58,13 +66,14 @@ def make_batches(micro_batches, **options):
     return batches
 
 
-def steps(wrap, micro_batches, classes=1):
+def steps(wrap, micro_batches, classes=1, kind=FGCLIPLoss, prepare=lambda model: model):
     """Three steps on the same images, the last two with the banks that the first has begun to fill."""
-    bare = make_model(Tokenizer(vocabulary()).vocab_size)
+    bare = prepare(make_model(Tokenizer(vocabulary()).vocab_size))
     model = wrap(bare)
     sizes = dict(region=6, long=4, short=4)
     banks = torch.nn.ModuleDict({name: PairBank(size, 8, classes=classes) for name, size in sizes.items()}).double()
-    objective = FGCLIPLoss(model, names=NAMES, banks=banks, device="cpu")
+    dtype = bare.logit_scale.dtype
+    objective = kind(model, names=NAMES, banks=banks.to(dtype), device="cpu")
     stepper = TrainStep(
         model, torch.optim.SGD(model.parameters(), lr=0.05), weights=WEIGHTS, describe=lambda batch: batch["sources"],
         forward=lambda _, batch: (objective(batch), {}), device="cpu",
@@ -72,9 +81,11 @@ def steps(wrap, micro_batches, classes=1):
     seen = []
     for _ in range(3):
         batches = make_batches(micro_batches)
+        for batch in batches:
+            batch["pixels"] = batch["pixels"].to(dtype)
         objective.begin(batches, use_banks=stepper.steps >= 1)
         result = stepper(batches, keep_gradients=True)
-        gradients = {name: p.grad.clone() for name, p in bare.named_parameters()}
+        gradients = {name: p.grad.clone() for name, p in bare.named_parameters() if p.requires_grad}
         content = {name: value.clone() for name, value in banks.state_dict().items()}
         seen.append(dict(losses=result.losses, metrics=objective.metrics(), gradients=gradients, banks=content))
     return seen
@@ -84,8 +95,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.start("cpu")
     observed = {
-        (name, classes): steps(DistributedDataParallel, SPLITS[name][distributed.rank()], classes)
-        for name, classes in CASES
+        (name, classes): steps(DistributedDataParallel, SPLITS[name][distributed.rank()], classes, kind_of(name))
+        for name, classes in (*CASES, ("cached", 2))
     }
     torch.save(observed, Path(sys.argv[1]) / f"rank{distributed.rank()}.pt")
     distributed.stop()
@@ -96,10 +107,11 @@ def ranks(tmp_path_factory, two_ranks):
     return two_ranks(__file__, tmp_path_factory.mktemp("two-ranks"))
 
 
-@pytest.mark.parametrize(("split", "classes"), CASES)
+@pytest.mark.parametrize(("split", "classes"), [*CASES, ("cached", 2)])
 def test_two_ranks_are_one_process(ranks, split, classes):
-    """Losses, metrics, gradients and banks, over micro-batches of unequal content."""
-    for step, alone in enumerate(steps(lambda model: model, ALONE, classes)):
+    """Losses, metrics, gradients and banks, over micro-batches of unequal content; cached, of one large batch."""
+    images = [range(10)] if split == "cached" else ALONE
+    for step, alone in enumerate(steps(lambda model: model, images, classes)):
         first, second = (seen[split, classes][step] for seen in ranks)
         for name, loss in alone["losses"].items():
             assert first["losses"][name] == pytest.approx(loss, rel=1e-9), name
@@ -112,6 +124,67 @@ def test_two_ranks_are_one_process(ranks, split, classes):
                 torch.testing.assert_close(first[part][name], value, msg=name)
                 assert first[part][name].equal(second[part][name]), name
     assert alone["metrics"]["region_candidates"] > 6
+
+
+def float32(model):
+    return model.float()
+
+
+def frozen_text(model):
+    freeze(model, ["text"])
+    return model
+
+
+def frozen_images(model):
+    freeze(model, ["vision"])
+    model.set_checkpointing(True)
+    return model
+
+
+@pytest.mark.parametrize("prepare", [float32, frozen_text, frozen_images])
+def test_cached_micro_batches_are_one_large_batch(prepare):
+    tolerance = dict(rtol=1e-5, atol=1e-6) if prepare is float32 else dict(rtol=1e-9, atol=1e-12)
+    whole, cached = (
+        steps(lambda model: model, micro_batches, 1, kind, prepare)
+        for micro_batches, kind in (
+            ([range(10)], FGCLIPLoss),
+            (((0,), (1, 2, 3, 4), (5, 6), (7, 8, 9)), CachedFGCLIPLoss),
+        )
+    )
+    for one, other in zip(whole, cached, strict=True):
+        for part in ("losses", "metrics", "gradients", "banks"):
+            assert one[part].keys() == other[part].keys()
+            for name, value in one[part].items():
+                torch.testing.assert_close(other[part][name], value, **tolerance, check_dtype=False, msg=name)
+
+
+def test_the_second_pass_replays_the_random_states_and_skips_frozen_towers():
+    """Under autocast, whose copies of weights the first pass makes without graph."""
+    model = make_model(Tokenizer(vocabulary()).vocab_size).float()
+    freeze(model, ["text"])
+    add_lora(model, ["v_proj"], rank=2, alpha=4.0, dropout=0.5)
+    for block in model.vision_model.encoder.layers:
+        torch.nn.init.normal_(block.self_attn.v_proj.lora_up)
+    train_unfrozen(model)
+    seen = []
+    model.register_forward_hook(lambda *call: seen.append(call[-1]))
+    objective = CachedFGCLIPLoss(model, names=NAMES, banks={}, device="cpu")
+    batches = make_batches(((0, 1, 2), (0, 1, 2)))
+    objective.begin(batches)
+    states = []
+    for batch in batches:
+        batch["pixels"] = batch["pixels"].float()
+    for batch in batches:
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = objective(batch)
+        sum(losses.values()).backward()
+        assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+        states.append(torch.get_rng_state())
+    assert states[0].equal(states[1])  # the first pass alone moves them on
+    assert not seen[0]["image"].equal(seen[1]["image"])
+    for first, second in ((seen[0], seen[2]), (seen[1], seen[3])):
+        assert second.keys() == {"image", "regions", "scale_global", "scale_region", "scale_hard"} < first.keys()
+        assert all(second[name].equal(first[name]) for name in second)
 
 
 def one_step(micro_batches, names, roi_projection=False, **options):
