@@ -33,6 +33,7 @@ from trainkit.tables import aligned
 
 DOMAINS = {"night": data.NIGHT, "day-and-night": data.DAY_AND_NIGHT, "registered": data.DAY_AND_NIGHT_REGISTERED}
 NEEDS = {"split": "pairs", "image_set": "kaist", "annotations": "kaist", "detections": "kaist", "domain": "synthetic"}
+NEEDS |= {"infrared_to_visible": "pairs", "label_form": "pairs"}
 OUTPUTS = {"save_detections": (".txt", ".json"), "plot": (".png", ".pdf", ".svg")}
 
 

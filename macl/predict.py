@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from macl.build import load_detector, read_checkpoint
-from macl.data import find_pairs, moved, read_pair, to_float
+from macl.data import find_pairs, moved, read_onto, read_pair, to_float
 from macl.plots import draw_detections
-from macl.training import add_registration_flags, choose_move
+from macl.training import add_onto_flag, add_registration_flags, choose_move
 from trainkit.arguments import fraction, make_parser
 from trainkit.errors import InputError, one_line, one_sentence
 from trainkit.files import whole_file, write_json
@@ -31,6 +31,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--min-score", type=fraction, default=0.3, metavar="X", help="lowest score written and drawn")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged weights if any, or raw ones")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--suffixes",
+        nargs=2,
+        default=("", ""),
+        metavar=("VISIBLE", "INFRARED"),
+        help="what ends the names, such as _RGB _PreviewData; both folders may then be the same",
+    )
+    add_onto_flag(parser.add_argument)
     add_registration_flags(parser.add_argument)
     args = parser.parse_args(arguments)
     given = [name for name in ("visible", "infrared") if getattr(args, name) is not None]
@@ -44,8 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
     if needed in ("visible", "infrared") and needed not in given:
         raise InputError(f"this detector sees with {needed} images alone: give --{needed}")
     detector.roi_head.score_threshold = args.min_score
-    pairs = find_pairs(args.visible, args.infrared)
-    move, _, messages = choose_move(args, pairs, checkpoint.get("register", "none"), read=lambda pair: read_pair(*pair))
+    pairs, onto = find_pairs(args.visible, args.infrared, args.suffixes), read_onto(args.infrared_to_visible)
+    move, _, messages = choose_move(
+        args, pairs, checkpoint.get("register", "none"), read=lambda pair: read_pair(*pair, onto)
+    )
     for message in messages:
         print(message)
     output = Path(args.output)
@@ -53,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     classes, written = detector.kwargs["classes"], []
     for visible, infrared in pairs:
         path = visible or infrared
-        sample = read_pair(visible, infrared)
+        sample = read_pair(visible, infrared, onto)
         sample = moved(sample, move) if len(given) == 2 else sample
         images = {name: [to_float(image).to(args.device)] for name, image in sample.items() if image is not None}
         detections = detector(**images)[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from macl.data import AugmentedDataset, PairedAugmentation, Pairs, collate, hold_out, open_root
+from macl.data import AugmentedDataset, PairedAugmentation, Pairs, collate, hold_out, open_root, read_onto
 from macl.data.layouts import ALL, FORMS
 from macl.detector import PairedFasterRCNN
 from macl.evaluation import alignment_metrics, detection_metrics, predict
@@ -52,6 +52,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the backbone and the neck")
 
 
+def add_onto_flag(add: Callable) -> None:
+    add("--infrared-to-visible", metavar="resize|FILE",
+        help="how infrared becomes as large as visible: resized, or by the 3 x 3 homography in a .json or .npy file")
+
+
 def add_registration_flags(add: Callable) -> None:
     """add: the `add_argument` of a group."""
     add("--register", choices=("none", "rig", "each"), default="none",
@@ -67,6 +72,7 @@ def add_pair_flags(add: Callable) -> None:
     add("--infrared", metavar="DIR", help="... the infrared images of the same names, ...")
     add("--labels", metavar="PATH", help="... and their labels: a folder of .txt or .xml files, or a COCO json")
     add("--label-form", choices=tuple(FORMS), help="YOLO's .txt, COCO's json, VOC's .xml (default: what is there)")
+    add_onto_flag(add)
     add("--suffixes", nargs=2, metavar=("VISIBLE", "INFRARED"), help="what ends the names of images in one folder")
 # fmt: on
 
@@ -76,6 +82,8 @@ def has_pairs(args: argparse.Namespace) -> bool:
     places = [args.visible, args.infrared, args.labels]
     if any(places) and (args.data_root is not None or None in places):
         raise InputError("expected --data-root ROOT, or --visible DIR --infrared DIR --labels PATH")
+    if args.infrared_to_visible and args.data_root is None and not any(places):
+        raise InputError("--infrared-to-visible needs --data-root, or --visible, --infrared and --labels")
     return args.data_root is not None or all(places)
 
 
@@ -83,13 +91,13 @@ def open_pairs(args: argparse.Namespace, *splits: str, classes: Sequence[str] | 
     """The first of the splits that the named pairs have, see `open_root`; None without any. classes: None for all."""
     options = {"form": args.label_form, "suffixes": args.suffixes}
     options = {name: value for name, value in options.items() if value is not None} | {"classes": classes}
+    pairs = None
     if args.data_root is not None:
-        return open_root(args.data_root, *splits, **options)
-    for split in splits:
-        if split == ALL or Path(split).is_file():
-            named = {} if split == ALL else dict(listed=Path(split), split=Path(split).stem)
-            return Pairs(args.visible, args.infrared, args.labels, **options | named)
-    return None
+        pairs = open_root(args.data_root, *splits, **options)
+    elif split := next((split for split in splits if split == ALL or Path(split).is_file()), None):
+        named = {} if split == ALL else dict(listed=Path(split), split=Path(split).stem)
+        pairs = Pairs(args.visible, args.infrared, args.labels, **options | named)
+    return None if pairs is None else pairs.with_onto(read_onto(args.infrared_to_visible))
 
 
 def open_training(args: argparse.Namespace, split: str | None, held: str | None, classes: Sequence[str] | None):

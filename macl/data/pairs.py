@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from macl.data.annotation import Annotation
+from macl.data.onto import Onto
 from macl.data.sample import images_by_stem, moved, read_pair
 from trainkit.errors import InputError
-from trainkit.files import read_lines, shown
+from trainkit.files import picture_size, read_lines, shown
 
 HELD_OUT = 0.1  # share of the training pairs
 OWN_DATA = (
@@ -39,10 +40,13 @@ class PairedDataset(Dataset, abc.ABC):
     split: the name of the pairs
     source: where they were read, as a sentence
     moves: of infrared, see `moved`
+    onto: how infrared is put onto visible, see `with_onto`; of_infrared: whether boxes are those of infrared images
     """
 
     scene_kind = "scene"
     moves = ()
+    onto = None
+    of_infrared = False
 
     def __init__(self, pairs: Sequence[Pair], classes: Sequence[str], *, split: str, source: str):
         self.pairs, self.classes, self.split, self.source = list(pairs), tuple(classes), split, source
@@ -56,8 +60,11 @@ class PairedDataset(Dataset, abc.ABC):
 
     def __getitem__(self, index: int) -> dict:
         visible, infrared = self.paths(index)
-        images, annotation = read_pair(visible, infrared), self.annotation(index)
+        images, annotation = read_pair(visible, infrared, self.onto), self.annotation(index)
         _, height, width = images["visible"].shape
+        other = self.onto is not None and (self.of_infrared or annotation.size != (width, height))
+        if other and annotation.size == picture_size(infrared):
+            annotation = self.onto.boxes(annotation, (width, height))
         if annotation.size != (width, height):
             size = " x ".join(map(str, annotation.size))
             raise InputError(f"{annotation.place} is for {size} pixels but {visible} has {width} x {height}")
@@ -93,6 +100,12 @@ class PairedDataset(Dataset, abc.ABC):
         chosen = copy.copy(self)
         chosen.pairs = [self.pairs[index] for index in indices]
         chosen.source += f", {len(chosen)} of them {why}"
+        return chosen
+
+    def with_onto(self, onto: Onto | None) -> "PairedDataset":
+        """The same data set with infrared images, and boxes if they are infrared's, put onto visible when read."""
+        chosen = copy.copy(self)
+        chosen.onto = onto
         return chosen
 
     def moved(self, move: tuple[int, int] | Callable) -> "PairedDataset":

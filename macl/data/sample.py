@@ -45,13 +45,19 @@ def to_float(image: Tensor) -> Tensor:
     return to_dtype(image, torch.float32, scale=True)
 
 
-def read_pair(visible: str | Path | None, infrared: str | Path | None) -> dict[str, Tensor | None]:
-    """The images of a sample; that of a path of None is None. Raises InputError if sizes differ."""
+def read_pair(visible: str | Path | None, infrared: str | Path | None, onto=None) -> dict[str, Tensor | None]:
+    """The images of a sample; that of a path of None is None. Raises InputError if sizes differ.
+
+    onto: how infrared is put onto visible, see `macl.data.onto`; None: their sizes are the same
+    """
     pair = {"visible": visible, "infrared": infrared}
     pair = {modality: None if path is None else read_image(path) for modality, path in pair.items()}
+    if onto is not None and visible is not None and infrared is not None:
+        pair["infrared"] = onto.image(pair["infrared"], tuple(pair["visible"].shape[:0:-1]))
     sizes = [f"{image.shape[2]} x {image.shape[1]}" for image in pair.values() if image is not None]
     if len(set(sizes)) > 1:
-        raise InputError(f"{visible} is {sizes[0]} but {infrared} is {sizes[1]}; expected a registered pair")
+        problem = f"{visible} is {sizes[0]} but {infrared} is {sizes[1]}"
+        raise InputError(f"{problem}; expected a registered pair, or --infrared-to-visible resize or FILE")
     return pair
 
 

@@ -1,9 +1,12 @@
 """Pairs in every layout and label form: what is recognised, which classes, and what wrong labels say."""
 
+import numpy as np
 import pytest
+import torch
 from pairs import refused, write
+from PIL import Image
 
-from macl.data import Pairs, hold_out, open_root
+from macl.data import Pairs, find_pairs, hold_out, open_root, read_onto
 from macl.data.label_files import read_names
 
 SIZE, BOX = (40, 20), [10, 5, 30, 15]  # width, height; x1, y1, x2, y2
@@ -216,3 +219,63 @@ def test_real_samples(shared, name):
     counts = {key.removeprefix("named_"): value for key, value in data.statistics().items() if key.startswith("named_")}
     assert len(data) == pairs and (boxes is None or counts == boxes) and data.classes == tuple(boxes or data.classes)
     assert all((data[index]["boxes"] >= 0).all() for index in range(pairs))
+
+
+def test_suffixes_pair_a_single_folder(tmp_path):
+    for name in ("a_RGB", "a_PreviewData", "b_RGB", "b_PreviewData", "c", "c_lr"):
+        write(tmp_path / f"{name}.png", (1, 2, 3))
+    for ends in (("_RGB", "_PreviewData"), ("_PreviewData", "_RGB")):
+        found = [tuple(path.stem for path in pair) for pair in find_pairs(tmp_path, tmp_path, ends)]
+        assert found == [(f"a{ends[0]}", f"a{ends[1]}"), (f"b{ends[0]}", f"b{ends[1]}")]
+    refused(lambda: find_pairs(tmp_path, tmp_path), "same pictures", "--suffixes")
+    refused(
+        lambda: find_pairs(tmp_path, tmp_path, ("", "_lr")), "a_PreviewData.png", "no partner named a_PreviewData_lr"
+    )
+    refused(lambda: find_pairs(tmp_path, tmp_path, ("_vis", "_lr")), "is no folder of images (_vis.jpg")
+    (tmp_path / "b_PreviewData.png").unlink()
+    refused(lambda: find_pairs(tmp_path, tmp_path, ("_RGB", "_PreviewData")), "b_RGB.png has no partner named b_Prev")
+
+
+def scene(root, homography, size=(60, 44)):
+    """A pair whose infrared image, 30 x 22, shows the visible one's white box as the homography says."""
+    visible, infrared = (torch.zeros(3, *side[::-1], dtype=torch.uint8) for side in (size, (30, 22)))
+    visible[:, 12:28, 20:40] = 255
+    y, x = torch.meshgrid(torch.arange(22.0), torch.arange(30.0), indexing="ij")
+    x, y, one = torch.tensor(homography) @ torch.stack([x, y, torch.ones_like(x)]).flatten(1)
+    infrared[:] = (255 * (((x / one - 29.5).abs() < 10) & ((y / one - 19.5).abs() < 8))).view(22, 30)
+    for name, image in (("v", visible), ("i", infrared)):
+        path = write(root / name / "a1.png", (0, 0, 0))
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return visible, infrared
+
+
+@pytest.mark.parametrize("kind", ["resize", "json", "npy"])
+def test_infrared_is_put_onto_visible_with_its_boxes(tmp_path, kind):
+    homography = [[2, 0, 0.5], [0, 2, 0.5], [0, 0, 1]]  # the resize, as of pixels' centres
+    if kind == "json":
+        homography = [[1.9, 0.1, 2], [-0.05, 2.05, 1], [0.0004, 0.0002, 1.0]]
+    scene(tmp_path, homography)
+    write(tmp_path / "i/a1.txt", "0 0.5 0.45454545 0.33333333 0.36363636\n")
+    parts = [tmp_path / "v", tmp_path / "i", tmp_path / "i"]
+    refused(lambda: Pairs(*parts)[0], "60 x 44", "30 x 22", "--infrared-to-visible resize or FILE")
+    file = write(tmp_path / "h.json", homography)
+    if kind == "npy":
+        np.save(tmp_path / "h.npy", np.array(homography))
+    onto = read_onto("resize" if kind == "resize" else str(file.with_suffix(f".{kind}")))
+    sample = Pairs(*parts).with_onto(onto)[0]
+    assert sample["infrared"].shape == sample["visible"].shape == (3, 44, 60)
+    off = (sample["infrared"].float() - sample["visible"].float()).abs().gt(128)[0].float().mean()
+    assert off < 0.02  # the border of the white box
+    assert sample["boxes"][0].tolist() == pytest.approx([20, 12, 40, 28], abs=3.5 if kind == "json" else 1e-3)
+    write(tmp_path / "l.json", coco(["a1"], images=[dict(id="i0", file_name="a1.png", width=30, height=22)]))
+    boxes = Pairs(*parts[:2], tmp_path / "l.json").with_onto(read_onto("resize"))[0]["boxes"]
+    assert boxes.tolist() == [[20, 10, 60, 30]]  # of a json that is for the infrared size
+    write(tmp_path / "v.json", coco(["a1"], images=[dict(id="i0", file_name="a1.png", width=60, height=44)]))
+    assert Pairs(*parts[:2], tmp_path / "v.json").with_onto(onto)[0]["boxes"].tolist() == [[10, 5, 30, 15]]
+
+
+@pytest.mark.parametrize("content", [[[1, 0, 0], [0, 1, 0]], [[1, 0, 0]] * 3, [[1, 0], [0, 1]], {}, [[1, 0, "x"]] * 3])
+def test_what_is_no_homography(tmp_path, content):
+    refused(lambda: read_onto(str(write(tmp_path / "h.json", content))), "h.json", "3 x 3")
+    refused(lambda: read_onto(str(write(tmp_path / "h.npy", "x"))), "h.npy", "3 x 3")
+    refused(lambda: read_onto("resise"), "expected resize, or a .json or .npy")
