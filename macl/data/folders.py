@@ -96,8 +96,8 @@ class Pairs(PairedDataset):
         counts = Counter(item.name for index in range(len(self)) for item in self.labels(index).objects)
         if not counts:
             raise InputError(f"no object is in the labels of {self.source}")
-        found = sorted(counts, key=int) if all(map(str.isdecimal, counts)) else counts  # YOLO's ids without names
-        self.classes = tuple(name for name in dict.fromkeys([*order, *found]) if counts[name])
+        order = sorted(counts, key=int) if self.form == "yolo" and self.names is None else [*order, *counts]
+        self.classes = tuple(name for name in dict.fromkeys(order) if counts[name])
         named = ", ".join(f"{name} ({counts[name]})" for name in self.classes)
         self.source += f"; classes: {named}"
 
@@ -254,4 +254,4 @@ def _all_ids(files: Sequence[Path | None], labels: Path, root: Path | None, spli
             folder = root.joinpath(*(word if part == split else part for part in below))
             files |= {file for file in folder.glob("*.txt") if file.name not in NAME_FILES}
     words = {line.split()[0] for file in files for line in read_lines(file, "YOLO's labels")}
-    return sorted(int(word) for word in words if word.isdecimal())
+    return sorted(int(word) for word in words if word.isdecimal() and len(word) < 17)
