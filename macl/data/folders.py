@@ -59,7 +59,11 @@ class Pairs(PairedDataset):
             bases = [[folder / f"{stem}{end}" for stem in stems]
                      for folder, end in zip((visible, infrared), suffixes, strict=True)]  # fmt: skip
         images = [find_images(zip(each, stems, strict=True)) for each in bases]
-        self.of_infrared = labels == infrared if infrared != visible else _end_with(files, suffixes[1])
+        self.of_infrared = (
+            labels == infrared
+            if infrared != visible
+            else bool(suffixes[1]) and any(isinstance(file, Path) and file.stem.endswith(suffixes[1]) for file in files)
+        )
         self.scene_kind = "camera" if cameras else "sequence"
         scenes, self.scene_names = _cameras(stems) if cameras else _sequences(stems)
         super().__init__(map(Pair, *images, files, scenes), classes or (), split=split, source="")
@@ -168,10 +172,12 @@ def _read_json(path: Path, stems: list[str], visible: Path, suffixes: Sequence[s
     Either may hold more than the other, but not both.
     """
     images, categories = read_coco(read_json(path, "a COCO json", dict), path)
-    known = {}
-    for image in images.values():
-        stem = os.path.splitext(os.path.basename(image.name))[0]
-        known[next((stem.removesuffix(end) for end in suffixes if end and stem.endswith(end)), stem)] = image.labels
+    bare = [os.path.splitext(os.path.basename(image.name))[0] for image in images.values()]
+    bare = [next((stem.removesuffix(end) for end in suffixes if end and stem.endswith(end)), stem) for stem in bare]
+    known = dict(zip(bare, (image.labels for image in images.values()), strict=True))
+    if len(known) < len(images):
+        name = next(name for name, count in Counter(bare).items() if count > 1)
+        raise InputError(f"{path} names {shown(name)} twice, in different folders or with other suffixes")
     both = [stem for stem in stems if stem in known]
     if len(both) < min(len(stems), len(images)):
         missing = next(stem for stem in stems if stem not in known)
@@ -196,11 +202,6 @@ def _follow_paths(file: Path):
     if not any(labels):
         raise InputError(f"{file}: no label file of its images, such as {file.parent / stems[0]}.txt")
     return stems, (visible, infrared), labels, f"listed in {file}"
-
-
-def _end_with(files: Sequence, suffix: str) -> bool:
-    """Whether label files have the names of the infrared images, where one folder holds both."""
-    return suffix != "" and any(isinstance(file, Path) and file.stem.endswith(suffix) for file in files)
 
 
 def _cameras(stems: list[str]) -> tuple[list[int], list[str]]:

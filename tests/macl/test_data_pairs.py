@@ -156,6 +156,7 @@ BAD = [
     ("coco", coco(["x1", "x2", "x3"]), "holds 3 images but not a1"),
     ("coco", coco(["a1", "x2", "b1"]), "holds 3 images but not a2"),
     ("coco", coco(["a1", "a2", "a1"]), "twice"),
+    ("coco", coco(["a1", "a2", "x/a1"]), "names 'a1' twice"),
     ("coco", coco(["a1"], categories=[]), "no category the id 3"),
     ("coco", coco(["a1"], annotations=[dict(image_id="i0", category_id=3, bbox=[1, 2, 3])]), "bbox (x, y, width"),
     ("coco", [], "expected a COCO json, an object"),
