@@ -59,11 +59,9 @@ class Pairs(PairedDataset):
             bases = [[folder / f"{stem}{end}" for stem in stems]
                      for folder, end in zip((visible, infrared), suffixes, strict=True)]  # fmt: skip
         images = [find_images(zip(each, stems, strict=True)) for each in bases]
-        self.of_infrared = (
-            labels == infrared
-            if infrared != visible
-            else bool(suffixes[1]) and any(isinstance(file, Path) and file.stem.endswith(suffixes[1]) for file in files)
-        )
+        apart = visible != infrared and (labels == infrared or "infrared" in labels.parts[-2:])
+        first = str(getattr(next(filter(None, files)), "stem", ""))
+        self.of_infrared = apart or (suffixes[1] != "" and first.endswith(suffixes[1]))
         self.scene_kind = "camera" if cameras else "sequence"
         scenes, self.scene_names = _cameras(stems) if cameras else _sequences(stems)
         super().__init__(map(Pair, *images, files, scenes), classes or (), split=split, source="")

@@ -275,6 +275,14 @@ def test_infrared_is_put_onto_visible_with_its_boxes(tmp_path, kind):
     assert Pairs(*parts[:2], tmp_path / "v.json").with_onto(onto)[0]["boxes"].tolist() == [[10, 5, 30, 15]]
 
 
+@pytest.mark.parametrize(("labels", "moved"), [("i", True), ("labels/infrared", True), ("labels", False), ("v", False)])
+def test_boxes_drawn_in_infrared_go_with_it(tmp_path, labels, moved):
+    root = build(tmp_path, "v", "i", labels, form="voc")
+    write(root / "h.json", [[1, 0, 4], [0, 1, -2], [0, 0, 1]])
+    data = Pairs(root / "v", root / "i", root / labels).with_onto(read_onto(str(root / "h.json")))
+    assert data[0]["boxes"].tolist() == [[14, 3, 34, 13] if moved else BOX]
+
+
 @pytest.mark.parametrize("content", [[[1, 0, 0], [0, 1, 0]], [[1, 0, 0]] * 3, [[1, 0], [0, 1]], {}, [[1, 0, "x"]] * 3])
 def test_what_is_no_homography(tmp_path, content):
     refused(lambda: read_onto(str(write(tmp_path / "h.json", content))), "h.json", "3 x 3")
