@@ -121,6 +121,8 @@ def open_dataset(args: argparse.Namespace, classes: Sequence[str], script: str |
             raise InputError(
                 f"--split {args.split}: the data have none; expected train, val, test, all, held-out or a list"
             )
+        if args.split is None and dataset.split in ("all", "train"):
+            dataset.source += "; there is no test split, so pairs of training may be among them: see --split held-out"
     else:
         dataset = data.KAIST(args.data_root, args.image_set or "test-all-20", args.annotations, classes=classes)
     data.refuse_absent_classes(dataset, every=False)

@@ -59,7 +59,9 @@ class Pairs(PairedDataset):
             bases = [[folder / f"{stem}{end}" for stem in stems]
                      for folder, end in zip((visible, infrared), suffixes, strict=True)]  # fmt: skip
         images = [find_images(zip(each, stems, strict=True)) for each in bases]
-        self.of_infrared = labels == infrared if infrared != visible else _end_with(files, suffixes[1])
+        apart = visible != infrared and (labels == infrared or "infrared" in labels.parts[-2:])
+        first = str(getattr(next(filter(None, files)), "stem", ""))
+        self.of_infrared = apart or (suffixes[1] != "" and first.endswith(suffixes[1]))
         self.scene_kind = "camera" if cameras else "sequence"
         scenes, self.scene_names = _cameras(stems) if cameras else _sequences(stems)
         super().__init__(map(Pair, *images, files, scenes), classes or (), split=split, source="")
@@ -96,8 +98,8 @@ class Pairs(PairedDataset):
         counts = Counter(item.name for index in range(len(self)) for item in self.labels(index).objects)
         if not counts:
             raise InputError(f"no object is in the labels of {self.source}")
-        found = sorted(counts, key=int) if all(map(str.isdecimal, counts)) else counts  # YOLO's ids without names
-        self.classes = tuple(name for name in dict.fromkeys([*order, *found]) if counts[name])
+        order = sorted(counts, key=int) if self.form == "yolo" and self.names is None else [*order, *counts]
+        self.classes = tuple(name for name in dict.fromkeys(order) if counts[name])
         named = ", ".join(f"{name} ({counts[name]})" for name in self.classes)
         self.source += f"; classes: {named}"
 
@@ -168,10 +170,12 @@ def _read_json(path: Path, stems: list[str], visible: Path, suffixes: Sequence[s
     Either may hold more than the other, but not both.
     """
     images, categories = read_coco(read_json(path, "a COCO json", dict), path)
-    known = {}
-    for image in images.values():
-        stem = os.path.splitext(os.path.basename(image.name))[0]
-        known[next((stem.removesuffix(end) for end in suffixes if end and stem.endswith(end)), stem)] = image.labels
+    bare = [os.path.splitext(os.path.basename(image.name))[0] for image in images.values()]
+    bare = [next((stem.removesuffix(end) for end in suffixes if end and stem.endswith(end)), stem) for stem in bare]
+    known = dict(zip(bare, (image.labels for image in images.values()), strict=True))
+    if len(known) < len(images):
+        name = next(name for name, count in Counter(bare).items() if count > 1)
+        raise InputError(f"{path} names {shown(name)} twice, in different folders or with other suffixes")
     both = [stem for stem in stems if stem in known]
     if len(both) < min(len(stems), len(images)):
         missing = next(stem for stem in stems if stem not in known)
@@ -196,11 +200,6 @@ def _follow_paths(file: Path):
     if not any(labels):
         raise InputError(f"{file}: no label file of its images, such as {file.parent / stems[0]}.txt")
     return stems, (visible, infrared), labels, f"listed in {file}"
-
-
-def _end_with(files: Sequence, suffix: str) -> bool:
-    """Whether label files have the names of the infrared images, where one folder holds both."""
-    return suffix != "" and any(isinstance(file, Path) and file.stem.endswith(suffix) for file in files)
 
 
 def _cameras(stems: list[str]) -> tuple[list[int], list[str]]:
@@ -254,4 +253,4 @@ def _all_ids(files: Sequence[Path | None], labels: Path, root: Path | None, spli
             folder = root.joinpath(*(word if part == split else part for part in below))
             files |= {file for file in folder.glob("*.txt") if file.name not in NAME_FILES}
     words = {line.split()[0] for file in files for line in read_lines(file, "YOLO's labels")}
-    return sorted(int(word) for word in words if word.isdecimal())
+    return sorted(int(word) for word in words if word.isdecimal() and len(word) < 17)

@@ -13,8 +13,8 @@ from trainkit.files import MAX_ID, image_size, number, numbers, plain_text, read
 NAME_FILES = ("classes.txt", "obj.names", "data.yaml", "*.yaml", "*.yml")
 OCCLUSION = "occlusion (none, partial or heavy)"
 _FLAGS = {"true": 1, "yes": 1, "false": 0, "no": 0, "": 0}
-_YAML_NAMES = re.compile(r"^names:[ \t]*(\[[^]]*]|\{[^}]*}|(?:\n+[ \t]*(?:-[ \t]|\d+[ \t]*:).*)+)", re.MULTILINE)
-_YAML_ITEM = re.compile(r"""(?:(\d+)\s*:\s*)?("[^"]*"|'[^']*'|[^\s,:'"-][^,\n]*)""")
+_YAML_NAMES = re.compile(r"^names:[ \t]*(\[[^]]*]|\{[^}]*}|(?:\n+[ \t]*(?:-[ \t]|\d{1,9}[ \t]*:).*)+)", re.MULTILINE)
+_YAML_ITEM = re.compile(r"""(?:(\d{1,9})\s*:\s*)?("[^"]*"|'[^']*'|[^\s,:'"-][^,\n]*)""")
 
 
 def read_voc(path: str | Path, *, classes: Collection[str], first_pixel: int = 1) -> Labels:
@@ -100,7 +100,7 @@ def read_names(path: Path) -> dict[int, str]:
     if path.suffix not in (".yaml", ".yml"):
         return dict(enumerate(filter(None, map(str.strip, text.split("\n")))))
     text = re.sub(r"(?m)(?:^|[ \t]+)(?:#.*)?$", "", text)
-    found, count = _YAML_NAMES.search(text), re.search(r"(?m)^nc:[ \t]*(\d+)[ \t]*$", text)
+    found, count = _YAML_NAMES.search(text), re.search(r"(?m)^nc:[ \t]*(\d{1,9})[ \t]*$", text)
     items = _YAML_ITEM.findall(found[1].strip("[]{}")) if found else []
     names = {int(key or index): name.strip().strip("'\"") for index, (key, name) in enumerate(items)}
     if re.search(r"(?m)^names:", text) and (not names or len(names) < len(items)):

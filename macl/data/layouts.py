@@ -104,8 +104,7 @@ def find_source(root: str | Path) -> Source:
         if known:
             places = dict.fromkeys(str(one.root / place) for one in known for place in one.layout.labels)
             raise InputError(f"{root} is laid out as {known[0].layout.name}, but no labels are in {', '.join(places)}")
-    layouts = dict.fromkeys(f"{row.visible} and {row.infrared}" for row in LAYOUTS[:-1])
-    raise InputError(f"{root} holds no pairs in a known layout such as {'; '.join(layouts)}; {OWN_DATA}")
+    raise InputError(f"{root} holds no pairs in a known layout; {OWN_DATA}")
 
 
 def form_of(labels: Path) -> str | None:

@@ -65,6 +65,7 @@ ENCODERS = {
         " ".join(map(str, line)) if isinstance(line, list) else str(line) for line in value
     ).encode("utf-8", "surrogatepass"),
 }
+ENCODERS[".yaml"] = ENCODERS[".txt"]
 
 
 def mutants(name: str, sound, count: int):

@@ -156,6 +156,7 @@ BAD = [
     ("coco", coco(["x1", "x2", "x3"]), "holds 3 images but not a1"),
     ("coco", coco(["a1", "x2", "b1"]), "holds 3 images but not a2"),
     ("coco", coco(["a1", "a2", "a1"]), "twice"),
+    ("coco", coco(["a1", "a2", "x/a1"]), "names 'a1' twice"),
     ("coco", coco(["a1"], categories=[]), "no category the id 3"),
     ("coco", coco(["a1"], annotations=[dict(image_id="i0", category_id=3, bbox=[1, 2, 3])]), "bbox (x, y, width"),
     ("coco", [], "expected a COCO json, an object"),
@@ -272,6 +273,14 @@ def test_infrared_is_put_onto_visible_with_its_boxes(tmp_path, kind):
     assert boxes.tolist() == [[20, 10, 60, 30]]  # of a json that is for the infrared size
     write(tmp_path / "v.json", coco(["a1"], images=[dict(id="i0", file_name="a1.png", width=60, height=44)]))
     assert Pairs(*parts[:2], tmp_path / "v.json").with_onto(onto)[0]["boxes"].tolist() == [[10, 5, 30, 15]]
+
+
+@pytest.mark.parametrize(("labels", "moved"), [("i", True), ("labels/infrared", True), ("labels", False), ("v", False)])
+def test_boxes_drawn_in_infrared_go_with_it(tmp_path, labels, moved):
+    root = build(tmp_path, "v", "i", labels, form="voc")
+    write(root / "h.json", [[1, 0, 4], [0, 1, -2], [0, 0, 1]])
+    data = Pairs(root / "v", root / "i", root / labels).with_onto(read_onto(str(root / "h.json")))
+    assert data[0]["boxes"].tolist() == [[14, 3, 34, 13] if moved else BOX]
 
 
 @pytest.mark.parametrize("content", [[[1, 0, 0], [0, 1, 0]], [[1, 0, 0]] * 3, [[1, 0], [0, 1]], {}, [[1, 0, "x"]] * 3])

@@ -15,7 +15,7 @@ from PIL import Image
 import macl
 import train_stage1
 import train_stage2
-from macl import evaluate, predict
+from macl import data, evaluate, predict
 from macl.data import SyntheticPairs, moved
 from macl.data.annotation import Annotation
 from macl.evaluation import detection_metrics, miss_rate_curves, miss_rate_tables, validation_text
@@ -351,6 +351,65 @@ def test_data_is_opened_with_the_classes_of_the_checkpoint(kaist, tmp_path, caps
     assert "lines know no class" in refused(capsys, *flags, "--count", 2, "--save-detections", tmp_path / "a.txt")
     output = refused(capsys, *flags, "--dataset", "llvip", "--data-root", bikes)
     assert "'car' or 'person'" in output and "'Person' 1, 'bike' 1" in output
+
+
+class Knows(SeesShift):
+    """Finds what the label files of its own data set say, with labels of its own order of classes."""
+
+    def __init__(self, data, classes):
+        super().__init__()
+        self.kwargs, self.left = {"classes": classes}, [[data[i] for i in range(len(data))] for _ in self.modes]
+
+    def detect(self, images):
+        found = [self.left[0].pop(0) for _ in images]
+        self.left.append(self.left.pop(0))
+        return [
+            {key: one[key] for key in ("boxes", "labels")} | {"scores": torch.ones(len(one["labels"]))} for one in found
+        ]
+
+
+def test_pairs_of_any_layout_by_name(tmp_path, capsys, monkeypatch):
+    """The detector's order of classes is not the data's; the truth has an AP of 1 for each."""
+    for name in "ab":
+        for folder, size in (("images", (80, 64)), ("images_ir", (40, 32))):
+            pairs.write(tmp_path / "d" / folder / f"{name}.bmp", (9, 9, 9), size)
+        pairs.write(tmp_path / "d/labels" / f"{name}.txt", "0 0.3 0.5 0.2 0.5\n1 0.7 0.5 0.2 0.5\n")
+    pairs.write(tmp_path / "d/data.yaml", "names: [person, car]")
+    classes, flags = ["car", "bike", "person"], ["--infrared-to-visible", "resize"]
+    truth = data.open_root(tmp_path / "d", "all", classes=classes).with_onto(data.read_onto("resize"))
+    monkeypatch.setattr(evaluate, "read_checkpoint", lambda path: {})
+    monkeypatch.setattr(evaluate, "load_detector", lambda path, **options: Knows(truth, classes))
+    places = [["--data-root", tmp_path]]
+    places += [
+        ["--visible", tmp_path / "d/images", "--infrared", tmp_path / "d/images_ir", "--labels", tmp_path / "d/labels"]
+    ]
+    for place in places:
+        output = run(capsys, "--checkpoint", "a.pt", *place, *flags, "--output", tmp_path / "a.json")
+        own = json.loads((tmp_path / "a.json").read_text())["detection"]["both"]["per_class"]
+        assert [own[name]["ap50"] for name in classes] == [pytest.approx(1), None, pytest.approx(1)]
+        assert "see --split held-out" in output and "  car  " in output
+    assert "1 of them held out" in run(capsys, "--checkpoint", "a.pt", *place, *flags, "--split", "held-out")
+    assert "infrared-to-visible resize" in refused(capsys, "--checkpoint", "a.pt", *places[0])
+    assert "--split test: the data have none" in refused(capsys, "--checkpoint", "a.pt", *place, "--split", "test")
+
+
+def test_prediction_pairs_a_folder_by_suffixes_and_resizes(checkpoint, tmp_path, capsys):
+    for name, size in (("a_v", (80, 64)), ("a_i", (40, 32))):
+        pairs.write(tmp_path / "in" / f"{name}.png", (9, 9, 9), size)
+    flags = [
+        "--checkpoint",
+        checkpoint,
+        "--visible",
+        tmp_path / "in",
+        "--infrared",
+        tmp_path / "in",
+        "--output",
+        tmp_path / "o",
+    ]
+    flags += ["--suffixes", "_v", "_i"]
+    assert "--infrared-to-visible" in scripts.refused(capsys, predict.main, *flags, "--device", "cpu")
+    assert "wrote 1 picture" in run(capsys, *flags, "--infrared-to-visible", "resize", command=predict.main)
+    assert (tmp_path / "o/a_v.png").is_file()
 
 
 def test_scripts_train_on_no_class_that_nobody_has(kaist, tmp_path):

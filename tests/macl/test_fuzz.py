@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from mutants import hunt
-from pairs import kaist, llvip
+from mutants import hunt, xml
+from pairs import kaist, llvip, write
 from PIL import Image
 
 import macl
-from macl.data import KAIST, LLVIP, collate
+from macl.data import KAIST, LLVIP, Pairs, collate
 from macl.metrics import average_precision
 from macl.metrics.detection_files import read_detections
 from trainkit.files import open_image
@@ -48,6 +48,27 @@ def test_voc_annotations(tmp_path, count):
     root = llvip(tmp_path, "person", places=("train/010001", "train/020001"), size=(32, 24))
     sound = dict(size=SIZE, object=[PERSON, PERSON | dict(difficult=1)])
     hunt(root / "Annotations" / "010001.xml", sound, lambda path: use(LLVIP(root, "train")), count)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize(
+    ("name", "sound"),
+    [
+        ("labels/a.txt", [[0, 0.5, 0.5, 0.25, 0.5], [1, 0.2, 0.7, 0.1, 0.1]]),
+        ("labels/a.xml", dict(size=SIZE, object=[PERSON, PERSON | dict(difficult=1)])),
+        ("labels/classes.txt", ["person", "car"]),
+        ("labels/data.yaml", ["names:", "  0: person", "  1: car", "nc: 2"]),
+        ("boxes.json", PUBLISHED | dict(images=[dict(id=i, file_name=f"{'ab'[i]}.png", **SIZE) for i in (0, 1)])),
+    ],
+)  # fmt: skip
+def test_labels_of_pairs(tmp_path, name, sound, count):
+    """A second file keeps the form of the labels and the classes."""
+    for place in ("v/a.png", "v/b.png", "i/a.png", "i/b.png"):
+        write(tmp_path / place, (1, 2, 3), (32, 24))
+    labels = tmp_path / ("boxes.json" if name == "boxes.json" else "labels")
+    voc = xml("annotation", dict(size=SIZE, object=[PERSON]))
+    write(tmp_path / "labels/b.xml", voc) if "xml" in name else write(tmp_path / "labels/b.txt", "0 0.5 0.5 0.5 0.5\n")
+    hunt(tmp_path / name, sound, lambda path: use(Pairs(tmp_path / "v", tmp_path / "i", labels)), count)
 
 
 @pytest.mark.parametrize("count", COUNTS)
