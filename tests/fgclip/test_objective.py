@@ -185,6 +185,7 @@ def test_the_second_pass_replays_the_random_states_and_skips_frozen_towers():
     for first, second in ((seen[0], seen[2]), (seen[1], seen[3])):
         assert second.keys() == {"image", "regions", "scale_global", "scale_region", "scale_hard"} < first.keys()
         assert all(second[name].equal(first[name]) for name in second)
+        assert second["image"].requires_grad and not any(feature.requires_grad for feature in first.values())
 
 
 def one_step(micro_batches, names, roi_projection=False, **options):
