@@ -82,8 +82,8 @@ def test_a_run_with_frozen_parts(tmp_path, monkeypatch, decay):
 
 def test_wrong_parts_end_in_one_sentence(tmp_path, capsys):
     for parts, sentence in {
-        "audio": "--freeze audio: expected vision or text",
-        "vision:3": "of at most 2 and 2",
+        "audio": "--freeze audio: expected vision, text",
+        "vision:3": "at most vision:2 or text:2",
         "text:": "--freeze text:",
         "vision text": "nothing but the logit scales would learn",
     }.items():
