@@ -1,7 +1,7 @@
 """What do the options for large models and few GPUs save in a training step of FG-CLIP: memory and time by turns.
 
     python benchmarks/fgclip_options.py --batch-size 4 --threads 1 --write
-    python benchmarks/fgclip_options.py --accumulate 4 --batch-size 2 --options plain cached-negatives --threads 1 --write
+    python benchmarks/fgclip_options.py --accumulate 4 --batch-size 2 --threads 1 --options plain cached-negatives
 
 Steps (forward, all four losses, backward, AdamW) take turns in one process. On a CPU the seconds are those that the
 process was computing, so that other load does not count. Peak memory is that of two steps in a
