@@ -108,8 +108,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_loss_flags(parser)
     add_run_flags(parser)
 
-    deciding = "--data-root --annotations --init-from --format --stage --bank-size --lora-rank"
-    given = peek_flags(arguments, *deciding.split())
+    deciding = "--data-root --annotations --init-from --format --stage --bank-size --lora-rank".split()
+    given = peek_flags(arguments, *deciding)
     synthetic = given.data_root is None and given.annotations is None
     defaults = dict(FINE_TUNING_RECIPE)
     if synthetic or given.init_from is None:
@@ -118,10 +118,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         defaults |= SYNTHETIC_RECIPE
         if given.bank_size not in (None, "0"):
             defaults |= BANK_RECIPE
-    if given.init_from is not None and given.lora_rank not in (None, "0"):
-        defaults |= dict(lr=1e-4)
     if given.init_from is not None:
         defaults |= dict(image_size=None, **dict.fromkeys(SIZES))
+        defaults |= dict(lr=1e-4) if given.lora_rank not in (None, "0") else {}
     if given.format == "coco" and not synthetic:
         defaults |= dict(hard_weight=0.0)
     if given.stage == "global":
@@ -396,8 +395,7 @@ def main(arguments: list[str] | None = None) -> None:
     enabled = [name.removeprefix("loss_") for name, weight in weights.items() if weight]
     freeze(bare, args.freeze)
     if args.lora_rank:
-        sizes = dict(rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout)
-        add_lora(bare, args.lora_targets, **sizes)
+        add_lora(bare, args.lora_targets, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout)
     freeze_unreached(bare, enabled)
     if not any(parameter.requires_grad and parameter.dim() for parameter in bare.parameters()):
         raise InputError(f"--freeze {' '.join(args.freeze)}: nothing but the logit scales would learn")
@@ -429,8 +427,8 @@ def main(arguments: list[str] | None = None) -> None:
         name: PairBank(size, bare.visual_projection.out_features, classes=args.bank_classes, device=device)
         for name, size in sizes.items() if size and name in enabled
     })  # fmt: skip
-    objective_type = CachedFGCLIPLoss if args.cached_negatives else FGCLIPLoss
-    objective = objective_type(model, names=enabled, banks=banks, device=device)
+    kind = CachedFGCLIPLoss if args.cached_negatives else FGCLIPLoss
+    objective = kind(model, names=enabled, banks=banks, device=device)
     train_step = TrainStep(
         model, optimizer, forward=lambda _, batch: (objective(batch), {}), weights=weights,
         describe=lambda batch: batch["sources"], device=device, schedule=schedule, average=average, amp=args.amp,

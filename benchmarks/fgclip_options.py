@@ -1,14 +1,16 @@
 """What do the options for large models and few GPUs save in a training step of FG-CLIP: memory and time by turns.
 
-    python benchmarks/fgclip_options.py --batch-size 4 --rounds 3 --write
-    python benchmarks/fgclip_options.py --accumulate 4 --batch-size 16 --options plain cached-negatives --write
+    python benchmarks/fgclip_options.py --batch-size 4 --threads 1 --write
+    python benchmarks/fgclip_options.py --accumulate 4 --batch-size 2 --threads 1 --options plain cached-negatives
 
-Steps (forward, all four losses, backward, AdamW) take turns in one process. Peak memory is that of two steps in a
+Steps (forward, all four losses, backward, AdamW) take turns in one process. On a CPU the seconds are those that the
+process was computing, so that other load does not count. Peak memory is that of two steps in a
 fresh process each, above what it held before the first; gradients and optimizer state are in it.
 """
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -60,6 +62,13 @@ class Contender:
         self.train_step(self.batches)
 
 
+def cpu_seconds(function) -> float:
+    """Seconds of all threads of this process in one call."""
+    began = time.process_time()
+    function()
+    return time.process_time() - began
+
+
 def main() -> None:
     parser = common.make_parser(__doc__, rounds=3)
     common.add_step_flags(parser, batch_size=4)
@@ -74,7 +83,9 @@ def main() -> None:
         return print(common.extra_memory(lambda: [contender.step() for _ in range(2)], args.device))
 
     peaks = {name: common.in_fresh_process(f"--memory-of={name}") for name in args.options}
-    times = common.take_turns({name: Contender(name, args).step for name in args.options}, args.rounds)
+    seconds = cpu_seconds if args.device == "cpu" else common.wall_seconds
+    contenders = {name: Contender(name, args).step for name in args.options}
+    times = common.take_turns(contenders, args.rounds, seconds=seconds)
     rows = common.time_rows(times, args.options[0])
     for row, peak in zip(rows, peaks.values(), strict=True):
         row += [f"{peak:.0f}", f"{peak / peaks[args.options[0]]:.2f}"]

@@ -20,9 +20,8 @@ def freeze(model: FGCLIP, parts: Collection[str]) -> None:
         name, colon, count = part.partition(":")
         tower = getattr(model, f"{name}_model") if name in TOWERS else None
         if tower is None or (colon and not (count.isdecimal() and int(count) <= len(tower.encoder.layers))):
-            blocks = [len(each.encoder.layers) for each in (model.vision_model, model.text_model)]
-            expected = "vision or text, with a colon the number of first blocks, of at most {} and {}".format(*blocks)
-            raise InputError(f"--freeze {part}: expected {expected}")
+            most = f"vision:{len(model.vision_model.encoder.layers)} or text:{len(model.text_model.encoder.layers)}"
+            raise InputError(f"--freeze {part}: expected vision, text, or first blocks of one, at most {most}")
         frozen = [getattr(model, each) for each in TOWERS[name] if hasattr(model, each)]
         if colon:
             below = [tower.embeddings, tower.pre_layrnorm] if name == "vision" else [tower.embeddings]

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from fgclip.model import FGCLIP
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-DOWN, UP, SCALE = "lora_down", "lora_up", "lora_scale"
 
 
 class LowRankLinear(nn.Linear):
     """W x + b + alpha / rank B A dropout(x), in which A (rank, in) and B (out, rank) learn. B is 0 at the start.
 
-    W and b are those of `base`, under its names; the other names are DOWN for A, UP for B and SCALE for alpha / rank.
+    W and b are those of `base`, under its names; lora_down is A, lora_up is B and lora_scale is alpha / rank.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
@@ -23,7 +22,7 @@ class LowRankLinear(nn.Linear):
         self.weight, self.bias, self.dropout = base.weight, base.bias, dropout
         self.lora_down = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.lora_up = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
-        self.register_buffer(SCALE, base.weight.new_tensor(alpha / rank))
+        self.register_buffer("lora_scale", base.weight.new_tensor(alpha / rank))
         nn.init.kaiming_uniform_(self.lora_down, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +50,7 @@ def merged(state: dict[str, Tensor]) -> dict[str, Tensor]:
     merged = {name: tensor for name, tensor in state.items() if not name.rpartition(".")[2].startswith("lora_")}
     for name, up in state.items():
         layer, _, kind = name.rpartition(".")
-        if kind == UP:
-            product = state[f"{layer}.{SCALE}"] * (up @ state[f"{layer}.{DOWN}"])
+        if kind == "lora_up":
+            product = state[f"{layer}.lora_scale"] * (up @ state[f"{layer}.lora_down"])
             merged[f"{layer}.weight"] = state[f"{layer}.weight"] + product
     return merged

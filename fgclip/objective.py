@@ -26,22 +26,21 @@ class FGCLIPLoss:
     negatives.
     """
 
+    at_once = False  # whether `losses` is called once a step, with the features of all micro-batches
+
     def __init__(self, model: nn.Module, *, names: Collection[str], banks: Mapping | nn.ModuleDict, device):
         self.model, self.names, self.banks, self.device = model, list(names), dict(banks.items()), device
 
     def begin(self, batches: list[dict], *, use_banks: bool = True) -> None:
         """Counts the pairs of the step over all ranks, and forgets the metrics of the last step."""
-        counts = distributed.all_reduce_sum(self.count(batches))  # (micro-batches, LOSSES)
+        counts = [[len(batch.get(key, ())) for key in LOSSES.values()] for batch in batches]
+        counts = distributed.all_reduce_sum(torch.tensor(counts, dtype=torch.float64))  # (micro-batches, LOSSES)
+        counts = counts.sum(0, keepdim=True) if self.at_once else counts
         totals = counts.sum(0)
         factors = torch.where(totals > 0, distributed.world_size() * len(counts) / totals, 0.0).tolist()
         self.factors = dict(zip(LOSSES, factors, strict=True))
         self.counts = (dict(zip(LOSSES, row, strict=True)) for row in counts)
         self.sums, self.use_banks = {}, use_banks
-
-    def count(self, batches: list[dict]) -> Tensor:
-        """This rank's pairs (micro-batches, LOSSES) float64, in as many rows as the step calls `losses`."""
-        counts = [[len(batch.get(key, ())) for key in LOSSES.values()] for batch in batches]
-        return torch.tensor(counts, dtype=torch.float64)
 
     def __call__(self, batch: dict) -> dict[str, Tensor]:
         """The losses () of the next micro-batch. Afterwards its pairs are in the banks."""

@@ -100,8 +100,7 @@ class Encoder(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def run(self, block, *inputs):
-        """Calls one block, or a method of one: without graph where nothing below or in it learns, else checkpointed
-        where that is on."""
+        """Calls a block, or a method of one: checkpointed where that is on, without graph where nothing learns yet."""
         parameters = getattr(block, "__self__", block).parameters()
         learns = inputs[0].requires_grad or any(parameter.requires_grad for parameter in parameters)
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):

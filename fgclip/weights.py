@@ -163,8 +163,10 @@ def build(arguments: Mapping, state: Mapping[str, Tensor], source: str) -> FGCLI
 
     Raises InputError where they don't fit.
     """
+    state = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     try:
-        arguments = dict(arguments)
+        state, arguments = merged(state), dict(arguments)
         for tower in ("vision", "text"):
             arguments[tower] = sizes = dict(arguments.get(tower) or {})
             for key, value in sizes.items():
@@ -177,14 +179,8 @@ def build(arguments: Mapping, state: Mapping[str, Tensor], source: str) -> FGCLI
             model = FGCLIP(**arguments)
     except InputError:
         raise
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{source} describes no model that can be built: {reason(error)}") from error
-    state = {name: tensor.detach().cpu() for name, tensor in state.items()}
-    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    try:
-        state = merged(state)
-    except (KeyError, RuntimeError) as error:
-        raise InputError(f"{source}: its low-rank adapters do not fit: {reason(error)}") from error
     check_like(state, model.state_dict(), source)
     state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)

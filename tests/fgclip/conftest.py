@@ -32,6 +32,15 @@ def small_model():
     return random_model(**SMALL)
 
 
+@pytest.fixture
+def small_batch():
+    """Two images with a region each for `small_model`."""
+    torch.manual_seed(1)
+    tokens, boxes = torch.randint(1, 512, (4, 9)), [torch.tensor([[0.1, 0.1, 0.8, 0.9]])] * 2
+    batch = dict(pixels=torch.randn(2, 3, 32, 32), boxes=boxes, short_texts=tokens, long_texts=tokens)
+    return batch | dict(short=torch.tensor([0, 1]), region=torch.tensor([2, 3]), long=torch.tensor([0, 3]))
+
+
 @pytest.fixture(scope="session")
 def model():
     """What the checkpoint in `folder` holds, its scales 20 for images and 10 for regions."""

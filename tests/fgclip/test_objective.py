@@ -35,7 +35,8 @@ SPLITS = {
     "cached": (((0,), (1, 2, 3, 4)), ((5, 6, 7), (8, 9))),  # together the images in order
 }
 
-CASES = (("even", 1), ("ragged", 2))  # split, and classes of the banks
+CASES = (("even", 1), ("ragged", 2), ("cached", 2))  # split, and classes of the banks
+KINDS = dict(even=FGCLIPLoss, ragged=FGCLIPLoss, cached=CachedFGCLIPLoss)
 
 
 def make_model(vocab_size):
@@ -46,10 +47,6 @@ def make_model(vocab_size):
         embed_dim=8,
         logit_scale=2.0,
     ).double()
-
-
-def kind_of(split):
-    return CachedFGCLIPLoss if split == "cached" else FGCLIPLoss
 
 
 def make_batches(micro_batches, **options):
@@ -80,9 +77,7 @@ def steps(wrap, micro_batches, classes=1, kind=FGCLIPLoss, prepare=lambda model:
     )  # fmt: skip
     seen = []
     for _ in range(3):
-        batches = make_batches(micro_batches)
-        for batch in batches:
-            batch["pixels"] = batch["pixels"].to(dtype)
+        batches = [batch | dict(pixels=batch["pixels"].to(dtype)) for batch in make_batches(micro_batches)]
         objective.begin(batches, use_banks=stepper.steps >= 1)
         result = stepper(batches, keep_gradients=True)
         gradients = {name: p.grad.clone() for name, p in bare.named_parameters() if p.requires_grad}
@@ -95,8 +90,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.start("cpu")
     observed = {
-        (name, classes): steps(DistributedDataParallel, SPLITS[name][distributed.rank()], classes, kind_of(name))
-        for name, classes in (*CASES, ("cached", 2))
+        (name, classes): steps(DistributedDataParallel, SPLITS[name][distributed.rank()], classes, KINDS[name])
+        for name, classes in CASES
     }
     torch.save(observed, Path(sys.argv[1]) / f"rank{distributed.rank()}.pt")
     distributed.stop()
@@ -107,7 +102,7 @@ def ranks(tmp_path_factory, two_ranks):
     return two_ranks(__file__, tmp_path_factory.mktemp("two-ranks"))
 
 
-@pytest.mark.parametrize(("split", "classes"), [*CASES, ("cached", 2)])
+@pytest.mark.parametrize(("split", "classes"), CASES)
 def test_two_ranks_are_one_process(ranks, split, classes):
     """Losses, metrics, gradients and banks, over micro-batches of unequal content; cached, of one large batch."""
     images = [range(10)] if split == "cached" else ALONE
@@ -126,31 +121,19 @@ def test_two_ranks_are_one_process(ranks, split, classes):
     assert alone["metrics"]["region_candidates"] > 6
 
 
-def float32(model):
-    return model.float()
+@pytest.mark.parametrize("frozen", [[], ["text"], ["vision"]])
+def test_cached_micro_batches_are_one_large_batch(frozen):
+    """In float32; with frozen towers in float64 and with activation checkpointing."""
 
+    def prepare(model):
+        freeze(model, frozen)
+        model.set_checkpointing(bool(frozen))
+        return model if frozen else model.float()
 
-def frozen_text(model):
-    freeze(model, ["text"])
-    return model
-
-
-def frozen_images(model):
-    freeze(model, ["vision"])
-    model.set_checkpointing(True)
-    return model
-
-
-@pytest.mark.parametrize("prepare", [float32, frozen_text, frozen_images])
-def test_cached_micro_batches_are_one_large_batch(prepare):
-    tolerance = dict(rtol=1e-5, atol=1e-6) if prepare is float32 else dict(rtol=1e-9, atol=1e-12)
-    whole, cached = (
-        steps(lambda model: model, micro_batches, 1, kind, prepare)
-        for micro_batches, kind in (
-            ([range(10)], FGCLIPLoss),
-            (((0,), (1, 2, 3, 4), (5, 6), (7, 8, 9)), CachedFGCLIPLoss),
-        )
-    )
+    tolerance = dict(rtol=1e-9, atol=1e-12) if frozen else dict(rtol=1e-5, atol=1e-6)
+    parts = ((0,), (1, 2, 3, 4), (5, 6), (7, 8, 9))
+    whole = steps(lambda model: model, [range(10)], prepare=prepare)
+    cached = steps(lambda model: model, parts, kind=CachedFGCLIPLoss, prepare=prepare)
     for one, other in zip(whole, cached, strict=True):
         for part in ("losses", "metrics", "gradients", "banks"):
             assert one[part].keys() == other[part].keys()
@@ -169,11 +152,9 @@ def test_the_second_pass_replays_the_random_states_and_skips_frozen_towers():
     seen = []
     model.register_forward_hook(lambda *call: seen.append(call[-1]))
     objective = CachedFGCLIPLoss(model, names=NAMES, banks={}, device="cpu")
-    batches = make_batches(((0, 1, 2), (0, 1, 2)))
+    batches = [batch | dict(pixels=batch["pixels"].float()) for batch in make_batches(((0, 1, 2), (0, 1, 2)))]
     objective.begin(batches)
     states = []
-    for batch in batches:
-        batch["pixels"] = batch["pixels"].float()
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16):
             losses = objective(batch)
