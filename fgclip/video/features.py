@@ -4,7 +4,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -116,16 +115,13 @@ def weights_key(model: FGCLIP, clip_frames: int, frames_per_clip: int) -> dict[s
     return dict(weights=digest.hexdigest(), **sizes, clip_frames=clip_frames, frames_per_clip=frames_per_clip)
 
 
-def bytes_of(path: Path | None) -> int:
-    """The size of a file, or of the files in a folder; 0 of none."""
-    if path is None:
-        return 0
-    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
-
-
 def lacking(records: Iterable[VideoRecord], store: FeatureStore) -> dict[str, int]:
     """Bytes of the videos that the store does not know, or not of that size, by name, the largest first."""
-    sizes = {record.name: bytes_of(record.path) for record in records}
+    sizes = {}
+    for record in records:
+        files = [record.path] if record.path else []
+        files = record.path.iterdir() if record.path and record.path.is_dir() else files
+        sizes[record.name] = sum(file.stat().st_size for file in files)
     ahead = [name for name, size in sizes.items() if (store.record(name) or {}).get("bytes") != size]
     return {name: sizes[name] for name in sorted(ahead, key=lambda name: (-sizes[name], name))}
 
