@@ -160,7 +160,7 @@ def validate_args(args: argparse.Namespace) -> None:
         raise InputError(
             f"--bank-size {args.bank_size} does not divide among the {args.bank_classes} of --bank-classes"
         )
-    check_needed(args, tracks=("data_root",), captions=("data_root",), vocab=("init_from",))
+    check_needed(args, tracks=("data_root",), captions=("data_root",), vocab=("init_from", "resume"))
 
 
 def open_videos(args: argparse.Namespace) -> tuple[VideoSet, VideoSet, list[str]]:

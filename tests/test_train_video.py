@@ -114,12 +114,12 @@ def test_a_signal_during_extraction_leaves_a_run_to_go_on_with(plain, tmp_path, 
             signal.raise_signal(signal.SIGTERM)
         return opened(self, record)
 
-    flags = [*VIDEO, *HEAD, "--init-from", plain / "last.pt", "--max-steps", 3]
+    flags = [*VIDEO, *HEAD, "--init-from", plain / "last.pt", "--vocab", "bytes", "--max-steps", 3]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(SyntheticVideos, "open", told_to_end)
         run(train_video, flags, tmp_path / "run")
     assert stop.value.code == 143 and len(list((tmp_path / "run/features").glob("*.clips.json"))) == 5
-    train_video.main(["--resume", str(tmp_path / "run"), "--max-steps", "3", "--device", "cpu"])
+    train_video.main(["--resume", str(tmp_path / "run"), "--max-steps", "3", "--device", "cpu", "--workers", "0"])
     assert equal(load(tmp_path / "run")["model"], load(run(train_video, flags, tmp_path / "other"))["model"])
 
 
