@@ -357,8 +357,8 @@ def logit_scales(args: argparse.Namespace, models: list[FGCLIP], optimizer: torc
 
 def about_losses(args: argparse.Namespace, model: FGCLIP) -> str:
     """What is trained: its size, and the weights of the losses."""
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    whole = sum(p.numel() for p in model.parameters())
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = ", ".join(f"{name.removeprefix('loss_')} {weight:g}" for name, weight in loss_weights(args).items())
     return f"{learning:,} of {whole:,} parameters learn; loss weights: {weights}"
 

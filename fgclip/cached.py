@@ -44,8 +44,8 @@ class CachedFGCLIPLoss(FGCLIPLoss):
             features = self.model(to_device(batch, self.device))
         losses = {}
         for name, (loss, gradients) in self.cached.items():
-            learning = [(gradients[key][self.place], features[key]) for key in features if key in gradients]
-            share = sum((gradient * at_least_float32(feature)).sum() for gradient, feature in learning)
+            parts = ((gradients[key][self.place], features[key]) for key in features if key in gradients)
+            share = sum((gradient * at_least_float32(feature)).sum() for gradient, feature in parts)
             losses[name] = loss + (share - share.detach())
         self.place += 1
         return losses
@@ -76,6 +76,5 @@ def joined(pairs: list[dict], regions: list[int]) -> dict:
     """What `pairs_of` says of several batches, with so many regions each, as of one."""
     whole = {name: [part[name] for part in pairs] for name in pairs[0]}
     if "hard_regions" in whole:
-        firsts = [sum(regions[:i]) for i in range(len(regions))]
-        whole["hard_regions"] = [rows + first for rows, first in zip(whole["hard_regions"], firsts, strict=True)]
+        whole["hard_regions"] = [rows + sum(regions[:i]) for i, rows in enumerate(whole["hard_regions"])]
     return {name: sum(parts) if name == "truncated" else torch.cat(parts) for name, parts in whole.items()}

@@ -6,9 +6,8 @@ from fgclip.model import FGCLIP
 from trainkit.errors import InputError
 
 # What is frozen with a whole tower. A projection of the regions' own goes on learning.
-TOWERS = dict(
-    vision=("vision_model", "visual_projection"), text=("text_model", "text_projection", "text_filip_projection")
-)  # fmt: skip
+TOWERS = dict(vision=("vision_model", "visual_projection"))
+TOWERS |= dict(text=("text_model", "text_projection", "text_filip_projection"))
 
 
 def freeze(model: FGCLIP, parts: Collection[str]) -> None:
