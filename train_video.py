@@ -41,7 +41,7 @@ from fgclip.video.head import TemporalHead
 from fgclip.video.losses import LOSSES, VideoLoss
 from fgclip.video.metrics import anomaly_report
 from fgclip.video.model import NORMAL, VideoModel, class_prompts, load_towers
-from fgclip.video.records import FORMATS, VideoSet, hold_out, read_videos
+from fgclip.video.records import FORMATS, VideoSet, hold_out, named, read_videos
 from fgclip.video.samples import ClipBags, VideoFrames, collate_bags
 from fgclip.video.store import INPUTS, FeatureStore
 from fgclip.video.synthetic import PROMPTS, SyntheticVideos, sentences
@@ -127,7 +127,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--caption-weight", type=non_negative_float, default=0.5, metavar="X", help="sentences, where there are any")
     add("--track-weight", type=non_negative_float, default=0.5, metavar="X", help="phrases of tracks, where there are")
     add("--hard-weight", type=non_negative_float, default=0.0, metavar="X", help="altered phrases of tracks")
-    add("--top-share", type=fraction, default=0.0625, metavar="X", help="of a video's clips that its label is about")
+    add("--top-share", type=fraction, default=0.0625, metavar="X", help="highest clips of a video, for its label")
     add("--bank-size", type=non_negative_int, default=0, metavar="N", help="tracks, and captions, of earlier steps as "
         "negatives")
     add("--bank-classes", type=int, choices=(1, 2), default=1, help="2: half of the places for events")
@@ -170,11 +170,12 @@ def open_videos(args: argparse.Namespace) -> tuple[VideoSet, VideoSet, list[str]
         validation = SyntheticVideos(args.synthetic_val, seed=VALIDATION_SEED + args.seed, image_size=args.image_size)
         return train, validation, [f"training on {len(train)} videos drawn from seed {args.seed} (no --data-root), "
                                    f"validating on {len(validation)} from seed {validation.seed}"]  # fmt: skip
-    videos, messages = read_videos(args.data_root, args.format, "train"), []
+    videos = read_videos(args.data_root, args.format, "train")
+    messages = list(videos.notes)
     kept = FeatureStore(args.features).names() if args.features and Path(args.features).is_dir() else []
     missing = [name for name in videos.missing if name not in kept]
     if len(missing) > args.allow_missing:
-        names = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
+        names = named(missing, 8)
         raise InputError(f"{args.data_root}: {len(missing)} videos are missing (--allow-missing goes without): {names}")
     if missing:
         messages.append(f"without {len(missing)} missing videos: {', '.join(missing)}")
@@ -240,7 +241,7 @@ class AlternatingSampler(ResumableSampler):
 
 
 def tower_weights(args: argparse.Namespace, videos: VideoSet) -> dict[str, float]:
-    """Of FG-CLIP's losses. A loss of captions or tracks has no weight where there are none."""
+    """The weights of FG-CLIP's losses. Those of captions or tracks are 0 where there are none."""
     captions = [bool(record.captions) for record in videos.records if record.captions or record.tracks]
     tracks = any(record.tracks for record in videos.records)
     return dict(
@@ -250,6 +251,7 @@ def tower_weights(args: argparse.Namespace, videos: VideoSet) -> dict[str, float
 
 
 def head_weights(args: argparse.Namespace, videos: VideoSet) -> dict[str, float]:
+    """The weights of the head's losses, likewise."""
     there = dict(caption=any(record.captions for record in videos.records))
     there["track"] = there["hard"] = any(record.tracks for record in videos.records)
     return {f"loss_{name}": getattr(args, f"{name}_weight") * there.get(name, True) for name in LOSSES}
@@ -302,7 +304,7 @@ class HeadStage:
         bar = partial(tqdm, desc="features", unit="video", disable=None if distributed.is_main() else True)
         damaged = [name for videos in data for name in extract(videos, encoder, store, between=between, progress=bar)]
         if len(damaged) > args.allow_missing:
-            names = ", ".join(f"{name} ({store.error(name)})" for name in damaged[:4])
+            names = named((f"{name} ({store.error(name)})" for name in damaged), 4)
             raise InputError(f"{len(damaged)} videos are damaged (--allow-missing goes without): {names}")
         self.clips = {r.name: store.read(r.name) for r in (*train.records, *validation.records) if r.name in store}
         self.validation = [record for record in validation.records if record.name in self.clips]
@@ -395,9 +397,9 @@ def main(arguments: list[str] | None = None) -> None:
     *data, messages = open_videos(args)
     if args.tower_epochs and not any(tower_weights(args, data[0]).values()):
         raise InputError("--tower tune: no loss of the towers has a weight, and tracks or captions to learn from")
+    model, about = build_model(args, data[0])
     if args.check:  # as many as one step takes
         data = [few(videos, args.batch_size) for videos in data]
-    model, about = build_model(args, data[0])
     model = model.to(device).train()
     average = ema(model, args.ema_decay) if args.ema_decay else None
 

@@ -34,6 +34,7 @@ DRAWN_COUNT, DRAWN_SEED = 100, 20_000  # neither training nor validation draws f
 
 # fmt: off
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `open_model` reads."""
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", required=True, metavar="FILE", help="best.pt or last.pt of train_video.py")
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged (EMA) weights if any, or raw ones")

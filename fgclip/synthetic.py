@@ -60,6 +60,18 @@ def texture_mask(texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     }[texture]
 
 
+def paint(image: np.ndarray, box: np.ndarray, shape: str, texture: str, colour: np.ndarray) -> None:
+    """Draw a shape into a picture (S, S, 3) in 0..1. box: (4,), xyxy in fractions. colour: (3,) in 0..1."""
+    centres = (np.arange(len(image)) + 0.5) / len(image)
+    columns, rows = (slice(*np.searchsorted(centres, (box[i], box[i + 2]))) for i in range(2))
+    u = 2 * (centres[columns] - box[0]) / (box[2] - box[0]) - 1
+    v = 2 * (centres[rows] - box[1]) / (box[3] - box[1]) - 1
+    u, v = np.meshgrid(u, v)  # (h, w)
+    shade = np.where(texture_mask(texture, u, v), 0.3, 1.0)[..., None]
+    inside = shape_mask(shape, u, v)
+    image[rows, columns][inside] = (shade * colour)[inside]
+
+
 def grid_boxes(rng: np.random.Generator) -> np.ndarray:
     """Four boxes (4, 4) xyxy in fractions, one in each quarter."""
     corners = np.array([(x, y) for y in (0, 0.5) for x in (0, 0.5)])
@@ -148,15 +160,8 @@ class SyntheticRegions(Dataset):
         rng = np.random.default_rng((self.seed, index, 1))
         size = self.image_size
         image = rng.uniform(0.3, 0.6) + 0.03 * rng.standard_normal((size, size, 3), dtype=np.float32)  # (S, S, 3)
-        centres = (np.arange(size) + 0.5) / size
         for box, (colour, texture, shape) in zip(boxes, kinds, strict=True):
-            columns, rows = (slice(*np.searchsorted(centres, (box[i], box[i + 2]))) for i in range(2))
-            u = 2 * (centres[columns] - box[0]) / (box[2] - box[0]) - 1
-            v = 2 * (centres[rows] - box[1]) / (box[3] - box[1]) - 1
-            u, v = np.meshgrid(u, v)  # (h, w)
-            shade = np.where(texture_mask(texture, u, v), 0.3, 1.0)[..., None]
-            inside = shape_mask(shape, u, v)
-            image[rows, columns][inside] = (shade * np.array(COLOURS[colour]))[inside]
+            paint(image, box, shape, texture, np.array(COLOURS[colour]))
         return torch.from_numpy(image.clip(0, 1)).permute(2, 0, 1).float()
 
 

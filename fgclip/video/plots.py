@@ -95,6 +95,7 @@ def draw_curves(path: str | Path, strips: Sequence[Strip]) -> None:
 
 
 def draw_curve(axes, strip: Strip) -> None:
+    """The score of a strip over time, its events shaded, a dot at each peak."""
     video, rate = strip.video, float(strip.video.rate)
     edges = np.minimum(np.arange(len(video.scores) + 1) * video.clip_frames, video.frames) / rate
     for start, end, _ in video.events or ():

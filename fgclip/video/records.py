@@ -208,6 +208,7 @@ def annotation(path: Path, rate: float) -> dict[str, tuple[Event, ...]]:
 
 
 def ucf_crime(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> VideoSet:
+    """Videos of the published lists; the class is their folder there. Only test videos say when their events are."""
     train, test = (agreed(texts, ucf_list, f"Anomaly_{name}.txt") for name in ("Train", "Test"))
     known = ("Temporal_Anomaly_Annotation*.txt", "test_with_frame_counts.txt")
     times = agreed(texts, partial(annotation, rate=UCF_RATE), *known)

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from fgclip.synthetic import COLOURS, KINDS, alterations, phrase, shape_mask, texture_mask
+from fgclip.synthetic import COLOURS, KINDS, alterations, paint, phrase
 from fgclip.video.records import Span, Track, VideoRecord, VideoSet
 
 EVENTS = ("explosion", "fight", "speeding", "fire")
@@ -134,18 +134,6 @@ class DrawnVideo:
             )
         canvas += 0.01 * rng.standard_normal(canvas.shape, dtype=np.float32)
         return (255 * canvas.clip(0, 1)).round().astype(np.uint8)
-
-
-def paint(canvas: np.ndarray, box: np.ndarray, shape: str, texture: str, colour: np.ndarray) -> None:
-    """Draw a shape into a picture (S, S, 3) in 0..1."""
-    centres = (np.arange(len(canvas)) + 0.5) / len(canvas)
-    columns, rows = (slice(*np.searchsorted(centres, (box[i], box[i + 2]))) for i in range(2))
-    u = 2 * (centres[columns] - box[0]) / (box[2] - box[0]) - 1
-    v = 2 * (centres[rows] - box[1]) / (box[3] - box[1]) - 1
-    u, v = np.meshgrid(u, v)  # (h, w)
-    shade = np.where(texture_mask(texture, u, v), 0.3, 1.0)[..., None]
-    inside = shape_mask(shape, u, v)
-    canvas[rows, columns][inside] = (shade * colour)[inside]
 
 
 def plan(seed: int, index: int) -> Plan:
