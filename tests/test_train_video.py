@@ -1,5 +1,6 @@
 """train_video.py as a person runs it: its stages, own videos, two processes, wrong flags, and what it learns."""
 
+import math
 import os
 import shutil
 import signal
@@ -13,8 +14,9 @@ from PIL import Image
 from scripts import VIDEO, equal, load, metrics, refused, run
 
 import train_video
-from fgclip.video import TemporalHead, load_video_model
+from fgclip.video import TemporalHead, VideoModel, load_video_model
 from fgclip.video.records import VideoSet
+from fgclip.video.store import FeatureStore
 from fgclip.video.synthetic import SyntheticVideos
 
 HEAD = "--tower frozen --epochs 2 --validate-every 1 --bank-size 0 --bank-classes 1".split()
@@ -79,6 +81,41 @@ def test_a_head_learns_from_the_towers_and_features_of_another_run(plain, tmp_pa
     )
     flags = [*VIDEO, *HEAD, "--init-from", plain / "last.pt", *features, "--output", tmp_path / "other"]
     assert "holds features of another key" in refused(capsys, train_video.main, *flags, "--frames-per-clip", 2)
+
+
+def test_main_hands_its_parts_what_the_flags_say(plain, tmp_path, monkeypatch):
+    seen, clamped = {}, []
+    for name in ("SyntheticVideos", "TemporalHead", "ClipBags", "VideoLoss"):
+        part, calls = getattr(train_video, name), seen.setdefault(name, [])
+        monkeypatch.setattr(train_video, name, lambda *a, part=part, calls=calls, **k: calls.append(k) or part(*a, **k))
+    clamp = VideoModel.clamp_logit_scales
+    monkeypatch.setattr(VideoModel, "clamp_logit_scales", lambda self: clamped.append(clamp(self)))
+    flags = "--seed 3 --most-clips 20 --top-share 0.2 --window 3 --head-layers 1 --inputs global amount --max-steps 2"
+    train(tmp_path / "run", *HEAD, *flags.split(), "--init-from", plain / "last.pt")
+    assert [call["seed"] for call in seen["SyntheticVideos"]] == [3, 10_003]
+    (head,), (bags,), (loss,) = seen["TemporalHead"], seen["ClipBags"], seen["VideoLoss"]
+    assert (head["window"], head["layers"], head["inputs"]) == (3, 1, ["global", "amount"])
+    assert (bags["most_clips"], bags["clip_frames"], loss["top_share"], len(clamped)) == (20, 4, 0.2, 2)
+
+
+def test_the_head_knows_the_texts_of_the_trained_towers_and_the_spread_of_training_clips(plain):
+    model, store = load_video_model(plain / "last.pt", weights="raw"), FeatureStore(plain / "features")
+    texts = model.class_texts.clone()
+    model.refresh_texts()
+    torch.testing.assert_close(texts, model.class_texts)
+    clips = [store.read(record.name).tensors() for record in SyntheticVideos(32, seed=0).records]
+    rows = torch.cat([model.head.stacked(video) for video in clips])
+    torch.testing.assert_close(model.head.mean, rows.mean(0))
+    torch.testing.assert_close(model.head.spread, rows.std(0, correction=0).clamp(min=1e-4))
+
+
+def test_a_higher_figure_is_better_and_one_that_cannot_be_measured_is_worst():
+    def chosen(value, by="auc"):
+        scores = {"anomaly score": {"auc": value, "anomalous_auc": 0.1, "video_auc": 0.5}}
+        return train_video.best_metric({"scores": scores, "map": {"with_events": {"average": 0.3}}}, by)
+
+    assert chosen(0.9) > chosen(0.8) > chosen(math.nan) == (-math.inf, 0.5)
+    assert [chosen(0.9, by)[0] for by in ("anomaly-auc", "video-auc", "map")] == [0.1, 0.5, 0.3]
 
 
 def test_own_videos_in_folders(own, plain, tmp_path, capsys):
