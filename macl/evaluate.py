@@ -74,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what to write").add_argument
     add("--output", type=Path, metavar="FILE", help="all metrics as json, the curves of the miss rate among them")
     add("--save-detections", type=Path, metavar="FILE", help=".txt or .json; of each camera in FILE-visible.txt, ...")
+    add("--miss-rate-script", action="store_true",
+        help="beside the benchmark's miss rate the one that the widespread Python script gives")
     add("--plot", type=Path, metavar="FILE.png", help="these curves (.png, .pdf, .svg); needs the viz extra")
 # fmt: on
 
@@ -101,8 +103,9 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} {path}: expected a name that ends in {' or '.join(OUTPUTS[name])}")
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"{flag} {path}: the folder {path.parent} does not exist")
-    if args.dataset == "pairs" and args.plot:
-        raise InputError("--plot: the annotations of pairs do not know occlusion, so there is no miss rate")
+    if args.dataset == "pairs" and (args.plot or args.miss_rate_script):
+        flag = "--plot" if args.plot else "--miss-rate-script"
+        raise InputError(f"{flag}: the annotations of pairs do not know occlusion, so there is no miss rate")
     if args.plot is not None and find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib, which the viz extra brings: pip install -e '.[viz]'")
 
@@ -225,8 +228,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"(AP, recall: of the best {limit} detections per image and class)")
         if miss_rates:
             print(f"\n{miss_rate_text(miss_rates)}")
+        by_script = evaluation.miss_rates_by_script(results) if args.miss_rate_script else {}
+        for mode, rates in by_script.items():
+            shown = ", ".join(f"{daytime} {'-' if rate is None else f'{rate:.2f}'}" for daytime, rate in rates.items())
+            print(f"reasonable by the Python script in use, %, {mode}: {shown}")
         metrics = {"data": source, "detection": detection, "max_detections": limit, "alignment": agreement}
-        write_files(args, results, metrics | {"miss_rate": miss_rates})
+        write_files(args, results, metrics | {"miss_rate": miss_rates, "miss_rate_script": by_script})
     distributed.stop()
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 import trainkit.distributed as distributed
 from macl.data import collate
 from macl.detector import Features, PairedFasterRCNN
-from macl.metrics import alignment, average_precision, miss_rate_curve, miss_rate_table
+from macl.metrics import alignment, average_precision, miss_rate_by_script, miss_rate_curve, miss_rate_table
 from macl.metrics.average_precision import MAX_DETECTIONS, MEASURES
 from macl.metrics.miss_rate import DAYTIMES, FRAME
 from trainkit.device import autocast, to_device
@@ -113,6 +113,11 @@ def detection_metrics(results: list[dict], max_detections: int = MAX_DETECTIONS)
 def miss_rate_tables(results: list[dict]) -> dict[str, dict[str, dict]]:
     """Mode -> the rows of `metrics.miss_rate_table`; empty where occlusion or daytime is unknown."""
     return {mode: miss_rate_table(*frames) for mode, frames in people_frames(results).items()}
+
+
+def miss_rates_by_script(results: list[dict]) -> dict[str, dict[str, float | None]]:
+    """Mode -> `metrics.miss_rate_by_script`."""
+    return {mode: miss_rate_by_script(*frames) for mode, frames in people_frames(results).items()}
 
 
 def miss_rate_curves(results: list[dict]) -> dict[str, dict[str, dict]]:

@@ -1,7 +1,8 @@
-"""COCO average precision of detections against boxes, through pycocotools."""
+"""COCO average precision of detections against boxes, by faster-coco-eval where it is installed, or pycocotools."""
 
 import contextlib
 import io
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -59,12 +60,16 @@ def _annotations(frames: list[dict], key: str, name: str) -> list[dict]:
 
 def _evaluate(outputs: list[dict], targets: list[dict], frame_count: int, max_detections: int) -> dict[int, dict]:
     """MEASURES by label, None for a class without a real box."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
+    if find_spec("faster_coco_eval"):  # the same figures, sooner
+        from faster_coco_eval import COCO
+        from faster_coco_eval import COCOeval_faster as COCOeval
+    else:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
 
     labels = sorted({box["category_id"] for box in targets})
     images, categories = [{"id": index} for index in range(frame_count)], [{"id": label} for label in labels]
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+    with contextlib.redirect_stdout(io.StringIO()):  # both print their progress
         datasets = []
         for annotations in (targets, outputs):
             coco = COCO()

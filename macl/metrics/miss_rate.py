@@ -23,6 +23,7 @@ TABLE = [("reasonable", daytime) for daytime in DAYTIMES] + [(name, "all") for n
 FRAME = (640, 512)  # width, height in pixels
 BORDER = (5, 5, 635, 507)  # a box that leaves this x1, y1, x2, y2 is ignored
 REFERENCE_FPPI = 10.0 ** np.linspace(-2, 0, 9)
+SCRIPT_FPPI = REFERENCE_FPPI.round(4)
 MIN_OVERLAP = 0.5
 MAX_DETECTIONS = 1000  # per frame
 
@@ -55,6 +56,26 @@ def log_average_miss_rate(
 ) -> float | None:
     """The log-average miss rate of `miss_rate_curve`, in percent (lower is better); None without a real box."""
     return miss_rate_curve(detections, ground_truth, subset, daytime)["log_average_miss_rate"]
+
+
+def miss_rate_by_script(detections: list[dict], ground_truth: list[dict]) -> dict[str, float | None]:
+    """What the Python script of MLPD (Kim et al., 2021), in use with many papers since, gives for "reasonable".
+
+    Arguments as miss_rate_curve. It departs from the benchmark's MATLAB code in three ways: people of frames without a
+    detection are not counted as missed; where the first detection lies beyond a reference point, the final recall is
+    read there; reference points have four decimals.
+
+    Returns the rates by daytime, in percent; None without a real box.
+    """
+    found = [len(frame["boxes"]) > 0 for frame in detections]
+    rates, matches = {}, _Matches(detections, ground_truth)
+    for daytime in DAYTIMES:
+        curve = matches.curve("reasonable", daytime, counted=np.array(found, bool))
+        miss = curve["miss_rate"]
+        at_reference = miss[np.searchsorted(curve["fppi"], SCRIPT_FPPI, side="right") - 1] if len(miss) else miss
+        with np.errstate(divide="ignore"):  # nothing missed: the script's logarithm is -inf, its rate 0
+            rates[daytime] = float(np.exp(np.log(at_reference).mean())) if len(miss) else None
+    return rates
 
 
 def miss_rate_table(detections: list[dict], ground_truth: list[dict]) -> dict[str, dict]:
@@ -100,8 +121,8 @@ class _Matches:
         pairs = pairs[np.lexsort((-box[pairs], -iou[pairs], detection[pairs]))]
         self.detection, self.box, self.iou, self.coverage = (x[pairs] for x in (detection, box, iou, coverage))  # (P,)
 
-    def curve(self, subset: str, daytime: str) -> dict:
-        """What miss_rate_curve returns."""
+    def curve(self, subset: str, daytime: str, counted: np.ndarray | bool = True) -> dict:
+        """What miss_rate_curve returns. counted: (frames,) bool, those whose boxes are; the others stay in the rate."""
         frames = np.ones(len(self.ground_truth), bool)  # those that count
         if daytime != "all":
             frames[:] = [bool(frame["daytime"]) == DAYTIMES[daytime] for frame in self.ground_truth]
@@ -110,7 +131,7 @@ class _Matches:
         inside = (x >= BORDER[0]) & (y >= BORDER[1]) & (x + width <= BORDER[2]) & (y + height <= BORDER[3])
         wanted = (height >= low) & (height <= high) & np.isin(self.occlusion, occlusions)
         real = ~self.ignore & inside & wanted  # (G,)
-        boxes = int((real & frames[self.box_frame]).sum())
+        boxes = int((real & (frames & counted)[self.box_frame]).sum())
 
         # Each detection in turn takes the real box that it overlaps most of those still free.
         on_real = (self.iou >= MIN_OVERLAP) & real[self.box]

@@ -1,4 +1,6 @@
-"""Average precision: worked by hand, and the ways nothing can be measured."""
+"""Average precision: worked by hand, and the ways nothing can be measured; through both packages that compute it."""
+
+import sys
 
 import pytest
 from pairs import found, truth
@@ -6,6 +8,13 @@ from pairs import found, truth
 from macl.metrics import average_precision
 
 A, B, FAR = [10, 10, 50, 110], [200, 10, 240, 110], [400, 200, 440, 300]
+
+
+@pytest.fixture(params=["pycocotools", "faster_coco_eval"], autouse=True)
+def package(request, monkeypatch):
+    pytest.importorskip(request.param)
+    found = request.param if request.param == "faster_coco_eval" else None
+    monkeypatch.setattr(sys.modules["macl.metrics.average_precision"], "find_spec", lambda _: found)
 
 
 def test_perfect_and_printing_nothing(capfd):

@@ -8,7 +8,7 @@ import pytest
 from pairs import found, truth
 
 from macl.data import read_ground_truth
-from macl.metrics import miss_rate_curve, miss_rate_table, read_detections
+from macl.metrics import miss_rate_by_script, miss_rate_curve, miss_rate_table, read_detections
 from macl.metrics.miss_rate import MAX_DETECTIONS
 
 PERSON = (100, 100, 140, 200)  # 40 x 100 pixels
@@ -137,6 +137,18 @@ def test_wrong_arguments():
             log_average_miss_rate([found(PERSON)], good, **options)
 
 
+def test_the_rate_of_the_script_worked_by_hand():
+    # A false alarm before the hit, at 0.5 per image: below that the script reads the last miss rate, 1/2, not 1. The
+    # third person's frame has no detection, so the person is not counted.
+    frames = [truth(PERSON, shifted(PERSON, 100)), truth(PERSON)]
+    detections = [found(shifted(PERSON, 300), PERSON, scores=[0.8, 0.7]), found()]
+    assert miss_rate_by_script(detections, frames)["all"] == pytest.approx(50)
+    expected = 100 * math.exp((7 * math.log(1) + 2 * math.log(2 / 3)) / 9)
+    assert log_average_miss_rate(detections, frames) == pytest.approx(expected)
+    assert miss_rate_by_script([found(PERSON)], [truth(PERSON)])["all"] == 0
+    assert miss_rate_by_script([found()], [truth(PERSON)])["all"] is None
+
+
 def test_published_detections(shared):
     """Their published miss rates are held by the command's test."""
     frames, _ = read_ground_truth(shared / "data/kaist/eval/gt/kaist_annotations_test20.json")
@@ -150,3 +162,4 @@ def test_published_detections(shared):
         kept = frame["scores"] >= 0.5
         frame.update({key: value[kept] for key, value in frame.items()})
     assert log_average_miss_rate(detections, frames) == pytest.approx(28.52, abs=0.0051)  # frames without any count
+    assert miss_rate_by_script(detections, frames)["all"] == pytest.approx(23.36, abs=0.0051)  # there they do not
