@@ -40,6 +40,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--gain", type=fraction, default=0.2, metavar="X", help="infrared times 1 +- X")
     add("--offset", type=fraction, default=0.05, metavar="X", help="infrared plus +- X, of 0..1")
     add("--noise", type=fraction, default=0.02, metavar="X", help="largest standard deviation of noise on infrared")
+    add("--decode-at", type=non_negative_int, default=0, metavar="PX",
+        help="decode training's JPEGs at 1/2, 1/4 or 1/8 while the short side has so many pixels; 0: whole")
     add_registration_flags(parser.add_argument_group("registration").add_argument)
     add = parser.add_argument_group("hard negatives of MACL (DHN), with keys of the averaged detector").add_argument
     add("--dhn-size", type=non_negative_int, default=0, metavar="N", help="bank rows per modality; 0 for none")
@@ -194,6 +196,8 @@ def augmented_loader(args: argparse.Namespace, data, sampler: ResumableSampler, 
     """Batches of `data`, augmented as the flags say, in the sampler's order."""
     names = [field.name for field in dataclasses.fields(PairedAugmentation)]
     augmentation = PairedAugmentation(**{name: getattr(args, name) for name in names})
+    if args.decode_at:
+        data = data.decoded_at(args.decode_at)
     dataset = AugmentedDataset(data, augmentation, seed=args.seed)
     return make_loader(dataset, sampler, collate, workers=args.workers, device=device)
 

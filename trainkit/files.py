@@ -160,11 +160,15 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every build
 
 
-def open_image(path: str | Path, named_by: str = "") -> Image.Image:
+def open_image(path: str | Path, named_by: str = "", *, at_least: int | None = None) -> Image.Image:
     """A picture of 8 bits per channel as RGB, turned as its EXIF orientation says, without its transparency.
 
     Refused are files that are missing, damaged or of none of FORMATS, more than MAX_PIXELS, a side above MAX_SIDE, and
-    more than 8 bits per channel. named_by: the data file that names it.
+    more than 8 bits per channel.
+
+    named_by: the data file that names it
+    at_least: pixels of the short side down to which a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, rounded up, in a
+        part of the time; None: whole
     """
     name = f"{path} (named by {named_by})" if named_by else str(path)
     regular_file(path, f"a picture, named by {named_by}; is the image root right?" if named_by else "a picture")
@@ -178,6 +182,8 @@ def open_image(path: str | Path, named_by: str = "") -> Image.Image:
             if deep or image.mode.startswith(("I", "F")):
                 raise InputError(f"{name} has more than 8 bits per channel; scale it to 8 bits first")
             turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION))
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
             # A palette with transparency cannot become RGB directly.
             rgb = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
             return rgb if turn is None else rgb.transpose(turn)

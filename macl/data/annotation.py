@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -47,6 +47,13 @@ class Annotation:
     def per_box(self) -> dict[str, Tensor]:
         """The known keys of a sample."""
         return {key: getattr(self, key) for key in PER_BOX if getattr(self, key) is not None}
+
+    def scaled(self, size: tuple[int, int]) -> "Annotation":
+        """For the image at a half, a quarter or an eighth, rounded up, of its sides; unchanged for any other size."""
+        if size not in [tuple(-(-side // part) for side in self.size) for part in (2, 4, 8)]:
+            return self
+        factors = [new / old for new, old in zip(size, self.size, strict=True)] * 2
+        return replace(self, size=size, boxes=self.boxes * self.boxes.new_tensor(factors))
 
 
 def annotate(

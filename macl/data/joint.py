@@ -19,3 +19,7 @@ class JointDataset(ConcatDataset):
         sample, domain = super().__getitem__(index), bisect.bisect(self.cumulative_sizes, index)
         scene = sample["scene"]
         return sample | {"domain": domain, "scene": scene if scene < 0 else scene * len(self.datasets) + domain}
+
+    def decoded_at(self, short_side: int) -> "JointDataset":
+        """See `PairedDataset.decoded_at`."""
+        return JointDataset(*(part.decoded_at(short_side) for part in self.datasets))

@@ -40,12 +40,13 @@ class PairedDataset(Dataset, abc.ABC):
     split: the name of the pairs
     source: where they were read, as a sentence
     moves: of infrared, see `moved`
+    at_least: pixels of the short side that are needed, see `decoded_at`
     onto: how infrared is put onto visible, see `with_onto`; of_infrared: whether boxes are those of infrared images
     """
 
     scene_kind = "scene"
     moves = ()
-    onto = None
+    onto = at_least = None
     of_infrared = False
 
     def __init__(self, pairs: Sequence[Pair], classes: Sequence[str], *, split: str, source: str):
@@ -60,8 +61,12 @@ class PairedDataset(Dataset, abc.ABC):
 
     def __getitem__(self, index: int) -> dict:
         visible, infrared = self.paths(index)
-        images, annotation = read_pair(visible, infrared, self.onto), self.annotation(index)
+        whole = self.onto is not None or self.moves != ()  # both count in pixels of the whole image
+        at_least = None if whole else self.at_least
+        images, annotation = read_pair(visible, infrared, self.onto, at_least), self.annotation(index)
         _, height, width = images["visible"].shape
+        if at_least is not None:
+            annotation = annotation.scaled((width, height))
         other = self.onto is not None and (self.of_infrared or annotation.size != (width, height))
         if other and annotation.size == picture_size(infrared):
             annotation = self.onto.boxes(annotation, (width, height))
@@ -106,6 +111,15 @@ class PairedDataset(Dataset, abc.ABC):
         """The same data set with infrared images, and boxes if they are infrared's, put onto visible when read."""
         chosen = copy.copy(self)
         chosen.onto = onto
+        return chosen
+
+    def decoded_at(self, short_side: int | None) -> "PairedDataset":
+        """The same data set with JPEGs, and their boxes, at 1/2, 1/4 or 1/8 while their short side has so many pixels.
+
+        Images that are registered or put onto each other stay whole.
+        """
+        chosen = copy.copy(self)
+        chosen.at_least = short_side
         return chosen
 
     def moved(self, move: tuple[int, int] | Callable) -> "PairedDataset":

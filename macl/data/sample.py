@@ -34,9 +34,9 @@ from trainkit.files import MAX_PIXELS as MAX_PIXELS  # of an image, for those wh
 PER_BOX = ("boxes", "labels", "ignore", "visible_in", "occlusion")
 
 
-def read_image(path: str | Path) -> Tensor:
-    """An image file as (3, H, W) uint8 RGB, grey repeated three times. Raises what `files.open_image` does."""
-    pixels = np.array(open_image(path))  # (H, W, 3)
+def read_image(path: str | Path, at_least: int | None = None) -> Tensor:
+    """An image file as (3, H, W) uint8 RGB, grey repeated three times. at_least, raised: see `files.open_image`."""
+    pixels = np.array(open_image(path, at_least=at_least))  # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W), channels last in memory, which resizes fastest
 
 
@@ -45,16 +45,21 @@ def to_float(image: Tensor) -> Tensor:
     return to_dtype(image, torch.float32, scale=True)
 
 
-def read_pair(visible: str | Path | None, infrared: str | Path | None, onto=None) -> dict[str, Tensor | None]:
+def read_pair(
+    visible: str | Path | None, infrared: str | Path | None, onto=None, at_least: int | None = None
+) -> dict[str, Tensor | None]:
     """The images of a sample; that of a path of None is None. Raises InputError if sizes differ.
 
     onto: how infrared is put onto visible, see `macl.data.onto`; None: their sizes are the same
+    at_least: see `files.open_image`
     """
     pair = {"visible": visible, "infrared": infrared}
-    pair = {modality: None if path is None else read_image(path) for modality, path in pair.items()}
+    pair = {modality: None if path is None else read_image(path, at_least) for modality, path in pair.items()}
     if onto is not None and visible is not None and infrared is not None:
         pair["infrared"] = onto.image(pair["infrared"], tuple(pair["visible"].shape[:0:-1]))
     sizes = [f"{image.shape[2]} x {image.shape[1]}" for image in pair.values() if image is not None]
+    if len(set(sizes)) > 1 and at_least is not None:  # one of them is no JPEG
+        return read_pair(visible, infrared, onto)
     if len(set(sizes)) > 1:
         problem = f"{visible} is {sizes[0]} but {infrared} is {sizes[1]}"
         raise InputError(f"{problem}; expected a registered pair, or --infrared-to-visible resize or FILE")

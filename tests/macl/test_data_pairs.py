@@ -1,12 +1,15 @@
 """Pairs in every layout and label form: what is recognised, which classes, and what wrong labels say."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from pairs import refused, write
 from PIL import Image
 
-from macl.data import Pairs, find_pairs, hold_out, open_root, read_onto
+from macl import training
+from macl.data import JointDataset, PairedAugmentation, Pairs, find_pairs, hold_out, open_root, read_onto
 from macl.data.label_files import read_names
 
 SIZE, BOX = (40, 20), [10, 5, 30, 15]  # width, height; x1, y1, x2, y2
@@ -288,3 +291,45 @@ def test_what_is_no_homography(tmp_path, content):
     refused(lambda: read_onto(str(write(tmp_path / "h.json", content))), "h.json", "3 x 3")
     refused(lambda: read_onto(str(write(tmp_path / "h.npy", "x"))), "h.npy", "3 x 3")
     refused(lambda: read_onto("resise"), "expected resize, or a .json or .npy")
+
+
+def jpegs(root, size=(81, 65), suffix=".jpg"):
+    """One pair: a white box on black, x 20 to 60 and y 10 to 50."""
+    image = Image.new("RGB", size)
+    image.paste((255, 255, 255), (20, 10, 60, 50))
+    for folder, end in (("v", ".jpg"), ("i", suffix)):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        image.save(root / folder / f"a1{end}")
+    width, height = size
+    text = f"0 {40 / width:.9f} {30 / height:.9f} {40 / width:.9f} {40 / height:.9f}"
+    write(root / "labels/a1.txt", text)
+    return Pairs(root / "v", root / "i", root / "labels")
+
+
+@pytest.mark.parametrize(("short_side", "size"), [(33, (81, 65)), (32, (41, 33)), (16, (21, 17)), (1, (11, 9))])
+def test_jpegs_are_decoded_at_the_size_that_is_needed(tmp_path, short_side, size):
+    data = jpegs(tmp_path)
+    sample = data.decoded_at(short_side)[0]
+    assert sample["visible"].shape == sample["infrared"].shape == (3, size[1], size[0])
+    x1, y1, x2, y2 = (side * size[i % 2] / (81, 65)[i % 2] for i, side in enumerate((20, 10, 60, 50)))
+    assert sample["boxes"][0].tolist() == pytest.approx([x1, y1, x2, y2], abs=1e-4)
+    inside = sample["infrared"][:, round(y1 + 1) : round(y2 - 1), round(x1 + 1) : round(x2 - 1)]
+    assert inside.float().mean() > 250 and sample["infrared"].float().mean() < 120
+    assert JointDataset(data, data).decoded_at(short_side)[1]["visible"].shape == sample["visible"].shape
+
+
+def test_what_is_registered_or_no_jpeg_is_decoded_whole(tmp_path):
+    data = jpegs(tmp_path)
+    assert data.moved((1, 0)).decoded_at(16)[0]["visible"].shape == (3, 65, 81)
+    assert data.with_onto(read_onto("resize")).decoded_at(16)[0]["visible"].shape == (3, 65, 81)
+    sample = jpegs(tmp_path / "png", suffix=".png").decoded_at(16)[0]
+    assert sample["visible"].shape == (3, 65, 81) and sample["boxes"][0].tolist() == pytest.approx([20, 10, 60, 50])
+
+
+@pytest.mark.parametrize(("flag", "height"), [(0, 65), (32, 33)])
+def test_the_flag_is_of_training_batches(tmp_path, flag, height):
+    data = jpegs(tmp_path)
+    names = vars(PairedAugmentation(flip=0.0))
+    args = SimpleNamespace(**names, decode_at=flag, seed=0, workers=0)
+    loader = training.augmented_loader(args, data, [[(0, 0)]], torch.device("cpu"))
+    assert next(iter(loader))["visible"][0].shape[1] == height and data[0]["visible"].shape[1] == 65
