@@ -10,18 +10,15 @@ of who knows nothing but which videos have an event.
 
 import argparse
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from fgclip.video.features import ClipEncoder, extract, weights_key
-from fgclip.video.metrics import VideoScores, anomaly_report, frame_auc, report_text
+from fgclip.video.features import ClipEncoder, FeatureStore, extract, refuse_lost, weights_key
+from fgclip.video.metrics import VideoScores, anomaly_report, by_frame, frame_auc, report_text
 from fgclip.video.model import VideoModel, load_video_model
 from fgclip.video.plots import Strip, best_and_worst, draw_curves, need_matplotlib, peaks, thumbnail, time_of
 from fgclip.video.records import FORMATS, VideoSet, named, read_videos
-from fgclip.video.store import FeatureStore
 from fgclip.video.synthetic import SyntheticVideos
 from trainkit import distributed
 from trainkit.arguments import check_needed, make_parser, non_negative_int, positive_int
@@ -100,12 +97,8 @@ def scored(model: VideoModel, encoder: ClipEncoder, videos: VideoSet, folder: st
     Raises InputError where more than `allowed` are lost.
     """
     store = FeatureStore(folder, weights_key(model.fgclip, **model.clips))
-    shown = None if distributed.is_main() else True
-    damaged = extract(videos, encoder, store, progress=partial(tqdm, desc="features", unit="video", disable=shown))
-    lost = [f"{name} (missing)" for name in videos.missing if name not in store]  # features do without the videos
-    lost += [f"{name} ({store.error(name)})" for name in damaged]
-    if len(lost) > allowed:
-        raise InputError(f"{len(lost)} videos are missing or damaged (--allow-missing goes without): {named(lost, 4)}")
+    lost = extract(videos, encoder, store)
+    refuse_lost(lost, allowed)
     records = [record for record in videos.records if record.name in store and distributed.is_main()]
     return [model.scores(record, store.read(record.name)) for record in records], lost
 
@@ -114,7 +107,7 @@ def draw(path: str, scores: list[VideoScores], videos: VideoSet) -> None:
     """A png of the best and the worst videos of each class, with frames at the four highest peaks."""
     strips, records = [], {record.name: record for record in videos.records}
     for one in best_and_worst(scores):
-        own = frame_auc(one.scores, *one.counts) if one.known else float("nan")
+        own = frame_auc(*by_frame([one])) if one.known else float("nan")
         title = f"{one.name}: {', '.join(one.classes) or 'normal'}" + f", AUC {own:.3f}" * (own == own)
         times = [time_of(one, clip) for clip in peaks(one.scores, 4)]
         pictures = [] if one.name in videos.missing else videos.open(records[one.name]).at(times)

@@ -16,11 +16,10 @@ from tqdm import tqdm
 
 from fgclip.evaluate_video import add_model_flags, as_json, open_model
 from fgclip.video.decode import Video, open_video
-from fgclip.video.features import ClipEncoder
+from fgclip.video.features import ClipEncoder, Clips
 from fgclip.video.metrics import ALARM, VideoScores
 from fgclip.video.model import NORMAL, VideoModel
 from fgclip.video.plots import Strip, clock, draw_curves, need_matplotlib, peaks, thumbnail, time_of
-from fgclip.video.store import Clips
 from trainkit.arguments import make_parser, positive_int
 from trainkit.errors import InputError, one_sentence
 from trainkit.files import read_lines, whole_file, write_json, writing
@@ -75,7 +74,7 @@ def cut_short(model: VideoModel, phrases: list[str]) -> str:
 
 def summary(scores: VideoScores, found: list[dict]) -> str:
     """What the peaks are, as a table, and how long the score is above the level of an alarm."""
-    seconds = scores.counts[1][scores.scores > ALARM].sum() / float(scores.rate)
+    seconds = (scores.by_frame[0] > ALARM).sum() / float(scores.rate)
     alarms = f"score above {ALARM:g} for {seconds:.1f} s; its peaks:"
     rows = [["time", "score", "class", "p", "cosine", " phrase"]]
     for peak in found:
@@ -105,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     clips = clips_of(video, encoder)
 
     name = Path(args.video).resolve().name
-    anomaly, classes, frames = (part.cpu().numpy() for part in model.score(clips))
+    anomaly, classes, frames = (part.numpy() for part in model.score(clips))
     scores = VideoScores(name, (), None, clips.frames, model.clips["clip_frames"], anomaly, classes, clips.rate)
     found = described(model, scores, frames, phrases, args.peaks)
     times, small = [peak["time"] for peak in found], []

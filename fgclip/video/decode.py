@@ -5,7 +5,7 @@ Times are seconds from the beginning, by the video's own time stamps. An index c
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
 from itertools import chain
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from trainkit.errors import InputError
-from trainkit.files import is_image, natural, open_image, reason, regular_file, shown, whole_file
+from trainkit.files import is_image, natural, open_image, reason, regular_file, shown
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
 IMAGE_RATE = Fraction(30)  # frames a second of a folder of images, which does not say it
@@ -44,7 +44,7 @@ class Video:
         """The frames as they are shown, from one that is shown at `start` (s) or before."""
         raise NotImplementedError
 
-    def frames(self, period: int = 1, offsets: Sequence[int] = (0,), last: bool = False) -> Iterator[Shown]:
+    def frames(self, period: int = 1, offsets: Collection[int] = (0,), last: bool = False) -> Iterator[Shown]:
         """The frames whose index % period is in offsets, in order.
 
         Only these are converted, and none is kept. last: the last decoded frame, too, where it is not among them.
@@ -185,23 +185,3 @@ def as_rgb(convert, frame) -> np.ndarray:
     """A decoded frame as (H, W, 3) uint8 RGB, turned as the file says that it is to be shown."""
     picture = convert.reformat(frame, format="rgb24").to_ndarray()
     return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture
-
-
-def write_video(
-    path: str | Path, pictures: Iterable[np.ndarray], rate: Fraction | int, codec: str = "libx264", **options: str
-) -> None:
-    """Write pictures (H, W, 3) uint8 RGB, H and W even, as a file of the kind that its suffix says (.mp4, .avi, .mkv).
-
-    options: of the encoder, such as g="30", frames from one key frame to the next.
-    """
-    av, kind, stream = library(), Path(path).suffix[1:], None
-    with (
-        whole_file(path) as file,
-        av.open(file, "w", format={"mkv": "matroska", "ts": "mpegts"}.get(kind, kind)) as container,
-    ):
-        for picture in pictures:
-            if stream is None:
-                stream = container.add_stream(codec, rate=rate, options=options)
-                stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode() if stream is not None else [])

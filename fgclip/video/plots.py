@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fgclip.video.metrics import ALARM, VideoScores, frame_auc
+from fgclip.video.metrics import ALARM, VideoScores, by_frame, frame_auc
 from trainkit.errors import InputError
 from trainkit.files import whole_file
 
@@ -67,7 +67,7 @@ def best_and_worst(videos: Sequence[VideoScores], each: int = 4) -> list[VideoSc
     chosen = []
     for kind in sorted({video.classes[:1] for video in videos}):
         some = [video for video in videos if video.classes[:1] == kind]
-        own = [frame_auc(v.scores, *v.counts) if v.events else v.scores.max() * (1 if kind else -1) for v in some]
+        own = [frame_auc(*by_frame([v])) if v.events else v.scores.max() * (1 if kind else -1) for v in some]
         ranked = [some[i] for i in np.argsort(-np.nan_to_num(own), kind="stable")]
         chosen += ranked if len(ranked) <= each else [*ranked[: each - each // 2], *ranked[-(each // 2) :]]
     return chosen[:MOST_STRIPS]

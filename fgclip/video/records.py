@@ -27,8 +27,7 @@ Event = tuple[float, float, str]  # start and end in seconds, class
 @dataclass(frozen=True, eq=False)
 class Track:
     """A thing over time. stretches: where it can be seen, each of times (n,) in s, ascending, and boxes (n, 4) float64,
-    xyxy in 0..1. phrases: what it is and does. event: whether that is an event. negatives: alterations of the first.
-    """
+    xyxy in 0..1. phrases: what it is and does. event: whether that is an event. negatives: alterations of the first."""
 
     stretches: tuple[tuple[np.ndarray, np.ndarray], ...]
     phrases: tuple[str, ...] = ()
@@ -68,10 +67,8 @@ class Span:
 @dataclass(frozen=True)
 class VideoRecord:
     """One video. name: its file's name without the suffix, in a data set once. path: None where it was not found.
-
     classes: of its events, () for a normal video. events: when they are, None where that is not known; the class of
-    one is "" where only the whole video's are known. source: videos cut from one recording share it.
-    """
+    one is "" where only the whole video's are known. source: videos cut from one recording share it."""
 
     name: str
     path: Path | None = None
@@ -84,10 +81,8 @@ class VideoRecord:
 
 @dataclass
 class VideoSet:
-    """Videos of one split. classes: of events, without normal. test_names: the data set's test videos.
-
-    notes: sentences about what was found.
-    """
+    """Videos of one split. classes: of events, without normal. test_names: the data set's test videos. notes: sentences
+    about what was found."""
 
     records: list[VideoRecord]
     classes: tuple[str, ...]
@@ -108,12 +103,10 @@ class VideoSet:
             raise InputError(f"{record.name}: no such video was found")
         return open_video(record.path)
 
-    def subset(self, chosen: Iterable[int] | Callable[[VideoRecord], bool]) -> "VideoSet":
-        """The videos of these indices, or for which a function is true."""
-        if callable(chosen):
-            chosen = [i for i, record in enumerate(self.records) if chosen(record)]
+    def of(self, records: Iterable[VideoRecord]) -> "VideoSet":
+        """The same set with other records."""
         part = copy(self)
-        part.records = [self.records[i] for i in chosen]
+        part.records = list(records)
         return part
 
 
@@ -143,9 +136,7 @@ def scan(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
         seen.add(real)
         paths = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
         files = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
-        if not files and any(map(is_image, names)):
-            files = [Path(folder)]
-        for path in files:
+        for path in files or [Path(folder)] * any(map(is_image, names)):
             videos.setdefault(stem(path.name), []).append(path)
         texts += [path for path in paths if path.suffix == ".txt"]
     return videos, texts
@@ -163,25 +154,23 @@ def one_path(paths: list[Path], listed: Path | None) -> Path | None:
 
 def agreed(texts: list[Path], parse: Callable[[Path], dict], *patterns: str) -> dict:
     """What the texts of the first pattern that is there say, which must be the same; nothing where there is none."""
-    for pattern in patterns:
-        said = [(path, parse(path)) for path in texts if fnmatch(path.name, pattern)]
-        for path, content in said:
-            if not content or content != said[0][1]:
-                problem = f"and {said[0][0]} differ" if content else "is empty"
-                raise InputError(f"{path} {problem}; expected one list of its kind, with a video in a line")
-        if said:
-            return said[0][1]
-    return {}
+    paths = next(filter(None, ([path for path in texts if fnmatch(path.name, each)] for each in patterns)), [])
+    said = [parse(path) for path in paths]
+    for path, content in zip(paths, said, strict=True):
+        if not content or content != said[0]:
+            problem = f"and {paths[0]} differ" if content else "is empty"
+            raise InputError(f"{path} {problem}; expected one list of its kind, with a video in a line")
+    return said[0] if said else {}
 
 
 def ucf_list(path: Path) -> dict[str, Path]:
     """Name -> CLASS/NAME.mp4, of Anomaly_Train.txt or Anomaly_Test.txt."""
     videos = {}
     for line in read_lines(path, "CLASS/NAME.mp4 in a line"):
-        *_, folder, name = ("", "", *line.replace("\\", "/").split("/"))
-        if not folder:
+        parts = line.replace("\\", "/").split("/")[-2:]
+        if len(parts) < 2:
             raise InputError(f"{path}: expected CLASS/NAME.mp4, got {shown(line)}")
-        videos[stem(name)] = Path(folder, name)
+        videos[stem(line)] = Path(*parts)
     return videos
 
 
@@ -192,18 +181,18 @@ def annotation(path: Path, rate: float) -> dict[str, tuple[Event, ...]]:
         name, *words = line.split()
         if words[1:] and words[0].isdecimal() and words[1][0].isalpha():
             del words[0]  # how many frames the video has
-        times, events = [], []
-        kind = classes[0] if len(classes := xd_classes(stem(name))) == 1 else ""
+        times, events, classes = [], [], xd_classes(stem(name))
+        kind = classes[0] if len(classes) == 1 else ""
         for word in words:
             if word[0].isalpha():
                 kind = XD_CLASSES.get(word, word)
                 continue
             times.append(number(word, f"{path}, {name}", -1, whole=True) / rate)
-            if len(times) % 2 == 0:
+            if len(times) % 2 == 0 and 0 <= times[-2] < times[-1]:
                 events.append((*times[-2:], kind))
         if not times or len(times) % 2:
             raise InputError(f"{path}, {name}: expected pairs of frames, got {shown(line)}")
-        videos[stem(name)] = tuple(event for event in events if 0 <= event[0] < event[1])
+        videos[stem(name)] = tuple(events)
     return videos
 
 
@@ -219,12 +208,10 @@ def ucf_crime(root: Path, split: str, files: dict[str, list[Path]], texts: list[
         raise InputError(f"{root}: {len(both)} videos are in Anomaly_Train.txt and Anomaly_Test.txt: {named(both, 3)}")
     if unknown := sorted(test.keys() - times.keys()) if split == "test" else []:
         raise InputError(f"{root}: the annotation lacks {len(unknown)} videos of Anomaly_Test.txt: {named(unknown, 3)}")
-    records = []
-    for name, listed in (train if split == "train" else test).items():
-        classes = class_of(listed.parts[0])
-        records.append(VideoRecord(name, listed, classes, times[name] if split == "test" else None if classes else ()))
-    classes = {kind for listed in (*train.values(), *test.values()) for kind in class_of(listed.parts[0])}
-    return VideoSet(records, tuple(sorted(classes)), frozenset(test))
+    classes = {name: class_of(listed.parts[0]) for name, listed in (train | test).items()}
+    events = times if split == "test" else {name: None if classes[name] else () for name in train}
+    records = [VideoRecord(n, p, classes[n], events[n]) for n, p in (test if split == "test" else train).items()]
+    return VideoSet(records, tuple(sorted({kind for each in classes.values() for kind in each})), frozenset(test))
 
 
 def class_of(folder: str) -> tuple[str, ...]:
@@ -244,10 +231,10 @@ def xd_violence(root: Path, split: str, files: dict[str, list[Path]], texts: lis
     times = agreed(texts, partial(annotation, rate=XD_RATE), *known)
     if not times:
         raise InputError(f"{root} holds no {known[1]} or {known[0]} of XD-Violence")
-    found = {name: files[name] for name in files if "_label_" in name}
-    folders = {name: {part for p in found[name] for part in p.relative_to(root).parts[:-1]} for name in found}
-    apart = {name for name, parts in folders.items() if any(part.lower().startswith("test") for part in parts)}
-    tests, records = frozenset({*times, *apart}), []
+    found = {name: [p.relative_to(root) for p in paths] for name, paths in files.items() if "_label_" in name}
+    folders = {name: {part.lower() for path in found[name] for part in path.parts[:-1]} for name in found}
+    tests = frozenset({*times, *(n for n in found if any(part.startswith("test") for part in folders[n]))})
+    records = []
     for name in sorted(tests if split == "test" else found.keys() - tests):
         classes = xd_classes(name)
         events = times.get(name, None if classes else ())
@@ -283,15 +270,13 @@ def read_videos(root: str | Path, format: str, split: str) -> VideoSet:
     Lists and annotation are found by their published names anywhere below the root, videos by theirs. Raises
     InputError where lists are missing, empty or disagree, a name stands for two videos, or training has one label.
     """
-    if format not in FORMATS:
-        raise InputError(f"--format {format}: expected one of {', '.join(FORMATS)}")
     files, texts = scan(Path(root))
     videos = FORMATS[format](Path(root), split, files, texts)
-    normal = sum(not record.classes for record in videos.records)
-    if not len(videos):
+    kinds = {bool(record.classes) for record in videos.records}
+    if not kinds:
         raise InputError(f"{root} holds no videos to {split} with, as {format} has them")
-    if split == "train" and normal in (0, len(videos)):
-        kind = "normal" if normal else "anomalous"
+    if split == "train" and len(kinds) == 1:
+        kind = "anomalous" if kinds.pop() else "normal"
         raise InputError(f"{root}: every training video is {kind}; expected normal and anomalous ones")
     records = [replace(r, path=one_path(files.get(r.name, []), r.path)) for r in videos.records]
     copies = sorted(record.name for record in records if len(files.get(record.name, ())) > 1)
@@ -312,5 +297,5 @@ def hold_out(videos: VideoSet, share: float, seed: int) -> tuple[VideoSet, Video
         sources = sorted(groups[classes])
         count = min(len(sources) - 1, max(1, round(share * len(sources)))) if share else 0
         held.update(rng.permutation(sources)[:count].tolist())
-    chosen = [(record.source or record.name) in held for record in videos.records]
-    return videos.subset(np.flatnonzero(~np.array(chosen))), videos.subset(np.flatnonzero(chosen))
+    parts = ([r for r in videos.records if ((r.source or r.name) in held) is apart] for apart in (False, True))
+    return tuple(map(videos.of, parts))

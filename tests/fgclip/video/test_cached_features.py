@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from fgclip import evaluate_video
+from fgclip.video.features import INPUTS, Clips, FeatureStore
 from fgclip.video.metrics import VideoScores
 from fgclip.video.records import VideoRecord, VideoSet
-from fgclip.video.store import Clips, FeatureStore
 from trainkit.errors import InputError
 
 KEY = dict(dim=3, clip_frames=4)
@@ -22,8 +22,8 @@ def scores(record, clips):
 def test_features_do_without_the_videos(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_video, "weights_key", lambda fgclip, **clips: KEY)
     monkeypatch.setattr(VideoSet, "open", lambda self, record: pytest.fail(f"{record.name} is opened"))
-    store, width = FeatureStore(tmp_path, KEY), (3, 3, 4)
-    store.write("kept", Clips(*(np.ones((2, n), np.float16) for n in width), frames=8, rate=Fraction(30)))
+    store, width = FeatureStore(tmp_path, KEY), dict(zip(INPUTS, (3, 3, 4), strict=True))
+    store.write("kept", Clips({name: np.ones((2, n), np.float16) for name, n in width.items()}, 8, Fraction(30)))
     model = SimpleNamespace(fgclip=None, clips={}, scores=scores)
     videos = VideoSet([VideoRecord(name, None, (), ()) for name in ("kept", "gone")], ())
     with pytest.raises(InputError, match=r"^1 videos are missing or damaged .*: gone \(missing\)$"):
