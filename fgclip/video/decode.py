@@ -21,31 +21,33 @@ IMAGE_RATE = Fraction(30)  # frames a second of a folder of images, which does n
 LEAST_SHARE = 0.95  # of what a header claims; with less the video counts as damaged
 WALK = 2.0  # seconds up to which decoding on is no dearer than a seek
 
-Shown = tuple[int, float, np.ndarray]  # index, time in seconds, (H, W, 3) uint8 RGB
 Step = tuple[float, Callable[[], np.ndarray]]  # time in seconds, and what makes its (H, W, 3) uint8 RGB
 
 
 class Video:
     """The frames of a video. Every pass opens it anew, so that it can be sent to another process.
 
-    rate: frames a second, on average. claimed: frames by the header, or None. seconds: length by the header, or None.
+    rate: frames a second, on average. claimed, seconds: frames and length by the header, or None.
     After a full pass, count: decoded frames; damaged: whether too few of those claimed came; problem: a sentence where
     the pass broke off, or None. A subclass gives `walk`.
     """
 
+    count: int | None = None
+    problem: str | None = None
+    damaged = False
+    error = ""  # of decoding, which ended the latest walk
+
     def __init__(self, path: Path, rate: Fraction, claimed: int | None = None, seconds: float | None = None):
         self.path, self.rate, self.claimed, self.seconds = path, rate, claimed, seconds
-        self.count: int | None = None
-        self.problem: str | None = None
-        self.damaged = False
-        self.error = ""  # of decoding, which ended the latest walk
 
     def walk(self, start: float = 0.0) -> Iterator[Step]:
         """The frames as they are shown, from one that is shown at `start` (s) or before."""
         raise NotImplementedError
 
-    def frames(self, period: int = 1, offsets: Collection[int] = (0,), last: bool = False) -> Iterator[Shown]:
-        """The frames whose index % period is in offsets, in order.
+    def frames(
+        self, period: int = 1, offsets: Collection[int] = (0,), last: bool = False
+    ) -> Iterator[tuple[int, float, np.ndarray]]:
+        """Index, time in s and picture (H, W, 3) uint8 RGB of the frames whose index % period is in offsets, in order.
 
         Only these are converted, and none is kept. last: the last decoded frame, too, where it is not among them.
         An error of decoding ends the pass. Raises InputError where the video cannot be opened, or one of its images.
@@ -115,9 +117,9 @@ class ImageFolder(Video):
 
     def __init__(self, path: Path, rate: Fraction):
         self.images = sorted(filter(is_image, os.listdir(path)), key=natural)
-        numbers = [int((re.findall(r"\d+", Path(name).stem) or [-1])[-1]) for name in self.images]
-        if not numbers:
+        if not self.images:
             raise InputError(f"{path} holds no images; expected a video, or a folder of numbered images")
+        numbers = [int((re.findall(r"\d+", Path(name).stem) or [-1])[-1]) for name in self.images]
         for i in range(1, len(numbers)):
             if numbers[i] != numbers[i - 1] + 1 or numbers[i - 1] < 0:
                 names = f"{shown(self.images[i])} follows {shown(self.images[i - 1])}"
