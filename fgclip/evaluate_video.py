@@ -92,10 +92,8 @@ def open_videos(args: argparse.Namespace, model: VideoModel) -> tuple[VideoSet, 
 
 
 def scored(model: VideoModel, encoder: ClipEncoder, videos: VideoSet, folder: str, allowed: int) -> tuple[list, list]:
-    """VideoScores of the videos, on rank 0, and which of them are missing or damaged. folder: of their features.
-
-    Raises InputError where more than `allowed` are lost.
-    """
+    """VideoScores of the videos, on rank 0, and which of them are missing or damaged. folder: of their features. Raises
+    InputError where more than `allowed` are lost."""
     store = FeatureStore(folder, weights_key(model.fgclip, **model.clips))
     lost = extract(videos, encoder, store)
     refuse_lost(lost, allowed)

@@ -136,10 +136,8 @@ def from_object(name: str, value: dict, place: str) -> dict:
 
 
 def from_label_studio(task: dict, place: str) -> dict:
-    """A task of Label Studio's export as an item of a list. The first annotation of several counts.
-
-    A track's phrase is the task's category, else its label. A turned box counts as an empty one.
-    """
+    """A task of Label Studio's export as an item of a list. The first annotation of several counts. A track's phrase is
+    the task's category, else its label. A turned box counts as an empty one."""
     about, found = data.field(task, "data", dict, place), data.objects(task, "annotations", place)[:1]
     item = dict(video=about.get("filename") or about.get("video"), region_captions=[], box_infos=[])
     for result, spot in (part for first, where in found for part in data.objects(first, "result", where)):

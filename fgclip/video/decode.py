@@ -68,10 +68,8 @@ class Video:
             self.problem = f"{self.path} broke off: {claim} frames can be decoded ({self.error or 'nothing follows'})"
 
     def at(self, times: Sequence[float]) -> list[np.ndarray]:
-        """The pictures (H, W, 3) uint8 RGB shown at these moments (s), in any order; beyond an end its frame.
-
-        Raises InputError where no frame can be decoded.
-        """
+        """The pictures (H, W, 3) uint8 RGB shown at these moments (s), in any order; beyond an end its frame. Raises
+        InputError where no frame can be decoded."""
         pictures, walk, now, following = {}, iter(()), None, None
         for time in sorted(set(times)):
             if now is None or (following is not None and time > following[0] + WALK):
@@ -133,10 +131,8 @@ class ImageFolder(Video):
 
 
 def open_video(path: str | Path, rate: Fraction = IMAGE_RATE) -> Video:
-    """A video file, or a folder of numbered images at `rate` frames a second.
-
-    Raises InputError where it is neither, cannot be read, or PyAV is missing.
-    """
+    """A video file, or a folder of numbered images at `rate` frames a second. Raises InputError where it is neither,
+    cannot be read, or PyAV is missing."""
     if os.path.isdir(path):
         return ImageFolder(Path(path), rate)
     return VideoFile(regular_file(path, "a video, or a folder of numbered images"))

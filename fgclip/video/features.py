@@ -32,10 +32,8 @@ LEAST_MOTION = 1e-6  # a single pixel of a patch of 32 that changes by 1 of 255 
 
 @dataclass(frozen=True)
 class Clips:
-    """The features of a video by their names in INPUTS, a row per clip: (T, D), (T, D) and (T, 4) float16.
-
-    frames: decoded frames. rate: frames a second.
-    """
+    """The features of a video by their names in INPUTS, a row per clip: (T, D), (T, D) and (T, 4) float16. frames:
+    decoded frames. rate: frames a second."""
 
     features: dict[str, np.ndarray]
     frames: int
@@ -183,10 +181,8 @@ class FeatureStore:
         return None if known is None or known["frames"] else str(known["problem"])
 
     def write(self, name: str, clips: Clips | None, *, size: int = 0, problem: str | None = None) -> None:
-        """Keep the clips of a video, or None and the `problem` by which it is damaged. size: bytes of its file.
-
-        Raises InputError where features are not finite.
-        """
+        """Keep the clips of a video, or None and the `problem` by which it is damaged. size: bytes of its file. Raises
+        InputError where features are not finite."""
         clips = clips or Clips({}, 0, Fraction(0))
         if not all(np.isfinite(array).all() for array in clips.features.values()):
             raise InputError(f"{name}: features that are not finite: damaged weights or narrow --amp")

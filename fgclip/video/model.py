@@ -116,10 +116,8 @@ class TemporalHead(nn.Module):
 
     @torch.inference_mode()
     def score(self, features: Mapping[str, Tensor], texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a video of any length: anomaly (T,) and classes (T, 1 + C), probabilities, and frames (T, D).
-
-        It goes through in pieces that overlap by what a clip sees, so that memory is bounded and nothing changes.
-        """
+        """Of a video of any length: anomaly (T,) and classes (T, 1 + C), probabilities, and frames (T, D). It goes
+        through in pieces that overlap by what a clip sees, so that memory is bounded and nothing changes."""
         count, parts = len(features["global"]), []
         for start in range(0, count, CHUNK):
             first = max(start - self.reach, 0)
@@ -226,9 +224,7 @@ class VideoModel(nn.Module):
 
 def load_video_model(path: str | Path, weights: str = "ema") -> VideoModel:
     """The model of a checkpoint of train_video.py, in evaluation mode on the CPU. Raises InputError for other files.
-
-    weights: "ema" takes the averaged weights where there are any, "raw" the trained ones.
-    """
+    weights: "ema" takes the averaged weights where there are any, "raw" the trained ones."""
     run = read_run(Path(path))
     if run is None or run.get("script") != "video" or "head_kwargs" not in run:
         raise InputError(f"{path} is not a checkpoint of train_video.py")
@@ -252,9 +248,7 @@ def load_towers(
     path: str | Path, vocab: str | Path | None = None, *, weights: str = "ema", image_size: int | None = None
 ) -> tuple[FGCLIP, Tokenizer]:
     """Towers, in evaluation mode on the CPU, and tokenizer: a checkpoint of train_video.py, or as of `load_model`.
-
-    image_size: side of the square frames that they are to see, instead of their own.
-    """
+    image_size: side of the square frames that they are to see, instead of their own."""
     if (read_run(Path(path)) or {}).get("script") == "video":
         model = load_video_model(path, weights)
         towers, tokenizer = model.fgclip, model.tokenizer

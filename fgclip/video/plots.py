@@ -41,10 +41,8 @@ def clock(seconds: float) -> str:
 
 
 def peaks(scores: np.ndarray, count: int) -> list[int]:
-    """At most `count` clips (T,) that score as high as both neighbours, highest first, none near a higher one.
-
-    Near is T / (4 count) clips: in a long video, or where they are few, they are further apart.
-    """
+    """At most `count` clips (T,) that score as high as both neighbours, highest first, none near a higher one. Near is
+    T / (4 count) clips: in a long video, or where they are few, they are further apart."""
     apart, found = max(1, len(scores) // (4 * count)), []
     neighbours = np.maximum(np.append(scores[1:], -np.inf), np.append(-np.inf, scores[:-1]))
     free = np.where(scores >= neighbours, scores, -np.inf)
@@ -61,9 +59,7 @@ def time_of(video: VideoScores, clip: int) -> float:
 
 def best_and_worst(videos: Sequence[VideoScores], each: int = 4) -> list[VideoScores]:
     """Of each class `each` videos, half those of the best own AUC and half those of the worst; MOST_STRIPS in all.
-
-    Normal videos are ranked by their peaks, low ones first; videos of unknown events by theirs, high ones first.
-    """
+    Normal videos are ranked by their peaks, low ones first; videos of unknown events by theirs, high ones first."""
     chosen = []
     for kind in sorted({video.classes[:1] for video in videos}):
         some = [video for video in videos if video.classes[:1] == kind]

@@ -41,9 +41,7 @@ class Track:
 
     def boxes_at(self, times: np.ndarray, margin: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (m, 4) at times (m,) in s, linear within a stretch, and whether there is one (m,) bool; else zeros.
-
-        margin: up to so many seconds outside of a stretch the box of its end is valid.
-        """
+        margin: up to so many seconds outside of a stretch the box of its end is valid."""
         times = np.asarray(times, dtype=np.float64)
         boxes, nearest = np.zeros((len(times), 4)), np.full(len(times), np.inf)
         for keys, sides in self.stretches:
@@ -285,10 +283,8 @@ def read_videos(root: str | Path, format: str, split: str) -> VideoSet:
 
 
 def hold_out(videos: VideoSet, share: float, seed: int) -> tuple[VideoSet, VideoSet]:
-    """Training videos and `share` of each class to validate on, at least one where a class has two.
-
-    Videos of one source stay together. The choice depends on names and the seed alone.
-    """
+    """Training videos and `share` of each class to validate on, at least one where a class has two. Videos of one
+    source stay together. The choice depends on names and the seed alone."""
     groups: dict[tuple[str, ...], set[str]] = {}
     for record in videos.records:
         groups.setdefault(record.classes, set()).add(record.source or record.name)

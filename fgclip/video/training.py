@@ -175,18 +175,14 @@ def top_mean(values: Tensor, mask: Tensor, share: float = 1 / 16) -> Tensor:
 
 def bag_loss(anomaly: Tensor, mask: Tensor, labels: Tensor, share: float = 1 / 16) -> Tensor:
     """Cross-entropy of a video's label and the mean probability of its highest clips (VadCLIP, Wu et al. 2024).
-
-    anomaly: (B, T) logits. mask: (B, T) bool. labels: (B,), 1 where the video has an event.
-    """
+    anomaly: (B, T) logits. mask: (B, T) bool. labels: (B,), 1 where the video has an event."""
     probability = top_mean(anomaly.float().sigmoid(), mask, share).clamp(1e-6, 1 - 1e-6)
     return global_mean(F.binary_cross_entropy(probability, labels.float(), reduction="sum"), len(labels))
 
 
 def class_loss(classes: Tensor, mask: Tensor, targets: Tensor, share: float = 1 / 16) -> Tensor:
-    """Cross-entropy of a video's classes and the mean logits of its highest clips (VadCLIP's MIL-Align).
-
-    classes: (B, T, 1 + C) logits. targets: (B, 1 + C), rows that sum to 1; column 0 is the video without an event.
-    """
+    """Cross-entropy of a video's classes and the mean logits of its highest clips (VadCLIP's MIL-Align). classes: (B,
+    T, 1 + C) logits. targets: (B, 1 + C), rows that sum to 1; column 0 is the video without an event."""
     return global_mean(F.cross_entropy(top_mean(classes, mask, share), targets, reduction="sum"), len(targets))
 
 
