@@ -284,13 +284,9 @@ class HeadStage:
         self.validation = [record for record in validation.records if record.name in self.clips]
         model.refresh_texts()
         model.head.standardise([self.clips[r.name].tensors() for r in train.records if r.name in self.clips])
-        texts = [span.text for record in train.records for span in record.captions]
-        texts += [text for r in train.records for t in r.tracks for text in (t.phrases[0], *t.negatives)]
-        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        table, ids = model.embed(list(rows))
-        bags = ClipBags(
-            train, self.clips, clip_frames=args.clip_frames, texts=rows, most_clips=args.most_clips, seed=args.seed
-        )
+        options = dict(clip_frames=args.clip_frames, most_clips=args.most_clips, seed=args.seed)
+        bags = ClipBags(train, self.clips, **options)
+        table, ids = model.embed(list(bags.rows))
         self.loader = make_loader(bags, sampler, collate_bags, device=device)
         self.forward = VideoLoss(names, banks=banks, texts=table, ids=ids, top_share=args.top_share, device=device)
 

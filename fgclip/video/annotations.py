@@ -25,23 +25,18 @@ LOOKS_LIKE = 0.84  # the share of a video of 30 frames a second in which all key
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What an item of a file says about a video. listed: its path there. place: file and item, for messages.
-
-    captions: `event` as far as the file says it; tracks take it from their video. events: (start, end) in s, None where
-    the file does not say. seconds: the video's length by the file. rate: frames a second of its key frames, None where
-    they have times. paired: whether each track has one phrase. boxes: what was met.
-    """
+    """What an item of a file says about a video. The events of captions and tracks are settled by `add_annotations`."""
 
     file: str
-    place: str
-    listed: str
+    place: str  # file and item, for messages
+    listed: str  # the video's path there
     tracks: tuple[Track, ...] = ()
     captions: tuple[Span, ...] = ()
-    events: tuple[tuple[float, float], ...] | None = None
-    seconds: float | None = None
-    rate: float | None = None
-    paired: bool = True
-    boxes: BoxStatistics = field(default_factory=BoxStatistics)
+    events: tuple[tuple[float, float], ...] | None = None  # start and end in s, None where the file does not say
+    seconds: float | None = None  # the video's length by the file
+    rate: float | None = None  # frames a second of its key frames, None where they have times
+    paired: bool = True  # whether each track has one phrase
+    boxes: BoxStatistics = field(default_factory=BoxStatistics)  # those that were met
 
     @property
     def name(self) -> str:
@@ -76,7 +71,7 @@ def listed(item: dict, file: str, place: str, rate: float) -> Entry:
     rate = number(item.get("rate", rate), f"{place}, rate", 1e-3)
     first = number(item.get("first_frame", FIRST_FRAME), f"{place}, first_frame", 0, whole=True)
     phrases = [plain_text(t, f"{place}, region_captions") for t in data.field(item, "region_captions", list, place)]
-    tracks, boxes, keyed, counted = [], BoxStatistics(), 0, False
+    tracks, boxes, keyed, counts = [], BoxStatistics(), 0, None
     for i, frames in enumerate(data.field(item, "box_infos", list, place)):
         keys = {}
         for key, spot in data.objects(dict(keys=frames), "keys", f"{place}, box_infos[{i}]"):
@@ -87,7 +82,7 @@ def listed(item: dict, file: str, place: str, rate: float) -> Entry:
                 time = number(key["time"], f"{spot}, time", 0)
             else:
                 time = (number(key.get("frame"), f"{spot}, frame", first, 1e9, whole=True) - first) / rate
-                counted = True
+                counts = rate
             keys[time] = key.get("enabled") is not False, *box
         keyed += bool(keys)
         if (stretches := stretches_of(keys, boxes)) and i < len(phrases):
@@ -98,7 +93,7 @@ def listed(item: dict, file: str, place: str, rate: float) -> Entry:
     return Entry(
         file, place, data.field(item, "video", str, place), tuple(tracks), captions,
         seconds=number(item["duration"], f"{place}, duration", 0) if "duration" in item else None,
-        rate=rate if counted else None, paired=keyed in (0, len(phrases)), boxes=boxes,
+        rate=counts, paired=keyed in (0, len(phrases)), boxes=boxes,
     )  # fmt: skip
 
 

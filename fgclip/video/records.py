@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ UCF_RATE, XD_RATE = 30.0, 24.0  # frames a second in which the two data sets cou
 # Code in a name of XD-Violence -> class.
 XD_CLASSES = dict(B1="fighting", B2="shooting", B4="riot", B5="abuse", B6="car accident", G="explosion")
 Event = tuple[float, float, str]  # start and end in seconds, class
+# By name: the classes of training and of test videos, events where there is an annotation, and paths that a list gives.
+Layout = tuple[dict, dict, dict, dict]
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,24 +196,6 @@ def annotation(path: Path, rate: float) -> dict[str, tuple[Event, ...]]:
     return videos
 
 
-def ucf_crime(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> VideoSet:
-    """Videos of the published lists; the class is their folder there. Only test videos say when their events are."""
-    train, test = (agreed(texts, ucf_list, f"Anomaly_{name}.txt") for name in ("Train", "Test"))
-    known = ("Temporal_Anomaly_Annotation*.txt", "test_with_frame_counts.txt")
-    times = agreed(texts, partial(annotation, rate=UCF_RATE), *known)
-    if not test or not (train if split == "train" else times):
-        wanted = "Anomaly_Train.txt" if split == "train" else known[0]
-        raise InputError(f"{root} holds no Anomaly_Test.txt with {wanted}; --format folders needs no list")
-    if both := sorted(train.keys() & test.keys()):
-        raise InputError(f"{root}: {len(both)} videos are in Anomaly_Train.txt and Anomaly_Test.txt: {named(both, 3)}")
-    if unknown := sorted(test.keys() - times.keys()) if split == "test" else []:
-        raise InputError(f"{root}: the annotation lacks {len(unknown)} videos of Anomaly_Test.txt: {named(unknown, 3)}")
-    classes = {name: class_of(listed.parts[0]) for name, listed in (train | test).items()}
-    events = times if split == "test" else {name: None if classes[name] else () for name in train}
-    records = [VideoRecord(n, p, classes[n], events[n]) for n, p in (test if split == "test" else train).items()]
-    return VideoSet(records, tuple(sorted({kind for each in classes.values() for kind in each})), frozenset(test))
-
-
 def class_of(folder: str) -> tuple[str, ...]:
     """The class that a folder is named after, none where that is normal and not abnormal."""
     return () if re.search("(?<![a-z])normal", folder.lower()) else (folder,)
@@ -223,40 +207,50 @@ def xd_classes(name: str) -> tuple[str, ...]:
     return tuple(XD_CLASSES[code] for code in found[1].split("-") if code in XD_CLASSES) if found else ()
 
 
-def xd_violence(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> VideoSet:
+def ucf_crime(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> Layout:
+    """Videos of the published lists; the class is their folder there."""
+    train, test = (agreed(texts, ucf_list, f"Anomaly_{name}.txt") for name in ("Train", "Test"))
+    known = ("Temporal_Anomaly_Annotation*.txt", "test_with_frame_counts.txt")
+    times = agreed(texts, partial(annotation, rate=UCF_RATE), *known)
+    if not test or not (train if split == "train" else times):
+        wanted = "Anomaly_Train.txt" if split == "train" else known[0]
+        raise InputError(f"{root} holds no Anomaly_Test.txt with {wanted}; --format folders needs no list")
+    if both := sorted(train.keys() & test.keys()):
+        raise InputError(f"{root}: {len(both)} videos are in Anomaly_Train.txt and Anomaly_Test.txt: {named(both, 3)}")
+    if unknown := sorted(test.keys() - times.keys()) if split == "test" else []:
+        raise InputError(f"{root}: the annotation lacks {len(unknown)} videos of Anomaly_Test.txt: {named(unknown, 3)}")
+    classes = ({name: class_of(path.parts[0]) for name, path in half.items()} for half in (train, test))
+    return *classes, times, train | test
+
+
+def xd_violence(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> Layout:
     """Test videos are those of the annotation, and those below a folder whose name begins with `test`."""
     known = ("annotations_multiclasses.txt", "annotations.txt")
     times = agreed(texts, partial(annotation, rate=XD_RATE), *known)
     if not times:
         raise InputError(f"{root} holds no {known[1]} or {known[0]} of XD-Violence")
-    found = {name: [p.relative_to(root) for p in paths] for name, paths in files.items() if "_label_" in name}
-    folders = {name: {part.lower() for path in found[name] for part in path.parts[:-1]} for name in found}
-    tests = frozenset({*times, *(n for n in found if any(part.startswith("test") for part in folders[n]))})
-    records = []
-    for name in sorted(tests if split == "test" else found.keys() - tests):
-        classes = xd_classes(name)
-        events = times.get(name, None if classes else ())
-        records.append(VideoRecord(name, None, classes, events, source=name.partition("__#")[0]))
-    return VideoSet(records, tuple(sorted(XD_CLASSES.values())), tests)
+    train, test = {name for name in files if "_label_" in name}, set(times)
+    for name in train:
+        parts = [part for path in files[name] for part in path.relative_to(root).parts[:-1]]
+        test |= {name} if any(part.lower().startswith("test") for part in parts) else set()
+    classes = ({name: xd_classes(name) for name in sorted(half)} for half in (train - test, test))
+    return *classes, times, {}
 
 
-def folders(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> VideoSet:
+def folders(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> Layout:
     """root/CLASS/VIDEO, or root/train/CLASS/VIDEO and root/test/CLASS/VIDEO; the class of normal videos says so."""
     halves = [name for name in ("train", "test") if (root / name).is_dir()]
     if halves and split not in halves:
         raise InputError(f"{root} holds no folder {split}; expected {split}/CLASS/VIDEO beside {halves[0]}")
-    found: dict[str, list[VideoRecord]] = {"train": [], "test": []}
+    classes = {"train": {}, "test": {}}
     for name, (path, *others) in files.items():
         if others:
             raise InputError(f"the name {name} belongs to two videos, {path} and {others[0]}; names must differ")
-        half, *parts = path.relative_to(root).parts if halves else (split, *path.relative_to(root).parts)
-        if len(parts) < 2 or half not in found:
-            where = f"{root} or its train and test"
-            raise InputError(f"{path} lies in no folder of a class; expected CLASS/VIDEO below {where}")
-        classes = class_of(parts[0])
-        found[half].append(VideoRecord(name, path, classes, None if classes else ()))
-    classes = {kind for half in found.values() for record in half for kind in record.classes}
-    return VideoSet(found[split], tuple(sorted(classes)), frozenset(record.name for record in found["test"]))
+        half, *parts = [split] * (not halves) + [*path.relative_to(root).parts]
+        if len(parts) < 2 or half not in classes:
+            raise InputError(f"{path} lies in no folder of a class; expected CLASS/VIDEO below {root}")
+        classes[half][name] = class_of(parts[0])
+    return classes["train"], classes["test"], {}, {}
 
 
 FORMATS = {"ucf-crime": ucf_crime, "xd-violence": xd_violence, "folders": folders}
@@ -269,17 +263,21 @@ def read_videos(root: str | Path, format: str, split: str) -> VideoSet:
     InputError where lists are missing, empty or disagree, a name stands for two videos, or training has one label.
     """
     files, texts = scan(Path(root))
-    videos = FORMATS[format](Path(root), split, files, texts)
-    kinds = {bool(record.classes) for record in videos.records}
+    train, test, times, listed = FORMATS[format](Path(root), split, files, texts)
+    records = []
+    for name, classes in (train if split == "train" else test).items():
+        path, events = one_path(files.get(name, []), listed.get(name)), times.get(name, None if classes else ())
+        records.append(VideoRecord(name, path, classes, events, source=name.partition("__#")[0]))  # as XD names parts
+    kinds = {bool(record.classes) for record in records}
     if not kinds:
         raise InputError(f"{root} holds no videos to {split} with, as {format} has them")
     if split == "train" and len(kinds) == 1:
         kind = "anomalous" if kinds.pop() else "normal"
         raise InputError(f"{root}: every training video is {kind}; expected normal and anomalous ones")
-    records = [replace(r, path=one_path(files.get(r.name, []), r.path)) for r in videos.records]
     copies = sorted(record.name for record in records if len(files.get(record.name, ())) > 1)
     notes = (f"{len(copies)} videos have equal copies, which are not read: {named(copies)}",) if copies else ()
-    return replace(videos, records=records, notes=notes)
+    names = sorted({kind for classes in (train | test).values() for kind in classes})
+    return VideoSet(records, tuple(names), frozenset(test), notes)
 
 
 def hold_out(videos: VideoSet, share: float, seed: int) -> tuple[VideoSet, VideoSet]:
@@ -287,11 +285,10 @@ def hold_out(videos: VideoSet, share: float, seed: int) -> tuple[VideoSet, Video
     source stay together. The choice depends on names and the seed alone."""
     groups: dict[tuple[str, ...], set[str]] = {}
     for record in videos.records:
-        groups.setdefault(record.classes, set()).add(record.source or record.name)
+        groups.setdefault(record.classes, set()).add(record.source)
     held, rng = set(), np.random.default_rng(seed)
-    for classes in sorted(groups):
-        sources = sorted(groups[classes])
+    for sources in (sorted(groups[classes]) for classes in sorted(groups)):
         count = min(len(sources) - 1, max(1, round(share * len(sources)))) if share else 0
         held.update(rng.permutation(sources)[:count].tolist())
-    parts = ([r for r in videos.records if ((r.source or r.name) in held) is apart] for apart in (False, True))
+    parts = ([r for r in videos.records if (r.source in held) is apart] for apart in (False, True))
     return tuple(map(videos.of, parts))

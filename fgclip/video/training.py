@@ -94,15 +94,26 @@ class ClipBags(Dataset):
     """Videos as bags of clips. A longer one is averaged to `most_clips` stretches, as is the field's rule.
 
     clips: name of a video -> its features; one without stands for the next with the same label.
-    clip_frames: frames per clip. texts: what captions and tracks say -> row of a table of features.
+    clip_frames: frames per clip. rows: of what captions and tracks say, in the table of its features.
     """
 
     def __init__(
-        self, videos: VideoSet, clips: Mapping[str, Clips], *, clip_frames: int, texts: Mapping[str, int],
-        most_clips: int, seed: int,
+        self, videos: VideoSet, clips: Mapping[str, Clips], *, clip_frames: int, most_clips: int, seed: int
     ):  # fmt: skip
-        self.videos, self.clips, self.clip_frames = videos, clips, clip_frames
-        self.texts, self.most_clips, self.seed = texts, most_clips, seed
+        self.videos, self.clips = videos, clips
+        self.clip_frames, self.most_clips, self.seed = clip_frames, most_clips, seed
+        texts = dict.fromkeys(text for record in videos.records for *_, said in self.spans(record) for text in said)
+        self.rows = {text: row for row, text in enumerate(texts)}
+
+    @staticmethod
+    def spans(record: VideoRecord) -> list[tuple[float, float, bool, bool, list[str]]]:
+        """Captions and tracks: start and end in s, whether it is a track and of an event, its text and altered ones."""
+        spans = [(span.start, span.end, False, span.event, [span.text]) for span in record.captions]
+        return spans + [
+            (times[0], times[-1], True, track.event, [track.phrases[0], *track.negatives])
+            for track in record.tracks
+            for times, _ in track.stretches
+        ]
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -120,17 +131,11 @@ class ClipBags(Dataset):
         target = torch.zeros(1 + len(self.videos.classes))
         rows = [1 + self.videos.classes.index(name) for name in record.classes] or [0]
         target[rows] = 1 / len(rows)
-        parts = [(span.start, span.end, False, span.event, [span.text]) for span in record.captions]
-        parts += [
-            (times[0], times[-1], True, track.event, [track.phrases[0], *track.negatives])
-            for track in record.tracks
-            for times, _ in track.stretches
-        ]
-        draw, spans = random.Random(f"{self.seed} {epoch} {index}"), []
+        draw, parts, spans = random.Random(f"{self.seed} {epoch} {index}"), self.spans(record), []
         for start, end, tracked, event, said in draw.sample(parts, min(SPANS, len(parts))):
             first = min(int(start / seconds), length - 1)
             last = max(first + 1, round(min(end / seconds, length)))
-            spans.append((first, last, tracked, event, [self.texts[text] for text in said]))
+            spans.append((first, last, tracked, event, [self.rows[text] for text in said]))
         return Bag(features, target, spans, record.name)
 
 

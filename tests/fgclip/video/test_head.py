@@ -187,9 +187,7 @@ class Bags:
 
     def __init__(self):
         self.videos, rng = SyntheticVideos(8, seed=0), np.random.default_rng(0)
-        said = [t for r in self.videos.records for track in r.tracks for t in (track.phrases[0], *track.negatives)]
-        said += [span.text for record in self.videos.records for span in record.captions]
-        self.model, self.texts = video_model(), {text: row for row, text in enumerate(dict.fromkeys(said))}
+        self.model = video_model()
         randomised(self.model.head)
         self.model.select("head", LOSSES)
         self.clips = {}
@@ -198,12 +196,11 @@ class Bags:
             arrays = dict(zip(INPUTS, (a.astype(np.float16) for a in arrays), strict=True))
             self.clips[name] = Clips(arrays, frames=plan.frames, rate=Fraction(30))
         self.banks = {name: PairBank(12, DIM, classes=2) for name in ("track", "caption")}
-        table, ids = self.model.embed(list(self.texts))
+        table, ids = self.model.embed(list(self.bags().rows))
         self.loss = VideoLoss(LOSSES, banks=self.banks, texts=table, ids=ids, top_share=1 / 16, device="cpu")
 
     def bags(self, most_clips=1000) -> ClipBags:
-        options = dict(clip_frames=CLIP_FRAMES, texts=self.texts, most_clips=most_clips, seed=0)
-        return ClipBags(self.videos, self.clips, **options)
+        return ClipBags(self.videos, self.clips, clip_frames=CLIP_FRAMES, most_clips=most_clips, seed=0)
 
     def steps(self, model, indices) -> dict:
         """Losses and gradients of two steps, the second with what the first has put into the banks."""
@@ -301,7 +298,7 @@ def test_frames_depend_on_seed_epoch_and_index_alone_and_are_often_of_the_event(
 
 def test_bags_hold_classes_and_what_is_said_when():
     own = Bags()
-    bags, texts = own.bags(), list(own.texts)
+    bags, texts = own.bags(), list(own.bags().rows)
     for index, record in enumerate(own.videos.records):
         bag = bags[4, index]
         assert torch.equal(bag.features["motion"], own.clips[record.name].tensors()["motion"])
