@@ -32,15 +32,7 @@ from fgclip.objective import FGCLIPLoss
 from fgclip.tasks import validation_metrics, validation_text
 from fgclip.tokenizer import learn_merges
 from fgclip.video.annotations import add_annotations, read_sentences, read_tracks
-from fgclip.video.features import (
-    INPUTS,
-    ClipEncoder,
-    FeatureStore,
-    extract,
-    feature_file,
-    refuse_lost,
-    weights_key,
-)
+from fgclip.video.features import INPUTS, ClipEncoder, extract, feature_file, refuse_lost
 from fgclip.video.metrics import anomaly_report
 from fgclip.video.model import NORMAL, TemporalHead, VideoModel, class_prompts, load_towers
 from fgclip.video.records import FORMATS, VideoSet, hold_out, named, read_videos
@@ -65,7 +57,7 @@ from trainkit.optimizer import build_optimisation, ema
 from trainkit.run import Run
 from trainkit.run_folder import find_resume
 from trainkit.sampler import AlternatingSampler
-from trainkit.step import TrainStep, module_gradient_norms
+from trainkit.step import TrainStep, print_step
 
 SCRIPT = "video"
 PRINTED = ("region_in_batch_r1", "short_in_batch_r1")  # the others are in metrics.jsonl
@@ -252,7 +244,7 @@ class TowerStage:
         collate = Collate(tower.tokenizer, context_length=length, long_context_length=None, hard="hard" in names)
         self.loader = make_loader(train, sampler, collate, workers=args.workers, device=device)
         self.objective = FGCLIPLoss(train_step.model, names=names, banks=banks, device=device)
-        self.begin, self.metrics = self.objective.begin, self.objective.metrics
+        self.begin, self.metrics, self.text = self.objective.begin, self.objective.metrics, validation_text
 
     def forward(self, model: nn.Module, batch: dict) -> tuple[dict, dict]:
         return self.objective(batch), {}
@@ -261,9 +253,6 @@ class TowerStage:
         """`validation_metrics` of a frame of each validation video, the same every time."""
         embedder = Embedder(model.fgclip, model.tokenizer, device=self.device, amp=self.args.amp)
         return validation_metrics(embedder, self.validation, long=False) if len(self.validation) else {}
-
-    def text(self, metrics: dict) -> str:
-        return validation_text(metrics)
 
 
 class HeadStage:
@@ -278,7 +267,7 @@ class HeadStage:
     ):
         model, (train, validation) = train_step.bare_model, data
         encoder = ClipEncoder(model.fgclip, **model.clips, device=device, amp=args.amp)
-        store = FeatureStore(folder, weights_key(model.fgclip, **model.clips))
+        store = encoder.store(folder)
         refuse_lost([each for videos in data for each in extract(videos, encoder, store, between)], args.allow_missing)
         self.clips = {r.name: store.read(r.name) for videos in data for r in videos.records if r.name in store}
         self.validation = [record for record in validation.records if record.name in self.clips]
@@ -352,10 +341,7 @@ def check(messages: list[str], videos: VideoSet, train_step: TrainStep, stage: T
     print("before training: " + stage.text(stage.validate(train_step.bare_model)))
     batches = [next(iter(stage.loader))]
     stage.begin(batches, use_banks=True)
-    result = train_step(batches, keep_gradients=True)
-    print("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items()))
-    for name, norm in module_gradient_norms(train_step.bare_model).items():
-        print(f"gradient norm of {name}: " + ("no gradient" if norm is None else f"{norm:.4g}"))
+    print_step(train_step, batches, train_step.bare_model)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fgclip.video.features import ClipEncoder, FeatureStore, extract, refuse_lost, weights_key
+from fgclip.video.features import ClipEncoder, extract, refuse_lost
 from fgclip.video.metrics import VideoScores, anomaly_report, by_frame, frame_auc, report_text
 from fgclip.video.model import VideoModel, load_video_model
 from fgclip.video.plots import Strip, best_and_worst, draw_curves, need_matplotlib, peaks, thumbnail, time_of
@@ -25,6 +25,7 @@ from trainkit.arguments import check_needed, make_parser, non_negative_int, posi
 from trainkit.device import AUTOCAST
 from trainkit.errors import InputError, one_sentence
 from trainkit.files import write_json
+from trainkit.log import plain
 
 DRAWN_COUNT, DRAWN_SEED = 100, 20_000  # neither training nor validation draws from that seed
 
@@ -40,17 +41,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
 
 
-# fmt: on
 
-
-def open_model(args: argparse.Namespace) -> tuple[VideoModel, ClipEncoder]:
-    """The model that `add_model_flags` name, on its device, and what makes clips of videos for it."""
-    options = dict(device=distributed.start(args.device), batch_size=args.batch_size, amp=args.amp)
-    model = load_video_model(args.checkpoint, args.weights).to(options["device"])
-    return model, ClipEncoder(model.fgclip, **model.clips, **options)
-
-
-# fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("videos").add_argument
     add("--data-root", metavar="DIR", help="root of a data set, for its test videos; else they are drawn")
@@ -63,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", metavar="FILE", help="also write all figures, and the scores of every video, to this json file")
     add("--plot", metavar="FILE", help="also draw the scores of the best and worst videos of each class into this png")
 # fmt: on
+
+
+def open_model(args: argparse.Namespace) -> tuple[VideoModel, ClipEncoder]:
+    """The model that `add_model_flags` name, on its device, and what makes clips of videos for it."""
+    options = dict(device=distributed.start(args.device), batch_size=args.batch_size, amp=args.amp)
+    model = load_video_model(args.checkpoint, args.weights).to(options["device"])
+    return model, ClipEncoder(model.fgclip, **model.clips, **options)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -94,7 +92,7 @@ def open_videos(args: argparse.Namespace, model: VideoModel) -> tuple[VideoSet, 
 def scored(model: VideoModel, encoder: ClipEncoder, videos: VideoSet, folder: str, allowed: int) -> tuple[list, list]:
     """VideoScores of the videos, on rank 0, and which of them are missing or damaged. folder: of their features. Raises
     InputError where more than `allowed` are lost."""
-    store = FeatureStore(folder, weights_key(model.fgclip, **model.clips))
+    store = encoder.store(folder)
     lost = extract(videos, encoder, store)
     refuse_lost(lost, allowed)
     records = [record for record in videos.records if record.name in store and distributed.is_main()]
@@ -117,13 +115,6 @@ def as_json(video: VideoScores) -> dict:
     """What a curve is drawn from, as plain values. rate: frames per second."""
     sizes = dict(name=video.name, rate=float(video.rate), clip_frames=video.clip_frames, frames=video.frames)
     return sizes | dict(scores=video.scores.astype(float).round(6).tolist())
-
-
-def plain(value):
-    """`value` for json, which has no NaN."""
-    if isinstance(value, dict):
-        return {name: plain(item) for name, item in value.items()}
-    return None if value != value else value
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 
-from fgclip.video.features import ClipEncoder, FeatureStore, extract, refuse_lost, weights_key
+from fgclip.video.features import ClipEncoder, extract, refuse_lost
 from fgclip.video.model import load_towers
 from fgclip.video.records import FORMATS, VideoSet, read_videos
 from trainkit import distributed
@@ -61,13 +61,12 @@ def main(arguments: list[str] | None = None) -> None:
     model, _ = load_towers(args.init_from, args.vocab, image_size=args.image_size)
     clips = dict(clip_frames=args.clip_frames, frames_per_clip=args.frames_per_clip)
     encoder = ClipEncoder(model, **clips, device=device, batch_size=args.batch_size, amp=args.amp)
-    store = FeatureStore(args.features, weights_key(model, **clips))
-    lost = extract(videos, encoder, store)
+    lost = extract(videos, encoder, encoder.store(args.features))
     if distributed.is_main():
         print(*(f"without {each}" for each in lost), sep="\n", end="\n" * bool(lost))
         print(f"{args.features} has the clips of {len(videos) - len(lost)} of {len(videos)} videos")
-        refuse_lost(lost, args.allow_missing)
     distributed.stop()
+    refuse_lost(lost, args.allow_missing)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,10 @@ class ClipEncoder:
         arrays = (torch.cat(rows).cpu().numpy() for rows in zip(*parts, strict=True))
         return Clips(dict(zip(INPUTS, arrays, strict=True)), frames=video.count, rate=video.rate)
 
+    def store(self, folder: str | Path) -> "FeatureStore":
+        """The folder for features that this encoder makes."""
+        return FeatureStore(folder, weights_key(self.model, self.clip_frames, self.frames_per_clip))
+
     def _pairs(self, video: decode.Video, progress=None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The pictures that are looked at and those after them, clip after clip, (S, S, 3) uint8 each."""
         side, made, held, small = self.model.vision_model.image_size, 0, None, None

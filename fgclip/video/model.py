@@ -12,13 +12,12 @@ from fgclip.loading import check_image_size, load_model
 from fgclip.losses import caption_ids
 from fgclip.model import FGCLIP, MAX_LOGIT_SCALE, l2_normalize
 from fgclip.objective import freeze_unreached
-from fgclip.tokenizer import Tokenizer, checked_merges
+from fgclip.tokenizer import Tokenizer
 from fgclip.transformer import Block
 from fgclip.video.features import INPUTS, Clips
 from fgclip.video.metrics import VideoScores
 from fgclip.video.records import VideoRecord
 from fgclip.weight_files import read_run
-from fgclip.weights import build
 from trainkit.errors import InputError
 from trainkit.files import check_like, state_dict_of
 
@@ -228,15 +227,12 @@ def load_video_model(path: str | Path, weights: str = "ema") -> VideoModel:
     run = read_run(Path(path))
     if run is None or run.get("script") != "video" or "head_kwargs" not in run:
         raise InputError(f"{path} is not a checkpoint of train_video.py")
+    fgclip, tokenizer = load_model(path, weights=weights)
     state = state_dict_of(run["ema"] if weights == "ema" and run.get("ema") is not None else run["model"], path)
     source = f"{path} (damaged, or written by another version of the model)"
-    towers = {name.removeprefix("fgclip."): value for name, value in state.items() if name.startswith("fgclip.")}
-    fgclip = build(run["model_kwargs"], towers, source)
     try:
-        head = TemporalHead(**run["head_kwargs"])
-        tokenizer = Tokenizer(checked_merges(run["merges"], str(path)), vocab_size=fgclip.text_model.vocab_size)
         options = dict(prompts=run["prompts"], clips=run["clips"], supervision=run["supervision"])
-        model = VideoModel(fgclip, head, tokenizer, **options)
+        model = VideoModel(fgclip, TemporalHead(**run["head_kwargs"]), tokenizer, **options)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{source}: {error}") from error
     check_like(state, model.state_dict(), source)
@@ -247,7 +243,7 @@ def load_video_model(path: str | Path, weights: str = "ema") -> VideoModel:
 def load_towers(
     path: str | Path, vocab: str | Path | None = None, *, weights: str = "ema", image_size: int | None = None
 ) -> tuple[FGCLIP, Tokenizer]:
-    """Towers, in evaluation mode on the CPU, and tokenizer: a checkpoint of train_video.py, or as of `load_model`.
+    """Towers, in evaluation mode on the CPU, and tokenizer, as of `load_model`; a run of train_video.py needs no vocab.
     image_size: side of the square frames that they are to see, instead of their own."""
     if (read_run(Path(path)) or {}).get("script") == "video":
         model = load_video_model(path, weights)
