@@ -157,10 +157,8 @@ class FeatureStore:
                 self.folder.mkdir(parents=True, exist_ok=True)
             write_json(index, dict(key=self.key), indent=2)
         found = read_json(index, "the index of features", dict).get("key")
-        if not isinstance(found, dict):
-            raise InputError(f"{index} is not an index of features")
-        differing = [name for name in self.key | found if found.get(name) != self.key.get(name)]
-        if differing:
+        found = found if isinstance(found, dict) else {}
+        if differing := [name for name in self.key | found if found.get(name) != self.key.get(name)]:
             theirs, ours = ({name: of.get(name) for name in differing} for of in (found, self.key))
             raise InputError(f"{self.folder} holds features of another key, {theirs}; expected {ours}")
 
@@ -177,7 +175,8 @@ class FeatureStore:
             raise InputError(f"{path}: {error}; delete it to extract the features of {name} again") from error
 
     def __contains__(self, name: str) -> bool:
-        return bool(known["frames"]) if (known := self.load(name, "frames")) else False
+        known = self.load(name, "frames")
+        return known is not None and bool(known["frames"])
 
     def error(self, name: str) -> str | None:
         """Why a video that was tried has no features, as a sentence."""
@@ -214,9 +213,9 @@ def feature_file(folder: str | Path, name: str) -> Path:
 
 
 def bytes_of(record: VideoRecord) -> int:
-    """The size of a video's file, or of its folder's."""
-    files = [record.path] if record.path else []
-    return sum(file.stat().st_size for file in (record.path.iterdir() if files and record.path.is_dir() else files))
+    """The size of a video's file, or of its folder's images."""
+    path = record.path
+    return 0 if path is None else sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
 
 
 def extract(
