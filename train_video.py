@@ -35,7 +35,7 @@ from fgclip.video.annotations import add_annotations, read_sentences, read_track
 from fgclip.video.features import INPUTS, ClipEncoder, extract, feature_file, refuse_lost
 from fgclip.video.metrics import anomaly_report
 from fgclip.video.model import NORMAL, TemporalHead, VideoModel, class_prompts, load_towers
-from fgclip.video.records import FORMATS, VideoSet, hold_out, named, read_videos
+from fgclip.video.records import FORMATS, VideoSet, hold_out, read_videos
 from fgclip.video.synthetic import PROMPTS, SyntheticVideos, sentences
 from fgclip.video.training import LOSSES, ClipBags, VideoFrames, VideoLoss, collate_bags
 from trainkit import distributed
@@ -52,6 +52,7 @@ from trainkit.arguments import (
     positive_int,
 )
 from trainkit.errors import InputError, one_sentence
+from trainkit.load_report import summarise
 from trainkit.loader import make_loader
 from trainkit.optimizer import build_optimisation, ema
 from trainkit.run import Run
@@ -168,7 +169,7 @@ def open_videos(args: argparse.Namespace) -> tuple[VideoSet, VideoSet, list[str]
     folder = args.features  # features do without the videos
     missing = [name for name in videos.missing if not (folder and feature_file(folder, name).is_file())]
     if len(missing) > args.allow_missing:
-        names = named(missing, 8)
+        names = summarise(missing, 8)
         raise InputError(f"{args.data_root}: {len(missing)} videos are missing (--allow-missing goes without): {names}")
     if missing:
         messages.append(f"without {len(missing)} missing videos: {', '.join(missing)}")

@@ -18,13 +18,14 @@ from fgclip.video.features import ClipEncoder, extract, refuse_lost
 from fgclip.video.metrics import VideoScores, anomaly_report, by_frame, frame_auc, report_text
 from fgclip.video.model import VideoModel, load_video_model
 from fgclip.video.plots import Strip, best_and_worst, draw_curves, need_matplotlib, peaks, thumbnail, time_of
-from fgclip.video.records import FORMATS, VideoSet, named, read_videos
+from fgclip.video.records import FORMATS, VideoSet, read_videos
 from fgclip.video.synthetic import SyntheticVideos
 from trainkit import distributed
 from trainkit.arguments import check_needed, make_parser, non_negative_int, positive_int
 from trainkit.device import AUTOCAST
 from trainkit.errors import InputError, one_sentence
 from trainkit.files import write_json
+from trainkit.load_report import summarise
 from trainkit.log import plain
 
 DRAWN_COUNT, DRAWN_SEED = 100, 20_000  # neither training nor validation draws from that seed
@@ -85,7 +86,9 @@ def open_videos(args: argparse.Namespace, model: VideoModel) -> tuple[VideoSet, 
         videos = read_videos(args.data_root, args.format or "ucf-crime", "test")
         about = ". ".join([f"test videos of {args.data_root}", *videos.notes])
     if unknown := sorted({name for record in videos.records for name in record.classes} - set(model.classes)):
-        raise InputError(f"{about}: events of {named(unknown, 5)}; {args.checkpoint} knows {named(model.classes)}")
+        raise InputError(
+            f"{about}: events of {summarise(unknown, 5)}; {args.checkpoint} knows {summarise(model.classes, 20)}"
+        )
     return videos, about
 
 

@@ -15,8 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fgclip.evaluate_video import add_model_flags, as_json, open_model
-from fgclip.video.decode import Video, open_video
-from fgclip.video.features import ClipEncoder, Clips
+from fgclip.video.decode import open_video
 from fgclip.video.metrics import ALARM, VideoScores
 from fgclip.video.model import NORMAL, VideoModel
 from fgclip.video.plots import Strip, clock, draw_curves, need_matplotlib, peaks, thumbnail, time_of
@@ -40,12 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 
 
-def clips_of(video: Video, encoder: ClipEncoder) -> Clips:
-    """The clips of a video, with a progress bar on a terminal. Raises InputError where none can be decoded."""
-    with tqdm(total=video.claimed, unit="frame", disable=None) as bar:
-        return encoder.video(video, progress=lambda frames: bar.update(frames - bar.n))
-
-
 def described(model: VideoModel, scores: VideoScores, frames: np.ndarray, phrases: list[str], count: int) -> list[dict]:
     """The peaks in the order of time: time (s), clip, score, class of the highest probability, normal among them, the
     probabilities of all by name, and the phrases whose embeddings have the highest cosine with the clip's frame.
@@ -63,13 +56,6 @@ def described(model: VideoModel, scores: VideoScores, frames: np.ndarray, phrase
             "phrases": [dict(phrase=phrase, cosine=cosine) for phrase, cosine in best],
         })  # fmt: skip
     return found
-
-
-def cut_short(model: VideoModel, phrases: list[str]) -> str:
-    """A sentence about phrases that are longer than the model reads, "" where there are none."""
-    longest = model.fgclip.text_model.context_length - 2  # without the marks of start and end
-    count = sum(len(model.tokenizer.encode(phrase)) > longest for phrase in phrases)
-    return f"{count} phrases were longer than the model reads, and were cut" if count else ""
 
 
 def summary(scores: VideoScores, found: list[dict]) -> str:
@@ -101,12 +87,17 @@ def main(arguments: list[str] | None = None) -> None:
     video, output = open_video(args.video), Path(args.output)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-    clips = clips_of(video, encoder)
+    with tqdm(total=video.claimed, unit="frame", disable=None) as bar:
+        clips = encoder.video(video, progress=lambda frames: bar.update(frames - bar.n))
 
     name = Path(args.video).resolve().name
     anomaly, classes, frames = (part.numpy() for part in model.score(clips))
     scores = VideoScores(name, (), None, clips.frames, model.clips["clip_frames"], anomaly, classes, clips.rate)
+    before = model.tokenizer.truncated
     found = described(model, scores, frames, phrases, args.peaks)
+    cut = model.tokenizer.truncated - before
+    said = [video.problem] * bool(video.problem)
+    said += [f"{cut} phrases were longer than the model reads, and were cut"] * bool(cut)
     times, small = [peak["time"] for peak in found], []
     for number, (peak, picture) in enumerate(zip(found, video.at(times), strict=True), start=1):
         peak["picture"] = f"peak-{number}.jpg"
@@ -119,8 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(output / "scores.json", known | as_json(scores) | dict(probabilities=probabilities, peaks=found))
     draw_curves(output / "curves.png", [Strip(scores, name, list(zip(times, small, strict=True)))])
     print(f"{args.video}: {clips.frames} frames, {clock(seconds)} at {float(clips.rate):g} frames a second")
-    print(f"supervision: {model.supervision}", *filter(None, [video.problem, cut_short(model, phrases)]), sep="\n")
-    print(summary(scores, found))
+    print(f"supervision: {model.supervision}", *said, summary(scores, found), sep="\n")
     print(f"written to {output}: scores.json, curves.png and {len(found)} pictures")
 
 

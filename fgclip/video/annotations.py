@@ -13,9 +13,10 @@ import torch
 
 import fgclip.data.records as data
 from fgclip.regions import BoxStatistics, usable_boxes
-from fgclip.video.records import Span, Track, VideoRecord, VideoSet, named, stem
+from fgclip.video.records import Span, Track, VideoRecord, VideoSet, stem
 from trainkit.errors import InputError
 from trainkit.files import number, numbers, plain_text, read_json, read_lines, shown
+from trainkit.load_report import summarise
 
 STUDIO_RATE, FIRST_FRAME = 25.0, 1  # as Label Studio counts, and lists made of its exports, whatever the video has
 SLACK = 0.5  # seconds that a key frame may lie behind its video's end
@@ -219,8 +220,8 @@ def add_annotations(videos: VideoSet, entries: Sequence[Entry]) -> tuple[VideoSe
                 entry for entry in used if any(s.start >= min(s.end, lengths[entry.name]) for s in entry.captions)
             ],
         }.items():
-            names = dict.fromkeys(entry.name for entry in group)
-            said += [f"{len(group)} entries ({len(names)} videos) {what}: {named(names)}"] if group else []
+            names = list(dict.fromkeys(entry.name for entry in group))
+            said += [f"{len(group)} entries ({len(names)} videos) {what}: {summarise(names, 20)}"] if group else []
         boxes = BoxStatistics()
         for entry in used:
             boxes.update(entry.boxes)

@@ -19,11 +19,12 @@ from tqdm import tqdm
 from fgclip.images import normalise
 from fgclip.model import FGCLIP, l2_normalize
 from fgclip.video import decode
-from fgclip.video.records import VideoRecord, VideoSet, named
+from fgclip.video.records import VideoRecord, VideoSet
 from trainkit import distributed
 from trainkit.device import autocast
 from trainkit.errors import InputError
 from trainkit.files import inside, read_json, whole_file, write_json, writing
+from trainkit.load_report import summarise
 
 INPUTS = ("global", "motion", "amount")
 LEAST_AMOUNT = 1e-4  # of change, in colours of 0..1
@@ -261,4 +262,6 @@ def extract(
 def refuse_lost(lost: list[str], allowed: int) -> None:
     """Raises InputError where more videos are lost than --allow-missing says."""
     if len(lost) > allowed:
-        raise InputError(f"{len(lost)} videos are missing or damaged (--allow-missing goes without): {named(lost, 4)}")
+        raise InputError(
+            f"{len(lost)} videos are missing or damaged (--allow-missing goes without): {summarise(lost, 4)}"
+        )

@@ -17,6 +17,7 @@ import numpy as np
 from fgclip.video.decode import VIDEO_SUFFIXES, Video, open_video
 from trainkit.errors import InputError
 from trainkit.files import is_image, number, read_lines, shown
+from trainkit.load_report import summarise
 
 UCF_RATE, XD_RATE = 30.0, 24.0  # frames a second in which the two data sets count
 # Code in a name of XD-Violence -> class.
@@ -108,12 +109,6 @@ class VideoSet:
         part = copy(self)
         part.records = list(records)
         return part
-
-
-def named(names: Iterable[str], most: int = 20) -> str:
-    """Names for a sentence, without most of a long list."""
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def stem(name: str) -> str:
@@ -216,9 +211,13 @@ def ucf_crime(root: Path, split: str, files: dict[str, list[Path]], texts: list[
         wanted = "Anomaly_Train.txt" if split == "train" else known[0]
         raise InputError(f"{root} holds no Anomaly_Test.txt with {wanted}; --format folders needs no list")
     if both := sorted(train.keys() & test.keys()):
-        raise InputError(f"{root}: {len(both)} videos are in Anomaly_Train.txt and Anomaly_Test.txt: {named(both, 3)}")
+        raise InputError(
+            f"{root}: {len(both)} videos are in Anomaly_Train.txt and Anomaly_Test.txt: {summarise(both, 3)}"
+        )
     if unknown := sorted(test.keys() - times.keys()) if split == "test" else []:
-        raise InputError(f"{root}: the annotation lacks {len(unknown)} videos of Anomaly_Test.txt: {named(unknown, 3)}")
+        raise InputError(
+            f"{root}: the annotation lacks {len(unknown)} videos of Anomaly_Test.txt: {summarise(unknown, 3)}"
+        )
     classes = ({name: class_of(path.parts[0]) for name, path in half.items()} for half in (train, test))
     return *classes, times, train | test
 
@@ -275,7 +274,7 @@ def read_videos(root: str | Path, format: str, split: str) -> VideoSet:
         kind = "anomalous" if kinds.pop() else "normal"
         raise InputError(f"{root}: every training video is {kind}; expected normal and anomalous ones")
     copies = sorted(record.name for record in records if len(files.get(record.name, ())) > 1)
-    notes = (f"{len(copies)} videos have equal copies, which are not read: {named(copies)}",) if copies else ()
+    notes = (f"{len(copies)} videos have equal copies, which are not read: {summarise(copies, 20)}",) if copies else ()
     names = sorted({kind for classes in (train | test).values() for kind in classes})
     return VideoSet(records, tuple(names), frozenset(test), notes)
 
