@@ -146,6 +146,8 @@ def validate_args(args: argparse.Namespace) -> None:
         raise InputError("--tower tune learns from --tracks or --captions; give one of them, or --tower frozen")
     elif not 0 < args.tower_epochs < args.epochs:
         raise InputError(f"--tower-epochs {args.tower_epochs}: expected at least 1, and below --epochs {args.epochs}")
+    if not args.val_share:
+        raise InputError("--val-share 0 leaves no video to validate on; expected more")
     if args.batch_size % 2:
         raise InputError(f"--batch-size {args.batch_size}: half of the videos have an event; expected an even number")
     if not drawn and not (args.init_from or args.resume):

@@ -196,6 +196,7 @@ def test_wrong_flags_end_in_one_sentence(own, plain, tmp_path, capsys):
     assert "random towers say nothing" in say("--tower", "frozen")
     assert "below --epochs 6" in say("--tower-epochs", 6)
     assert "expected an even number" in say("--batch-size", 3)
+    assert "leaves no video to validate on" in say("--val-share", 0)
     assert "does not divide among the 2" in say("--bank-size", 5)
     assert "makes features of its own" in say("--features", tmp_path)
     assert "--tracks needs --data-root" in say("--tracks", "x.json")

@@ -204,12 +204,15 @@ def add_annotations(videos: VideoSet, entries: Sequence[Entry]) -> tuple[VideoSe
     taken, messages = {}, []
     for file in dict.fromkeys(entry.file for entry in entries):
         own = [entry for entry in entries if entry.file == file]
-        used, lengths = [entry for entry in own if entry.name in known], {}
+        used = [entry for entry in own if entry.name in known]
+        lengths = {name: seconds_of(videos, known[name]) for name in {e.name for e in used if not e.seconds}}
+        used = [replace(entry, seconds=entry.seconds or lengths[entry.name]) for entry in used]
+        boxes = BoxStatistics()
         for entry in used:
-            lengths[entry.name] = entry.seconds or lengths.get(entry.name) or seconds_of(videos, known[entry.name])
-            taken.setdefault(entry.name, []).append((entry, lengths))
+            taken.setdefault(entry.name, []).append(entry)
+            boxes.update(entry.boxes)
         tracks, sentences = (sum(len(getattr(entry, part)) for entry in used) for part in ("tracks", "captions"))
-        said = [f"{tracks} tracks and {sentences} sentences of {len(lengths)} videos"]
+        said = [f"{tracks} tracks and {sentences} sentences of {len({entry.name for entry in used})} videos"]
         other = [entry for entry in own if entry.name not in known and entry.name not in videos.test_names]
         for what, group in {
             "of test videos are left out": [entry for entry in own if entry.name in videos.test_names],
@@ -217,16 +220,13 @@ def add_annotations(videos: VideoSet, entries: Sequence[Entry]) -> tuple[VideoSe
             "of no training video are left out": [entry for entry in other if "MSAD" not in entry.listed],
             "have not one phrase for each track; the first go together": [entry for entry in used if not entry.paired],
             "have sentences at no time of their video, which are left out": [
-                entry for entry in used if any(s.start >= min(s.end, lengths[entry.name]) for s in entry.captions)
+                entry for entry in used if any(s.start >= min(s.end, entry.seconds) for s in entry.captions)
             ],
         }.items():
             names = list(dict.fromkeys(entry.name for entry in group))
             said += [f"{len(group)} entries ({len(names)} videos) {what}: {summarise(names, 20)}"] if group else []
-        boxes = BoxStatistics()
-        for entry in used:
-            boxes.update(entry.boxes)
         said += [str(boxes)] if boxes.invalid or boxes["clipped"] else []
-        messages += [f"{file}: {text}" for text in said + rate_of(used, lengths)]
+        messages += [f"{file}: {text}" for text in said + rate_of(used)]
     return videos.of(with_entries(record, taken.get(record.name, [])) for record in videos.records), messages
 
 
@@ -238,34 +238,35 @@ def seconds_of(videos: VideoSet, record: VideoRecord) -> float:
         return inf
 
 
-def rate_of(entries: Sequence[Entry], lengths: dict[str, float]) -> list[str]:
+def rate_of(entries: Sequence[Entry]) -> list[str]:
     """What there is to say about the rate of key frames. Raises InputError where one lies behind its video's end."""
-    lasts = [(max(track.span[1] for track in e.tracks), lengths[e.name], e) for e in entries if e.tracks]
-    for last, seconds, entry in lasts:
-        if last > seconds + SLACK:
-            least = max(other * (e.rate or 0) / (length + SLACK) for other, length, e in lasts)
+    lasts = [(max(track.span[1] for track in entry.tracks), entry) for entry in entries if entry.tracks]
+    for last, entry in lasts:
+        if last > entry.seconds + SLACK:
+            least = max(other * (e.rate or 0) / (e.seconds + SLACK) for other, e in lasts)
             fits = next((rate for rate in RATES if rate >= least), least)
             why = f" at {entry.rate:g} frames a second; {fits:.4g} would fit" if entry.rate else ""
-            raise InputError(f"{entry.place}: a key frame of {entry.name} is at {last:.2f} s of {seconds:.2f} s{why}")
-    rates = sorted({entry.rate for _, _, entry in lasts if entry.rate})
+            when = f"at {last:.2f} s of {entry.seconds:.2f} s"
+            raise InputError(f"{entry.place}: a key frame of {entry.name} is {when}{why}")
+    rates = sorted({entry.rate for _, entry in lasts if entry.rate})
     said = [f"key frames are taken at {' and '.join(f'{rate:g}' for rate in rates)} a second"] if rates else []
-    share = max((last / seconds for last, seconds, _ in lasts), default=1)
+    share = max((last / entry.seconds for last, entry in lasts), default=1)
     if 0 < share < LOOKS_LIKE and rates and rates[-1] > STUDIO_RATE:
         said.append(f"none lies beyond {share:.0%} of its video: key frames look like {STUDIO_RATE:g} frames a second")
     return said
 
 
-def with_entries(record: VideoRecord, entries: Sequence[tuple[Entry, dict[str, float]]]) -> VideoRecord:
-    """A record with the tracks, sentences and events of entries about it, each with the lengths of videos in s."""
-    tracks = [replace(track, event=bool(record.classes)) for entry, _ in entries for track in entry.tracks]
+def with_entries(record: VideoRecord, entries: Sequence[Entry]) -> VideoRecord:
+    """A record with the tracks, sentences and events of entries about it."""
+    tracks = [replace(track, event=bool(record.classes)) for entry in entries for track in entry.tracks]
     events = record.events
     if events is None:
-        times = [pair for entry, _ in entries for pair in entry.events or ()]
+        times = [pair for entry in entries for pair in entry.events or ()]
         times = times or [(float(keys[0]), float(keys[-1])) for track in tracks for keys, _ in track.stretches]
         if times and all(start < end for start, end in times):  # a single key does not say how long
             events = tuple((*pair, record.classes[0] if len(record.classes) == 1 else "") for pair in times)
     captions = []
-    for span in (replace(s, end=min(s.end, lengths[e.name])) for e, lengths in entries for s in e.captions):
+    for span in (replace(s, end=min(s.end, entry.seconds)) for entry in entries for s in entry.captions):
         told = span.event if events is None else any(s < span.end and span.start < e for s, e, _ in events)
         captions += [replace(span, event=told)] if span.start < span.end else []
     return replace(record, tracks=(*record.tracks, *tracks), captions=(*record.captions, *captions), events=events)
