@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fgclip.evaluate_video import add_model_flags, as_json, open_model
 from fgclip.video.decode import open_video
-from fgclip.video.metrics import ALARM, VideoScores
+from fgclip.video.metrics import ALARM, VideoScores, by_frame
 from fgclip.video.model import NORMAL, VideoModel
 from fgclip.video.plots import Strip, clock, draw_curves, need_matplotlib, peaks, thumbnail, time_of
 from trainkit.arguments import make_parser, positive_int
@@ -60,7 +60,7 @@ def described(model: VideoModel, scores: VideoScores, frames: np.ndarray, phrase
 
 def summary(scores: VideoScores, found: list[dict]) -> str:
     """What the peaks are, as a table, and how long the score is above the level of an alarm."""
-    seconds = (scores.by_frame[0] > ALARM).sum() / float(scores.rate)
+    seconds = (by_frame([scores])[0] > ALARM).sum() / float(scores.rate)
     alarms = f"score above {ALARM:g} for {seconds:.1f} s; its peaks:"
     rows = [["time", "score", "class", "p", "cosine", " phrase"]]
     for peak in found:

@@ -49,14 +49,6 @@ class VideoScores:
         """Whether it is known of each frame if it is normal."""
         return self.events is not None or not self.classes
 
-    @property
-    def by_frame(self) -> np.ndarray:
-        """The score and whether there is an event (2, frames), of each frame."""
-        truth = np.zeros(self.frames)
-        for start, end, _ in self.events or ():
-            truth[start:end] = 1
-        return np.stack([np.repeat(self.scores, self.clip_frames)[: self.frames], truth])
-
     def of_class(self, column: int, name: str) -> "VideoScores":
         """The same with the scores of one class, and its events alone."""
         return replace(self, scores=self.class_scores[:, column], events=[e for e in self.events or () if e[2] == name])
@@ -64,8 +56,13 @@ class VideoScores:
 
 def by_frame(videos: Sequence[VideoScores]) -> tuple[np.ndarray, np.ndarray]:
     """Scores (N,) and truth (N,) bool of all frames of the videos."""
-    scores, truth = np.concatenate([np.zeros((2, 0)), *(video.by_frame for video in videos)], axis=1)
-    return scores, truth > 0
+    scores, truth = [np.zeros(0)], [np.zeros(0, dtype=bool)]
+    for video in videos:
+        scores.append(np.repeat(video.scores, video.clip_frames)[: video.frames])
+        truth.append(np.zeros(video.frames, dtype=bool))
+        for start, end, _ in video.events or ():
+            truth[-1][start:end] = True
+    return np.concatenate(scores), np.concatenate(truth)
 
 
 def frame_auc(scores: np.ndarray, truth: np.ndarray) -> float:
