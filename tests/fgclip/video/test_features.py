@@ -259,8 +259,8 @@ def test_half_written_and_foreign_files_are_refused_in_a_sentence(videos, tmp_pa
     with pytest.raises(InputError, match="must be relative"):
         store.read("../a")
     with pytest.raises(InputError, match="e: features that are not finite"):
-        arrays = (np.full((5, n), np.nan) for n in (16, 16, 4))
-        store.write("e", Clips(dict(zip(INPUTS, arrays, strict=True)), frames=20, rate=Fraction(30)))
+        arrays = dict(zip(INPUTS, (np.ones((5, 16)), np.ones((5, 16)), np.full((5, 4), np.nan)), strict=True))
+        store.write("e", Clips(arrays, frames=20, rate=Fraction(30)))
 
 
 # ---- several processes
