@@ -56,7 +56,7 @@ from trainkit.optimizer import build_optimisation, ema
 from trainkit.run import Run
 from trainkit.run_folder import find_resume
 from trainkit.sampler import ResumableSampler
-from trainkit.step import TrainStep, module_gradient_norms
+from trainkit.step import TrainStep, print_step
 
 SCRIPT = "fgclip"
 MAY_CHANGE = ("annotations", "image_root", "val_annotations", "val_image_root", "validate_at")
@@ -373,11 +373,8 @@ def check(messages: list[str], train_data, val_data, train_step, objective, load
         print("  " + str(statistics).replace("\n", "\n  "))
     batches = [next(iter(loader))]
     objective.begin(batches)
-    result = train_step(batches, keep_gradients=True)
-    print("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items()))
+    print_step(train_step, batches, model)
     print("metrics: " + ", ".join(f"{name} {value:.4g}" for name, value in objective.metrics().items()))
-    for name, norm in module_gradient_norms(model).items():
-        print(f"gradient norm of {name}: " + ("no gradient" if norm is None else f"{norm:.4g}"))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,15 +18,11 @@ import argparse
 import collections
 import math
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from fgclip import FGCLIP, Tokenizer
 from fgclip.data import Collate
@@ -36,15 +32,12 @@ from fgclip.objective import FGCLIPLoss
 from fgclip.tasks import validation_metrics, validation_text
 from fgclip.tokenizer import learn_merges
 from fgclip.video.annotations import add_annotations, read_sentences, read_tracks
-from fgclip.video.features import ClipEncoder, extract, weights_key
-from fgclip.video.head import TemporalHead
-from fgclip.video.losses import LOSSES, VideoLoss
+from fgclip.video.features import INPUTS, ClipEncoder, extract, feature_file, refuse_lost
 from fgclip.video.metrics import anomaly_report
-from fgclip.video.model import NORMAL, VideoModel, class_prompts, load_towers
-from fgclip.video.records import FORMATS, VideoSet, hold_out, named, read_videos
-from fgclip.video.samples import ClipBags, VideoFrames, collate_bags
-from fgclip.video.store import INPUTS, FeatureStore
+from fgclip.video.model import NORMAL, TemporalHead, VideoModel, class_prompts, load_towers
+from fgclip.video.records import FORMATS, VideoSet, hold_out, read_videos
 from fgclip.video.synthetic import PROMPTS, SyntheticVideos, sentences
+from fgclip.video.training import LOSSES, ClipBags, VideoFrames, VideoLoss, collate_bags
 from trainkit import distributed
 from trainkit.arguments import (
     add_recipe_flags,
@@ -59,12 +52,13 @@ from trainkit.arguments import (
     positive_int,
 )
 from trainkit.errors import InputError, one_sentence
+from trainkit.load_report import summarise
 from trainkit.loader import make_loader
 from trainkit.optimizer import build_optimisation, ema
 from trainkit.run import Run
 from trainkit.run_folder import find_resume
-from trainkit.sampler import ResumableSampler
-from trainkit.step import TrainStep, module_gradient_norms
+from trainkit.sampler import AlternatingSampler
+from trainkit.step import TrainStep, print_step
 
 SCRIPT = "video"
 PRINTED = ("region_in_batch_r1", "short_in_batch_r1")  # the others are in metrics.jsonl
@@ -152,6 +146,8 @@ def validate_args(args: argparse.Namespace) -> None:
         raise InputError("--tower tune learns from --tracks or --captions; give one of them, or --tower frozen")
     elif not 0 < args.tower_epochs < args.epochs:
         raise InputError(f"--tower-epochs {args.tower_epochs}: expected at least 1, and below --epochs {args.epochs}")
+    if not args.val_share:
+        raise InputError("--val-share 0 leaves no video to validate on; expected more")
     if args.batch_size % 2:
         raise InputError(f"--batch-size {args.batch_size}: half of the videos have an event; expected an even number")
     if not drawn and not (args.init_from or args.resume):
@@ -172,17 +168,17 @@ def open_videos(args: argparse.Namespace) -> tuple[VideoSet, VideoSet, list[str]
                                    f"validating on {len(validation)} from seed {validation.seed}"]  # fmt: skip
     videos = read_videos(args.data_root, args.format, "train")
     messages = list(videos.notes)
-    kept = FeatureStore(args.features).names() if args.features and Path(args.features).is_dir() else []
-    missing = [name for name in videos.missing if name not in kept]
+    folder = args.features  # features do without the videos
+    missing = [name for name in videos.missing if not (folder and feature_file(folder, name).is_file())]
     if len(missing) > args.allow_missing:
-        names = named(missing, 8)
+        names = summarise(missing, 8)
         raise InputError(f"{args.data_root}: {len(missing)} videos are missing (--allow-missing goes without): {names}")
     if missing:
         messages.append(f"without {len(missing)} missing videos: {', '.join(missing)}")
     entries = read_tracks(args.tracks, args.track_rate) if args.tracks else []
     entries += read_sentences(args.captions) if args.captions else []
     videos, said = add_annotations(videos, entries)
-    there = videos.subset(lambda record: record.name not in missing)
+    there = videos.of(record for record in videos.records if record.name not in missing)
     train, validation = hold_out(there, args.val_share, args.seed)
     for name, part in (("training", train), ("held out for validation", validation)):
         events = sum(bool(record.classes) for record in part.records)
@@ -222,24 +218,6 @@ def build_model(args: argparse.Namespace, train: VideoSet) -> tuple[VideoModel, 
     return VideoModel(fgclip, head, tokenizer, prompts=prompts, clips=clips, supervision=said), about
 
 
-class AlternatingSampler(ResumableSampler):
-    """ResumableSampler over samples of two labels that take turns. An epoch goes once through the rarer label.
-
-    labels: whether each sample has the second label; with both there has to be at least one.
-    """
-
-    def __init__(self, labels: Sequence[bool], batch_size: int, *, seed: int):
-        self.kinds = [np.flatnonzero(np.asarray(labels, dtype=bool) == kind) for kind in (False, True)]
-        super().__init__(2 * min(map(len, self.kinds)), batch_size, seed=seed)
-
-    def _order(self) -> np.ndarray:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        return np.stack([rng.permutation(kind)[: self.length // 2] for kind in self.kinds], axis=1).ravel()
-
-    def _recipe(self) -> dict:
-        return super()._recipe() | {"labels": [len(kind) for kind in self.kinds]}
-
-
 def tower_weights(args: argparse.Namespace, videos: VideoSet) -> dict[str, float]:
     """The weights of FG-CLIP's losses. Those of captions or tracks are 0 where there are none."""
     captions = [bool(record.captions) for record in videos.records if record.captions or record.tracks]
@@ -257,24 +235,19 @@ def head_weights(args: argparse.Namespace, videos: VideoSet) -> dict[str, float]
     return {f"loss_{name}": getattr(args, f"{name}_weight") * there.get(name, True) for name in LOSSES}
 
 
-def bare(model: nn.Module) -> VideoModel:
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
 class TowerStage:
     """The towers learn from frames, their tracks and captions, with FG-CLIP's own losses; the head waits."""
 
-    def __init__(self, args, model: nn.Module, data, weights: dict[str, float], banks, sampler, device):
-        tower, self.args, self.device = bare(model), args, device
+    def __init__(self, args, train_step: TrainStep, data, names: list[str], banks, sampler, device):
+        tower, self.args, self.device = train_step.bare_model, args, device
         sizes = dict(image_size=args.image_size, margin=args.clip_frames / 60, seed=args.seed)
-        spoken = (videos.subset(lambda record: record.tracks or record.captions) for videos in data[1:])
-        train, self.validation = (VideoFrames(videos, **sizes) for videos in (data[0], *spoken))
-        names = [name.removeprefix("loss_") for name, weight in weights.items() if weight]
+        spoken = data[1].of(record for record in data[1].records if record.tracks or record.captions)
+        train, self.validation = (VideoFrames(videos, **sizes) for videos in (data[0], spoken))
         length = tower.fgclip.text_model.context_length
         collate = Collate(tower.tokenizer, context_length=length, long_context_length=None, hard="hard" in names)
         self.loader = make_loader(train, sampler, collate, workers=args.workers, device=device)
-        self.objective = FGCLIPLoss(model, names=names, banks=banks, device=device)
-        self.begin, self.metrics = self.objective.begin, self.objective.metrics
+        self.objective = FGCLIPLoss(train_step.model, names=names, banks=banks, device=device)
+        self.begin, self.metrics, self.text = self.objective.begin, self.objective.metrics, validation_text
 
     def forward(self, model: nn.Module, batch: dict) -> tuple[dict, dict]:
         return self.objective(batch), {}
@@ -283,9 +256,6 @@ class TowerStage:
         """`validation_metrics` of a frame of each validation video, the same every time."""
         embedder = Embedder(model.fgclip, model.tokenizer, device=self.device, amp=self.args.amp)
         return validation_metrics(embedder, self.validation, long=False) if len(self.validation) else {}
-
-    def text(self, metrics: dict) -> str:
-        return validation_text(metrics)
 
 
 class HeadStage:
@@ -296,29 +266,20 @@ class HeadStage:
     """
 
     def __init__(
-        self, args, model: nn.Module, data, weights: dict[str, float], banks, sampler, device, folder: Path, between
+        self, args, train_step: TrainStep, data, names: list[str], banks, sampler, device, folder: Path, between
     ):
-        whole, (train, validation) = bare(model), data
-        encoder = ClipEncoder(whole.fgclip, **whole.clips, device=device, amp=args.amp)
-        store = FeatureStore(folder, weights_key(whole.fgclip, **whole.clips))
-        bar = partial(tqdm, desc="features", unit="video", disable=None if distributed.is_main() else True)
-        damaged = [name for videos in data for name in extract(videos, encoder, store, between=between, progress=bar)]
-        if len(damaged) > args.allow_missing:
-            names = named((f"{name} ({store.error(name)})" for name in damaged), 4)
-            raise InputError(f"{len(damaged)} videos are damaged (--allow-missing goes without): {names}")
-        self.clips = {r.name: store.read(r.name) for r in (*train.records, *validation.records) if r.name in store}
+        model, (train, validation) = train_step.bare_model, data
+        encoder = ClipEncoder(model.fgclip, **model.clips, device=device, amp=args.amp)
+        store = encoder.store(folder)
+        refuse_lost([each for videos in data for each in extract(videos, encoder, store, between)], args.allow_missing)
+        self.clips = {r.name: store.read(r.name) for videos in data for r in videos.records if r.name in store}
         self.validation = [record for record in validation.records if record.name in self.clips]
-        whole.refresh_texts()
-        whole.head.standardise([self.clips[r.name].tensors() for r in train.records if r.name in self.clips])
-        texts = [span.text for record in train.records for span in record.captions]
-        texts += [text for r in train.records for t in r.tracks for text in (t.phrases[0], *t.negatives)]
-        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        table, ids = whole.embed(list(rows))
-        bags = ClipBags(
-            train, self.clips, clip_frames=args.clip_frames, texts=rows, most_clips=args.most_clips, seed=args.seed
-        )
+        model.refresh_texts()
+        model.head.standardise([self.clips[r.name].tensors() for r in train.records if r.name in self.clips])
+        options = dict(clip_frames=args.clip_frames, most_clips=args.most_clips, seed=args.seed)
+        bags = ClipBags(train, self.clips, **options)
+        table, ids = model.embed(list(bags.rows))
         self.loader = make_loader(bags, sampler, collate_bags, device=device)
-        names = [name.removeprefix("loss_") for name, weight in weights.items() if weight]
         self.forward = VideoLoss(names, banks=banks, texts=table, ids=ids, top_share=args.top_share, device=device)
 
     def begin(self, batches: list[dict], *, use_banks: bool) -> None:
@@ -354,9 +315,8 @@ def best_metric(metrics: dict, by: str) -> tuple[float, float]:
 
 def few(videos: VideoSet, count: int) -> VideoSet:
     """At most `count` of the videos, half of them with an event."""
-    kinds = [[record.name for record in videos.records if bool(record.classes) is event] for event in (False, True)]
-    names = {name for kind in kinds for name in kind[: count // 2]}
-    return videos.subset(lambda record: record.name in names)
+    halves = [[r for r in videos.records if bool(r.classes) is event][: count // 2] for event in (False, True)]
+    return videos.of(record for record in videos.records if record in halves[0] + halves[1])
 
 
 def begin_stage(
@@ -367,10 +327,11 @@ def begin_stage(
     towers = sampler.epoch + (len(sampler) == 0) < args.tower_epochs
     if average is not None and args.tower_epochs and not towers:
         model.fgclip.load_state_dict(average.module.fgclip.state_dict())
-    weights = tower_weights(args, data[0]) if towers else head_weights(args, data[0])
-    model.select("towers" if towers else "head", [name.removeprefix("loss_") for name in weights if weights[name]])
+    weights = (tower_weights if towers else head_weights)(args, data[0])
+    names = [name.removeprefix("loss_") for name in weights if weights[name]]
+    model.select("towers" if towers else "head", names)
     train_step.model, train_step.weights = distributed.parallel(model), weights
-    parts = args, train_step.model, data, weights, banks, sampler, device
+    parts = args, train_step, data, names, banks, sampler, device
     stage = TowerStage(*parts) if towers else HeadStage(*parts, folder, between)
     train_step.forward = stage.forward
     return stage
@@ -383,10 +344,7 @@ def check(messages: list[str], videos: VideoSet, train_step: TrainStep, stage: T
     print("before training: " + stage.text(stage.validate(train_step.bare_model)))
     batches = [next(iter(stage.loader))]
     stage.begin(batches, use_banks=True)
-    result = train_step(batches, keep_gradients=True)
-    print("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items()))
-    for name, norm in module_gradient_norms(train_step.bare_model).items():
-        print(f"gradient norm of {name}: " + ("no gradient" if norm is None else f"{norm:.4g}"))
+    print_step(train_step, batches, train_step.bare_model)
 
 
 def main(arguments: list[str] | None = None) -> None:

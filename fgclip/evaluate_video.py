@@ -10,24 +10,23 @@ of who knows nothing but which videos have an event.
 
 import argparse
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from fgclip.video.features import ClipEncoder, extract, weights_key
-from fgclip.video.metrics import VideoScores, anomaly_report, frame_auc, report_text
+from fgclip.video.features import ClipEncoder, extract, refuse_lost
+from fgclip.video.metrics import VideoScores, anomaly_report, by_frame, frame_auc, report_text
 from fgclip.video.model import VideoModel, load_video_model
 from fgclip.video.plots import Strip, best_and_worst, draw_curves, need_matplotlib, peaks, thumbnail, time_of
-from fgclip.video.records import FORMATS, VideoSet, named, read_videos
-from fgclip.video.store import FeatureStore
+from fgclip.video.records import FORMATS, VideoSet, read_videos
 from fgclip.video.synthetic import SyntheticVideos
 from trainkit import distributed
 from trainkit.arguments import check_needed, make_parser, non_negative_int, positive_int
 from trainkit.device import AUTOCAST
 from trainkit.errors import InputError, one_sentence
 from trainkit.files import write_json
+from trainkit.load_report import summarise
+from trainkit.log import plain
 
 DRAWN_COUNT, DRAWN_SEED = 100, 20_000  # neither training nor validation draws from that seed
 
@@ -43,17 +42,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
 
 
-# fmt: on
 
-
-def open_model(args: argparse.Namespace) -> tuple[VideoModel, ClipEncoder]:
-    """The model that `add_model_flags` name, on its device, and what makes clips of videos for it."""
-    options = dict(device=distributed.start(args.device), batch_size=args.batch_size, amp=args.amp)
-    model = load_video_model(args.checkpoint, args.weights).to(options["device"])
-    return model, ClipEncoder(model.fgclip, **model.clips, **options)
-
-
-# fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("videos").add_argument
     add("--data-root", metavar="DIR", help="root of a data set, for its test videos; else they are drawn")
@@ -66,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", metavar="FILE", help="also write all figures, and the scores of every video, to this json file")
     add("--plot", metavar="FILE", help="also draw the scores of the best and worst videos of each class into this png")
 # fmt: on
+
+
+def open_model(args: argparse.Namespace) -> tuple[VideoModel, ClipEncoder]:
+    """The model that `add_model_flags` name, on its device, and what makes clips of videos for it."""
+    options = dict(device=distributed.start(args.device), batch_size=args.batch_size, amp=args.amp)
+    model = load_video_model(args.checkpoint, args.weights).to(options["device"])
+    return model, ClipEncoder(model.fgclip, **model.clips, **options)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -90,22 +86,18 @@ def open_videos(args: argparse.Namespace, model: VideoModel) -> tuple[VideoSet, 
         videos = read_videos(args.data_root, args.format or "ucf-crime", "test")
         about = ". ".join([f"test videos of {args.data_root}", *videos.notes])
     if unknown := sorted({name for record in videos.records for name in record.classes} - set(model.classes)):
-        raise InputError(f"{about}: events of {named(unknown, 5)}; {args.checkpoint} knows {named(model.classes)}")
+        raise InputError(
+            f"{about}: events of {summarise(unknown, 5)}; {args.checkpoint} knows {summarise(model.classes, 20)}"
+        )
     return videos, about
 
 
 def scored(model: VideoModel, encoder: ClipEncoder, videos: VideoSet, folder: str, allowed: int) -> tuple[list, list]:
-    """VideoScores of the videos, on rank 0, and which of them are missing or damaged. folder: of their features.
-
-    Raises InputError where more than `allowed` are lost.
-    """
-    store = FeatureStore(folder, weights_key(model.fgclip, **model.clips))
-    shown = None if distributed.is_main() else True
-    damaged = extract(videos, encoder, store, progress=partial(tqdm, desc="features", unit="video", disable=shown))
-    lost = [f"{name} (missing)" for name in videos.missing if name not in store]  # features do without the videos
-    lost += [f"{name} ({store.error(name)})" for name in damaged]
-    if len(lost) > allowed:
-        raise InputError(f"{len(lost)} videos are missing or damaged (--allow-missing goes without): {named(lost, 4)}")
+    """VideoScores of the videos, on rank 0, and which of them are missing or damaged. folder: of their features. Raises
+    InputError where more than `allowed` are lost."""
+    store = encoder.store(folder)
+    lost = extract(videos, encoder, store)
+    refuse_lost(lost, allowed)
     records = [record for record in videos.records if record.name in store and distributed.is_main()]
     return [model.scores(record, store.read(record.name)) for record in records], lost
 
@@ -114,7 +106,7 @@ def draw(path: str, scores: list[VideoScores], videos: VideoSet) -> None:
     """A png of the best and the worst videos of each class, with frames at the four highest peaks."""
     strips, records = [], {record.name: record for record in videos.records}
     for one in best_and_worst(scores):
-        own = frame_auc(one.scores, *one.counts) if one.known else float("nan")
+        own = frame_auc(*by_frame([one])) if one.known else float("nan")
         title = f"{one.name}: {', '.join(one.classes) or 'normal'}" + f", AUC {own:.3f}" * (own == own)
         times = [time_of(one, clip) for clip in peaks(one.scores, 4)]
         pictures = [] if one.name in videos.missing else videos.open(records[one.name]).at(times)
@@ -126,13 +118,6 @@ def as_json(video: VideoScores) -> dict:
     """What a curve is drawn from, as plain values. rate: frames per second."""
     sizes = dict(name=video.name, rate=float(video.rate), clip_frames=video.clip_frames, frames=video.frames)
     return sizes | dict(scores=video.scores.astype(float).round(6).tolist())
-
-
-def plain(value):
-    """`value` for json, which has no NaN."""
-    if isinstance(value, dict):
-        return {name: plain(item) for name, item in value.items()}
-    return None if value != value else value
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,21 +7,17 @@ Each video is read once. Those that the folder has are passed over, so that the 
 """
 
 import argparse
-import sys
 from datetime import timedelta
-from functools import partial
 
 import torch
-from tqdm import tqdm
 
-from fgclip.video.features import ClipEncoder, extract, weights_key
+from fgclip.video.features import ClipEncoder, extract, refuse_lost
 from fgclip.video.model import load_towers
 from fgclip.video.records import FORMATS, VideoSet, read_videos
-from fgclip.video.store import FeatureStore
 from trainkit import distributed
 from trainkit.arguments import make_parser, non_negative_int, positive_int
 from trainkit.device import AUTOCAST
-from trainkit.errors import InputError, one_sentence
+from trainkit.errors import one_sentence
 
 SPLITS = dict(train=("train",), test=("test",), all=("train", "test"))
 
@@ -65,20 +61,12 @@ def main(arguments: list[str] | None = None) -> None:
     model, _ = load_towers(args.init_from, args.vocab, image_size=args.image_size)
     clips = dict(clip_frames=args.clip_frames, frames_per_clip=args.frames_per_clip)
     encoder = ClipEncoder(model, **clips, device=device, batch_size=args.batch_size, amp=args.amp)
-    store = FeatureStore(args.features, weights_key(model, **clips))
-    shown = None if distributed.is_main() and sys.stderr.isatty() else True
-    damaged = extract(videos, encoder, store, progress=partial(tqdm, unit="video", dynamic_ncols=True, disable=shown))
+    lost = extract(videos, encoder, encoder.store(args.features))
     if distributed.is_main():
-        for name in videos.missing:
-            print(f"missing: {name}")
-        for name in damaged:
-            print(f"damaged: {name}: {store.error(name)}")
-        count = len(videos) - len(videos.missing) - len(damaged)
-        print(f"{args.features} has the clips of {count} of {len(videos)} videos")
+        print(*(f"without {each}" for each in lost), sep="\n", end="\n" * bool(lost))
+        print(f"{args.features} has the clips of {len(videos) - len(lost)} of {len(videos)} videos")
     distributed.stop()
-    lost = len(videos.missing) + len(damaged)
-    if lost > args.allow_missing and distributed.is_main():
-        raise InputError(f"{lost} videos are missing or damaged; --allow-missing {args.allow_missing}")
+    refuse_lost(lost, args.allow_missing)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ def load_model(
 ) -> tuple[FGCLIP, Tokenizer]:  # fmt: skip
     """The model, in evaluation mode on the CPU, and its tokenizer.
 
-    path: a checkpoint of train_fgclip.py, which holds its tokenizer, or whatever `load_clip_weights` reads.
+    path: a checkpoint of train_fgclip.py or train_video.py, which holds its tokenizer, or whatever `load_clip_weights`
+        reads.
     vocab: for published weights, the merges as in `Tokenizer`; by default a file of them beside the weights, else those
         of an installed CLIP package.
     weights: for a run, "ema" takes the averaged weights where there are any, "raw" the trained ones.
@@ -36,11 +37,14 @@ def load_model(
     for flag, value in (("--vocab", vocab), ("--heads", heads), ("--activation", activation)):
         if value is not None:
             raise InputError(f"{flag}: the run's checkpoint {path} brings its own tokenizer, heads and activation")
-    if run.get("script") != "fgclip":
-        raise InputError(f"{path} is a checkpoint of train_{run.get('script')}.py; expected one of train_fgclip.py")
+    script = run.get("script")
+    if script not in ("fgclip", "video"):
+        raise InputError(f"{path} is a checkpoint of train_{script}.py; expected one of train_fgclip.py")
     if lacking := [key for key in ("model", "merges") if key not in run]:
-        raise InputError(f"{path} lacks {', '.join(lacking)}, which a checkpoint of train_fgclip.py holds")
+        raise InputError(f"{path} lacks {', '.join(lacking)}, which a checkpoint of train_{script}.py holds")
     state = state_dict_of(run["ema"] if weights == "ema" and run.get("ema") is not None else run["model"], path)
+    if script == "video":  # the towers beside the head
+        state = {name.removeprefix("fgclip."): x for name, x in state.items() if name.startswith("fgclip.")}
     model = build(run["model_kwargs"], state, f"{path} (damaged, or written by another version of the model)")
     model.load_report = LoadReport(str(path), list(state))
     merges, vocab_size = checked_merges(run["merges"], str(path)), model.text_model.vocab_size

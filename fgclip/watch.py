@@ -15,12 +15,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from fgclip.evaluate_video import add_model_flags, as_json, open_model
-from fgclip.video.decode import Video, open_video
-from fgclip.video.features import ClipEncoder
-from fgclip.video.metrics import ALARM, VideoScores
+from fgclip.video.decode import open_video
+from fgclip.video.metrics import ALARM, VideoScores, by_frame
 from fgclip.video.model import NORMAL, VideoModel
 from fgclip.video.plots import Strip, clock, draw_curves, need_matplotlib, peaks, thumbnail, time_of
-from fgclip.video.store import Clips
 from trainkit.arguments import make_parser, positive_int
 from trainkit.errors import InputError, one_sentence
 from trainkit.files import read_lines, whole_file, write_json, writing
@@ -39,12 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "classes")
     add("--peaks", type=positive_int, default=5, metavar="N", help="most peaks to tell of")
 # fmt: on
-
-
-def clips_of(video: Video, encoder: ClipEncoder) -> Clips:
-    """The clips of a video, with a progress bar on a terminal. Raises InputError where none can be decoded."""
-    with tqdm(total=video.claimed, unit="frame", disable=None) as bar:
-        return encoder.video(video, progress=lambda frames: bar.update(frames - bar.n))
 
 
 def described(model: VideoModel, scores: VideoScores, frames: np.ndarray, phrases: list[str], count: int) -> list[dict]:
@@ -66,16 +58,9 @@ def described(model: VideoModel, scores: VideoScores, frames: np.ndarray, phrase
     return found
 
 
-def cut_short(model: VideoModel, phrases: list[str]) -> str:
-    """A sentence about phrases that are longer than the model reads, "" where there are none."""
-    longest = model.fgclip.text_model.context_length - 2  # without the marks of start and end
-    count = sum(len(model.tokenizer.encode(phrase)) > longest for phrase in phrases)
-    return f"{count} phrases were longer than the model reads, and were cut" if count else ""
-
-
 def summary(scores: VideoScores, found: list[dict]) -> str:
     """What the peaks are, as a table, and how long the score is above the level of an alarm."""
-    seconds = scores.counts[1][scores.scores > ALARM].sum() / float(scores.rate)
+    seconds = (by_frame([scores])[0] > ALARM).sum() / float(scores.rate)
     alarms = f"score above {ALARM:g} for {seconds:.1f} s; its peaks:"
     rows = [["time", "score", "class", "p", "cosine", " phrase"]]
     for peak in found:
@@ -102,12 +87,17 @@ def main(arguments: list[str] | None = None) -> None:
     video, output = open_video(args.video), Path(args.output)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-    clips = clips_of(video, encoder)
+    with tqdm(total=video.claimed, unit="frame", disable=None) as bar:
+        clips = encoder.video(video, progress=lambda frames: bar.update(frames - bar.n))
 
     name = Path(args.video).resolve().name
-    anomaly, classes, frames = (part.cpu().numpy() for part in model.score(clips))
+    anomaly, classes, frames = (part.numpy() for part in model.score(clips))
     scores = VideoScores(name, (), None, clips.frames, model.clips["clip_frames"], anomaly, classes, clips.rate)
+    before = model.tokenizer.truncated
     found = described(model, scores, frames, phrases, args.peaks)
+    cut = model.tokenizer.truncated - before
+    said = [video.problem] * bool(video.problem)
+    said += [f"{cut} phrases were longer than the model reads, and were cut"] * bool(cut)
     times, small = [peak["time"] for peak in found], []
     for number, (peak, picture) in enumerate(zip(found, video.at(times), strict=True), start=1):
         peak["picture"] = f"peak-{number}.jpg"
@@ -120,8 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(output / "scores.json", known | as_json(scores) | dict(probabilities=probabilities, peaks=found))
     draw_curves(output / "curves.png", [Strip(scores, name, list(zip(times, small, strict=True)))])
     print(f"{args.video}: {clips.frames} frames, {clock(seconds)} at {float(clips.rate):g} frames a second")
-    print(f"supervision: {model.supervision}", *filter(None, [video.problem, cut_short(model, phrases)]), sep="\n")
-    print(summary(scores, found))
+    print(f"supervision: {model.supervision}", *said, summary(scores, found), sep="\n")
     print(f"written to {output}: scores.json, curves.png and {len(found)} pictures")
 
 

@@ -20,7 +20,7 @@ from trainkit.errors import InputError
 from trainkit.files import shown
 from trainkit.loader import make_loader
 from trainkit.sampler import ResumableSampler
-from trainkit.step import TrainStep, module_gradient_norms
+from trainkit.step import TrainStep, print_step
 
 AGREEING = 0.5  # least share of the pairs that makes a rig
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
@@ -242,7 +242,4 @@ def check(messages: list[str], data: dict, train_step: TrainStep, loader, detect
     print("\n".join(messages))
     for name, pairs in data.items():
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in pairs.statistics().items()))
-    result = train_step([next(iter(loader))], keep_gradients=True)
-    print("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items()))
-    for name, norm in module_gradient_norms(detector).items():
-        print(f"gradient norm of {name}: " + ("no gradient" if norm is None else f"{norm:.4g}"))
+    print_step(train_step, [next(iter(loader))], detector)

@@ -15,8 +15,8 @@ from scripts import VIDEO, equal, load, metrics, refused, run
 
 import train_video
 from fgclip.video import TemporalHead, VideoModel, load_video_model
+from fgclip.video.features import FeatureStore, weights_key
 from fgclip.video.records import VideoSet
-from fgclip.video.store import FeatureStore
 from fgclip.video.synthetic import SyntheticVideos
 
 HEAD = "--tower frozen --epochs 2 --validate-every 1 --bank-size 0 --bank-classes 1".split()
@@ -99,7 +99,8 @@ def test_main_hands_its_parts_what_the_flags_say(plain, tmp_path, monkeypatch):
 
 
 def test_the_head_knows_the_texts_of_the_trained_towers_and_the_spread_of_training_clips(plain):
-    model, store = load_video_model(plain / "last.pt", weights="raw"), FeatureStore(plain / "features")
+    model = load_video_model(plain / "last.pt", weights="raw")
+    store = FeatureStore(plain / "features", weights_key(model.fgclip, **model.clips))
     texts = model.class_texts.clone()
     model.refresh_texts()
     torch.testing.assert_close(texts, model.class_texts)
@@ -155,7 +156,7 @@ def test_a_signal_during_extraction_leaves_a_run_to_go_on_with(plain, tmp_path, 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(SyntheticVideos, "open", told_to_end)
         run(train_video, flags, tmp_path / "run")
-    assert stop.value.code == 143 and len(list((tmp_path / "run/features").glob("*.clips.json"))) == 5
+    assert stop.value.code == 143 and len(list((tmp_path / "run/features").glob("*.npz"))) == 5
     train_video.main(["--resume", str(tmp_path / "run"), "--max-steps", "3", "--device", "cpu", "--workers", "0"])
     assert equal(load(tmp_path / "run")["model"], load(run(train_video, flags, tmp_path / "other"))["model"])
 
@@ -195,6 +196,7 @@ def test_wrong_flags_end_in_one_sentence(own, plain, tmp_path, capsys):
     assert "random towers say nothing" in say("--tower", "frozen")
     assert "below --epochs 6" in say("--tower-epochs", 6)
     assert "expected an even number" in say("--batch-size", 3)
+    assert "leaves no video to validate on" in say("--val-share", 0)
     assert "does not divide among the 2" in say("--bank-size", 5)
     assert "makes features of its own" in say("--features", tmp_path)
     assert "--tracks needs --data-root" in say("--tracks", "x.json")
@@ -209,9 +211,7 @@ def shuffled(videos: VideoSet, seed: int) -> VideoSet:
     records = videos.records
     order = np.random.default_rng(seed).permutation(len(records))
     labels = [dict(classes=records[i].classes, tracks=(), captions=()) for i in order]
-    part = videos.subset(range(len(records)))
-    part.records = [type(r)(**{**vars(r), **label}) for r, label in zip(records, labels, strict=True)]
-    return part
+    return videos.of(type(r)(**{**vars(r), **label}) for r, label in zip(records, labels, strict=True))
 
 
 @pytest.mark.slow

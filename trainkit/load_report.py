@@ -1,5 +1,6 @@
 """What loading weights did."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -28,7 +29,7 @@ class LoadReport:
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
 
-def summarise(names: list[str], count: int = 6) -> str:
+def summarise(names: Sequence[str], count: int = 6) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more

@@ -99,7 +99,7 @@ class RunLog:
         """A line of metrics.jsonl, and the same numbers for TensorBoard. kind: train or validation."""
         if self._file is None:
             return
-        values = _plain(values)
+        values = plain(values)
         record = {"step": step, "epoch": values.get("epoch"), "kind": kind, **values}
         data = (json.dumps(record, allow_nan=False) + "\n").encode()
         with writing(self._file.name):
@@ -111,12 +111,12 @@ class RunLog:
                     self._writer.add_scalar(f"{kind}/{name}", value, step)
 
 
-def _plain(value):
+def plain(value):
     """`value` as json has it: numbers of numpy and torch as Python's, null for NaN and infinities."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if not isinstance(value, (bool, int, float, str, type(None))):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

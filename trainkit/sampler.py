@@ -1,6 +1,6 @@
 """Which samples come when: the same order on every rank and after every resume."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -97,3 +97,21 @@ class BalancedSampler(ResumableSampler):
 
     def _recipe(self) -> dict:
         return super()._recipe() | {"lengths": list(self.lengths), "share": self.share}
+
+
+class AlternatingSampler(ResumableSampler):
+    """ResumableSampler over samples of two labels that take turns. An epoch goes once through the rarer label.
+
+    labels: whether each sample has the second label; with both there has to be at least one.
+    """
+
+    def __init__(self, labels: Sequence[bool], batch_size: int, *, seed: int):
+        self.kinds = [np.flatnonzero(np.asarray(labels, dtype=bool) == kind) for kind in (False, True)]
+        super().__init__(2 * min(map(len, self.kinds)), batch_size, seed=seed)
+
+    def _order(self) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        return np.stack([rng.permutation(kind)[: self.length // 2] for kind in self.kinds], axis=1).ravel()
+
+    def _recipe(self) -> dict:
+        return super()._recipe() | {"labels": [len(kind) for kind in self.kinds]}

@@ -223,3 +223,11 @@ def module_gradient_norms(model: nn.Module, depth: int = 2) -> dict[str, float |
             module = ".".join(name.split(".")[:-1][:depth]) or name
             gradients.setdefault(module, []).extend([] if parameter.grad is None else [parameter.grad])
     return {name: nn.utils.get_total_norm(grads).item() if grads else None for name, grads in gradients.items()}
+
+
+def print_step(train_step: TrainStep, batches: list, model: nn.Module) -> None:
+    """For --check: the losses of a step, and the norm of the gradient of every module."""
+    result = train_step(batches, keep_gradients=True)
+    print("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items()))
+    for name, norm in module_gradient_norms(model).items():
+        print(f"gradient norm of {name}: " + ("no gradient" if norm is None else f"{norm:.4g}"))

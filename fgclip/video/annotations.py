@@ -3,18 +3,20 @@
 Key frame n of a file that counts from f, at r frames a second, is at (n - f) / r seconds.
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 
 import torch
 
-from fgclip.data.records import FAR, JsonItems, annotation_files, field, objects
+import fgclip.data.records as data
 from fgclip.regions import BoxStatistics, usable_boxes
-from fgclip.video.records import Span, Track, VideoRecord, VideoSet, named, stem
+from fgclip.video.records import Span, Track, VideoRecord, VideoSet, stem
 from trainkit.errors import InputError
 from trainkit.files import number, numbers, plain_text, read_json, read_lines, shown
+from trainkit.load_report import summarise
 
 STUDIO_RATE, FIRST_FRAME = 25.0, 1  # as Label Studio counts, and lists made of its exports, whatever the video has
 SLACK = 0.5  # seconds that a key frame may lie behind its video's end
@@ -24,23 +26,18 @@ LOOKS_LIKE = 0.84  # the share of a video of 30 frames a second in which all key
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What an item of a file says about a video. listed: its path there. place: file and item, for messages.
-
-    captions: `event` as far as the file says it; tracks take it from their video. events: (start, end) in s, None where
-    the file does not say. seconds: the video's length by the file. rate: frames a second of its key frames, None where
-    they have times. paired: whether each track has one phrase. boxes: what was met.
-    """
+    """What an item of a file says about a video. The events of captions and tracks are settled by `add_annotations`."""
 
     file: str
-    place: str
-    listed: str
+    place: str  # file and item, for messages
+    listed: str  # the video's path there
     tracks: tuple[Track, ...] = ()
     captions: tuple[Span, ...] = ()
-    events: tuple[tuple[float, float], ...] | None = None
-    seconds: float | None = None
-    rate: float | None = None
-    paired: bool = True
-    boxes: BoxStatistics | None = None
+    events: tuple[tuple[float, float], ...] | None = None  # start and end in s, None where the file does not say
+    seconds: float | None = None  # the video's length by the file
+    rate: float | None = None  # frames a second of its key frames, None where they have times
+    paired: bool = True  # whether each track has one phrase
+    boxes: BoxStatistics = field(default_factory=BoxStatistics)  # those that were met
 
     @property
     def name(self) -> str:
@@ -56,7 +53,7 @@ def read_tracks(path: str | Path, rate: float = STUDIO_RATE) -> list[Entry]:
     "first_frame", and a key frame "time" in s instead. Raises InputError where a file is none of these.
     """
     items = []
-    for item, place in JsonItems(annotation_files(path)):
+    for item, place in data.JsonItems(data.annotation_files(path)):
         if "annotations" in item and "data" in item:
             items.append((from_label_studio(item, place), place))
         elif "video" in item:
@@ -64,7 +61,7 @@ def read_tracks(path: str | Path, rate: float = STUDIO_RATE) -> list[Entry]:
         else:
             for name in item:
                 spot = f"{place}, {shown(name)}"
-                items.append((from_object(name, field(item, name, dict, place), spot), spot))
+                items.append((from_object(name, data.field(item, name, dict, place), spot), spot))
     if not items:
         raise InputError(f"{path} holds no tracks")
     return [listed(item, str(path), place, rate) for item, place in items]
@@ -74,31 +71,30 @@ def listed(item: dict, file: str, place: str, rate: float) -> Entry:
     """An item of a list."""
     rate = number(item.get("rate", rate), f"{place}, rate", 1e-3)
     first = number(item.get("first_frame", FIRST_FRAME), f"{place}, first_frame", 0, whole=True)
-    phrases = [plain_text(text, f"{place}, region_captions") for text in field(item, "region_captions", list, place)]
-    tracks, boxes, keyed, counted = [], BoxStatistics(), 0, False
-    for i, frames in enumerate(field(item, "box_infos", list, place)):
+    phrases = [plain_text(t, f"{place}, region_captions") for t in data.field(item, "region_captions", list, place)]
+    tracks, boxes, keyed, counts = [], BoxStatistics(), 0, None
+    for i, frames in enumerate(data.field(item, "box_infos", list, place)):
         keys = {}
-        for key, spot in objects(dict(keys=frames), "keys", f"{place}, box_infos[{i}]"):
+        for key, spot in data.objects(dict(keys=frames), "keys", f"{place}, box_infos[{i}]"):
             box = numbers(key.get("bbox"), f"{spot}, bbox")
-            if max(map(abs, box)) > FAR:
+            if max(map(abs, box)) > data.FAR:
                 raise InputError(f"{spot}: the box {shown(box)} looks like pixels; expected fractions of the sides")
             if "time" in key:
                 time = number(key["time"], f"{spot}, time", 0)
             else:
                 time = (number(key.get("frame"), f"{spot}, frame", first, 1e9, whole=True) - first) / rate
-                counted = True
+                counts = rate
             keys[time] = key.get("enabled") is not False, *box
         keyed += bool(keys)
         if (stretches := stretches_of(keys, boxes)) and i < len(phrases):
             tracks.append(Track(stretches, (phrases[i],)))
-    captions = ()
-    if item.get("global_caption"):
-        whole = item.get("timestamps") is None  # then it tells of the event where the video has one
-        captions = spans([[0, inf] if whole else item["timestamps"]], [item["global_caption"]], place, whole)
+    times, captions = item.get("timestamps"), ()
+    if item.get("global_caption"):  # without times it tells of the event where the video has one
+        captions = spans([times or [0, inf]], [item["global_caption"]], place, not times)
     return Entry(
-        file, place, field(item, "video", str, place), tuple(tracks), captions,
+        file, place, data.field(item, "video", str, place), tuple(tracks), captions,
         seconds=number(item["duration"], f"{place}, duration", 0) if "duration" in item else None,
-        rate=rate if counted else None, paired=keyed in (0, len(phrases)), boxes=boxes,
+        rate=counts, paired=keyed in (0, len(phrases)), boxes=boxes,
     )  # fmt: skip
 
 
@@ -118,9 +114,8 @@ def stretches_of(keys: dict[float, tuple], boxes: BoxStatistics) -> tuple:
 
 def spans(times: list, texts: list, place: str, event: bool = False) -> tuple[Span, ...]:
     if not isinstance(times, list) or not isinstance(texts, list) or len(times) != len(texts):
-        raise InputError(
-            f"{place}: the times {shown(times)} do not go with {shown(texts)}; expected a pair for each text"
-        )
+        pairs = f"the times {shown(times)} do not go with {shown(texts)}"
+        raise InputError(f"{place}: {pairs}; expected a pair for each text")
     pairs = [numbers(pair, f"{place}, times", 2, 0, inf) for pair in times]
     texts = [plain_text(text, f"{place}, sentences").strip() for text in texts]
     return tuple(Span(*pair, text, event) for pair, text in zip(pairs, texts, strict=True))
@@ -128,28 +123,26 @@ def spans(times: list, texts: list, place: str, event: bool = False) -> tuple[Sp
 
 def from_object(name: str, value: dict, place: str) -> dict:
     """The value of a video in an object as an item of a list."""
-    regions, times = [region for region, _ in objects(value, "region", place)], value.get("timestamps")
+    regions, times = [region for region, _ in data.objects(value, "region", place)], value.get("timestamps")
     return dict(
-        video=name, global_caption=field(value, "global", dict, place).get("Caption"),
+        video=name, global_caption=data.field(value, "global", dict, place).get("Caption"),
         timestamps=times[0] if isinstance(times, list) and times else None,
         region_captions=[r.get("caption") for r in regions], box_infos=[r.get("keyframes") for r in regions],
     )  # fmt: skip
 
 
 def from_label_studio(task: dict, place: str) -> dict:
-    """A task of Label Studio's export as an item of a list. The first annotation of several counts.
-
-    A track's phrase is the task's category, else its label. A turned box counts as an empty one.
-    """
-    data, found = field(task, "data", dict, place), objects(task, "annotations", place)[:1]
-    item = dict(video=data.get("filename") or data.get("video"), region_captions=[], box_infos=[])
-    for result, spot in (part for first, where in found for part in objects(first, "result", where)):
+    """A task of Label Studio's export as an item of a list. The first annotation of several counts. A track's phrase is
+    the task's category, else its label. A turned box counts as an empty one."""
+    about, found = data.field(task, "data", dict, place), data.objects(task, "annotations", place)[:1]
+    item = dict(video=about.get("filename") or about.get("video"), region_captions=[], box_infos=[])
+    for result, spot in (part for first, where in found for part in data.objects(first, "result", where)):
         if result.get("type") != "videorectangle":
             continue
-        value, keys = field(result, "value", dict, spot), []
+        value, keys = data.field(result, "value", dict, spot), []
         frames, seconds = value.get("framesCount"), value.get("duration")
         item |= dict(duration=seconds) if seconds else {}
-        for key, where in objects(value, "sequence", spot):
+        for key, where in data.objects(value, "sequence", spot):
             x, y, w, h = numbers([key.get(side) for side in ("x", "y", "width", "height")], where)
             w, h = (0, 0) if key.get("rotation") else (w, h)
             box = [x / 100, y / 100, (x + w) / 100, (y + h) / 100]
@@ -160,7 +153,7 @@ def from_label_studio(task: dict, place: str) -> dict:
             frames, seconds = (number(x, f"{spot}, frames and seconds", 1e-3) for x in (frames, seconds))
             item["rate"] = round(frames / seconds, 2)
         labels = value.get("labels") if isinstance(value.get("labels"), list) else []
-        item["region_captions"].append(str(data.get("category") or [*labels, ""][0]).replace("_", " "))
+        item["region_captions"].append(str(about.get("category") or [*labels, ""][0]).replace("_", " "))
         item["box_infos"].append(keys)
     return item
 
@@ -171,14 +164,14 @@ def read_sentences(path: str | Path) -> list[Entry]:
     if not content:
         raise InputError(f"{path} holds no sentences")
     for name in content:
-        place, item = f"{path}, {shown(name)}", field(content, name, dict, str(path))
+        place, item = f"{path}, {shown(name)}", data.field(content, name, dict, str(path))
         if "sentences" in item:
             captions = spans(item.get("timestamps"), item["sentences"], place)
             events, frames, rate = None, item.get("duration"), 1
         else:
             captions = spans(item.get("events"), item.get("events_summary"), place)
             events = tuple((span.start, span.end) for span in captions) if item.get("label") else ()
-            clips, texts = (field(item, key, list, place) for key in ("clips", "clips_caption"))
+            clips, texts = (data.field(item, key, list, place) for key in ("clips", "clips_caption"))
             captions += tuple(span for pair in zip(clips, texts, strict=False) for span in spans(*pair, place))
             frames, rate = item.get("n_frames"), number(item.get("fps"), f"{place}, fps", 1e-3)
         seconds = None if frames is None else number(frames, f"{place}, length", 0, 1e9) / rate
@@ -190,12 +183,12 @@ def uca_lines(path: str | Path) -> dict[str, dict]:
     """What UCA's json holds, but for lengths, of lines `NAME mm:ss.d mm:ss.d ##text`."""
     videos: dict[str, dict] = {}
     for line in read_lines(path, "UCA's sentences"):
-        about, marked, text = line.partition("##")
-        if not marked or len(words := about.split()) != 3:
+        if (found := re.fullmatch(r"(\S+)\s+(\S+)\s+(\S+)\s*##(.*)", line)) is None:
             raise InputError(f"{path}: expected `NAME mm:ss.d mm:ss.d ##text`, got {shown(line)}")
-        video = videos.setdefault(words[0], dict(timestamps=[], sentences=[]))
-        clocks = [[number(part, f"{path}, {words[0]}", 0) for part in word.split(":")[::-1]] for word in words[1:]]
-        video["timestamps"].append([sum(part * 60**i for i, part in enumerate(parts)) for parts in clocks])
+        name, *clocks, text = found.groups()
+        parts = [[number(part, f"{path}, {name}", 0) for part in clock.split(":")] for clock in clocks]
+        video = videos.setdefault(name, dict(timestamps=[], sentences=[]))
+        video["timestamps"].append([sum(part * 60**i for i, part in enumerate(each[::-1])) for each in parts])
         video["sentences"].append(text)
     return videos
 
@@ -211,72 +204,69 @@ def add_annotations(videos: VideoSet, entries: Sequence[Entry]) -> tuple[VideoSe
     taken, messages = {}, []
     for file in dict.fromkeys(entry.file for entry in entries):
         own = [entry for entry in entries if entry.file == file]
-        used, apart = ([entry for entry in own if (entry.name in known) is told] for told in (True, False))
-        lengths = {entry.name: entry.seconds for entry in used}
-        lengths = {name: seconds or seconds_of(videos, known[name]) for name, seconds in lengths.items()}
-        late = [e for e in used if any(span.start >= min(span.end, lengths[e.name] or inf) for span in e.captions)]
-        other = [entry for entry in apart if entry.name not in videos.test_names]
-        groups = {
-            "of test videos are left out": [entry for entry in apart if entry.name in videos.test_names],
+        used = [entry for entry in own if entry.name in known]
+        lengths = {name: seconds_of(videos, known[name]) for name in {e.name for e in used if not e.seconds}}
+        used = [replace(entry, seconds=entry.seconds or lengths[entry.name]) for entry in used]
+        boxes = BoxStatistics()
+        for entry in used:
+            taken.setdefault(entry.name, []).append(entry)
+            boxes.update(entry.boxes)
+        tracks, sentences = (sum(len(getattr(entry, part)) for entry in used) for part in ("tracks", "captions"))
+        said = [f"{tracks} tracks and {sentences} sentences of {len({entry.name for entry in used})} videos"]
+        other = [entry for entry in own if entry.name not in known and entry.name not in videos.test_names]
+        for what, group in {
+            "of test videos are left out": [entry for entry in own if entry.name in videos.test_names],
             "of MSAD, another data set, are left out": [entry for entry in other if "MSAD" in entry.listed],
             "of no training video are left out": [entry for entry in other if "MSAD" not in entry.listed],
             "have not one phrase for each track; the first go together": [entry for entry in used if not entry.paired],
-            "have sentences at no time of their video, which are left out": late,
-        }
-        tracks, sentences = (sum(len(getattr(entry, part)) for entry in used) for part in ("tracks", "captions"))
-        said = [f"{tracks} tracks and {sentences} sentences of {len(lengths)} videos"]
-        for what, group in groups.items():
-            names = dict.fromkeys(entry.name for entry in group)
-            said += [f"{len(group)} entries ({len(names)} videos) {what}: {named(names)}"] if group else []
-        boxes = BoxStatistics()
-        for entry in used:
-            boxes.update(entry.boxes or {})
-            taken.setdefault(entry.name, []).append((entry, lengths[entry.name] or inf))
+            "have sentences at no time of their video, which are left out": [
+                entry for entry in used if any(s.start >= min(s.end, entry.seconds) for s in entry.captions)
+            ],
+        }.items():
+            names = list(dict.fromkeys(entry.name for entry in group))
+            said += [f"{len(group)} entries ({len(names)} videos) {what}: {summarise(names, 20)}"] if group else []
         said += [str(boxes)] if boxes.invalid or boxes["clipped"] else []
-        messages += [f"{file}: {text}" for text in said + rate_of(used, lengths)]
-    part = videos.subset(range(len(videos)))
-    part.records = [with_entries(record, taken.get(record.name, [])) for record in videos.records]
-    return part, messages
+        messages += [f"{file}: {text}" for text in said + rate_of(used)]
+    return videos.of(with_entries(record, taken.get(record.name, [])) for record in videos.records), messages
 
 
-def seconds_of(videos: VideoSet, record: VideoRecord) -> float | None:
-    """A video's length by its header. What is wrong with a file is told when it is read as a whole."""
+def seconds_of(videos: VideoSet, record: VideoRecord) -> float:
+    """A video's length by its header, else inf. What is wrong with a file is told when it is read as a whole."""
     try:
-        return videos.open(record).seconds
+        return videos.open(record).seconds or inf
     except InputError:
-        return None
+        return inf
 
 
-def rate_of(entries: Sequence[Entry], lengths: dict[str, float | None]) -> list[str]:
+def rate_of(entries: Sequence[Entry]) -> list[str]:
     """What there is to say about the rate of key frames. Raises InputError where one lies behind its video's end."""
-    measured = [entry for entry in entries if entry.tracks and lengths[entry.name]]
-    lasts = [(max(track.span[1] for track in entry.tracks), lengths[entry.name], entry) for entry in measured]
-    for last, seconds, entry in lasts:
-        if last > seconds + SLACK:
-            least = max(other * (e.rate or 0) / (length + SLACK) for other, length, e in lasts)
+    lasts = [(max(track.span[1] for track in entry.tracks), entry) for entry in entries if entry.tracks]
+    for last, entry in lasts:
+        if last > entry.seconds + SLACK:
+            least = max(other * (e.rate or 0) / (e.seconds + SLACK) for other, e in lasts)
             fits = next((rate for rate in RATES if rate >= least), least)
             why = f" at {entry.rate:g} frames a second; {fits:.4g} would fit" if entry.rate else ""
-            raise InputError(f"{entry.place}: a key frame of {entry.name} is at {last:.2f} s of {seconds:.2f} s{why}")
-    rates = sorted({entry.rate for entry in entries if entry.rate and entry.tracks})
+            when = f"at {last:.2f} s of {entry.seconds:.2f} s"
+            raise InputError(f"{entry.place}: a key frame of {entry.name} is {when}{why}")
+    rates = sorted({entry.rate for _, entry in lasts if entry.rate})
     said = [f"key frames are taken at {' and '.join(f'{rate:g}' for rate in rates)} a second"] if rates else []
-    share = max((last / seconds for last, seconds, _ in lasts), default=1)
-    if share < LOOKS_LIKE and rates and rates[-1] > STUDIO_RATE:
+    share = max((last / entry.seconds for last, entry in lasts), default=1)
+    if 0 < share < LOOKS_LIKE and rates and rates[-1] > STUDIO_RATE:
         said.append(f"none lies beyond {share:.0%} of its video: key frames look like {STUDIO_RATE:g} frames a second")
     return said
 
 
-def with_entries(record: VideoRecord, entries: Sequence[tuple[Entry, float]]) -> VideoRecord:
-    """A record with the tracks, sentences and events of entries about it, each with the video's length in s."""
-    tracks = [replace(track, event=bool(record.classes)) for entry, _ in entries for track in entry.tracks]
+def with_entries(record: VideoRecord, entries: Sequence[Entry]) -> VideoRecord:
+    """A record with the tracks, sentences and events of entries about it."""
+    tracks = [replace(track, event=bool(record.classes)) for entry in entries for track in entry.tracks]
     events = record.events
     if events is None:
-        times = [pair for entry, _ in entries for pair in entry.events or ()]
+        times = [pair for entry in entries for pair in entry.events or ()]
         times = times or [(float(keys[0]), float(keys[-1])) for track in tracks for keys, _ in track.stretches]
         if times and all(start < end for start, end in times):  # a single key does not say how long
             events = tuple((*pair, record.classes[0] if len(record.classes) == 1 else "") for pair in times)
     captions = []
-    for span, seconds in ((span, seconds) for entry, seconds in entries for span in entry.captions):
-        span = replace(span, end=min(span.end, seconds))
+    for span in (replace(s, end=min(s.end, entry.seconds)) for entry in entries for s in entry.captions):
         told = span.event if events is None else any(s < span.end and span.start < e for s, e, _ in events)
         captions += [replace(span, event=told)] if span.start < span.end else []
     return replace(record, tracks=(*record.tracks, *tracks), captions=(*record.captions, *captions), events=events)

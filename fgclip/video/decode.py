@@ -5,7 +5,7 @@ Times are seconds from the beginning, by the video's own time stamps. An index c
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
 from itertools import chain
@@ -14,38 +14,40 @@ from pathlib import Path
 import numpy as np
 
 from trainkit.errors import InputError
-from trainkit.files import is_image, natural, open_image, reason, regular_file, shown, whole_file
+from trainkit.files import is_image, natural, open_image, reason, regular_file, shown
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
 IMAGE_RATE = Fraction(30)  # frames a second of a folder of images, which does not say it
 LEAST_SHARE = 0.95  # of what a header claims; with less the video counts as damaged
 WALK = 2.0  # seconds up to which decoding on is no dearer than a seek
 
-Shown = tuple[int, float, np.ndarray]  # index, time in seconds, (H, W, 3) uint8 RGB
 Step = tuple[float, Callable[[], np.ndarray]]  # time in seconds, and what makes its (H, W, 3) uint8 RGB
 
 
 class Video:
     """The frames of a video. Every pass opens it anew, so that it can be sent to another process.
 
-    rate: frames a second, on average. claimed: frames by the header, or None. seconds: length by the header, or None.
+    rate: frames a second, on average. claimed, seconds: frames and length by the header, or None.
     After a full pass, count: decoded frames; damaged: whether too few of those claimed came; problem: a sentence where
     the pass broke off, or None. A subclass gives `walk`.
     """
 
+    count: int | None = None
+    problem: str | None = None
+    damaged = False
+    error = ""  # of decoding, which ended the latest walk
+
     def __init__(self, path: Path, rate: Fraction, claimed: int | None = None, seconds: float | None = None):
         self.path, self.rate, self.claimed, self.seconds = path, rate, claimed, seconds
-        self.count: int | None = None
-        self.problem: str | None = None
-        self.damaged = False
-        self.error = ""  # of decoding, which ended the latest walk
 
     def walk(self, start: float = 0.0) -> Iterator[Step]:
         """The frames as they are shown, from one that is shown at `start` (s) or before."""
         raise NotImplementedError
 
-    def frames(self, period: int = 1, offsets: Sequence[int] = (0,), last: bool = False) -> Iterator[Shown]:
-        """The frames whose index % period is in offsets, in order.
+    def frames(
+        self, period: int = 1, offsets: Collection[int] = (0,), last: bool = False
+    ) -> Iterator[tuple[int, float, np.ndarray]]:
+        """Index, time in s and picture (H, W, 3) uint8 RGB of the frames whose index % period is in offsets, in order.
 
         Only these are converted, and none is kept. last: the last decoded frame, too, where it is not among them.
         An error of decoding ends the pass. Raises InputError where the video cannot be opened, or one of its images.
@@ -66,10 +68,8 @@ class Video:
             self.problem = f"{self.path} broke off: {claim} frames can be decoded ({self.error or 'nothing follows'})"
 
     def at(self, times: Sequence[float]) -> list[np.ndarray]:
-        """The pictures (H, W, 3) uint8 RGB shown at these moments (s), in any order; beyond an end its frame.
-
-        Raises InputError where no frame can be decoded.
-        """
+        """The pictures (H, W, 3) uint8 RGB shown at these moments (s), in any order; beyond an end its frame. Raises
+        InputError where no frame can be decoded."""
         pictures, walk, now, following = {}, iter(()), None, None
         for time in sorted(set(times)):
             if now is None or (following is not None and time > following[0] + WALK):
@@ -115,9 +115,9 @@ class ImageFolder(Video):
 
     def __init__(self, path: Path, rate: Fraction):
         self.images = sorted(filter(is_image, os.listdir(path)), key=natural)
-        numbers = [int((re.findall(r"\d+", Path(name).stem) or [-1])[-1]) for name in self.images]
-        if not numbers:
+        if not self.images:
             raise InputError(f"{path} holds no images; expected a video, or a folder of numbered images")
+        numbers = [int((re.findall(r"\d+", Path(name).stem) or [-1])[-1]) for name in self.images]
         for i in range(1, len(numbers)):
             if numbers[i] != numbers[i - 1] + 1 or numbers[i - 1] < 0:
                 names = f"{shown(self.images[i])} follows {shown(self.images[i - 1])}"
@@ -131,10 +131,8 @@ class ImageFolder(Video):
 
 
 def open_video(path: str | Path, rate: Fraction = IMAGE_RATE) -> Video:
-    """A video file, or a folder of numbered images at `rate` frames a second.
-
-    Raises InputError where it is neither, cannot be read, or PyAV is missing.
-    """
+    """A video file, or a folder of numbered images at `rate` frames a second. Raises InputError where it is neither,
+    cannot be read, or PyAV is missing."""
     if os.path.isdir(path):
         return ImageFolder(Path(path), rate)
     return VideoFile(regular_file(path, "a video, or a folder of numbered images"))
@@ -185,23 +183,3 @@ def as_rgb(convert, frame) -> np.ndarray:
     """A decoded frame as (H, W, 3) uint8 RGB, turned as the file says that it is to be shown."""
     picture = convert.reformat(frame, format="rgb24").to_ndarray()
     return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture
-
-
-def write_video(
-    path: str | Path, pictures: Iterable[np.ndarray], rate: Fraction | int, codec: str = "libx264", **options: str
-) -> None:
-    """Write pictures (H, W, 3) uint8 RGB, H and W even, as a file of the kind that its suffix says (.mp4, .avi, .mkv).
-
-    options: of the encoder, such as g="30", frames from one key frame to the next.
-    """
-    av, kind, stream = library(), Path(path).suffix[1:], None
-    with (
-        whole_file(path) as file,
-        av.open(file, "w", format={"mkv": "matroska", "ts": "mpegts"}.get(kind, kind)) as container,
-    ):
-        for picture in pictures:
-            if stream is None:
-                stream = container.add_stream(codec, rate=rate, options=options)
-                stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode() if stream is not None else [])

@@ -1,27 +1,48 @@
-"""Features of the clips of videos, made by an image tower in one pass over each video."""
+"""Features of the clips of videos, made by an image tower in one pass over each, and the folder that keeps them."""
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from fgclip.images import normalise
 from fgclip.model import FGCLIP, l2_normalize
 from fgclip.video import decode
 from fgclip.video.records import VideoRecord, VideoSet
-from fgclip.video.store import INPUTS, Clips, FeatureStore
 from trainkit import distributed
 from trainkit.device import autocast
 from trainkit.errors import InputError
+from trainkit.files import inside, read_json, whole_file, write_json, writing
+from trainkit.load_report import summarise
 
+INPUTS = ("global", "motion", "amount")
 LEAST_AMOUNT = 1e-4  # of change, in colours of 0..1
 LEAST_MOTION = 1e-6  # a single pixel of a patch of 32 that changes by 1 of 255 is more; rounding is less
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The features of a video by their names in INPUTS, a row per clip: (T, D), (T, D) and (T, 4) float16. frames:
+    decoded frames. rate: frames a second."""
+
+    features: dict[str, np.ndarray]
+    frames: int
+    rate: Fraction
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of the features, float32."""
+        return {name: torch.from_numpy(array.astype(np.float32)) for name, array in self.features.items()}
 
 
 class ClipEncoder:
@@ -40,7 +61,7 @@ class ClipEncoder:
         self.model, self.device, self.amp = model.to(device), torch.device(device), amp
         self.clip_frames, self.frames_per_clip, self.batch_size = clip_frames, frames_per_clip, batch_size
         self.samples = tuple((2 * j + 1) * clip_frames // (2 * frames_per_clip) for j in range(frames_per_clip))
-        self.offsets = tuple(sorted({(s + step) % clip_frames for s in self.samples for step in (0, 1)}))
+        self.offsets = {(s + step) % clip_frames for s in self.samples for step in (0, 1)}
 
     @torch.inference_mode()
     def encode(self, pictures: Tensor, following: Tensor) -> dict[str, Tensor]:
@@ -85,7 +106,11 @@ class ClipEncoder:
         if not parts:
             raise InputError(video.problem or "no frame of it can be decoded")
         arrays = (torch.cat(rows).cpu().numpy() for rows in zip(*parts, strict=True))
-        return Clips(*arrays, frames=video.count, rate=video.rate)
+        return Clips(dict(zip(INPUTS, arrays, strict=True)), frames=video.count, rate=video.rate)
+
+    def store(self, folder: str | Path) -> "FeatureStore":
+        """The folder for features that this encoder makes."""
+        return FeatureStore(folder, weights_key(self.model, self.clip_frames, self.frames_per_clip))
 
     def _pairs(self, video: decode.Video, progress=None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The pictures that are looked at and those after them, clip after clip, (S, S, 3) uint8 each."""
@@ -115,30 +140,103 @@ def weights_key(model: FGCLIP, clip_frames: int, frames_per_clip: int) -> dict[s
     return dict(weights=digest.hexdigest(), **sizes, clip_frames=clip_frames, frames_per_clip=frames_per_clip)
 
 
-def lacking(records: Iterable[VideoRecord], store: FeatureStore) -> dict[str, int]:
-    """Bytes of the videos that the store does not know, or not of that size, by name, the largest first."""
-    sizes = {}
-    for record in records:
-        files = [record.path] if record.path else []
-        files = record.path.iterdir() if record.path and record.path.is_dir() else files
-        sizes[record.name] = sum(file.stat().st_size for file in files)
-    ahead = [name for name, size in sizes.items() if (store.record(name) or {}).get("bytes") != size]
-    return {name: sizes[name] for name in sorted(ahead, key=lambda name: (-sizes[name], name))}
+class FeatureStore:
+    """A folder of features: index.json with their key, and a NAME.npz for each video.
+
+    key: that of `weights_key`; a new folder is made for it. All processes open a store together. Raises InputError
+    where the folder holds features of another key or none.
+    """
+
+    def __init__(self, folder: str | Path, key: dict):
+        self.folder, self.key = Path(folder), key
+        distributed.run_on_main(self._settle)
+
+    def _settle(self) -> None:
+        index = self.folder / "index.json"
+        if not index.is_file() and not any(self.folder.glob("*.npz")):
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(index, dict(key=self.key), indent=2)
+        found = read_json(index, "the index of features", dict).get("key")
+        found = found if isinstance(found, dict) else {}
+        if differing := [name for name in self.key | found if found.get(name) != self.key.get(name)]:
+            theirs, ours = ({name: of.get(name) for name in differing} for of in (found, self.key))
+            raise InputError(f"{self.folder} holds features of another key, {theirs}; expected {ours}")
+
+    def load(self, name: str, *parts: str) -> dict[str, np.ndarray] | None:
+        """Arrays of a video, None where it was not tried yet: those of INPUTS, frames, 0 of a damaged one, rate, bytes
+        of its file, and problem. Raises InputError where the file is damaged."""
+        path = feature_file(self.folder, name)
+        if not path.is_file():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return {part: file[part] for part in parts}
+        except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path}: {error}; delete it to extract the features of {name} again") from error
+
+    def __contains__(self, name: str) -> bool:
+        known = self.load(name, "frames")
+        return known is not None and bool(known["frames"])
+
+    def error(self, name: str) -> str | None:
+        """Why a video that was tried has no features, as a sentence."""
+        known = self.load(name, "frames", "problem")
+        return None if known is None or known["frames"] else str(known["problem"])
+
+    def write(self, name: str, clips: Clips | None, *, size: int = 0, problem: str | None = None) -> None:
+        """Keep the clips of a video, or None and the `problem` by which it is damaged. size: bytes of its file. Raises
+        InputError where features are not finite."""
+        clips = clips or Clips({}, 0, Fraction(0))
+        if not all(np.isfinite(array).all() for array in clips.features.values()):
+            raise InputError(f"{name}: features that are not finite: damaged weights or narrow --amp")
+        with whole_file(feature_file(self.folder, name)) as file:
+            np.savez(
+                file, **clips.features, frames=clips.frames, rate=str(clips.rate), bytes=size, problem=problem or ""
+            )
+
+    def read(self, name: str) -> Clips:
+        """The clips of a video. Raises InputError where they are missing or damaged."""
+        known = self.load(name, "frames", "rate")
+        if not known or not known["frames"]:
+            raise InputError(f"{self.folder} holds no features of {name}" + f" ({self.error(name)})" * bool(known))
+        features, widths = self.load(name, *INPUTS), (self.key["dim"], self.key["dim"], 4)
+        rows = math.ceil(known["frames"] / self.key["clip_frames"])
+        for (kind, array), width in zip(features.items(), widths, strict=True):
+            if (array.shape, array.dtype) != ((rows, width), np.float16):
+                raise InputError(f"{self.folder}, {name}: {kind} is not ({rows}, {width}) of float16")
+        return Clips(features, frames=int(known["frames"]), rate=Fraction(str(known["rate"])))
+
+
+def feature_file(folder: str | Path, name: str) -> Path:
+    """Where a store keeps what is known of a video."""
+    return inside(folder, f"{name}.npz", str(folder))
+
+
+def bytes_of(record: VideoRecord) -> int:
+    """The size of a video's file, or of its folder's images."""
+    path = record.path
+    return 0 if path is None else sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
 
 
 def extract(
-    videos: VideoSet, encoder: ClipEncoder, store: FeatureStore, *, between: Callable[[], None] | None = None,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> list[str]:  # fmt: skip
-    """Write the features of the videos that the store lacks; -> the names of the damaged ones.
+    videos: VideoSet, encoder: ClipEncoder, store: FeatureStore, between: Callable[[], None] | None = None
+) -> list[str]:
+    """Write the features of the videos that the store lacks; -> those that are missing or damaged, each with the cause.
 
     The processes share them, the largest files first. A video that the store knows, damaged or not, is passed over
-    as long as its file's size stays. Those that are not found are passed over.
-    between: see `distributed.in_step`. progress: what wraps the videos of this process on their way, such as `tqdm`.
+    as long as its file's size stays. between: see `distributed.in_step`.
     """
     missing = set(videos.missing)
     records = {record.name: record for record in videos.records if record.name not in missing}
-    ahead = distributed.run_on_main(lambda: lacking(records.values(), store))
+
+    def lacking() -> dict[str, int]:
+        sizes = {name: bytes_of(record) for name, record in records.items()}
+        known = {name: store.load(name, "bytes") for name in sizes}
+        ahead = [name for name in sizes if known[name] is None or known[name]["bytes"] != sizes[name]]
+        return {name: sizes[name] for name in sorted(ahead, key=lambda name: (-sizes[name], name))}
+
+    ahead = distributed.run_on_main(lacking)
     if any(records[name].path is not None and records[name].path.is_file() for name in ahead):
         decode.library()  # else its absence would be taken for damage
     mine, loads = [], [0] * distributed.world_size()
@@ -146,7 +244,8 @@ def extract(
         least = loads.index(min(loads))
         loads[least] += max(size, 1)
         mine += [name] * (least == distributed.rank())
-    for name in distributed.in_step(progress(mine), len(mine), between):
+    bar = tqdm(mine, desc="features", unit="video", disable=None if distributed.is_main() else True)
+    for name in distributed.in_step(bar, len(mine), between):
         try:
             video = videos.open(records[name])
             clips, problem = encoder.video(video), video.problem
@@ -155,4 +254,14 @@ def extract(
             clips, problem = None, str(error)
         store.write(name, clips, size=ahead[name], problem=problem)
     distributed.gather_objects(None)  # until all are written
-    return [name for name in records if store.error(name) is not None]
+    causes = {name: store.error(name) for name in records}
+    lost = {name: "missing" for name in videos.missing if name not in store}  # features do without the videos
+    return [f"{name} ({cause})" for name, cause in (lost | causes).items() if cause]
+
+
+def refuse_lost(lost: list[str], allowed: int) -> None:
+    """Raises InputError where more videos are lost than --allow-missing says."""
+    if len(lost) > allowed:
+        raise InputError(
+            f"{len(lost)} videos are missing or damaged (--allow-missing goes without): {summarise(lost, 4)}"
+        )

@@ -8,7 +8,6 @@ are anomalous: hence the figures within anomalous videos, the detections, and th
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
 
 import numpy as np
 
@@ -24,9 +23,9 @@ class VideoScores:
     """What a model says of a video of so many decoded frames, and what is known of it.
 
     classes: () of a normal video. events: (start, end, class) in frames, class "" where it may be any of the video's;
-    None where it is not known when they are.
-    scores (T,): how likely an event is in each clip, T = ceil(frames / clip_frames); class_scores (T, 1 + C): the
-    probabilities of normal and of each class. rate: frames per second. Raises InputError where the sizes do not fit.
+    None where it is not known when they are. scores (T,): how likely an event is in each clip, T = ceil(frames /
+    clip_frames); class_scores (T, 1 + C): the probabilities of normal and of each class. rate: frames per second.
+    Raises InputError where the sizes do not fit.
     """
 
     name: str
@@ -54,37 +53,36 @@ class VideoScores:
         """The same with the scores of one class, and its events alone."""
         return replace(self, scores=self.class_scores[:, column], events=[e for e in self.events or () if e[2] == name])
 
-    @cached_property
-    def counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Frames (T,) of each clip in an event, and the others; the last clip may be shorter."""
-        starts, truth = np.arange(0, self.frames, self.clip_frames), np.zeros(self.frames, dtype=np.int64)
-        for start, end, _ in self.events or ():
-            truth[start:end] = 1
-        positives = np.add.reduceat(truth, starts)
-        return positives, np.diff(np.append(starts, self.frames)) - positives
+
+def by_frame(videos: Sequence[VideoScores]) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (N,) and truth (N,) bool of all frames of the videos."""
+    scores, truth = [np.zeros(0)], [np.zeros(0, dtype=bool)]
+    for video in videos:
+        scores.append(np.repeat(video.scores, video.clip_frames)[: video.frames])
+        truth.append(np.zeros(video.frames, dtype=bool))
+        for start, end, _ in video.events or ():
+            truth[-1][start:end] = True
+    return np.concatenate(scores), np.concatenate(truth)
 
 
-def frame_auc(scores: np.ndarray, truth: np.ndarray, negatives: np.ndarray | None = None) -> float:
-    """How often a positive frame scores above a negative one; equal scores count half. NaN without both kinds.
-
-    scores (N,); truth (N,) bool, or how many positive frames each score stands for beside so many `negatives`.
-    """
-    true, false = _above(scores, truth, negatives)
+def frame_auc(scores: np.ndarray, truth: np.ndarray) -> float:
+    """How often a positive frame scores above a negative one; equal scores count half. NaN without both kinds."""
+    true, false = _above(scores, truth)
     area = (np.diff(false, prepend=0) * (true + np.append(0, true[:-1]))).sum() / 2
     return float(area / true[-1] / false[-1]) if true.any() and false.any() else float("nan")
 
 
-def average_precision(scores: np.ndarray, truth: np.ndarray, negatives: np.ndarray | None = None) -> float:
-    """Sum over the distinct scores of precision times gain in recall. NaN without positives. Arguments: `frame_auc`."""
-    true, false = _above(scores, truth, negatives)
+def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Sum over the distinct scores of precision times gain in recall. NaN without positives."""
+    true, false = _above(scores, truth)
     return float((np.diff(true, prepend=0) * true / (true + false)).sum() / true[-1]) if true.any() else float("nan")
 
 
-def _above(scores: np.ndarray, positives: np.ndarray, negatives: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _above(scores: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Positive and negative frames at or above each distinct score, highest first."""
-    order, negatives = np.argsort(-scores), ~positives if negatives is None else negatives
+    order = np.argsort(-scores)
     last = np.flatnonzero(np.append(np.diff(scores[order]), 1)[: len(scores)])  # of those that are equal
-    return np.cumsum(positives[order])[last], np.cumsum(negatives[order])[last]
+    return np.cumsum(truth[order])[last], np.cumsum(~truth[order])[last]
 
 
 def proposals(video: VideoScores) -> list[np.ndarray]:
@@ -135,21 +133,15 @@ def detection_map(videos: Sequence[VideoScores], names: Sequence[str | None], th
 def frame_figures(videos: Sequence[VideoScores]) -> dict[str, float]:
     """auc and ap of all frames, the same of anomalous videos, the mean of their own AUC, and the share of the frames
     without an event that raise an alarm; video_auc: of the highest scores, also of videos with unknown events."""
-    known = [video for video in videos if video.known]
-    parts = [_together(known), _together([video for video in known if video.classes])]
-    (scores, _, negative), anomalous = parts[0], np.array([bool(video.classes) for video in videos])
-    names, figures = ("auc", "ap", "anomalous_auc", "anomalous_ap"), (frame_auc, average_precision)
-    return dict(zip(names, (figure(*part) for part in parts for figure in figures), strict=True)) | dict(
-        mean_auc=_mean([frame_auc(video.scores, *video.counts) for video in known if video.classes]),
-        video_auc=frame_auc(np.array([video.scores.max() for video in videos]), anomalous),
-        false_alarms=float(negative[scores > ALARM].sum() / negative.sum()) if negative.any() else float("nan"),
-    )
-
-
-def _together(videos: Sequence[VideoScores]) -> tuple[np.ndarray, ...]:
-    """Scores, positive and negative frames (N,) of all clips of the videos."""
-    columns = [(video.scores, *video.counts) for video in videos] or [(np.zeros(0),) * 3]
-    return tuple(map(np.concatenate, zip(*columns, strict=True)))
+    known, anomalous = [v for v in videos if v.known], [v for v in videos if v.known and v.classes]
+    (scores, truth), highest = by_frame(known), np.array([video.scores.max() for video in videos])
+    return dict(
+        auc=frame_auc(scores, truth), ap=average_precision(scores, truth),
+        anomalous_auc=frame_auc(*by_frame(anomalous)), anomalous_ap=average_precision(*by_frame(anomalous)),
+        mean_auc=_mean([frame_auc(*by_frame([video])) for video in anomalous]),
+        video_auc=frame_auc(highest, np.array([bool(video.classes) for video in videos])),
+        false_alarms=_mean(scores[~truth] > ALARM),
+    )  # fmt: skip
 
 
 def _mean(values) -> float:
@@ -185,18 +177,18 @@ def anomaly_report(videos: Sequence[VideoScores], classes: Sequence[str], *, nor
         own, as_one = [v for v in known if name in v.classes], [v.of_class(column, name) for v in clear]
         rows[name] = dict(
             videos=sum(name in v.classes for v in videos), events=sum(len(v.events) for v in as_one),
-            auc=frame_auc(*_together(own)), one_vs_rest_auc=frame_auc(*_together(as_one)), map=_mean(precision[column]),
+            auc=frame_auc(*by_frame(own)), one_vs_rest_auc=frame_auc(*by_frame(as_one)), map=_mean(precision[column]),
         )  # fmt: skip
     best = [np.sort(v.class_scores[:, 1:], axis=0)[-1 - len(v.scores) // 16 :].mean(axis=0).argmax() for v in anomalous]
     steps = dict(zip([*map(str, THRESHOLDS), "average"], [*range(len(THRESHOLDS)), slice(None)], strict=True))
     nowhere = np.isnan(precision).all()
     maps = dict(with_events=precision[1:], published=np.where(nowhere, np.nan, np.nan_to_num(precision)))
-    _, positive, negative = _together(known)
+    truth = by_frame(known)[1]
     kinds = {"anomaly score": videos, "1 - p(normal)": [replace(v, scores=1 - v.class_scores[:, 0]) for v in videos]}
     return dict(
         counts=dict(
-            videos=len(videos), anomalous=len(anomalous), frames=int((positive + negative).sum()),
-            positives=int(positive.sum()), unknown=len(videos) - len(known), unclear=len(known) - len(clear),
+            videos=len(videos), anomalous=len(anomalous), frames=len(truth), positives=int(truth.sum()),
+            unknown=len(videos) - len(known), unclear=len(known) - len(clear),
         ),
         scores={name: frame_figures(part) for name, part in (kinds | oracles(videos)).items()},
         classes=rows,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fgclip.video.metrics import ALARM, VideoScores, frame_auc
+from fgclip.video.metrics import ALARM, VideoScores, by_frame, frame_auc
 from trainkit.errors import InputError
 from trainkit.files import whole_file
 
@@ -41,10 +41,8 @@ def clock(seconds: float) -> str:
 
 
 def peaks(scores: np.ndarray, count: int) -> list[int]:
-    """At most `count` clips (T,) that score as high as both neighbours, highest first, none near a higher one.
-
-    Near is T / (4 count) clips: in a long video, or where they are few, they are further apart.
-    """
+    """At most `count` clips (T,) that score as high as both neighbours, highest first, none near a higher one. Near is
+    T / (4 count) clips: in a long video, or where they are few, they are further apart."""
     apart, found = max(1, len(scores) // (4 * count)), []
     neighbours = np.maximum(np.append(scores[1:], -np.inf), np.append(-np.inf, scores[:-1]))
     free = np.where(scores >= neighbours, scores, -np.inf)
@@ -61,13 +59,11 @@ def time_of(video: VideoScores, clip: int) -> float:
 
 def best_and_worst(videos: Sequence[VideoScores], each: int = 4) -> list[VideoScores]:
     """Of each class `each` videos, half those of the best own AUC and half those of the worst; MOST_STRIPS in all.
-
-    Normal videos are ranked by their peaks, low ones first; videos of unknown events by theirs, high ones first.
-    """
+    Normal videos are ranked by their peaks, low ones first; videos of unknown events by theirs, high ones first."""
     chosen = []
     for kind in sorted({video.classes[:1] for video in videos}):
         some = [video for video in videos if video.classes[:1] == kind]
-        own = [frame_auc(v.scores, *v.counts) if v.events else v.scores.max() * (1 if kind else -1) for v in some]
+        own = [frame_auc(*by_frame([v])) if v.events else v.scores.max() * (1 if kind else -1) for v in some]
         ranked = [some[i] for i in np.argsort(-np.nan_to_num(own), kind="stable")]
         chosen += ranked if len(ranked) <= each else [*ranked[: each - each // 2], *ranked[-(each // 2) :]]
     return chosen[:MOST_STRIPS]

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -17,18 +17,20 @@ import numpy as np
 from fgclip.video.decode import VIDEO_SUFFIXES, Video, open_video
 from trainkit.errors import InputError
 from trainkit.files import is_image, number, read_lines, shown
+from trainkit.load_report import summarise
 
 UCF_RATE, XD_RATE = 30.0, 24.0  # frames a second in which the two data sets count
 # Code in a name of XD-Violence -> class.
 XD_CLASSES = dict(B1="fighting", B2="shooting", B4="riot", B5="abuse", B6="car accident", G="explosion")
 Event = tuple[float, float, str]  # start and end in seconds, class
+# By name: the classes of training and of test videos, events where there is an annotation, and paths that a list gives.
+Layout = tuple[dict, dict, dict, dict]
 
 
 @dataclass(frozen=True, eq=False)
 class Track:
     """A thing over time. stretches: where it can be seen, each of times (n,) in s, ascending, and boxes (n, 4) float64,
-    xyxy in 0..1. phrases: what it is and does. event: whether that is an event. negatives: alterations of the first.
-    """
+    xyxy in 0..1. phrases: what it is and does. event: whether that is an event. negatives: alterations of the first."""
 
     stretches: tuple[tuple[np.ndarray, np.ndarray], ...]
     phrases: tuple[str, ...] = ()
@@ -42,9 +44,7 @@ class Track:
 
     def boxes_at(self, times: np.ndarray, margin: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (m, 4) at times (m,) in s, linear within a stretch, and whether there is one (m,) bool; else zeros.
-
-        margin: up to so many seconds outside of a stretch the box of its end is valid.
-        """
+        margin: up to so many seconds outside of a stretch the box of its end is valid."""
         times = np.asarray(times, dtype=np.float64)
         boxes, nearest = np.zeros((len(times), 4)), np.full(len(times), np.inf)
         for keys, sides in self.stretches:
@@ -68,10 +68,8 @@ class Span:
 @dataclass(frozen=True)
 class VideoRecord:
     """One video. name: its file's name without the suffix, in a data set once. path: None where it was not found.
-
     classes: of its events, () for a normal video. events: when they are, None where that is not known; the class of
-    one is "" where only the whole video's are known. source: videos cut from one recording share it.
-    """
+    one is "" where only the whole video's are known. source: videos cut from one recording share it."""
 
     name: str
     path: Path | None = None
@@ -84,10 +82,8 @@ class VideoRecord:
 
 @dataclass
 class VideoSet:
-    """Videos of one split. classes: of events, without normal. test_names: the data set's test videos.
-
-    notes: sentences about what was found.
-    """
+    """Videos of one split. classes: of events, without normal. test_names: the data set's test videos. notes: sentences
+    about what was found."""
 
     records: list[VideoRecord]
     classes: tuple[str, ...]
@@ -108,19 +104,11 @@ class VideoSet:
             raise InputError(f"{record.name}: no such video was found")
         return open_video(record.path)
 
-    def subset(self, chosen: Iterable[int] | Callable[[VideoRecord], bool]) -> "VideoSet":
-        """The videos of these indices, or for which a function is true."""
-        if callable(chosen):
-            chosen = [i for i, record in enumerate(self.records) if chosen(record)]
+    def of(self, records: Iterable[VideoRecord]) -> "VideoSet":
+        """The same set with other records."""
         part = copy(self)
-        part.records = [self.records[i] for i in chosen]
+        part.records = list(records)
         return part
-
-
-def named(names: Iterable[str], most: int = 20) -> str:
-    """Names for a sentence, without most of a long list."""
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def stem(name: str) -> str:
@@ -143,9 +131,7 @@ def scan(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
         seen.add(real)
         paths = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
         files = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
-        if not files and any(map(is_image, names)):
-            files = [Path(folder)]
-        for path in files:
+        for path in files or [Path(folder)] * any(map(is_image, names)):
             videos.setdefault(stem(path.name), []).append(path)
         texts += [path for path in paths if path.suffix == ".txt"]
     return videos, texts
@@ -163,25 +149,23 @@ def one_path(paths: list[Path], listed: Path | None) -> Path | None:
 
 def agreed(texts: list[Path], parse: Callable[[Path], dict], *patterns: str) -> dict:
     """What the texts of the first pattern that is there say, which must be the same; nothing where there is none."""
-    for pattern in patterns:
-        said = [(path, parse(path)) for path in texts if fnmatch(path.name, pattern)]
-        for path, content in said:
-            if not content or content != said[0][1]:
-                problem = f"and {said[0][0]} differ" if content else "is empty"
-                raise InputError(f"{path} {problem}; expected one list of its kind, with a video in a line")
-        if said:
-            return said[0][1]
-    return {}
+    paths = next(filter(None, ([path for path in texts if fnmatch(path.name, each)] for each in patterns)), [])
+    said = [parse(path) for path in paths]
+    for path, content in zip(paths, said, strict=True):
+        if not content or content != said[0]:
+            problem = f"and {paths[0]} differ" if content else "is empty"
+            raise InputError(f"{path} {problem}; expected one list of its kind, with a video in a line")
+    return said[0] if said else {}
 
 
 def ucf_list(path: Path) -> dict[str, Path]:
     """Name -> CLASS/NAME.mp4, of Anomaly_Train.txt or Anomaly_Test.txt."""
     videos = {}
     for line in read_lines(path, "CLASS/NAME.mp4 in a line"):
-        *_, folder, name = ("", "", *line.replace("\\", "/").split("/"))
-        if not folder:
+        parts = line.replace("\\", "/").split("/")[-2:]
+        if len(parts) < 2:
             raise InputError(f"{path}: expected CLASS/NAME.mp4, got {shown(line)}")
-        videos[stem(name)] = Path(folder, name)
+        videos[stem(line)] = Path(*parts)
     return videos
 
 
@@ -192,39 +176,19 @@ def annotation(path: Path, rate: float) -> dict[str, tuple[Event, ...]]:
         name, *words = line.split()
         if words[1:] and words[0].isdecimal() and words[1][0].isalpha():
             del words[0]  # how many frames the video has
-        times, events = [], []
-        kind = classes[0] if len(classes := xd_classes(stem(name))) == 1 else ""
+        times, events, classes = [], [], xd_classes(stem(name))
+        kind = classes[0] if len(classes) == 1 else ""
         for word in words:
             if word[0].isalpha():
                 kind = XD_CLASSES.get(word, word)
                 continue
             times.append(number(word, f"{path}, {name}", -1, whole=True) / rate)
-            if len(times) % 2 == 0:
+            if len(times) % 2 == 0 and 0 <= times[-2] < times[-1]:
                 events.append((*times[-2:], kind))
         if not times or len(times) % 2:
             raise InputError(f"{path}, {name}: expected pairs of frames, got {shown(line)}")
-        videos[stem(name)] = tuple(event for event in events if 0 <= event[0] < event[1])
+        videos[stem(name)] = tuple(events)
     return videos
-
-
-def ucf_crime(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> VideoSet:
-    """Videos of the published lists; the class is their folder there. Only test videos say when their events are."""
-    train, test = (agreed(texts, ucf_list, f"Anomaly_{name}.txt") for name in ("Train", "Test"))
-    known = ("Temporal_Anomaly_Annotation*.txt", "test_with_frame_counts.txt")
-    times = agreed(texts, partial(annotation, rate=UCF_RATE), *known)
-    if not test or not (train if split == "train" else times):
-        wanted = "Anomaly_Train.txt" if split == "train" else known[0]
-        raise InputError(f"{root} holds no Anomaly_Test.txt with {wanted}; --format folders needs no list")
-    if both := sorted(train.keys() & test.keys()):
-        raise InputError(f"{root}: {len(both)} videos are in Anomaly_Train.txt and Anomaly_Test.txt: {named(both, 3)}")
-    if unknown := sorted(test.keys() - times.keys()) if split == "test" else []:
-        raise InputError(f"{root}: the annotation lacks {len(unknown)} videos of Anomaly_Test.txt: {named(unknown, 3)}")
-    records = []
-    for name, listed in (train if split == "train" else test).items():
-        classes = class_of(listed.parts[0])
-        records.append(VideoRecord(name, listed, classes, times[name] if split == "test" else None if classes else ()))
-    classes = {kind for listed in (*train.values(), *test.values()) for kind in class_of(listed.parts[0])}
-    return VideoSet(records, tuple(sorted(classes)), frozenset(test))
 
 
 def class_of(folder: str) -> tuple[str, ...]:
@@ -238,40 +202,54 @@ def xd_classes(name: str) -> tuple[str, ...]:
     return tuple(XD_CLASSES[code] for code in found[1].split("-") if code in XD_CLASSES) if found else ()
 
 
-def xd_violence(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> VideoSet:
+def ucf_crime(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> Layout:
+    """Videos of the published lists; the class is their folder there."""
+    train, test = (agreed(texts, ucf_list, f"Anomaly_{name}.txt") for name in ("Train", "Test"))
+    known = ("Temporal_Anomaly_Annotation*.txt", "test_with_frame_counts.txt")
+    times = agreed(texts, partial(annotation, rate=UCF_RATE), *known)
+    if not test or not (train if split == "train" else times):
+        wanted = "Anomaly_Train.txt" if split == "train" else known[0]
+        raise InputError(f"{root} holds no Anomaly_Test.txt with {wanted}; --format folders needs no list")
+    if both := sorted(train.keys() & test.keys()):
+        raise InputError(
+            f"{root}: {len(both)} videos are in Anomaly_Train.txt and Anomaly_Test.txt: {summarise(both, 3)}"
+        )
+    if unknown := sorted(test.keys() - times.keys()) if split == "test" else []:
+        raise InputError(
+            f"{root}: the annotation lacks {len(unknown)} videos of Anomaly_Test.txt: {summarise(unknown, 3)}"
+        )
+    classes = ({name: class_of(path.parts[0]) for name, path in half.items()} for half in (train, test))
+    return *classes, times, train | test
+
+
+def xd_violence(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> Layout:
     """Test videos are those of the annotation, and those below a folder whose name begins with `test`."""
     known = ("annotations_multiclasses.txt", "annotations.txt")
     times = agreed(texts, partial(annotation, rate=XD_RATE), *known)
     if not times:
         raise InputError(f"{root} holds no {known[1]} or {known[0]} of XD-Violence")
-    found = {name: files[name] for name in files if "_label_" in name}
-    folders = {name: {part for p in found[name] for part in p.relative_to(root).parts[:-1]} for name in found}
-    apart = {name for name, parts in folders.items() if any(part.lower().startswith("test") for part in parts)}
-    tests, records = frozenset({*times, *apart}), []
-    for name in sorted(tests if split == "test" else found.keys() - tests):
-        classes = xd_classes(name)
-        events = times.get(name, None if classes else ())
-        records.append(VideoRecord(name, None, classes, events, source=name.partition("__#")[0]))
-    return VideoSet(records, tuple(sorted(XD_CLASSES.values())), tests)
+    train, test = {name for name in files if "_label_" in name}, set(times)
+    for name in train:
+        parts = [part for path in files[name] for part in path.relative_to(root).parts[:-1]]
+        test |= {name} if any(part.lower().startswith("test") for part in parts) else set()
+    classes = ({name: xd_classes(name) for name in sorted(half)} for half in (train - test, test))
+    return *classes, times, {}
 
 
-def folders(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> VideoSet:
+def folders(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> Layout:
     """root/CLASS/VIDEO, or root/train/CLASS/VIDEO and root/test/CLASS/VIDEO; the class of normal videos says so."""
     halves = [name for name in ("train", "test") if (root / name).is_dir()]
     if halves and split not in halves:
         raise InputError(f"{root} holds no folder {split}; expected {split}/CLASS/VIDEO beside {halves[0]}")
-    found: dict[str, list[VideoRecord]] = {"train": [], "test": []}
+    classes = {"train": {}, "test": {}}
     for name, (path, *others) in files.items():
         if others:
             raise InputError(f"the name {name} belongs to two videos, {path} and {others[0]}; names must differ")
-        half, *parts = path.relative_to(root).parts if halves else (split, *path.relative_to(root).parts)
-        if len(parts) < 2 or half not in found:
-            where = f"{root} or its train and test"
-            raise InputError(f"{path} lies in no folder of a class; expected CLASS/VIDEO below {where}")
-        classes = class_of(parts[0])
-        found[half].append(VideoRecord(name, path, classes, None if classes else ()))
-    classes = {kind for half in found.values() for record in half for kind in record.classes}
-    return VideoSet(found[split], tuple(sorted(classes)), frozenset(record.name for record in found["test"]))
+        half, *parts = [split] * (not halves) + [*path.relative_to(root).parts]
+        if len(parts) < 2 or half not in classes:
+            raise InputError(f"{path} lies in no folder of a class; expected CLASS/VIDEO below {root}")
+        classes[half][name] = class_of(parts[0])
+    return classes["train"], classes["test"], {}, {}
 
 
 FORMATS = {"ucf-crime": ucf_crime, "xd-violence": xd_violence, "folders": folders}
@@ -283,34 +261,33 @@ def read_videos(root: str | Path, format: str, split: str) -> VideoSet:
     Lists and annotation are found by their published names anywhere below the root, videos by theirs. Raises
     InputError where lists are missing, empty or disagree, a name stands for two videos, or training has one label.
     """
-    if format not in FORMATS:
-        raise InputError(f"--format {format}: expected one of {', '.join(FORMATS)}")
     files, texts = scan(Path(root))
-    videos = FORMATS[format](Path(root), split, files, texts)
-    normal = sum(not record.classes for record in videos.records)
-    if not len(videos):
+    train, test, times, listed = FORMATS[format](Path(root), split, files, texts)
+    records = []
+    for name, classes in (train if split == "train" else test).items():
+        path, events = one_path(files.get(name, []), listed.get(name)), times.get(name, None if classes else ())
+        records.append(VideoRecord(name, path, classes, events, source=name.partition("__#")[0]))  # as XD names parts
+    kinds = {bool(record.classes) for record in records}
+    if not kinds:
         raise InputError(f"{root} holds no videos to {split} with, as {format} has them")
-    if split == "train" and normal in (0, len(videos)):
-        kind = "normal" if normal else "anomalous"
+    if split == "train" and len(kinds) == 1:
+        kind = "anomalous" if kinds.pop() else "normal"
         raise InputError(f"{root}: every training video is {kind}; expected normal and anomalous ones")
-    records = [replace(r, path=one_path(files.get(r.name, []), r.path)) for r in videos.records]
     copies = sorted(record.name for record in records if len(files.get(record.name, ())) > 1)
-    notes = (f"{len(copies)} videos have equal copies, which are not read: {named(copies)}",) if copies else ()
-    return replace(videos, records=records, notes=notes)
+    notes = (f"{len(copies)} videos have equal copies, which are not read: {summarise(copies, 20)}",) if copies else ()
+    names = sorted({kind for classes in (train | test).values() for kind in classes})
+    return VideoSet(records, tuple(names), frozenset(test), notes)
 
 
 def hold_out(videos: VideoSet, share: float, seed: int) -> tuple[VideoSet, VideoSet]:
-    """Training videos and `share` of each class to validate on, at least one where a class has two.
-
-    Videos of one source stay together. The choice depends on names and the seed alone.
-    """
+    """Training videos and `share` of each class to validate on, at least one where a class has two. Videos of one
+    source stay together. The choice depends on names and the seed alone."""
     groups: dict[tuple[str, ...], set[str]] = {}
     for record in videos.records:
-        groups.setdefault(record.classes, set()).add(record.source or record.name)
+        groups.setdefault(record.classes, set()).add(record.source)
     held, rng = set(), np.random.default_rng(seed)
-    for classes in sorted(groups):
-        sources = sorted(groups[classes])
+    for sources in (sorted(groups[classes]) for classes in sorted(groups)):
         count = min(len(sources) - 1, max(1, round(share * len(sources)))) if share else 0
         held.update(rng.permutation(sources)[:count].tolist())
-    chosen = [(record.source or record.name) in held for record in videos.records]
-    return videos.subset(np.flatnonzero(~np.array(chosen))), videos.subset(np.flatnonzero(chosen))
+    parts = ([r for r in videos.records if (r.source in held) is apart] for apart in (False, True))
+    return tuple(map(videos.of, parts))

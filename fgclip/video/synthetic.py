@@ -1,12 +1,15 @@
 """Surveillance videos of moving shapes, half of them with an event, drawn from a seed."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from fgclip.synthetic import COLOURS, KINDS, alterations, paint, phrase
+from fgclip.video.decode import Step, Video
 from fgclip.video.records import Span, Track, VideoRecord, VideoSet
 
 EVENTS = ("explosion", "fight", "speeding", "fire")
@@ -67,8 +70,9 @@ class Plan:
         return self.event is not None and self.start <= frame < self.end
 
     def blast(self, frames: np.ndarray) -> np.ndarray:
-        """Half the side (F,) of the ring of an explosion, which grows again and again."""
-        return 0.06 + 0.2 * ((frames - self.start) % PULSE) / (PULSE - 1)
+        """The box (F, 4) of the ring of an explosion, which grows again and again."""
+        half = (0.06 + 0.2 * ((frames - self.start) % PULSE) / (PULSE - 1))[:, None]
+        return np.concatenate([self.spot - half, self.spot + half], axis=1)
 
 
 class SyntheticVideos(VideoSet):
@@ -79,59 +83,49 @@ class SyntheticVideos(VideoSet):
     neither motion nor colour alone is a sign.
     """
 
+    missing = ()  # they are drawn when they are opened
+
     def __init__(self, count: int, *, seed: int, image_size: int = 64):
         self.seed, self.image_size = seed, image_size
         self.plans = {f"video-{seed}-{index}": plan(seed, index) for index in range(count)}
         super().__init__([record(name, plan) for name, plan in self.plans.items()], EVENTS)
 
-    missing = ()  # they are drawn when they are opened
-
     def open(self, record: VideoRecord) -> "DrawnVideo":
-        return DrawnVideo(self.plans[record.name], self.image_size, seed=[*map(int, record.name.split("-")[1:])])
+        return DrawnVideo(record.name, self.plans[record.name], self.image_size)
 
 
-class DrawnVideo:
-    """A drawn video, with the interface of `fgclip.video.decode.Video`."""
+class DrawnVideo(Video):
+    """A video that is drawn frame by frame, at 30 frames per second."""
 
-    rate, problem, damaged = Fraction(30), None, False
-
-    def __init__(self, plan: Plan, image_size: int, seed: list[int]):
-        self.plan, self.image_size, self.seed = plan, image_size, seed
-        self.claimed = self.count = plan.frames
-        rng = np.random.default_rng((*seed, 1))
+    def __init__(self, name: str, plan: Plan, image_size: int):
+        super().__init__(Path(name), Fraction(30), plan.frames, plan.frames / 30)
+        self.plan, self.seed = plan, tuple(map(int, name.split("-")[1:]))
+        rng = np.random.default_rng((*self.seed, 1))
         grain = 0.03 * rng.standard_normal((image_size, image_size, 3))
         self.background = (rng.uniform(0.3, 0.6) + grain).astype(np.float32)  # (S, S, 3)
 
-    def frames(
-        self, period: int = 1, offsets: Collection[int] = (0,), last: bool = False
-    ) -> Iterator[tuple[int, float, np.ndarray]]:
-        for index in range(self.count):
-            if index % period in offsets or (last and index == self.count - 1):
-                yield index, index / 30, self.draw(index)
+    def walk(self, start: float = 0.0) -> Iterator[Step]:
+        return ((index / 30, partial(self.draw, index)) for index in range(self.plan.frames))
 
     def at(self, times: Sequence[float]) -> list[np.ndarray]:
-        return [self.draw(min(max(int(time * 30 + 1e-6), 0), self.count - 1)) for time in times]
+        return [self.draw(min(max(int(time * 30 + 1e-6), 0), self.plan.frames - 1)) for time in times]
 
     def draw(self, frame: int) -> np.ndarray:
         """(S, S, 3) uint8."""
         plan, canvas, happens = self.plan, self.background.copy(), self.plan.happens(frame)
+        boxes = plan.boxes(np.array([frame]))[:, 0]
         rng = np.random.default_rng((*self.seed, 2, frame))
         if plan.lamp is not None and frame // plan.lamp[2] % 2:
             x, y, _ = plan.lamp
             paint(canvas, np.array([x, y, x + 0.1, y + 0.1]), "square", "plain", np.array([1.0, 1.0, 0.8]))
-        for i, (box, (colour, texture, shape)) in enumerate(
-            zip(plan.boxes(np.array([frame]))[:, 0], plan.kinds, strict=True)
-        ):
+        for i, (colour, texture, shape) in enumerate(plan.kinds):
             rgb = np.array(COLOURS[colour])
             if happens and plan.event == "fire" and i in plan.actors:
                 rgb = np.array(COLOURS["orange"]) * rng.uniform(0.6, 1.3)
                 texture = ("plain", "dotted", "checked")[rng.integers(3)]
-            paint(canvas, box, shape, texture, rgb)
+            paint(canvas, boxes[i], shape, texture, rgb)
         if happens and plan.event == "explosion":
-            half = plan.blast(np.array([frame]))
-            paint(
-                canvas, np.concatenate([plan.spot - half, plan.spot + half]), "ring", "plain", np.array([1, 0.9, 0.6])
-            )
+            paint(canvas, plan.blast(np.array([frame]))[0], "ring", "plain", np.array([1, 0.9, 0.6]))
         canvas += 0.01 * rng.standard_normal(canvas.shape, dtype=np.float32)
         return (255 * canvas.clip(0, 1)).round().astype(np.uint8)
 
@@ -155,35 +149,31 @@ def plan(seed: int, index: int) -> Plan:
 
 def record(name: str, plan: Plan) -> VideoRecord:
     """The labels of a drawn video: classes, events, tracks with phrases, and captions."""
-    things = ", ".join(f"{colour} {shape}" for colour, _, shape in plan.kinds)
+    things, whole = ", ".join(f"{colour} {shape}" for colour, _, shape in plan.kinds), [(0, plan.frames)]
     if plan.event is None:
-        tracks = [track(plan, i, [(0, plan.frames)]) for i in range(3)]
+        tracks = [track(plan, i, whole) for i in range(3)]
         return VideoRecord(name, None, (), (), tuple(tracks), (Span(0.0, plan.frames / 30, things, False),))
-    outside = [(0, plan.start), (plan.end, plan.frames)]
-    tracks = [track(plan, i, outside if i in plan.actors else [(0, plan.frames)]) for i in range(3)]
+    outside = [(start, end) for start, end in ((0, plan.start), (plan.end, plan.frames)) if start < end]
+    tracks = [track(plan, i, outside if i in plan.actors else whole) for i in range(3)]
     tracks += [track(plan, i, [(plan.start, plan.end)], plan.event) for i in plan.actors]
     if plan.event == "explosion":
         frames = np.arange(plan.start, plan.end)
-        half = plan.blast(frames)[:, None]
-        boxes = np.concatenate([plan.spot - half, plan.spot + half], axis=1).clip(0, 1)
-        tracks.append(Track(((frames / 30, boxes),), ("an explosion",), True, tuple(map(phrase, plan.kinds))))
-    captions = [Span(a / 30, b / 30, things, False) for a, b in outside if b > a]
-    captions.append(Span(plan.start / 30, plan.end / 30, f"{things}, {plan.event}", True))
-    event = (plan.start / 30, plan.end / 30, plan.event)
-    return VideoRecord(name, None, (plan.event,), (event,), tuple(t for t in tracks if t.stretches), tuple(captions))
+        keys = frames / 30, plan.blast(frames).clip(0, 1)
+        tracks.append(Track((keys,), ("an explosion",), True, tuple(map(phrase, plan.kinds))))
+    event = (plan.start / 30, plan.end / 30)
+    captions = [Span(start / 30, end / 30, things, False) for start, end in outside]
+    captions.append(Span(*event, f"{things}, {plan.event}", True))
+    return VideoRecord(name, None, (plan.event,), ((*event, plan.event),), tuple(tracks), tuple(captions))
 
 
 def track(plan: Plan, thing: int, parts: list[tuple[int, int]], event: str | None = None) -> Track:
     """One thing in some parts of the video; its phrase says what it does in an event."""
-    stretches = []
-    for start, end in parts:
-        if end > start:
-            frames = np.unique([*range(start, end, KEY_EVERY), end - 1])
-            stretches.append((frames / 30, plan.boxes(frames)[thing]))
+    keys = [np.unique([*range(start, end, KEY_EVERY), end - 1]) for start, end in parts]
+    stretches = tuple((frames / 30, plan.boxes(frames)[thing]) for frames in keys)
     kind = plan.kinds[thing]
     texts = {None: phrase(kind)} | {name: f"a {verb} {' '.join(kind)}" for name, verb in VERBS.items()}
     others = tuple(text for name, text in texts.items() if name != event)
-    return Track(tuple(stretches), (texts[event],), event is not None, (*others, *alterations(kind)[:4]))
+    return Track(stretches, (texts[event],), event is not None, (*others, *alterations(kind)[:4]))
 
 
 def sentences() -> list[str]:

@@ -17,6 +17,7 @@ from macl.data.onto import Onto
 from macl.data.sample import images_by_stem, moved, read_pair
 from trainkit.errors import InputError
 from trainkit.files import picture_size, read_lines, shown
+from trainkit.load_report import summarise
 
 HELD_OUT = 0.1  # share of the training pairs
 OWN_DATA = (
@@ -186,8 +187,7 @@ def hold_out(dataset: PairedDataset) -> tuple[PairedDataset, PairedDataset, str]
     if chosen:
         held_out = [index for index, scene in enumerate(scenes) if scene in chosen]
         names = [dataset.scene_name(scene) for scene in sorted(chosen)]
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        which = f"all those of {dataset.scene_kind} {', '.join(names[:8])}{more}"
+        which = f"all those of {dataset.scene_kind} {summarise(names, 8)}"
     else:
         step = min(round(1 / HELD_OUT), total)
         held_out = range(step - 1, total, step)

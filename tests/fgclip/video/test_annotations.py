@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from mutants import hunt
+from videos import write_video
 
 from fgclip.video.annotations import add_annotations, read_sentences, read_tracks
-from fgclip.video.decode import write_video
 from fgclip.video.records import VideoRecord, VideoSet, read_videos
 from trainkit.errors import InputError
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from fgclip import evaluate_video
+from fgclip.video.features import INPUTS, Clips, FeatureStore
 from fgclip.video.metrics import VideoScores
 from fgclip.video.records import VideoRecord, VideoSet
-from fgclip.video.store import Clips, FeatureStore
 from trainkit.errors import InputError
 
 KEY = dict(dim=3, clip_frames=4)
@@ -20,15 +20,14 @@ def scores(record, clips):
 
 
 def test_features_do_without_the_videos(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_video, "weights_key", lambda fgclip, **clips: KEY)
     monkeypatch.setattr(VideoSet, "open", lambda self, record: pytest.fail(f"{record.name} is opened"))
-    store, width = FeatureStore(tmp_path, KEY), (3, 3, 4)
-    store.write("kept", Clips(*(np.ones((2, n), np.float16) for n in width), frames=8, rate=Fraction(30)))
-    model = SimpleNamespace(fgclip=None, clips={}, scores=scores)
+    store, width = FeatureStore(tmp_path, KEY), dict(zip(INPUTS, (3, 3, 4), strict=True))
+    store.write("kept", Clips({name: np.ones((2, n), np.float16) for name, n in width.items()}, 8, Fraction(30)))
+    model, encoder = SimpleNamespace(scores=scores), SimpleNamespace(store=lambda folder: FeatureStore(folder, KEY))
     videos = VideoSet([VideoRecord(name, None, (), ()) for name in ("kept", "gone")], ())
     with pytest.raises(InputError, match=r"^1 videos are missing or damaged .*: gone \(missing\)$"):
-        evaluate_video.scored(model, None, videos, tmp_path, 0)
-    found, lost = evaluate_video.scored(model, None, videos, tmp_path, 1)
+        evaluate_video.scored(model, encoder, videos, tmp_path, 0)
+    found, lost = evaluate_video.scored(model, encoder, videos, tmp_path, 1)
     assert [one.name for one in found] == ["kept"] and lost == ["gone (missing)"]
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     found = [VideoScores("kept", (), (), 8, 4, np.array([0.1, 0.5]), np.ones((2, 3)))]

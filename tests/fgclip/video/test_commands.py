@@ -11,17 +11,15 @@ import pytest
 import torch
 from PIL import Image
 from scripts import ROOT, refused
+from videos import write_video
 
 from fgclip import FGCLIP, Tokenizer, evaluate_video, watch
 from fgclip.tokenizer import learn_merges
-from fgclip.video.decode import write_video
-from fgclip.video.features import ClipEncoder
-from fgclip.video.head import TemporalHead
+from fgclip.video.features import INPUTS, ClipEncoder, Clips
 from fgclip.video.metrics import VideoScores, anomaly_report
-from fgclip.video.model import NORMAL, VideoModel
+from fgclip.video.model import NORMAL, TemporalHead, VideoModel
 from fgclip.video.plots import Strip, best_and_worst, clock, draw_curve, peaks, thumbnail
 from fgclip.video.records import VideoRecord
-from fgclip.video.store import Clips
 from fgclip.video.synthetic import PROMPTS, SyntheticVideos, sentences
 from trainkit.files import open_image
 
@@ -155,7 +153,8 @@ def test_normal_is_a_class_of_xd_violence(name, checkpoint, model, tmp_path, mon
 
 
 def test_events_are_in_frames_of_the_video_s_own_rate(model):
-    clips = Clips(*np.zeros((2, 10, 16), np.float16), np.zeros((10, 4), np.float16), frames=38, rate=Fraction(15))
+    arrays = (np.zeros((10, width), np.float16) for width in (16, 16, 4))
+    clips = Clips(dict(zip(INPUTS, arrays, strict=True)), frames=38, rate=Fraction(15))
     found = model.scores(VideoRecord("a", None, ("fire",), ((1.0, 2.0, "fire"),)), clips)
     assert found.rate == 15 and found.events == ((15, 30, "fire"),)
 

@@ -9,8 +9,9 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from videos import write_video
 
-from fgclip.video.decode import open_video, write_video
+from fgclip.video.decode import open_video
 from trainkit.errors import InputError
 
 BITS, SIDE, COUNT = 8, 16, 240  # a frame's number is in black and white squares

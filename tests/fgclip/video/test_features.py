@@ -18,16 +18,16 @@ import pytest
 import torch
 from PIL import Image
 from scripts import refused
+from videos import write_video
 
 import fgclip.extract as command
 from fgclip import FGCLIP
 from fgclip.images import normalise, preprocess
 from fgclip.model import l2_normalize
-from fgclip.video.decode import Video, open_video, write_video
-from fgclip.video.features import ClipEncoder, extract, weights_key
+from fgclip.video.decode import Video, open_video
+from fgclip.video.features import INPUTS, ClipEncoder, Clips, FeatureStore, extract, weights_key
 from fgclip.video.model import load_towers
 from fgclip.video.records import read_videos
-from fgclip.video.store import Clips, FeatureStore
 from fgclip.video.synthetic import SyntheticVideos
 from trainkit import distributed
 from trainkit.errors import InputError
@@ -62,9 +62,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def saved(array) -> bytes:
-    np.save(file := io.BytesIO(), array, allow_pickle=True)
+def saved(arrays: dict, **changes) -> bytes:
+    np.savez(file := io.BytesIO(), **arrays | changes)
     return file.getvalue()
+
+
+def names(store: FeatureStore) -> list[str]:
+    return [name for name in "abc" if name in store]
 
 
 def parts(model: FGCLIP, folder: Path, **clips) -> tuple[ClipEncoder, FeatureStore]:
@@ -127,7 +131,7 @@ def test_the_clips_of_a_video_are_those_of_a_plain_loop(small_model, frames, len
     for size in (1, 5, 64):
         encoder = ClipEncoder(small_model, clip_frames=length, frames_per_clip=each, batch_size=size)
         clips = encoder.video(Pictures(pictures))
-        assert (clips.frames, clips.rate, clips.motion.dtype) == (frames, 30, np.float16)
+        assert (clips.frames, clips.rate, clips.features["motion"].dtype) == (frames, 30, np.float16)
         for name, rows in own.items():
             torch.testing.assert_close(clips.tensors()[name], rows.unflatten(0, (-1, each)).mean(1), **HALF)
 
@@ -148,7 +152,7 @@ def test_memory_does_not_grow_over_a_long_video(tmp_path, small_model):
             yield frame
 
     video.walk = watched
-    assert len(ClipEncoder(small_model, clip_frames=4).video(video).amount) == 4500
+    assert len(ClipEncoder(small_model, clip_frames=4).video(video).features["amount"]) == 4500
     assert len(seen) == 9 and max(seen[2:]) - seen[2] < 8, seen  # MiB; the pictures themselves, squashed, are 27
 
 
@@ -169,7 +173,7 @@ def test_a_key_tells_apart_what_would_differ_and_another_is_refused(tmp_path, sm
     keys += [weights_key(other, 16, 1) for other in others]
     assert len({json.dumps(key) for key in keys}) == len(keys) == 8
     small_model.text_projection.weight.data.add_(1)
-    assert weights_key(small_model, 16, 1) == FeatureStore(tmp_path, keys[0]).key == FeatureStore(tmp_path).key
+    assert weights_key(small_model, 16, 1) == FeatureStore(tmp_path, keys[0]).key
     with pytest.raises(InputError, match=f"another key, .*{keys[0]['weights']}.*expected .*{keys[-1]['weights']}"):
         FeatureStore(tmp_path, keys[-1])
 
@@ -177,7 +181,7 @@ def test_a_key_tells_apart_what_would_differ_and_another_is_refused(tmp_path, sm
 def test_killed_at_any_file_and_resumed_it_equals_one_go(videos, tmp_path, small_model, monkeypatch):
     assert extract(videos, *parts(small_model, tmp_path / "whole")) == []
     whole, replace, files = contents(tmp_path / "whole"), os.replace, []
-    assert len(whole) == 1 + 3 * 4
+    assert len(whole) == 1 + 3
 
     def killed(*names):
         files.append(names)
@@ -185,20 +189,16 @@ def test_killed_at_any_file_and_resumed_it_equals_one_go(videos, tmp_path, small
             raise KeyboardInterrupt
         replace(*names)
 
-    for after in range(12):
+    for after in range(3):
         encoder, store = parts(small_model, tmp_path / str(after))
         files.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(os, "replace", killed)
             extract(videos, encoder, store)
-        assert store.names() == sorted("bac"[: after // 4])  # the largest first
+        assert names(store) == sorted("bac"[:after])  # the largest first
         assert extract(videos, encoder, store) == [] and contents(store.folder) == whole
-    (tmp_path / "root/normal/a/019.png").unlink()
-    after = len(files) + 1  # after one array of what now is another video
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", killed)
-        extract(videos, encoder, store)
-    assert store.names() == ["b", "c"]
+    (tmp_path / "root/normal/a/019.png").unlink()  # it is another video now
+    assert extract(videos, encoder, store) == [] and store.read("a").frames == 19
 
 
 def test_damaged_videos_are_recorded_and_not_tried_again(videos, tmp_path, small_model):
@@ -217,48 +217,50 @@ def test_damaged_videos_are_recorded_and_not_tried_again(videos, tmp_path, small
 
     videos.open = claiming_more
     for _ in range(2):
-        assert sorted(extract(videos, encoder, store)) == ["b", "c"] and sorted(tried) == ["a", "b", "c"]
+        lost = extract(videos, encoder, store)
+        assert [each[:2] for each in sorted(lost)] == ["b ", "c "] and sorted(tried) == ["a", "b", "c"]
     assert "007.png cannot be decoded" in store.error("b") and "10 of the 11 frames" in store.error("c")
-    assert store.names() == ["a"] and "b" not in store and store.error("a") is None
+    assert names(store) == ["a"] and store.error("a") is None
     with pytest.raises(InputError, match="holds no features of b .*007.png"):
         store.read("b")
     picture.write_bytes(good)
-    assert extract(videos, encoder, store) == ["c"] and tried[3:] == ["b"] and "b" in store
+    assert extract(videos, encoder, store) == [f"c ({store.error('c')})"] and tried[3:] == ["b"] and "b" in store
 
 
 def test_half_written_and_foreign_files_are_refused_in_a_sentence(videos, tmp_path, small_model):
-    extract(videos, *parts(small_model, tmp_path / "features"))
-    again = "delete .*/a.clips.json to extract the features of a again"
-    known = '{"frames": %s, "rate": "%s", "bytes": 1, "problem": null}'
-    for name, content, sentence in [
-        ("a.global.npy", saved(np.zeros((5, 16), np.float16))[:-10], again),
-        ("a.motion.npy", None, again),
-        ("a.amount.npy", b"", again),
-        ("a.amount.npy", saved(np.array([{}] * 5)), "Python objects.*" + again),  # no code of a file is run
-        ("a.amount.npy", saved(np.zeros((5, 4))), r"amount is not \(5, 4\) of float16.*" + again),
-        ("a.amount.npy", saved(np.zeros((4, 4), np.float16)), "amount is not"),
-        ("a.clips.json", b"{", "is not valid JSON"),
-        ("a.clips.json", b"{}", "is not a record of features"),
-        ("a.clips.json", (known % (20, "0/0")).encode(), again),
-        ("a.clips.json", (known % (-20, "30")).encode(), "frames: expected a whole number"),
-        ("index.json", b'{"key": {"dim": 16, "clip_frames": 0}}', "is not an index of features"),
-        ("index.json", None, "index.json does not exist"),
+    encoder, store = parts(small_model, tmp_path / "features")
+    extract(videos, encoder, store)
+    path, again = tmp_path / "features/a.npz", "/a.npz: .*delete it to extract the features of a again"
+    with np.load(path) as file:
+        arrays = dict(file)
+    for content, sentence in [
+        (path.read_bytes()[:-100], again),
+        (b"", again),
+        (b"{}", again),
+        (saved(arrays)[:500] + b"?" * 9 + saved(arrays)[509:], again),  # a checksum tells
+        (saved({}), again),
+        (saved(arrays, amount=np.array([{}] * 5)), "Object arrays cannot.*delete it"),  # no code of a file is run
+        (saved(arrays, amount=np.zeros((5, 4))), r"a: amount is not \(5, 4\) of float16"),
+        (saved(arrays, amount=np.zeros((4, 4), np.float16)), "amount is not"),
+        (saved(arrays, frames=-20), "global is not"),
     ]:
-        path = tmp_path / "features" / name
-        before = path.read_bytes()
-        path.unlink() if content is None else path.write_bytes(content)
+        path.write_bytes(content)
         with pytest.raises(InputError, match=sentence):
-            FeatureStore(tmp_path / "features").read("a")
-        path.write_bytes(before)
-    for name in ("d.global.npy", "a.global.npy.partial", "._a.clips.json", "notes.txt"):
-        (tmp_path / "features" / name).write_bytes(b"?")
-    store = FeatureStore(tmp_path / "features")
-    assert store.names() == ["a", "b", "c"] and store.record("d") is None
-    assert np.load(tmp_path / "features/a.motion.npy", allow_pickle=False).shape == (5, 16)
+            store.read("a")
+    (tmp_path / "features/d.npz.partial").write_bytes(b"?")
+    assert store.load("d", "frames") is None and "d" not in store and "b" in store
+    for content in (b"{", b"{}", b'{"key": 3}'):
+        (tmp_path / "features/index.json").write_bytes(content)
+        with pytest.raises(InputError, match="index.json|of another key"):
+            FeatureStore(tmp_path / "features", store.key)
+    (tmp_path / "features/index.json").unlink()
+    with pytest.raises(InputError, match="index.json does not exist"):
+        FeatureStore(tmp_path / "features", store.key)
     with pytest.raises(InputError, match="must be relative"):
         store.read("../a")
     with pytest.raises(InputError, match="e: features that are not finite"):
-        store.write("e", Clips(*(np.full((5, n), np.nan) for n in (16, 16, 4)), frames=20, rate=Fraction(30)))
+        arrays = dict(zip(INPUTS, (np.ones((5, 16)), np.ones((5, 16)), np.full((5, 4), np.nan)), strict=True))
+        store.write("e", Clips(arrays, frames=20, rate=Fraction(30)))
 
 
 # ---- several processes
@@ -267,10 +269,12 @@ def test_half_written_and_foreign_files_are_refused_in_a_sentence(videos, tmp_pa
 def share(folder: Path) -> dict:
     """What this process took of five drawn videos."""
     torch.manual_seed(0)
-    model, names = FGCLIP(vision=dict(image_size=32, width=16, layers=2, heads=2), text=dict(layers=1)), []
+    model, taken = FGCLIP(vision=dict(image_size=32, width=16, layers=2, heads=2), text=dict(layers=1)), []
     videos, (encoder, store) = SyntheticVideos(5, seed=0, image_size=32), parts(model, folder / "features")
-    damaged = extract(videos, encoder, store, progress=lambda own: names.extend(own) or own)
-    return dict(names=names, damaged=damaged, found=store.names())
+    opened = videos.open
+    videos.open = lambda record: taken.append(record.name) or opened(record)
+    lost = extract(videos, encoder, store)
+    return dict(names=taken, lost=lost, found=[record.name for record in videos.records if record.name in store])
 
 
 if __name__ == "__main__":
@@ -286,7 +290,7 @@ def test_two_processes_share_the_videos(tmp_path, two_ranks):
     one = share(tmp_path / "one")
     assert sorted(map(len, (first["names"], second["names"]))) == [2, 3]
     assert sorted(first["names"] + second["names"]) == sorted(one["names"])
-    assert first["found"] == second["found"] == one["found"] and first["damaged"] == second["damaged"] == []
+    assert first["found"] == second["found"] == one["found"] and first["lost"] == second["lost"] == []
     assert contents(tmp_path / "features") == contents(tmp_path / "one/features")
 
 
@@ -310,17 +314,18 @@ def test_the_command_extracts_goes_on_and_names_what_it_cannot_read(folder, tmp_
     command.main([*flags, "--split", "train"])
     assert "has the clips of 4 of 4 videos" in capsys.readouterr().out
     before = contents(features)
-    with pytest.raises(InputError, match="1 videos are missing or damaged; --allow-missing 0"):
-        command.main(flags)
+    assert "1 videos are missing or damaged (--allow-missing goes without): bad (" in refused(
+        capsys, command.main, *flags
+    )
     command.main([*flags, "--allow-missing", "1"])
     said = capsys.readouterr().out
-    assert said.count(f"damaged: bad: {place}/bad.mp4 cannot be read as a video") == said.count("6 of 7 videos") == 2
+    assert said.count(f"without bad ({place}/bad.mp4 cannot be read as a video") == said.count("6 of 7 videos") == 1
     assert before.items() <= contents(features).items()
-    store, (towers, _) = FeatureStore(features), load_towers(tmp_path / "run.pt")
-    assert store.key == weights_key(towers, 16, 1)
+    towers, _ = load_towers(tmp_path / "run.pt")
+    store = FeatureStore(features, weights_key(towers, 16, 1))
     for record in drawn.records:
         found, own = store.read(record.name), ClipEncoder(towers).video(drawn.open(record))
         assert (found.frames, found.rate) == (own.frames, own.rate)
-        assert (found.global_ * own.global_).sum(1).min() > 0.9  # a codec lies between
+        assert (found.features["global"] * own.features["global"]).sum(1).min() > 0.9  # a codec lies between
     sentence = refused(capsys, command.main, *flags, "--image-size", 40)
     assert "features of another key, " in sentence and "'image_size': 32" in sentence and "40" in sentence

@@ -16,18 +16,28 @@ import torch
 from fgclip import FGCLIP, Tokenizer
 from fgclip.losses import PairBank
 from fgclip.model import l2_normalize
-from fgclip.video import head as head_module
-from fgclip.video import samples
-from fgclip.video.head import GatedPool, TemporalHead
-from fgclip.video.losses import LOSSES, VideoLoss, bag_loss, class_loss, smoothness, text_separation, top_mean
-from fgclip.video.model import VideoModel, class_prompts
+from fgclip.video import model as head_module
+from fgclip.video import training as samples
+from fgclip.video.features import INPUTS, Clips
+from fgclip.video.model import GatedPool, TemporalHead, VideoModel, class_prompts
 from fgclip.video.records import VideoRecord
-from fgclip.video.samples import ClipBags, VideoFrames, collate_bags, shortened
-from fgclip.video.store import Clips
 from fgclip.video.synthetic import EVENTS, SyntheticVideos
-from train_video import AlternatingSampler
+from fgclip.video.training import (
+    LOSSES,
+    ClipBags,
+    VideoFrames,
+    VideoLoss,
+    bag_loss,
+    class_loss,
+    collate_bags,
+    shortened,
+    smoothness,
+    text_separation,
+    top_mean,
+)
 from trainkit import distributed
 from trainkit.errors import InputError
+from trainkit.sampler import AlternatingSampler
 
 DIM, CLIP_FRAMES = 16, 4
 
@@ -177,22 +187,20 @@ class Bags:
 
     def __init__(self):
         self.videos, rng = SyntheticVideos(8, seed=0), np.random.default_rng(0)
-        said = [t for r in self.videos.records for track in r.tracks for t in (track.phrases[0], *track.negatives)]
-        said += [span.text for record in self.videos.records for span in record.captions]
-        self.model, self.texts = video_model(), {text: row for row, text in enumerate(dict.fromkeys(said))}
+        self.model = video_model()
         randomised(self.model.head)
         self.model.select("head", LOSSES)
         self.clips = {}
         for name, plan in self.videos.plans.items():
             arrays = (rng.standard_normal((-(-plan.frames // CLIP_FRAMES), n)) for n in (DIM, DIM, 4))
-            self.clips[name] = Clips(*(a.astype(np.float16) for a in arrays), frames=plan.frames, rate=Fraction(30))
+            arrays = dict(zip(INPUTS, (a.astype(np.float16) for a in arrays), strict=True))
+            self.clips[name] = Clips(arrays, frames=plan.frames, rate=Fraction(30))
         self.banks = {name: PairBank(12, DIM, classes=2) for name in ("track", "caption")}
-        table, ids = self.model.embed(list(self.texts))
+        table, ids = self.model.embed(list(self.bags().rows))
         self.loss = VideoLoss(LOSSES, banks=self.banks, texts=table, ids=ids, top_share=1 / 16, device="cpu")
 
     def bags(self, most_clips=1000) -> ClipBags:
-        options = dict(clip_frames=CLIP_FRAMES, texts=self.texts, most_clips=most_clips, seed=0)
-        return ClipBags(self.videos, self.clips, **options)
+        return ClipBags(self.videos, self.clips, clip_frames=CLIP_FRAMES, most_clips=most_clips, seed=0)
 
     def steps(self, model, indices) -> dict:
         """Losses and gradients of two steps, the second with what the first has put into the banks."""
@@ -234,9 +242,9 @@ def test_a_bank_of_two_classes_fills_each_half_and_changes_nothing_else():
     events = torch.tensor([bool(record.classes) for record in own.videos.records])
     torch.testing.assert_close(before["loss_bag"], bag_loss(own.model(batch)["anomaly"], batch["mask"], events))
     firsts = batch["hard_counts"].cumsum(0) - batch["hard_counts"]  # each span's own text stands before the altered
-    assert torch.equal(batch["hard"][firsts], batch["texts"][batch["hard_rows"]])
+    assert torch.equal(batch["hard"][firsts], batch["spans"][batch["hard_rows"], 5])
     for name, kind in (("caption", 0), ("track", 1)):
-        labels = batch["labels"][batch["kinds"] == kind]
+        labels = batch["spans"][batch["spans"][:, 3] == kind, 4]
         halves = [min(6, int((labels == label).sum())) for label in (0, 1)]
         assert [len(half) for half in own.banks[name].images] == halves and min(halves) > 1
         assert metrics[f"{name}_bank"] == sum(halves) and metrics[f"{name}_bank_events"] == halves[1]
@@ -290,10 +298,10 @@ def test_frames_depend_on_seed_epoch_and_index_alone_and_are_often_of_the_event(
 
 def test_bags_hold_classes_and_what_is_said_when():
     own = Bags()
-    bags, texts = own.bags(), list(own.texts)
+    bags, texts = own.bags(), list(own.bags().rows)
     for index, record in enumerate(own.videos.records):
         bag = bags[4, index]
-        assert torch.equal(bag.features["motion"], torch.from_numpy(own.clips[record.name].motion).float())
+        assert torch.equal(bag.features["motion"], own.clips[record.name].tensors()["motion"])
         assert bag.target.tolist() == [float(name in (record.classes or ("none",))) for name in ("none", *EVENTS)]
         assert bag.spans == own.bags()[4, index].spans != bags[5, index].spans and len(bag.spans) == samples.SPANS
         happens = truth(record, len(bag.features["global"]) * CLIP_FRAMES).reshape(-1, CLIP_FRAMES)

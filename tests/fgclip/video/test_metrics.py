@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from fgclip.video.metrics import (
     VideoScores,
     anomaly_report,
     average_precision,
+    by_frame,
     detection_map,
     frame_auc,
     frame_figures,
@@ -99,11 +101,6 @@ def test_equal_scores_share_a_threshold():
         assert frame_auc(scores, truth) == pytest.approx((above / 2 + 0.5).mean())
         precision = sum(truth[scores >= s].mean() for s in scores[truth]) / truth.sum()
         assert average_precision(scores, truth) == pytest.approx(precision)
-        counts, others = rng.integers(0, 4, 40), rng.integers(1, 4, 40)
-        frames = np.repeat(scores, counts + others)
-        each = np.concatenate([np.arange(n + m) < n for n, m in zip(counts, others, strict=True)])
-        assert frame_auc(scores, counts, others) == pytest.approx(frame_auc(frames, each))
-        assert average_precision(scores, counts, others) == pytest.approx(average_precision(frames, each))
     assert frame_auc(np.ones(5), np.arange(5) < 2) == 0.5
     for nothing in (np.zeros(3, dtype=bool), np.zeros(0, dtype=bool)):
         assert math.isnan(frame_auc(nothing * 1.0, nothing)) and math.isnan(average_precision(nothing * 1.0, nothing))
@@ -112,8 +109,12 @@ def test_equal_scores_share_a_threshold():
 def test_frames_of_clips():
     """The end of an event is left out; events may overlap, and may end behind the video."""
     one = video([0, 0, 0, 0], ((3, 6, "a"), (5, 9, "b"), (13, 99, "a")), frames=14)
-    assert [part.tolist() for part in one.counts] == [[1, 4, 1, 1], [3, 0, 3, 1]]
-    assert one.of_class(2, "b").counts[0].tolist() == [0, 3, 1, 0]
+    assert by_frame([one])[1].nonzero()[0].tolist() == [3, 4, 5, 6, 7, 8, 13]
+    assert by_frame([one.of_class(2, "b")])[1].nonzero()[0].tolist() == [5, 6, 7, 8]
+    assert (
+        by_frame([replace(one, scores=np.arange(4)), one])[0].tolist()
+        == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 2 + [0] * 14
+    )
     exact = video([0.1, 0.9, 0.2], ((4, 8, "a"),))
     assert frame_figures([exact])["auc"] == 1 and frame_figures([video(exact.scores, ((4, 9, "a"),))])["auc"] < 1
 

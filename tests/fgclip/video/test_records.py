@@ -124,7 +124,6 @@ def test_folders_of_classes(tmp_path):
 @pytest.mark.parametrize(
     ("format", "files", "texts", "words"),
     [
-        ("ucf", (), {}, "--format ucf: expected one of ucf-crime, xd-violence, folders"),
         ("ucf-crime", (), {}, "holds no Anomaly_Test.txt with Anomaly_Train.txt"),
         ("ucf-crime", (), UCF | dict(Anomaly_Train="Arson/A2.mp4"), "1 videos are in Anomaly_Train.txt and "),
         ("ucf-crime", (), UCF | dict(Anomaly_Train="Arson/A1.mp4"), "every training video is anomalous"),
