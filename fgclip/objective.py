@@ -116,6 +116,7 @@ class FGCLIPLoss:
             _cosine, _cosine_unmatched: means of the pairs, and of all others in a rank's micro-batch;
             _bank: pairs in the bank.
         Of the hard negatives hard_relative and hard_r1. norm_*: mean length of the features. truncated: texts cut.
+        damaged: samples left out, where the caller adds them.
         """
         values = [value for pair in self.sums.values() for value in pair]
         values = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
@@ -123,7 +124,8 @@ class FGCLIPLoss:
         sums = dict(zip(self.sums, values, strict=True))
         means = {name: total / count if count else math.nan for name, (total, count) in sums.items()}
         banks = {f"{name}_bank": len(self.banks[name]) for name in self.names if name in self.banks}
-        return means | banks | dict(truncated=int(sums["truncated"][0]))
+        counts = {name: int(sums[name][0]) for name in ("truncated", "damaged") if name in sums}
+        return means | banks | counts
 
 
 def pairs_of(batch: dict) -> dict:
