@@ -110,7 +110,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_loss_flags(parser)
     add_run_flags(parser)
 
-    deciding = "--data-root --annotations --shards --init-from --format --stage --bank-size --lora-rank".split()
+    deciding = "--data-root --annotations --shards --init-from --format --stage --bank-size --lora-rank --loss".split()
     given = peek_flags(arguments, *deciding)
     synthetic = draws(given)
     defaults = dict(FINE_TUNING_RECIPE)
@@ -120,6 +120,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         defaults |= SYNTHETIC_RECIPE
         if given.bank_size not in (None, "0"):
             defaults |= BANK_RECIPE
+    if given.loss == "sigmoid" and given.init_from is None:
+        defaults |= dict(logit_scale_init=math.log(10))
     if given.init_from is not None:
         defaults |= dict(image_size=None, **dict.fromkeys(SIZES))
         defaults |= dict(lr=1e-4) if given.lora_rank not in (None, "0") else {}
@@ -202,6 +204,9 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     add("--hard-weight", type=non_negative_float, default=0.5, metavar="X", help="regions and altered phrases")
     add("--cached-negatives", action="store_true", help="--accumulate batches make exactly the step of one large "
         "batch, with all its negatives, for one more forward pass (GradCache)")
+    add("--loss", choices=("softmax", "sigmoid"), default="softmax", help="of captions and regions; sigmoid: each "
+        "pair by itself, with a bias that is learned (SigLIP)")
+    add("--logit-bias-init", type=float, default=-10.0, metavar="X", help="of --loss sigmoid, for weights without one")
     add = parser.add_argument_group("memory bank: negatives from earlier steps").add_argument
     add("--bank-size", type=non_negative_int, default=0, metavar="N", help="regions, of all GPUs; 0 is FG-CLIP")
     add("--global-bank-size", type=non_negative_int, default=0, metavar="N", help="images, for each kind of caption")
@@ -297,6 +302,8 @@ def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]
         messages = ["training from random weights"]
         if not draws(args):
             messages[0] += "; --init-from takes published CLIP and FG-CLIP weights, or a checkpoint of a run"
+    if (args.loss == "sigmoid") != (model.config["logit_bias"] is not None):
+        model = model.with_logit_bias(args.logit_bias_init if args.loss == "sigmoid" else None)
     check_image_size(model, args.image_size or model.vision_model.image_size)
     if args.image_size not in (None, model.vision_model.image_size):
         model = model.with_image_size(args.image_size)  # so that its checkpoints say what it was trained on
@@ -495,6 +502,7 @@ def main(arguments: list[str] | None = None) -> None:
                 if metrics.get("damaged"):
                     count_damaged(run, batches, metrics["damaged"], args.max_damaged)
                 metrics |= {f"logit_scale_{name}": scale.item() for name, scale in bare.log_scales().items()}
+                metrics |= {name: p.item() for name, p in bare.named_parameters() if name.startswith("logit_bias")}
                 shown = {name: metrics[name] for name in PRINTED if name in metrics}
                 run.log_step(
                     result, images=sum(len(batch["sources"]) for batch in batches) * distributed.world_size(),
