@@ -34,6 +34,7 @@ from fgclip.lora import TARGETS, add_lora
 from fgclip.losses import PairBank
 from fgclip.model import MAX_LOGIT_SCALE
 from fgclip.objective import FGCLIPLoss, freeze_unreached
+from fgclip.reckoning import reckoning
 from fgclip.synthetic import PLACEMENTS, SyntheticRegions, vocabulary
 from fgclip.tasks import best_metric, validation_metrics, validation_text
 from fgclip.transformer import ACTIVATIONS
@@ -392,8 +393,8 @@ def about_losses(args: argparse.Namespace, model: FGCLIP) -> str:
     return f"{learning:,} of {whole:,} parameters learn; loss weights: {weights}"
 
 
-def check(messages: list[str], train_data, val_data, train_step, objective, loader, model) -> None:
-    """--check: what the data holds, one step, and whether a gradient reaches every part."""
+def check(messages: list[str], train_data, val_data, train_step, objective, loader, model) -> dict:
+    """--check: what the data holds, one step, and whether a gradient reaches every part. Returns the step's batch."""
     print("\n".join(messages))
     for name, data in (("training", train_data), ("validation", val_data)):
         indices = evenly(range(len(data)), CHECKED)
@@ -407,6 +408,7 @@ def check(messages: list[str], train_data, val_data, train_step, objective, load
     print("metrics: " + ", ".join(f"{name} {value:.4g}" for name, value in objective.metrics().items()))
     for name, norm in module_gradient_norms(model).items():
         print(f"gradient norm of {name}: " + ("no gradient" if norm is None else f"{norm:.4g}"))
+    return batches[0]
 
 
 def count_damaged(run: Run, batches: list[dict], count: int, most: int) -> None:
@@ -478,7 +480,14 @@ def main(arguments: list[str] | None = None) -> None:
         clip_norm=args.clip_norm,
     )  # fmt: skip
     if args.check:
-        check(messages, train_data, val_data, train_step, objective, loader, bare)
+        batch = check(messages, train_data, val_data, train_step, objective, loader, bare)
+        if not args.compile:
+            print("\n".join(reckoning(
+                bare, batch, images=len(train_data),
+                batches=args.accumulate, world_size=distributed.world_size(), amp=args.amp, optimizer=args.optimizer,
+                average=average is not None, left_out=objective.left_out if args.cached_negatives else None,
+                bank_bytes=sum(part.nbytes for part in banks.buffers()),
+            )))  # fmt: skip
         return
 
     run = Run(
