@@ -241,13 +241,12 @@ def open_data(args: argparse.Namespace, image_size: int):
         raise InputError("--image-root is missing: expected the folder that the paths in --annotations start from")
     read, annotations_below, images_below = LAYOUTS[args.format]
     if args.shards is not None:
-        annotations, image_root, dataset = " ".join(args.shards), "", ShardDataset
-        records = Shards(args.shards)
+        annotations, image_root, records = args.shards[0], Path(), Shards(args.shards)
     else:
-        annotations, dataset = Path(args.annotations or Path(args.data_root) / annotations_below), RegionDataset
+        annotations = Path(args.annotations or Path(args.data_root) / annotations_below)
         image_root = Path(args.image_root or Path(args.data_root) / images_below)
         records = read(annotations)
-    val_root = image_root
+    val_root, dataset = image_root, RegionDataset if args.shards is None else ShardDataset
     if args.val_annotations is not None:
         held_out, val_root = evenly(read(args.val_annotations), args.val_images), args.val_image_root or image_root
         sentence = f"validating on {len(held_out)} images of {args.val_annotations}"
@@ -263,8 +262,7 @@ def open_data(args: argparse.Namespace, image_size: int):
             raise InputError(f"{name} has no image with captions")
     sizes = dict(image_size=image_size, max_regions=args.max_regions, seed=args.seed)
     train, validation = dataset(records, image_root, **sizes), RegionDataset(held_out, val_root, **sizes)
-    below = f", below {image_root}" if image_root else ""
-    return train, validation, [f"training on {len(train)} images of {annotations}{below}", sentence]
+    return train, validation, [f"training on {len(train)} images of {annotations}, below {image_root}", sentence]
 
 
 def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]:
@@ -360,8 +358,6 @@ def validate_args(args: argparse.Namespace) -> None:
     )  # fmt: skip
     if args.shards is not None and (args.annotations or args.data_root or args.image_root):
         raise InputError("--shards bring annotations and pictures: leave out --annotations, --data-root, --image-root")
-    if args.shards is not None and args.val_annotations and not args.val_image_root:
-        raise InputError("--val-annotations beside --shards needs --val-image-root")
     if args.cached_negatives and args.accumulate == 1:
         raise InputError("--cached-negatives needs --accumulate of at least 2: one batch has all its negatives already")
     if args.logit_scale_init > MAX_LOGIT_SCALE:
@@ -483,10 +479,10 @@ def main(arguments: list[str] | None = None) -> None:
         batch = check(messages, train_data, val_data, train_step, objective, loader, bare)
         if not args.compile:
             print("\n".join(reckoning(
-                bare, batch, images=len(train_data),
-                batches=args.accumulate, world_size=distributed.world_size(), amp=args.amp, optimizer=args.optimizer,
-                average=average is not None, left_out=objective.left_out if args.cached_negatives else None,
+                bare, batch, images=len(train_data), batches=args.accumulate, world_size=distributed.world_size(),
+                amp=args.amp, optimizer=args.optimizer, average=average is not None,
                 bank_bytes=sum(part.nbytes for part in banks.buffers()),
+                left_out=objective.left_out if args.cached_negatives else None,
             )))  # fmt: skip
         return
 

@@ -3,27 +3,18 @@
 python -m fgclip.clip_benchmark eval --model short --pretrained runs/NAME/best.pt --dataset cifar10 --dataset_root data
 
 The flags are those of clip_benchmark. --pretrained: what `load_model` reads. --model: short, or long for the long text
-path. Images are squashed to the model's square, as FG-CLIP does; --model short-crop and long-crop cut out the centre.
+path. Images are squashed to the model's square, as FG-CLIP does.
 """
 
 import sys
 from functools import partial
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from fgclip.images import preprocess
 from fgclip.loading import load_model
 from fgclip.model import FGCLIP
 from trainkit.errors import InputError, one_sentence
-
-KIND = "fgclip"
-
-
-def transform(image: Image.Image, size: int, crop: bool) -> Tensor:
-    """A picture of any mode to pixels (3, size, size)."""
-    return preprocess(image.convert("RGB"), size, crop)
 
 
 def load(model_name: str, pretrained: str, cache_dir: str | None = None, device: torch.device | str = "cpu"):
@@ -31,14 +22,13 @@ def load(model_name: str, pretrained: str, cache_dir: str | None = None, device:
 
     Raises InputError on another name, and on "long" where the model has no long text path.
     """
-    path, _, crop = model_name.partition("-")
     model, tokenizer = load_model(pretrained)
     lengths = dict(short=model.text_model.context_length, long=model.text_model.long_context_length)
-    if path not in lengths or crop not in ("", "crop") or lengths[path] is None:
-        raise InputError(f"--model {model_name}: expected short, long, short-crop or long-crop, as the weights have it")
-    model.encode_text = partial(FGCLIP.encode_text, model, long=path == "long")
-    pixels = partial(transform, size=model.vision_model.image_size, crop=bool(crop))
-    return model.to(device), pixels, partial(tokenizer, context_length=lengths[path])
+    if lengths.get(model_name) is None:
+        raise InputError(f"--model {model_name}: expected short, or long where the weights have a long text path")
+    model.encode_text = partial(FGCLIP.encode_text, model, long=model_name == "long")
+    pixels = partial(preprocess, size=model.vision_model.image_size)
+    return model.to(device), pixels, partial(tokenizer, context_length=lengths[model_name])
 
 
 def main() -> None:
@@ -47,9 +37,9 @@ def main() -> None:
         from clip_benchmark import cli, models
     except ImportError as error:
         raise InputError(f"clip_benchmark cannot be imported ({error}): pip install clip-benchmark") from error
-    models.TYPE2FUNC[KIND] = load
-    models.MODEL_TYPES.append(KIND)
-    sys.argv[1:] = [*sys.argv[1:], *(["--model_type", KIND] if sys.argv[1:2] == ["eval"] else [])]
+    models.TYPE2FUNC["fgclip"] = load
+    models.MODEL_TYPES.append("fgclip")
+    sys.argv += ["--model_type", "fgclip"] * (sys.argv[1:2] == ["eval"])
     cli.main()
 
 

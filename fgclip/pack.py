@@ -89,8 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise InputError(f"--output {output}: expected a new or an empty folder")
     output.mkdir(parents=True, exist_ok=True)
     count, damaged = pack(args)
-    for sentence in damaged:
-        print(f"left out: {sentence}")
+    print("".join(f"left out: {sentence}\n" for sentence in damaged), end="")
     print(f"train with --shards '{output}/data-{{000000..{count - 1:06}}}.tar'")
 
 

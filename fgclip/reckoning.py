@@ -73,8 +73,7 @@ def reckoning(
 ) -> list[str]:  # fmt: skip
     """Sentences on memory and time of a process with one H100 that trains on such batches.
 
-    images: of an epoch. batches: micro-batches of a step.
-    average: whether one of the weights is kept. bank_bytes: of the memory banks.
+    images: of an epoch. batches: micro-batches of a step. average: whether one of the weights is kept.
     left_out: of --cached-negatives, the inputs that its second pass does without; None without them.
     """
     size, texts = len(batch["pixels"]), [batch[name] for name in INPUTS[1:] if name in batch]

@@ -179,7 +179,7 @@ def test_the_second_pass_replays_the_random_states_and_skips_frozen_towers():
 
 def one_step(micro_batches, names, roi_projection=False, **options):
     model = make_model(Tokenizer(vocabulary()).vocab_size)
-    model = model.with_roi_projection().double() if roi_projection else model
+    model = model.with_roi_projection().with_logit_bias(-2.0).double() if roi_projection else model
     freeze_unreached(model, names)
     objective = FGCLIPLoss(model, names=names, banks={}, device="cpu")
     batches = make_batches(micro_batches, **options)
