@@ -152,8 +152,8 @@ def test_a_run_is_resumed_bit_for_bit_and_learns_what_the_list_teaches(packed, l
     assert metrics(whole) == metrics(halves) and equal(load(whole)["model"], load(halves)["model"])
     other = run(train_fgclip, [*FLAGS, *listed], tmp_path / "listed")
     ends = [np.mean([line["loss"] for line in metrics(folder)[-9:]]) for folder in (whole, other)]
-    assert len(metrics(whole)) == 18 and ends[0] == pytest.approx(ends[1], rel=0.05)
-    assert max(ends) < 0.97 * metrics(whole)[0]["loss"]
+    assert len(metrics(whole)) == 18 and ends[0] == pytest.approx(ends[1], rel=0.15)
+    assert max(ends) < 0.6 * metrics(whole)[0]["loss"]
 
 
 def test_what_does_not_fit_is_refused(packed, listed, tmp_path, capsys):
