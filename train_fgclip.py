@@ -5,6 +5,7 @@
     python train_fgclip.py --data-root coco --format coco --init-from runs/NAME/best.pt --stage global
     python train_fgclip.py --annotations mine.json --image-root images --init-from WEIGHTS --bank-size 128
     torchrun --nproc-per-node 4 train_fgclip.py --data-root FineHARD --init-from WEIGHTS --amp bf16
+    torchrun --nproc-per-node 8 train_fgclip.py --shards 'shards/data-{000000..001199}.tar' --init-from WEIGHTS
     python train_fgclip.py --resume auto                                # go on after Ctrl-C
     python train_fgclip.py --annotations mine.json --image-root images --check
 
@@ -25,6 +26,7 @@ from fgclip.cached import CachedFGCLIPLoss
 from fgclip.data.collate import Collate
 from fgclip.data.dataset import DataStatistics, RegionDataset, data_statistics, evenly, hold_out, image_ids
 from fgclip.data.records import COCO, FineHARD
+from fgclip.data.shards import ShardDataset, Shards, lengths_of, sound
 from fgclip.embedding import Embedder
 from fgclip.freezing import freeze, train_unfrozen
 from fgclip.loading import check_image_size
@@ -32,6 +34,7 @@ from fgclip.lora import TARGETS, add_lora
 from fgclip.losses import PairBank
 from fgclip.model import MAX_LOGIT_SCALE
 from fgclip.objective import FGCLIPLoss, freeze_unreached
+from fgclip.reckoning import reckoning
 from fgclip.synthetic import PLACEMENTS, SyntheticRegions, vocabulary
 from fgclip.tasks import best_metric, validation_metrics, validation_text
 from fgclip.transformer import ACTIVATIONS
@@ -55,11 +58,11 @@ from trainkit.loader import make_loader
 from trainkit.optimizer import build_optimisation, ema
 from trainkit.run import Run
 from trainkit.run_folder import find_resume
-from trainkit.sampler import ResumableSampler
+from trainkit.sampler import ResumableSampler, ShardSampler
 from trainkit.step import TrainStep, print_step
 
 SCRIPT = "fgclip"
-MAY_CHANGE = ("annotations", "image_root", "val_annotations", "val_image_root", "validate_at")
+MAY_CHANGE = ("annotations", "image_root", "val_annotations", "val_image_root", "validate_at", "shards", "max_damaged")
 MAY_CHANGE += ("reset_logit_scales", "logit_scale_init")
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
 LOOKED_AT = 2000  # records whose boxes are looked at before a run begins
@@ -108,9 +111,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_loss_flags(parser)
     add_run_flags(parser)
 
-    deciding = "--data-root --annotations --init-from --format --stage --bank-size --lora-rank".split()
+    deciding = "--data-root --annotations --shards --init-from --format --stage --bank-size --lora-rank --loss".split()
     given = peek_flags(arguments, *deciding)
-    synthetic = given.data_root is None and given.annotations is None
+    synthetic = draws(given)
     defaults = dict(FINE_TUNING_RECIPE)
     if synthetic or given.init_from is None:
         defaults |= FROM_NOTHING_RECIPE
@@ -118,6 +121,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         defaults |= SYNTHETIC_RECIPE
         if given.bank_size not in (None, "0"):
             defaults |= BANK_RECIPE
+    if given.loss == "sigmoid" and given.init_from is None:
+        defaults |= dict(logit_scale_init=math.log(10))
     if given.init_from is not None:
         defaults |= dict(image_size=None, **dict.fromkeys(SIZES))
         defaults |= dict(lr=1e-4) if given.lora_rank not in (None, "0") else {}
@@ -128,6 +133,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parse_with_resume(parser, arguments, SCRIPT, defaults)
 
 
+def draws(args: argparse.Namespace) -> bool:
+    """Whether the scenes are drawn: no data are named."""
+    return args.data_root is None and args.annotations is None and args.shards is None
+
+
 # fmt: off
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("which images, captions and regions").add_argument
@@ -135,6 +145,11 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--image-root", metavar="PATH", help="folder that the paths in the annotations start from")
     add("--format", choices=tuple(LAYOUTS), default="finehard", help="of the annotations; coco: captions_*.json, with "
         "the boxes of the instances_*.json beside it")
+    add("--shards", nargs="+", metavar="PATTERN", help="shards of fgclip.pack, such as data-{000000..000999}.tar")
+    add("--shuffle-buffer", type=positive_int, default=10_000, metavar="N", help="samples of a shard are moved by "
+        "less than N places")
+    add("--max-damaged", type=non_negative_int, default=100, metavar="N", help="damaged samples of shards, of all "
+        "processes, that are left out before the run ends")
     add("--val-annotations", metavar="PATH", help="validate on these; without them on a share of the training records")
     add("--val-image-root", metavar="PATH", help="folder of their images; without it --image-root")
     add("--val-share", type=fraction, default=0.02, metavar="X", help="share of the records that is held out")
@@ -190,6 +205,9 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     add("--hard-weight", type=non_negative_float, default=0.5, metavar="X", help="regions and altered phrases")
     add("--cached-negatives", action="store_true", help="--accumulate batches make exactly the step of one large "
         "batch, with all its negatives, for one more forward pass (GradCache)")
+    add("--loss", choices=("softmax", "sigmoid"), default="softmax", help="of captions and regions; sigmoid: each "
+        "pair by itself, with a bias that is learned (SigLIP)")
+    add("--logit-bias-init", type=float, default=-10.0, metavar="X", help="of --loss sigmoid, for weights without one")
     add = parser.add_argument_group("memory bank: negatives from earlier steps").add_argument
     add("--bank-size", type=non_negative_int, default=0, metavar="N", help="regions, of all GPUs; 0 is FG-CLIP")
     add("--global-bank-size", type=non_negative_int, default=0, metavar="N", help="images, for each kind of caption")
@@ -211,7 +229,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def open_data(args: argparse.Namespace, image_size: int):
     """Training and validation data, and a sentence about each."""
     drawn = dict(image_size=image_size, placement=args.placement)
-    if args.data_root is None and args.annotations is None:
+    if draws(args):
         train = SyntheticRegions(args.synthetic_train, seed=args.seed, max_regions=args.max_regions, **drawn)
         validation = SyntheticRegions(args.synthetic_val, seed=VALIDATION_SEED + args.seed, **drawn)
         return train, validation, [
@@ -219,12 +237,16 @@ def open_data(args: argparse.Namespace, image_size: int):
             f"{args.max_regions} regions each (neither --data-root nor --annotations was given)",
             f"validating on {len(validation)} scenes drawn from seed {validation.seed}",
         ]  # fmt: skip
-    if args.data_root is None and args.image_root is None:
+    if args.data_root is None and args.image_root is None and args.shards is None:
         raise InputError("--image-root is missing: expected the folder that the paths in --annotations start from")
     read, annotations_below, images_below = LAYOUTS[args.format]
-    annotations = Path(args.annotations or Path(args.data_root) / annotations_below)
-    image_root = Path(args.image_root or Path(args.data_root) / images_below)
-    records, val_root = read(annotations), image_root
+    if args.shards is not None:
+        annotations, image_root, records = args.shards[0], Path(), Shards(args.shards)
+    else:
+        annotations = Path(args.annotations or Path(args.data_root) / annotations_below)
+        image_root = Path(args.image_root or Path(args.data_root) / images_below)
+        records = read(annotations)
+    val_root, dataset = image_root, RegionDataset if args.shards is None else ShardDataset
     if args.val_annotations is not None:
         held_out, val_root = evenly(read(args.val_annotations), args.val_images), args.val_image_root or image_root
         sentence = f"validating on {len(held_out)} images of {args.val_annotations}"
@@ -233,12 +255,13 @@ def open_data(args: argparse.Namespace, image_size: int):
     else:
         whole = len(records)
         records, held_out = hold_out(records, args.val_share, args.val_images)
+        held_out = held_out if args.shards is None else sound(held_out)
         sentence = f"held out for validation: {len(held_out)} of the {whole} images (--val-annotations names others)"
     for name, images in ((annotations, records), (args.val_annotations, held_out)):
         if not len(images):
             raise InputError(f"{name} has no image with captions")
     sizes = dict(image_size=image_size, max_regions=args.max_regions, seed=args.seed)
-    train, validation = RegionDataset(records, image_root, **sizes), RegionDataset(held_out, val_root, **sizes)
+    train, validation = dataset(records, image_root, **sizes), RegionDataset(held_out, val_root, **sizes)
     return train, validation, [f"training on {len(train)} images of {annotations}, below {image_root}", sentence]
 
 
@@ -262,8 +285,7 @@ def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]
         if args.roi_projection and not model.config["roi_projection"]:
             model = model.with_roi_projection()
     else:
-        drawn = args.vocab is None and args.data_root is None and args.annotations is None
-        tokenizer = Tokenizer(vocabulary() if drawn else args.vocab)
+        tokenizer = Tokenizer(vocabulary() if args.vocab is None and draws(args) else args.vocab)
         vision = dict(image_size=args.image_size, patch_size=args.patch_size)
         text = dict(vocab_size=tokenizer.vocab_size, context_length=args.context_length)
         for name, tower in (("vision", vision), ("text", text)):
@@ -277,8 +299,10 @@ def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]
         except (ValueError, RuntimeError) as error:  # RuntimeError: there is not so much memory
             raise InputError(f"the model's flags do not fit together: {error}") from error
         messages = ["training from random weights"]
-        if args.data_root or args.annotations:
+        if not draws(args):
             messages[0] += "; --init-from takes published CLIP and FG-CLIP weights, or a checkpoint of a run"
+    if (args.loss == "sigmoid") != (model.config["logit_bias"] is not None):
+        model = model.with_logit_bias(args.logit_bias_init if args.loss == "sigmoid" else None)
     check_image_size(model, args.image_size or model.vision_model.image_size)
     if args.image_size not in (None, model.vision_model.image_size):
         model = model.with_image_size(args.image_size)  # so that its checkpoints say what it was trained on
@@ -328,10 +352,12 @@ def validate_args(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} {size} does not divide among the {args.bank_classes} of --bank-classes")
     check_needed(
         args, image_root=("annotations", "data_root"),
-        val_annotations=("annotations", "data_root"), val_image_root=("val_annotations",),
+        val_annotations=("annotations", "data_root", "shards"), val_image_root=("val_annotations",),
         trust_torchscript=("init_from", "resume"), heads=("init_from", "resume"),
         reset_logit_scales=("init_from", "resume"),
     )  # fmt: skip
+    if args.shards is not None and (args.annotations or args.data_root or args.image_root):
+        raise InputError("--shards bring annotations and pictures: leave out --annotations, --data-root, --image-root")
     if args.cached_negatives and args.accumulate == 1:
         raise InputError("--cached-negatives needs --accumulate of at least 2: one batch has all its negatives already")
     if args.logit_scale_init > MAX_LOGIT_SCALE:
@@ -363,8 +389,8 @@ def about_losses(args: argparse.Namespace, model: FGCLIP) -> str:
     return f"{learning:,} of {whole:,} parameters learn; loss weights: {weights}"
 
 
-def check(messages: list[str], train_data, val_data, train_step, objective, loader, model) -> None:
-    """--check: what the data holds, one step, and whether a gradient reaches every part."""
+def check(messages: list[str], train_data, val_data, train_step, objective, loader, model) -> dict:
+    """--check: what the data holds, one step, and whether a gradient reaches every part. Returns the step's batch."""
     print("\n".join(messages))
     for name, data in (("training", train_data), ("validation", val_data)):
         indices = evenly(range(len(data)), CHECKED)
@@ -375,6 +401,17 @@ def check(messages: list[str], train_data, val_data, train_step, objective, load
     objective.begin(batches)
     print_step(train_step, batches, model)
     print("metrics: " + ", ".join(f"{name} {value:.4g}" for name, value in objective.metrics().items()))
+    return batches[0]
+
+
+def count_damaged(run: Run, batches: list[dict], count: int, most: int) -> None:
+    """Names the damaged samples of a step, `count` on all ranks. Raises InputError beyond so many in the whole run."""
+    run.values["damaged"] += count
+    lost = [sentence for batch in batches for sentence in batch["damaged"]]
+    lost = [sentence for sentences in distributed.gather_objects(lost) for sentence in sentences]
+    run.say(*(f"left out: {sentence}" for sentence in lost))
+    if run.values["damaged"] > most:
+        raise InputError(f"--max-damaged {most}: {run.values['damaged']:.0f} samples are damaged, the last: {lost[-1]}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -410,7 +447,11 @@ def main(arguments: list[str] | None = None) -> None:
     lengths |= dict(long_context_length=bare.text_model.long_context_length if args.long_weight else None)
     regions = bool(args.region_weight or args.hard_weight)
     collate = Collate(tokenizer, regions=regions, hard=bool(args.hard_weight), **lengths)
-    sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
+    if args.shards is None:
+        sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
+    else:
+        lengths = lengths_of(train_data.records)
+        sampler = ShardSampler(lengths, args.batch_size, buffer=args.shuffle_buffer, seed=args.seed)
     loader = make_loader(train_data, sampler, collate, workers=args.workers, device=device)
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     total_steps = args.epochs * steps_per_epoch
@@ -432,12 +473,20 @@ def main(arguments: list[str] | None = None) -> None:
         clip_norm=args.clip_norm,
     )  # fmt: skip
     if args.check:
-        check(messages, train_data, val_data, train_step, objective, loader, bare)
+        batch = check(messages, train_data, val_data, train_step, objective, loader, bare)
+        if not args.compile:
+            print("\n".join(reckoning(
+                bare, batch, images=len(train_data), batches=args.accumulate, world_size=distributed.world_size(),
+                amp=args.amp, optimizer=args.optimizer, average=average is not None,
+                bank_bytes=sum(part.nbytes for part in banks.buffers()),
+                left_out=objective.left_out if args.cached_negatives else None,
+            )))  # fmt: skip
         return
 
     run = Run(
         args, SCRIPT, train_step, sampler, total_steps=total_steps, parts={"banks": banks},
         constants={"model_kwargs": bare.config, "merges": tokenizer.merges}, may_change=MAY_CHANGE,
+        values=None if args.shards is None else {"damaged": 0},
     )  # fmt: skip
     if args.resume or args.init_from:
         messages += logit_scales(args, models, optimizer)
@@ -446,11 +495,16 @@ def main(arguments: list[str] | None = None) -> None:
         for epoch in run.epochs():
             for batches in run.batches(loader):
                 objective.begin(batches, use_banks=train_step.steps >= args.bank_warmup_steps)
+                if args.shards is not None:
+                    objective.add("damaged", sum(len(batch["damaged"]) for batch in batches), 0)
                 result = train_step(batches)
                 for each in models:
                     each.clamp_logit_scales()
                 metrics = objective.metrics()
+                if metrics.get("damaged"):
+                    count_damaged(run, batches, metrics["damaged"], args.max_damaged)
                 metrics |= {f"logit_scale_{name}": scale.item() for name, scale in bare.log_scales().items()}
+                metrics |= {name: p.item() for name, p in bare.named_parameters() if name.startswith("logit_bias")}
                 shown = {name: metrics[name] for name in PRINTED if name in metrics}
                 run.log_step(
                     result, images=sum(len(batch["sources"]) for batch in batches) * distributed.world_size(),

@@ -6,15 +6,17 @@ python -m fgclip.evaluate --checkpoint WEIGHTS --task long-retrieval --format dc
 python -m fgclip.evaluate --checkpoint WEIGHTS --task fg-ovd --annotations FGOVD --image-root coco
 python -m fgclip.evaluate --checkpoint WEIGHTS --task boxes --annotations instances_val2017.json --image-root val2017
 python -m fgclip.evaluate --checkpoint WEIGHTS --task folder --image-root imagenet/val --class-names names.txt
+python -m fgclip.evaluate --checkpoint WEIGHTS --suite sets.txt --cache features
 
 WEIGHTS is a run's checkpoint, or a file or folder of CLIP's or FG-CLIP's published weights; --vocab names CLIP's merges
 where they lie neither beside the weights nor in an installed CLIP package.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from fgclip.data import benchmarks
 from fgclip.data.dataset import RegionDataset, evenly
 from fgclip.data.records import COCO, FGOVD, FineHARD, Record, annotation_files
 from fgclip.embedding import Embedder
+from fgclip.embedding_cache import CachedEmbedder
 from fgclip.loading import check_image_size, load_model
 from fgclip.model import FGCLIP
 from fgclip.prompts import TEMPLATES, read_templates
@@ -34,7 +37,7 @@ from trainkit import distributed
 from trainkit.arguments import make_parser, non_negative_int, positive_int
 from trainkit.device import AUTOCAST
 from trainkit.errors import InputError, one_sentence
-from trainkit.files import write_json
+from trainkit.files import read_lines, write_json
 from trainkit.tables import aligned
 
 FORMATS = {
@@ -43,6 +46,8 @@ FORMATS = {
     "finehard": lambda args: FineHARD(args.annotations[0]),
     "sharegpt4v": lambda args: benchmarks.ShareGPT4V(args.annotations[0]),
     "dci": lambda args: benchmarks.DCI(args.annotations[0]),
+    "docci": lambda args: benchmarks.DOCCI(args.annotations[0], args.split),
+    "urban1k": lambda args: benchmarks.CaptionFiles(args.annotations[0], args.image_root),
 }
 NEEDED = object()
 RETRIEVAL = dict(annotations=NEEDED, image_root=NEEDED, split="test", captions=5, limit=None, crop=False)
@@ -80,10 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the tasks, see TASKS, and of the run."""
     add = parser.add_argument_group("data").add_argument
     add("--task", choices=tuple(TASKS), help="what to evaluate; without it and without data: synthetic")
+    add("--suite", metavar="FILE", help="several data sets in one table: a name and the flags of a task on each line")
     add("--annotations", nargs="+", metavar="PATH", help="annotation file or folder; of fg-ovd one or several")
     add("--image-root", metavar="DIR", help="the folder that image names start from; folder: that of the class folders")
     add("--format", choices=FORMATS, help="retrieval: layout of the annotations (retrieval: coco)")
-    add("--split", metavar="NAME", help="flickr30k: which split (test)")
+    add("--split", metavar="NAME", help="flickr30k, docci: which split (test)")
     add("--captions", type=positive_int, metavar="N", help="retrieval: most short captions per image (5)")
     add("--templates", metavar="FILE", help="boxes, folder: sentences with {} for the class name, one per line")
     add("--class-names", metavar="FILE", help="folder: one name per line for the folders, 2 before 10; else their own")
@@ -99,6 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=non_negative_int, default=2, metavar="N", help="loading processes of each process")
     add("--amp", choices=tuple(AUTOCAST), default="none", help="number format of the forward pass")
     add("--output", metavar="FILE", help="also write all metrics to this json file")
+    add("--cache", metavar="DIR", help="keep the features of images there, for other tasks with the same weights")
 # fmt: on
 
 
@@ -187,6 +194,26 @@ def evaluate(args: argparse.Namespace, embedder: Embedder) -> tuple[dict[str, di
     return {"images": row}, [sentence]
 
 
+def tasks_of(parser: argparse.ArgumentParser, arguments: list[str]) -> dict[str, argparse.Namespace]:
+    """The flags of every data set of --suite by its name, settled; without it those of the command by "".
+
+    Raises InputError on a line without flags and on a name that occurs twice.
+    """
+    args = parser.parse_args(arguments)
+    if args.suite is None:
+        settle(args)
+        return {"": args}
+    tasks = {}
+    for line in read_lines(args.suite, "lines of a name and flags"):
+        name, *flags = shlex.split(line, comments=True) or [""]
+        if flags and name not in tasks:
+            tasks[name] = parser.parse_args([*arguments, *flags])
+            settle(tasks[name])
+        elif name:
+            raise InputError(f"{args.suite}: {name}: expected a name of its own and flags such as --task retrieval")
+    return tasks
+
+
 def table(metrics: dict[str, dict[str, float]]) -> str:
     """Rows of metrics as aligned text, shares in percent; rows with the same columns share a heading."""
 
@@ -194,9 +221,10 @@ def table(metrics: dict[str, dict[str, float]]) -> str:
         text = f"{value:.3f}" if name in NOT_PERCENT else f"{100 * value:.1f}"
         return str(value) if isinstance(value, int) else text
 
-    blocks = []
-    for names, rows in groupby(metrics, key=lambda row: list(metrics[row])):
-        rows = list(rows)
+    blocks, groups = [], {}
+    for row in metrics:
+        groups.setdefault(tuple(metrics[row]), []).append(row)
+    for names, rows in groups.items():
         for part in (names[i : i + COLUMNS] for i in range(0, len(names), COLUMNS)):
             cells = [["", *part], *([row, *(cell(name, metrics[row][name]) for name in part)] for row in rows)]
             blocks.append(aligned([[text.replace("_", " ") for text in line] for line in cells]))
@@ -208,20 +236,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_model_flags(parser)
     add_arguments(parser)
-    args = parser.parse_args(arguments)
-    settle(args)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    tasks, args = tasks_of(parser, arguments), parser.parse_args(arguments)
     device = distributed.start(args.device)
     model, tokenizer = open_model(args)
-    embedder = Embedder(model, tokenizer, device=device, batch_size=args.batch_size, workers=args.workers, amp=args.amp)
-    metrics, sentences = evaluate(args, embedder)
+    kind = partial(CachedEmbedder, folder=args.cache) if args.cache else Embedder
+    embedder = kind(model, tokenizer, device=device, batch_size=args.batch_size, workers=args.workers, amp=args.amp)
+    metrics, sentences = {}, []
+    for name, task in tasks.items():
+        task.image_size, prefix = args.image_size, f"{name}: " if name else ""
+        rows, about = evaluate(task, embedder)
+        metrics |= {prefix + row: values for row, values in rows.items()}
+        sentences += [prefix + sentence for sentence in about]
     if embedder.truncated:
         sentences.append(f"{embedder.truncated} distinct texts were longer than the model reads, and were cut")
     if distributed.is_main():
         print("\n".join([f"{args.checkpoint}, {args.image_size} pixels; {tokenizer.description}", *sentences]))
         print(table(metrics))
         if args.output:
-            record = dict(checkpoint=args.checkpoint, task=args.task, data=sentences, truncated=embedder.truncated)
-            write_json(args.output, dict(**record, metrics=metrics), indent=2)
+            names = {name: task.task for name, task in tasks.items()}
+            record = dict(checkpoint=args.checkpoint, task=names.get("", names), data=sentences)
+            write_json(args.output, dict(**record, truncated=embedder.truncated, metrics=metrics), indent=2)
     distributed.stop()
 
 

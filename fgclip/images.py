@@ -16,6 +16,7 @@ def preprocess(image: Image.Image, size: int, crop: bool = False) -> Tensor:
     The image is squashed to a square as in FG-CLIP, so that boxes stay valid. With `crop` its short side is scaled to
     size and the centre kept, as in CLIP.
     """
+    image = image.convert("RGB")
     if crop:
         longest = MAX_RATIO * min(image.size)
         image = F.center_crop(image, [min(image.height, longest), min(image.width, longest)])

@@ -39,7 +39,7 @@ def add_lora(model: FGCLIP, targets: Collection[str], *, rank: int, alpha: float
     places = [(part, name, layer) for block in blocks for part in block.children()
               for name, layer in part.named_children() if name in targets and layer.weight.requires_grad]  # fmt: skip
     for name, parameter in model.named_parameters():
-        if not name.startswith(("logit_scale", "roi_projection")):
+        if not name.startswith(("logit_scale", "logit_bias", "roi_projection")):
             parameter.requires_grad_(False)
     for part, name, layer in places:
         setattr(part, name, LowRankLinear(layer, rank, alpha, dropout))

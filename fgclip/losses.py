@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import MemoryBank, contrastive_loss
+from kernels import MemoryBank, contrastive_loss, sigmoid_loss
 from trainkit.distributed import gather, gather_and_place, global_mean
 
 
@@ -65,7 +65,7 @@ def caption_ids(tokens: Tensor, eos_id: int) -> Tensor:
 
 def symmetric_loss(
     image: Tensor, text: Tensor, logit_scale: Tensor, *, ids: Tensor | None = None, bank: PairBank | None = None,
-    reduction: str = "mean", with_stats: bool = False,
+    bias: Tensor | None = None, reduction: str = "mean", with_stats: bool = False,
 ):  # fmt: skip
     """Half the cross-entropy of every image (or region) among all texts, half that of every text among all images.
 
@@ -73,19 +73,20 @@ def symmetric_loss(
     logit_scale: 0-d, the multiplier.
     ids: (N,) int64; pairs with the same id (see `caption_ids`) are no negatives of each other; -1 is nobody's id.
     bank: further negatives for both directions, without gradient (He et al., MoCo, equation 1).
+    bias: 0-d; with it `sigmoid_loss` takes the place of the cross-entropy, but not in the statistics.
     reduction: "mean" over the pairs of all ranks, or "sum" over this rank's. A lone pair without bank has loss 0.
     with_stats: return (loss, `_statistics` of this rank's rows of both directions).
     """
-    options = dict(query_ids=ids, key_ids=None if ids is None else gather(ids), reduction="sum", with_stats=with_stats)
+    options = dict(query_ids=ids, key_ids=None if ids is None else gather(ids), reduction="sum")
     total, rows = 0.0, []
     for query, key, side in ((image, text, "texts"), (text, image, "images")):
         keys, first = gather_and_place(key)
         target = first + torch.arange(len(query), device=query.device)
-        negatives = {} if bank is None else bank.negatives(side)
-        loss = contrastive_loss(query, keys, logit_scale, target=target, **options, **negatives)
-        if with_stats:
-            loss, stats = loss
-            rows.append(stats)
+        negatives = options | dict(target=target) | ({} if bank is None else bank.negatives(side))
+        with torch.set_grad_enabled(bias is None and torch.is_grad_enabled()):
+            loss, stats = contrastive_loss(query, keys, logit_scale, **negatives, with_stats=True)
+        rows.append(stats)
+        loss = loss if bias is None else sigmoid_loss(query, keys, logit_scale, bias, **negatives)
         total = total + loss / 2
     loss = global_mean(total, len(image)) if reduction == "mean" else total
     return (loss, _statistics(*map(torch.cat, zip(*rows, strict=True)))) if with_stats else loss

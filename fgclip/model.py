@@ -32,6 +32,7 @@ class FGCLIP(nn.Module):
     embed_dim: width D of every feature.
     logit_scale: initial logarithm of the three scales.
     roi_projection: give regions a projection of their own, a copy of the image's at first.
+    logit_bias: initial value of the two biases of the sigmoid loss, of images and of regions; None: without them.
 
     FGCLIP(**config) builds the same model again. The state dict has Hugging Face's names. Pixels are (B, 3, H, W),
     normalised with PIXEL_MEAN and PIXEL_STD.
@@ -40,11 +41,12 @@ class FGCLIP(nn.Module):
     def __init__(
         self, *, vision: dict | None = None, text: dict | None = None, embed_dim: int = 512,
         logit_scale: float = MAX_LOGIT_SCALE, roi_projection: bool = False,
+        logit_bias: float | None = None,
     ):  # fmt: skip
         super().__init__()
         vision, text = dict(vision or {}), dict(text or {})
         self.config = dict(vision=vision, text=text, embed_dim=embed_dim, roi_projection=roi_projection)
-        self.config["logit_scale"] = logit_scale
+        self.config |= dict(logit_scale=logit_scale, logit_bias=logit_bias)
         self.vision_model = VisionTower(**vision)
         self.text_model = TextTower(**text)
         self.visual_projection = nn.Linear(self.vision_model.width, embed_dim, bias=False)
@@ -60,10 +62,18 @@ class FGCLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale)))
         self.logit_scale_finegraind = nn.Parameter(torch.tensor(float(logit_scale)))  # the published spelling
         self.logit_scale_hardneg = nn.Parameter(torch.tensor(float(logit_scale)))
+        if logit_bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(float(logit_bias)))
+            self.logit_bias_region = nn.Parameter(torch.tensor(float(logit_bias)))
 
     def with_roi_projection(self) -> "FGCLIP":
         """The same model with a projection for the regions, at first a copy of the image's."""
         return self._rebuilt(dict(roi_projection=True), {"roi_projection.weight": self.visual_projection.weight})
+
+    def with_logit_bias(self, value: float | None) -> "FGCLIP":
+        """The same model with new biases for the sigmoid loss, or without any."""
+        state = {} if value is None else dict.fromkeys(("logit_bias", "logit_bias_region"), torch.tensor(float(value)))
+        return self._rebuilt(dict(logit_bias=value), state)
 
     def with_image_size(self, image_size: int) -> "FGCLIP":
         """The same model with its position table interpolated for square images of that side."""
@@ -73,7 +83,8 @@ class FGCLIP(nn.Module):
 
     def _rebuilt(self, config: dict, state: dict[str, Tensor]) -> "FGCLIP":
         model = FGCLIP(**self.config | config)
-        model.load_state_dict(self.state_dict() | state)
+        state = self.state_dict() | state
+        model.load_state_dict({name: state[name] for name in model.state_dict()})
         return model.to(self.logit_scale.device)
 
     def set_checkpointing(self, enabled: bool) -> None:
@@ -144,7 +155,7 @@ class FGCLIP(nn.Module):
             long_texts (V, L) tokens, long (B,) into its rows;
             boxes, with pixels, a list of B tensors (n_i, 4), R together.
         Returns image, short, long (B, D), regions, region_texts (R, D) and hard_texts (H, D), where the batch has what
-        they are made of, and the multipliers scale_global, scale_region and scale_hard.
+        they are made of, the multipliers scale_global, scale_region and scale_hard, and biases where there are any.
         """
         features = {}
         if "pixels" in batch:
@@ -159,4 +170,6 @@ class FGCLIP(nn.Module):
                     features[name] = F.embedding(batch[index], short)  # unlike indexing, repeats add up in one order
         if "long_texts" in batch:
             features["long"] = F.embedding(batch["long"], self.encode_text(batch["long_texts"], long=True))
+        if self.config["logit_bias"] is not None:
+            features |= dict(bias_global=self.logit_bias, bias_region=self.logit_bias_region)
         return features | {f"scale_{name}": scale for name, scale in self.logit_scales().items()}

@@ -72,19 +72,20 @@ class FGCLIPLoss:
     def contrast(self, name: str, image: Tensor, features: dict, pairs: dict, count: Tensor) -> Tensor:
         """The summed loss of one kind of pairs, `count` of them on all ranks, among each other and the bank."""
         if name == "region":
-            image, text, scale = l2_normalize(features["regions"]), features["region_texts"], features["scale_region"]
-            labels = pairs["region_labels"]
+            image, text, labels = l2_normalize(features["regions"]), features["region_texts"], pairs["region_labels"]
         else:
-            text, scale = features[name], features["scale_global"]
-            labels = pairs["labels"]
+            text, labels = features[name], pairs["labels"]
+        kind = "region" if name == "region" else "global"
+        scale, bias = features[f"scale_{kind}"], features.get(f"bias_{kind}")
         text, ids, bank = l2_normalize(text), pairs[name], self.banks.get(name)
         used = bank if self.use_banks else None
-        loss, stats = symmetric_loss(image, text, scale, ids=ids, bank=used, reduction="sum", with_stats=True)
+        options = dict(ids=ids, reduction="sum", with_stats=True)
+        loss, stats = symmetric_loss(image, text, scale, bank=used, bias=bias, **options)
         in_batch = stats
         if used is not None:
             count = count + len(bank)
             with torch.no_grad():
-                in_batch = symmetric_loss(image, text, scale, ids=ids, reduction="sum", with_stats=True)[1]
+                in_batch = symmetric_loss(image, text, scale, **options)[1]
         if bank is not None:
             bank.enqueue(image, text, ids, labels)
         with torch.no_grad():
@@ -115,7 +116,9 @@ class FGCLIPLoss:
             _in_batch, _in_batch_relative, _in_batch_r1: loss, relative loss and R@1 without the bank;
             _cosine, _cosine_unmatched: means of the pairs, and of all others in a rank's micro-batch;
             _bank: pairs in the bank.
+        These are of the softmax where the loss is the sigmoid one, too.
         Of the hard negatives hard_relative and hard_r1. norm_*: mean length of the features. truncated: texts cut.
+        damaged: samples left out, where the caller adds them.
         """
         values = [value for pair in self.sums.values() for value in pair]
         values = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
@@ -123,7 +126,8 @@ class FGCLIPLoss:
         sums = dict(zip(self.sums, values, strict=True))
         means = {name: total / count if count else math.nan for name, (total, count) in sums.items()}
         banks = {f"{name}_bank": len(self.banks[name]) for name in self.names if name in self.banks}
-        return means | banks | dict(truncated=int(sums["truncated"][0]))
+        counts = {name: int(sums[name][0]) for name in ("truncated", "damaged") if name in sums}
+        return means | banks | counts
 
 
 def pairs_of(batch: dict) -> dict:
@@ -149,7 +153,8 @@ def freeze_unreached(model: FGCLIP, names: Collection[str]) -> None:
         (captions, "logit_scale", f"{attention}.q_proj", f"{attention}.k_proj"),
         ("long" in names, "text_filip_projection", f"{table}_res", f"{table}_ori"),
         (regions or "short" in names, "text_projection", table),
-        ("region" in names, "logit_scale_finegraind"),
+        (captions, "logit_bias"),
+        ("region" in names, "logit_scale_finegraind", "logit_bias_region"),
         ("hard" in names, "logit_scale_hardneg"),
         (regions, "roi_projection"),
         (captions or not model.config["roi_projection"], "visual_projection"),

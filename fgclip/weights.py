@@ -140,7 +140,8 @@ def infer_arguments(
     text["eos_id"] = None if end == 2 else end  # 2: files of before the id was corrected
     if guessed:
         report.notes.append(f"guessed: {', '.join(guessed)}")
-    return dict(vision=vision, text=text, embed_dim=embed_dim, roi_projection="roi_projection.weight" in state)
+    parts = dict(logit_bias=0.0 if "logit_bias" in state else None, roi_projection="roi_projection.weight" in state)
+    return dict(vision=vision, text=text, embed_dim=embed_dim, **parts)
 
 
 def make_missing(state: dict[str, Tensor]) -> dict[str, str]:

@@ -60,19 +60,10 @@ def contrastive_loss(
     Raises ValueError on shapes, dtypes or devices that do not fit, and, on the CPU, on a target outside [0, M); on a
     GPU such a row's loss is NaN, since looking would stall it.
     """
-    _check(query, key, target, bank, query_ids, key_ids, bank_ids, reduction)
+    others = dict(target=target, bank=bank, bank_valid=bank_valid)
+    others |= dict(query_ids=query_ids, key_ids=key_ids, bank_ids=bank_ids)
+    inputs = loss_inputs(query, key, logit_scale, reduction=reduction, **others)
     backend = resolve_backend(implementation, [query, key])
-    if target is None:
-        target = torch.arange(query.shape[0], device=query.device)
-    if not isinstance(logit_scale, torch.Tensor):
-        logit_scale = torch.full((), logit_scale, device=query.device)
-    if bank_valid is not None and not isinstance(bank_valid, torch.Tensor):  # a number only cuts the view
-        if bank_valid < 0:
-            raise ValueError(f"bank_valid must not be negative, got {bank_valid}")
-        bank, bank_ids = (None if part is None else part[:bank_valid] for part in (bank, bank_ids))
-        bank_valid = None
-    bank = None if bank is None else bank.detach()
-    inputs = LossInputs(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
     weight = None
     wanted = torch.is_grad_enabled() and any(part.requires_grad for part in inputs[:3])
     if wanted and not recompute and reduction != "none":
@@ -135,6 +126,25 @@ def _gradients(ctx, grad, *_):
 
 
 torch.library.register_autograd(_contrast, _gradients, setup_context=_save)
+
+
+def loss_inputs(
+    query, key, logit_scale, *, reduction, target=None, bank=None, bank_valid=None, query_ids=None, key_ids=None,
+    bank_ids=None,
+):  # fmt: skip
+    """The arguments of `contrastive_loss`, checked, with what stands for those that are not given."""
+    _check(query, key, target, bank, query_ids, key_ids, bank_ids, reduction)
+    if target is None:
+        target = torch.arange(query.shape[0], device=query.device)
+    if not isinstance(logit_scale, torch.Tensor):
+        logit_scale = torch.full((), logit_scale, device=query.device)
+    if bank_valid is not None and not isinstance(bank_valid, torch.Tensor):  # a number only cuts the view
+        if bank_valid < 0:
+            raise ValueError(f"bank_valid must not be negative, got {bank_valid}")
+        bank, bank_ids = (None if part is None else part[:bank_valid] for part in (bank, bank_ids))
+        bank_valid = None
+    bank = None if bank is None else bank.detach()
+    return LossInputs(query, key, logit_scale, target, bank, bank_valid, query_ids, key_ids, bank_ids)
 
 
 def _check(query, key, target, bank, query_ids, key_ids, bank_ids, reduction):

@@ -116,15 +116,11 @@ def same_id(query_ids, ids):
     return (query_ids[:, None] == ids) & (query_ids[:, None] != -1)
 
 
-def contrastive_loss(
-    query, key, logit_scale, *, target=None, bank=None, bank_valid=None, query_ids=None, key_ids=None, bank_ids=None,
-    reduction="mean", with_stats=False,
-):  # fmt: skip
-    """Twin of `kernels.contrastive_loss`; the argument meanings are given there. Statistics: a tuple in their order.
-
-    Cross-entropy (van den Oord et al., CPC, eq. 4), the positive split off: softplus(lse_negatives - positive) keeps
-    its gradient where the loss is below the rounding of the logits.
-    """
+def all_logits(
+    query, key, logit_scale, *, target=None, bank=None, bank_valid=None, query_ids=None, key_ids=None, bank_ids=None
+):
+    """Of the rows of query and the columns [key; bank]: the logits (N, M + K), which of them are negatives, and the
+    logits of the targets (N,)."""
     dtype, rows, keys = logit_dtype(query, key), len(query), len(key)
     target = torch.arange(rows, device=query.device) if target is None else target
     columns = key if bank is None else torch.cat([key.to(dtype), bank.detach().to(dtype)])
@@ -136,7 +132,16 @@ def contrastive_loss(
     for ids, part in ((key_ids, slice(keys)), (bank_ids, slice(keys, None))):
         if query_ids is not None and ids is not None:
             negative[:, part] &= ~same_id(query_ids, ids)  # and what carries the query's id
-    positive = logits.gather(1, target[:, None]).squeeze(1)
+    return logits, negative, logits.gather(1, target[:, None]).squeeze(1)
+
+
+def contrastive_loss(query, key, logit_scale, *, reduction="mean", with_stats=False, **others):
+    """Twin of `kernels.contrastive_loss`; the argument meanings are given there. Statistics: a tuple in their order.
+
+    Cross-entropy (van den Oord et al., CPC, eq. 4), the positive split off: softplus(lse_negatives - positive) keeps
+    its gradient where the loss is below the rounding of the logits.
+    """
+    logits, negative, positive = all_logits(query, key, logit_scale, **others)
     lse = torch.logsumexp(torch.where(negative, logits, NO_NEGATIVE), 1)
     loss = reduce_rows(F.softplus(lse - positive, threshold=50), reduction)
     if not with_stats:
@@ -144,6 +149,13 @@ def contrastive_loss(
     largest = torch.where(negative, logits, -math.inf).amax(1)
     total = torch.logaddexp(torch.where(negative.any(1), lse, -math.inf), positive)
     return loss, (total.detach(), positive.detach(), largest.detach(), negative.sum(1) + 1)
+
+
+def sigmoid_loss(query, key, logit_scale, logit_bias, *, reduction="mean", **others):
+    """Twin of `kernels.sigmoid_loss`."""
+    logits, negative, positive = all_logits(query, key, logit_scale, **others)
+    of_negatives = torch.where(negative, F.softplus(logits + logit_bias, threshold=50), 0.0).sum(1)
+    return reduce_rows(of_negatives + F.softplus(-(positive + logit_bias), threshold=50), reduction)
 
 
 def reduce_rows(loss, reduction):

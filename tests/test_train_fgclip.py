@@ -12,6 +12,7 @@ from scripts import load, metrics, refused, run
 import train_fgclip
 from fgclip import FGCLIP, load_model, save_clip_weights
 from fgclip.synthetic import SyntheticRegions
+from fgclip.weights import load_clip_weights
 
 BANK = "--bank-size 8 --bank-warmup-steps 5 --global-bank-size 4 --bank-classes 2".split()
 SMALL = [*TINY[: TINY.index("--image-size")], "--device", "cpu", "--workers", "0", "--epochs", "2"]
@@ -98,6 +99,25 @@ def test_banks_fill_during_warm_up_and_count_only_after_it(bank_run, tmp_path):
     assert steps[6]["loss_hard"] != without[6]["loss_hard"]
 
 
+def test_a_sigmoid_run_and_its_biases_are_resumed_and_go_on(plain, tmp_path):
+    flags = "--loss sigmoid --logit-bias-init -4".split()
+    whole = train(tmp_path / "whole", *flags, "--max-steps", 4)
+    halves = train(tmp_path / "halves", *flags, "--max-steps", 2)
+    train_fgclip.main(["--resume", str(halves), "--max-steps", "4", "--device", "cpu"])
+    assert metrics(whole) == metrics(halves)
+    last = metrics(whole)[-1]
+    assert -4 != last["logit_bias"] == pytest.approx(-4, abs=0.1) and last["logit_bias_region"] != last["logit_bias"]
+    tiny = [*TINY[TINY.index("--synthetic-train") :], "--max-steps", 1]
+    again = load(train(tmp_path / "again", "--init-from", whole / "last.pt", *flags[:2], tiny=tiny))["model"]
+    assert again["logit_bias"].item() == pytest.approx(load(whole)["ema"]["logit_bias"].item(), abs=1e-3)
+    plainly = load(train(tmp_path / "plainly", "--init-from", whole / "last.pt", tiny=tiny))
+    assert "logit_bias" not in plainly["model"] and "logit_bias" not in metrics(tmp_path / "plainly")[0]
+    save_clip_weights(load_model(whole / "last.pt")[0], tmp_path / "weights")
+    assert load_clip_weights(tmp_path / "weights").logit_bias == load(whole)["ema"]["logit_bias"]
+    started = load(train(tmp_path / "started", "--init-from", plain / "best.pt", *flags, tiny=tiny))["model"]
+    assert started["logit_bias"].item() == pytest.approx(-4, abs=0.01)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -106,6 +126,8 @@ def test_banks_fill_during_warm_up_and_count_only_after_it(bank_run, tmp_path):
         "--long-weight 0 --short-weight 0 --best-by hard --optimizer sgd --clip-norm 0",
         "--batch-size 1 --accumulate 3 --cached-negatives --lora-rank 1 --amp bf16 --freeze text:1",
         "--region-weight 0 --accumulate 3 --context-length 24 --activation gelu",
+        "--loss sigmoid --accumulate 2 --cached-negatives --bank-size 8 --bank-warmup-steps 0 --lora-rank 1",
+        "--loss sigmoid --long-weight 0 --short-weight 0 --amp bf16",
         "--hard-weight 0 --long-weight 0 --max-regions 2 --vocab bytes --bank-size 8 --bank-warmup-steps 0",
     ],
 )

@@ -7,6 +7,7 @@ message.
 import argparse
 import contextlib
 import functools
+import io
 import json
 import logging
 import os
@@ -82,6 +83,13 @@ def read_text(path: str | Path, what: str = "a text file") -> str:
 def read_lines(path: str | Path, what: str = "a text file") -> list[str]:
     """The lines of a file of text that are not blank, stripped."""
     return [line.strip() for line in read_text(path, what).split("\n") if line.strip()]
+
+
+def read_span(path: str | Path, offset: int, length: int) -> bytes:
+    """So many bytes of a file, or what there is of them."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(length)
 
 
 def parse_json(text: str | bytes, source: str):
@@ -160,20 +168,25 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every build
 
 
-def open_image(path: str | Path, named_by: str = "", *, at_least: int | None = None) -> Image.Image:
+def open_image(
+    path: str | Path, named_by: str = "", *, content: bytes | None = None, at_least: int | None = None
+) -> Image.Image:
     """A picture of 8 bits per channel as RGB, turned as its EXIF orientation says, without its transparency.
 
     Refused are files that are missing, damaged or of none of FORMATS, more than MAX_PIXELS, a side above MAX_SIDE, and
     more than 8 bits per channel.
 
     named_by: the data file that names it
+    content: the picture, instead of the file's
     at_least: pixels of the short side down to which a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, rounded up, in a
         part of the time; None: whole
     """
     name = f"{path} (named by {named_by})" if named_by else str(path)
-    regular_file(path, f"a picture, named by {named_by}; is the image root right?" if named_by else "a picture")
+    if content is None:
+        regular_file(path, f"a picture, named by {named_by}; is the image root right?" if named_by else "a picture")
+    opened = path if content is None else io.BytesIO(content)
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_formats()) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(opened, formats=_formats()) as image:
             width, height = image.size
             if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
                 limits = f"at most {MAX_PIXELS}, {MAX_SIDE} per side, are read"

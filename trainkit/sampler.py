@@ -115,3 +115,30 @@ class AlternatingSampler(ResumableSampler):
 
     def _recipe(self) -> dict:
         return super()._recipe() | {"labels": [len(kind) for kind in self.kinds]}
+
+
+class ShardSampler(ResumableSampler):
+    """ResumableSampler over files of so many samples each, laid end to end, that are read nearly in a row.
+
+    The files come in an order drawn from (seed, epoch). Of the row of their samples each rank gets a share of its own,
+    the same number for all, so that it reads whole files but for those where shares meet. Within its share a sample
+    comes less than `buffer` places before or after its turn.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, *, buffer: int, seed: int):
+        self.lengths, self.buffer = list(lengths), buffer
+        super().__init__(sum(lengths), batch_size, seed=seed)
+
+    def _order(self) -> np.ndarray:
+        rng, size = np.random.default_rng((self.seed, self.epoch)), self.batch_size * self.world_size
+        files = np.split(np.arange(self.length), np.cumsum(self.lengths)[:-1])
+        row = np.concatenate([files[i] for i in rng.permutation(len(files))])
+        shares = np.resize(row, max(self.length, size) // self.world_size * self.world_size)
+        shares = shares.reshape(self.world_size, -1)
+        turns = np.arange(shares.shape[1]) + rng.uniform(0, self.buffer, shares.shape)
+        shares = np.take_along_axis(shares, turns.argsort(axis=1), axis=1)
+        whole = self.steps_per_epoch * self.batch_size
+        return shares[:, :whole].reshape(self.world_size, -1, self.batch_size).swapaxes(0, 1).ravel()
+
+    def _recipe(self) -> dict:
+        return super()._recipe() | {"buffer": self.buffer, "lengths": self.lengths}

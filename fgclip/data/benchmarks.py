@@ -9,17 +9,21 @@ from trainkit.errors import InputError
 from trainkit.files import image_size, is_image, natural, read_json, read_lines
 
 
+def of_split(items: Sequence[tuple[dict, str]], split: str, path: str | Path) -> list[tuple[dict, str]]:
+    """The items whose key split says so. Raises InputError where there is none."""
+    splits = [field(item, "split", str, place) for item, place in items]
+    if split not in splits:
+        names = ", ".join(sorted(set(splits))) or "several"
+        raise InputError(f"{path} has no split {split!r}; expected one of {names}")
+    return [item for item, name in zip(items, splits, strict=True) if name == split]
+
+
 class Flickr30k(Records):
     """One split of a captions file in Karpathy's layout (dataset_flickr30k.json, dataset_coco.json)."""
 
     def __init__(self, path: str | Path, split: str = "test", *, most_captions: int | None = None):
         images = objects(read_json(path, "captions in Karpathy's layout", dict), "images", str(path))
-        splits = [field(image, "split", str, place) for image, place in images]
-        self.items = [item for item, name in zip(images, splits, strict=True) if name == split]
-        self.most_captions = most_captions
-        if not self.items:
-            names = ", ".join(sorted(set(splits))) or "several"
-            raise InputError(f"{path} has no split {split!r}; expected one of {names}")
+        self.items, self.most_captions = of_split(images, split, path), most_captions
 
     def record(self, image: dict, source: str) -> Record:
         sentences = objects(image, "sentences", source)[: self.most_captions]
@@ -50,8 +54,41 @@ class DCI(Records):
         return Record(field(item, "image", str, source), short, long, source=source)
 
 
+class DOCCI(Records):
+    """One split of DOCCI's descriptions (Onoe et al. 2024) in JSON lines: image_file, description, split."""
+
+    def __init__(self, path: str | Path, split: str = "test"):
+        super().__init__(path)
+        self.items = of_split(self.items, split, path)
+
+    def record(self, item: dict, source: str) -> Record:
+        return Record(
+            field(item, "image_file", str, source), long=field(item, "description", str, source), source=source
+        )
+
+
+class CaptionFiles(Records):
+    """A folder of .txt, each the long caption of the image of that name in another (Urban-1k, Zhang et al. 2024)."""
+
+    def __init__(self, path: str | Path, image_root: str | Path):
+        for folder in (path, image_root):
+            if not Path(folder).is_dir():
+                raise InputError(f"{folder} is not a folder; expected one of texts and one of images")
+        images = {image.stem: image.name for image in Path(image_root).iterdir() if is_image(image)}
+        texts = [text for text in Path(path).iterdir() if text.suffix == ".txt" and not text.name.startswith(".")]
+        self.items = [(text, images.get(text.stem)) for text in sorted(texts, key=lambda text: natural(text.name))]
+        if without := [text for text, image in self.items if image is None]:
+            raise InputError(f"{without[0]}: {image_root} has no image of this name")
+
+    def record(self, text: Path, image: str) -> Record:
+        return Record(Path(image), long=" ".join(read_lines(text)), source=str(text))
+
+
 class COCOBoxes(Records):
-    """The images of an instances_*.json that have boxes; a region's one phrase is its category's name."""
+    """The images of COCO's or LVIS's instances that have boxes; a region's one phrase is its category's name.
+
+    LVIS (Gupta et al. 2019) names an image by its address, of which the last folder and the name are below the root.
+    """
 
     def __init__(self, path: str | Path):
         (images,) = read_coco(Path(path), "images")
@@ -63,7 +100,9 @@ class COCOBoxes(Records):
     def record(self, image: dict, source: str) -> Record:
         size = image_size(image.get("width"), image.get("height"), source)
         regions = tuple(Region(scaled(box, size), (name,)) for box, name in self.instances[image["id"]])
-        return Record(field(image, "file_name", str, source), regions=regions, source=source, size=size)
+        key = "file_name" if "file_name" in image else "coco_url"
+        name = "/".join(field(image, key, str, source).split("/")[-2 if key == "coco_url" else 0 :])
+        return Record(name, regions=regions, source=source, size=size)
 
 
 class ClassFolders(Records):

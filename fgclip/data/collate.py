@@ -8,6 +8,7 @@ from torch import Tensor
 from fgclip.data.dataset import Sample
 from fgclip.losses import caption_ids
 from fgclip.tokenizer import Tokenizer
+from trainkit.errors import InputError
 
 
 class Texts:
@@ -34,7 +35,8 @@ class Collate:
         short_ids (U,) and long_ids (V,), the `caption_ids`;
         labels (B,) and region_labels (R,), the classes;
         hard_regions (K,), rows of the regions with hard negatives; hard_counts (K,), their texts in `hard`;
-        truncated, how many distinct texts were cut; sources, what names each image.
+        truncated, how many distinct texts were cut; sources, what names each image;
+        damaged, what is wrong with the samples that were left out, of `ShardDataset`.
     regions, hard: whether the batch has them. long_context_length: None leaves out the long texts.
     """
 
@@ -45,7 +47,11 @@ class Collate:
         self.tokenizer, self.regions, self.hard = tokenizer, regions, hard
         self.context_length, self.long_context_length = context_length, long_context_length
 
-    def __call__(self, samples: Sequence[Sample]) -> dict:
+    def __call__(self, samples: Sequence[Sample | InputError]) -> dict:
+        damaged = [str(sample) for sample in samples if isinstance(sample, InputError)]
+        samples = [sample for sample in samples if not isinstance(sample, InputError)]
+        if not samples:
+            raise InputError(f"not one sample of a batch can be read, and the first because: {damaged[0]}")
         truncated, short, long = self.tokenizer.truncated, Texts(), Texts()
         batch = dict(
             pixels=torch.stack([s.pixels for s in samples]),  # (B, 3, S, S)
@@ -68,4 +74,4 @@ class Collate:
         if self.long_context_length is not None:
             batch["long"] = long.index(s.record.long for s in samples)
             batch["long_texts"], batch["long_ids"] = long.tokens(self.tokenizer, self.long_context_length)
-        return batch | dict(truncated=self.tokenizer.truncated - truncated)
+        return batch | dict(truncated=self.tokenizer.truncated - truncated, damaged=damaged)

@@ -4,7 +4,7 @@ import os
 import re
 from bisect import bisect_right
 from codecs import BOM_UTF8
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from mmap import ACCESS_READ, mmap
@@ -42,6 +42,8 @@ class Record:
     short: captions, of which one is drawn. long: the long caption.
     label: class for memory banks of two classes (1: abnormal), or of `ClassFolders`.
     source: names the record in messages. size: (width, height) in pixels by which boxes were scaled.
+    stored: file, offset and length of the picture, where it is not a file of its own.
+    image "" stands for a record that could not be read; its source says why.
     """
 
     image: str | Path
@@ -51,11 +53,18 @@ class Record:
     label: int = 0
     source: str = ""
     size: tuple[int, int] | None = None
+    stored: tuple[Path, int, int] | None = None
 
     def picture(self, root: Path) -> Image.Image:
         """The image as RGB. Raises InputError where it cannot be read, or its size is not `size`."""
-        path = root / self.image if isinstance(self.image, Path) else files.inside(root, self.image, self.source)
-        image = files.open_image(path, self.source)
+        if self.image == "":
+            raise InputError(self.source)
+        if self.stored is None:
+            path = root / self.image if isinstance(self.image, Path) else files.inside(root, self.image, self.source)
+            image = files.open_image(path, self.source)
+        else:
+            path = self.image
+            image = files.open_image(path, self.source, content=files.read_span(*self.stored))
         if self.size not in (None, image.size):
             actual, written = ("{} x {}".format(*size) for size in (image.size, self.size))
             raise InputError(f"{path} is {actual} pixels, but its boxes are for {written} ({self.source})")
@@ -63,24 +72,28 @@ class Record:
 
 
 class JsonItems(Sequence):
-    """The objects of JSON lists and JSON-lines files, each with its place for messages. Only offsets are in memory."""
+    """The objects of JSON lists and JSON-lines files, each with its place for messages. Only offsets are in memory.
 
-    def __init__(self, paths: Sequence[Path]):
+    index: gives a file's `spans`, a row per object that begins with its offset and length; without it `index_file`.
+    """
+
+    def __init__(self, paths: Sequence[Path], index: Callable[[Path], np.ndarray] | None = None):
         self.paths = list(paths)
-        self.spans = [index_file(path) for path in self.paths]
+        self.spans = [(index or index_file)(path) for path in self.paths]
         self.starts = [0, *accumulate(map(len, self.spans))]
 
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def __getitem__(self, index: int) -> tuple[dict, str]:
+    def locate(self, index: int) -> tuple[Path, np.ndarray, str]:
+        """The file of an object, its row of the spans, and its place."""
         file = bisect_right(self.starts, index) - 1
         path, within = self.paths[file], index - self.starts[file]  # IndexError beyond the last
-        offset, length = self.spans[file][within]
-        source = f"{path}, item {within}"
-        with path.open("rb") as opened:
-            opened.seek(offset)
-            return files.parse_json(opened.read(length), source), source
+        return path, self.spans[file][within], f"{path}, item {within}"
+
+    def __getitem__(self, index: int) -> tuple[dict, str]:
+        path, (offset, length, *_), source = self.locate(index)
+        return files.parse_json(files.read_span(path, offset, length), source), source
 
 
 def index_file(path: Path) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Features of the clips of videos, made by an image tower in one pass over each, and the folder that keeps them."""
 
-import hashlib
 import math
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from fgclip.embedding_cache import IMAGE_PARTS, weights_hash
 from fgclip.images import normalise
 from fgclip.model import FGCLIP, l2_normalize
 from fgclip.video import decode
@@ -129,15 +129,9 @@ class ClipEncoder:
 
 def weights_key(model: FGCLIP, clip_frames: int, frames_per_clip: int) -> dict[str, int | str]:
     """What features depend on, as plain values: two caches with the same key may be mixed."""
-    tower, digest = model.vision_model, hashlib.sha256()
-    block = tower.encoder.layers[0]
-    digest.update(f"{block.self_attn.heads} {block.mlp.activation.__name__} {tower.post_layernorm.eps}".encode())
-    for name, weight in sorted(model.state_dict().items()):
-        if name.startswith(("vision_model.", "visual_projection.")):
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().float().cpu().contiguous().numpy())
-    sizes = dict(image_size=tower.image_size, dim=model.visual_projection.out_features)
-    return dict(weights=digest.hexdigest(), **sizes, clip_frames=clip_frames, frames_per_clip=frames_per_clip)
+    sizes = dict(image_size=model.vision_model.image_size, dim=model.visual_projection.out_features)
+    sizes |= dict(clip_frames=clip_frames, frames_per_clip=frames_per_clip)
+    return dict(weights=weights_hash(model, IMAGE_PARTS[:2]), **sizes)
 
 
 class FeatureStore:

@@ -49,6 +49,27 @@ def test_symmetric_loss_and_gradients(queued, classes):
     torch.testing.assert_close(symmetric_loss(image, text, SCALE, ids=ids, bank=bank, reduction="sum"), 5 * found)
 
 
+@pytest.mark.parametrize("queued", [0, 5])
+def test_symmetric_sigmoid_loss_and_gradients(queued):
+    """Each pair of the batch once, pairs with the bank by half in each direction; statistics of the softmax."""
+    image, text, bias = rows(5, 1), rows(5, 2), torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([3, 7, 3, -1, -1])
+    bank = PairBank(8, 6).double()
+    old_images, old_texts, old_ids = rows(queued, 3).detach(), rows(queued, 4).detach(), torch.arange(queued) + 4
+    bank.enqueue(old_images, old_texts, old_ids)
+    own, same = torch.eye(5), (ids[:, None] == ids) & (ids[:, None] != -1)
+    expected = -(F.logsigmoid((2 * own - 1) * (SCALE * image @ text.T + bias)) * (own + (1 - own) * ~same)).sum()
+    for query, queue in ((image, old_texts), (text, old_images)):
+        terms = F.logsigmoid(-(SCALE * query @ queue.T + bias))
+        expected = expected - (terms * (ids[:, None] != old_ids)).sum() / 2
+    found, statistics = symmetric_loss(image, text, SCALE, ids=ids, bank=bank, bias=bias, with_stats=True)
+    torch.testing.assert_close(found, expected / 5)
+    inputs = (image, text, SCALE, bias)
+    torch.testing.assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(expected / 5, inputs))
+    softmax, expected = symmetric_loss(image, text, SCALE, ids=ids, bank=bank, with_stats=True)
+    assert statistics == expected and softmax != found
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_no_pair_and_one_pair_give_zero_with_a_graph(count):
     image, text = rows(count, 1), rows(count, 2)

@@ -35,8 +35,10 @@ SPLITS = {
     "cached": (((0,), (1, 2, 3, 4)), ((5, 6, 7), (8, 9))),  # together the images in order
 }
 
-CASES = (("even", 1), ("ragged", 2), ("cached", 2))  # split, and classes of the banks
-KINDS = dict(even=FGCLIPLoss, ragged=FGCLIPLoss, cached=CachedFGCLIPLoss)
+SPLITS["sigmoid"] = SPLITS["cached"]
+CASES = (("even", 1), ("ragged", 2), ("cached", 2), ("sigmoid", 2))  # split, and classes of the banks
+KINDS = dict(even=FGCLIPLoss, ragged=FGCLIPLoss, cached=CachedFGCLIPLoss, sigmoid=CachedFGCLIPLoss)
+PREPARE = dict(sigmoid=lambda model: model.with_logit_bias(-2.0).double())
 
 
 def make_model(vocab_size):
@@ -63,7 +65,11 @@ def make_batches(micro_batches, **options):
     return batches
 
 
-def steps(wrap, micro_batches, classes=1, kind=FGCLIPLoss, prepare=lambda model: model):
+def same(model):
+    return model
+
+
+def steps(wrap, micro_batches, classes=1, kind=FGCLIPLoss, prepare=same):
     """Three steps on the same images, the last two with the banks that the first has begun to fill."""
     bare = prepare(make_model(Tokenizer(vocabulary()).vocab_size))
     model = wrap(bare)
@@ -90,7 +96,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.start("cpu")
     observed = {
-        (name, classes): steps(DistributedDataParallel, SPLITS[name][distributed.rank()], classes, KINDS[name])
+        (name, classes): steps(
+            DistributedDataParallel, SPLITS[name][distributed.rank()], classes, KINDS[name], PREPARE.get(name, same)
+        )
         for name, classes in CASES
     }
     torch.save(observed, Path(sys.argv[1]) / f"rank{distributed.rank()}.pt")
@@ -105,8 +113,8 @@ def ranks(tmp_path_factory, two_ranks):
 @pytest.mark.parametrize(("split", "classes"), CASES)
 def test_two_ranks_are_one_process(ranks, split, classes):
     """Losses, metrics, gradients and banks, over micro-batches of unequal content; cached, of one large batch."""
-    images = [range(10)] if split == "cached" else ALONE
-    for step, alone in enumerate(steps(lambda model: model, images, classes)):
+    images = [range(10)] if split in ("cached", "sigmoid") else ALONE
+    for step, alone in enumerate(steps(same, images, classes, prepare=PREPARE.get(split, same))):
         first, second = (seen[split, classes][step] for seen in ranks)
         for name, loss in alone["losses"].items():
             assert first["losses"][name] == pytest.approx(loss, rel=1e-9), name
@@ -132,8 +140,8 @@ def test_cached_micro_batches_are_one_large_batch(frozen):
 
     tolerance = dict(rtol=1e-9, atol=1e-12) if frozen else dict(rtol=1e-5, atol=1e-6)
     parts = ((0,), (1, 2, 3, 4), (5, 6), (7, 8, 9))
-    whole = steps(lambda model: model, [range(10)], prepare=prepare)
-    cached = steps(lambda model: model, parts, kind=CachedFGCLIPLoss, prepare=prepare)
+    whole = steps(same, [range(10)], prepare=prepare)
+    cached = steps(same, parts, kind=CachedFGCLIPLoss, prepare=prepare)
     for one, other in zip(whole, cached, strict=True):
         for part in ("losses", "metrics", "gradients", "banks"):
             assert one[part].keys() == other[part].keys()
@@ -171,7 +179,7 @@ def test_the_second_pass_replays_the_random_states_and_skips_frozen_towers():
 
 def one_step(micro_batches, names, roi_projection=False, **options):
     model = make_model(Tokenizer(vocabulary()).vocab_size)
-    model = model.with_roi_projection().double() if roi_projection else model
+    model = model.with_roi_projection().with_logit_bias(-2.0).double() if roi_projection else model
     freeze_unreached(model, names)
     objective = FGCLIPLoss(model, names=names, banks={}, device="cpu")
     batches = make_batches(micro_batches, **options)

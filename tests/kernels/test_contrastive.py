@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import MemoryBank, contrastive_loss, reference
+from kernels import MemoryBank, contrastive_loss, reference, sigmoid, sigmoid_loss
 
 
 def rows(count, dim=16, seed=0, dtype=torch.float64):
@@ -160,3 +161,46 @@ def test_what_does_not_fit_is_refused(change, message):
     arguments = dict(query=rows(3), key=rows(4, seed=1), logit_scale=10.0) | change
     with pytest.raises(ValueError, match=message):
         contrastive_loss(**arguments)
+
+
+@pytest.mark.parametrize("n, m, k", [(0, 3, 0), (1, 1, 0), (1, 1, 5), (5, 9, 33), (600, 650, 1500)])
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("reduction, valid", [("mean", None), ("sum", 3), ("sum", torch.tensor(0))])
+def test_the_sigmoid_loss_equals_its_twin_and_the_formula(n, m, k, ids, reduction, valid, monkeypatch):
+    """Over several blocks of rows, with gradients of query, key, scale and bias."""
+    monkeypatch.setitem(sigmoid.CHUNK, "cpu", 40 * 1500)
+    arguments = problem(n, m, k, ids=ids, reduction=reduction, bank_valid=valid if k else None)
+    arguments["logit_bias"] = torch.tensor(-3.7, dtype=torch.float64, requires_grad=True)
+    ours, expected = sigmoid_loss(**arguments), reference.sigmoid_loss(**arguments)
+    inputs = [arguments[name] for name in ("query", "key", "logit_scale", "logit_bias")]
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    found, right = (torch.autograd.grad(3 * loss, inputs) for loss in (ours, expected))
+    torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)
+    if not ids and not k:
+        signs = torch.full((n, m), -1.0, dtype=torch.float64).scatter(1, arguments["target"][:, None], 1)
+        logits = arguments["logit_scale"] * arguments["query"] @ arguments["key"].T + arguments["logit_bias"]
+        loss = -F.logsigmoid(signs * logits).sum()
+        torch.testing.assert_close(ours, loss if reduction == "sum" else loss / max(n, 1), rtol=1e-10, atol=1e-12)
+
+
+def test_the_sigmoid_loss_never_holds_all_logits(monkeypatch):
+    """No tensor of its forward and backward is larger than a block of 16 rows; autocast changes nothing."""
+    monkeypatch.setitem(sigmoid.CHUNK, "cpu", 16 * 500)
+    arguments = problem(200, 500, dtype=torch.float32, reduction="sum")
+    arguments["logit_bias"] = torch.tensor(-1.0)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            sizes.append(result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    with Sizes():
+        loss = sigmoid_loss(**arguments)
+        loss.backward()
+    assert max(sizes) == 16 * 500
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(sigmoid_loss(**arguments), loss, rtol=0, atol=0)
+    with pytest.raises(ValueError, match='"mean" or "sum"'):
+        sigmoid_loss(**arguments | dict(reduction="none"))

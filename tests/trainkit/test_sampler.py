@@ -1,10 +1,11 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trainkit import distributed
 from trainkit.errors import InputError
-from trainkit.sampler import BalancedSampler, ResumableSampler
+from trainkit.sampler import BalancedSampler, ResumableSampler, ShardSampler
 
 
 def epochs(world_size: int, make) -> list[list]:
@@ -104,3 +105,38 @@ def test_a_balanced_order_is_resumed_within_an_epoch_and_only_with_its_own_share
     assert list(again) == whole[3:]
     with pytest.raises(InputError, match="length was 40, now it is 60"):
         BalancedSampler((30, 25), 5, share=0.5, seed=0).load_state_dict(sampler.state_dict())
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.integers(1, 5), st.integers(1, 4), st.integers(1, 20))
+def test_ranks_share_files_without_overlap_and_read_them_nearly_in_a_row(lengths, batch_size, world_size, buffer):
+    size, length = batch_size * world_size, sum(lengths)
+    if not length:
+        return
+    ranks = epochs(world_size, lambda: ShardSampler(lengths, batch_size, buffer=buffer, seed=1))
+    shares = [[index for batch in rank for _, index in batch] for rank in ranks]
+    indices = [index for share in shares for index in share]
+    assert len(set(indices)) == (length // size * size or length)
+    assert length < size or len(set(indices)) == len(indices)
+    files = np.split(np.arange(length), np.cumsum(lengths)[:-1])
+    row = np.concatenate([files[i] for i in np.random.default_rng((1, 0)).permutation(len(files))])
+    count = max(length, size) // world_size
+    for rank, share in enumerate(shares):
+        turns = {index: place for place, index in enumerate(np.resize(row, count * world_size)[rank * count :][:count])}
+        assert length < size or all(abs(turns[index] - place) < buffer for place, index in enumerate(share))
+
+
+def test_shards_go_on_from_any_place_in_the_same_order():
+    def sampler(**more):
+        return ShardSampler([20, 9, 12], 3, **dict(buffer=8, seed=0) | more)
+
+    whole, later = sampler(), sampler()
+    order = list(whole)
+    assert order != list(sampler(seed=1)) and order != [sorted(batch) for batch in order]
+    whole.advance(5)
+    later.load_state_dict(whole.state_dict())
+    assert list(later) == order[5:]
+    for change in (sampler(buffer=9), ShardSampler([20, 12, 9], 3, buffer=8, seed=0)):
+        with pytest.raises(InputError, match="its (buffer|lengths) was"):
+            change.load_state_dict(whole.state_dict())
+    whole.set_epoch(1)
+    assert [index for batch in whole for _, index in batch] != [index for batch in order for _, index in batch]

@@ -1,0 +1,99 @@
+"""What a step will take, reckoned from the model and the shapes of a batch before anything is computed.
+
+The model runs on tensors without memory. Multiplications are counted as they would be made, forward and backward, and
+the bytes of what autograd would keep between the two.
+"""
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from fgclip.model import FGCLIP
+from trainkit.device import autocast
+
+PEAK = dict(none=67e12, bf16=989e12, fp16=989e12)  # dense operations a second of an H100 SXM5, as NVIDIA states them
+UTILISATION = 0.4  # the share of them that is assumed
+STATE = dict(adamw=8, sgd=4)  # bytes that an optimizer keeps per parameter
+INPUTS = ("pixels", "short_texts", "long_texts")
+IMAGE_BYTES = 100_000  # that are assumed of a picture with its item
+
+
+class _Step(nn.Module):
+    """The model's features of a batch, and backward; regions go the way of all patches, not of their boxes."""
+
+    def __init__(self, model: FGCLIP):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Mapping[str, Tensor]) -> None:
+        total, model = 0.0, self.model
+        if "pixels" in batch:
+            tokens, size = model.vision_model.penultimate(batch["pixels"])
+            total = total + model.visual_projection(model.vision_model.pool(tokens)).sum()
+            if "boxes" in batch:
+                total = total + model.vision_model.dense(tokens, size).sum()
+        for name, long in (("short_texts", False), ("long_texts", True)):
+            if name in batch:
+                total = total + model.encode_text(batch[name], long).sum()
+        if total.requires_grad:
+            total.backward()  # here, where checkpointed blocks find their weights
+
+
+def cost(model: FGCLIP, batch: Mapping, *, amp: str, learning: bool = True) -> tuple[int, int]:
+    """Floating-point operations of forward and, if learning, of backward, and the bytes kept between them."""
+    fake, kept = FakeTensorMode(), {}
+    with fake:
+        own = [*model.named_parameters(), *model.named_buffers()]
+        state = {name: torch.empty(p.shape, dtype=p.dtype).requires_grad_(p.requires_grad) for name, p in own}
+    weights = {tensor.untyped_storage()._cdata for tensor in state.values()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held, so that no other takes its place
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    with fake, counter, torch.set_grad_enabled(learning), saved_tensors_hooks(keep, lambda tensor: tensor):
+        inputs = {name: torch.empty(batch[name].shape, dtype=batch[name].dtype) for name in INPUTS if name in batch}
+        inputs |= dict.fromkeys({"boxes"} & {*batch})
+        with autocast(amp, "cpu"):
+            names = {f"model.{name}": tensor for name, tensor in state.items()}
+            torch.func.functional_call(_Step(model), names, (inputs,))
+    return counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
+
+
+def reckoning(
+    model: FGCLIP, batch: Mapping, *, images: int, batches: int, world_size: int, amp: str,
+    optimizer: str, average: bool, bank_bytes: int, left_out: Collection[str] | None = None,
+) -> list[str]:  # fmt: skip
+    """Sentences on memory and time of a process with one H100 that trains on such batches.
+
+    images: of an epoch. batches: micro-batches of a step. average: whether one of the weights is kept.
+    left_out: of --cached-negatives, the inputs that its second pass does without; None without them.
+    """
+    size, texts = len(batch["pixels"]), [batch[name] for name in INPUTS[1:] if name in batch]
+    patches = (batch["pixels"].shape[-1] // model.vision_model.patch_size) ** 2 + 1
+    tokens = patches + sum(part.numel() for part in texts) / size
+    operations, kept = cost(model, {name: batch[name] for name in batch if name not in (left_out or ())}, amp=amp)
+    if left_out is not None:
+        operations += cost(model, batch, amp=amp, learning=False)[0]
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    learning = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    memory = dict(weights=whole, average=whole * average, gradients=learning * (1 + (world_size > 1)))
+    memory |= {optimizer: learning * STATE[optimizer] // 4, "banks": bank_bytes, "kept for the backward": kept}
+    rate = UTILISATION * PEAK[amp] / (operations / size) * world_size
+    together, hours = size * batches * world_size, images / rate / 3600
+    return [
+        f"reckoned by the shapes of one batch, not measured: {tokens:.0f} tokens and {operations / size / 1e9:.1f} "
+        "GFLOP per image",
+        "memory of a process in GiB: " + ", ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items())
+        + f"; {sum(memory.values()) / 2**30:.1f} together, beside what is computed in passing",
+        f"at {UTILISATION:.0%} of an H100's {PEAK[amp] / 1e12:.0f} TFLOP/s, times {world_size}: {rate:.4g} images and "
+        f"{rate * tokens:.4g} tokens a second, {rate * IMAGE_BYTES / 1e6:.4g} MB/s of data at 100 kB an image",
+        f"an epoch of {images} images: {max(1, images // together)} steps of {together}, {hours:.3g} hours",
+    ]  # fmt: skip
