@@ -1,17 +1,17 @@
 """A detector's inference once more, with fixed numbers of proposals and detections, as other runtimes want it."""
 
-import copy
 from collections.abc import Callable
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops import while_loop
 from torchvision import ops
 
 from kernels.reference import assign_levels
 from macl import merging, roi_head, rpn
-from macl.backbone import MODALITIES, Backbone
+from macl.backbone import MODALITIES
 from macl.boxes import Size
 from macl.detector import MULTIPLE, PairedFasterRCNN
 
@@ -44,7 +44,7 @@ def survivors(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
         return now, (now != kept).any()
 
     begin = (torch.ones_like(scores), torch.ones((), dtype=torch.bool, device=scores.device))
-    kept, _ = torch.while_loop(lambda _, changed: changed.clone(), again, begin)
+    kept, _ = while_loop(lambda _, changed: changed.clone(), again, begin)
     return torch.zeros_like(kept).scatter(1, order, kept).bool() & (scores >= 0)
 
 
@@ -65,14 +65,12 @@ class StaticDetector(nn.Module):
     Number, height and width of the images may be symbols of torch.export. All other shapes but those of the maps are
     fixed, and no shape depends on what is found.
 
-    detector: is copied. Frozen norms become part of the copy's convolutions.
-    survivors: the function above, or one like it.
+    detector: in evaluation mode. survivors: the function above, or one like it.
     """
 
     def __init__(self, detector: PairedFasterRCNN, survivors: Callable = survivors):
         super().__init__()
-        self.detector, self.survivors = copy.deepcopy(detector).eval().requires_grad_(False), survivors
-        fold_norms(self.detector.backbone)
+        self.detector, self.survivors = detector, survivors
 
     def forward(self, visible: Tensor | None = None, infrared: Tensor | None = None) -> tuple[Tensor, ...]:
         """Images (B, 3, H, W) in 0..1, of one camera or of both.
@@ -115,8 +113,7 @@ class StaticDetector(nn.Module):
 
     def propose(self, levels: list[Tensor], size: Size, padded: Size) -> tuple[Tensor, Tensor]:
         """Proposals (B, P, 4), best first, and which of them are some (B, P) bool."""
-        part, boxes, scores = self.detector.rpn, [], []
-        most, limit = part.pre_nms[1], part.post_nms[1]
+        part, most, boxes, scores = self.detector.rpn, self.detector.rpn.pre_nms[1], [], []
         for logits, deltas, anchors in zip(*part.head(levels), part.anchors(levels, padded), strict=True):
             logits, index = F.pad(logits, (0, most), value=-torch.inf).topk(most)  # (B, n)
             index = index.clamp(max=anchors.shape[0] - 1)
@@ -125,10 +122,8 @@ class StaticDetector(nn.Module):
             boxes.append(decoded)
             scores.append(torch.where(large & logits.isfinite(), logits.sigmoid(), ABSENT))
         boxes, scores = torch.stack(boxes, 1), torch.stack(scores, 1)  # (B, L, n, 4), (B, L, n)
-        kept = self.survivors(boxes.flatten(0, 1), scores.flatten(0, 1), rpn.NMS_IOU)
-        scores = torch.where(kept.view_as(scores), scores, ABSENT).flatten(1)
-        scores, index = scores.topk(min(limit, scores.shape[1]))
-        return take(boxes.flatten(1, 2), index), scores >= 0
+        boxes, _, scores = self.best(boxes, scores, rpn.NMS_IOU, part.post_nms[1])
+        return boxes, scores >= 0
 
     def detect(self, levels: list[Tensor], proposals: Tensor, there: Tensor, size: Size) -> tuple[Tensor, ...]:
         """Boxes (B, D, 4), labels (B, D) and scores (B, D) out of proposals (B, P, 4), of which some are there."""
@@ -138,10 +133,15 @@ class StaticDetector(nn.Module):
         boxes = head.coder.decode(head.bbox_pred(hidden).unflatten(1, (-1, 4)), proposals.flatten(0, 1))[:, 1:]
         boxes, large = inside(boxes.unflatten(0, (-1, count)).transpose(1, 2), size, roi_head.MIN_SIDE)  # (B, K, P, 4)
         scores = torch.where((scores > head.score_threshold) & large & there[:, None], scores, ABSENT)
-        kept = self.survivors(boxes.flatten(0, 1), scores.flatten(0, 1), head.nms_iou)
+        boxes, index, scores = self.best(boxes, scores, head.nms_iou, head.max_detections)
+        return boxes, index // count + 1, scores
+
+    def best(self, boxes: Tensor, scores: Tensor, iou: float, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of boxes (B, G, n, 4) in G sets the `limit` best that survive, their index into G * n, and their scores."""
+        kept = self.survivors(boxes.flatten(0, 1), scores.flatten(0, 1), iou)
         scores = torch.where(kept.view_as(scores), scores, ABSENT).flatten(1)
-        scores, index = scores.topk(min(head.max_detections, scores.shape[1]))
-        return take(boxes.flatten(1, 2), index), index // count + 1, scores
+        scores, index = scores.topk(min(limit, scores.shape[1]))
+        return take(boxes.flatten(1, 2), index), index, scores
 
     def pool(self, levels: list[Tensor], boxes: Tensor) -> Tensor:
         """`kernels.multiscale_roi_align` of boxes (B, P, 4) inside the image: (B * P, C, 7, 7).
@@ -195,16 +195,3 @@ class StaticDetector(nn.Module):
         merged = torch.where(kept & (merged >= self.detector.roi_head.score_threshold), merged, ABSENT)
         merged, index = merged.topk(min(limit, merged.shape[1]))
         return take(boxes, index), labels.gather(1, index), merged
-
-
-def fold_norms(backbone: Backbone) -> None:
-    """Makes the frozen norms of a backbone part of its convolutions."""
-    for module in [backbone, *backbone.modules()]:
-        names = list(dict(module.named_children()))
-        for first, second in zip(names, names[1:], strict=False):
-            conv, norm = getattr(module, first), getattr(module, second)
-            if isinstance(norm, ops.FrozenBatchNorm2d):
-                statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-                fused = nn.utils.fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-                conv.weight, conv.bias = fused
-                setattr(module, second, nn.Identity())

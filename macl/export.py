@@ -1,0 +1,160 @@
+"""Write a detector to one file that runs without this project, and compare the file with the detector.
+
+    python -m macl.export --checkpoint runs/NAME/best.pt --output detector.onnx
+    python -m macl.export --checkpoint runs/NAME/best.pt --output infrared.onnx --cameras infrared
+    python -m macl.export --checkpoint runs/NAME/best.pt --output detector.pt2
+
+.onnx is for ONNX Runtime and the like, of ONNX's own operators alone; .pt2 is a program of torch.export, for torch and
+torchvision. Both take any number of images of any size. Needs the extra export.
+"""
+
+import argparse
+import io
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from kernels.dispatch import operator
+from macl.backbone import MODALITIES
+from macl.build import MERGES, load_detector, read_checkpoint
+from macl.data import SyntheticPairs, to_float
+from macl.detector import PairedFasterRCNN
+from macl.static import StaticDetector, survivors
+from trainkit.arguments import fraction, make_parser
+from trainkit.errors import InputError, one_sentence
+from trainkit.files import whole_file
+
+SUFFIXES = {".onnx": ("onnx", "onnxruntime", "onnxscript"), ".pt2": ()}  # and the packages that they need
+OUTPUTS = ("boxes", "labels", "scores", "count")
+SHAPE = {0: Dim("batch", max=1024), 2: Dim("height", min=32, max=8192), 3: Dim("width", min=32, max=8192)}
+CHECKED = ((128, 160), (100, 150), (200, 264))  # sizes of the drawn pairs that a file is tried on, two of each
+TOLERANCE = (1e-3, 1e-4)  # pixels, and of a score
+
+
+# In the traced program this is one node, which ONNX has an operator for.
+_survivors = operator("survivors", "(Tensor boxes, Tensor scores, float iou) -> Tensor")(survivors)
+torch.library.register_fake(_survivors)(lambda boxes, scores, iou: torch.empty_like(scores, dtype=torch.bool))
+
+
+def onnx_survivors(boxes, scores, iou: float):
+    """`survivors` in ONNX. NonMaxSuppression lists (set, class, row) of scores above -0.5; these become true."""
+    from onnxscript import BOOL
+    from onnxscript import opset18 as op
+
+    kept = op.NonMaxSuppression(boxes, op.Unsqueeze(scores, [1]), torch.iinfo(torch.int64).max, iou, -0.5)
+    true = op.Expand(op.Cast([1], to=BOOL.dtype), op.Shape(kept, start=0, end=1))
+    return op.ScatterND(op.Cast(scores * 0.0, to=BOOL.dtype), op.Gather(kept, [0, 2], axis=1), true)
+
+
+@torch.no_grad()
+def exported(detector: PairedFasterRCNN, cameras: tuple[str, ...], suffix: str, metadata: dict) -> bytes:
+    """The file of a detector. metadata: plain values by name."""
+    images, nms = {name: torch.rand(2, 3, 96, 160) for name in cameras}, survivors if suffix == ".pt2" else _survivors
+    shapes = dict.fromkeys(cameras, SHAPE)
+    traced = torch.export.export(StaticDetector(detector, nms), (), images, dynamic_shapes=shapes, strict=False)
+    if suffix == ".pt2":
+        content = io.BytesIO()
+        torch.export.save(traced, content, extra_files={"metadata.json": json.dumps(metadata)})
+        return content.getvalue()
+    names = dict(input_names=list(cameras), output_names=OUTPUTS)
+    nodes = {_survivors: onnx_survivors}
+    written = torch.onnx.export(traced, opset_version=18, custom_translation_table=nodes, verbose=False, **names)
+    for value in (*written.model.graph.inputs, *written.model.graph.outputs):
+        sides = (3, "height", "width") if value.name in cameras else value.shape[1:]
+        value.shape = type(value.shape)(["batch", *sides])
+    written.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
+    return written.model_proto.SerializeToString()
+
+
+def opened(content: bytes, suffix: str) -> Callable[..., list[Tensor]]:
+    """The file as a function of images (B, 3, H, W) by camera, on the CPU."""
+    if suffix == ".pt2":
+        return torch.export.load(io.BytesIO(content)).module()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return lambda **images: [*map(torch.from_numpy, session.run(OUTPUTS, {k: v.numpy() for k, v in images.items()}))]
+
+
+@torch.no_grad()
+def check(run: Callable[..., list[Tensor]], detector: PairedFasterRCNN, cameras: tuple[str, ...]) -> str:
+    """Run a file beside the detector; a sentence on how they compare. Raises InputError where they differ."""
+    count, most = 0, torch.zeros(2)
+    for size in CHECKED:
+        pairs = SyntheticPairs(2, 30_000, size=size)
+        images = {name: [to_float(sample[name]) for sample in pairs] for name in cameras}
+        outputs = run(**{name: torch.stack(given) for name, given in images.items()})
+        for *rows, number, expected in zip(*outputs, detector(**images), strict=True):
+            found = dict(zip(OUTPUTS, (part[:number] for part in rows), strict=False))
+            count += len(expected["scores"])
+            most = torch.maximum(most, difference(found, expected))
+    pixels, score = most.tolist()
+    text = f"{count} detections in drawn images differ by at most {pixels:.1e} pixels and {score:.1e} of a score"
+    if not (pixels <= TOLERANCE[0] and score <= TOLERANCE[1]):
+        raise InputError(f"the file would not find what the detector finds: {text}; nothing is written")
+    return text if count else "nothing was found in the drawn images, by the file and by the detector"
+
+
+def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Tensor:
+    """Largest difference of a box's side and of a score (2,), of the rows that lie next to each other."""
+    if len(found["scores"]) != len(expected["scores"]):
+        return torch.full((2,), torch.inf)
+    if not len(expected["scores"]):
+        return torch.zeros(2)
+    apart = torch.cdist(expected["boxes"], found["boxes"], p=torch.inf)
+    apart = apart.masked_fill(expected["labels"][:, None] != found["labels"], torch.inf)
+    pixels, nearest = apart.min(dim=1)  # nearly equal scores may change places
+    return torch.stack([pixels.max(), (found["scores"][nearest] - expected["scores"]).abs().max()])
+
+
+# fmt: off
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="PATH", help="best.pt or last.pt of a run")
+    add("--output", required=True, type=Path, metavar="FILE", help="a name that ends in .onnx or .pt2")
+    add("--cameras", choices=("both", *MODALITIES), help="whose images the file takes (default: the detector's)")
+    add("--merge", choices=MERGES, help="boxes of both cameras and of each alone (default: the checkpoint's)")
+    add("--min-score", type=fraction, metavar="X", help="lowest score of a detection (default: the checkpoint's)")
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights if any, or raw ones")
+# fmt: on
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write a file that was compared. arguments: without the program's name."""
+    parser = make_parser(__doc__)
+    add_arguments(parser)
+    args = parser.parse_args(arguments)
+    suffix = args.output.suffix
+    if suffix not in SUFFIXES or not args.output.absolute().parent.is_dir():
+        raise InputError(f"--output {args.output}: expected a name that ends in .onnx or .pt2, in a folder that exists")
+    if missing := [name for name in SUFFIXES[suffix] if find_spec(name) is None]:
+        raise InputError(f'{suffix} needs {", ".join(missing)}: pip install "macl-fgclip[export]"')
+    checkpoint = read_checkpoint(args.checkpoint)
+    detector = load_detector(args.checkpoint, weights=args.weights, checkpoint=checkpoint)
+    only = detector.fusion.kind if detector.fusion.kind in MODALITIES else None
+    cameras = args.cameras or only or "both"
+    if only not in (None, cameras):
+        raise InputError(f"--cameras {cameras}: this detector sees with {only} images alone")
+    names = MODALITIES if cameras == "both" else (cameras,)
+    detector.merge, head, kwargs = args.merge or detector.merge, detector.roi_head, detector.kwargs
+    head.score_threshold = head.score_threshold if args.min_score is None else args.min_score
+    metadata = dict(classes=kwargs["classes"], cameras=list(names), score_threshold=head.score_threshold)
+    metadata |= dict(images="(batch, 3, height, width), RGB in 0..1, any size, both cameras' the same; boxes in pixels")
+    metadata |= dict(min_size=detector.min_sizes[-1], max_size=detector.max_size, merge=detector.merge)
+    metadata |= {f"{name}_{kind}": kwargs[f"{name}_{kind}"] for name in names for kind in ("mean", "std")}
+    metadata |= dict(inside="resizing to min_size, mean, std and suppression", register=checkpoint.get("register"))
+    content = exported(detector, names, suffix, metadata)
+    print(check(opened(content, suffix), detector, names))
+    with whole_file(args.output) as file:
+        file.write(content)
+    print(f"wrote {args.output}, {len(content) / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()
