@@ -12,7 +12,6 @@ import argparse
 import io
 import json
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -28,8 +27,8 @@ from macl.static import StaticDetector, survivors
 from trainkit.arguments import fraction, make_parser
 from trainkit.errors import InputError, one_sentence
 from trainkit.files import whole_file
+from trainkit.onnx_file import need_packages, onnx_file, onnx_function
 
-SUFFIXES = {".onnx": ("onnx", "onnxruntime", "onnxscript"), ".pt2": ()}  # and the packages that they need
 OUTPUTS = ("boxes", "labels", "scores", "count")
 SHAPE = {0: Dim("batch", max=1024), 2: Dim("height", min=32, max=8192), 3: Dim("width", min=32, max=8192)}
 CHECKED = ((128, 160), (100, 150), (200, 264))  # sizes of the drawn pairs that a file is tried on, two of each
@@ -52,33 +51,19 @@ def onnx_survivors(boxes, scores, iou: float):
 
 
 @torch.no_grad()
-def exported(detector: PairedFasterRCNN, cameras: tuple[str, ...], suffix: str, metadata: dict) -> bytes:
-    """The file of a detector. metadata: plain values by name."""
-    images, nms = {name: torch.rand(2, 3, 96, 160) for name in cameras}, survivors if suffix == ".pt2" else _survivors
-    shapes = dict.fromkeys(cameras, SHAPE)
-    traced = torch.export.export(StaticDetector(detector, nms), (), images, dynamic_shapes=shapes, strict=False)
-    if suffix == ".pt2":
-        content = io.BytesIO()
-        torch.export.save(traced, content, extra_files={"metadata.json": json.dumps(metadata)})
-        return content.getvalue()
-    names = dict(input_names=list(cameras), output_names=OUTPUTS)
-    nodes = {_survivors: onnx_survivors}
-    written = torch.onnx.export(traced, opset_version=18, custom_translation_table=nodes, verbose=False, **names)
-    for value in (*written.model.graph.inputs, *written.model.graph.outputs):
-        sides = (3, "height", "width") if value.name in cameras else value.shape[1:]
-        value.shape = type(value.shape)(["batch", *sides])
-    written.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
-    return written.model_proto.SerializeToString()
-
-
-def opened(content: bytes, suffix: str) -> Callable[..., list[Tensor]]:
-    """The file as a function of images (B, 3, H, W) by camera, on the CPU."""
-    if suffix == ".pt2":
-        return torch.export.load(io.BytesIO(content)).module()
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return lambda **images: [*map(torch.from_numpy, session.run(OUTPUTS, {k: v.numpy() for k, v in images.items()}))]
+def exported(
+    detector: PairedFasterRCNN, cameras: tuple[str, ...], suffix: str, metadata: dict
+) -> tuple[bytes, Callable[..., list[Tensor]]]:
+    """The file of a detector, and what it does with images (B, 3, H, W) by camera. metadata: plain values by name."""
+    images, shapes = {name: torch.rand(2, 3, 96, 160) for name in cameras}, dict.fromkeys(cameras, SHAPE)
+    if suffix == ".onnx":
+        static, more = StaticDetector(detector, _survivors), dict(metadata=metadata, nodes={_survivors: onnx_survivors})
+        content = onnx_file(static, images, shapes, OUTPUTS, **more)
+        return content, onnx_function(content)
+    static, file = StaticDetector(detector), io.BytesIO()
+    traced = torch.export.export(static, (), images, dynamic_shapes=shapes, strict=False)
+    torch.export.save(traced, file, extra_files={"metadata.json": json.dumps(metadata)})
+    return file.getvalue(), torch.export.load(io.BytesIO(file.getvalue())).module()
 
 
 @torch.no_grad()
@@ -130,10 +115,10 @@ def main(arguments: list[str] | None = None) -> None:
     add_arguments(parser)
     args = parser.parse_args(arguments)
     suffix = args.output.suffix
-    if suffix not in SUFFIXES or not args.output.absolute().parent.is_dir():
+    if suffix not in (".onnx", ".pt2") or not args.output.absolute().parent.is_dir():
         raise InputError(f"--output {args.output}: expected a name that ends in .onnx or .pt2, in a folder that exists")
-    if missing := [name for name in SUFFIXES[suffix] if find_spec(name) is None]:
-        raise InputError(f'{suffix} needs {", ".join(missing)}: pip install "macl-fgclip[export]"')
+    if suffix == ".onnx":
+        need_packages()
     checkpoint = read_checkpoint(args.checkpoint)
     detector = load_detector(args.checkpoint, weights=args.weights, checkpoint=checkpoint)
     only = detector.fusion.kind if detector.fusion.kind in MODALITIES else None
@@ -148,8 +133,8 @@ def main(arguments: list[str] | None = None) -> None:
     metadata |= dict(min_size=detector.min_sizes[-1], max_size=detector.max_size, merge=detector.merge)
     metadata |= {f"{name}_{kind}": kwargs[f"{name}_{kind}"] for name in names for kind in ("mean", "std")}
     metadata |= dict(inside="resizing to min_size, mean, std and suppression", register=checkpoint.get("register"))
-    content = exported(detector, names, suffix, metadata)
-    print(check(opened(content, suffix), detector, names))
+    content, run = exported(detector, names, suffix, metadata)
+    print(check(run, detector, names))
     with whole_file(args.output) as file:
         file.write(content)
     print(f"wrote {args.output}, {len(content) / 2**20:.1f} MiB")
