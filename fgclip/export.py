@@ -22,7 +22,7 @@ from fgclip.loading import load_model
 from fgclip.model import FGCLIP, PIXEL_MEAN, PIXEL_STD, l2_normalize
 from fgclip.regions import boxes_to_rois
 from fgclip.synthetic import SyntheticRegions
-from fgclip.tokenizer import END, START, Tokenizer
+from fgclip.tokenizer import END, NO_MERGES, START, Tokenizer
 from fgclip.weights import hugging_face_config, save_clip_weights
 from trainkit.arguments import make_parser
 from trainkit.errors import InputError, one_sentence
@@ -91,9 +91,7 @@ def checked(name: str, content: bytes, inputs: dict[str, Tensor], expected: Tens
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, length: int) -> None:
     """vocab.json, merges.txt and tokenizer_config.json of transformers.CLIPTokenizer."""
     write_json(folder / "vocab.json", tokenizer.encoder)
-    write_text(
-        folder / "merges.txt", "".join(f"{line}\n" for line in ("#version: 0.2", *map(" ".join, tokenizer.merges)))
-    )
+    write_text(folder / "merges.txt", "".join(f"{line}\n" for line in (NO_MERGES, *map(" ".join, tokenizer.merges))))
     tokens = dict(bos_token=START, eos_token=END, unk_token=END, pad_token=END)
     config = dict(tokenizer_class="CLIPTokenizer", model_max_length=length, do_lower_case=True, **tokens)
     write_json(folder / "tokenizer_config.json", config, indent=1)
