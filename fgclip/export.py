@@ -100,10 +100,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, length: int) -> None:
 # fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("weights", metavar="RUN", help="a run's best.pt or last.pt, or published weights")
+    add("run", metavar="RUN", help="a run's best.pt or last.pt, or published weights")
     add("output", type=Path, metavar="OUT", help="the folder to write")
     add("--onnx", action="store_true", help="also the towers and the region head as ONNX files")
-    add("--average", choices=("ema", "raw"), default="ema", help="of a run: averaged (EMA) weights if any, or raw ones")
+    add("--weights", choices=("ema", "raw"), default="ema", help="of a run: averaged (EMA) weights if any, or raw ones")
     add("--vocab", metavar="FILE", help="published weights: the merges, as in fgclip.evaluate")
 # fmt: on
 
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
         need_packages()
     if args.output.exists() and not args.output.is_dir():
         raise InputError(f"{args.output} is a file; expected a folder, or a name for one")
-    model, tokenizer = load_model(args.weights, args.vocab, weights=args.average)
+    model, tokenizer = load_model(args.run, args.vocab, weights=args.weights)
     side, folder = model.vision_model.image_size, args.output
     files = {}
     if args.onnx:

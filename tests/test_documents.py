@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = re.compile(r"(?:torchrun --nproc-per-node \d+|python) (?:-m )?(\S+)(.*)")
-OTHERS = ("pip install", "pytest", "ruff")
+OTHERS = ("pip install", "pytest", "ruff", "python -m build")
 SCRIPTS = ("train_stage1", "train_stage2", "train_fgclip", "train_video")
 COMMANDS = "macl.evaluate macl.predict fgclip.evaluate fgclip.score fgclip.extract fgclip.evaluate_video fgclip.watch"
-COMMANDS = [*COMMANDS.split(), "trainkit.report", "benchmarks.ablation"]
+COMMANDS = [*COMMANDS.split(), "macl.export", "fgclip.export", "trainkit.report", "benchmarks.ablation"]
 
 
 def blocks(path: Path) -> list[str]:
@@ -85,6 +85,7 @@ def test_every_flag_that_a_document_names_exists(parser_of):
     for name in (*SCRIPTS, *COMMANDS):
         needed = {"macl.predict": "--checkpoint a --output b", "fgclip.evaluate": "--checkpoint a"}
         needed |= {"fgclip.score": "--checkpoint a --image b", "trainkit.report": "a"}
+        needed |= {"macl.export": "--checkpoint a --output b", "fgclip.export": "a b"}
         needed |= {
             "fgclip.extract": "--init-from a --data-root b --features c",
             "fgclip.evaluate_video": "--checkpoint a",
