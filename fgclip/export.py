@@ -10,6 +10,8 @@ text_long.onnx and regions.onnx, which are compared with the model before they a
 """
 
 import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,51 +34,37 @@ from trainkit.onnx_file import need_packages, onnx_file, onnx_function
 TOLERANCE = 1e-4  # of the numbers of a unit feature
 
 
-class Part(nn.Module):
-    """One method of a model as a module."""
-
-    def __init__(self, model: FGCLIP, name: str):
-        super().__init__()
-        self.model, self.forward = model, getattr(self, name)
-
-    def image(self, pixels: Tensor) -> Tensor:
-        return self.model.encode_image(pixels)
-
-    def text(self, tokens: Tensor) -> Tensor:
-        return self.model.encode_text(tokens)
-
-    def text_long(self, tokens: Tensor) -> Tensor:
-        return self.model.encode_text(tokens, long=True)
-
-    def regions(self, pixels: Tensor, boxes: Tensor, image: Tensor) -> Tensor:
-        """`FGCLIP.encode_regions` in operators that ONNX has. boxes: (R, 4). image: (R,) int64, whose they are."""
-        tokens, size = self.model.vision_model.penultimate(pixels)
-        rois = torch.cat([image[:, None].to(boxes), boxes_to_rois([boxes], size)[:, 1:]], dim=1)
-        cells = roi_align(self.model.vision_model.dense(tokens, size), rois, 1, 1.0, 0, True)  # (R, C, 1, 1)
-        return getattr(self.model, "roi_projection", self.model.visual_projection)(cells.flatten(1))
+def regions(model: FGCLIP, pixels: Tensor, boxes: Tensor, image: Tensor) -> Tensor:
+    """`FGCLIP.encode_regions` in operators that ONNX has. boxes: (R, 4). image: (R,) int64, whose they are."""
+    tokens, size = model.vision_model.penultimate(pixels)
+    rois = torch.cat([image[:, None].to(boxes), boxes_to_rois([boxes], size)[:, 1:]], dim=1)
+    cells = roi_align(model.vision_model.dense(tokens, size), rois, 1, 1.0, 0, True)  # (R, C, 1, 1)
+    return getattr(model, "roi_projection", model.visual_projection)(cells.flatten(1))
 
 
-def drawn(model: FGCLIP, tokenizer: Tokenizer) -> dict[str, tuple[dict[str, Tensor], dict[str, dict], Tensor]]:
-    """Of each part its inputs for drawn scenes, the axes that may vary, and what the model makes of the inputs."""
-    scenes = SyntheticRegions(3, seed=30_000, image_size=model.vision_model.image_size)
-    samples, text = [scenes[i] for i in range(len(scenes))], model.text_model
+def parts(model: FGCLIP, tokenizer: Tokenizer) -> Iterator[tuple[str, Callable, dict, dict, Tensor]]:
+    """Name, function, inputs of drawn scenes, axes that may vary, and features that the model makes of the inputs."""
+    samples = [*map(SyntheticRegions(3, seed=30_000, image_size=model.vision_model.image_size).__getitem__, range(3))]
     pixels, boxes = torch.stack([sample.pixels for sample in samples]), [sample.boxes for sample in samples]
-    image = torch.repeat_interleave(torch.arange(len(boxes)), torch.tensor([*map(len, boxes)]))
-    batch, texts, regions = Dim("batch", max=4096), Dim("texts", max=4096), Dim("regions", max=65536)
-    of_image, short = {"pixels": {0: batch}}, [phrase for sample in samples for phrase in sample.phrases]
-    parts = {"image": (dict(pixels=pixels), of_image, model.encode_image(pixels))}
-    parts["regions"] = (
-        dict(pixels=pixels, boxes=torch.cat(boxes), image=image),
-        of_image | dict.fromkeys(("boxes", "image"), {0: regions}),
-        model.encode_regions(pixels, boxes),
-    )
-    for long, length in enumerate((text.context_length, text.long_context_length)):
+    of_image, of_region = {"pixels": {0: Dim("batch", max=4096)}}, {0: Dim("regions", max=65536)}
+    yield "image", model.encode_image, dict(pixels=pixels), of_image, model.encode_image(pixels)
+    image = torch.arange(len(boxes)).repeat_interleave(torch.tensor([*map(len, boxes)]))
+    inputs, axes = dict(pixels=pixels, boxes=torch.cat(boxes), image=image), dict(boxes=of_region, image=of_region)
+    yield "regions", partial(regions, model), inputs, of_image | axes, model.encode_regions(pixels, boxes)
+    lengths = dict(text=model.text_model.context_length, text_long=model.text_model.long_context_length)
+    for name, length in lengths.items():
         if length is not None:
-            tokens = tokenizer([sample.record.long for sample in samples] if long else short, length)
-            of_text = {"tokens": {0: texts, 1: Dim("length", max=length)}}
-            features = model.encode_text(tokens, long=bool(long))
-            parts["text_long" if long else "text"] = (dict(tokens=tokens), of_text, features)
-    return parts
+            encode = partial(model.encode_text, long=name == "text_long")
+            tokens = tokenizer([sample.record.long for sample in samples], length)
+            axes = {"tokens": {0: Dim("texts", max=4096), 1: Dim("length", max=length)}}
+            yield name, encode, dict(tokens=tokens), axes, encode(tokens)
+
+
+def onnx_part(model: FGCLIP, function: Callable, inputs: dict[str, Tensor], axes: dict[str, dict]) -> bytes:
+    """The ONNX file of a function of a model."""
+    module = nn.Module()
+    module.model, module.forward = model, function
+    return onnx_file(module, inputs, axes, ["features"])
 
 
 def checked(name: str, content: bytes, inputs: dict[str, Tensor], expected: Tensor) -> str:
@@ -123,10 +111,9 @@ def main(arguments: list[str] | None = None) -> None:
     model, tokenizer = load_model(args.run, args.vocab, weights=args.weights)
     side, folder = model.vision_model.image_size, args.output
     files = {}
-    if args.onnx:
-        for name, (inputs, shapes, expected) in drawn(model, tokenizer).items():
-            files[f"{name}.onnx"] = onnx_file(Part(model, name), inputs, shapes, ["features"])
-            print(checked(f"{name}.onnx", files[f"{name}.onnx"], inputs, expected))
+    for name, function, inputs, axes, expected in parts(model, tokenizer) if args.onnx else ():
+        files[f"{name}.onnx"] = onnx_part(model, function, inputs, axes)
+        print(checked(f"{name}.onnx", files[f"{name}.onnx"], inputs, expected))
     save_clip_weights(model, folder)
     config = hugging_face_config(model)
     config["text_config"] |= dict(bos_token_id=tokenizer.bos_id, pad_token_id=tokenizer.eos_id)

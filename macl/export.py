@@ -30,7 +30,7 @@ from trainkit.files import whole_file
 from trainkit.onnx_file import need_packages, onnx_file, onnx_function
 
 OUTPUTS = ("boxes", "labels", "scores", "count")
-SHAPE = {0: Dim("batch", max=1024), 2: Dim("height", min=32, max=8192), 3: Dim("width", min=32, max=8192)}
+TRACED = (2, 3, 160, 224)  # images
 CHECKED = ((128, 160), (100, 150), (200, 264))  # sizes of the drawn pairs that a file is tried on, two of each
 TOLERANCE = (1e-3, 1e-4)  # pixels, and of a score
 
@@ -50,12 +50,21 @@ def onnx_survivors(boxes, scores, iou: float):
     return op.ScatterND(op.Cast(scores * 0.0, to=BOOL.dtype), op.Gather(kept, [0, 2], axis=1), true)
 
 
+def least_side(detector: PairedFasterRCNN) -> int:
+    """Pixels of which the coarsest map has two rows: of one, torch.export makes another program."""
+    least, small = 2 ** (detector.kwargs["fpn_levels"] + 1) + 1, detector.min_sizes[-1]
+    if small is not None and small < least:
+        raise InputError(f"images of {small} pixels (--min-size) are too small for a file; expected {least} at least")
+    return max(least, 32)
+
+
 @torch.no_grad()
 def exported(
     detector: PairedFasterRCNN, cameras: tuple[str, ...], suffix: str, metadata: dict
 ) -> tuple[bytes, Callable[..., list[Tensor]]]:
     """The file of a detector, and what it does with images (B, 3, H, W) by camera. metadata: plain values by name."""
-    images, shapes = {name: torch.rand(2, 3, 96, 160) for name in cameras}, dict.fromkeys(cameras, SHAPE)
+    images, sides = {name: torch.rand(TRACED) for name in cameras}, dict(min=least_side(detector), max=8192)
+    shapes = dict.fromkeys(cameras, {0: Dim("batch", max=1024), 2: Dim("height", **sides), 3: Dim("width", **sides)})
     if suffix == ".onnx":
         static, more = StaticDetector(detector, _survivors), dict(metadata=metadata, nodes={_survivors: onnx_survivors})
         content = onnx_file(static, images, shapes, OUTPUTS, **more)
@@ -126,13 +135,16 @@ def main(arguments: list[str] | None = None) -> None:
     if only not in (None, cameras):
         raise InputError(f"--cameras {cameras}: this detector sees with {only} images alone")
     names = MODALITIES if cameras == "both" else (cameras,)
-    detector.merge, head, kwargs = args.merge or detector.merge, detector.roi_head, detector.kwargs
-    head.score_threshold = head.score_threshold if args.min_score is None else args.min_score
-    metadata = dict(classes=kwargs["classes"], cameras=list(names), score_threshold=head.score_threshold)
-    metadata |= dict(images="(batch, 3, height, width), RGB in 0..1, any size, both cameras' the same; boxes in pixels")
-    metadata |= dict(min_size=detector.min_sizes[-1], max_size=detector.max_size, merge=detector.merge)
-    metadata |= {f"{name}_{kind}": kwargs[f"{name}_{kind}"] for name in names for kind in ("mean", "std")}
-    metadata |= dict(inside="resizing to min_size, mean, std and suppression", register=checkpoint.get("register"))
+    kwargs, detector.merge, detector.macl = detector.kwargs, args.merge or detector.merge, None
+    if args.min_score is not None:
+        detector.roi_head.score_threshold = args.min_score
+    metadata = dict(
+        classes=kwargs["classes"], cameras=list(names), score_threshold=detector.roi_head.score_threshold,
+        images="(batch, 3, height, width), RGB in 0..1, of any size, which is that of both cameras; boxes in pixels",
+        inside="resizing to min_size, mean, std and suppression", min_size=detector.min_sizes[-1],
+        max_size=detector.max_size, merge=detector.merge, register=checkpoint.get("register", "none"),
+        **{f"{name}_{kind}": kwargs[f"{name}_{kind}"] for name in names for kind in ("mean", "std")},
+    )  # fmt: skip
     content, run = exported(detector, names, suffix, metadata)
     print(check(run, detector, names))
     with whole_file(args.output) as file:

@@ -77,8 +77,16 @@ def test_transformers_reads_the_folder_with_equal_features_and_ids(exported, bot
     assert processor(torch.zeros(3, 40, 50), return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
 
 
+def drawn(model, tokenizer):
+    """What the text tower is compared on."""
+    return next(
+        (inputs, expected) for name, *_, inputs, _, expected in export.parts(model, tokenizer) if name == "text"
+    )
+
+
 @pytest.mark.slow
 @torch.no_grad()
+@pytest.mark.parametrize("exported", ["bytes"], indirect=True)
 def test_onnx_files_give_the_features_for_other_numbers_of_inputs(exported, tmp_path, both, capsys):
     pytest.importorskip("onnxruntime")
     export.main([str(exported / "run.pt"), str(tmp_path), "--onnx"])
@@ -98,12 +106,12 @@ def test_onnx_files_give_the_features_for_other_numbers_of_inputs(exported, tmp_
         ),
     ):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    inputs, _, expected = export.drawn(model, tokenizer)["text"]
+    inputs, expected = drawn(model, tokenizer)
     content = (tmp_path / "text.onnx").read_bytes()
     assert "text" in export.checked("text", content, inputs, expected)
     model.text_model.final_layer_norm.weight[3] += 0.1
     with pytest.raises(InputError, match="it is not written"):
-        export.checked("text", content, inputs, export.drawn(model, tokenizer)["text"][2])
+        export.checked("text", content, *drawn(model, tokenizer))
 
 
 def test_what_does_not_fit_is_refused(exported, tmp_path, capsys, monkeypatch):
