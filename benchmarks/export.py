@@ -10,6 +10,7 @@ import copy
 import io
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,48 +24,40 @@ from benchmarks.training_step import models
 from macl import export
 from macl.backbone import MODALITIES
 
-VIEWS = {
-    "one camera": (("visible",), "none"),
-    "both, fused": (MODALITIES, "none"),
-    "both, merged": (MODALITIES, "logit"),
-}
+VIEWS = {"one camera": (("visible",), "none"), "both, fused": (MODALITIES, "none")}
+VIEWS["both, merged"] = (MODALITIES, "logit")
 
 
-def session(content: bytes, threads: int) -> onnxruntime.InferenceSession:
+def in_onnx(content: bytes, images: dict[str, torch.Tensor], threads: int):
+    """A call of a file."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return partial(session.run, None, {name: image.numpy() for name, image in images.items()})
 
 
-def ours(detector: torch.nn.Module, images: dict, threads: int) -> dict:
-    """Eager, compiled and exported, for each of VIEWS."""
+def ours(detector: torch.nn.Module, images: dict[str, torch.Tensor], threads: int) -> dict:
+    """Calls of the detector: eager, compiled and exported, for each of VIEWS."""
     functions = {}
     for name, (cameras, merge) in VIEWS.items():
-        one, given = copy.deepcopy(detector), {camera: images[camera] for camera in cameras}
-        one.merge = merge
-        functions[f"{name}: eager"] = lambda one=one, given=given: one(**{k: [v[0]] for k, v in given.items()})
-        compiled = copy.deepcopy(one)
+        eager, given = copy.deepcopy(detector), {camera: images[camera] for camera in cameras}
+        eager.merge, lists = merge, {camera: [image[0]] for camera, image in given.items()}
+        compiled = copy.deepcopy(eager)
         compiled.backbone.compile()
         compiled.neck.compile()
-        functions[f"{name}: compiled backbone and neck"] = lambda one=compiled, given=given: one(
-            **{k: [v[0]] for k, v in given.items()}
-        )
-        file, _ = export.exported(one, cameras, ".onnx", {})
-        run, arrays = session(file, threads), {k: v.numpy() for k, v in given.items()}
-        functions[f"{name}: ONNX"] = lambda run=run, arrays=arrays: run.run(None, arrays)
+        functions[f"{name}: eager"] = partial(eager, **lists)
+        functions[f"{name}: compiled backbone and neck"] = partial(compiled, **lists)
+        functions[f"{name}: ONNX"] = in_onnx(export.exported(eager, cameras, ".onnx", {})[0], given, threads)
     return functions
 
 
 def theirs(detector: torch.nn.Module, image: torch.Tensor, threads: int) -> dict:
-    """torchvision's, eager and exported by the tracing exporter, for which torchvision is written."""
+    """Calls of torchvision's: eager, and exported by tracing, which is what torchvision is written for."""
     file = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):  # the exporter is on its way out
-        torch.onnx.export(detector, ([image[0]],), file, dynamo=False, opset_version=17, input_names=["image"])
-    run, arrays = session(file.getvalue(), threads), {"image": image[0].numpy()}
-    return {
-        "torchvision: eager": lambda: detector([image[0]]),
-        "torchvision: ONNX": lambda: run.run(None, arrays),
-    }
+        torch.onnx.export(detector, ([image],), file, dynamo=False, opset_version=17, input_names=["image"])
+    exported = in_onnx(file.getvalue(), {"image": image}, threads)
+    return {"torchvision: eager": partial(detector, [image]), "torchvision: ONNX": exported}
 
 
 @torch.no_grad()
@@ -78,7 +71,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     images = {name: torch.rand(1, 3, args.height, args.width, generator=generator) for name in MODALITIES}
     both = {name: model.eval() for name, model in models(args).items()}
-    functions = ours(both["macl"], images, args.threads) | theirs(both["torchvision"], images["visible"], args.threads)
+    functions = ours(both["macl"], images, args.threads) | theirs(
+        both["torchvision"], images["visible"][0], args.threads
+    )
     times = common.take_turns(functions, args.rounds)
     columns = [*common.TIME_COLUMNS[:-1], "time over one camera: ONNX (all rounds)"]
     report = [
