@@ -2,8 +2,8 @@
 
     python benchmarks/export.py                        # ResNet-50, one image of 512x640, on the CPU
 
-Both are ResNet-50 FPN with frozen norms, equal random weights and 1000 proposals. Ours runs with one camera, with both
-in one pyramid, and with the merge of three views, which is the default. They take turns.
+Both are ResNet-50 FPN with frozen norms, equal random weights and 1000 proposals. Ours runs with one camera, and with
+two and the merge of three views, which is the default. They take turns.
 """
 
 import copy
@@ -24,8 +24,7 @@ from benchmarks.training_step import models
 from macl import export
 from macl.backbone import MODALITIES
 
-VIEWS = {"one camera": (("visible",), "none"), "both, fused": (MODALITIES, "none")}
-VIEWS["both, merged"] = (MODALITIES, "logit")
+VIEWS = {"one camera": (("visible",), "none"), "both, merged": (MODALITIES, "logit")}
 
 
 def in_onnx(content: bytes, images: dict[str, torch.Tensor], threads: int):
@@ -36,17 +35,18 @@ def in_onnx(content: bytes, images: dict[str, torch.Tensor], threads: int):
     return partial(session.run, None, {name: image.numpy() for name, image in images.items()})
 
 
-def ours(detector: torch.nn.Module, images: dict[str, torch.Tensor], threads: int) -> dict:
-    """Calls of the detector: eager, compiled and exported, for each of VIEWS."""
+def ours(detector: torch.nn.Module, images: dict[str, torch.Tensor], threads: int, compile_too: bool) -> dict:
+    """Calls of the detector: eager, compiled if asked for, and exported, for each of VIEWS."""
     functions = {}
     for name, (cameras, merge) in VIEWS.items():
         eager, given = copy.deepcopy(detector), {camera: images[camera] for camera in cameras}
         eager.merge, lists = merge, {camera: [image[0]] for camera, image in given.items()}
-        compiled = copy.deepcopy(eager)
-        compiled.backbone.compile()
-        compiled.neck.compile()
         functions[f"{name}: eager"] = partial(eager, **lists)
-        functions[f"{name}: compiled backbone and neck"] = partial(compiled, **lists)
+        if compile_too:
+            compiled = copy.deepcopy(eager)
+            compiled.backbone.compile()
+            compiled.neck.compile()
+            functions[f"{name}: compiled backbone and neck"] = partial(compiled, **lists)
         functions[f"{name}: ONNX"] = in_onnx(export.exported(eager, cameras, ".onnx", {})[0], given, threads)
     return functions
 
@@ -65,6 +65,7 @@ def main() -> None:
     parser = common.make_parser(__doc__, rounds=5)
     parser.add_argument("--height", type=int, default=512, help="of the image, pixels (default: 512)")
     parser.add_argument("--width", type=int, default=640, help="of the image, pixels (default: 640)")
+    parser.add_argument("--compile", action="store_true", help="also with backbone and neck compiled")
     args = parser.parse_args()
     args.rois = 512
     torch.set_num_threads(args.threads)
