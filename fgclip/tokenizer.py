@@ -29,6 +29,7 @@ except ImportError:
     regex = None
 
 PUBLISHED_MERGES = 49152 - 256 - 2  # CLIP uses the first 48894 lines of a longer file
+NO_MERGES = "#version: 0.2"  # a file of merges with this line alone: one token per byte
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_MERGES = 2**26  # bytes of a file of merges, unpacked; the published ones have 3 MB
 WORD_CACHE = 65536
@@ -87,7 +88,7 @@ def read_merges(path: str | Path) -> list[tuple[str, str]]:
             merges = merges.get(key) if isinstance(merges, dict) else None
     else:
         merges = [line for line in text.split("\n")[1 : PUBLISHED_MERGES + 1] if line.strip()]  # after the version
-    if not merges:
+    if not merges and text.strip() != NO_MERGES:
         raise InputError(f"{path} holds no BPE merges")
     return checked_merges(merges, str(path))
 

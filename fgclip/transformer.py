@@ -65,7 +65,7 @@ class Block(nn.Module):
 
     def pool(self, x: Tensor, rows: Tensor | int, mask: Tensor | None = None) -> Tensor:
         """Only the output row `rows` of forward, an index or one per sample (B,). mask: (B, L), True = may be seen."""
-        batch = torch.arange(len(x), device=x.device)
+        batch = torch.arange(x.shape[0], device=x.device)  # unlike len(), it exports
         normed = self.layer_norm1(x)
         query = normed[batch, rows].unsqueeze(1)  # (B, 1, C)
         mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, L)

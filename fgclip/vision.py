@@ -38,7 +38,7 @@ class VisionEmbeddings(nn.Module):
             raise ValueError(f"pixels {tuple(pixels.shape)} are not (B, 3, H, W) with sides that {patch} divides")
         patches = self.patch_embedding(pixels)  # (B, C, h, w)
         size = patches.shape[-2:]
-        first = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        first = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         tokens = torch.cat([first, patches.flatten(2).transpose(1, 2)], dim=1)  # (B, 1 + h * w, C)
         return tokens + interpolate_positions(self.position_embedding.weight, size), size
 

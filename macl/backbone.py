@@ -46,7 +46,7 @@ NORMS = {
 
 def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
     """norm(conv(x)); a frozen norm is folded into the convolution's weight where that is smaller than the map."""
-    if not isinstance(norm, FrozenBatchNorm2d) or conv.weight.numel() > x.numel():
+    if not isinstance(norm, FrozenBatchNorm2d) or torch.compiler.is_exporting() or conv.weight.numel() > x.numel():
         return norm(conv(x))
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     bias = norm.bias - norm.running_mean * scale

@@ -234,12 +234,17 @@ class PairedFasterRCNN(nn.Module):
     def resize(self, image: Tensor, min_size: int | None) -> Tensor:
         if min_size is None:
             return image
-        height, width = image.shape[-2:]
-        factor = min_size / min(height, width)
-        if self.max_size is not None:
-            factor = min(factor, self.max_size / max(height, width))
-        size = [max(1, math.floor(side * factor)) for side in (height, width)]
+        size = self.resized(image.shape[-2:], min_size)
         return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
+
+    def resized(self, size: Size, min_size: int) -> Size:
+        """The size of an image of `size`, resized. In whole numbers, which fall no pixel short, and export as such."""
+        short, long = torch.sym_min(*size), torch.sym_max(*size)
+        sides = [side * int(min_size) // short for side in size]
+        if self.max_size is not None:
+            longest = [side * int(self.max_size) // long for side in size]
+            sides = map(torch.sym_min, sides, longest)
+        return tuple(torch.sym_max(1, side) for side in sides)
 
     def pooled_features(
         self, features: list[Features], boxes: list[Tensor], *, jitter: bool = False

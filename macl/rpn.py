@@ -32,7 +32,8 @@ class RPNHead(nn.Module):
         for feature in features:
             hidden = F.relu(self.conv(feature))
             objectness.append(at_least_float32(self.cls_logits(hidden).permute(0, 2, 3, 1).flatten(1)))
-            offsets.append(at_least_float32(self.bbox_pred(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1, 4)))
+            deltas = self.bbox_pred(hidden).permute(0, 2, 3, 1).flatten(1)  # unlike len(), it exports
+            offsets.append(at_least_float32(deltas.unflatten(1, (-1, 4))))
         return objectness, offsets
 
     def at(self, features: list[Tensor], image: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = re.compile(r"(?:torchrun --nproc-per-node \d+|python) (?:-m )?(\S+)(.*)")
-OTHERS = ("pip install", "pytest", "ruff", "python -m fgclip.clip_benchmark")  # with flags of other parsers
+OTHERS = ("pip install", "pytest", "ruff", "python -m build", "python -m fgclip.clip_benchmark")  # of other parsers
 SCRIPTS = ("train_stage1", "train_stage2", "train_fgclip", "train_video")
 COMMANDS = "macl.evaluate macl.predict fgclip.evaluate fgclip.score fgclip.extract fgclip.evaluate_video fgclip.watch "
-COMMANDS += "fgclip.pack"
+COMMANDS += "fgclip.pack macl.export fgclip.export"
 COMMANDS = [*COMMANDS.split(), "trainkit.report", "benchmarks.ablation"]
 
 
@@ -87,6 +87,7 @@ def test_every_flag_that_a_document_names_exists(parser_of):
         needed = {"macl.predict": "--checkpoint a --output b", "fgclip.evaluate": "--checkpoint a"}
         needed |= {"fgclip.pack": "--annotations a --image-root b --output c"}
         needed |= {"fgclip.score": "--checkpoint a --image b", "trainkit.report": "a"}
+        needed |= {"macl.export": "--checkpoint a --output b", "fgclip.export": "a b"}
         needed |= {
             "fgclip.extract": "--init-from a --data-root b --features c",
             "fgclip.evaluate_video": "--checkpoint a",

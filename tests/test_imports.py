@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = tuple(f"trainkit.{name}" for name in "device distributed errors files load_report loader tables".split())
 ALLOWED = {"kernels": (), "trainkit": (), "macl": ("kernels", *SHARED), "fgclip": ("kernels", *SHARED)}
 # These import like scripts.
-COMMANDS = "evaluate predict score report training extract evaluate_video watch pack".split()
+COMMANDS = "evaluate predict score report training extract evaluate_video watch pack export".split()
 COMMANDS = {f"{name}.py" for name in COMMANDS}
 
 
