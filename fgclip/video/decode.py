@@ -15,6 +15,7 @@ import numpy as np
 
 from trainkit.errors import InputError
 from trainkit.files import is_image, natural, open_image, reason, regular_file, shown, whole_file
+from trainkit.video import as_rgb, library, opened, shown_at
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
 IMAGE_RATE = Fraction(30)  # frames a second of a folder of images, which does not say it
@@ -140,29 +141,6 @@ def open_video(path: str | Path, rate: Fraction = IMAGE_RATE) -> Video:
     return VideoFile(regular_file(path, "a video, or a folder of numbered images"))
 
 
-def library():
-    """PyAV. Raises InputError without it."""
-    try:
-        import av
-    except ImportError as error:
-        raise InputError("reading videos needs `pip install av`") from error
-    return av
-
-
-def opened(path: Path):
-    """The container of a file with pictures. It reads nothing but this file."""
-    av = library()
-    try:
-        only_files = {"protocol_whitelist": "file"}  # a playlist may name what it likes
-        container = av.open(f"file:{os.path.abspath(path)}", metadata_errors="replace", options=only_files)
-    except (av.FFmpegError, OSError) as error:
-        raise InputError(f"{path} cannot be read as a video ({reason(error)})") from error
-    if not container.streams.video:
-        container.close()
-        raise InputError(f"{path} holds no pictures; expected a video")
-    return container
-
-
 def decoded_from(container, stream, start: float) -> Iterator:
     """The decoded frames from the last key frame that is shown at `start` (s) or before."""
     if start > 0:
@@ -175,16 +153,6 @@ def decoded_from(container, stream, start: float) -> Iterator:
                 return chain([first], frames)
         container.seek(stream.start_time or 0, stream=stream)
     return container.decode(stream)
-
-
-def shown_at(frame, stream) -> float:
-    return float((frame.pts - (stream.start_time or 0)) * stream.time_base)
-
-
-def as_rgb(convert, frame) -> np.ndarray:
-    """A decoded frame as (H, W, 3) uint8 RGB, turned as the file says that it is to be shown."""
-    picture = convert.reformat(frame, format="rgb24").to_ndarray()
-    return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture
 
 
 def write_video(
