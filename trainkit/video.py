@@ -2,8 +2,9 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,27 +48,25 @@ def as_rgb(convert, frame) -> np.ndarray:
     return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture
 
 
-class VideoWriter:
-    """Adds pictures to an open container. See `video_writer`."""
-
-    def __init__(self, container, rate: Fraction):
-        self.container, self.stream = container, container.add_stream("libx264", rate=rate)
-        self.stream.pix_fmt, self.stream.codec_context.time_base = "yuv420p", Fraction(1, TICKS)
-
-    def add(self, picture: np.ndarray, time: float) -> None:
-        """picture: (H, W, 3) uint8 RGB, all of one size, H and W even. time: seconds, later than that before."""
-        frame = library().VideoFrame.from_ndarray(picture, format="rgb24")
-        if not self.stream.codec_context.is_open:
-            self.stream.height, self.stream.width = picture.shape[:2]
-        frame.pts, frame.time_base = round(time * TICKS), Fraction(1, TICKS)
-        self.container.mux(self.stream.encode(frame))
-
-
 @contextlib.contextmanager
-def video_writer(path: str | Path, rate: Fraction) -> Iterator[VideoWriter]:
-    """An mp4 (H.264) that gets its name when it is complete, as `whole_file` has it. rate: frames a second, about."""
+def video_writer(path: str | Path, rate: Fraction) -> Iterator[Callable[[np.ndarray, float], None]]:
+    """An mp4 (H.264) that gets its name when it is complete, as `whole_file` has it. rate: frames a second, about.
+
+    Yields what adds a picture (H, W, 3) uint8 RGB, all of one size, and its time in seconds, later than that before.
+    An odd side loses its last pixels, as H.264 needs even ones.
+    """
     with whole_file(path) as file, library().open(file, "w", format="mp4") as container:
-        writer = VideoWriter(container, rate)
-        yield writer
-        if writer.stream.codec_context.is_open:
-            container.mux(writer.stream.encode())
+        stream = container.add_stream("libx264", rate=rate)
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, TICKS)
+        yield partial(_add, container, stream)
+        if stream.codec_context.is_open:
+            container.mux(stream.encode())
+
+
+def _add(container, stream, picture: np.ndarray, time: float) -> None:
+    height, width = (side // 2 * 2 for side in picture.shape[:2])
+    frame = library().VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")
+    frame.pts, frame.time_base = round(time * TICKS), Fraction(1, TICKS)
+    if not stream.codec_context.is_open:
+        stream.height, stream.width = height, width
+    container.mux(stream.encode(frame))

@@ -50,15 +50,20 @@ def read_pair(visible: str | Path | None, infrared: str | Path | None, onto=None
 
     onto: how infrared is put onto visible, see `macl.data.onto`; None: their sizes are the same
     """
-    pair = {"visible": visible, "infrared": infrared}
-    pair = {modality: None if path is None else read_image(path) for modality, path in pair.items()}
-    if onto is not None and visible is not None and infrared is not None:
-        pair["infrared"] = onto.image(pair["infrared"], tuple(pair["visible"].shape[:0:-1]))
-    sizes = [f"{image.shape[2]} x {image.shape[1]}" for image in pair.values() if image is not None]
+    paths = {"visible": visible, "infrared": infrared}
+    images = {modality: None if path is None else read_image(path) for modality, path in paths.items()}
+    return put_together(images, paths, onto)
+
+
+def put_together(images: dict[str, Tensor | None], names: dict, onto=None) -> dict[str, Tensor | None]:
+    """Decoded images (3, H, W) as `read_pair` returns them. names: of the images, for the InputError."""
+    if onto is not None and None not in images.values():
+        images = images | {"infrared": onto.image(images["infrared"], tuple(images["visible"].shape[:0:-1]))}
+    sizes = [f"{image.shape[2]} x {image.shape[1]}" for image in images.values() if image is not None]
     if len(set(sizes)) > 1:
-        problem = f"{visible} is {sizes[0]} but {infrared} is {sizes[1]}"
+        problem = f"{names['visible']} is {sizes[0]} but {names['infrared']} is {sizes[1]}"
         raise InputError(f"{problem}; expected a registered pair, or --infrared-to-visible resize or FILE")
-    return pair
+    return images
 
 
 def moved(images: dict[str, Tensor], move: tuple[int, int] | Callable) -> dict[str, Tensor]:
