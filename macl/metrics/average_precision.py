@@ -45,6 +45,25 @@ def average_precision(
     }
 
 
+def matches(
+    detections: list[dict], ground_truth: list[dict], *, max_detections: int = MAX_DETECTIONS
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the AP at an IoU of 0.5 pairs, frames in a row; arguments as average_precision.
+
+    Returns hits (N,): 1 for a detection that found a box, 0 for a false alarm, -1 for what does not count; and the
+    scores (M,) of the detections that found the boxes, 0 where none did and where the box is ignored.
+    """
+    targets, outputs = _annotations(ground_truth, "ignore", "iscrowd"), _annotations(detections, "scores", "score")
+    labels = sorted({box["category_id"] for box in targets + outputs})
+    hits, scores = np.full(len(outputs), -1), np.zeros(len(targets))
+    score_of = np.array([0.0, *(output["score"] for output in outputs)])  # by id
+    for one in filter(None, _coco(outputs, targets, labels, len(ground_truth), max_detections).evalImgs):
+        places, boxes = (np.array(one[key], int) - 1 for key in ("dtIds", "gtIds"))
+        hits[places] = np.where(one["dtIgnore"][0], -1, one["dtMatches"][0] > 0)
+        scores[boxes] = np.where(one["gtIgnore"], 0, score_of[one["gtMatches"][0].astype(int)])
+    return hits, scores
+
+
 def _annotations(frames: list[dict], key: str, name: str) -> list[dict]:
     """The boxes as COCO's annotations, the values of `key` under `name`."""
     boxes, frame, labels, values = flatten(frames, "labels", key)
@@ -59,10 +78,22 @@ def _annotations(frames: list[dict], key: str, name: str) -> list[dict]:
 
 def _evaluate(outputs: list[dict], targets: list[dict], frame_count: int, max_detections: int) -> dict[int, dict]:
     """MEASURES by label, None for a class without a real box."""
+    labels = sorted({box["category_id"] for box in targets})
+    evaluation = _coco(outputs, targets, labels, frame_count, max_detections)
+    precision = evaluation.eval["precision"][..., 0, 0].mean(1)  # (IoUs, classes), the mean over 101 recalls
+    recall = evaluation.eval["recall"][..., 0, 0].mean(0)  # (classes,)
+    rows = np.stack([precision[0], precision[5], precision.mean(0), recall], 1).tolist()  # -1 without a real box
+    return {
+        label: {name: None if value < 0 else value for name, value in zip(MEASURES, row, strict=True)}
+        for label, row in zip(labels, rows, strict=True)
+    }
+
+
+def _coco(outputs: list[dict], targets: list[dict], labels: list[int], frame_count: int, max_detections: int):
+    """pycocotools' evaluation."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    labels = sorted({box["category_id"] for box in targets})
     images, categories = [{"id": index} for index in range(frame_count)], [{"id": label} for label in labels]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         datasets = []
@@ -76,10 +107,4 @@ def _evaluate(outputs: list[dict], targets: list[dict], frame_count: int, max_de
         evaluation.params.maxDets = [max_detections]
         evaluation.evaluate()
         evaluation.accumulate()
-    precision = evaluation.eval["precision"][..., 0, 0].mean(1)  # (IoUs, classes), the mean over 101 recalls
-    recall = evaluation.eval["recall"][..., 0, 0].mean(0)  # (classes,)
-    rows = np.stack([precision[0], precision[5], precision.mean(0), recall], 1).tolist()  # -1 without a real box
-    return {
-        label: {name: None if value < 0 else value for name, value in zip(MEASURES, row, strict=True)}
-        for label, row in zip(labels, rows, strict=True)
-    }
+    return evaluation
