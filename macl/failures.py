@@ -2,98 +2,81 @@
 
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from macl.evaluation import SEEN
-from macl.metrics import matches
+from macl.metrics import average_precision
 from trainkit.drawing import Mark, draw_marks
 from trainkit.files import whole_file, write_text, writing
 from trainkit.page import draw, figure, html_page, keys, picture, table
 
 # Okabe and Ito's, for colour-blind users.
 COLOURS = {"missed": (213, 94, 0), "false": (240, 228, 66), "found": (86, 180, 233), "ignored": (150, 150, 150)}
-RECALLS = np.linspace(0, 1, 101)  # as COCO's AP: it is the mean of these precisions, nothing counted as 0
 FOUND = "Found is a box by a detection of its class with an IoU of at least 0.5, and a score from which on F1 is best."
 OCCLUSIONS = ("not occluded", "partly occluded", "heavily occluded")
-
-
-class Rows(NamedTuple):
-    """The detections (n), or the true boxes (n), of all frames in a row."""
-
-    frame: np.ndarray  # (n,) int64
-    boxes: np.ndarray  # (n, 4)
-    labels: np.ndarray  # (n,)
-    scores: np.ndarray  # (n,) of the detections, or of those that found the boxes, 0 where none did
-    state: np.ndarray  # (n,) 1 for a hit or a real box, 0 for a false alarm, -1 for what does not count
+RECALLS = np.linspace(0, 1, 101)
+UNKNOWN = 0.5  # score from which on detections of a class that the truth does not have are false alarms
 
 
 def column(frames: list[dict], key: str) -> np.ndarray:
+    """The values of a key, of all frames in a row; without one the frame that each row is of."""
+    if not key:
+        return np.repeat(np.arange(len(frames)), [len(frame["boxes"]) for frame in frames])
     return np.concatenate([frame[key].numpy() for frame in frames])
 
 
-def rows(frames: list[dict], scores: np.ndarray, state: np.ndarray) -> Rows:
-    index = np.repeat(np.arange(len(frames)), [len(frame["boxes"]) for frame in frames])
-    return Rows(index, column(frames, "boxes"), column(frames, "labels"), scores, state)
-
-
-def precision_recall(outputs: Rows, boxes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Recall, precision and score (n,) after each detection that counts, the best first. boxes: number of real ones."""
-    counts = outputs.state >= 0
-    order = np.argsort(-outputs.scores[counts], kind="stable")
-    found = outputs.state[counts][order].cumsum()
-    return found / max(boxes, 1), found / np.arange(1, 1 + len(found)), outputs.scores[counts][order]
-
-
 class Judged:
-    """The detections of a mode beside the truth. threshold: the score from which on the F1 is best."""
+    """The detections of a mode beside the truth, at the score of each class from which on its F1 is best."""
 
     def __init__(self, results: list[dict], mode: str, max_detections: int):
         outputs, truths = [one["detections"][mode] for one in results], [one["ground_truth"] for one in results]
-        hits, found = matches(outputs, truths, max_detections=max_detections)
-        self.outputs = rows(outputs, column(outputs, "scores"), hits)
-        self.truth = rows(truths, found, np.where(column(truths, "ignore"), -1, 1))
-        recall, precision, scores = precision_recall(self.outputs, (self.truth.state > 0).sum())
-        f1 = recall * precision / np.maximum(recall + precision, 1e-9)
-        self.threshold = float(scores[f1.argmax()]) if len(f1) else 1.0
-        self.missed = (self.truth.state > 0) & (found < self.threshold)  # of the true boxes
-        self.false = (hits == 0) & (self.outputs.scores >= self.threshold)  # of the detections
+        metrics = average_precision(outputs, truths, max_detections=max_detections)
+        self.curves, self.found = metrics["curves"], metrics["found"]
+        self.thresholds = np.full(1 + len(results[0]["classes"]), UNKNOWN)
+        for label, (precision, scores) in self.curves.items():
+            f1 = np.nan_to_num(precision * RECALLS / np.maximum(precision + RECALLS, 1e-9))
+            self.thresholds[label] = scores[f1.argmax()] if f1.any() else 1
+        self.boxes, self.labels, self.frame = (column(truths, key) for key in ("boxes", "labels", ""))
+        self.real = ~column(truths, "ignore")
+        self.missed = self.real & (self.found < self.thresholds[self.labels])
+        # Of the detections those that count, from the threshold on, the best last.
+        keys = ("boxes", "labels", "", "scores")
+        boxes, labels, frame, scores = (column(outputs, key) for key in keys)
+        kept = (metrics["hits"] >= 0) & (scores >= self.thresholds[labels])
+        kept = np.flatnonzero(kept)[np.argsort(scores[kept], kind="stable")]
+        self.detections = list(zip(frame[kept], boxes[kept].tolist(), labels[kept], scores[kept], strict=True))
+        self.false = metrics["hits"][kept] == 0
 
     def errors(self, count: int) -> np.ndarray:
         """How wrong each frame is, (count,): what the score lacks of every miss to 1, and of every false alarm to 0."""
-        misses = np.bincount(self.truth.frame, self.missed * (1 - self.truth.scores), count)
-        return misses + np.bincount(self.outputs.frame, self.false * self.outputs.scores, count)
+        errors = np.bincount(self.frame, self.missed * (1 - self.found), count)
+        for (frame, _, _, score), false in zip(self.detections, self.false, strict=True):
+            errors[frame] += false * score
+        return errors
 
     def marks(self, frame: int, classes: list[str]) -> list[Mark]:
-        marks, truth, outputs = [], self.truth, self.outputs
-        for i in np.flatnonzero((truth.frame == frame) & ((truth.state < 0) | self.missed)):
-            kind = "ignored" if truth.state[i] < 0 else "missed"
-            name = classes[truth.labels[i] - 1] if len(classes) > 1 else ""
-            name = f"{name} {truth.scores[i]:.2f}" if truth.scores[i] else name
-            marks.append(Mark(truth.boxes[i].tolist(), kind, name.strip(), below=True))
-        shown = np.flatnonzero((outputs.frame == frame) & (outputs.state >= 0) & (outputs.scores >= self.threshold))
-        for i in shown[np.argsort(outputs.scores[shown])]:
-            text = f"{classes[outputs.labels[i] - 1]} {outputs.scores[i]:.2f}"
-            marks.append(Mark(outputs.boxes[i].tolist(), "false" if self.false[i] else "found", text))
+        """What to draw. A missed box bears the score by which it is found below the threshold."""
+        marks = []
+        for i in np.flatnonzero((self.frame == frame) & (~self.real | self.missed)):
+            name = classes[self.labels[i] - 1] if len(classes) > 1 else ""
+            text = f"{name} {self.found[i]:.2f}".strip() if self.real[i] and self.found[i] else name
+            marks.append(Mark(self.boxes[i], "missed" if self.real[i] else "ignored", text, below=True))
+        for (place, box, label, score), false in zip(self.detections, self.false, strict=True):
+            if place == frame:
+                marks.append(Mark(box, "false" if false else "found", f"{classes[label - 1]} {score:.2f}"))
         return marks
 
 
 def curves(judged: dict[str, Judged], classes: list[str]) -> str:
-    """A chart per class of the precision over the recall, a curve per mode."""
+    """A chart per class with a real box of the precision over the recall, a curve per mode."""
     charts = []
-    for label, name in enumerate(classes, 1):
-        drawn = []
-        for one in judged.values():
-            boxes = int(((one.truth.labels == label) & (one.truth.state > 0)).sum())
-            chosen = one.outputs.labels == label
-            recall, precision, _ = precision_recall(Rows(*(part[chosen] for part in one.outputs)), boxes)
-            best = np.append(np.maximum.accumulate(precision[::-1])[::-1], np.nan)  # at this recall or a larger one
-            drawn.append((RECALLS, best[np.searchsorted(recall, RECALLS)]))
-        chart = draw(drawn, False, salt=ascii(name), across="recall") + keys(judged)
-        charts.append(figure(chart, name, f"precision over recall of {boxes} boxes"))
+    for label in next(iter(judged.values())).curves:
+        lines = [(RECALLS, one.curves[label][0]) for one in judged.values()]
+        chart = draw(lines, False, salt=str(label), across="recall") + keys(judged)
+        charts.append(figure(chart, classes[label - 1], "precision over recall"))
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
@@ -111,7 +94,7 @@ def kinds(truths: list[dict]) -> dict[str, np.ndarray]:
     if "occlusion" in known:
         named |= {name: column(truths, "occlusion") == level for level, name in enumerate(OCCLUSIONS)}
     if "daytime" in known:
-        day = np.repeat([bool(truth["daytime"]) for truth in truths], [len(truth["boxes"]) for truth in truths])
+        day = np.array([bool(truth["daytime"]) for truth in truths])[column(truths, "")]
         named |= {"by day": day, "by night": ~day}
     if "visible_in" in known:
         seen = column(truths, "visible_in")
@@ -119,16 +102,18 @@ def kinds(truths: list[dict]) -> dict[str, np.ndarray]:
     return named
 
 
-def found_table(judged: dict[str, Judged], truths: list[dict]) -> str:
+def found_table(judged: dict[str, Judged], truths: list[dict], classes: list[str]) -> str:
     """The share of the boxes of each kind that each mode finds."""
-    lines, real = [], next(iter(judged.values())).truth.state > 0
+    lines, modes = [], list(judged.values())
     for name, chosen in kinds(truths).items():
-        if count := int((chosen & real).sum()):
-            shares = [f"{100 * (1 - one.missed[chosen & real].mean()):.1f} %" for one in judged.values()]
-            lines.append([name, str(count), *shares])
-    false = [f"{one.false.sum() / len(truths):.2f}" for one in judged.values()]
-    lines.append(["false alarms per frame", "", *false])
-    lines.append(["score from", "", *(f"{one.threshold:.3f}" for one in judged.values())])
+        chosen = chosen & modes[0].real
+        if chosen.any():
+            lines.append(
+                [name, str(chosen.sum()), *(f"{100 * (1 - one.missed[chosen].mean()):.1f} %" for one in modes)]
+            )
+    lines.append(["false alarms per frame", "", *(f"{one.false.sum() / len(truths):.2f}" for one in modes)])
+    lines += [[f"{name}: score from", "", *(f"{one.thresholds[label]:.3f}" for one in modes)]
+              for label, name in enumerate(classes, 1)]  # fmt: skip
     return table(["found", "boxes", *judged], lines)
 
 
@@ -137,26 +122,24 @@ def write_failures(folder: Path, results: list[dict], dataset: Dataset, count: i
 
     results: of `evaluation.predict`, an item per sample of `dataset`. source: what was evaluated, as a sentence.
     """
-    truths, classes = [result["ground_truth"] for result in results], list(results[0]["classes"])
+    truths, classes, pictures = [result["ground_truth"] for result in results], list(results[0]["classes"]), []
     judged = {mode: Judged(results, mode, max_detections) for mode in results[0]["detections"]}
     mode, first = next(iter(judged.items()))
-    errors, pictures = first.errors(len(results)), []
+    errors = first.errors(len(results))
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for place, frame in enumerate(np.argsort(-errors, kind="stable")[:count][: (errors > 0).sum()], 1):
-        sample = dataset[int(frame)]
-        images = {name: to_pil_image(sample[name]) for name in ("visible", "infrared")}
-        image = draw_marks(images, first.marks(frame, classes), COLOURS)
+        sample, marks = dataset[int(frame)], first.marks(frame, classes)
+        image = draw_marks({name: to_pil_image(sample[name]) for name in ("visible", "infrared")}, marks, COLOURS)
         with whole_file(folder / f"worst-{place:03d}.png") as file:
             image.save(file, "PNG")
-        missed, false = (int(which[part.frame == frame].sum()) for which, part in
-                         ((first.missed, first.truth), (first.false, first.outputs)))  # fmt: skip
-        pictures.append(picture(image, f"{place}. {sample['path']}", f"{missed} missed, {false} false"))
+        wrong = [sum(mark.kind == kind for mark in marks) for kind in ("missed", "false")]
+        pictures.append(picture(image, f"{place}. {sample['path']}", "{} missed, {} false".format(*wrong)))
     sections = [
         ("Data", f"<p>{escape(source)}</p><p>{FOUND}</p>"),
         (f"Worst frames, detecting with {mode}", f'<div class="pictures">{"".join(pictures)}</div>'),
         ("Precision over recall", curves(judged, classes)),
-        ("What is found", found_table(judged, truths)),
+        ("What is found", found_table(judged, truths, classes)),
     ]
     write_text(folder / "worst.html", html_page("Where the detector fails", sections))
     return len(pictures)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 from macl.data import put_together
 from trainkit.errors import InputError
 from trainkit.files import reason
-from trainkit.video import as_rgb, library, opened, shown_at
+from trainkit.video import decoded, header, library
 
 ROUNDING = 1e-6  # seconds by which a tolerance is stretched: time stamps are rounded
 
@@ -24,35 +23,22 @@ class Frame(NamedTuple):
 
 
 class Camera:
-    """A video file, whose frames every pass decodes anew, in order, and none of which is kept.
+    """A video file, whose frames every pass decodes anew; none is kept. offset: seconds that are added to their times.
 
-    rate: frames a second, on average. claimed: frames by the header, or None. problem: a sentence where the latest pass
-    broke off, or "". offset: seconds that are added to every time stamp.
-
-    Raises InputError where the file is no video, and where its pixels are grey of more than 8 bits.
+    rate: frames a second. claimed: frames by the header, or None. problem: why the latest pass broke off, or "".
     """
 
-    def __init__(self, path: str | Path, offset: float = 0.0):
+    def __init__(self, path: str, offset: float = 0.0):
         self.path, self.offset, self.problem = Path(path), offset, ""
-        with opened(self.path) as container:
-            stream = container.streams.video[0]
-            self.rate, self.claimed = stream.average_rate or stream.guessed_rate, stream.frames or None
-            if str(stream.pix_fmt).startswith("gray1"):
-                raise InputError(f"{path} has more than 8 bits per pixel ({stream.pix_fmt}); scale it to 8 bits first")
-        if not self.rate:
-            raise InputError(f"{path} does not say how many frames a second it has")
+        self.rate, self.claimed, _ = header(self.path)
 
     def __iter__(self) -> Iterator[Frame]:
-        av, self.problem, index = library(), "", -1
-        convert = av.video.reformatter.VideoReformatter()
-        with opened(self.path) as container:
-            stream = container.streams.video[0]
-            try:
-                for index, frame in enumerate(container.decode(stream)):
-                    time = index / float(self.rate) if frame.pts is None else shown_at(frame, stream)
-                    yield Frame(index, time + self.offset, partial(as_rgb, convert, frame))
-            except av.FFmpegError as error:
-                self.problem = f"{self.path} broke off after {index + 1} frames ({reason(error)})"
+        self.problem, number = "", -1
+        try:
+            for number, (time, picture) in enumerate(decoded(self.path)):
+                yield Frame(number, time + self.offset, picture)
+        except library().FFmpegError as error:
+            self.problem = f"{self.path} broke off after {number + 1} frames ({reason(error)})"
 
 
 def paired(slow: Iterable[Frame], fast: Iterable[Frame], tolerance: float) -> Iterator[tuple[Frame, Frame]]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +39,51 @@ def opened(path: Path):
     return container
 
 
-def shown_at(frame, stream) -> float:
+def header(path: Path) -> tuple[Fraction, int | None, float | None]:
+    """Frames a second, on average; their number and the length in seconds, None where the file does not say it."""
+    with opened(path) as container:
+        stream = container.streams.video[0]
+        rate = stream.average_rate or stream.guessed_rate
+        seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
+    if str(stream.pix_fmt).startswith("gray1"):
+        raise InputError(f"{path} has more than 8 bits per pixel ({stream.pix_fmt}); scale it to 8 bits first")
+    if not rate:
+        raise InputError(f"{path} does not say how many frames a second it has")
+    return rate, stream.frames or None, float(seconds) or None
+
+
+def decoded(path: Path, start: float = 0.0) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
+    """The frames as they are shown, from one that is shown at `start` (s) or before: the time of each in seconds from
+    the video's beginning, and what makes its (H, W, 3) uint8 RGB. None is kept. Raises PyAV's FFmpegError of damage."""
+    convert = library().video.reformatter.VideoReformatter()
+    with opened(path) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1  # videos are decoded side by side, one in a process
+        rate = float(stream.average_rate or stream.guessed_rate)
+        for index, frame in enumerate(_decoded_from(container, stream, start)):
+            time = index / rate if frame.pts is None else _shown_at(frame, stream)
+            yield time, partial(_as_rgb, convert, frame)
+
+
+def _decoded_from(container, stream, start: float) -> Iterator:
+    """The decoded frames from the last key frame that is shown at `start` (s) or before."""
+    if start > 0:
+        # Some formats seek by the order of decoding, so that only an earlier moment, or one before all, leads there.
+        for back in (*(2.0**i - 1 for i in range(12) if 2**i - 1 < start), start, start + 1):
+            container.seek((stream.start_time or 0) + int((start - back) / stream.time_base), stream=stream)
+            frames = container.decode(stream)
+            first = next((frame for frame in frames if frame.key_frame), None)
+            if first is not None and first.pts is not None and _shown_at(first, stream) <= start:
+                return chain([first], frames)
+        container.seek(stream.start_time or 0, stream=stream)
+    return container.decode(stream)
+
+
+def _shown_at(frame, stream) -> float:
     return float((frame.pts - (stream.start_time or 0)) * stream.time_base)
 
 
-def as_rgb(convert, frame) -> np.ndarray:
+def _as_rgb(convert, frame) -> np.ndarray:
     """A decoded frame as (H, W, 3) uint8 RGB, turned as the file says that it is to be shown."""
     picture = convert.reformat(frame, format="rgb24").to_ndarray()
     return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture

@@ -26,6 +26,9 @@ def average_precision(
     Returns ap (mean over IoU 0.50:0.05:0.95), ap50, ap75 and recall (the largest recall, mean over the same IoUs), each
     the mean over the classes with a real box; per_class, the same four and boxes per label; boxes and detections, their
     numbers. The four are None without a real box, also per class. Detections of a class without any box do not count.
+    What follows is at an IoU of 0.50, frames in a row: hits (N,), 1 for a detection that found a box, 0 for a false
+    alarm, -1 for what does not count; found (M,), the scores of the detections that found the boxes, 0 where none did;
+    and curves, per label of a real box precision and score (101,) at recalls of 0, 0.01, ... 1, NaN beyond the largest.
     Raises ValueError for unequal lengths and values that are not finite.
     """
     if len(detections) != len(ground_truth):
@@ -33,7 +36,8 @@ def average_precision(
     ground_truth = [{"ignore": np.zeros(len(frame["boxes"])), **frame} for frame in ground_truth]
     targets = _annotations(ground_truth, "ignore", "iscrowd")
     outputs = _annotations(detections, "scores", "score")
-    per_class = _evaluate(outputs, targets, len(ground_truth), max_detections)
+    evaluation = _evaluate(outputs, targets, len(ground_truth), max_detections)
+    per_class = _per_class(evaluation)
     for label, values in per_class.items():
         values["boxes"] = sum(box["category_id"] == label and not box["iscrowd"] for box in targets)
     measured = [values for values in per_class.values() if values["boxes"]]
@@ -42,26 +46,11 @@ def average_precision(
         "per_class": per_class,
         "boxes": sum(values["boxes"] for values in measured),
         "detections": len(outputs),
+        "curves": {
+            label: _curve(evaluation, place) for place, label in enumerate(per_class) if per_class[label]["boxes"]
+        },
+        **_matches(evaluation, outputs, targets),
     }
-
-
-def matches(
-    detections: list[dict], ground_truth: list[dict], *, max_detections: int = MAX_DETECTIONS
-) -> tuple[np.ndarray, np.ndarray]:
-    """What the AP at an IoU of 0.5 pairs, frames in a row; arguments as average_precision.
-
-    Returns hits (N,): 1 for a detection that found a box, 0 for a false alarm, -1 for what does not count; and the
-    scores (M,) of the detections that found the boxes, 0 where none did and where the box is ignored.
-    """
-    targets, outputs = _annotations(ground_truth, "ignore", "iscrowd"), _annotations(detections, "scores", "score")
-    labels = sorted({box["category_id"] for box in targets + outputs})
-    hits, scores = np.full(len(outputs), -1), np.zeros(len(targets))
-    score_of = np.array([0.0, *(output["score"] for output in outputs)])  # by id
-    for one in filter(None, _coco(outputs, targets, labels, len(ground_truth), max_detections).evalImgs):
-        places, boxes = (np.array(one[key], int) - 1 for key in ("dtIds", "gtIds"))
-        hits[places] = np.where(one["dtIgnore"][0], -1, one["dtMatches"][0] > 0)
-        scores[boxes] = np.where(one["gtIgnore"], 0, score_of[one["gtMatches"][0].astype(int)])
-    return hits, scores
 
 
 def _annotations(frames: list[dict], key: str, name: str) -> list[dict]:
@@ -76,24 +65,12 @@ def _annotations(frames: list[dict], key: str, name: str) -> list[dict]:
     ]
 
 
-def _evaluate(outputs: list[dict], targets: list[dict], frame_count: int, max_detections: int) -> dict[int, dict]:
-    """MEASURES by label, None for a class without a real box."""
-    labels = sorted({box["category_id"] for box in targets})
-    evaluation = _coco(outputs, targets, labels, frame_count, max_detections)
-    precision = evaluation.eval["precision"][..., 0, 0].mean(1)  # (IoUs, classes), the mean over 101 recalls
-    recall = evaluation.eval["recall"][..., 0, 0].mean(0)  # (classes,)
-    rows = np.stack([precision[0], precision[5], precision.mean(0), recall], 1).tolist()  # -1 without a real box
-    return {
-        label: {name: None if value < 0 else value for name, value in zip(MEASURES, row, strict=True)}
-        for label, row in zip(labels, rows, strict=True)
-    }
-
-
-def _coco(outputs: list[dict], targets: list[dict], labels: list[int], frame_count: int, max_detections: int):
-    """pycocotools' evaluation."""
+def _evaluate(outputs: list[dict], targets: list[dict], frame_count: int, max_detections: int):
+    """pycocotools' evaluation of the labels of the targets."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
+    labels = sorted({box["category_id"] for box in targets})
     images, categories = [{"id": index} for index in range(frame_count)], [{"id": label} for label in labels]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         datasets = []
@@ -108,3 +85,32 @@ def _coco(outputs: list[dict], targets: list[dict], labels: list[int], frame_cou
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation
+
+
+def _per_class(evaluation) -> dict[int, dict]:
+    """MEASURES by label, None for a class without a real box."""
+    precision = evaluation.eval["precision"][..., 0, 0].mean(1)  # (IoUs, classes), the mean over 101 recalls
+    recall = evaluation.eval["recall"][..., 0, 0].mean(0)  # (classes,)
+    rows = np.stack([precision[0], precision[5], precision.mean(0), recall], 1).tolist()  # -1 without a real box
+    return {
+        label: {name: None if value < 0 else value for name, value in zip(MEASURES, row, strict=True)}
+        for label, row in zip(evaluation.params.catIds, rows, strict=True)
+    }
+
+
+def _curve(evaluation, place: int) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and score (101,) of the class at this place."""
+    precision, scores = (evaluation.eval[name][0, :, place, 0, 0] for name in ("precision", "scores"))
+    return np.where(scores > 0, precision, np.nan), np.where(scores > 0, scores, np.nan)
+
+
+def _matches(evaluation, outputs: list[dict], targets: list[dict]) -> dict[str, np.ndarray]:
+    """hits and found of `average_precision`."""
+    known = [output["category_id"] in evaluation.params.catIds for output in outputs]
+    hits, found = -np.array(known, dtype=int), np.zeros(len(targets))
+    score_of = np.array([0.0, *(output["score"] for output in outputs)])  # by id
+    for one in filter(None, evaluation.evalImgs):
+        places, boxes = (np.array(one[key], int) - 1 for key in ("dtIds", "gtIds"))
+        hits[places] = np.where(one["dtIgnore"][0], -1, one["dtMatches"][0] > 0)
+        found[boxes] = score_of[one["gtMatches"][0].astype(int)]
+    return {"hits": hits, "found": found}
