@@ -1,16 +1,18 @@
-"""Pictures with boxes and words on them."""
+"""Pictures with boxes and words on them, or under a map of numbers."""
 
 import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 BACKGROUND, TEXT = (24, 26, 30), (232, 232, 232)
 MIN_SIDE = 384  # smaller images are enlarged by a whole factor until their shorter side reaches it, ...
 MAX_SIDE = 4096  # ... or their longer side this
 DIVIDER = 4  # pixels between two images
+HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # from the least to the most
 Colour = tuple[int, int, int]
 
 
@@ -69,3 +71,11 @@ def draw_label(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, colour:
     y = max(0, min(y, draw.im.size[1] - height))
     draw.rectangle((x, y, x + width, y + height), fill=colour)
     draw.text((x, y), text, fill=BACKGROUND, font=font)
+
+
+def heat(image: Image.Image, values: np.ndarray) -> Image.Image:
+    """The image in grey under values (h, w) that span it, in colours from the least of them to the largest."""
+    values = (values - values.min()) / max(np.ptp(values), 1e-9)
+    values = np.asarray(Image.fromarray(values.astype(np.float32)).resize(image.size, Image.Resampling.BICUBIC))
+    channels = [np.interp(values, np.linspace(0, 1, len(HEAT)), channel) for channel in zip(*HEAT, strict=True)]
+    return Image.blend(image.convert("L").convert("RGB"), Image.fromarray(np.stack(channels, 2).astype(np.uint8)), 0.6)
