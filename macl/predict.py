@@ -25,6 +25,7 @@ from tqdm import tqdm
 from macl.backbone import MODALITIES
 from macl.build import load_detector, read_checkpoint
 from macl.data import find_pairs, moved, read_onto, read_pair, to_float
+from macl.explain import draw_reasons, explain, has_reasons
 from macl.plots import draw_detections
 from macl.training import add_onto_flag, add_registration_flags, choose_move
 from macl.video import Videos
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="videos: so much later than visible did infrared begin (0)")
     add("--tolerance", type=non_negative_float, metavar="SECONDS",
         help="videos: most time between the frames of a pair (half a frame of the faster camera)")
+    add("--explain", action="store_true", help="show which camera alone finds each box, and where MSP looks")
     add_onto_flag(add)
     add_registration_flags(add)
 # fmt: on
@@ -105,13 +107,16 @@ def register(args: argparse.Namespace, source: Images | Videos, trained: str):
     return choose_move(args, first, trained)
 
 
-def named(detections: dict, classes: Sequence[str]) -> list[dict]:
-    """The detections of an image as json has them."""
-    rows = zip(*(detections[name].tolist() for name in ("boxes", "labels", "scores")), strict=True)
-    return [
+def named(detections: dict, classes: Sequence[str], evidence: dict) -> list[dict]:
+    """The detections of an image as json has them. evidence: see `explain`."""
+    rows = [
         {"box": [round(side, 2) for side in box], "class": classes[label - 1], "score": round(score, 4)}
-        for box, label, score in rows
+        for box, label, score in zip(*(detections[key].tolist() for key in ("boxes", "labels", "scores")), strict=True)
     ]
+    for name, scores in evidence.items():
+        for row, score in zip(rows, scores.tolist(), strict=True):
+            row[f"score_{name}_alone"] = round(score, 4)
+    return rows
 
 
 def relative(paths: dict, output: Path, as_is: bool) -> dict:
@@ -131,8 +136,13 @@ def detected(args, source: Images | Videos, move, detector, output: Path, signal
                 break
             sample = moved(sample, move) if len(paths) == 2 else sample
             images = {name: [to_float(image).to(args.device)] for name, image in sample.items() if image is not None}
-            detections = detector(**images)[0]
-            picture = draw_detections(**sample, detections=detections, classes=classes, min_score=args.min_score)
+            shown, evidence = dict(classes=classes, min_score=args.min_score), {}
+            if args.explain:
+                detections, evidence, factors = explain(detector, images)
+                picture = draw_reasons(sample, detections, evidence, factors, **shown)
+            else:
+                detections = detector(**images)[0]
+                picture = draw_detections(**sample, detections=detections, **shown)
             path = Path(next(iter(paths.values())))
             if video:
                 start = stamp["time"] if start is None else start
@@ -141,7 +151,7 @@ def detected(args, source: Images | Videos, move, detector, output: Path, signal
                 with whole_file(output / f"{path.stem}.png") as file:
                     picture.save(file, "PNG")
                 print(f"{one_line(path.stem, 80)}: {len(detections['scores'])} found")
-            found = {"detections": named(detections, classes)}
+            found = {"detections": named(detections, classes, evidence)}
             yield {"image": str(path)} | relative(paths, output, as_is) | stamp | found
         else:
             if video and start is None:
@@ -159,6 +169,10 @@ def main(arguments: list[str] | None = None) -> None:
     source, needed = open_source(args), detector.fusion.kind
     if needed in MODALITIES and getattr(args, needed) is None:
         raise InputError(f"this detector sees with {needed} images alone: give --{needed}")
+    if args.explain and not has_reasons(detector, len([name for name in MODALITIES if getattr(args, name)])):
+        raise InputError(
+            "--explain: this detector has nothing to show of one camera, as it has no MSP with a gate but 0"
+        )
     detector.roi_head.score_threshold = args.min_score
     move, _, messages = register(args, source, checkpoint.get("register", "none"))
     for message in messages:
