@@ -13,7 +13,7 @@ from trainkit.errors import InputError
 from trainkit.files import reason
 from trainkit.video import decoded, header, library
 
-ROUNDING = 1e-6  # seconds by which a tolerance is stretched: time stamps are rounded
+ROUNDING = 1e-3  # seconds by which a tolerance is stretched: some formats round time stamps to 1 ms
 
 
 class Frame(NamedTuple):
