@@ -130,7 +130,11 @@ def pictures(rows: list[dict], source: Path, camera: str) -> Iterator[tuple[Path
     """The path and the picture of each row of macl.predict's detections.json: an image file, or a frame of a video."""
     last, frames = None, iter(())
     for place, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get(camera), str) or not isinstance(row["detections"], list):
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get(camera), str)
+            or not isinstance(row.get("detections"), list)
+        ):
             raise InputError(f"{source}: item {place} has no detections, or no {camera} image in whose pixels they are")
         path, number = source.parent / row[camera], row.get(f"{camera}_frame")
         if number is None:
@@ -151,7 +155,7 @@ def described(embedder: Embedder, args: argparse.Namespace, texts: list[str], ou
     rows = read_json(source, "macl.predict's detections.json", list)
     for row, (path, image) in zip(rows, pictures(rows, source, args.camera), strict=True):
         place, marks = f"{source}: a box of {path}", []
-        boxes = [numbers(one["box"], place) for one in row["detections"]]
+        boxes = [numbers(one.get("box") if isinstance(one, dict) else one, place) for one in row["detections"]]
         inside, usable = usable_boxes(
             torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4) / torch.tensor(image.size * 2)
         )
