@@ -130,11 +130,8 @@ def pictures(rows: list[dict], source: Path, camera: str) -> Iterator[tuple[Path
     """The path and the picture of each row of macl.predict's detections.json: an image file, or a frame of a video."""
     last, frames = None, iter(())
     for place, row in enumerate(rows):
-        if (
-            not isinstance(row, dict)
-            or not isinstance(row.get(camera), str)
-            or not isinstance(row.get("detections"), list)
-        ):
+        known = row if isinstance(row, dict) else {}
+        if not isinstance(known.get(camera), str) or not isinstance(known.get("detections"), list):
             raise InputError(f"{source}: item {place} has no detections, or no {camera} image in whose pixels they are")
         path, number = source.parent / row[camera], row.get(f"{camera}_frame")
         if number is None:
@@ -156,9 +153,8 @@ def described(embedder: Embedder, args: argparse.Namespace, texts: list[str], ou
     for row, (path, image) in zip(rows, pictures(rows, source, args.camera), strict=True):
         place, marks = f"{source}: a box of {path}", []
         boxes = [numbers(one.get("box") if isinstance(one, dict) else one, place) for one in row["detections"]]
-        inside, usable = usable_boxes(
-            torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4) / torch.tensor(image.size * 2)
-        )
+        sides = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4) / torch.tensor(image.size * 2)
+        inside, usable = usable_boxes(sides)
         if not usable.all():
             raise InputError(f"{place} lies outside of the image of {image.width}x{image.height}")
         features, scale = regions(embedder, image, inside.float(), args.image_size)

@@ -14,15 +14,20 @@ from torch.nn.functional import normalize
 from torchvision.transforms.v2.functional import to_pil_image
 
 from macl.evaluation import all_embeddings
-from trainkit.drawing import Mark, draw_marks
+from trainkit.drawing import Mark, draw_marks, heat
 from trainkit.files import whole_file
 
+FOUND_BY = {(True, True): "by each camera", (True, False): "by visible alone", (False, True): "by infrared alone",
+            (False, False): "by both together only"}  # fmt: skip
 COLOURS = {"detection": (255, 158, 44), "ground truth": (70, 200, 255), "ignored": (165, 165, 165)}
+COLOURS |= zip(FOUND_BY.values(), ((255, 158, 44), (70, 200, 255), (240, 110, 170), (165, 165, 165)), strict=True)
 MAX_PICTURES = 6  # of a validation
 MAX_PAIRS = 200  # of a t-SNE picture
 
 
-def draw_detections(visible, infrared, detections, ground_truth=None, *, classes, min_score=0.3) -> Image.Image:
+def draw_detections(
+    visible, infrared, detections, ground_truth=None, *, classes, min_score=0.3, evidence=None, factors=None
+) -> Image.Image:
     """Both modalities of one frame side by side, with the same boxes on each and a legend below.
 
     visible, infrared: (3, H, W) uint8 tensors of one size; either may be None
@@ -30,19 +35,28 @@ def draw_detections(visible, infrared, detections, ground_truth=None, *, classes
     ground_truth: boxes (M, 4), labels (M,), ignore (M,) bool
     classes: the names of labels 1, 2, ..., shown on detections, and on the truth where there are several
     min_score: detections below it are left out
+    evidence, factors: see `macl.explain`; the colour says which camera alone finds a box with min_score, and beside the
+        images stand those under their factors
     """
     images = {"visible": visible, "infrared": infrared}
     images = {name: to_pil_image(image) for name, image in images.items() if image is not None}
+    for name, values in (factors or {}).items():
+        title = f"{name}: MSP's factor, {values.min():.3f} to {values.max():.3f}"
+        images[title] = heat(images[name], values.cpu().numpy())
     marks = []
     if ground_truth is not None:
         rows = zip(*(ground_truth[key].tolist() for key in ("boxes", "labels", "ignore")), strict=True)
         for box, label, ignored in rows:
             name = classes[label - 1] if len(classes) > 1 else ""
             marks.append(Mark(box, "ignored" if ignored else "ground truth", name, below=True))
-    outputs = zip(*(detections[key].tolist() for key in ("scores", "labels", "boxes")), strict=True)
-    for score, label, box in sorted(outputs):  # the best ones last, on top of the others
+    columns = [detections[key].tolist() for key in ("scores", "labels", "boxes")]
+    alone = {name[0]: scores.tolist() for name, scores in (evidence or {}).items()}
+    outputs = zip(*columns, zip(*alone.values(), strict=True) if alone else [()] * len(columns[0]), strict=True)
+    for score, label, box, each in sorted(outputs):  # the best ones last, on top of the others
         if score >= min_score:
-            marks.append(Mark(box, "detection", f"{classes[label - 1]} {score:.2f}"))
+            words = [f"{classes[label - 1]} {score:.2f}", *(f"{a} {b:.2f}" for a, b in zip(alone, each, strict=True))]
+            kind = FOUND_BY[tuple(one >= min_score for one in each)] if each else "detection"
+            marks.append(Mark(box, kind, " ".join(words)))
     return draw_marks(images, marks, COLOURS, {"detection": f"detection, {min_score:g} or more"})
 
 

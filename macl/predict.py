@@ -25,7 +25,7 @@ from tqdm import tqdm
 from macl.backbone import MODALITIES
 from macl.build import load_detector, read_checkpoint
 from macl.data import find_pairs, moved, read_onto, read_pair, to_float
-from macl.explain import draw_reasons, explain, has_reasons
+from macl.explain import explain, has_reasons
 from macl.plots import draw_detections
 from macl.training import add_onto_flag, add_registration_flags, choose_move
 from macl.video import Videos
@@ -37,9 +37,7 @@ from trainkit.video import video_writer
 
 RIG = (0, 200, 10)  # of the pairs of a video, those that --register rig reads: start, stop, step
 VIDEO = "annotated.mp4"
-NO_PAIRS = (
-    "no frame came of the videos, or none of both within --tolerance; --offset says how much later infrared began"
-)
+NO_PAIRS = "no frame came, or none of both within --tolerance; --offset says how much later infrared began"
 
 
 # fmt: off
@@ -136,13 +134,9 @@ def detected(args, source: Images | Videos, move, detector, output: Path, signal
                 break
             sample = moved(sample, move) if len(paths) == 2 else sample
             images = {name: [to_float(image).to(args.device)] for name, image in sample.items() if image is not None}
-            shown, evidence = dict(classes=classes, min_score=args.min_score), {}
-            if args.explain:
-                detections, evidence, factors = explain(detector, images)
-                picture = draw_reasons(sample, detections, evidence, factors, **shown)
-            else:
-                detections = detector(**images)[0]
-                picture = draw_detections(**sample, detections=detections, **shown)
+            detections, reasons = explain(detector, images) if args.explain else (detector(**images)[0], {})
+            shown = dict(detections=detections, classes=classes, min_score=args.min_score)
+            picture = draw_detections(**sample, **shown, **reasons)
             path = Path(next(iter(paths.values())))
             if video:
                 start = stamp["time"] if start is None else start
@@ -151,7 +145,7 @@ def detected(args, source: Images | Videos, move, detector, output: Path, signal
                 with whole_file(output / f"{path.stem}.png") as file:
                     picture.save(file, "PNG")
                 print(f"{one_line(path.stem, 80)}: {len(detections['scores'])} found")
-            found = {"detections": named(detections, classes, evidence)}
+            found = {"detections": named(detections, classes, reasons.get("evidence", {}))}
             yield {"image": str(path)} | relative(paths, output, as_is) | stamp | found
         else:
             if video and start is None:
@@ -170,9 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     if needed in MODALITIES and getattr(args, needed) is None:
         raise InputError(f"this detector sees with {needed} images alone: give --{needed}")
     if args.explain and not has_reasons(detector, len([name for name in MODALITIES if getattr(args, name)])):
-        raise InputError(
-            "--explain: this detector has nothing to show of one camera, as it has no MSP with a gate but 0"
-        )
+        raise InputError("--explain: this detector has nothing to show of one camera: no MSP, or one with a gate of 0")
     detector.roi_head.score_threshold = args.min_score
     move, _, messages = register(args, source, checkpoint.get("register", "none"))
     for message in messages:

@@ -23,7 +23,7 @@ class Frame(NamedTuple):
 
 
 class Camera:
-    """A video file, whose frames every pass decodes anew; none is kept. offset: seconds that are added to their times.
+    """A video file, whose frames every pass decodes anew; none is kept. offset: seconds added to their times.
 
     rate: frames a second. claimed: frames by the header, or None. problem: why the latest pass broke off, or "".
     """
@@ -42,7 +42,7 @@ class Camera:
 
 
 def paired(slow: Iterable[Frame], fast: Iterable[Frame], tolerance: float) -> Iterator[tuple[Frame, Frame]]:
-    """Each frame of the slower camera with the nearest one of the faster, at most `tolerance` (s) away, in order."""
+    """Each frame of the slower camera with the nearest one of the faster, `tolerance` (s) away at most, and used once."""
     fast = iter(fast)
     now, after = next(fast, None), next(fast, None)
     for frame in slow:
@@ -50,6 +50,7 @@ def paired(slow: Iterable[Frame], fast: Iterable[Frame], tolerance: float) -> It
             now, after = after, next(fast, None)
         if now is not None and abs(now.time - frame.time) <= tolerance + ROUNDING:
             yield frame, now
+            now, after = after, next(fast, None)
 
 
 class Videos:
@@ -73,10 +74,8 @@ class Videos:
         cameras = [self.cameras[name] for name in self.order]
         for frames in paired(*cameras, self.tolerance) if len(cameras) == 2 else zip(*cameras, strict=True):
             frames = dict(zip(self.order, frames, strict=True))
-            images = {name: frame.picture() for name, frame in frames.items()}
-            images = {
-                name: torch.from_numpy(np.ascontiguousarray(one)).permute(2, 0, 1) for name, one in images.items()
-            }
+            images = {name: np.ascontiguousarray(frame.picture()) for name, frame in frames.items()}
+            images = {name: torch.from_numpy(image).permute(2, 0, 1) for name, image in images.items()}
             numbers = {f"{name}_frame": frame.number for name, frame in frames.items()}
             stamp = {"time": round(frames[next(iter(self.paths))].time, 6)} | numbers
             yield put_together({"visible": None, "infrared": None} | images, self.paths, self.onto), self.paths, stamp

@@ -1,6 +1,5 @@
 """Pictures with boxes and words on them, or under a map of numbers."""
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -38,7 +37,7 @@ def draw_marks(
     width, height = next(iter(images.values())).size
     factor = max(1, min(math.ceil(MIN_SIDE / min(width, height)), MAX_SIDE // max(width, height)))
     width, height = width * factor, height * factor
-    font = sized_font(6 + min(width, height) // 50)
+    font = ImageFont.load_default(size=6 + min(width, height) // 50)
     picture = Image.new("RGB", (len(images) * (width + DIVIDER) - DIVIDER, height + 2 * int(font.size)), BACKGROUND)
     for index, (name, image) in enumerate(images.items()):
         panel = image.resize((width, height), Image.Resampling.BICUBIC) if factor > 1 else image.copy()
@@ -57,11 +56,6 @@ def draw_marks(
         draw.text((x, height + font.size // 2), text, fill=colours[kind], font=font)
         x += draw.textlength(text, font=font) + 2 * font.size
     return picture
-
-
-@functools.cache
-def sized_font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size=size)
 
 
 def draw_label(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, colour: Colour, font) -> None:

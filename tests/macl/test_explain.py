@@ -9,8 +9,9 @@ from PIL import Image
 from scripts import refused
 
 from macl import predict
-from macl.explain import COLOURS, FOUND_BY, draw_reasons, explain, has_reasons
+from macl.explain import explain, has_reasons
 from macl.merging import SAME
+from macl.plots import COLOURS, FOUND_BY, draw_detections
 
 
 @pytest.fixture
@@ -21,7 +22,8 @@ def images(batch):
 @pytest.mark.parametrize("merge", ["logit", "none"])
 def test_evidence_is_what_each_camera_finds_there(build, images, merge):
     detector = build(merge=merge, score_threshold=0.05).eval()
-    detections, evidence, factors = explain(detector, images)
+    detections, reasons = explain(detector, images)
+    evidence, factors = reasons.values()
     expected = detector(**images)[0]
     assert all(torch.equal(detections[key], expected[key]) for key in expected) and len(expected["boxes"])
     assert factors == {} and list(evidence) == ["visible", "infrared"]  # the gate is still 0
@@ -44,11 +46,11 @@ def test_msp_shows_its_factors(build, images):
         detector.neck.msp.attention.weight.zero_()
         detector.neck.msp.attention.bias.fill_(1.0)
     assert has_reasons(detector, 1)
-    _, evidence, factors = explain(detector, images)
+    factors = explain(detector, images)[1]["factors"]
     assert {name: tuple(one.shape) for name, one in factors.items()} == dict.fromkeys(images, (60, 80))
     for one in factors.values():
         torch.testing.assert_close(one, torch.full_like(one, 1 + 0.5 / (1 + np.exp(-1.0))))
-    _, evidence, factors = explain(detector, {"infrared": images["infrared"]})
+    evidence, factors = explain(detector, {"infrared": images["infrared"]})[1].values()
     assert evidence == {} and list(factors) == ["infrared"]
     assert not detector.neck.msp.attention._forward_hooks
 
@@ -59,7 +61,8 @@ def test_the_colour_says_which_camera_finds_it():
     evidence = {"visible": torch.tensor([0.9, 0.8, 0.1, 0.2]), "infrared": torch.tensor([0.9, 0.0, 0.7, 0.2])}
     sample = {name: torch.zeros(3, 400, 400, dtype=torch.uint8) for name in evidence}
     factors = {"visible": torch.linspace(1, 2, 400).expand(400, 400)}
-    picture = draw_reasons(sample, detections, evidence, factors, classes=["person"], min_score=0.3)
+    reasons = dict(evidence=evidence, factors=factors)
+    picture = draw_detections(**sample, detections=detections, classes=["person"], **reasons)
     pixels = np.asarray(picture)
     assert picture.width == 3 * 400 + 2 * 4
     for place, kind in enumerate(FOUND_BY.values()):

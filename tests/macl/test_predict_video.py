@@ -90,7 +90,8 @@ def frames(*times):
         ((0, 1, 2), (0, 2), 0.5, [(0, 0), (2, 1)]),  # one was lost
         ((5, 6), (0, 1), 0.5, []),
         ((0, 1), (), 9, []),
-        ((0.0, 0.1), (0.05000001,), 0.05, [(0, 0), (1, 0)]),  # time stamps are rounded
+        ((0, 1, 2), (0.4, 2.4), 9, [(0, 0), (1, 1)]),  # each once
+        ((0.0,), (0.05000001,), 0.05, [(0, 0)]),  # time stamps are rounded
     ],
 )
 def test_a_frame_is_paired_with_the_nearest(slow, fast, tolerance, pairs):
