@@ -30,7 +30,8 @@ class Camera:
 
     def __init__(self, path: str, offset: float = 0.0):
         self.path, self.offset, self.problem = Path(path), offset, ""
-        self.rate, self.claimed, _ = header(self.path)
+        self.rate, frames, seconds = header(self.path)
+        self.claimed = frames or (seconds and round(seconds * self.rate))
 
     def __iter__(self) -> Iterator[Frame]:
         self.problem, number = "", -1
@@ -42,7 +43,7 @@ class Camera:
 
 
 def paired(slow: Iterable[Frame], fast: Iterable[Frame], tolerance: float) -> Iterator[tuple[Frame, Frame]]:
-    """Each frame of the slower camera with the nearest one of the faster, `tolerance` (s) away at most, and used once."""
+    """Each frame of the slower camera with the nearest one of the faster, at most `tolerance` (s) away, each once."""
     fast = iter(fast)
     now, after = next(fast, None), next(fast, None)
     for frame in slow:
@@ -82,6 +83,6 @@ class Videos:
 
     def summary(self, count: int) -> str:
         """What was paired, and where a video broke off, as a sentence."""
-        each = " and ".join(f"{camera.claimed or 'all'} {name}" for name, camera in self.cameras.items())
+        each = " and ".join(f"{camera.claimed or '?'} {name}" for name, camera in self.cameras.items())
         pairs = f"{count} pairs, at most {self.tolerance:.3g} s apart, of" if len(self.cameras) == 2 else f"{count} of"
         return "; ".join([f"{pairs} {each} frames", *(one.problem for one in self.cameras.values() if one.problem)])

@@ -43,13 +43,13 @@ def header(path: Path) -> tuple[Fraction, int | None, float | None]:
     """Frames a second, on average; their number and the length in seconds, None where the file does not say it."""
     with opened(path) as container:
         stream = container.streams.video[0]
-        rate = stream.average_rate or stream.guessed_rate
+        rate, frames, pixels = stream.average_rate or stream.guessed_rate, stream.frames, str(stream.pix_fmt)
         seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
-    if str(stream.pix_fmt).startswith("gray1"):
-        raise InputError(f"{path} has more than 8 bits per pixel ({stream.pix_fmt}); scale it to 8 bits first")
+    if pixels.startswith("gray1"):
+        raise InputError(f"{path} has more than 8 bits per pixel ({pixels}); scale it to 8 bits first")
     if not rate:
         raise InputError(f"{path} does not say how many frames a second it has")
-    return rate, stream.frames or None, float(seconds) or None
+    return rate, frames or None, float(seconds) or None
 
 
 def decoded(path: Path, start: float = 0.0) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:

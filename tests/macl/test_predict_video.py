@@ -16,13 +16,15 @@ import torch
 from PIL import Image
 from scripts import refused
 
+from fgclip.video.decode import write_video
 from macl import predict
 from macl.data import SyntheticPairs, moved
 from macl.video import Frame, paired
+from trainkit import drawing
+from trainkit.errors import InputError
+from trainkit.video import header, video_writer
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
-from trainkit import drawing  # noqa: E402
-from trainkit.video import video_writer  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 BITS, SIDE = 8, 16  # a frame's number is in black and white squares
@@ -125,6 +127,25 @@ def test_one_camera_and_times_that_jump(monkeypatch, tmp_path, capsys):
     assert seen == [(None, number) for number in range(6)] and "6 of 6 infrared frames" in capsys.readouterr().out
     assert np.allclose([row["time"] for row in rows], times, atol=1e-3)
     assert [row["infrared_frame"] for row in rows] == [*range(6)] and "visible" not in rows[0]
+
+
+def test_a_video_that_is_cut_short_says_so(monkeypatch, tmp_path, capsys):
+    """Of Matroska, whose header stands at the beginning."""
+    path = tmp_path / "a.mkv"
+    write_video(path, map(picture, range(200)), 25, g="5")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    _, rows = run(monkeypatch, tmp_path, "--visible", path)
+    assert 0 < len(rows) < 200 and f"{len(rows)} of 200 visible frames" in capsys.readouterr().out
+
+
+def test_grey_of_sixteen_bits_is_refused(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w") as file:
+        stream = file.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "gray16le"
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ones((32, 32), np.uint16), format="gray16le")))
+        file.mux(stream.encode())
+    with pytest.raises(InputError, match="more than 8 bits per pixel"):
+        header(tmp_path / "a.mkv")
 
 
 @pytest.mark.parametrize("video", [True, False])
