@@ -35,7 +35,7 @@ def found(folder, tmp_path):
 def command(folder, found, *flags):
     common = ["--checkpoint", folder / "run.pt", "--weights", "raw", "--device", "cpu"]
     named = ["--detections", found / "out/detections.json", "--text-file", found / "phrases.txt"]
-    return [str(part) for part in [*common, *named, "--output", found / "described", *flags]]
+    return [str(part) for part in [*common, *named, "--output", found / "a/described", *flags]]
 
 
 def cosines(model, image, boxes):
@@ -55,13 +55,13 @@ def check(row, expected, best):
 
 def test_detections_get_the_phrases_that_fit_best(folder, found, model, capsys):
     score.main(command(folder, found, "--best", "2"))
-    first, second = json.loads((found / "described/detections.json").read_text())
+    first, second = json.loads((found / "a/described/detections.json").read_text())
     check(first, cosines(model, open_image(found / "0.png"), BOXES), 2)
-    assert [one["score"] for one in first["detections"]] == [0.9, 0.8] and first["visible"] == "../0.png"
+    assert [one["score"] for one in first["detections"]] == [0.9, 0.8] and first["visible"] == "../../0.png"
     assert second["detections"] == [] and second["image"] == "elsewhere/1.png"
-    names = {path.name for path in (found / "described").iterdir()}
+    names = {path.name for path in (found / "a/described").iterdir()}
     assert names == {"0.png", "1.png", "detections.json"} and "wrote 2 pictures" in capsys.readouterr().out
-    pixels = np.asarray(Image.open(found / "described/0.png"))
+    pixels = np.asarray(Image.open(found / "a/described/0.png"))
     factor = pixels.shape[1] // 40
     assert (pixels[12 * factor, 5 * factor] == score.BOX).all()
 
@@ -82,9 +82,9 @@ def test_frames_of_a_video(folder, found, model):
     ]
     (found / "out/detections.json").write_text(json.dumps(rows))
     score.main(command(folder, found, "--camera", "infrared"))
-    for row, number in zip(json.loads((found / "described/detections.json").read_text()), (1, 4), strict=True):
+    for row, number in zip(json.loads((found / "a/described/detections.json").read_text()), (1, 4), strict=True):
         check(row, cosines(model, shown[number], BOXES[:1]), 3)
-    assert (found / "described/i-000004.png").exists()
+    assert (found / "a/described/i-000004.png").exists()
 
 
 def test_a_map_shows_where_a_text_fits(folder, found, model):
@@ -121,7 +121,7 @@ def test_bad_input_is_refused(folder, found, capsys):
     ):
         path.write_text(json.dumps(content))
         assert said in refused(capsys, score.main, *command(folder, found, *flags)), said
-        assert not (found / "described/detections.json").exists()
+        assert not (found / "a/described/detections.json").exists()
     flags = ["--checkpoint", folder / "run.pt", "--text", "a", "--device", "cpu"]
     assert "either --image" in refused(capsys, score.main, *flags)
     assert "needs --output" in refused(capsys, score.main, *flags, "--detections", path)

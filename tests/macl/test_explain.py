@@ -21,19 +21,20 @@ def images(batch):
 
 @pytest.mark.parametrize("merge", ["logit", "none"])
 def test_evidence_is_what_each_camera_finds_there(build, images, merge):
-    detector = build(merge=merge, score_threshold=0.05).eval()
+    detector = build(merge=merge, score_threshold=0.05, classes=("person", "car")).eval()
     detections, reasons = explain(detector, images)
     evidence, factors = reasons.values()
     expected = detector(**images)[0]
     assert all(torch.equal(detections[key], expected[key]) for key in expected) and len(expected["boxes"])
     assert factors == {} and list(evidence) == ["visible", "infrared"]  # the gate is still 0
+    assert set(expected["labels"].tolist()) == {1, 2}
     for name, scores in evidence.items():
         view = detector.detect(detector.extract({name: images[name]}), score_threshold=1e-3)[0]
-        for box, score in zip(detections["boxes"], scores, strict=True):
+        for box, label, score in zip(detections["boxes"], detections["labels"], scores, strict=True):
             low, high = torch.maximum(box[:2], view["boxes"][:, :2]), torch.minimum(box[2:], view["boxes"][:, 2:])
             shared = (high - low).clamp(min=0).prod(1)
             both = (box[2:] - box[:2]).prod() + (view["boxes"][:, 2:] - view["boxes"][:, :2]).prod(1)
-            there = view["scores"][shared / (both - shared) > SAME]
+            there = view["scores"][(shared / (both - shared) > SAME) & (view["labels"] == label)]
             assert score.item() == pytest.approx(max(there.tolist(), default=0), abs=1e-5)
 
 
