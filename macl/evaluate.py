@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from macl import data, evaluation
 from macl.build import MERGES, load_detector, read_checkpoint
+from macl.failures import write_failures
 from macl.metrics import could_count_from_zero, read_detections, write_detections
 from macl.plots import miss_rate_plot
 from macl.registration import correction
@@ -28,7 +29,7 @@ from trainkit import distributed
 from trainkit.arguments import fraction, make_parser, non_negative_int, positive_int
 from trainkit.device import AUTOCAST
 from trainkit.errors import InputError, one_sentence
-from trainkit.files import write_json
+from trainkit.files import number, write_json
 from trainkit.tables import aligned
 
 DOMAINS = {"night": data.NIGHT, "day-and-night": data.DAY_AND_NIGHT, "registered": data.DAY_AND_NIGHT_REGISTERED}
@@ -76,6 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save-detections", type=Path, metavar="FILE", help=".txt or .json; of each camera in FILE-visible.txt, ...")
     add("--miss-rate-script", action="store_true",
         help="beside the benchmark's miss rate the one that the widespread Python script gives")
+    add("--worst", nargs=2, metavar=("N", "DIR"),
+        help="worst.html in DIR: the N frames with the worst misses and false alarms, and what is found; viz extra")
     add("--plot", type=Path, metavar="FILE.png", help="these curves (.png, .pdf, .svg); needs the viz extra")
 # fmt: on
 
@@ -106,8 +109,13 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.dataset == "pairs" and (args.plot or args.miss_rate_script):
         flag = "--plot" if args.plot else "--miss-rate-script"
         raise InputError(f"{flag}: the annotations of pairs do not know occlusion, so there is no miss rate")
-    if args.plot is not None and find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib, which the viz extra brings: pip install -e '.[viz]'")
+    if args.worst is not None:
+        args.worst = number(args.worst[0], "--worst N", 1, 1e6, whole=True), Path(args.worst[1])
+    if args.worst is not None and args.checkpoint is None and args.data_root is None:
+        raise InputError("--worst draws pictures: it needs --data-root beside --detections")
+    for flag, wanted in (("--plot", args.plot), ("--worst", args.worst)):
+        if wanted is not None and find_spec("matplotlib") is None:
+            raise InputError(f"{flag} needs matplotlib, which the viz extra brings: pip install -e '.[viz]'")
 
 
 def open_dataset(args: argparse.Namespace, classes: Sequence[str], script: str | None = None) -> Dataset:
@@ -132,9 +140,12 @@ def open_dataset(args: argparse.Namespace, classes: Sequence[str], script: str |
     return dataset
 
 
-def read_results(args: argparse.Namespace) -> tuple[list[dict], str]:
-    """The file of --detections beside the ground truth, as `predict` gives its results, and what was read."""
-    classes = ("person",)
+def read_results(args: argparse.Namespace) -> tuple[list[dict], Dataset | None, str]:
+    """The file of --detections beside the ground truth, as `predict` gives its results, and what was read.
+
+    The data set is None without --data-root.
+    """
+    classes, dataset = ("person",), None
     if args.data_root is None:
         frames, source = data.read_ground_truth(args.annotations)
     else:
@@ -151,11 +162,11 @@ def read_results(args: argparse.Namespace) -> tuple[list[dict], str]:
     for frame, detections in zip(frames, outputs, strict=True):
         detections = {Path(args.detections).stem: detections | {"labels": torch.ones_like(detections["labels"])}}
         results.append({"size": frame["size"], "classes": classes, "detections": detections, "ground_truth": frame})
-    return results, source
+    return results, dataset, source
 
 
-def detect(args: argparse.Namespace, device: torch.device, max_detections: int) -> tuple[list[dict], str]:
-    """The results of the checkpoint, those of --misalign as modes of their own, and what was read."""
+def detect(args: argparse.Namespace, device: torch.device, max_detections: int) -> tuple[list[dict], Dataset, str]:
+    """The results of the checkpoint, those of --misalign as modes of their own, the data, and what was read."""
     checkpoint = read_checkpoint(args.checkpoint)
     detector = load_detector(args.checkpoint, weights=args.weights, checkpoint=checkpoint).to(device)
     detector.roi_head.max_detections = max_detections
@@ -181,7 +192,7 @@ def detect(args: argparse.Namespace, device: torch.device, max_detections: int) 
             outputs = evaluation.predict(detector, pairs, modes={mode: modes["both"]}, device=device, **options)
             for result, output in zip(results, outputs, strict=True):
                 result["detections"] |= output["detections"]
-    return results, "\n".join([dataset.source, *messages])
+    return results, dataset, "\n".join([dataset.source, *messages])
 
 
 def miss_rate_text(tables: dict[str, dict[str, dict]]) -> str:
@@ -220,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_flags(args)
     device = distributed.start(args.device)
     limit = args.max_detections or (1000 if args.dataset == "kaist" else 100)
-    results, source = detect(args, device, limit) if args.detections is None else read_results(args)
+    results, dataset, source = detect(args, device, limit) if args.detections is None else read_results(args)
     if distributed.is_main():
         detection, agreement = evaluation.detection_metrics(results, limit), evaluation.alignment_metrics(results)
         miss_rates = evaluation.miss_rate_tables(results)
@@ -234,6 +245,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"reasonable by the Python script in use, %, {mode}: {shown}")
         metrics = {"data": source, "detection": detection, "max_detections": limit, "alignment": agreement}
         write_files(args, results, metrics | {"miss_rate": miss_rates, "miss_rate_script": by_script})
+        if args.worst:
+            drawn = write_failures(args.worst[1], results, dataset, args.worst[0], limit, source)
+            print(f"{args.worst[1] / 'worst.html'}: {drawn} pictures")
     distributed.stop()
 
 

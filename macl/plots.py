@@ -9,23 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch.nn.functional import normalize
 from torchvision.transforms.v2.functional import to_pil_image
 
 from macl.evaluation import all_embeddings
+from trainkit.drawing import Mark, draw_marks, heat
 from trainkit.files import whole_file
 
+FOUND_BY = {(True, True): "by each camera", (True, False): "by visible alone", (False, True): "by infrared alone",
+            (False, False): "by both together only"}  # fmt: skip
 COLOURS = {"detection": (255, 158, 44), "ground truth": (70, 200, 255), "ignored": (165, 165, 165)}
-BACKGROUND, TEXT = (24, 26, 30), (232, 232, 232)
-MIN_SIDE = 384  # smaller images are enlarged by a whole factor until their shorter side reaches it, ...
-MAX_SIDE = 4096  # ... or their longer side this
-DIVIDER = 4  # pixels between the two images
+COLOURS |= zip(FOUND_BY.values(), ((255, 158, 44), (70, 200, 255), (240, 110, 170), (165, 165, 165)), strict=True)
 MAX_PICTURES = 6  # of a validation
 MAX_PAIRS = 200  # of a t-SNE picture
 
 
-def draw_detections(visible, infrared, detections, ground_truth=None, *, classes, min_score=0.3) -> Image.Image:
+def draw_detections(
+    visible, infrared, detections, ground_truth=None, *, classes, min_score=0.3, evidence=None, factors=None
+) -> Image.Image:
     """Both modalities of one frame side by side, with the same boxes on each and a legend below.
 
     visible, infrared: (3, H, W) uint8 tensors of one size; either may be None
@@ -33,50 +35,29 @@ def draw_detections(visible, infrared, detections, ground_truth=None, *, classes
     ground_truth: boxes (M, 4), labels (M,), ignore (M,) bool
     classes: the names of labels 1, 2, ..., shown on detections, and on the truth where there are several
     min_score: detections below it are left out
+    evidence, factors: see `macl.explain`; the colour says which camera alone finds a box with min_score, and beside the
+        images stand those under their factors
     """
-    images = {name: image for name, image in (("visible", visible), ("infrared", infrared)) if image is not None}
-    height, width = next(iter(images.values())).shape[-2:]
-    factor = max(1, min(math.ceil(MIN_SIDE / min(width, height)), MAX_SIDE // max(width, height)))
-    width, height = width * factor, height * factor
-    font = ImageFont.load_default(size=6 + min(width, height) // 50)
-    boxes = []
+    images = {"visible": visible, "infrared": infrared}
+    images = {name: to_pil_image(image) for name, image in images.items() if image is not None}
+    for name, values in (factors or {}).items():
+        title = f"{name}: MSP's factor, {values.min():.3f} to {values.max():.3f}"
+        images[title] = heat(images[name], values.cpu().numpy())
+    marks = []
     if ground_truth is not None:
         rows = zip(*(ground_truth[key].tolist() for key in ("boxes", "labels", "ignore")), strict=True)
         for box, label, ignored in rows:
             name = classes[label - 1] if len(classes) > 1 else ""
-            boxes.append((box, "ignored" if ignored else "ground truth", name))
-    outputs = zip(*(detections[key].tolist() for key in ("scores", "labels", "boxes")), strict=True)
-    for score, label, box in sorted(outputs):  # the best ones last, on top of the others
+            marks.append(Mark(box, "ignored" if ignored else "ground truth", name, below=True))
+    columns = [detections[key].tolist() for key in ("scores", "labels", "boxes")]
+    alone = {name[0]: scores.tolist() for name, scores in (evidence or {}).items()}
+    outputs = zip(*columns, zip(*alone.values(), strict=True) if alone else [()] * len(columns[0]), strict=True)
+    for score, label, box, each in sorted(outputs):  # the best ones last, on top of the others
         if score >= min_score:
-            boxes.append((box, "detection", f"{classes[label - 1]} {score:.2f}"))
-
-    picture = Image.new("RGB", (len(images) * (width + DIVIDER) - DIVIDER, height + 2 * int(font.size)), BACKGROUND)
-    for index, (name, image) in enumerate(images.items()):
-        panel = to_pil_image(image).resize((width, height), Image.Resampling.BICUBIC)
-        draw = ImageDraw.Draw(panel)
-        for box, kind, text in boxes:
-            box = [side * factor for side in box]
-            draw.rectangle(box, outline=COLOURS[kind], width=2 + min(width, height) // 400)
-            if text:
-                y = box[1] - 1.2 * font.size if kind == "detection" else box[3]  # above or below the box
-                draw_label(draw, box[0], y, text, COLOURS[kind], font)
-        draw_label(draw, 0, 0, name, TEXT, font)
-        picture.paste(panel, (index * (width + DIVIDER), 0))
-    draw, x = ImageDraw.Draw(picture), font.size // 2
-    for kind in dict.fromkeys(kind for _, kind, _ in boxes):
-        text = f"{kind}, {min_score:g} or more" if kind == "detection" else kind
-        draw.text((x, height + font.size // 2), text, fill=COLOURS[kind], font=font)
-        x += draw.textlength(text, font=font) + 2 * font.size
-    return picture
-
-
-def draw_label(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, colour, font) -> None:
-    """Text on a coloured ground, moved where it would leave the picture."""
-    _, _, width, height = draw.textbbox((0, 0), text, font=font)
-    x = max(0, min(x, draw.im.size[0] - width))
-    y = max(0, min(y, draw.im.size[1] - height))
-    draw.rectangle((x, y, x + width, y + height), fill=colour)
-    draw.text((x, y), text, fill=BACKGROUND, font=font)
+            words = [f"{classes[label - 1]} {score:.2f}", *(f"{a} {b:.2f}" for a, b in zip(alone, each, strict=True))]
+            kind = FOUND_BY[tuple(one >= min_score for one in each)] if each else "detection"
+            marks.append(Mark(box, kind, " ".join(words)))
+    return draw_marks(images, marks, COLOURS, {"detection": f"detection, {min_score:g} or more"})
 
 
 def draw_validation(folder: Path, epoch: int, dataset, results: list[dict]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = tuple(f"trainkit.{name}" for name in "device distributed errors files load_report loader tables".split())
+SHARED = "device distributed drawing errors files load_report loader page tables video"
+SHARED = tuple(f"trainkit.{name}" for name in SHARED.split())
 ALLOWED = {"kernels": (), "trainkit": (), "macl": ("kernels", *SHARED), "fgclip": ("kernels", *SHARED)}
 # These import like scripts.
 COMMANDS = "evaluate predict score report training extract evaluate_video watch pack export".split()

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ positive_int = _number(int, lambda n: n >= 1, "a whole number of at least 1")
 non_negative_int = _number(int, lambda n: n >= 0, "a whole number of at least 0")
 positive_float = _number(float, lambda x: 0 < x < float("inf"), "a number above 0")
 non_negative_float = _number(float, lambda x: 0 <= x < float("inf"), "a number of at least 0")
+finite_float = _number(float, math.isfinite, "a number")
 fraction = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 below_one = _number(float, lambda x: 0 <= x < 1, "a number of at least 0 and below 1")
 

@@ -15,7 +15,7 @@ import re
 import reprlib
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -367,3 +367,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value, indent: int | None = None) -> None:
     write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def write_json_rows(path: str | Path, rows: Iterable) -> int:
+    """A file of one json list, a row per line, none of which is kept. -> their number."""
+    count = 0
+    with whole_file(path, "w") as file:
+        for count, row in enumerate(rows, 1):
+            file.write(("[" if count == 1 else ",") + "\n" + json.dumps(row))
+        file.write("\n]\n" if count else "[]\n")
+    return count

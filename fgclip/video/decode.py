@@ -7,14 +7,13 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from fractions import Fraction
-from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from trainkit.errors import InputError
 from trainkit.files import is_image, natural, open_image, reason, regular_file, shown
+from trainkit.video import decoded, header, library
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
 IMAGE_RATE = Fraction(30)  # frames a second of a folder of images, which does not say it
@@ -88,26 +87,14 @@ class VideoFile(Video):
     """A file that PyAV reads. Raises InputError without PyAV, or where it is no video."""
 
     def __init__(self, path: Path):
-        with opened(path) as container:
-            stream = container.streams.video[0]
-            rate = stream.average_rate or stream.guessed_rate
-            seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
-            super().__init__(path, rate, stream.frames or None, float(seconds) or None)
-        if not rate:
-            raise InputError(f"{path} does not say how many frames a second it has")
+        super().__init__(path, *header(path))
 
     def walk(self, start: float = 0.0) -> Iterator[Step]:
-        av, self.error = library(), ""
-        convert = av.video.reformatter.VideoReformatter()
-        with opened(self.path) as container:
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # videos are decoded side by side, one in a process
-            try:
-                for index, frame in enumerate(decoded_from(container, stream, start)):
-                    time = index / float(self.rate) if frame.pts is None else shown_at(frame, stream)
-                    yield time, partial(as_rgb, convert, frame)
-            except av.FFmpegError as error:
-                self.error = reason(error)
+        self.error = ""
+        try:
+            yield from decoded(self.path, start)
+        except library().FFmpegError as error:
+            self.error = reason(error)
 
 
 class ImageFolder(Video):
@@ -136,50 +123,3 @@ def open_video(path: str | Path, rate: Fraction = IMAGE_RATE) -> Video:
     if os.path.isdir(path):
         return ImageFolder(Path(path), rate)
     return VideoFile(regular_file(path, "a video, or a folder of numbered images"))
-
-
-def library():
-    """PyAV. Raises InputError without it."""
-    try:
-        import av
-    except ImportError as error:
-        raise InputError("reading videos needs `pip install av`") from error
-    return av
-
-
-def opened(path: Path):
-    """The container of a file with pictures. It reads nothing but this file."""
-    av = library()
-    try:
-        only_files = {"protocol_whitelist": "file"}  # a playlist may name what it likes
-        container = av.open(f"file:{os.path.abspath(path)}", metadata_errors="replace", options=only_files)
-    except (av.FFmpegError, OSError) as error:
-        raise InputError(f"{path} cannot be read as a video ({reason(error)})") from error
-    if not container.streams.video:
-        container.close()
-        raise InputError(f"{path} holds no pictures; expected a video")
-    return container
-
-
-def decoded_from(container, stream, start: float) -> Iterator:
-    """The decoded frames from the last key frame that is shown at `start` (s) or before."""
-    if start > 0:
-        # Some formats seek by the order of decoding, so that only an earlier moment, or one before all, leads there.
-        for back in (*(2.0**i - 1 for i in range(12) if 2**i - 1 < start), start, start + 1):
-            container.seek((stream.start_time or 0) + int((start - back) / stream.time_base), stream=stream)
-            frames = container.decode(stream)
-            first = next((frame for frame in frames if frame.key_frame), None)
-            if first is not None and first.pts is not None and shown_at(first, stream) <= start:
-                return chain([first], frames)
-        container.seek(stream.start_time or 0, stream=stream)
-    return container.decode(stream)
-
-
-def shown_at(frame, stream) -> float:
-    return float((frame.pts - (stream.start_time or 0)) * stream.time_base)
-
-
-def as_rgb(convert, frame) -> np.ndarray:
-    """A decoded frame as (H, W, 3) uint8 RGB, turned as the file says that it is to be shown."""
-    picture = convert.reformat(frame, format="rgb24").to_ndarray()
-    return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture

@@ -53,17 +53,22 @@ def read_pair(
     onto: how infrared is put onto visible, see `macl.data.onto`; None: their sizes are the same
     at_least: see `files.open_image`
     """
-    pair = {"visible": visible, "infrared": infrared}
-    pair = {modality: None if path is None else read_image(path, at_least) for modality, path in pair.items()}
-    if onto is not None and visible is not None and infrared is not None:
-        pair["infrared"] = onto.image(pair["infrared"], tuple(pair["visible"].shape[:0:-1]))
-    sizes = [f"{image.shape[2]} x {image.shape[1]}" for image in pair.values() if image is not None]
-    if len(set(sizes)) > 1 and at_least is not None:  # one of them is no JPEG
+    paths = {"visible": visible, "infrared": infrared}
+    images = {modality: None if path is None else read_image(path, at_least) for modality, path in paths.items()}
+    if at_least is not None and len({image.shape for image in images.values()}) > 1:  # one of them is no JPEG
         return read_pair(visible, infrared, onto)
+    return put_together(images, paths, onto)
+
+
+def put_together(images: dict[str, Tensor | None], names: dict, onto=None) -> dict[str, Tensor | None]:
+    """Decoded images (3, H, W) as `read_pair` returns them. names: of the images, for the InputError."""
+    if onto is not None and None not in images.values():
+        images = images | {"infrared": onto.image(images["infrared"], tuple(images["visible"].shape[:0:-1]))}
+    sizes = [f"{image.shape[2]} x {image.shape[1]}" for image in images.values() if image is not None]
     if len(set(sizes)) > 1:
-        problem = f"{visible} is {sizes[0]} but {infrared} is {sizes[1]}"
+        problem = f"{names['visible']} is {sizes[0]} but {names['infrared']} is {sizes[1]}"
         raise InputError(f"{problem}; expected a registered pair, or --infrared-to-visible resize or FILE")
-    return pair
+    return images
 
 
 def moved(images: dict[str, Tensor], move: tuple[int, int] | Callable) -> dict[str, Tensor]:

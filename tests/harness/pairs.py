@@ -69,7 +69,7 @@ def truth(*boxes, labels=None, ignore=(), occlusion=None, daytime=True) -> dict:
     """The ground truth of a frame; ignore: places of the boxes that are."""
     return {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        "labels": torch.tensor(labels or [1] * len(boxes)),
+        "labels": torch.tensor(labels or [1] * len(boxes), dtype=torch.int64),
         "ignore": torch.tensor([index in ignore for index in range(len(boxes))], dtype=torch.bool),
         "occlusion": torch.tensor(occlusion or [0] * len(boxes)),
         "daytime": daytime,

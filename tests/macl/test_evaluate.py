@@ -501,3 +501,20 @@ def test_prediction_names_pictures_as_they_are_named(checkpoint, tmp_path, capsy
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}.png", "detections.json"}
     assert json.loads((tmp_path / "out/detections.json").read_text())[0]["image"] == str(folder / f"{name}.png")
     assert output.startswith("a\\nb\\udcd0") and "wrote 1 picture and detections.json" in output
+
+
+def test_the_worst_frames_of_a_run(checkpoint, kaist, tmp_path, capsys):
+    output = run(
+        capsys, "--checkpoint", checkpoint, "--count", 3, "--worst", 2, tmp_path / "worst", "--modality", "both"
+    )
+    assert f"{tmp_path / 'worst' / 'worst.html'}: 2 pictures" in output
+    page = (tmp_path / "worst/worst.html").read_text()
+    assert "detecting with both" in page and "seen in infrared only" in page and "1. synthetic/20000/" in page
+    detections = pairs.write(tmp_path / "d.json", [dict(image_id=1, bbox=[0, 0, 9, 9], score=0.9)])
+    flags = ["--dataset", "kaist", "--detections", detections, "--worst", 9, tmp_path / "worst"]
+    assert "3 pictures" not in (said := run(capsys, *flags, "--data-root", kaist)) and "2 pictures" in said
+    for flags, expected in (
+        (["--detections", detections, "--dataset", "kaist", "--annotations", "a.json"], "it needs --data-root"),
+        (["--checkpoint", checkpoint, "--worst", "x", "b"], "--worst N: expected a whole number from 1"),
+    ):
+        assert expected in refused(capsys, "--worst", 3, tmp_path, *flags)

@@ -8,7 +8,8 @@ from PIL import Image
 
 from macl import plots
 from macl.metrics import miss_rate_curve
-from macl.plots import COLOURS, DIVIDER, MIN_SIDE, draw_detections, draw_validation, miss_rate_plot, tsne_picture
+from macl.plots import COLOURS, draw_detections, draw_validation, miss_rate_plot, tsne_picture
+from trainkit.drawing import DIVIDER, MIN_SIDE
 
 BLACK = torch.zeros(3, 400, 400, dtype=torch.uint8)
 
