@@ -6,7 +6,7 @@
     python -m macl.evaluate --dataset kaist --detections FILE.txt --annotations TEST.json      # no model
     python -m macl.evaluate --checkpoint best.pt --misalign 2 4 8                     # infrared moved to the right
 
-Average precision, and where occlusion and daytime are known (kaist, synthetic) the log-average miss rate.
+Average precision, and of people the log-average miss rate; of pairs, whose occlusion is unknown, that of all of them.
 """
 
 import argparse
@@ -23,7 +23,17 @@ from macl.build import MERGES, load_detector, read_checkpoint
 from macl.metrics import could_count_from_zero, read_detections, write_detections
 from macl.plots import miss_rate_plot
 from macl.registration import correction
-from macl.training import add_pair_flags, add_registration_flags, choose_move, has_pairs, open_pairs, open_training
+from macl.training import (
+    add_pair_flags,
+    add_registration_flags,
+    check_cameras,
+    choose_move,
+    choose_reading,
+    has_pairs,
+    open_pairs,
+    open_training,
+    read_as,
+)
 from trainkit import distributed
 from trainkit.arguments import fraction, make_parser, non_negative_int, positive_int
 from trainkit.device import AUTOCAST
@@ -33,7 +43,7 @@ from trainkit.tables import aligned
 
 DOMAINS = {"night": data.NIGHT, "day-and-night": data.DAY_AND_NIGHT, "registered": data.DAY_AND_NIGHT_REGISTERED}
 NEEDS = {"split": "pairs", "image_set": "kaist", "annotations": "kaist", "detections": "kaist", "domain": "synthetic"}
-NEEDS |= {"infrared_to_visible": "pairs", "label_form": "pairs"}
+NEEDS |= dict.fromkeys(("infrared_to_visible", "infrared_range", "label_form", "labels_infrared", "suffixes"), "pairs")
 OUTPUTS = {"save_detections": (".txt", ".json"), "plot": (".png", ".pdf", ".svg")}
 
 
@@ -45,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged (EMA) weights if any, or raw ones")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=("pairs", "llvip", "kaist", "synthetic"),
-        help="which data set; llvip is one of pairs (default: pairs where some are named, else synthetic)")
+        help="which data set; llvip is one of pairs (default: as the folders are, else synthetic)")
     add("--data-root", metavar="PATH", help="the data set's own root")
     add_pair_flags(add)
     add("--split", metavar="NAME|FILE", help="pairs: a split, a list of names, or held-out for what stage 1 held out "
@@ -82,7 +92,8 @@ def check_flags(args: argparse.Namespace) -> None:
     """Refuses flags of another data set, and places that cannot be written, before the long part."""
     if (args.checkpoint is None) == (args.detections is None):
         raise InputError("expected either --checkpoint PATH or --detections FILE")
-    named = {None: "pairs" if has_pairs(args) else "synthetic", "llvip": "pairs"}
+    pairs = "kaist" if args.data_root and data.is_kaist(args.data_root) else "pairs"
+    named = {None: pairs if has_pairs(args) else "synthetic", "llvip": "pairs"}
     args.dataset = named.get(args.dataset, args.dataset)
     if has_pairs(args) and args.dataset == "synthetic":
         raise InputError("--data-root and --visible need --dataset pairs or kaist")
@@ -92,7 +103,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if (args.misalign or args.register != "none") and args.checkpoint is None:
         raise InputError("--misalign and --register need --checkpoint")
     if args.dataset == "pairs" and not has_pairs(args):
-        raise InputError("--dataset pairs needs --data-root, or --visible, --infrared and --labels")
+        raise InputError("--dataset pairs needs --data-root, or --labels with --visible, --infrared or both")
     if args.dataset == "kaist" and args.data_root is None and None in (args.detections, args.annotations):
         raise InputError("--dataset kaist needs --data-root, or --detections and --annotations FILE.json")
     for name in ("output", *OUTPUTS):
@@ -101,8 +112,6 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} {path}: expected a name that ends in {' or '.join(OUTPUTS[name])}")
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"{flag} {path}: the folder {path.parent} does not exist")
-    if args.dataset == "pairs" and args.plot:
-        raise InputError("--plot: the annotations of pairs do not know occlusion, so there is no miss rate")
     if args.plot is not None and find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib, which the viz extra brings: pip install -e '.[viz]'")
 
@@ -166,9 +175,20 @@ def detect(args: argparse.Namespace, device: torch.device, max_detections: int) 
         modes = {args.modality: modes[args.modality]}
     if args.misalign and "both" not in modes:
         raise InputError(f"--misalign needs detections with both modalities, not with {', '.join(modes)} alone")
-    dataset = open_dataset(args, classes, checkpoint.get("script"))
+    dataset, about = open_dataset(args, classes, checkpoint.get("script")), []
+    if args.dataset != "synthetic":
+        reading, about = choose_reading(args, checkpoint.get("reading"))
+        if not dataset.own_boxes and args.boxes is None:
+            reading["boxes"] = None  # the one set of boxes
+        dataset = read_as(dataset, reading)
+    check_cameras(detector, dataset)
+    modes = {name: needed for name, needed in modes.items() if set(needed) <= set(dataset.modalities)}
+    if not modes or (args.misalign and "both" not in modes):
+        raise InputError(
+            f"--modality {args.modality}, or --misalign: the data are {dataset.modalities[0]} images alone"
+        )
     move, _, messages = choose_move(args, dataset, checkpoint.get("register", "none"))
-    dataset = dataset.moved(move)
+    dataset, messages = dataset.moved(move), about + messages
     options = {name: getattr(args, name) for name in ("batch_size", "workers", "amp", "score_threshold")}
     results = evaluation.predict(detector, dataset, modes=modes, device=device, **options)
     for pixels in args.misalign:
@@ -203,10 +223,11 @@ def write_files(args: argparse.Namespace, results: list[dict], metrics: dict) ->
         write_detections(path, [result["detections"][mode] for result in results])
         print(f"detections with {mode}: {path}")
     if args.plot:
-        drawn = {mode: rows["reasonable all"] for mode, rows in curves.items()}
+        first = next((row for rows in curves.values() for row in rows), "no person among the classes")
+        drawn = {mode: rows[first] for mode, rows in curves.items()}
         if len(curves) == 1:
             drawn = {f"{mode}, {row}": curve for mode, rows in curves.items() for row, curve in rows.items()}
-        miss_rate_plot(args.plot, drawn, title="reasonable")
+        miss_rate_plot(args.plot, drawn, title=first.removesuffix(" all"))
 
 
 def main(arguments: list[str] | None = None) -> None:

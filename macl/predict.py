@@ -14,7 +14,7 @@ import torch
 from macl.build import load_detector, read_checkpoint
 from macl.data import find_pairs, moved, read_onto, read_pair, to_float
 from macl.plots import draw_detections
-from macl.training import add_onto_flag, add_registration_flags, choose_move
+from macl.training import add_reading_flags, add_registration_flags, choose_move, choose_reading
 from trainkit.arguments import fraction, make_parser
 from trainkit.errors import InputError, one_line, one_sentence
 from trainkit.files import whole_file, write_json
@@ -38,8 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
         metavar=("VISIBLE", "INFRARED"),
         help="what ends the names, such as _RGB _PreviewData; both folders may then be the same",
     )
-    add_onto_flag(parser.add_argument)
+    add_reading_flags(parser.add_argument)
     add_registration_flags(parser.add_argument)
+    parser.set_defaults(boxes=None)  # of no labels
     args = parser.parse_args(arguments)
     given = [name for name in ("visible", "infrared") if getattr(args, name) is not None]
     if not given:
@@ -52,11 +53,13 @@ def main(arguments: list[str] | None = None) -> None:
     if needed in ("visible", "infrared") and needed not in given:
         raise InputError(f"this detector sees with {needed} images alone: give --{needed}")
     detector.roi_head.score_threshold = args.min_score
-    pairs, onto = find_pairs(args.visible, args.infrared, args.suffixes), read_onto(args.infrared_to_visible)
+    reading, about = choose_reading(args, checkpoint.get("reading"))
+    onto = read_onto(reading["infrared_to_visible"], reading["infrared_range"])
+    pairs = find_pairs(args.visible, args.infrared, args.suffixes)
     move, _, messages = choose_move(
         args, pairs, checkpoint.get("register", "none"), read=lambda pair: read_pair(*pair, onto)
     )
-    for message in messages:
+    for message in about + messages:
         print(message)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)

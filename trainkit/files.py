@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -160,27 +161,12 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every build
 
 
-def open_image(path: str | Path, named_by: str = "") -> Image.Image:
-    """A picture of 8 bits per channel as RGB, turned as its EXIF orientation says, without its transparency.
-
-    Refused are files that are missing, damaged or of none of FORMATS, more than MAX_PIXELS, a side above MAX_SIDE, and
-    more than 8 bits per channel. named_by: the data file that names it.
-    """
-    name = f"{path} (named by {named_by})" if named_by else str(path)
-    regular_file(path, f"a picture, named by {named_by}; is the image root right?" if named_by else "a picture")
+@contextlib.contextmanager
+def _opened(path: str | Path, name: str) -> Iterator[Image.Image]:
+    """A picture, to be decoded or not; whatever Pillow says of it is an InputError. name: for messages."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_formats()) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-                limits = f"at most {MAX_PIXELS}, {MAX_SIDE} per side, are read"
-                raise InputError(f"{name} has {width} x {height} pixels; {limits}")
-            deep = image.format in ("PNG", "TIFF") and ";16" in str(image.tile)  # as RGB they would lose low bytes
-            if deep or image.mode.startswith(("I", "F")):
-                raise InputError(f"{name} has more than 8 bits per channel; scale it to 8 bits first")
-            turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION))
-            # A palette with transparency cannot become RGB directly.
-            rgb = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
-            return rgb if turn is None else rgb.transpose(turn)
+            yield image
     except InputError:
         raise
     except Exception as error:  # Pillow raises what its decoders happen to raise
@@ -192,16 +178,57 @@ def open_image(path: str | Path, named_by: str = "") -> Image.Image:
         raise InputError(f"{name} cannot be decoded as an image: {problem}") from error
 
 
+def open_image(path: str | Path, named_by: str = "", levels: tuple[float, float] | None = None) -> Image.Image:
+    """A picture of 8 bits per channel as RGB, turned as its EXIF orientation says, without its transparency.
+
+    Refused are files that are missing, damaged or of none of FORMATS, more than MAX_PIXELS, a side above MAX_SIDE, and
+    more than 8 bits per channel, unless grey and with `levels`. named_by: the data file that names it.
+    levels: the values of more than 8 bits that become 0 and 255
+    """
+    name = f"{path} (named by {named_by})" if named_by else str(path)
+    regular_file(path, f"a picture, named by {named_by}; is the image root right?" if named_by else "a picture")
+    with _opened(path, name) as image:
+        _check_size(image, name)
+        deep = _is_deep(image)
+        if (deep and levels is None) or (not deep and image.format in ("PNG", "TIFF") and ";16" in str(image.tile)):
+            advice = "scale it to 8 bits first, or of infrared by --infrared-range where a command has it"
+            raise InputError(f"{name} has more than 8 bits per channel; {advice}")  # as RGB they would lose low bytes
+        turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION))
+        if deep:
+            values = (_values(image) - levels[0]) * (255 / (levels[1] - levels[0]))
+            image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+        # A palette with transparency cannot become RGB directly.
+        rgb = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+        return rgb if turn is None else rgb.transpose(turn)
+
+
+def deep_values(path: str | Path) -> np.ndarray | None:
+    """The values (H, W) float32 of a grey picture of more than 8 bits; None for any other."""
+    with _opened(regular_file(path, "a picture"), str(path)) as image:
+        _check_size(image, str(path))
+        return _values(image) if _is_deep(image) else None
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith(("I", "F"))
+
+
+def _values(image: Image.Image) -> np.ndarray:
+    return np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        limits = f"at most {MAX_PIXELS}, {MAX_SIDE} per side, are read"
+        raise InputError(f"{name} has {width} x {height} pixels; {limits}")
+
+
 def picture_size(path: str | Path) -> tuple[int, int]:
     """Width and height of a picture as `open_image` turns it, from its first bytes."""
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(regular_file(path), formats=_formats()) as image:
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in range(5, 9)
-            return image.size[::-1] if turned else image.size
-    except InputError:
-        raise
-    except Exception as error:  # Pillow raises what its decoders happen to raise
-        raise InputError(f"{path} cannot be decoded as an image: {reason(error)}") from error
+    with _opened(regular_file(path), str(path)) as image:
+        turned = image.getexif().get(_EXIF_ORIENTATION, 1) in range(5, 9)
+        return image.size[::-1] if turned else image.size
 
 
 # --- Torch files ---

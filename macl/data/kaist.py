@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from macl.data.annotation import Annotation, Labels, annotate, check_person, refuse_absent_classes
+from macl.data.annotation import Annotation, Labels, annotate, check_person, join, refuse_absent_classes
 from macl.data.kaist_labels import IGNORED_NAMES, Frame, parse_frame, read_bbgt, read_json, read_xml
 from macl.data.pairs import Pair, PairedDataset, find_images, find_root, read_list
-from macl.data.sample import read_image
 from trainkit.errors import InputError
-from trainkit.files import regular_file
+from trainkit.files import picture_size, regular_file
 
 TRAINING_RULES = {"min_height": 20, "max_occlusion": 1}  # what is smaller or heavily occluded teaches little
 
@@ -53,7 +52,7 @@ FORMS = (
 
 
 class KAISTFrames(PairedDataset):
-    """Frames with their labels, which is all that an annotation json has. A pair's annotation is Labels, or a file."""
+    """Frames with their labels, which is all that an annotation json has. `Pair.annotation`: Labels, or files."""
 
     scene_kind = "video"
     size = None  # width, height in pixels of frames whose labels do not say it
@@ -61,8 +60,12 @@ class KAISTFrames(PairedDataset):
 
     def annotation(self, index: int, *, clip: bool = True) -> Annotation:
         labels = self.pairs[index].annotation
-        if isinstance(labels, Path):
-            labels = read_bbgt(labels) if labels.suffix == ".txt" else read_xml(labels)
+        if isinstance(labels, list):  # of files, of one or of both cameras
+            labels, *second = (read_bbgt(file) if file.suffix == ".txt" else read_xml(file) for file in labels)
+            if second and len(labels.objects) != len(second[0].objects):
+                count = f"{len(second[0].objects)} people but {labels.place} {len(labels.objects)}"
+                raise InputError(f"{second[0].place} has {count}; expected the same ones in the same order")
+            labels = join(labels, *second) if second else labels
         labels = labels._replace(size=labels.size or self.size)
         return annotate(labels, self.classes, ignored_names=IGNORED_NAMES, **self.rules, clip=clip)
 
@@ -139,7 +142,8 @@ class KAIST(KAISTFrames):
             f"of {root}, {layout.name}, among the {len(listed)} listed in {file}; labels of {about_labels}"
         )
         super().__init__(pairs, classes, split=file.stem, source=source)
-        self.size = tuple(read_image(visible[0]).shape[:0:-1])
+        self.size = picture_size(visible[0])
+        self.own_boxes = isinstance(labels[0], list) and len(labels[0]) == 2
 
     def with_rules(self, *, min_height: float, max_occlusion: int) -> "KAIST":
         """The same pairs, of which lower boxes, in pixels, and more occlusion (0 none, 1 partial, 2 heavy) are ignored.
@@ -159,8 +163,16 @@ def _first_existing(places: list[Path], expected: str) -> Path:
     raise InputError(f"{places[0]} does not exist; expected {expected}")
 
 
-def _find_labels(source: Path, frames: list[Frame]) -> tuple[list[Path] | list[Labels], str]:
-    """The labels of every frame, or their file, and a sentence about them."""
+def is_kaist(root: str | Path) -> bool:
+    """Whether a folder, or kaist-rgbt or KAIST_processed in it, is laid out as KAIST: by the names of its frames."""
+    places = ("images/set[01][0-9]", "visible/set[01][0-9]_V*")
+    return any(
+        next(Path(root).glob(place + name), None) for name in places for place in ("", "kaist-rgbt/", "KAIST_*/")
+    )
+
+
+def _find_labels(source: Path, frames: list[Frame]) -> tuple[list[list[Path]] | list[Labels], str]:
+    """The labels of every frame, or their files, and a sentence about them."""
     if source.suffix == ".json":
         known, version = read_json(source)
         for frame in frames:
@@ -170,7 +182,11 @@ def _find_labels(source: Path, frames: list[Frame]) -> tuple[list[Path] | list[L
     form = next((form for form in FORMS if (source / frames[0].path(form)).is_file()), FORMS[0])
     which = "visible image" if "/visible/" in form else "frame"
     about = f"{source}, one {form[-3:]} file per {which} (which do not say of which revision)"
-    return [regular_file(source / frame.path(form), f"the boxes of {frame.name}") for frame in frames], about
+    forms = [form]
+    if "/visible/" in form and (source / frames[0].path(form.replace("visible", "lwir"))).is_file():
+        forms, about = [form, form.replace("visible", "lwir")], about.replace("visible image", "image of each camera")
+    found = [[source / frame.path(form) for form in forms] for frame in frames]
+    return [[regular_file(file, f"the boxes of {file.stem}") for file in files] for files in found], about
 
 
 def read_ground_truth(path: str | Path) -> tuple[list[dict], str]:

@@ -66,7 +66,8 @@ def read_bbgt(path: Path) -> Labels:
             place = f"{path}, line {count} (a name and 11 numbers)"
             name, *values = line.split()
             values = numbers(values, place, 11)
-            objects.append(_object(name, edges(*values[:4]), values[4], values[9], place))
+            one = _object(name, edges(*values[:4]), values[4], values[9], place)
+            objects.append(one._replace(key=count))  # KAIST-Paired has both cameras' people in one order
     return Labels(str(path), None, objects)
 
 

@@ -8,7 +8,18 @@ from typing import NamedTuple
 
 from macl.data.annotation import Labels, Object
 from trainkit.errors import InputError
-from trainkit.files import MAX_ID, image_size, number, numbers, plain_text, read_text, reason, regular_file, shown
+from trainkit.files import (
+    MAX_ID,
+    image_size,
+    number,
+    numbers,
+    plain_text,
+    read_lines,
+    read_text,
+    reason,
+    regular_file,
+    shown,
+)
 
 NAME_FILES = ("classes.txt", "obj.names", "data.yaml", "*.yaml", "*.yml")
 OCCLUSION = "occlusion (none, partial or heavy)"
@@ -91,6 +102,19 @@ def read_yolo(path: Path | None, size: tuple[int, int], names: Mapping[int, str]
         wide, high = numbers(values[2:], f"{place}, width and height in fractions of the image", 2, 0, 2)
         edges = (x - wide / 2) * size[0], (y - high / 2) * size[1], (x + wide / 2) * size[0], (y + high / 2) * size[1]
         objects.append(Object(str(label) if names is None else names[label], edges))
+    return Labels(str(path), size, objects)
+
+
+def read_cvc14(path: Path | None, size: tuple[int, int]) -> Labels:
+    """Per line x, y, width, height, 1 0 0 0 0, the person's number in both cameras, 0: the centre, pixels from 1.
+
+    path, size: as of `read_yolo`
+    """
+    objects = []
+    for count, line in enumerate(read_lines(path, "CVC-14's labels") if path else (), 1):
+        x, y, wide, high, *_, key, _ = numbers(line.split(), f"{path}, line {count} (11 numbers)", 11)
+        box = edges(x - 1 - wide / 2, y - 1 - high / 2, wide, high)
+        objects.append(Object("person", box, key=int(key)))
     return Labels(str(path), size, objects)
 
 

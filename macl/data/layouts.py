@@ -8,9 +8,9 @@ from macl.data.label_files import NAME_FILES
 from macl.data.pairs import OWN_DATA
 from trainkit.errors import InputError
 
-FORMS = {"voc": ".xml", "yolo": ".txt", "coco": ".json"}  # of labels, by the suffix of their files
+FORMS = {"voc": ".xml", "yolo": ".txt", "coco": ".json", "cvc14": ".txt"}  # of labels, by the suffix of their files
 ALL = "all"  # the split of a layout that has none
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",), ALL: (ALL,)}
+SPLITS = {"train": ("train", "Train"), "val": ("val", "valid", "validation"), "test": ("test", "NewTest"), ALL: (ALL,)}
 LISTS = ("ImageSets/Main/{split}.txt", "ImageSets/{split}.txt", "meta/{split}.txt", "align_{split}.txt", "{split}.txt")
 PATHS = "{split}.txt"  # in the place of a folder: a list of visible paths, `visible` is `infrared` in the others'
 
@@ -27,14 +27,15 @@ class Layout(NamedTuple):
     cameras: bool = False  # whether the first two digits of a name are the camera
     first_pixel: int | None = None  # of VOC's boxes; None: as the data show
     beside: str = ""  # another folder, by which the layout is known
+    form: str | None = None  # of the labels; None: told by the files
 
     def has(self, root: Path, split: str) -> bool:
         if self.visible == PATHS:
             file = root / PATHS.format(split=split)
             return file.is_file() and "visible" in file.open(errors="replace").readline(4096)
-        folders = [root / place.format(split=split) for place in (self.visible, self.infrared)]
+        folders = [place.format(split=split) for place in (self.visible, self.infrared, self.beside) if place]
         named = "{split}" in self.visible or split == ALL or self.listed(root, split) is not None
-        return named and all(map(Path.is_dir, [*folders, root / self.beside]))
+        return named and all(any(map(Path.is_dir, root.glob(folder))) for folder in folders)
 
     def listed(self, root: Path, split: str) -> Path | None:
         """The list of a split's names."""
@@ -45,7 +46,7 @@ class Layout(NamedTuple):
         """The keywords of `Pairs`."""
         places = (self.visible, self.infrared, *self.labels)
         visible, infrared, *labels = (root / place.format(split=split) for place in places)
-        known = dict(suffixes=self.suffixes, cameras=self.cameras, first_pixel=self.first_pixel)
+        known = dict(suffixes=self.suffixes, cameras=self.cameras, first_pixel=self.first_pixel, form=self.form)
         known |= dict(names=dict(enumerate(self.names)) or None, listed=self.listed(root, split))
         labels = next(filter(form_of, labels), labels[0])
         return known | dict(visible=visible, infrared=infrared, labels=labels, root=root, split=split, title=self.name)
@@ -73,6 +74,7 @@ LAYOUTS = (
     Layout("Visual + Thermal", "Visual", "Thermal", ("label", "labels")),
     Layout("Himax + Lepton", "Himax", "Lepton", ("Lepton",)),
     Layout("visible + infrared", "visible", "infrared", ("labels", "visible", "infrared")),
+    Layout("CVC-14", "*/Visible/{split}", "*/FIR/{split}", ("*/Visible/{split}/Annotations",), form="cvc14"),
     Layout("lists of visible paths", PATHS, "", ("",)),
 )  # fmt: skip
 
@@ -95,7 +97,9 @@ def find_source(root: str | Path) -> Source:
     for level in ("", "*", "*/*"):
         folders = sorted(filter(Path.is_dir, root.glob(level))) if level else [root]
         known = [Source(folder, row) for folder in folders for row in LAYOUTS if Source(folder, row).split(*words)]
-        found = [one for one in known if form_of(one.layout.place(one.root, one.split(*words))["labels"])]
+        found = [
+            one for one in known if one.layout.form or form_of(one.layout.place(one.root, one.split(*words))["labels"])
+        ]
         if len({one.root for one in found}) > 1:
             several = ", ".join(dict.fromkeys(str(one.root) for one in found))
             raise InputError(f"{root} holds several data sets, {several}: give --data-root one of them")
@@ -113,4 +117,4 @@ def form_of(labels: Path) -> str | None:
         return "coco" if labels.suffix == FORMS["coco"] else None
     names = os.listdir(labels) if labels.is_dir() else ()
     kinds = {os.path.splitext(name)[1].lower() for name in names if name not in NAME_FILES}
-    return next((form for form, suffix in FORMS.items() if suffix in kinds and form != "coco"), None)
+    return next((form for form, suffix in FORMS.items() if suffix in kinds and form in ("voc", "yolo")), None)

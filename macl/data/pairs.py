@@ -16,7 +16,7 @@ from macl.data.annotation import Annotation
 from macl.data.onto import Onto
 from macl.data.sample import images_by_stem, moved, read_pair
 from trainkit.errors import InputError
-from trainkit.files import picture_size, read_lines, shown
+from trainkit.files import read_lines, shown
 
 HELD_OUT = 0.1  # share of the training pairs
 OWN_DATA = (
@@ -26,7 +26,7 @@ OWN_DATA = (
 
 
 class Pair(NamedTuple):
-    visible: Path | str
+    visible: Path | str | None  # None, as for infrared, without that camera
     infrared: Path | None
     annotation: Any  # what the data set's `annotation` reads
     scene: int = -1
@@ -40,13 +40,16 @@ class PairedDataset(Dataset, abc.ABC):
     split: the name of the pairs
     source: where they were read, as a sentence
     moves: of infrared, see `moved`
-    onto: how infrared is put onto visible, see `with_onto`; of_infrared: whether boxes are those of infrared images
+    onto: how infrared is read and put onto visible, see `with_onto`
+    boxes_of: whose boxes are detected, where each camera has its own (`own_boxes`), see `detecting`
+    modalities: the cameras there are
     """
 
     scene_kind = "scene"
     moves = ()
-    onto = None
-    of_infrared = False
+    onto = Onto()
+    own_boxes, boxes_of = False, "visible"
+    modalities = ("visible", "infrared")
 
     def __init__(self, pairs: Sequence[Pair], classes: Sequence[str], *, split: str, source: str):
         self.pairs, self.classes, self.split, self.source = list(pairs), tuple(classes), split, source
@@ -59,15 +62,16 @@ class PairedDataset(Dataset, abc.ABC):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict:
-        visible, infrared = self.paths(index)
-        images, annotation = read_pair(visible, infrared, self.onto), self.annotation(index)
-        _, height, width = images["visible"].shape
-        other = self.onto is not None and (self.of_infrared or annotation.size != (width, height))
-        if other and annotation.size == picture_size(infrared):
-            annotation = self.onto.boxes(annotation, (width, height))
+        paths = self.paths(index)
+        images, annotation = read_pair(*paths, self.onto), self.annotation(index)
+        shown_in = next(image for image in images.values() if image is not None)
+        _, height, width = shown_in.shape
+        images = {name: torch.zeros_like(shown_in) if image is None else image for name, image in images.items()}
         if annotation.size != (width, height):
             size = " x ".join(map(str, annotation.size))
-            raise InputError(f"{annotation.place} is for {size} pixels but {visible} has {width} x {height}")
+            raise InputError(
+                f"{annotation.place} is for {size} pixels but {paths[0] or paths[1]} has {width} x {height}"
+            )
         return self.sample(index, images, annotation)
 
     def sample(self, index: int, images: dict[str, Tensor], annotation: Annotation) -> dict:
@@ -75,7 +79,13 @@ class PairedDataset(Dataset, abc.ABC):
         for move in self.moves:
             images = moved(images, move)
         sample = images | annotation.per_box()
-        sample |= {"image_id": range(len(self))[index], "path": str(pair.visible), "scene": pair.scene}
+        path = str(pair.visible or pair.infrared)
+        sample |= {"image_id": range(len(self))[index], "path": path, "scene": pair.scene}
+        if self.own_boxes:
+            sample["boxes_of"] = self.boxes_of
+        if len(self.modalities) == 1:
+            sample["present"] = torch.tensor([name in self.modalities for name in ("visible", "infrared")])
+            sample["visible_in"] = sample["present"].expand(len(sample["boxes"]), 2)
         return sample if pair.daytime is None else sample | {"daytime": pair.daytime}
 
     def paths(self, index: int) -> tuple[Path, Path]:
@@ -102,10 +112,23 @@ class PairedDataset(Dataset, abc.ABC):
         chosen.source += f", {len(chosen)} of them {why}"
         return chosen
 
-    def with_onto(self, onto: Onto | None) -> "PairedDataset":
-        """The same data set with infrared images, and boxes if they are infrared's, put onto visible when read."""
+    def with_onto(self, onto: Onto) -> "PairedDataset":
+        """The same data set with infrared images, and boxes that are infrared's, put onto visible when read."""
         chosen = copy.copy(self)
         chosen.onto = onto
+        return chosen
+
+    def detecting(self, boxes_of: str | None) -> "PairedDataset":
+        """The same data set with the boxes of "visible", "infrared" or "both" (the mean) as those that are detected.
+
+        None for visible's. What the camera does not show is ignored then. Raises InputError where boxes are shared.
+        """
+        if not self.own_boxes and boxes_of not in (None, "visible"):
+            raise InputError(f"--boxes {boxes_of}: both cameras share the boxes of {self.source}")
+        chosen = copy.copy(self)
+        chosen.boxes_of = boxes_of or "visible"
+        if self.own_boxes:
+            chosen.source += f"; each camera has boxes of its own, detected are those of {chosen.boxes_of}"
         return chosen
 
     def moved(self, move: tuple[int, int] | Callable) -> "PairedDataset":

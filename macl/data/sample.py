@@ -16,6 +16,15 @@ and, where known,
     visible_in  (N, 2) bool: seen in visible light, in infrared
     occlusion   (N,) int64: 0 none, 1 partial, 2 heavy
     daytime     bool
+
+where each camera has labels of its own
+
+    boxes_infrared  (N, 4) like `boxes`, which are visible's; what one camera alone shows has its box in both
+    boxes_of    "visible", "infrared" or "both": whose boxes are detected
+
+and of one camera alone
+
+    present     (2,) bool: which; the other image is black, and masked wherever images are fused
 """
 
 import os
@@ -31,12 +40,16 @@ from trainkit.errors import InputError
 from trainkit.files import IMAGE_SUFFIXES, is_image, open_image
 from trainkit.files import MAX_PIXELS as MAX_PIXELS  # of an image, for those who write some
 
-PER_BOX = ("boxes", "labels", "ignore", "visible_in", "occlusion")
+PER_BOX = ("boxes", "boxes_infrared", "labels", "ignore", "visible_in", "occlusion")
+BOXES = ("visible", "infrared", "both")
 
 
-def read_image(path: str | Path) -> Tensor:
-    """An image file as (3, H, W) uint8 RGB, grey repeated three times. Raises what `files.open_image` does."""
-    pixels = np.array(open_image(path))  # (H, W, 3)
+def read_image(path: str | Path, levels: tuple[float, float] | None = None) -> Tensor:
+    """An image file as (3, H, W) uint8 RGB, grey repeated three times. Raises what `files.open_image` does.
+
+    levels: the values of a grey image of more than 8 bits that become 0 and 255
+    """
+    pixels = np.array(open_image(path, levels=levels))  # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W), channels last in memory, which resizes fastest
 
 
@@ -48,10 +61,10 @@ def to_float(image: Tensor) -> Tensor:
 def read_pair(visible: str | Path | None, infrared: str | Path | None, onto=None) -> dict[str, Tensor | None]:
     """The images of a sample; that of a path of None is None. Raises InputError if sizes differ.
 
-    onto: how infrared is put onto visible, see `macl.data.onto`; None: their sizes are the same
+    onto: how infrared is read and put onto visible, see `macl.data.onto`; None: as it is
     """
-    pair = {"visible": visible, "infrared": infrared}
-    pair = {modality: None if path is None else read_image(path) for modality, path in pair.items()}
+    pair = {"visible": None if visible is None else read_image(visible)}
+    pair["infrared"] = None if infrared is None else read_image(infrared, onto and onto.levels)
     if onto is not None and visible is not None and infrared is not None:
         pair["infrared"] = onto.image(pair["infrared"], tuple(pair["visible"].shape[:0:-1]))
     sizes = [f"{image.shape[2]} x {image.shape[1]}" for image in pair.values() if image is not None]
@@ -135,15 +148,25 @@ def collate(samples: list[dict]) -> dict:
     """A batch of samples: a dict of lists, as images may differ in size.
 
     visible, infrared: (3, H_i, W_i) float32 images of 0..1
-    targets: dicts of the known keys of PER_BOX and, as tensors (), scene, domain and daytime
+    targets: dicts of the known keys of PER_BOX, see `_target`, and as tensors scene, domain, daytime and present
     image_id, path, scene: as in the samples
     """
     batch = {key: [sample[key] for sample in samples] for key in ("image_id", "path", "scene")}
     for modality in ("visible", "infrared"):
         batch[modality] = [to_float(sample[modality]) for sample in samples]
-    batch["targets"] = [
-        {key: sample[key] for key in PER_BOX if key in sample}
-        | {key: torch.tensor(sample[key]) for key in ("scene", "domain", "daytime") if key in sample}
-        for sample in samples
-    ]
+    batch["targets"] = [_target(sample) for sample in samples]
     return batch
+
+
+def _target(sample: dict) -> dict:
+    """What detection learns and is scored with, as `boxes_of` says; `own_boxes` (N, 2, 4) are those of each camera."""
+    target = {key: sample[key] for key in PER_BOX if key in sample and key != "boxes_infrared"}
+    target |= {key: torch.as_tensor(sample[key]) for key in ("scene", "domain", "daytime", "present") if key in sample}
+    if "boxes_infrared" in sample:
+        target["own_boxes"] = own = torch.stack([sample["boxes"], sample["boxes_infrared"]], dim=1)
+        which = BOXES.index(sample["boxes_of"])
+        if which == 2:
+            target["boxes"] = own.mean(dim=1)
+        else:
+            target |= {"boxes": own[:, which], "ignore": sample["ignore"] | ~sample["visible_in"][:, which]}
+    return target
