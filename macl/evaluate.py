@@ -18,22 +18,11 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from macl import data, evaluation
+from macl import data, evaluation, training
 from macl.build import MERGES, load_detector, read_checkpoint
 from macl.metrics import could_count_from_zero, read_detections, write_detections
 from macl.plots import miss_rate_plot
 from macl.registration import correction
-from macl.training import (
-    add_pair_flags,
-    add_registration_flags,
-    check_cameras,
-    choose_move,
-    choose_reading,
-    has_pairs,
-    open_pairs,
-    open_training,
-    read_as,
-)
 from trainkit import distributed
 from trainkit.arguments import fraction, make_parser, non_negative_int, positive_int
 from trainkit.device import AUTOCAST
@@ -57,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset", choices=("pairs", "llvip", "kaist", "synthetic"),
         help="which data set; llvip is one of pairs (default: as the folders are, else synthetic)")
     add("--data-root", metavar="PATH", help="the data set's own root")
-    add_pair_flags(add)
+    training.add_pair_flags(add)
     add("--split", metavar="NAME|FILE", help="pairs: a split, a list of names, or held-out for what stage 1 held out "
         "(default: test, val, all or train)")
     add("--image-set", metavar="NAME", help="kaist: a list in its imageSets, or a list's path (default: test-all-20)")
@@ -74,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--score-threshold", type=fraction, default=evaluation.SCORE_THRESHOLD, metavar="X", help="lowest score")
     add("--max-detections", type=positive_int, metavar="N",
         help="most detections per image, also for AP (default: 100; kaist: 1000, as its miss rate)")
-    add_registration_flags(add)
+    training.add_registration_flags(add)
     add("--misalign", type=int, nargs="+", default=[], metavar="PX",
         help="also with infrared moved to the right, and with each such pair registered")
     add("--batch-size", type=positive_int, default=4, metavar="N", help="images at once")
@@ -93,16 +82,16 @@ def check_flags(args: argparse.Namespace) -> None:
     if (args.checkpoint is None) == (args.detections is None):
         raise InputError("expected either --checkpoint PATH or --detections FILE")
     pairs = "kaist" if args.data_root and data.is_kaist(args.data_root) else "pairs"
-    named = {None: pairs if has_pairs(args) else "synthetic", "llvip": "pairs"}
+    named = {None: pairs if training.has_pairs(args) else "synthetic", "llvip": "pairs"}
     args.dataset = named.get(args.dataset, args.dataset)
-    if has_pairs(args) and args.dataset == "synthetic":
+    if training.has_pairs(args) and args.dataset == "synthetic":
         raise InputError("--data-root and --visible need --dataset pairs or kaist")
     for name, dataset in NEEDS.items():
         if getattr(args, name) is not None and args.dataset != dataset:
             raise InputError(f"--{name.replace('_', '-')} needs --dataset {dataset}")
     if (args.misalign or args.register != "none") and args.checkpoint is None:
         raise InputError("--misalign and --register need --checkpoint")
-    if args.dataset == "pairs" and not has_pairs(args):
+    if args.dataset == "pairs" and not training.has_pairs(args):
         raise InputError("--dataset pairs needs --data-root, or --labels with --visible, --infrared or both")
     if args.dataset == "kaist" and args.data_root is None and None in (args.detections, args.annotations):
         raise InputError("--dataset kaist needs --data-root, or --detections and --annotations FILE.json")
@@ -122,10 +111,10 @@ def open_dataset(args: argparse.Namespace, classes: Sequence[str], script: str |
         domain = args.domain or ("day-and-night" if script == "stage2" else "night")
         dataset = data.SyntheticPairs(args.count, args.seed, domain=DOMAINS[domain], classes=classes)
     elif args.split == "held-out":
-        _, dataset, _ = open_training(args, None, "held-out", classes)
+        _, dataset, _ = training.open_training(args, None, "held-out", classes)
     elif args.dataset == "pairs":
         splits = [args.split] if args.split else ["test", "val", "all", "train"]
-        dataset = open_pairs(args, *splits, classes=classes)
+        dataset = training.open_pairs(args, *splits, classes=classes)
         if dataset is None:
             raise InputError(
                 f"--split {args.split}: the data have none; expected train, val, test, all, held-out or a list"
@@ -177,17 +166,17 @@ def detect(args: argparse.Namespace, device: torch.device, max_detections: int) 
         raise InputError(f"--misalign needs detections with both modalities, not with {', '.join(modes)} alone")
     dataset, about = open_dataset(args, classes, checkpoint.get("script")), []
     if args.dataset != "synthetic":
-        reading, about = choose_reading(args, checkpoint.get("reading"))
+        reading, about = training.choose_reading(args, checkpoint.get("reading"))
         if not dataset.own_boxes and args.boxes is None:
             reading["boxes"] = None  # the one set of boxes
-        dataset = read_as(dataset, reading)
-    check_cameras(detector, dataset)
+        dataset = training.read_as(dataset, reading)
+    training.check_cameras(detector, dataset)
     modes = {name: needed for name, needed in modes.items() if set(needed) <= set(dataset.modalities)}
     if not modes or (args.misalign and "both" not in modes):
         raise InputError(
             f"--modality {args.modality}, or --misalign: the data are {dataset.modalities[0]} images alone"
         )
-    move, _, messages = choose_move(args, dataset, checkpoint.get("register", "none"))
+    move, _, messages = training.choose_move(args, dataset, checkpoint.get("register", "none"))
     dataset, messages = dataset.moved(move), about + messages
     options = {name: getattr(args, name) for name in ("batch_size", "workers", "amp", "score_threshold")}
     results = evaluation.predict(detector, dataset, modes=modes, device=device, **options)

@@ -36,6 +36,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "AVIF")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif")
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of damage reaches the terminal
 _EXIF_ORIENTATION = 0x0112
+_DEEP = ("I", "F")  # modes of grey pictures of more than 8 bits begin so
 _TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # orientation -> Image.Transpose
 # Every file that torch.save wrote starts with one of these: a zip archive, or the pickled number of the older layout.
 _TORCH_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19")
@@ -163,9 +164,13 @@ def _formats() -> list[str]:
 
 @contextlib.contextmanager
 def _opened(path: str | Path, name: str) -> Iterator[Image.Image]:
-    """A picture, to be decoded or not; whatever Pillow says of it is an InputError. name: for messages."""
+    """A picture that is decoded when it is used; whatever Pillow says of it is an InputError. name: for messages."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_formats()) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+                limits = f"at most {MAX_PIXELS}, {MAX_SIDE} per side, are read"
+                raise InputError(f"{name} has {width} x {height} pixels; {limits}")
             yield image
     except InputError:
         raise
@@ -188,8 +193,7 @@ def open_image(path: str | Path, named_by: str = "", levels: tuple[float, float]
     name = f"{path} (named by {named_by})" if named_by else str(path)
     regular_file(path, f"a picture, named by {named_by}; is the image root right?" if named_by else "a picture")
     with _opened(path, name) as image:
-        _check_size(image, name)
-        deep = _is_deep(image)
+        deep = image.mode.startswith(_DEEP)
         if (deep and levels is None) or (not deep and image.format in ("PNG", "TIFF") and ";16" in str(image.tile)):
             advice = "scale it to 8 bits first, or of infrared by --infrared-range where a command has it"
             raise InputError(f"{name} has more than 8 bits per channel; {advice}")  # as RGB they would lose low bytes
@@ -205,23 +209,11 @@ def open_image(path: str | Path, named_by: str = "", levels: tuple[float, float]
 def deep_values(path: str | Path) -> np.ndarray | None:
     """The values (H, W) float32 of a grey picture of more than 8 bits; None for any other."""
     with _opened(regular_file(path, "a picture"), str(path)) as image:
-        _check_size(image, str(path))
-        return _values(image) if _is_deep(image) else None
-
-
-def _is_deep(image: Image.Image) -> bool:
-    return image.mode.startswith(("I", "F"))
+        return _values(image) if image.mode.startswith(_DEEP) else None
 
 
 def _values(image: Image.Image) -> np.ndarray:
     return np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
-
-
-def _check_size(image: Image.Image, name: str) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        limits = f"at most {MAX_PIXELS}, {MAX_SIDE} per side, are read"
-        raise InputError(f"{name} has {width} x {height} pixels; {limits}")
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:

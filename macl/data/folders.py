@@ -52,6 +52,8 @@ class Pairs(PairedDataset):
         self.form, self.modalities = form or ("yolo" if first.is_file() else form_of(labels)), tuple(folders)
         if self.form is None:
             raise InputError(f"{labels} holds no labels; expected a folder of .xml or .txt files, or a COCO .json")
+        if second and len(folders) < 2:
+            raise InputError(f"{second[0]}: labels of infrared need images of both cameras")
         ends = [end for end, name in zip(suffixes, ("visible", "infrared"), strict=True) if name in folders]
         if self.form == "cvc14":
             found = _find_cvc14(first)
@@ -63,7 +65,10 @@ class Pairs(PairedDataset):
         images = dict(zip(folders, images, strict=True))
         visible, infrared = (images.get(name, [None] * len(found.stems)) for name in ("visible", "infrared"))
         self.own_boxes = any(len(files) == 2 for files in found.files)
-        self.of_infrared = not self.own_boxes and len(folders) == 2 and _drawn_in_infrared(folders, labels, ends, found)
+        named = str(getattr(next((files[0] for files in found.files if files[0]), None), "stem", ""))
+        apart = labels == folders.get("infrared") != folders.get("visible") or "infrared" in labels.parts[-2:]
+        apart = apart or (suffixes[1] != "" and named.endswith(suffixes[1]))
+        self.of_infrared = apart and not self.own_boxes and len(folders) == 2
         self.scene_kind = "camera" if cameras else "sequence"
         scenes, self.scene_names = _cameras(found.stems) if cameras else _sequences(found.stems)
         pairs = zip(visible, infrared, found.files, scenes, found.daytimes or [None] * len(scenes), strict=True)
@@ -226,14 +231,6 @@ def _find_files(labels: Path, stems: list[str], form: str, suffixes: Sequence[st
     if not any(files):
         raise InputError(f"{labels} holds no label file of the pairs, such as {stems[0]}{FORMS[form]}")
     return files
-
-
-def _drawn_in_infrared(folders: dict[str, Path], labels: Path, suffixes: Sequence[str], found: Found) -> bool:
-    apart = folders["visible"] != folders["infrared"]
-    if apart and (labels == folders["infrared"] or "infrared" in labels.parts[-2:]):
-        return True
-    first = str(getattr(next((files[0] for files in found.files if files[0]), None), "stem", ""))
-    return suffixes[1] != "" and first.endswith(suffixes[1])
 
 
 def _read_json(path: Path, stems: list[str], folder: Path, suffixes: Sequence[str]) -> tuple[dict, list[str]]:

@@ -3,13 +3,12 @@
 Hwang et al., "Multispectral Pedestrian Detection: Benchmark Dataset and Baseline" (CVPR 2015).
 """
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from macl.data.annotation import Annotation, Labels, annotate, check_person, join, refuse_absent_classes
-from macl.data.kaist_labels import IGNORED_NAMES, Frame, parse_frame, read_bbgt, read_json, read_xml
+from macl.data.kaist_labels import IGNORED_NAMES, Frame, parse_frame, read_bbgt, read_json
+from macl.data.label_files import read_voc
 from macl.data.pairs import Pair, PairedDataset, find_images, find_root, read_list
 from trainkit.errors import InputError
 from trainkit.files import picture_size, regular_file
@@ -17,32 +16,19 @@ from trainkit.files import picture_size, regular_file
 TRAINING_RULES = {"min_height": 20, "max_occlusion": 1}  # what is smaller or heavily occluded teaches little
 
 
-class Layout(NamedTuple):
-    """Where things lie below the root; {set}, {video} and {image} are the parts of a frame's name."""
-
-    name: str
-    folders: tuple[str, ...]  # which tell the layout
-    images: tuple[str, str]  # visible, infrared; without suffix
-    annotations: tuple[str, ...]  # the first that exists is the default
-    lists: tuple[str, ...]
-
-
-LAYOUTS = (
-    Layout(
-        name="original tree",
-        folders=("images",),
-        images=("images/{set}/{video}/visible/{image}", "images/{set}/{video}/lwir/{image}"),
-        annotations=("annotations", "annotations-xml-new", "annotations-xml"),
-        lists=("imageSets", "ImageSets"),
+# Where things lie below the root; {set}, {video} and {image} are the parts of a frame's name.
+LAYOUTS = {  # name -> the frames' images of both cameras without suffix, and folders of annotations and of lists
+    "original tree": (
+        ("images/{set}/{video}/visible/{image}", "images/{set}/{video}/lwir/{image}"),
+        ("annotations", "annotations-xml-new", "annotations-xml"),
+        ("imageSets", "ImageSets"),
     ),
-    Layout(
-        name="processed VOC layout",
-        folders=("visible", "infrared"),
-        images=("visible/{set}_{video}_visible_{image}", "infrared/{set}_{video}_lwir_{image}"),
-        annotations=("Annotations",),
-        lists=("ImageSets", "ImageSets/Main"),
+    "processed VOC layout": (
+        ("visible/{set}_{video}_visible_{image}", "infrared/{set}_{video}_lwir_{image}"),
+        ("Annotations",),
+        ("ImageSets", "ImageSets/Main"),
     ),
-)
+}
 FORMS = (
     "{set}/{video}/{image}.txt",  # bbGt version 3
     "{set}/{video}/{image}.xml",
@@ -61,7 +47,10 @@ class KAISTFrames(PairedDataset):
     def annotation(self, index: int, *, clip: bool = True) -> Annotation:
         labels = self.pairs[index].annotation
         if isinstance(labels, list):  # of files, of one or of both cameras
-            labels, *second = (read_bbgt(file) if file.suffix == ".txt" else read_xml(file) for file in labels)
+            labels, *second = (
+                read_bbgt(file) if file.suffix == ".txt" else read_voc(file, classes=None, first_pixel=0)
+                for file in labels
+            )
             if second and len(labels.objects) != len(second[0].objects):
                 count = f"{len(second[0].objects)} people but {labels.place} {len(labels.objects)}"
                 raise InputError(f"{second[0].place} has {count}; expected the same ones in the same order")
@@ -118,9 +107,9 @@ class KAIST(KAISTFrames):
         classes: Sequence[str] = ("person",),
     ):
         check_person(classes, "KAIST's annotations")
-        root, number = find_root(root, ["kaist-rgbt", "KAIST_processed"], *(layout.folders for layout in LAYOUTS))
-        layout = LAYOUTS[number]
-        folders, name = [root / folder for folder in layout.lists], str(image_set).removesuffix(".txt")
+        root, number = find_root(root, ["kaist-rgbt", "KAIST_processed"], ["images"], ["visible", "infrared"])
+        layout, (images, own, lists) = list(LAYOUTS.items())[number]
+        folders, name = [root / folder for folder in lists], str(image_set).removesuffix(".txt")
         known = sorted({file.stem for folder in folders for file in folder.glob("*.txt")})
         expected = f"one of the root's lists ({', '.join(known) or 'it has none'}), or the path of a list"
         file = _first_existing([*(folder / f"{name}.txt" for folder in folders), Path(image_set)], expected)
@@ -131,15 +120,15 @@ class KAIST(KAISTFrames):
             raise InputError(f"{file} lists {len(listed)} frames, but none whose number + 1 is divisible by {stride=}")
         visible, infrared = (
             find_images((root / frame.path(form), f"{frame.name}, listed in {file}") for frame in frames)
-            for form in layout.images
+            for form in images
         )
-        places = [root / annotations, Path(annotations)] if annotations else [root / one for one in layout.annotations]
+        places = [root / annotations, Path(annotations)] if annotations else [root / one for one in own]
         labels, about_labels = _find_labels(_first_existing(places, "a folder of annotations, or a json"), frames)
         daytimes = [frame.daytime for frame in frames]
         pairs = map(Pair, visible, infrared, labels, [frame.scene for frame in frames], daytimes)
         source = (
             f"KAIST {file.stem}: {len(frames)} pairs ({daytimes.count(True)} by day, {daytimes.count(False)} by night) "
-            f"of {root}, {layout.name}, among the {len(listed)} listed in {file}; labels of {about_labels}"
+            f"of {root}, {layout}, among the {len(listed)} listed in {file}; labels of {about_labels}"
         )
         super().__init__(pairs, classes, split=file.stem, source=source)
         self.size = picture_size(visible[0])
@@ -150,10 +139,8 @@ class KAIST(KAISTFrames):
 
         By default none are, as the rows of the miss rate have limits of their own. TRAINING_RULES are for training.
         """
-        ruled = copy.copy(self)
-        ruled.rules = {"min_height": min_height, "max_occlusion": max_occlusion}
-        ruled.source += f"; people below {min_height:g} pixels or of occlusion above {max_occlusion} are ignored"
-        return ruled
+        about = f"; people below {min_height:g} pixels or of occlusion above {max_occlusion} are ignored"
+        return self.changed(rules=dict(min_height=min_height, max_occlusion=max_occlusion), source=self.source + about)
 
 
 def _first_existing(places: list[Path], expected: str) -> Path:

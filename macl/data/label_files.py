@@ -2,7 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,20 +28,23 @@ _YAML_NAMES = re.compile(r"^names:[ \t]*(\[[^]]*]|\{[^}]*}|(?:\n+[ \t]*(?:-[ \t]
 _YAML_ITEM = re.compile(r"""(?:(\d{1,9})\s*:\s*)?("[^"]*"|'[^']*'|[^\s,:'"-][^,\n]*)""")
 
 
-def read_voc(path: str | Path, *, classes: Collection[str], first_pixel: int = 1) -> Labels:
+def read_voc(path: str | Path, *, classes: Collection[str] | None, first_pixel: int = 1) -> Labels:
     """Objects marked "difficult" are ignored; those that are not among `classes` need no box.
 
+    classes: None for all, with <occlusion> and with boxes that may be <x> <y> <w> <h>, as KAIST's own XML has them
     first_pixel: 1, as in VOC, where a box includes its last pixel: edges are x1 - 1, y1 - 1, x2, y2; or 0
     """
     size, items = parse_voc(path)
     objects = []
     for name, item in items:
-        if name in classes:
-            x1, y1, x2, y2 = corners(item, path)
-            difficult = flag(item.findtext("difficult", ""), f"{path}, <difficult>")
-            objects.append(Object(name, (x1 - first_pixel, y1 - first_pixel, x2, y2), difficult))
-        else:
+        if classes is not None and name not in classes:
             objects.append(Object(name))
+            continue
+        x1, y1, x2, y2 = corners(item, path)
+        ignore, level = flag(item.findtext("difficult", ""), f"{path}, <difficult>"), 0
+        if classes is None:
+            level = number(item.findtext("occlusion", "0"), f"{path}, {OCCLUSION}", 0, 2, whole=True)
+        objects.append(Object(name, (x1 - first_pixel, y1 - first_pixel, x2, y2), ignore, level))
     return Labels(str(path), size, objects)
 
 
@@ -61,9 +64,11 @@ def parse_voc(path: str | Path) -> tuple[tuple[int, int], list[tuple[str, Elemen
     return size, items
 
 
-def corners(item: ElementTree.Element, path: str | Path, sides: Sequence[str] = ("xmin", "ymin", "xmax", "ymax")):
-    """The four numbers in the <bndbox> of an <object>."""
-    return tuple(number(item.findtext(f"bndbox/{side}"), f"{path}, <bndbox><{side}>") for side in sides)
+def corners(item: ElementTree.Element, path: str | Path) -> tuple[float, float, float, float]:
+    """The box in the <bndbox> of an <object>: <xmin> <ymin> <xmax> <ymax>, or <x> <y> <w> <h>."""
+    sides = ("xmin", "ymin", "xmax", "ymax") if item.find("bndbox/x") is None else "xywh"
+    box = tuple(number(item.findtext(f"bndbox/{side}"), f"{path}, <bndbox><{side}>") for side in sides)
+    return edges(*box) if sides == "xywh" else box
 
 
 def flag(value, place: str) -> bool:

@@ -105,18 +105,19 @@ class PairedDataset(Dataset, abc.ABC):
         """Scenes of a group are alike: `hold_out` takes some of each."""
         return 0
 
+    def changed(self, **attributes) -> "PairedDataset":
+        chosen = copy.copy(self)
+        vars(chosen).update(attributes)
+        return chosen
+
     def subset(self, indices: Sequence[int], why: str) -> "PairedDataset":
         """The same data set with some of its pairs, renumbered from 0. why: for `source`."""
-        chosen = copy.copy(self)
-        chosen.pairs = [self.pairs[index] for index in indices]
-        chosen.source += f", {len(chosen)} of them {why}"
-        return chosen
+        pairs = [self.pairs[index] for index in indices]
+        return self.changed(pairs=pairs, source=f"{self.source}, {len(pairs)} of them {why}")
 
     def with_onto(self, onto: Onto) -> "PairedDataset":
         """The same data set with infrared images, and boxes that are infrared's, put onto visible when read."""
-        chosen = copy.copy(self)
-        chosen.onto = onto
-        return chosen
+        return self.changed(onto=onto)
 
     def detecting(self, boxes_of: str | None) -> "PairedDataset":
         """The same data set with the boxes of "visible", "infrared" or "both" (the mean) as those that are detected.
@@ -125,17 +126,13 @@ class PairedDataset(Dataset, abc.ABC):
         """
         if not self.own_boxes and boxes_of not in (None, "visible"):
             raise InputError(f"--boxes {boxes_of}: both cameras share the boxes of {self.source}")
-        chosen = copy.copy(self)
-        chosen.boxes_of = boxes_of or "visible"
-        if self.own_boxes:
-            chosen.source += f"; each camera has boxes of its own, detected are those of {chosen.boxes_of}"
-        return chosen
+        boxes_of = boxes_of or "visible"
+        about = f"; each camera has boxes of its own, detected are those of {boxes_of}" * self.own_boxes
+        return self.changed(boxes_of=boxes_of, source=self.source + about)
 
     def moved(self, move: tuple[int, int] | Callable) -> "PairedDataset":
         """The same data set with infrared moved (see `sample.moved`) after the moves before; the boxes stay."""
-        chosen = copy.copy(self)
-        chosen.moves = (*self.moves, move)
-        return chosen
+        return self.changed(moves=(*self.moves, move))
 
     def statistics(self) -> dict:
         """Counts over the annotations; no image is decoded. Heights are in pixels, None without boxes.

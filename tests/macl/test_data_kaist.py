@@ -249,7 +249,7 @@ BAD_XML = [
     (xml(PERSON).replace("<w>30</w>", ""), "<bndbox><w>"),
     (xml(PERSON).replace("<x>10</x>", ""), "<bndbox><xmin>"),
     (xml(("person", 1, 2, 3, 4, 5)), "heavy): expected a whole number from 0 to 2, got 5"),
-    (xml(PERSON).replace("</object>", "<difficult>maybe</difficult></object>"), "ignore: expected"),
+    (xml(PERSON).replace("</object>", "<difficult>maybe</difficult></object>"), "expected a whole number from 0 to 9"),
 ]
 
 
