@@ -145,14 +145,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def open_data(args: argparse.Namespace):
     """Training and validation data, how they are read and registered, and sentences about them."""
-    reading, about = training.choose_reading(args)
     if training.has_pairs(args):
         train, validation, sentence = training.open_training(args, args.split, args.val_split, args.classes)
-        reading, about = training.measure_range(train, reading)
-        train, validation = (training.read_as(data, reading) for data in (train, validation))
+        reading, about = training.choose_reading(args, train)
+        train, validation = training.read_as(reading, train, validation)
         messages = [f"training on {train.source}", sentence, *about]
     else:
-        classes = dict(classes=args.classes or ["person"])
+        classes, reading = dict(classes=args.classes or ["person"]), None
         train = SyntheticPairs(args.synthetic_train, args.seed, **classes)
         validation = SyntheticPairs(args.synthetic_val, training.VALIDATION_SEED + args.seed, **classes)
         messages = [f"training on {train.source} (no --data-root was given)", f"validating on {validation.source}"]

@@ -62,15 +62,7 @@ from trainkit.step import TrainStep
 SCRIPT = "stage2"
 MAY_CHANGE = ("llvip_root",)
 KAIST_FLAGS = ("val_image_set", "annotations", "val_annotations")
-PAIR_FLAGS = (
-    "split",
-    "val_split",
-    "label_form",
-    "labels_infrared",
-    "suffixes",
-    "infrared_to_visible",
-    "infrared_range",
-)
+PAIR_FLAGS = "split val_split label_form labels_infrared suffixes infrared_to_visible infrared_range".split()
 MISS_RATES = ("reasonable all", "reasonable day", "reasonable night", "all")  # rows of the table that are printed
 
 # The recipe for KAIST: the defaults of the flags, and what differs for the drawn scenes.
@@ -92,7 +84,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_model_flags(parser)
     training.add_flags(parser)
     given = peek_flags(arguments, "--data-root", "--labels")
-    defaults = KAIST_RECIPE | ({} if given.data_root and is_kaist(given.data_root) else {"best_by": "ap50"})
+    defaults = KAIST_RECIPE | ({} if is_kaist(given.data_root) else {"best_by": "ap50"})
     defaults |= SYNTHETIC_RECIPE if given.data_root is given.labels is None else {}
     return parse_with_resume(parser, arguments, SCRIPT, defaults)
 
@@ -159,9 +151,8 @@ def open_data(args: argparse.Namespace, classes: Sequence[str], old_reading: Map
     classes: the detector's, which every data set is opened with.
     old_reading: how stage 1 read its data, see `training.choose_reading`
     """
-    old = old_validation = None
-    kaist = args.data_root is not None and is_kaist(args.data_root)
-    reading, messages = training.choose_reading(args)
+    old = old_validation = reading = None
+    kaist = is_kaist(args.data_root)
     if not training.has_pairs(args):
         seed = training.VALIDATION_SEED + args.seed
         new = SyntheticPairs(args.synthetic_train, args.seed, domain=DAY_AND_NIGHT, classes=classes)
@@ -174,16 +165,16 @@ def open_data(args: argparse.Namespace, classes: Sequence[str], old_reading: Map
             new, validation, sentence = open_kaist(args, classes)
         else:
             new, validation, sentence = training.open_training(args, args.split, args.val_split, classes)
-        reading, messages = training.measure_range(new, reading)
-        new, validation = (training.read_as(dataset, reading) for dataset in (new, validation))
-        messages = [sentence, *messages]
+        reading, about = training.choose_reading(args, new)
+        new, validation = training.read_as(reading, new, validation)
+        messages = [sentence, *about]
         if args.llvip_root is not None:
             old = open_root(args.llvip_root, "train", "all", "val", "test", classes=classes)
             old, old_validation, sentence = hold_out(old)
-            as_before = dict.fromkeys(training.READING) | dict(old_reading or {})
-            as_before, _ = training.measure_range(old, as_before if old.own_boxes else as_before | {"boxes": None})
-            old, old_validation = (training.read_as(dataset, as_before) for dataset in (old, old_validation))
-            messages.append(f"old domain: {sentence}")
+            unset = argparse.Namespace(**dict.fromkeys(training.READING))
+            as_before, about = training.choose_reading(unset, old, old_reading)
+            old, old_validation = training.read_as(as_before, old, old_validation)
+            messages += [f"old domain: {sentence}" for sentence in (sentence, *about)]
     for dataset in filter(None, (new, old, validation, old_validation)):
         refuse_absent_classes(dataset, every=False)
     move, registered, about = training.choose_move(args, new)
@@ -245,12 +236,11 @@ def validate_args(args: argparse.Namespace) -> None:
     training.check_flags(args)
     if args.llvip_root is not None and not training.has_pairs(args):
         raise InputError("--old-root, or --llvip-root, goes with --data-root; without it the old domain is drawn")
-    kaist = args.data_root is not None and is_kaist(args.data_root)
+    kaist = is_kaist(args.data_root)
     for name in KAIST_FLAGS if not kaist else PAIR_FLAGS:
         if getattr(args, name) is not None:
-            raise InputError(
-                f"--{name.replace('_', '-')}: {args.data_root} is {'' if kaist else 'not '}laid out as KAIST"
-            )
+            known = "KAIST's" if kaist else "not KAIST's"
+            raise InputError(f"--{name.replace('_', '-')}: the layout of {args.data_root} is {known}")
     if not args.freeze_stages or max(args.freeze_stages) > 4:
         raise InputError(f"--freeze-stages {args.freeze_stages}: expected numbers from 0 to 4")
     if args.target_labels == "none" and not (mixes(args) and args.ema_decay):
@@ -311,8 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
     old_reading = initial.get("old_reading" if resumed else "reading")
     train_data, val_data, old_val_data, kept, messages = open_data(args, detector.kwargs["classes"], old_reading)
     messages += about_model
-    for data in (val_data, *([] if old_val_data is None else [old_val_data])):
-        training.check_cameras(detector, data)
+    training.check_cameras(detector, *filter(None, (val_data, old_val_data)))
     detector = detector.to(device)
     if args.compile:
         detector.backbone.compile()

@@ -81,7 +81,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """Refuses flags of another data set, and places that cannot be written, before the long part."""
     if (args.checkpoint is None) == (args.detections is None):
         raise InputError("expected either --checkpoint PATH or --detections FILE")
-    pairs = "kaist" if args.data_root and data.is_kaist(args.data_root) else "pairs"
+    pairs = "kaist" if data.is_kaist(args.data_root) else "pairs"
     named = {None: pairs if training.has_pairs(args) else "synthetic", "llvip": "pairs"}
     args.dataset = named.get(args.dataset, args.dataset)
     if training.has_pairs(args) and args.dataset == "synthetic":
@@ -155,27 +155,22 @@ def detect(args: argparse.Namespace, device: torch.device, max_detections: int) 
     detector = load_detector(args.checkpoint, weights=args.weights, checkpoint=checkpoint).to(device)
     detector.roi_head.max_detections = max_detections
     detector.merge = args.merge or detector.merge
-    classes, modes = detector.kwargs["classes"], detector.modes
+    classes = detector.kwargs["classes"]
     if len(classes) > 1 and args.save_detections is not None and args.save_detections.suffix == ".txt":
         raise InputError(f"--save-detections {args.save_detections}: lines know no class, this detector has several")
+    dataset = open_dataset(args, classes, checkpoint.get("script"))
+    reading, about = training.choose_reading(
+        args, dataset, checkpoint.get("reading") if args.dataset == "pairs" else None
+    )
+    (dataset,) = training.read_as(reading, dataset)
+    training.check_cameras(detector, dataset)
+    modes = {name: needed for name, needed in detector.modes.items() if set(needed) <= set(dataset.modalities)}
     if args.modality != "all":
         if args.modality not in modes:
-            raise InputError(f"--modality {args.modality}: this detector can only see with {', '.join(modes)}")
+            raise InputError(f"--modality {args.modality}: this detector can only see with {', '.join(modes)} here")
         modes = {args.modality: modes[args.modality]}
     if args.misalign and "both" not in modes:
         raise InputError(f"--misalign needs detections with both modalities, not with {', '.join(modes)} alone")
-    dataset, about = open_dataset(args, classes, checkpoint.get("script")), []
-    if args.dataset != "synthetic":
-        reading, about = training.choose_reading(args, checkpoint.get("reading"))
-        if not dataset.own_boxes and args.boxes is None:
-            reading["boxes"] = None  # the one set of boxes
-        dataset = training.read_as(dataset, reading)
-    training.check_cameras(detector, dataset)
-    modes = {name: needed for name, needed in modes.items() if set(needed) <= set(dataset.modalities)}
-    if not modes or (args.misalign and "both" not in modes):
-        raise InputError(
-            f"--modality {args.modality}, or --misalign: the data are {dataset.modalities[0]} images alone"
-        )
     move, _, messages = training.choose_move(args, dataset, checkpoint.get("register", "none"))
     dataset, messages = dataset.moved(move), about + messages
     options = {name: getattr(args, name) for name in ("batch_size", "workers", "amp", "score_threshold")}

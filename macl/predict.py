@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add_reading_flags(parser.add_argument)
     add_registration_flags(parser.add_argument)
-    parser.set_defaults(boxes=None)  # of no labels
+    parser.set_defaults(boxes=None)
     args = parser.parse_args(arguments)
     given = [name for name in ("visible", "infrared") if getattr(args, name) is not None]
     if not given:
@@ -53,9 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     if needed in ("visible", "infrared") and needed not in given:
         raise InputError(f"this detector sees with {needed} images alone: give --{needed}")
     detector.roi_head.score_threshold = args.min_score
-    reading, about = choose_reading(args, checkpoint.get("reading"))
-    onto = read_onto(reading["infrared_to_visible"], reading["infrared_range"])
     pairs = find_pairs(args.visible, args.infrared, args.suffixes)
+    reading, about = choose_reading(args, None, checkpoint.get("reading"))
+    onto = read_onto(reading["infrared_to_visible"], reading["infrared_range"])
     move, _, messages = choose_move(
         args, pairs, checkpoint.get("register", "none"), read=lambda pair: read_pair(*pair, onto)
     )

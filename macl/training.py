@@ -124,53 +124,53 @@ def open_pairs(args: argparse.Namespace, *splits: str, classes: Sequence[str] | 
     return split and Pairs(args.visible, args.infrared, args.labels, **options | named)
 
 
-def choose_reading(args: argparse.Namespace, trained: Mapping | None = None) -> tuple[dict, list[str]]:
-    """READING by name as plain values, as the flags say or else as the detector was trained; and sentences about it.
+def choose_reading(
+    args: argparse.Namespace, dataset: PairedDataset | None, trained: Mapping | None = None
+) -> tuple[dict, list[str]]:
+    """READING by name as plain values: as the flags say, or the detector was trained; and sentences about it.
 
-    trained: what a checkpoint holds of it
+    trained: what a checkpoint holds of it. Where nothing tells a range, it is between percentiles of the data's values.
     """
     trained, reading, messages = trained or {}, {}, []
     for name in READING:
         given, kept, flag = getattr(args, name), trained.get(name), f"--{name.replace('_', '-')}"
+        reading[name] = kept if given is None else given
         if name == "infrared_to_visible" and given is not None:
             onto = read_onto(given)
-            given = "resize" if onto.resize else "none" if onto.homography is None else onto.homography.tolist()
-        reading[name] = kept if given is None else given
+            reading[name] = "resize" if onto.resize else None if onto.homography is None else onto.homography.tolist()
         if trained and reading[name] != kept:
-            messages.append(f"Warning: the detector was trained with {flag} {shown(kept)}, this is {shown(given)}")
-        elif kept not in (None, "none"):
+            messages.append(
+                f"Warning: the detector was trained with {flag} {shown(kept)}, this is {shown(reading[name])}"
+            )
+        elif kept is not None:
             messages.append(f"as in training: {flag} {shown(kept)}")
+    if dataset is None:
+        return reading, messages
+    if not dataset.own_boxes and args.boxes in ("infrared", "both"):
+        raise InputError(f"--boxes {args.boxes}: both cameras share the boxes of {dataset.source}")
+    paths = [pair.infrared for pair in dataset.pairs[:: max(1, len(dataset) // 64)] if pair.infrared is not None]
+    if reading["infrared_range"] is None and paths and deep_values(paths[0]) is not None:
+        values = [values[::4, ::4].ravel() for values in map(deep_values, paths) if values is not None]
+        low, high = np.percentile(np.concatenate(values), LEVELS).tolist()
+        reading["infrared_range"] = low, high = [low, max(high, low + 1e-3)]
+        messages.append(
+            f"--infrared-range {low:g} {high:g}: percentiles {LEVELS[0]} and {LEVELS[1]} of {len(paths)} images"
+        )
     return reading, messages
 
 
-def read_as(dataset: PairedDataset, reading: Mapping) -> PairedDataset:
-    """The data set as `choose_reading` says. Raises InputError for what no flag could say."""
+def read_as(reading: Mapping, *datasets: PairedDataset) -> list[PairedDataset]:
+    """The data sets, read as `choose_reading` says. Raises InputError for what no flag could say."""
     levels = reading["infrared_range"]
-    levels = None if levels is None else numbers(levels, "infrared_range", 2)
-    return dataset.with_onto(read_onto(reading["infrared_to_visible"], levels)).detecting(reading["boxes"])
+    onto = read_onto(reading["infrared_to_visible"], levels and numbers(levels, "infrared_range", 2))
+    return [dataset.with_onto(onto, reading["boxes"]) for dataset in datasets]
 
 
-def check_cameras(detector: PairedFasterRCNN, dataset: PairedDataset) -> None:
+def check_cameras(detector: PairedFasterRCNN, *datasets: PairedDataset) -> None:
     """Raises InputError where the detector cannot work with the only camera of a data set."""
-    alone = dataset.modalities[0]
-    if len(dataset.modalities) == 1 and detector.fusion.kind not in ("mean", alone):
-        raise InputError(f"the detector sees with {detector.fusion.kind} images alone, the data are {alone} images")
-    if len(dataset.modalities) == 1 and detector.macl is not None and detector.macl_level == "image":
-        raise InputError(f"the detector contrasts whole images of both cameras, the data are {alone} images")
-
-
-def measure_range(dataset: PairedDataset, reading: dict) -> tuple[dict, list[str]]:
-    """The reading, with the range of infrared from percentiles of LEVELS where its images have more than 8 bits."""
-    paths = [pair.infrared for pair in dataset.pairs[:: max(1, len(dataset) // 64)] if pair.infrared is not None]
-    if reading["infrared_range"] is not None or not paths or deep_values(paths[0]) is None:
-        return reading, []
-    values = [values[::4, ::4].ravel() for values in map(deep_values, paths) if values is not None]
-    low, high = np.percentile(np.concatenate(values), LEVELS).tolist()
-    levels = [low, max(high, low + 1e-3)]
-    message = (
-        f"--infrared-range {levels[0]:g} {levels[1]:g}: percentiles {LEVELS[0]} and {LEVELS[1]} of {len(paths)} images"
-    )
-    return reading | {"infrared_range": levels}, [message]
+    for alone in (dataset.modalities[0] for dataset in datasets if len(dataset.modalities) == 1):
+        if detector.fusion.kind not in ("mean", alone) or (detector.macl and detector.macl_level == "image"):
+            raise InputError(f"the data are {alone} images alone, and the detector needs those of the other camera")
 
 
 def open_training(args: argparse.Namespace, split: str | None, held: str | None, classes: Sequence[str] | None):

@@ -34,22 +34,24 @@ FROM = (
 )
 
 
-def draw(root, visible="images", infrared="images_ir", *, seed=5, count=6, scale=1, deep=False, shift=(0, 0)):
+def draw(
+    root, visible="images", infrared="images_ir", *, seed=5, count=6, scale=1, deep=False, shift=(0, 0), size=(64, 80)
+):
     """Drawn scenes with YOLO's labels. scale: of infrared's sides. deep: 16 bits. shift: of infrared, in its pixels."""
-    scenes = SyntheticPairs(count, seed)
+    scenes, (height, width) = SyntheticPairs(count, seed, size=size), size
     for index in range(count):
         sample = scenes[index]
         for name, folder in (("visible", visible), ("infrared", infrared)):
             image = Image.fromarray(sample[name].permute(1, 2, 0).numpy())
             if name == "infrared":
-                image = image.resize((160 * scale, 128 * scale)).transform(
-                    (160 * scale, 128 * scale), Image.Transform.AFFINE, (1, 0, -shift[0], 0, 1, -shift[1])
-                )
+                side = width * scale, height * scale
+                moved = (1, 0, -shift[0], 0, 1, -shift[1])
+                image = image.resize(side).transform(side, Image.Transform.AFFINE, moved)
                 values = np.asarray(image.convert("L"), np.uint16)
                 image = Image.fromarray(values * 20 + 20000) if deep else image
             (root / folder).mkdir(parents=True, exist_ok=True)
             image.save(root / folder / f"s{index % 2}_{index}.png")
-        x1, y1, x2, y2 = (sample["boxes"] / torch.tensor([160, 128, 160, 128])).T
+        x1, y1, x2, y2 = (sample["boxes"] / torch.tensor([width, height, width, height])).T
         rows = torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], 1)
         (root / "labels").mkdir(exist_ok=True)
         text = "".join(f"{i % 2} {' '.join(map(str, row))}\n" for i, row in enumerate(rows.tolist()))
@@ -105,7 +107,7 @@ def test_a_checkpoint_keeps_how_infrared_is_read(begun, places, tmp_path, capsys
     output = capsys.readouterr().out
     assert "trained with --infrared-to-visible 'resize', this is [[0.5, 0.0, 0.0]" in output
     assert re.search(r"trained with --infrared-range \[2.*this is \[0.0, 9.0\]", output)
-    assert "160 x 128" in refused(capsys, predict.main, *common, *shots, "--infrared-to-visible", "none")
+    assert "80 x 64" in refused(capsys, predict.main, *common, *shots, "--infrared-to-visible", "none")
 
 
 @pytest.mark.parametrize("camera", ["visible", pytest.param("infrared", marks=pytest.mark.slow)])
@@ -121,7 +123,7 @@ def test_one_camera_trains_evaluates_and_is_tuned(begun, places, tmp_path, capsy
     assert f"\n{camera} " in capsys.readouterr().out
     other = {"visible": "infrared", "infrared": "visible"}[camera]
     common = ("--checkpoint", begun, *alone, "--device", "cpu", "--workers", 0)
-    assert f"{camera} images alone" in refused(capsys, evaluate.main, *common, "--modality", other)
+    assert f"can only see with {camera} here" in refused(capsys, evaluate.main, *common, "--modality", other)
     assert "--register each needs images of both" in refused(capsys, evaluate.main, *common, "--register", "each")
     labels = ("--target-labels", "none") if camera == "infrared" else ()
     flags = ("--init-from", begun, *alone, "--old-root", new, *FROM, *labels)
@@ -135,9 +137,7 @@ def test_one_camera_trains_evaluates_and_is_tuned(begun, places, tmp_path, capsy
 def test_flags_of_another_data_set(begun, places, capsys):
     old = places[0]
     flags = ("--init-from", begun, "--device", "cpu", "--workers", 0)
-    assert "not laid out as KAIST" in refused(
-        capsys, train_stage2.main, *flags, "--data-root", old, "--annotations", "x"
-    )
+    assert "is not KAIST's" in refused(capsys, train_stage2.main, *flags, "--data-root", old, "--annotations", "x")
     assert "--boxes both: both cameras share" in refused(
         capsys, train_stage2.main, *flags, "--data-root", old, "--boxes", "both"
     )

@@ -3,6 +3,7 @@
 Hwang et al., "Multispectral Pedestrian Detection: Benchmark Dataset and Baseline" (CVPR 2015).
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,18 +48,14 @@ class KAISTFrames(PairedDataset):
     def annotation(self, index: int, *, clip: bool = True) -> Annotation:
         labels = self.pairs[index].annotation
         if isinstance(labels, list):  # of files, of one or of both cameras
-            labels, *second = (
-                read_bbgt(file) if file.suffix == ".txt" else read_voc(file, classes=None, first_pixel=0)
-                for file in labels
-            )
+            xml = functools.partial(read_voc, classes=None, first_pixel=0)
+            labels, *second = (read_bbgt(file) if file.suffix == ".txt" else xml(file) for file in labels)
             if second and len(labels.objects) != len(second[0].objects):
                 count = f"{len(second[0].objects)} people but {labels.place} {len(labels.objects)}"
                 raise InputError(f"{second[0].place} has {count}; expected the same ones in the same order")
             labels = join(labels, *second) if second else labels
         labels = labels._replace(size=labels.size or self.size)
         return annotate(labels, self.classes, ignored_names=IGNORED_NAMES, **self.rules, clip=clip)
-
-    people = annotation  # its former name
 
     def ground_truth(self) -> list[dict]:
         """What `macl.metrics` compares detections with, without the images.
@@ -150,12 +147,11 @@ def _first_existing(places: list[Path], expected: str) -> Path:
     raise InputError(f"{places[0]} does not exist; expected {expected}")
 
 
-def is_kaist(root: str | Path) -> bool:
+def is_kaist(root: str | Path | None) -> bool:
     """Whether a folder, or kaist-rgbt or KAIST_processed in it, is laid out as KAIST: by the names of its frames."""
-    places = ("images/set[01][0-9]", "visible/set[01][0-9]_V*")
-    return any(
-        next(Path(root).glob(place + name), None) for name in places for place in ("", "kaist-rgbt/", "KAIST_*/")
-    )
+    frames = ("images/set[01][0-9]", "visible/set[01][0-9]_V*")
+    places = [place + name for name in frames for place in ("", "kaist-rgbt/", "KAIST_processed/")]
+    return root is not None and any(next(Path(root).glob(place), None) for place in places)
 
 
 def _find_labels(source: Path, frames: list[Frame]) -> tuple[list[list[Path]] | list[Labels], str]:

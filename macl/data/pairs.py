@@ -41,7 +41,7 @@ class PairedDataset(Dataset, abc.ABC):
     source: where they were read, as a sentence
     moves: of infrared, see `moved`
     onto: how infrared is read and put onto visible, see `with_onto`
-    boxes_of: whose boxes are detected, where each camera has its own (`own_boxes`), see `detecting`
+    boxes_of: whose boxes are detected, where each camera has its own (`own_boxes`)
     modalities: the cameras there are
     """
 
@@ -115,20 +115,15 @@ class PairedDataset(Dataset, abc.ABC):
         pairs = [self.pairs[index] for index in indices]
         return self.changed(pairs=pairs, source=f"{self.source}, {len(pairs)} of them {why}")
 
-    def with_onto(self, onto: Onto) -> "PairedDataset":
-        """The same data set with infrared images, and boxes that are infrared's, put onto visible when read."""
-        return self.changed(onto=onto)
+    def with_onto(self, onto: Onto, boxes_of: str | None = None) -> "PairedDataset":
+        """The same data set with infrared images, and boxes that are infrared's, read and put onto visible by `onto`.
 
-    def detecting(self, boxes_of: str | None) -> "PairedDataset":
-        """The same data set with the boxes of "visible", "infrared" or "both" (the mean) as those that are detected.
-
-        None for visible's. What the camera does not show is ignored then. Raises InputError where boxes are shared.
+        boxes_of: "visible" (None), "infrared" or "both" (the mean): which are detected where each camera has its own;
+            what the camera does not show is ignored then
         """
-        if not self.own_boxes and boxes_of not in (None, "visible"):
-            raise InputError(f"--boxes {boxes_of}: both cameras share the boxes of {self.source}")
         boxes_of = boxes_of or "visible"
         about = f"; each camera has boxes of its own, detected are those of {boxes_of}" * self.own_boxes
-        return self.changed(boxes_of=boxes_of, source=self.source + about)
+        return self.changed(onto=onto, boxes_of=boxes_of, source=self.source + about)
 
     def moved(self, move: tuple[int, int] | Callable) -> "PairedDataset":
         """The same data set with infrared moved (see `sample.moved`) after the moves before; the boxes stay."""

@@ -66,15 +66,14 @@ def two_jsons(root, size=SIZE):
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_two_jsons_and_whose_boxes_are_detected(tmp_path, choice):
-    data = two_jsons(tmp_path).detecting(choice)
+    data = two_jsons(tmp_path).with_onto(read_onto(None), choice)
     assert f"detected are those of {choice}" in data.source
     target = collate([data[0]])["targets"][0]
     assert (target["boxes"].tolist(), target["ignore"].tolist()) == CHOICES[choice]
     assert target["own_boxes"][0].tolist() == [[6, 2, 14, 14], [8, 2, 16, 14]]
     assert data.statistics()["seen_in_both"] == data.statistics()["infrared_only"] == 1
     one = Pairs(tmp_path / "v", tmp_path / "i", tmp_path / "v.json")
-    assert "boxes_infrared" not in one[0] and one.detecting("visible")[0].keys() == one[0].keys()
-    refused(lambda: one.detecting("both"), "--boxes both", "share the boxes")
+    assert "boxes_infrared" not in one[0] and one.with_onto(read_onto(None), choice)[0].keys() == one[0].keys()
 
 
 def test_labels_of_infrared_go_with_its_images_before_they_are_joined(tmp_path):

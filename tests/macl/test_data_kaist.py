@@ -7,7 +7,7 @@ import torch
 from pairs import FRAMES, PERSON, SIZE, bbgt, kaist, published, refused, write
 from PIL import Image
 
-from macl.data import KAIST, collate, hold_out, read_ground_truth
+from macl.data import KAIST, Onto, collate, hold_out, read_ground_truth
 from macl.data.kaist import TRAINING_RULES
 from trainkit.loader import make_loader
 
@@ -120,7 +120,7 @@ def test_suffixes_of_windows_and_label_folders_of_both_cameras(tree):
     assert "one txt file per image of each camera" in data.source
     assert data[0]["boxes_infrared"].tolist() == [[1, 1, 10, 10]] and data[0]["visible_in"].tolist() == [[True, True]]
     for choice, box in (("infrared", [1, 1, 10, 10]), ("both", [5.5, 10.5, 25, 45])):
-        assert collate([data.detecting(choice)[0]])["targets"][0]["boxes"].tolist() == [box]
+        assert collate([data.with_onto(Onto(), choice)[0]])["targets"][0]["boxes"].tolist() == [box]
     write(tree / "paired" / f"{FRAMES[0].replace('/I', '/lwir/I')}.txt", bbgt(PERSON, PERSON))
     refused(lambda: data[0], "lwir", "2 people", "1")
 
