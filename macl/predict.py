@@ -31,13 +31,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--min-score", type=fraction, default=0.3, metavar="X", help="lowest score written and drawn")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged weights if any, or raw ones")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--suffixes",
-        nargs=2,
-        default=("", ""),
-        metavar=("VISIBLE", "INFRARED"),
-        help="what ends the names, such as _RGB _PreviewData; both folders may then be the same",
-    )
     add_reading_flags(parser.add_argument)
     add_registration_flags(parser.add_argument)
     parser.set_defaults(boxes=None)
@@ -53,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     if needed in ("visible", "infrared") and needed not in given:
         raise InputError(f"this detector sees with {needed} images alone: give --{needed}")
     detector.roi_head.score_threshold = args.min_score
-    pairs = find_pairs(args.visible, args.infrared, args.suffixes)
+    pairs = find_pairs(args.visible, args.infrared, args.suffixes or ("", ""))
     reading, about = choose_reading(args, None, checkpoint.get("reading"))
     onto = read_onto(reading["infrared_to_visible"], reading["infrared_range"])
     move, _, messages = choose_move(

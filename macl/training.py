@@ -66,7 +66,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_reading_flags(add: Callable) -> None:
-    """The flags of READING but for --boxes. add: the `add_argument` of a group."""
+    """How images are paired and read: the flags of READING but for --boxes. add: the `add_argument` of a group."""
+    add("--suffixes", nargs=2, metavar=("VISIBLE", "INFRARED"), help="what ends the names of images in one folder")
     add("--infrared-to-visible", metavar="none|resize|FILE",
         help="how infrared becomes as large as visible: resized, or by the 3 x 3 homography in a .json or .npy file")
     add("--infrared-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
@@ -92,7 +93,6 @@ def add_pair_flags(add: Callable) -> None:
         "there)")
     add("--boxes", choices=BOXES, help="what is detected where each camera has boxes of its own (default: visible)")
     add_reading_flags(add)
-    add("--suffixes", nargs=2, metavar=("VISIBLE", "INFRARED"), help="what ends the names of images in one folder")
 
 
 def add_split_flags(add: Callable) -> None:

@@ -199,7 +199,7 @@ def open_image(path: str | Path, named_by: str = "", levels: tuple[float, float]
             raise InputError(f"{name} has more than 8 bits per channel; {advice}")  # as RGB they would lose low bytes
         turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION))
         if deep:
-            values = (_values(image) - levels[0]) * (255 / (levels[1] - levels[0]))
+            values = (deep_values(path) - levels[0]) * (255 / (levels[1] - levels[0]))
             image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
         # A palette with transparency cannot become RGB directly.
         rgb = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
@@ -209,11 +209,8 @@ def open_image(path: str | Path, named_by: str = "", levels: tuple[float, float]
 def deep_values(path: str | Path) -> np.ndarray | None:
     """The values (H, W) float32 of a grey picture of more than 8 bits; None for any other."""
     with _opened(regular_file(path, "a picture"), str(path)) as image:
-        return _values(image) if image.mode.startswith(_DEEP) else None
-
-
-def _values(image: Image.Image) -> np.ndarray:
-    return np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
+        values = np.asarray(image).astype(np.float32) if image.mode.startswith(_DEEP) else None
+    return None if values is None else np.nan_to_num(values, posinf=0, neginf=0)
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:

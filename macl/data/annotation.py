@@ -22,8 +22,7 @@ class Object(NamedTuple):
     ignore: bool = False  # as the annotation marks it
     occlusion: int = 0  # 0 none, 1 partial, 2 heavy
     key: int | None = None  # the same in the labels of both cameras
-    infrared: tuple[float, float, float, float] | None = None  # of joined labels: the box in infrared
-    seen: tuple[bool, bool] | None = None  # of joined labels: in visible light, in infrared
+    infrared: tuple[float, float, float, float] | None = None  # of joined labels; None, as `box`, where it is not seen
 
 
 class Labels(NamedTuple):
@@ -79,7 +78,7 @@ def annotate(
     numbers = [1 + classes.index(item.name if item.name in classes else "person") for item in kept]
     occlusion = torch.tensor([item.occlusion for item in kept], dtype=torch.int64)
     ignore = torch.tensor([item.ignore or item.name not in classes for item in kept], dtype=torch.bool)
-    rows = [(item.box, item.infrared if labels.joined else item.box) for item in kept]
+    rows = [(item.box or item.infrared, item.infrared or item.box) for item in kept]
     boxes = torch.tensor(rows, dtype=torch.float64).reshape(-1, 2, 4)  # of visible, of infrared
     ignore |= boxes[:, 0, 3] - boxes[:, 0, 1] < min_height - 1e-6  # y + h - y need not be h
     if max_occlusion is not None:
@@ -87,7 +86,7 @@ def annotate(
     inside = clip_boxes_to_image(boxes, labels.size[::-1]) if clip else boxes
     rounded = inside.float()
     remains = (rounded[..., :2] < rounded[..., 2:]).all(dim=2).all(dim=1)
-    seen = torch.tensor([item.seen for item in kept], dtype=torch.bool).reshape(-1, 2) if labels.joined else None
+    seen = torch.tensor([(item.box is not None, item.infrared is not None) for item in kept]).reshape(-1, 2).bool()
     return Annotation(
         place=labels.place,
         size=labels.size,
@@ -104,37 +103,22 @@ def annotate(
 
 
 def join(visible: Labels, infrared: Labels) -> Labels:
-    """The objects of both cameras row by row: those of one key or, without keys, of one name that overlap most.
-
-    What one camera alone shows has that camera's box for both.
-    """
-    pairs, left = [], list(infrared.objects)
-    if all(item.key is not None for item in (*visible.objects, *infrared.objects)):
-        by_key = {item.key: item for item in infrared.objects}
-        matches = {place: by_key[item.key] for place, item in enumerate(visible.objects) if item.key in by_key}
-    else:
-        matches = _overlapping(visible.objects, infrared.objects)
-    for place, item in enumerate(visible.objects):
-        other = matches.get(place)
-        left = [one for one in left if one is not other]
-        seen, box = (True, other is not None), item.box if other is None else other.box
-        ignore = item.ignore or (other is not None and other.ignore)
-        pairs.append(item._replace(infrared=box, seen=seen, ignore=ignore))
-    pairs += [item._replace(infrared=item.box, seen=(False, True)) for item in left]
-    return Labels(visible.place, visible.size, pairs, joined=True)
-
-
-def _overlapping(first: list[Object], second: list[Object]) -> dict[int, Object]:
-    """Place in `first` -> the object of `second` of the same name, the highest overlaps first."""
+    """The objects of both cameras row by row: those of one key or, without keys, of one name that overlap most."""
+    first, second = visible.objects, infrared.objects
     boxes = [torch.tensor([item.box or (0, 0, 0, 0) for item in items], dtype=torch.float64).reshape(-1, 4)
              for items in (first, second)]  # fmt: skip
-    same = torch.tensor([one.name == other.name for one in first for other in second], dtype=torch.bool)
-    overlap, matches = box_iou(*boxes).nan_to_num() * same.reshape(len(first), len(second)), {}
-    while overlap.numel() and overlap.max() >= SAME:
-        row, column = divmod(int(overlap.argmax()), len(second))
-        matches[row] = second[column]
-        overlap[row], overlap[:, column] = 0, 0
-    return matches
+    keyed = all(item.key is not None for item in (*first, *second))
+    same = [one.key == other.key if keyed else one.name == other.name for one in first for other in second]
+    score = torch.tensor(same, dtype=torch.float64).reshape(len(first), len(second))
+    score, rows, left = score if keyed else score * box_iou(*boxes).nan_to_num(), list(first), set(range(len(second)))
+    while score.numel() and score.max() >= SAME:
+        row, column = divmod(int(score.argmax()), len(second))
+        other = second[column]
+        rows[row] = first[row]._replace(infrared=other.box, ignore=first[row].ignore or other.ignore)
+        score[row], score[:, column] = 0, 0
+        left.remove(column)
+    rows += [second[column]._replace(box=None, infrared=second[column].box) for column in sorted(left)]
+    return Labels(visible.place, visible.size, rows, joined=True)
 
 
 def refuse_absent_classes(dataset, *, every: bool) -> None:

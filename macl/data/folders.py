@@ -97,7 +97,7 @@ class Pairs(PairedDataset):
         """The objects of a pair, in pixels of the visible image."""
         visible, infrared, files, *_ = self.pairs[index]
         first, *second = map(self._read, files, (infrared if self.of_infrared else visible or infrared, infrared))
-        if self.onto.places and len(self.modalities) == 2:
+        if len(self.modalities) == 2 and (self.onto.resize or self.onto.homography is not None):
             size = picture_size(visible)
             if self.of_infrared or (first.size != size and first.size == picture_size(infrared)):
                 first = self.onto.labels(first, size)
@@ -144,25 +144,21 @@ def open_root(root: str | Path, *splits: str, **options) -> Pairs | None:
 
     One of them may be the .txt list of the names to take, where one folder holds all images.
     """
-    source = find_source(root)
+    root, layout = find_source(root)
     listed = next((Path(split) for split in splits if split.endswith(".txt") and Path(split).is_file()), None)
-    split = source.split(*(ALL if listed and split == str(listed) else split for split in splits))
-    if split is None:
-        return None
+    split = layout.split(root, *(ALL if listed and split == str(listed) else split for split in splits))
     options |= dict(listed=listed, split=listed.stem) if listed and split == ALL else {}
-    return Pairs(**source.layout.place(source.root, split) | options)
+    return split and Pairs(**layout.place(root, split) | options)
 
 
 class Found(NamedTuple):
-    """What is on the disk: the name of each pair without suffix, its images without theirs, its label files or labels,
-    where they are, in words, and where known the order of the classes and whether it is day.
-    """
+    """What is on the disk; lists of one entry per pair."""
 
-    stems: list[str]
-    bases: list[list[Path]]  # per camera
-    files: list[tuple[Path | Labels | None, ...]]  # of both cameras, or of visible and of infrared
-    where: str
-    order: Sequence[str] = ()
+    stems: list[str]  # names without suffix
+    bases: list[list[Path]]  # per camera: images without suffix
+    files: list[tuple[Path | Labels | None, ...]]  # labels of both cameras, or of visible and of infrared
+    where: str  # in words
+    order: Sequence[str] = ()  # of the classes, where known
     daytimes: Sequence[bool] = ()
 
 
@@ -184,19 +180,17 @@ def _find_in_folders(
 
 def _find_cvc14(visible: Path) -> Found:
     """visible: ROOT/*/Visible/SPLIT, beside which is FIR. Frames that one camera lacks are left out."""
-    root, split = visible.parents[2], visible.name
-    images = [{(path.parts[-5], path.stem): path for path in sorted(root.glob(f"*/{camera}/{split}/Frames*/*"))
-               if is_image(path)} for camera in ("Visible", "FIR")]  # fmt: skip
+    root, cameras = visible.parents[2], [f"{camera}/{visible.name}" for camera in ("Visible", "FIR")]
+    images = [{(path.parts[-5], path.stem): path.with_suffix("") for path in sorted(root.glob(f"*/{camera}/Frames*/*"))
+               if is_image(path)} for camera in cameras]  # fmt: skip
     frames = [frame for frame in images[0] if frame in images[1]]
-    bases = [[each[frame].with_suffix("") for frame in frames] for each in images]
-    files = [[root / day / camera / split / "Annotations" / f"{stem}.txt" for day, stem in frames]
-             for camera in ("Visible", "FIR")]  # fmt: skip
-    if not any(file.is_file() for file in files[0]):
+    files = [[root / day / camera / f"Annotations/{stem}.txt" for camera in cameras] for day, stem in frames]
+    if not any(file.is_file() for file, _ in files):
         raise InputError(f"{visible} holds no frame with a partner in FIR and a text in Annotations")
-    files = [[file if file.is_file() else None for file in each] for each in files]
+    files = [tuple(file if file.is_file() else None for file in both) for both in files]
     where = f"found in {visible}, {len(images[0]) - len(frames)} without a partner in FIR left out"
-    days = [day == "Day" for day, _ in frames]
-    return Found([stem for _, stem in frames], bases, list(zip(*files, strict=True)), where, (), days)
+    bases, days = [[each[frame] for frame in frames] for each in images], [day == "Day" for day, _ in frames]
+    return Found([stem for _, stem in frames], bases, files, where, (), days)
 
 
 def _find_stems(folder: Path, listed: Path | None, suffixes: Sequence[str]) -> tuple[list[str], str]:
@@ -246,9 +240,8 @@ def _read_json(path: Path, stems: list[str], folder: Path, suffixes: Sequence[st
         raise InputError(f"{path} names {shown(name)} twice, in different folders or with other suffixes")
     if sum(stem in known for stem in stems) < min(len(stems), len(images)):
         missing = next(stem for stem in stems if stem not in known)
-        raise InputError(
-            f"{path} holds {len(images)} images but not {missing} of {folder}, and some that are not there"
-        )
+        problem = f"holds {len(images)} images but not {missing} of {folder}, and some that are not there"
+        raise InputError(f"{path} {problem}")
     return known, categories
 
 

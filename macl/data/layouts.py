@@ -37,6 +37,11 @@ class Layout(NamedTuple):
         named = "{split}" in self.visible or split == ALL or self.listed(root, split) is not None
         return named and all(any(map(Path.is_dir, root.glob(folder))) for folder in folders)
 
+    def split(self, root: Path, *wanted: str) -> str | None:
+        """The first of the splits that is there, as it is spelt there; "val" is also valid and validation."""
+        spelt = (word for name in wanted for word in SPLITS.get(name, (name,)))
+        return next((word for word in spelt if self.has(root, word)), None)
+
     def listed(self, root: Path, split: str) -> Path | None:
         """The list of a split's names."""
         lists = (root / place.format(split=split) for place in LISTS if self.visible != PATHS)
@@ -79,35 +84,21 @@ LAYOUTS = (
 )  # fmt: skip
 
 
-class Source(NamedTuple):
-    """A data set on the disk."""
-
-    root: Path
-    layout: Layout
-
-    def split(self, *wanted: str) -> str | None:
-        """The first of the splits that is there, as it is spelt there; "val" is also valid and validation."""
-        spelt = (word for name in wanted for word in SPLITS.get(name, (name,)))
-        return next((word for word in spelt if self.layout.has(self.root, word)), None)
-
-
-def find_source(root: str | Path) -> Source:
+def find_source(root: str | Path) -> tuple[Path, Layout]:
     """The data set in a folder, or in the only folder within it that holds one, two levels down at most."""
     root, words = Path(root), [word for words in SPLITS.values() for word in words]
     for level in ("", "*", "*/*"):
         folders = sorted(filter(Path.is_dir, root.glob(level))) if level else [root]
-        known = [Source(folder, row) for folder in folders for row in LAYOUTS if Source(folder, row).split(*words)]
-        found = [
-            one for one in known if one.layout.form or form_of(one.layout.place(one.root, one.split(*words))["labels"])
-        ]
-        if len({one.root for one in found}) > 1:
-            several = ", ".join(dict.fromkeys(str(one.root) for one in found))
+        known = [(folder, row, split) for folder in folders for row in LAYOUTS if (split := row.split(folder, *words))]
+        found = [one for one in known if one[1].form or form_of(one[1].place(one[0], one[2])["labels"])]
+        if len({folder for folder, *_ in found}) > 1:
+            several = ", ".join(dict.fromkeys(str(folder) for folder, *_ in found))
             raise InputError(f"{root} holds several data sets, {several}: give --data-root one of them")
         if found:
-            return found[0]
+            return found[0][:2]
         if known:
-            places = dict.fromkeys(str(one.root / place) for one in known for place in one.layout.labels)
-            raise InputError(f"{root} is laid out as {known[0].layout.name}, but no labels are in {', '.join(places)}")
+            places = dict.fromkeys(str(folder / place) for folder, row, _ in known for place in row.labels)
+            raise InputError(f"{root} is laid out as {known[0][1].name}, but no labels are in {', '.join(places)}")
     raise InputError(f"{root} holds no pairs in a known layout; {OWN_DATA}")
 
 

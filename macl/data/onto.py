@@ -30,11 +30,6 @@ class Onto:
     resize: bool = False
     levels: tuple[float, float] | None = None
 
-    @property
-    def places(self) -> bool:
-        """Whether infrared is put elsewhere."""
-        return self.resize or self.homography is not None
-
     def image(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """(3, h, w) uint8 -> (3, height, width) uint8, bilinear. Its border is repeated where nothing comes in."""
         width, height = size

@@ -97,8 +97,8 @@ def test_what_overlaps_most_is_joined_and_names_must_agree():
 
     near, far = (0, 0, 10, 10), (2, 0, 12, 10)
     rows = join(labels(("a", far), ("a", near), ("b", near)), labels(("a", near), ("c", near))).objects
-    assert [(row.name, row.seen, row.infrared) for row in rows] == [
-        ("a", (True, False), far), ("a", (True, True), near), ("b", (True, False), near), ("c", (False, True), near)
+    assert [(row.name, row.box, row.infrared) for row in rows] == [
+        ("a", far, None), ("a", near, near), ("b", near, None), ("c", None, near)
     ]  # fmt: skip
     assert join(labels(), labels()).objects == []
 
