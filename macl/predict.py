@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from macl.build import load_detector, read_checkpoint
-from macl.data import find_pairs, moved, read_onto, read_pair, to_float
+from macl.data import find_pairs, moved, read_pair, to_float
 from macl.plots import draw_detections
-from macl.training import add_reading_flags, add_registration_flags, choose_move, choose_reading
+from macl.training import add_reading_flags, add_registration_flags, choose_move, choose_reading, onto_of
 from trainkit.arguments import fraction, make_parser
 from trainkit.errors import InputError, one_line, one_sentence
 from trainkit.files import whole_file, write_json
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     detector.roi_head.score_threshold = args.min_score
     pairs = find_pairs(args.visible, args.infrared, args.suffixes or ("", ""))
     reading, about = choose_reading(args, None, checkpoint.get("reading"))
-    onto = read_onto(reading["infrared_to_visible"], reading["infrared_range"])
+    onto = onto_of(reading)
     move, _, messages = choose_move(
         args, pairs, checkpoint.get("register", "none"), read=lambda pair: read_pair(*pair, onto)
     )

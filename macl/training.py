@@ -12,6 +12,7 @@ from torch import Tensor
 
 from macl.data import (
     AugmentedDataset,
+    Onto,
     PairedAugmentation,
     PairedDataset,
     Pairs,
@@ -131,7 +132,7 @@ def choose_reading(
 
     trained: what a checkpoint holds of it. Where nothing tells a range, it is between percentiles of the data's values.
     """
-    trained, reading, messages = trained or {}, {}, []
+    trained, reading, messages = trained if isinstance(trained, Mapping) else {}, {}, []
     for name in READING:
         given, kept, flag = getattr(args, name), trained.get(name), f"--{name.replace('_', '-')}"
         reading[name] = kept if given is None else given
@@ -159,11 +160,16 @@ def choose_reading(
     return reading, messages
 
 
-def read_as(reading: Mapping, *datasets: PairedDataset) -> list[PairedDataset]:
-    """The data sets, read as `choose_reading` says. Raises InputError for what no flag could say."""
+def onto_of(reading: Mapping) -> Onto:
+    """What `choose_reading` says of infrared. Raises InputError for what no flag could say, out of a checkpoint."""
     levels = reading["infrared_range"]
-    onto = read_onto(reading["infrared_to_visible"], levels and numbers(levels, "infrared_range", 2))
-    return [dataset.with_onto(onto, reading["boxes"]) for dataset in datasets]
+    if reading["boxes"] not in (None, *BOXES):
+        raise InputError(f"the checkpoint's boxes are {shown(reading['boxes'])}; expected {', '.join(BOXES)}")
+    return read_onto(reading["infrared_to_visible"], levels and numbers(levels, "the checkpoint's infrared_range", 2))
+
+
+def read_as(reading: Mapping, *datasets: PairedDataset) -> list[PairedDataset]:
+    return [dataset.with_onto(onto_of(reading), reading["boxes"]) for dataset in datasets]
 
 
 def check_cameras(detector: PairedFasterRCNN, *datasets: PairedDataset) -> None:

@@ -95,14 +95,9 @@ class KAIST(KAISTFrames):
     """
 
     def __init__(
-        self,
-        root: str | Path,
-        image_set: str | Path,
-        annotations: str | Path | None = None,
-        stride: int = 1,
-        *,
+        self, root: str | Path, image_set: str | Path, annotations: str | Path | None = None, stride: int = 1, *,
         classes: Sequence[str] = ("person",),
-    ):
+    ):  # fmt: skip
         check_person(classes, "KAIST's annotations")
         root, number = find_root(root, ["kaist-rgbt", "KAIST_processed"], ["images"], ["visible", "infrared"])
         layout, (images, own, lists) = list(LAYOUTS.items())[number]

@@ -74,7 +74,7 @@ def read_onto(given: str | list | None, levels: Sequence[float] | None = None) -
     if levels is not None and not levels[0] < levels[1]:
         raise InputError(f"--infrared-range {levels[0]:g} {levels[1]:g}: expected two numbers, the smaller one first")
     levels = None if levels is None else tuple(levels)
-    if given in (None, "none", "resize"):
+    if given is None or given in ("none", "resize"):
         return Onto(resize=given == "resize", levels=levels)
     rows, expected = given, "resize, none, or a .json or .npy file of 3 x 3 numbers"
     if isinstance(given, str):
@@ -85,7 +85,9 @@ def read_onto(given: str | list | None, levels: Sequence[float] | None = None) -
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{path} cannot be read ({reason(error)}); expected {expected}") from error
     place = f"--infrared-to-visible {shown(given)}, a row of 3 x 3"
-    rows = torch.tensor([numbers(row, place, 3) for row in rows], dtype=torch.float64)
+    rows = torch.tensor(
+        [numbers(row, place, 3) for row in (rows if isinstance(rows, list) else ())], dtype=torch.float64
+    )
     if rows.shape != (3, 3) or rows.det().abs() < 1e-12:
         raise InputError(f"{shown(given)} holds no homography that can be inverted; expected {expected}")
     return Onto(rows, levels=levels)

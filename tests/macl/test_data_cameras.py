@@ -5,23 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from pairs import refused, write
+from pairs import cvc14, refused, write
 from PIL import Image
 
 from macl.data import PairedAugmentation, Pairs, collate, open_root, read_onto
 from macl.data.annotation import Labels, Object, join
 
 SIZE = (40, 20)
-
-
-def cvc14(root, day, split, name, visible, infrared, frames=("FramesPos", "FramesPos")):
-    """A frame of CVC-14; rows of x, y, width, height, number: the centre, pixels from 1."""
-    for camera, rows, folder in zip(("Visible", "FIR"), (visible, infrared), frames, strict=True):
-        place = root / "CVC-14" / day / camera / split
-        if folder is not None:
-            write(place / folder / f"{name}.tif", (90, 60, 30), SIZE)
-        text = "".join(f"{x} {y} {w} {h} 1 0 0 0 0 {key} 0\n" for x, y, w, h, key in rows)
-        write(place / "Annotations" / f"{name}.txt", text)
 
 
 def test_cvc14_is_joined_by_the_persons_number(tmp_path):
