@@ -25,16 +25,8 @@ import torch
 import macl
 from macl import training
 from macl.build import load_initial_weights, read_checkpoint
-from macl.data import (
-    DAY_AND_NIGHT,
-    KAIST,
-    NIGHT,
-    JointDataset,
-    SyntheticPairs,
-    hold_out,
-    open_root,
-    refuse_absent_classes,
-)
+from macl.data import DAY_AND_NIGHT, KAIST, NIGHT, JointDataset, SyntheticPairs, hold_out, refuse_absent_classes
+from macl.data.folders import open_root
 from macl.data.kaist import TRAINING_RULES, is_kaist
 from macl.evaluation import miss_rate_tables, validation_text
 from macl.plots import draw_validation

@@ -74,9 +74,8 @@ def embed(detector: PairedFasterRCNN, extracted: list[Features], targets: list[d
     Of its boxes that are not ignored, or one of the image. Where nobody knows what is seen, all are.
     """
     device = extracted[0].pyramids["visible"][0].device
-    visible, infrared = detector.embed(
-        extracted, [own_boxes(target)[~target["ignore"]].to(device) for target in targets]
-    )
+    boxes = [own_boxes(target)[~target["ignore"]].to(device) for target in targets]
+    visible, infrared = detector.embed(extracted, boxes)
     per_box, both = detector.macl_level != "image", []
     for target in targets:
         kept = ~target["ignore"]

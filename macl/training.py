@@ -10,18 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from macl.data import (
-    AugmentedDataset,
-    Onto,
-    PairedAugmentation,
-    PairedDataset,
-    Pairs,
-    collate,
-    hold_out,
-    open_root,
-    read_onto,
-)
+from macl.data import AugmentedDataset, Onto, PairedAugmentation, PairedDataset, Pairs, collate, hold_out
+from macl.data.folders import open_root
 from macl.data.layouts import ALL
+from macl.data.onto import read_onto
 from macl.data.sample import BOXES
 from macl.detector import PairedFasterRCNN
 from macl.evaluation import alignment_metrics, detection_metrics, predict

@@ -68,7 +68,7 @@ def read_bbgt(path: Path) -> Labels:
             values = numbers(values, place, 11)
             level = number(values[4], f"{place}, {OCCLUSION}", 0, 2, whole=True)
             ignore = flag(values[9], f"{place}, ignore")
-            objects.append(Object(name, edges(*values[:4]), ignore, level, key=count))  # both cameras' in one order
+            objects.append(Object(name, edges(*values[:4]), ignore, level, key=len(objects)))  # in both cameras' files
     return Labels(str(path), None, objects)
 
 

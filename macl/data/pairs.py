@@ -69,9 +69,8 @@ class PairedDataset(Dataset, abc.ABC):
         images = {name: torch.zeros_like(shown_in) if image is None else image for name, image in images.items()}
         if annotation.size != (width, height):
             size = " x ".join(map(str, annotation.size))
-            raise InputError(
-                f"{annotation.place} is for {size} pixels but {paths[0] or paths[1]} has {width} x {height}"
-            )
+            path = paths[0] or paths[1]
+            raise InputError(f"{annotation.place} is for {size} pixels but {path} has {width} x {height}")
         return self.sample(index, images, annotation)
 
     def sample(self, index: int, images: dict[str, Tensor], annotation: Annotation) -> dict:
