@@ -87,7 +87,8 @@ def draw_validation(folder: Path, epoch: int, dataset, results: list[dict]) -> N
         sample, result = dataset[index], results[index]
         detections = next(iter(result["detections"].values()))
         truth, classes = result["ground_truth"], result["classes"]
-        images = [sample[name] if name in dataset.modalities else None for name in ("visible", "infrared")]
+        present = zip(("visible", "infrared"), sample.get("present", (True, True)), strict=True)
+        images = [sample[name] if there else None for name, there in present]
         picture = draw_detections(*images, detections, truth, classes=classes)
         with whole_file(folder / f"validation-{index}.png") as file:
             picture.save(file, "PNG")
