@@ -4,17 +4,17 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from macl.data import label_files
 from macl.data.annotation import Annotation, Labels, annotate, join
-from macl.data.label_files import NAME_FILES, find_names, read_coco, read_cvc14, read_voc, read_yolo
 from macl.data.layouts import ALL, FORMS, LAYOUTS, SPLITS, find_source, form_of
 from macl.data.pairs import OWN_DATA, Pair, PairedDataset, find_images, find_root, read_list
 from macl.data.sample import images_by_stem, with_suffix
 from trainkit.errors import InputError
-from trainkit.files import inside, is_image, picture_size, read_json, read_lines, read_text, regular_file, shown
+from trainkit.files import inside, is_image, picture_size, read_json, read_lines, regular_file, shown
 
 
 class Pairs(PairedDataset):
@@ -75,11 +75,13 @@ class Pairs(PairedDataset):
         super().__init__([Pair(*pair) for pair in pairs], classes or (), split=split, source="")
         order, about = found.order, ""
         if self.form == "voc":
-            self.first_pixel, about = _first_pixel(labels, first_pixel)
+            self.first_pixel, about = label_files.first_pixel_of(labels, first_pixel)
         elif self.form == "yolo":
             files = [file for files in found.files for file in files]
             ids = functools.partial(_all_ids, files, labels, root, split)
-            self.names, about = _name_ids(find_names(labels, root or labels.parent), names, self.classes, ids)
+            self.names, about = label_files.name_ids(
+                label_files.find_names(labels, root or labels.parent), names, self.classes, ids
+            )
             order = (self.names or {}).values()
             absent = files.count(None)
             about += f"; {absent} without a label file are without objects" if absent else ""
@@ -106,10 +108,10 @@ class Pairs(PairedDataset):
 
     def _read(self, file: Path | Labels | None, image: Path) -> Labels:
         if self.form == "voc":
-            return read_voc(file, classes=self.classes, first_pixel=self.first_pixel)
+            return label_files.read_voc(file, classes=self.classes, first_pixel=self.first_pixel)
         if self.form == "yolo":
-            return read_yolo(file, picture_size(image), self.names)
-        return read_cvc14(file, picture_size(image)) if self.form == "cvc14" else file
+            return label_files.read_yolo(file, picture_size(image), self.names)
+        return label_files.read_cvc14(file, picture_size(image)) if self.form == "cvc14" else file
 
     def scene_name(self, scene: int) -> str:
         return self.scene_names[scene]
@@ -232,7 +234,7 @@ def _read_json(path: Path, stems: list[str], folder: Path, suffixes: Sequence[st
 
     Folder and json may hold more than the other, but not both.
     """
-    images, categories = read_coco(read_json(path, "a COCO json", dict), path)
+    images, categories = label_files.read_coco(read_json(path, "a COCO json", dict), path)
     names = [bare(os.path.splitext(os.path.basename(image.name))[0], suffixes) for image in images.values()]
     known = dict(zip(names, (image.labels for image in images.values()), strict=True))
     if len(known) < len(images):
@@ -277,33 +279,6 @@ def _sequences(stems: list[str]) -> tuple[list[int], list[str]]:
     return [places[begin] for begin in begins], names
 
 
-def _first_pixel(folder: Path, known: int | None) -> tuple[int, str]:
-    """What VOC's boxes count from, and a clause about it."""
-    if known is not None:
-        return known, f"; boxes count pixels from {known}" * (known == 0)
-    zero = re.compile(r"<[xy]min>\s*0(?:\.0*)?\s*<")
-    for file in folder.glob("*.xml"):
-        if zero.search(read_text(file, "a VOC annotation")):
-            return 0, f"; boxes count pixels from 0, as {file.name} shows"
-    return 1, "; boxes count pixels from 1, as no xmin and no ymin is 0"
-
-
-def _name_ids(found: tuple[dict | None, str], known: dict | None, classes: Sequence[str], ids: Callable):
-    """YOLO's names by class id, None where an id is its own name, and a clause about them.
-
-    found: the names in a file, and the file; known: those that the layout knows
-    ids: gives all that occur, which `classes` name in order where nothing else does; or the ids 0, 1, 2, ...
-    """
-    names, file = found
-    if names or known:
-        return names or known, f"; class names of {file}" if names else ""
-    if all(map(str.isdecimal, classes)):
-        return None, "; no classes.txt or data.yaml names the class ids, so they are their own names"
-    occurring = ids()
-    names = dict(zip(occurring if len(occurring) == len(classes) else range(len(classes)), classes, strict=True))
-    return names, "; no classes.txt or data.yaml: " + ", ".join(f"id {key} is {name}" for key, name in names.items())
-
-
 def _all_ids(files: Sequence[Path | None], labels: Path, root: Path | None, split: str) -> list[int]:
     """The class ids in label files, in those of other splits too, so that all splits agree on what they mean."""
     files = set(filter(None, files))
@@ -311,6 +286,6 @@ def _all_ids(files: Sequence[Path | None], labels: Path, root: Path | None, spli
         below = labels.relative_to(root).parts
         for word in (word for words in SPLITS.values() for word in words):
             folder = root.joinpath(*(word if part == split else part for part in below))
-            files |= {file for file in folder.glob("*.txt") if file.name not in NAME_FILES}
+            files |= {file for file in folder.glob("*.txt") if file.name not in label_files.NAME_FILES}
     words = {line.split()[0] for file in files for line in read_lines(file, "YOLO's labels")}
     return sorted(int(word) for word in words if word.isdecimal() and len(word) < 17)

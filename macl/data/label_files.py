@@ -2,7 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +62,17 @@ def parse_voc(path: str | Path) -> tuple[tuple[int, int], list[tuple[str, Elemen
     if not all(name for name, _ in items):
         raise InputError(f"{path} has an <object> without a <name>; expected a VOC annotation")
     return size, items
+
+
+def first_pixel_of(folder: Path, known: int | None) -> tuple[int, str]:
+    """What VOC's boxes count from, and a clause about it."""
+    if known is not None:
+        return known, f"; boxes count pixels from {known}" * (known == 0)
+    zero = re.compile(r"<[xy]min>\s*0(?:\.0*)?\s*<")
+    for file in folder.glob("*.xml"):
+        if zero.search(read_text(file, "a VOC annotation")):
+            return 0, f"; boxes count pixels from 0, as {file.name} shows"
+    return 1, "; boxes count pixels from 1, as no xmin and no ymin is 0"
 
 
 def corners(item: ElementTree.Element, path: str | Path) -> tuple[float, float, float, float]:
@@ -147,6 +158,22 @@ def find_names(labels: Path, root: Path) -> tuple[dict[int, str] | None, str]:
             if names := read_names(file):
                 return names, str(file)
     return None, ""
+
+
+def name_ids(found: tuple[dict | None, str], known: dict | None, classes: Sequence[str], ids: Callable):
+    """YOLO's names by class id, None where an id is its own name, and a clause about them.
+
+    found: the names in a file, and the file; known: those that the layout knows
+    ids: gives all that occur, which `classes` name in order where nothing else does; or the ids 0, 1, 2, ...
+    """
+    names, file = found
+    if names or known:
+        return names or known, f"; class names of {file}" if names else ""
+    if all(map(str.isdecimal, classes)):
+        return None, "; no classes.txt or data.yaml names the class ids, so they are their own names"
+    occurring = ids()
+    names = dict(zip(occurring if len(occurring) == len(classes) else range(len(classes)), classes, strict=True))
+    return names, "; no classes.txt or data.yaml: " + ", ".join(f"id {key} is {name}" for key, name in names.items())
 
 
 class CocoImage(NamedTuple):
