@@ -72,8 +72,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_data_flags(parser)
     add_model_flags(parser)
     training.add_flags(parser)
-    given = peek_flags(arguments, "--data-root", "--visible", "--init-from")
-    defaults = LLVIP_RECIPE | (SYNTHETIC_RECIPE if given.data_root is given.visible is None else {})
+    given = peek_flags(arguments, "--data-root", "--labels", "--init-from")
+    defaults = LLVIP_RECIPE | (SYNTHETIC_RECIPE if given.data_root is given.labels is None else {})
     if given.init_from is not None:
         source = read_checkpoint(given.init_from)
         if "model_kwargs" in source:
@@ -88,9 +88,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("which pairs, and validation on them").add_argument
     training.add_pair_flags(add)
-    add("--split", metavar="NAME|FILE", help="training pairs: a split, or a list of names (default: train, or all)")
-    add("--val-split", metavar="NAME|FILE", help="validation pairs, held-out for a part of training's (default: val, "
-        "or held-out)")
+    training.add_split_flags(add)
     add("--synthetic-train", type=positive_int, default=1000, metavar="N", help="drawn training pairs")
     add("--synthetic-val", type=positive_int, default=200, metavar="N", help="drawn validation pairs")
     add("--statistics", choices=("imagenet", "measured", "given"), default="imagenet",
@@ -146,26 +144,29 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def open_data(args: argparse.Namespace):
-    """Training and validation data, how they are registered, and sentences about them."""
+    """Training and validation data, how they are read and registered, and sentences about them."""
     if training.has_pairs(args):
         train, validation, sentence = training.open_training(args, args.split, args.val_split, args.classes)
-        messages = [f"training on {train.source}", sentence]
+        reading, about = training.choose_reading(args, train)
+        train, validation = training.read_as(reading, train, validation)
+        messages = [f"training on {train.source}", sentence, *about]
     else:
-        classes = dict(classes=args.classes or ["person"])
+        classes, reading = dict(classes=args.classes or ["person"]), None
         train = SyntheticPairs(args.synthetic_train, args.seed, **classes)
         validation = SyntheticPairs(args.synthetic_val, training.VALIDATION_SEED + args.seed, **classes)
         messages = [f"training on {train.source} (no --data-root was given)", f"validating on {validation.source}"]
     refuse_absent_classes(train, every=args.classes is not None)
     refuse_absent_classes(validation, every=False)
     move, registered, about = training.choose_move(args, train)
-    return train.moved(move), validation.moved(move), registered, messages + about
+    kept = {"register": registered, "reading": reading}
+    return train.moved(move), validation.moved(move), kept, messages + about
 
 
 def measure_statistics(dataset, count: int = 64) -> dict[str, list[float]]:
     """Mean and std of each modality over evenly spaced pairs, as the detector's keywords."""
     samples = [dataset[index] for index in range(0, len(dataset), max(1, len(dataset) // count))]
     statistics = {}
-    for modality in ("visible", "infrared"):
+    for modality in dataset.modalities:
         pixels = torch.cat([to_float(sample[modality]).flatten(1) for sample in samples], dim=1)
         statistics |= {f"{modality}_mean": pixels.mean(1).tolist(), f"{modality}_std": pixels.std(1).tolist()}
     return statistics
@@ -175,7 +176,8 @@ def build_model(args: argparse.Namespace, train_data) -> tuple[macl.PairedFaster
     """The detector, with the weights of --init-from, and what there is to say about it."""
     names = [name for name in macl.build_detector.__kwdefaults__ if hasattr(args, name)]
     kwargs = {name: getattr(args, name) for name in names} | {"classes": list(train_data.classes)}
-    if args.macl_weight == 0:
+    alone = train_data.modalities if len(train_data.modalities) == 1 else ()
+    if args.macl_weight == 0 or alone:  # one camera has nothing to be contrasted with
         kwargs["macl_level"] = "none"
     if args.statistics == "measured":
         kwargs |= measure_statistics(train_data)
@@ -185,11 +187,14 @@ def build_model(args: argparse.Namespace, train_data) -> tuple[macl.PairedFaster
         detector = macl.build_detector(**kwargs)
     except (TypeError, ValueError) as error:  # TypeError: what a damaged args.json says beside the flags
         raise InputError(f"the detector's flags do not fit together: {error}") from error
+    training.check_cameras(detector, train_data)
     count = sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
     messages = [
         f"{args.backbone}, {args.norm} norm, {args.fpn_levels} levels of {args.fpn_channels} channels, "
         f"fusion {args.fusion}: {count / 1e6:.1f} M trainable parameters"
     ]
+    if alone:
+        messages.append(f"{alone[0]} images alone: the other camera is masked, and without MACL")
     if args.init_from is not None:
         messages.append(f"weights of {args.init_from}: {load_initial_weights(detector, args.init_from)}")
     elif training.has_pairs(args):
@@ -217,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     device = distributed.start(args.device)
     validate_args(args)
-    train_data, val_data, registered, messages = open_data(args)
+    train_data, val_data, kept, messages = open_data(args)
     torch.manual_seed(args.seed)
     detector, about_model = build_model(args, train_data)
     messages += about_model
@@ -247,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     run = Run(
         args, SCRIPT, train_step, sampler, total_steps=args.epochs * steps_per_epoch,
-        constants={"model_kwargs": detector.kwargs, "register": registered}, values={"untrained": None},
+        constants={"model_kwargs": detector.kwargs} | kept, values={"untrained": None},
         parts={} if keys is None else {"keys": keys},
         validate_first=detector.macl is not None,
     )  # fmt: skip

@@ -1,8 +1,9 @@
-"""Stage 2: fine-tune a stage-1 detector on KAIST, or on drawn scenes of another kind than it knows.
+"""Stage 2: fine-tune a stage-1 detector on KAIST, on pairs of your own, or on drawn scenes of another kind.
 
     python train_stage2.py                                                     # the newest stage-1 run, drawn scenes
     python train_stage2.py --init-from runs/NAME/best.pt --data-root KAIST --image-set train-all-02
-    python train_stage2.py --init-from runs/NAME/best.pt --data-root KAIST --llvip-root LLVIP --old-share 0.3
+    python train_stage2.py --init-from runs/NAME/best.pt --data-root KAIST --old-root LLVIP --old-share 0.3
+    python train_stage2.py --init-from runs/NAME/best.pt --data-root ROOT --old-root OLD    # any layout of docs/data.md
     torchrun --nproc-per-node 4 train_stage2.py --init-from runs/NAME/best.pt --data-root KAIST --amp bf16
     python train_stage2.py --resume auto                                       # go on after Ctrl-C
 
@@ -16,7 +17,7 @@ import trainkit.process_setup  # noqa: F401, I001  before torch
 import argparse
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,17 +25,9 @@ import torch
 import macl
 from macl import training
 from macl.build import load_initial_weights, read_checkpoint
-from macl.data import (
-    DAY_AND_NIGHT,
-    KAIST,
-    NIGHT,
-    JointDataset,
-    SyntheticPairs,
-    hold_out,
-    open_root,
-    refuse_absent_classes,
-)
-from macl.data.kaist import TRAINING_RULES
+from macl.data import DAY_AND_NIGHT, KAIST, NIGHT, JointDataset, SyntheticPairs, hold_out, refuse_absent_classes
+from macl.data.folders import open_root
+from macl.data.kaist import TRAINING_RULES, is_kaist
 from macl.evaluation import miss_rate_tables, validation_text
 from macl.plots import draw_validation
 from macl.teacher import KeyEncoder, Labeller
@@ -60,6 +53,8 @@ from trainkit.step import TrainStep
 
 SCRIPT = "stage2"
 MAY_CHANGE = ("llvip_root",)
+KAIST_FLAGS = ("val_image_set", "annotations", "val_annotations")
+PAIR_FLAGS = "split val_split label_form labels_infrared suffixes infrared_to_visible infrared_range".split()
 MISS_RATES = ("reasonable all", "reasonable day", "reasonable night", "all")  # rows of the table that are printed
 
 # The recipe for KAIST: the defaults of the flags, and what differs for the drawn scenes.
@@ -69,7 +64,7 @@ KAIST_RECIPE = dict(
 )  # fmt: skip
 SYNTHETIC_RECIPE = dict(
     epochs=3, workers=1, lr=5e-4, warmup_steps=30, clip_norm=0.0, ema_decay=0.99, freeze_stages=[1, 0],
-    lr_scale=[], best_by="ap50",
+    lr_scale=[],
 )  # fmt: skip
 
 
@@ -80,14 +75,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_data_flags(parser)
     add_model_flags(parser)
     training.add_flags(parser)
-    synthetic = peek_flags(arguments, "--data-root").data_root is None
-    defaults = KAIST_RECIPE | (SYNTHETIC_RECIPE if synthetic else {})
+    given = peek_flags(arguments, "--data-root", "--labels")
+    defaults = KAIST_RECIPE | ({} if is_kaist(given.data_root) else {"best_by": "ap50"})
+    defaults |= SYNTHETIC_RECIPE if given.data_root is given.labels is None else {}
     return parse_with_resume(parser, arguments, SCRIPT, defaults)
 
 
 # fmt: off
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("which pairs, and validation on them").add_argument
+    training.add_pair_flags(add)
+    training.add_split_flags(add)
     add("--image-set", default="train-all-02", metavar="NAME|FILE", help="KAIST: list of training frames")
     add("--val-image-set", metavar="NAME|FILE", help="KAIST: list of validation frames; without it videos are held out")
     add("--stride", type=positive_int, default=1, metavar="N", help="KAIST: every N-th training frame of a video")
@@ -97,7 +95,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="KAIST: smaller people are ignored in training")
     add("--max-occlusion", type=int, choices=(0, 1, 2), default=TRAINING_RULES["max_occlusion"],
         help="KAIST: people occluded more than that (1 partially, 2 heavily) are ignored in training")
-    add("--llvip-root", metavar="PATH", help="pairs of stage 1's domain, in any layout, to mix in and to validate on")
+    add("--old-root", "--llvip-root", dest="llvip_root", metavar="PATH",
+        help="pairs of stage 1's domain, in any layout, to mix in and to validate on; read as the checkpoint's were")
     add("--old-share", type=below_one, default=0.25, metavar="X",
         help="share of each batch from the domain of stage 1; 0 mixes nothing in")
     add("--synthetic-train", type=positive_int, default=600, metavar="N", help="drawn training pairs")
@@ -134,17 +133,19 @@ def newest_stage1() -> str:
 
 def mixes(args: argparse.Namespace) -> bool:
     """Whether pairs of the old domain are mixed in."""
-    return args.old_share > 0 and (args.data_root is None or args.llvip_root is not None)
+    return args.old_share > 0 and (not training.has_pairs(args) or args.llvip_root is not None)
 
 
-def open_data(args: argparse.Namespace, classes: Sequence[str]):
-    """Training data, validation data of the new and of the old domain (or None), how the new one is registered, and
-    sentences about them. Each domain has a rig of its own.
+def open_data(args: argparse.Namespace, classes: Sequence[str], old_reading: Mapping | None = None):
+    """Training data, validation data of the new and of the old domain (or None), how the new one is read and
+    registered, and sentences about them. Each domain has a rig of its own.
 
     classes: the detector's, which every data set is opened with.
+    old_reading: how stage 1 read its data, see `training.choose_reading`
     """
-    old = old_validation = None
-    if args.data_root is None:
+    old = old_validation = reading = None
+    kaist = is_kaist(args.data_root)
+    if not training.has_pairs(args):
         seed = training.VALIDATION_SEED + args.seed
         new = SyntheticPairs(args.synthetic_train, args.seed, domain=DAY_AND_NIGHT, classes=classes)
         old = SyntheticPairs(args.synthetic_train, args.seed, domain=NIGHT, classes=classes)
@@ -152,11 +153,20 @@ def open_data(args: argparse.Namespace, classes: Sequence[str]):
         old_validation = SyntheticPairs(args.synthetic_val, seed, domain=NIGHT, classes=classes)
         messages = [f"validating on {validation.source}"]
     else:
-        new, validation, messages = open_kaist(args, classes)
+        if kaist:
+            new, validation, sentence = open_kaist(args, classes)
+        else:
+            new, validation, sentence = training.open_training(args, args.split, args.val_split, classes)
+        reading, about = training.choose_reading(args, new)
+        new, validation = training.read_as(reading, new, validation)
+        messages = [sentence, *about]
         if args.llvip_root is not None:
             old = open_root(args.llvip_root, "train", "all", "val", "test", classes=classes)
             old, old_validation, sentence = hold_out(old)
-            messages.append(f"old domain: {sentence}")
+            unset = argparse.Namespace(**dict.fromkeys(training.READING))
+            as_before, about = training.choose_reading(unset, old, old_reading)
+            old, old_validation = training.read_as(as_before, old, old_validation)
+            messages += [f"old domain: {sentence}" for sentence in (sentence, *about)]
     for dataset in filter(None, (new, old, validation, old_validation)):
         refuse_absent_classes(dataset, every=False)
     move, registered, about = training.choose_move(args, new)
@@ -167,12 +177,13 @@ def open_data(args: argparse.Namespace, classes: Sequence[str]):
         old, old_validation = (dataset.moved(move) for dataset in (old, old_validation))
         messages += [f"old domain: {sentence}" for sentence in about]
     others = [name for name in classes if name != "person"]
-    if others:
+    if others and (kaist or not training.has_pairs(args)):
         messages.append(f"Warning: only person is sure to be in the new domain; {', '.join(others)} may be unlearnt")
     train = JointDataset(new, old) if mixes(args) else new
-    source = train.source + (" (no --data-root was given)" if args.data_root is None else "")
+    source = train.source + ("" if training.has_pairs(args) else " (no --data-root was given)")
     share = f", {args.old_share:.0%} of each batch from the latter" if train is not new else ""
-    return train, validation, old_validation, registered, [f"training on {source}{share}", *messages]
+    kept = {"register": registered, "reading": reading, "old_reading": old_reading}
+    return train, validation, old_validation, kept, [f"training on {source}{share}", *messages]
 
 
 def open_kaist(args: argparse.Namespace, classes: Sequence[str]):
@@ -183,17 +194,17 @@ def open_kaist(args: argparse.Namespace, classes: Sequence[str]):
     else:
         validation = KAIST(args.data_root, args.val_image_set, args.val_annotations, classes=classes)
         sentence = f"validating on {validation.source}"
-    return train.with_rules(min_height=args.min_height, max_occlusion=args.max_occlusion), validation, [sentence]
+    return train.with_rules(min_height=args.min_height, max_occlusion=args.max_occlusion), validation, sentence
 
 
 def build_model(
-    args: argparse.Namespace, source: str | None, resumed: Path | None
+    args: argparse.Namespace, initial: dict, resumed: Path | None
 ) -> tuple[macl.PairedFasterRCNN, list[str]]:
-    """The detector of the checkpoint `source`, with what stage 2 adds to it, and what there is to say about it.
+    """The detector of the checkpoint `initial`, with what stage 2 adds to it, and what there is to say about it.
 
     Of a run that is resumed the architecture alone; its weights come with the rest of its state.
     """
-    initial = read_checkpoint(resumed or source)
+    source = args.init_from
     if "model_kwargs" not in initial:
         raise InputError(f"--init-from {source}: expected best.pt or last.pt of a run of train_stage1.py")
     kwargs = dict(initial["model_kwargs"])
@@ -215,14 +226,19 @@ def build_model(
 def validate_args(args: argparse.Namespace) -> None:
     """Raises InputError for flags that contradict each other."""
     training.check_flags(args)
-    if args.llvip_root is not None and args.data_root is None:
-        raise InputError("--llvip-root goes with --data-root; without it the old domain is drawn")
+    if args.llvip_root is not None and not training.has_pairs(args):
+        raise InputError("--old-root, or --llvip-root, goes with --data-root; without it the old domain is drawn")
+    kaist = is_kaist(args.data_root)
+    for name in KAIST_FLAGS if not kaist else PAIR_FLAGS:
+        if getattr(args, name) is not None:
+            known = "KAIST's" if kaist else "not KAIST's"
+            raise InputError(f"--{name.replace('_', '-')}: the layout of {args.data_root} is {known}")
     if not args.freeze_stages or max(args.freeze_stages) > 4:
         raise InputError(f"--freeze-stages {args.freeze_stages}: expected numbers from 0 to 4")
     if args.target_labels == "none" and not (mixes(args) and args.ema_decay):
         raise InputError(
             "--target-labels none trains on the old domain's labels and on those of the averaged detector: give "
-            "--old-share above 0, with --data-root also --llvip-root, and --ema-decay above 0"
+            "--old-share above 0, with --data-root also --old-root, and --ema-decay above 0"
         )
 
 
@@ -240,8 +256,8 @@ def both_text(metrics: dict) -> str:
     new = {name: value for name, value in metrics.items() if name not in ("miss_rate", "old")}
     lines = [validation_text(new)]
     for mode, rows in metrics["miss_rate"].items():
-        rates = [f"{row} {'-' if rows[row] is None else f'{rows[row]:.1f}'}" for row in MISS_RATES]
-        lines.append(f"miss rate, {mode}: {', '.join(rates)}")
+        rates = [f"{row} {'-' if rows[row] is None else f'{rows[row]:.1f}'}" for row in MISS_RATES if row in rows]
+        lines.append(f"miss rate, {mode}: {'subset ' * (len(rates) == 1)}{', '.join(rates)}")
     lines += ["the domain of stage 1:" + validation_text(metrics["old"])] if "old" in metrics else []
     return "\n".join(lines)
 
@@ -250,7 +266,7 @@ def selection_metric(metrics: dict, by: str) -> tuple[float, float]:
     """The metric on the new domain that chooses best.pt, higher is better, and the one that breaks ties."""
     if by != "miss-rate":
         return training.best_metric(metrics, by)
-    rate = next(iter(metrics["miss_rate"].values()), {}).get("reasonable all")
+    rate = next((rate for rows in metrics["miss_rate"].values() for rate in rows.values()), None)  # the first row's
     return -math.inf if rate is None else -rate, training.best_metric(metrics, "ap")[1]
 
 
@@ -272,9 +288,12 @@ def main(arguments: list[str] | None = None) -> None:
     if resumed is None and args.init_from is None:
         args.init_from = newest_stage1()
     torch.manual_seed(args.seed)
-    detector, about_model = build_model(args, args.init_from, resumed)
-    train_data, val_data, old_val_data, registered, messages = open_data(args, detector.kwargs["classes"])
+    initial = read_checkpoint(resumed or args.init_from)
+    detector, about_model = build_model(args, initial, resumed)
+    old_reading = initial.get("old_reading" if resumed else "reading")
+    train_data, val_data, old_val_data, kept, messages = open_data(args, detector.kwargs["classes"], old_reading)
     messages += about_model
+    training.check_cameras(detector, *filter(None, (val_data, old_val_data)))
     detector = detector.to(device)
     if args.compile:
         detector.backbone.compile()
@@ -309,7 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     run = Run(
         args, SCRIPT, train_step, sampler, total_steps=total_steps, may_change=MAY_CHANGE,
-        constants={"model_kwargs": detector.kwargs, "register": registered},
+        constants={"model_kwargs": detector.kwargs} | kept,
         parts={} if keys is None else {"keys": keys},
     )  # fmt: skip
     run.say(*messages)

@@ -129,7 +129,10 @@ def rescale(boxes: Tensor, old: Size, new: Size) -> Tensor:
 
 
 def prepare_target(target: dict[str, Tensor], old: Size, new: Size) -> dict[str, Tensor]:
-    """The target in pixels of the resized image, its ignored boxes set apart under `ignored` (K, 4)."""
+    """The target in pixels of the resized image, its ignored boxes set apart under `ignored` (K, 4).
+
+    own_boxes (N, 2, 4): those of visible and of infrared, `boxes` twice where they share them.
+    """
     boxes = target["boxes"]
     if boxes.dim() != 2 or boxes.shape[1] != 4 or not (boxes[:, 2:] > boxes[:, :2]).all():
         raise ValueError(f"target boxes must be (N, 4) with x1 < x2 and y1 < y2, got {boxes.tolist()}")
@@ -137,7 +140,13 @@ def prepare_target(target: dict[str, Tensor], old: Size, new: Size) -> dict[str,
     ignore = target.get("ignore", torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device))
     kept = {key: target[key][~ignore] for key in ("labels", "visible_in", "keys") if key in target}
     whole = {key: target[key] for key in ("scene", "domain") if key in target}
-    return {"boxes": boxes[~ignore], "ignored": boxes[ignore], **kept, **whole}
+    own = rescale(own_boxes(target), old, new)[~ignore]
+    return {"boxes": boxes[~ignore], "own_boxes": own, "ignored": boxes[ignore], **kept, **whole}
+
+
+def own_boxes(target: dict[str, Tensor]) -> Tensor:
+    """(N, 2, 4): the boxes in visible and in infrared."""
+    return target.get("own_boxes", target["boxes"][:, None].expand(-1, 2, -1))
 
 
 def check_finite(tensors: Iterable[Tensor], what: str) -> None:

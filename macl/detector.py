@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import kernels
 import trainkit.distributed as distributed
 from macl.backbone import MODALITIES, Backbone
-from macl.boxes import Size, prepare_target, rescale
+from macl.boxes import Size, own_boxes, prepare_target, rescale
 from macl.contrast import MACLHead
 from macl.fpn import FPN
 from macl.fusion import Fusion
@@ -80,6 +80,7 @@ class PairedFasterRCNN(nn.Module):
         visible, infrared: (3, H, W) float images in 0..1. The two of a pair have one size; either list may be None.
         targets: per training image boxes (N, 4) float32, x1, y1, x2, y2 in pixels, and labels (N,) int64, from 1;
             optionally ignore (N,) bool, neither positive nor negative, and visible_in (N, 2) bool, per modality;
+            own_boxes (N, 2, 4), per modality, and present (2,) bool, which camera there is;
             for hard negatives scene () int64, equal for images that may show the same people, -1 for not known, and
             keys (N, 2, D), the boxes' embeddings by an averaged detector (`embed`), per modality.
         with_metrics: whether training returns (losses, metrics).
@@ -102,7 +103,8 @@ class PairedFasterRCNN(nn.Module):
         prepared, terms = [], []
         for group in features:
             wanted = [prepare_target(targets[place], old, new) for place, old, new in group.images]
-            fused = self.fusion(group.pyramids)
+            present = [targets[place].get("present") for place, _, _ in group.images]
+            fused = self.fusion(group.pyramids, present)
             proposals, rpn_terms = self.rpn(fused, group.sizes, group.batch_size, wanted)
             terms.append(rpn_terms | self.roi_head.losses(fused, proposals, wanted))
             prepared += wanted
@@ -121,7 +123,7 @@ class PairedFasterRCNN(nn.Module):
             raise ValueError("contrast needs both modalities in training; build the detector with macl_level='none'")
         # Boxes seen in one modality alone are left out, where that is known.
         seen = [target["visible_in"].all(dim=1) if "visible_in" in target else slice(None) for target in targets]
-        boxes = [target["boxes"][rows] for target, rows in zip(targets, seen, strict=True)]
+        boxes = [own_boxes(target)[rows] for target, rows in zip(targets, seen, strict=True)]
         scenes = keys = None
         if self.macl.hard is not None and all("scene" in target for target in targets):
             counts = torch.tensor(self.row_counts(boxes), device=boxes[0].device)
@@ -178,7 +180,7 @@ class PairedFasterRCNN(nn.Module):
     def embed(self, features: list[Features], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Embeddings (N, out_dim) of the visible and of the infrared images, one row per box or per image.
 
-        boxes: (n_i, 4) per image.
+        boxes: (n_i, 4) per image, or (n_i, 2, 4), those of visible and of infrared.
         """
         where = [image for group in features for image in group.images]
         boxes = [rescale(boxes[place], old, new) for place, old, new in where]
@@ -251,17 +253,19 @@ class PairedFasterRCNN(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Input (N, in_dim) of the contrastive head, of the visible and of the infrared pyramids.
 
-        boxes: (n_i, 4) per image, in the order of `features`, in pixels as resized.
+        boxes: (n_i, 4) or (n_i, 2, 4) per image, in the order of `features`, in pixels as resized.
         jitter: whether the infrared crops of level "crop" are moved and scaled a little, as cameras and boxes are.
         """
+        own = [box if box.dim() == 3 else box[:, None].expand(-1, 2, -1) for box in boxes]
+        boxes = {name: [box[:, place] for box in own] for place, name in enumerate(MODALITIES)}
         if self.macl_level == "crop":  # of all images at once: in each pass synchronised norms wait for all processes
-            moved = {"visible": boxes, "infrared": [jittered(box) for box in boxes] if jitter else boxes}
+            moved = boxes | ({"infrared": [jittered(box) for box in boxes["infrared"]]} if jitter else {})
             pixels = {name: [image for group in features for image in group.pixels[name]] for name in MODALITIES}
             return tuple(self.crop_features(name, pixels[name], moved[name]) for name in MODALITIES)
-        rows, boxes = {name: [] for name in MODALITIES}, iter(boxes)
+        rows, boxes = {name: [] for name in MODALITIES}, {name: iter(given) for name, given in boxes.items()}
         for group in features:
-            chosen = list(itertools.islice(boxes, len(group.images)))
             for name, pooled in rows.items():
+                chosen = list(itertools.islice(boxes[name], len(group.images)))
                 levels, scales = group.pyramids[name], self.roi_head.scales
                 if self.macl_level == "image":
                     pooled.append(torch.stack([level.mean(dim=(2, 3)) for level in levels]).mean(dim=0))

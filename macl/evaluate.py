@@ -6,7 +6,7 @@
     python -m macl.evaluate --dataset kaist --detections FILE.txt --annotations TEST.json      # no model
     python -m macl.evaluate --checkpoint best.pt --misalign 2 4 8                     # infrared moved to the right
 
-Average precision, and where occlusion and daytime are known (kaist, synthetic) the log-average miss rate.
+Average precision, and of people the log-average miss rate; of pairs, whose occlusion is unknown, that of all of them.
 """
 
 import argparse
@@ -18,13 +18,12 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from macl import data, evaluation
+from macl import data, evaluation, training
 from macl.build import MERGES, load_detector, read_checkpoint
 from macl.failures import write_failures
 from macl.metrics import could_count_from_zero, read_detections, write_detections
 from macl.plots import miss_rate_plot
 from macl.registration import correction
-from macl.training import add_pair_flags, add_registration_flags, choose_move, has_pairs, open_pairs, open_training
 from trainkit import distributed
 from trainkit.arguments import fraction, make_parser, non_negative_int, positive_int
 from trainkit.device import AUTOCAST
@@ -34,7 +33,7 @@ from trainkit.tables import aligned
 
 DOMAINS = {"night": data.NIGHT, "day-and-night": data.DAY_AND_NIGHT, "registered": data.DAY_AND_NIGHT_REGISTERED}
 NEEDS = {"split": "pairs", "image_set": "kaist", "annotations": "kaist", "detections": "kaist", "domain": "synthetic"}
-NEEDS |= {"infrared_to_visible": "pairs", "label_form": "pairs"}
+NEEDS |= dict.fromkeys(("infrared_to_visible", "infrared_range", "label_form", "labels_infrared", "suffixes"), "pairs")
 OUTPUTS = {"save_detections": (".txt", ".json"), "plot": (".png", ".pdf", ".svg")}
 
 
@@ -46,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged (EMA) weights if any, or raw ones")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=("pairs", "llvip", "kaist", "synthetic"),
-        help="which data set; llvip is one of pairs (default: pairs where some are named, else synthetic)")
+        help="which data set; llvip is one of pairs (default: as the folders are, else synthetic)")
     add("--data-root", metavar="PATH", help="the data set's own root")
-    add_pair_flags(add)
+    training.add_pair_flags(add)
     add("--split", metavar="NAME|FILE", help="pairs: a split, a list of names, or held-out for what stage 1 held out "
         "(default: test, val, all or train)")
     add("--image-set", metavar="NAME", help="kaist: a list in its imageSets, or a list's path (default: test-all-20)")
@@ -65,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--score-threshold", type=fraction, default=evaluation.SCORE_THRESHOLD, metavar="X", help="lowest score")
     add("--max-detections", type=positive_int, metavar="N",
         help="most detections per image, also for AP (default: 100; kaist: 1000, as its miss rate)")
-    add_registration_flags(add)
+    training.add_registration_flags(add)
     add("--misalign", type=int, nargs="+", default=[], metavar="PX",
         help="also with infrared moved to the right, and with each such pair registered")
     add("--batch-size", type=positive_int, default=4, metavar="N", help="images at once")
@@ -87,17 +86,18 @@ def check_flags(args: argparse.Namespace) -> None:
     """Refuses flags of another data set, and places that cannot be written, before the long part."""
     if (args.checkpoint is None) == (args.detections is None):
         raise InputError("expected either --checkpoint PATH or --detections FILE")
-    named = {None: "pairs" if has_pairs(args) else "synthetic", "llvip": "pairs"}
+    pairs = "kaist" if data.is_kaist(args.data_root) else "pairs"
+    named = {None: pairs if training.has_pairs(args) else "synthetic", "llvip": "pairs"}
     args.dataset = named.get(args.dataset, args.dataset)
-    if has_pairs(args) and args.dataset == "synthetic":
+    if training.has_pairs(args) and args.dataset == "synthetic":
         raise InputError("--data-root and --visible need --dataset pairs or kaist")
     for name, dataset in NEEDS.items():
         if getattr(args, name) is not None and args.dataset != dataset:
             raise InputError(f"--{name.replace('_', '-')} needs --dataset {dataset}")
     if (args.misalign or args.register != "none") and args.checkpoint is None:
         raise InputError("--misalign and --register need --checkpoint")
-    if args.dataset == "pairs" and not has_pairs(args):
-        raise InputError("--dataset pairs needs --data-root, or --visible, --infrared and --labels")
+    if args.dataset == "pairs" and not training.has_pairs(args):
+        raise InputError("--dataset pairs needs --data-root, or --labels with --visible, --infrared or both")
     if args.dataset == "kaist" and args.data_root is None and None in (args.detections, args.annotations):
         raise InputError("--dataset kaist needs --data-root, or --detections and --annotations FILE.json")
     for name in ("output", *OUTPUTS):
@@ -106,9 +106,8 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} {path}: expected a name that ends in {' or '.join(OUTPUTS[name])}")
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"{flag} {path}: the folder {path.parent} does not exist")
-    if args.dataset == "pairs" and (args.plot or args.miss_rate_script):
-        flag = "--plot" if args.plot else "--miss-rate-script"
-        raise InputError(f"{flag}: the annotations of pairs do not know occlusion, so there is no miss rate")
+    if args.dataset == "pairs" and args.miss_rate_script:
+        raise InputError("--miss-rate-script needs occlusion, which the annotations of pairs do not know")
     if args.worst is not None:
         args.worst = number(args.worst[0], "--worst N", 1, 1e6, whole=True), Path(args.worst[1])
     if args.worst is not None and args.checkpoint is None and args.data_root is None:
@@ -124,10 +123,10 @@ def open_dataset(args: argparse.Namespace, classes: Sequence[str], script: str |
         domain = args.domain or ("day-and-night" if script == "stage2" else "night")
         dataset = data.SyntheticPairs(args.count, args.seed, domain=DOMAINS[domain], classes=classes)
     elif args.split == "held-out":
-        _, dataset, _ = open_training(args, None, "held-out", classes)
+        _, dataset, _ = training.open_training(args, None, "held-out", classes)
     elif args.dataset == "pairs":
         splits = [args.split] if args.split else ["test", "val", "all", "train"]
-        dataset = open_pairs(args, *splits, classes=classes)
+        dataset = training.open_pairs(args, *splits, classes=classes)
         if dataset is None:
             raise InputError(
                 f"--split {args.split}: the data have none; expected train, val, test, all, held-out or a list"
@@ -171,18 +170,24 @@ def detect(args: argparse.Namespace, device: torch.device, max_detections: int) 
     detector = load_detector(args.checkpoint, weights=args.weights, checkpoint=checkpoint).to(device)
     detector.roi_head.max_detections = max_detections
     detector.merge = args.merge or detector.merge
-    classes, modes = detector.kwargs["classes"], detector.modes
+    classes = detector.kwargs["classes"]
     if len(classes) > 1 and args.save_detections is not None and args.save_detections.suffix == ".txt":
         raise InputError(f"--save-detections {args.save_detections}: lines know no class, this detector has several")
+    dataset = open_dataset(args, classes, checkpoint.get("script"))
+    reading, about = training.choose_reading(
+        args, dataset, checkpoint.get("reading") if args.dataset == "pairs" else None
+    )
+    (dataset,) = training.read_as(reading, dataset)
+    training.check_cameras(detector, dataset)
+    modes = {name: needed for name, needed in detector.modes.items() if set(needed) <= set(dataset.modalities)}
     if args.modality != "all":
         if args.modality not in modes:
-            raise InputError(f"--modality {args.modality}: this detector can only see with {', '.join(modes)}")
+            raise InputError(f"--modality {args.modality}: this detector can only see with {', '.join(modes)} here")
         modes = {args.modality: modes[args.modality]}
     if args.misalign and "both" not in modes:
         raise InputError(f"--misalign needs detections with both modalities, not with {', '.join(modes)} alone")
-    dataset = open_dataset(args, classes, checkpoint.get("script"))
-    move, _, messages = choose_move(args, dataset, checkpoint.get("register", "none"))
-    dataset = dataset.moved(move)
+    move, _, messages = training.choose_move(args, dataset, checkpoint.get("register", "none"))
+    dataset, messages = dataset.moved(move), about + messages
     options = {name: getattr(args, name) for name in ("batch_size", "workers", "amp", "score_threshold")}
     results = evaluation.predict(detector, dataset, modes=modes, device=device, **options)
     for pixels in args.misalign:
@@ -217,10 +222,11 @@ def write_files(args: argparse.Namespace, results: list[dict], metrics: dict) ->
         write_detections(path, [result["detections"][mode] for result in results])
         print(f"detections with {mode}: {path}")
     if args.plot:
-        drawn = {mode: rows["reasonable all"] for mode, rows in curves.items()}
+        first = next((row for rows in curves.values() for row in rows), "no person among the classes")
+        drawn = {mode: rows[first] for mode, rows in curves.items()}
         if len(curves) == 1:
             drawn = {f"{mode}, {row}": curve for mode, rows in curves.items() for row, curve in rows.items()}
-        miss_rate_plot(args.plot, drawn, title="reasonable")
+        miss_rate_plot(args.plot, drawn, title=first.removesuffix(" all"))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import trainkit.distributed as distributed
+from macl.backbone import MODALITIES
+from macl.boxes import own_boxes
 from macl.data import collate
 from macl.detector import Features, PairedFasterRCNN
 from macl.metrics import alignment, average_precision, miss_rate_by_script, miss_rate_curve, miss_rate_table
 from macl.metrics.average_precision import MAX_DETECTIONS, MEASURES
-from macl.metrics.miss_rate import DAYTIMES, FRAME
+from macl.metrics.miss_rate import FRAME, TABLE, row_name
 from trainkit.device import autocast, to_device
 from trainkit.loader import make_loader
 from trainkit.tables import aligned
@@ -30,16 +32,18 @@ def predict(
 ) -> list[dict]:  # fmt: skip
     """Run a detector on every sample of a paired data set, each on exactly one process.
 
-    modes: name -> modalities to detect with (see `PairedFasterRCNN.modes`), which share the features; empty for
-        embeddings alone
+    modes: name -> modalities to detect with (see `PairedFasterRCNN.modes`), which share the features, but for those
+        of a camera that the data set lacks; empty for embeddings alone
     between: called after every batch, see `distributed.in_step`
 
     Returns, on every process, one dict per image in the data set's order, on the CPU: image_id, size (H, W), classes
     (the names of labels 1, 2, ...), detections (by mode), ground_truth (the target, see `macl.data.collate`) and, with
     a contrastive head, embeddings (see `embed`).
     """
-    was_training = detector.training
+    was_training, modalities = detector.training, getattr(dataset, "modalities", MODALITIES)
     detector.eval()
+    modes = {name: needed for name, needed in modes.items() if set(needed) <= set(modalities)}
+    embeds = detector.macl is not None and len(modalities) == 2
     local = range(distributed.rank(), len(dataset), distributed.world_size())
     batches = [list(local[i : i + batch_size]) for i in range(0, len(local), batch_size)]
     loader = make_loader(dataset, batches, collate, workers=workers, device=device)
@@ -47,9 +51,9 @@ def predict(
     for batch in distributed.in_step(loader, len(batches), between):
         targets = batch["targets"]
         with autocast(amp, device):
-            extracted = detector.extract({name: to_device(batch[name], device) for name in ("visible", "infrared")})
+            extracted = detector.extract({name: to_device(batch[name], device) for name in modalities})
             detections = detector.detect_modes(extracted, modes, score_threshold=score_threshold)
-            embeddings = embed(detector, extracted, targets) if detector.macl is not None else None
+            embeddings = embed(detector, extracted, targets) if embeds else None
         for i, target in enumerate(targets):
             result = {
                 "image_id": batch["image_id"][i],
@@ -70,7 +74,8 @@ def embed(detector: PairedFasterRCNN, extracted: list[Features], targets: list[d
     Of its boxes that are not ignored, or one of the image. Where nobody knows what is seen, all are.
     """
     device = extracted[0].pyramids["visible"][0].device
-    visible, infrared = detector.embed(extracted, [target["boxes"][~target["ignore"]].to(device) for target in targets])
+    boxes = [own_boxes(target)[~target["ignore"]].to(device) for target in targets]
+    visible, infrared = detector.embed(extracted, boxes)
     per_box, both = detector.macl_level != "image", []
     for target in targets:
         kept = ~target["ignore"]
@@ -111,54 +116,57 @@ def detection_metrics(results: list[dict], max_detections: int = MAX_DETECTIONS)
 
 
 def miss_rate_tables(results: list[dict]) -> dict[str, dict[str, dict]]:
-    """Mode -> the rows of `metrics.miss_rate_table`; empty where occlusion or daytime is unknown."""
-    return {mode: miss_rate_table(*frames) for mode, frames in people_frames(results).items()}
+    """Mode -> the rows of `metrics.miss_rate_table` that the annotations can tell, see `people_frames`."""
+    frames, rows = people_frames(results)
+    return {mode: miss_rate_table(*both, rows) for mode, both in frames.items()}
 
 
 def miss_rates_by_script(results: list[dict]) -> dict[str, dict[str, float | None]]:
-    """Mode -> `metrics.miss_rate_by_script`."""
-    return {mode: miss_rate_by_script(*frames) for mode, frames in people_frames(results).items()}
+    """Mode -> `metrics.miss_rate_by_script`; empty where occlusion or daytime is unknown."""
+    frames, rows = people_frames(results)
+    return {mode: miss_rate_by_script(*both) for mode, both in frames.items() if rows is TABLE}
 
 
 def miss_rate_curves(results: list[dict]) -> dict[str, dict[str, dict]]:
-    """Mode -> "reasonable all", "reasonable day", "reasonable night" -> `metrics.miss_rate_curve` as lists.
+    """Mode -> the first row of each daytime, such as "reasonable night" -> `metrics.miss_rate_curve` as lists.
 
     The curve is a staircase: only the points at which the miss rate changes stay, and the last.
     """
-    curves = {}
-    for mode, frames in people_frames(results).items():
-        curves[mode] = {}
-        for daytime in DAYTIMES:
-            curve = miss_rate_curve(*frames, "reasonable", daytime)
+    frames, rows = people_frames(results)
+    curves = {mode: {} for mode in frames}
+    for mode, both in frames.items():
+        for row in (row for row in rows if row[0] == rows[0][0]):
+            curve = miss_rate_curve(*both, *row)
             kept = np.diff(curve["miss_rate"], prepend=100.0) != 0
             kept[-1:] = True
             points = {name: curve[name][kept].tolist() for name in ("fppi", "miss_rate")}
-            curves[mode][f"reasonable {daytime}"] = curve | points
+            curves[mode][row_name(*row)] = curve | points
     return curves
 
 
-def people_frames(results: list[dict]) -> dict[str, tuple[list[dict], list[dict]]]:
-    """Mode -> (detections, ground truth) of people, as `metrics.miss_rate_table` takes them; other classes are ignored.
+def people_frames(results: list[dict]) -> tuple[dict[str, tuple[list[dict], list[dict]]], list[tuple[str, str]]]:
+    """Mode -> (detections, ground truth) of people, as `metrics.miss_rate_table` takes them; and its rows.
 
-    Frames are stretched to KAIST's size, for which its heights and borders are meant.
+    Frames are stretched to KAIST's size, for which its heights and borders are meant. Other classes are ignored.
+    Without person there is nothing; where occlusion or daytime is unknown, the subset all is the one row.
     """
     classes = list(results[0]["classes"])
+    if "person" not in classes:
+        return {}, []
     known = all({"occlusion", "daytime"} <= result["ground_truth"].keys() for result in results)
-    if not known or "person" not in classes:
-        return {}
     person = 1 + classes.index("person")
     frames, detections = [], {mode: [] for mode in results[0]["detections"]}
     for result in results:
         height, width = result["size"]
         stretch = [FRAME[0] / width, FRAME[1] / height] * 2
-        target = result["ground_truth"]
+        target = {"occlusion": torch.zeros_like(result["ground_truth"]["labels"])} | result["ground_truth"]
         boxes, ignore = target["boxes"], target["ignore"] | (target["labels"] != person)
         frames.append(target | {"boxes": boxes * boxes.new_tensor(stretch), "ignore": ignore})
         for mode, outputs in result["detections"].items():
             people = outputs["labels"] == person
             boxes = outputs["boxes"][people]
             detections[mode].append({"boxes": boxes * boxes.new_tensor(stretch), "scores": outputs["scores"][people]})
-    return {mode: (outputs, frames) for mode, outputs in detections.items()}
+    return {mode: (outputs, frames) for mode, outputs in detections.items()}, TABLE if known else [("all", "all")]
 
 
 def alignment_metrics(results: list[dict]) -> dict | None:

@@ -19,10 +19,16 @@ class Fusion(nn.Module):
             raise ValueError(f"modality_dropout {dropout}: expected two probabilities, their sum at most 1")
         self.kind, self.dropout = kind, dropout
 
-    def forward(self, pyramids: dict[str, list[Tensor]]) -> list[Tensor]:
-        """pyramids: maps (B, C, H_l, W_l) of "visible", "infrared" or both. -> (B, C, H_l, W_l)."""
+    def forward(self, pyramids: dict[str, list[Tensor]], given: list[Tensor | None] | None = None) -> list[Tensor]:
+        """pyramids: maps (B, C, H_l, W_l) of "visible", "infrared" or both. -> (B, C, H_l, W_l).
+
+        given: (2,) bool per image, the cameras there are; None for both.
+        """
         finest, *_ = next(iter(pyramids.values()))
         present = self.sample_modality_mask(len(finest)) if self.training and len(pyramids) == 2 else None
+        if any(one is not None for one in given or ()):
+            given = torch.stack([torch.ones(2, dtype=torch.bool) if one is None else one.cpu() for one in given])
+            present = given if present is None else torch.where(given.all(1, keepdim=True), present, given)
         if self.kind in ("visible", "infrared"):
             if self.kind not in pyramids:
                 raise ValueError(f"this model detects in {self.kind} images alone, and none was given")

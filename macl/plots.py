@@ -68,7 +68,9 @@ def draw_validation(folder: Path, epoch: int, dataset, results: list[dict]) -> N
         sample, result = dataset[index], results[index]
         detections = next(iter(result["detections"].values()))
         truth, classes = result["ground_truth"], result["classes"]
-        picture = draw_detections(sample["visible"], sample["infrared"], detections, truth, classes=classes)
+        present = zip(("visible", "infrared"), sample.get("present", (True, True)), strict=True)
+        images = [sample[name] if there else None for name, there in present]
+        picture = draw_detections(*images, detections, truth, classes=classes)
         with whole_file(folder / f"validation-{index}.png") as file:
             picture.save(file, "PNG")
     if "embeddings" in results[0] and find_spec("matplotlib") and find_spec("sklearn"):

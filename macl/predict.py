@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from macl.backbone import MODALITIES
 from macl.build import load_detector, read_checkpoint
-from macl.data import find_pairs, moved, read_onto, read_pair, to_float
+from macl.data import find_pairs, moved, read_pair, to_float
+from macl.data.onto import Onto
 from macl.explain import explain, has_reasons
 from macl.plots import draw_detections
-from macl.training import add_onto_flag, add_registration_flags, choose_move
+from macl.training import add_reading_flags, add_registration_flags, choose_move, choose_reading, onto_of
 from macl.video import Videos
 from trainkit.arguments import finite_float, fraction, make_parser, non_negative_float
 from trainkit.errors import InputError, one_line, one_sentence
@@ -51,20 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-score", type=fraction, default=0.3, metavar="X", help="lowest score written and drawn")
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights if any, or raw ones")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--suffixes", nargs=2, default=("", ""), metavar=("VISIBLE", "INFRARED"),
-        help="what ends the names, such as _RGB _PreviewData; both folders may then be the same")
     add("--offset", type=finite_float, metavar="SECONDS",
         help="videos: so much later than visible did infrared begin (0)")
     add("--tolerance", type=non_negative_float, metavar="SECONDS",
         help="videos: most time between the frames of a pair (half a frame of the faster camera)")
     add("--explain", action="store_true", help="show which camera alone finds each box, and where MSP looks")
-    add_onto_flag(add)
+    add_reading_flags(add)
     add_registration_flags(add)
+    parser.set_defaults(boxes=None)
 # fmt: on
 
 
-def open_source(args: argparse.Namespace) -> "Images | Videos":
-    """What the flags name. Raises InputError for what is missing, and for flags that do not go together."""
+def open_source(args: argparse.Namespace, onto: Onto) -> "Images | Videos":
+    """What the flags name, infrared read by `onto`. Raises InputError for what is missing or does not go together."""
     given = {name: getattr(args, name) for name in ("visible", "infrared") if getattr(args, name) is not None}
     if not given:
         raise InputError("give --visible, --infrared or both")
@@ -77,16 +77,15 @@ def open_source(args: argparse.Namespace) -> "Images | Videos":
     for flag in ("offset", "tolerance"):
         if getattr(args, flag) is not None and not (all(video.values()) and len(given) == 2):
             raise InputError(f"--{flag} needs two videos, --visible and --infrared")
-    onto = read_onto(args.infrared_to_visible)
     if not any(video.values()):
-        return Images(find_pairs(args.visible, args.infrared, args.suffixes), onto)
+        return Images(find_pairs(args.visible, args.infrared, args.suffixes or ("", "")), onto)
     return Videos(given, onto, offset=args.offset or 0.0, tolerance=args.tolerance)
 
 
 class Images:
     """Pairs of image files, with the interface of `Videos`."""
 
-    def __init__(self, pairs: list[tuple[Path | None, Path | None]], onto=None):
+    def __init__(self, pairs: list[tuple[Path | None, Path | None]], onto: Onto):
         self.pairs, self.onto, self.total = pairs, onto, len(pairs)
 
     def __iter__(self) -> Iterator[tuple[dict, dict, dict]]:
@@ -126,7 +125,7 @@ def relative(paths: dict, output: Path, as_is: bool) -> dict:
 def detected(args, source: Images | Videos, move, detector, output: Path, signals: Signals) -> Iterator[dict]:
     """Detect and draw until the end or a signal; -> what json says of each picture."""
     video, classes = isinstance(source, Videos), detector.kwargs["classes"]
-    as_is, start = source.onto is None and move == (0, 0), None
+    as_is, start = not source.onto.places and move == (0, 0), None
     file = video_writer(output / VIDEO, source.rate) if video else contextlib.nullcontext()
     with file as add_frame:
         for sample, paths, stamp in tqdm(source, total=source.total, unit="frame", disable=None if video else True):
@@ -160,14 +159,15 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     checkpoint = read_checkpoint(args.checkpoint)
     detector = load_detector(args.checkpoint, weights=args.weights, checkpoint=checkpoint).to(args.device)
-    source, needed = open_source(args), detector.fusion.kind
+    reading, about = choose_reading(args, None, checkpoint.get("reading"))
+    source, needed = open_source(args, onto_of(reading)), detector.fusion.kind
     if needed in MODALITIES and getattr(args, needed) is None:
         raise InputError(f"this detector sees with {needed} images alone: give --{needed}")
     if args.explain and not has_reasons(detector, len([name for name in MODALITIES if getattr(args, name)])):
         raise InputError("--explain: this detector has nothing to show of one camera: no MSP, or one with a gate of 0")
     detector.roi_head.score_threshold = args.min_score
     move, _, messages = register(args, source, checkpoint.get("register", "none"))
-    for message in messages:
+    for message in about + messages:
         print(message)
     output = Path(args.output)
     with writing(output):

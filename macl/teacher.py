@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from macl.backbone import MODALITIES
+from macl.boxes import own_boxes
 from macl.detector import PairedFasterRCNN
 
 DECAY = 0.98  # of the moving average that embeds keys
@@ -31,7 +33,7 @@ class KeyEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, visible: list[Tensor], infrared: list[Tensor], targets: list[dict]) -> list[dict]:
         """The targets with keys (n_i, 2, D), one row per box and modality; see `PairedFasterRCNN.forward`."""
-        boxes, average = [target["boxes"] for target in targets], self.average.module
+        boxes, average = [own_boxes(target) for target in targets], self.average.module
         rows = torch.stack(average.embed(average.extract({"visible": visible, "infrared": infrared}), boxes), dim=1)
         rows = rows.split([len(box) for box in boxes])
         return [target | {"keys": keys} for target, keys in zip(targets, rows, strict=True)]
@@ -51,7 +53,10 @@ class Labeller:
     def __call__(self, visible: list[Tensor], infrared: list[Tensor], targets: list[dict]) -> list[dict]:
         """The targets, with detections as labels where the domain is NEW; see `PairedFasterRCNN.forward`."""
         features = self.detector.extract({"visible": visible, "infrared": infrared})
-        found = self.detector.detect(features, score_threshold=UNSURE)
+        alone = (target["present"] for target in targets if target["domain"] == NEW and "present" in target)
+        given = next(alone, torch.ones(2, dtype=torch.bool)).tolist()  # all of a domain have the same cameras
+        modalities = [name for name, present in zip(MODALITIES, given, strict=True) if present]
+        found = self.detector.detect(features, modalities, score_threshold=UNSURE)
         return [
             self.labelled(target, one) if target["domain"] == NEW else target
             for target, one in zip(targets, found, strict=True)
@@ -59,5 +64,6 @@ class Labeller:
 
     def labelled(self, target: dict, found: dict) -> dict:
         """A target whose labels are detections."""
-        own = {key: value for key, value in target.items() if key in ("scene", "domain")}
+        own = {key: value for key, value in target.items() if key in ("scene", "domain", "present")}
+        own |= {"visible_in": own["present"].expand(len(found["boxes"]), 2)} if "present" in own else {}
         return own | {"boxes": found["boxes"], "labels": found["labels"], "ignore": found["scores"] < self.threshold}

@@ -6,22 +6,28 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from macl.data import AugmentedDataset, PairedAugmentation, Pairs, collate, hold_out, open_root, read_onto
-from macl.data.layouts import ALL, FORMS
+from macl.data import AugmentedDataset, Onto, PairedAugmentation, PairedDataset, Pairs, collate, hold_out
+from macl.data.folders import open_root
+from macl.data.layouts import ALL
+from macl.data.onto import read_onto
+from macl.data.sample import BOXES
 from macl.detector import PairedFasterRCNN
 from macl.evaluation import alignment_metrics, detection_metrics, predict
 from macl.registration import MOST, correction, rig_shift
 from trainkit.arguments import fraction, non_negative_float, non_negative_int, positive_int
 from trainkit.device import to_device
 from trainkit.errors import InputError
-from trainkit.files import shown
+from trainkit.files import deep_values, numbers, shown
 from trainkit.loader import make_loader
 from trainkit.sampler import ResumableSampler
 from trainkit.step import TrainStep, print_step
 
+READING = ("infrared_to_visible", "infrared_range", "boxes")  # flags that a checkpoint keeps
+LEVELS = (0.1, 99.9)  # percentiles of infrared's values that become black and white
 AGREEING = 0.5  # least share of the pairs that makes a rig
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
 
@@ -54,9 +60,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the backbone and the neck")
 
 
-def add_onto_flag(add: Callable) -> None:
-    add("--infrared-to-visible", metavar="resize|FILE",
+def add_reading_flags(add: Callable) -> None:
+    """How images are paired and read: the flags of READING but for --boxes. add: the `add_argument` of a group."""
+    add("--suffixes", nargs=2, metavar=("VISIBLE", "INFRARED"), help="what ends the names of images in one folder")
+    add("--infrared-to-visible", metavar="none|resize|FILE",
         help="how infrared becomes as large as visible: resized, or by the 3 x 3 homography in a .json or .npy file")
+    add("--infrared-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="values of more than 8 bits that become black and white (default: percentiles of the training pairs)")
 
 
 def add_registration_flags(add: Callable) -> None:
@@ -71,35 +81,96 @@ def add_registration_flags(add: Callable) -> None:
 def add_pair_flags(add: Callable) -> None:
     """The flags that name pairs beside --data-root. add: the `add_argument` of a group."""
     add("--visible", metavar="DIR", help="instead of --data-root: the visible images, ...")
-    add("--infrared", metavar="DIR", help="... the infrared images of the same names, ...")
+    add("--infrared", metavar="DIR", help="... the infrared images of the same names (one of both for one camera), ...")
     add("--labels", metavar="PATH", help="... and their labels: a folder of .txt or .xml files, or a COCO json")
-    add("--label-form", choices=tuple(FORMS), help="YOLO's .txt, COCO's json, VOC's .xml (default: what is there)")
-    add_onto_flag(add)
-    add("--suffixes", nargs=2, metavar=("VISIBLE", "INFRARED"), help="what ends the names of images in one folder")
+    add("--labels-infrared", metavar="PATH", help="labels of infrared, where --labels are those of visible alone")
+    add("--label-form", choices=("voc", "yolo", "coco"), help="VOC's .xml, YOLO's .txt, COCO's json (default: what is "
+        "there)")
+    add("--boxes", choices=BOXES, help="what is detected where each camera has boxes of its own (default: visible)")
+    add_reading_flags(add)
+
+
+def add_split_flags(add: Callable) -> None:
+    add("--split", metavar="NAME|FILE", help="training pairs: a split, or a list of names (default: train, or all)")
+    add("--val-split", metavar="NAME|FILE", help="validation pairs, held-out for a part of training's (default: val, "
+        "or held-out)")
 # fmt: on
 
 
 def has_pairs(args: argparse.Namespace) -> bool:
     """Whether pairs are named, rather than drawn. Raises InputError where they are named in part or twice."""
-    places = [args.visible, args.infrared, args.labels]
-    if any(places) and (args.data_root is not None or None in places):
-        raise InputError("expected --data-root ROOT, or --visible DIR --infrared DIR --labels PATH")
-    if args.infrared_to_visible and args.data_root is None and not any(places):
-        raise InputError("--infrared-to-visible needs --data-root, or --visible, --infrared and --labels")
-    return args.data_root is not None or all(places)
+    images, labels = args.visible or args.infrared, args.labels
+    if (images or labels) and (args.data_root is not None or None in (images, labels)):
+        raise InputError("expected --data-root ROOT, or --labels PATH with --visible DIR, --infrared DIR or both")
+    for name in (*READING, "labels_infrared", "suffixes"):
+        if getattr(args, name) is not None and args.data_root is None and not labels:
+            raise InputError(f"--{name.replace('_', '-')} needs --data-root, or --visible, --infrared and --labels")
+    return args.data_root is not None or labels is not None
 
 
 def open_pairs(args: argparse.Namespace, *splits: str, classes: Sequence[str] | None) -> Pairs | None:
     """The first of the splits that the named pairs have, see `open_root`; None without any. classes: None for all."""
-    options = {"form": args.label_form, "suffixes": args.suffixes}
+    options = {"form": args.label_form, "suffixes": args.suffixes, "labels_infrared": args.labels_infrared}
     options = {name: value for name, value in options.items() if value is not None} | {"classes": classes}
-    pairs = None
     if args.data_root is not None:
-        pairs = open_root(args.data_root, *splits, **options)
-    elif split := next((split for split in splits if split == ALL or Path(split).is_file()), None):
-        named = {} if split == ALL else dict(listed=Path(split), split=Path(split).stem)
-        pairs = Pairs(args.visible, args.infrared, args.labels, **options | named)
-    return None if pairs is None else pairs.with_onto(read_onto(args.infrared_to_visible))
+        return open_root(args.data_root, *splits, **options)
+    split = next((split for split in splits if split == ALL or Path(split).is_file()), None)
+    named = {} if split == ALL else dict(listed=Path(split or ""), split=Path(split or "").stem)
+    return split and Pairs(args.visible, args.infrared, args.labels, **options | named)
+
+
+def choose_reading(
+    args: argparse.Namespace, dataset: PairedDataset | None, trained: Mapping | None = None
+) -> tuple[dict, list[str]]:
+    """READING by name as plain values: as the flags say, or the detector was trained; and sentences about it.
+
+    trained: what a checkpoint holds of it. Where nothing tells a range, it is between percentiles of the data's values.
+    """
+    trained, reading, messages = trained if isinstance(trained, Mapping) else {}, {}, []
+    for name in READING:
+        given, kept, flag = getattr(args, name), trained.get(name), f"--{name.replace('_', '-')}"
+        reading[name] = kept if given is None else given
+        if name == "infrared_to_visible" and given is not None:
+            onto = read_onto(given)
+            reading[name] = "resize" if onto.resize else None if onto.homography is None else onto.homography.tolist()
+        if trained and reading[name] != kept:
+            messages.append(
+                f"Warning: the detector was trained with {flag} {shown(kept)}, this is {shown(reading[name])}"
+            )
+        elif kept is not None:
+            messages.append(f"as in training: {flag} {shown(kept)}")
+    if dataset is None:
+        return reading, messages
+    if not dataset.own_boxes and args.boxes in ("infrared", "both"):
+        raise InputError(f"--boxes {args.boxes}: both cameras share the boxes of {dataset.source}")
+    paths = [pair.infrared for pair in dataset.pairs[:: max(1, len(dataset) // 64)] if pair.infrared is not None]
+    if reading["infrared_range"] is None and paths and deep_values(paths[0]) is not None:
+        values = [values[::4, ::4].ravel() for values in map(deep_values, paths) if values is not None]
+        low, high = np.percentile(np.concatenate(values), LEVELS).tolist()
+        reading["infrared_range"] = low, high = [low, max(high, low + 1e-3)]
+        messages.append(
+            f"--infrared-range {low:g} {high:g}: percentiles {LEVELS[0]} and {LEVELS[1]} of {len(paths)} images"
+        )
+    return reading, messages
+
+
+def onto_of(reading: Mapping) -> Onto:
+    """What `choose_reading` says of infrared. Raises InputError for what no flag could say, out of a checkpoint."""
+    levels = reading["infrared_range"]
+    if reading["boxes"] not in (None, *BOXES):
+        raise InputError(f"the checkpoint's boxes are {shown(reading['boxes'])}; expected {', '.join(BOXES)}")
+    return read_onto(reading["infrared_to_visible"], levels and numbers(levels, "the checkpoint's infrared_range", 2))
+
+
+def read_as(reading: Mapping, *datasets: PairedDataset) -> list[PairedDataset]:
+    return [dataset.with_onto(onto_of(reading), reading["boxes"]) for dataset in datasets]
+
+
+def check_cameras(detector: PairedFasterRCNN, *datasets: PairedDataset) -> None:
+    """Raises InputError where the detector cannot work with the only camera of a data set."""
+    for alone in (dataset.modalities[0] for dataset in datasets if len(dataset.modalities) == 1):
+        if detector.fusion.kind not in ("mean", alone) or (detector.macl and detector.macl_level == "image"):
+            raise InputError(f"the data are {alone} images alone, and the detector needs those of the other camera")
 
 
 def open_training(args: argparse.Namespace, split: str | None, held: str | None, classes: Sequence[str] | None):
@@ -117,8 +188,8 @@ def open_training(args: argparse.Namespace, split: str | None, held: str | None,
     if validation is not None and validation.split == train.split:
         validation = None
     test = open_pairs(args, "test", classes=train.classes) if train.split == ALL else None
-    known = {pair.visible for other in (validation, test) if other is not None for pair in other.pairs}
-    kept = [index for index, pair in enumerate(train.pairs) if pair.visible not in known]
+    known = {pair[:2] for other in (validation, test) if other is not None for pair in other.pairs}
+    kept = [index for index, pair in enumerate(train.pairs) if pair[:2] not in known]
     train = train if len(kept) == len(train) else train.subset(kept, "in no other split")
     if validation is None:
         return hold_out(train)
@@ -146,6 +217,8 @@ def choose_move(
     Raises InputError where a rig is asked for and the pairs do not agree on a shift.
     """
     move, name, messages, most = (0, 0), args.register, [], tuple(args.register_most)
+    if name != "none" and len(getattr(dataset, "modalities", "ab")) < 2:
+        raise InputError(f"--register {name} needs images of both cameras")
     if args.register == "each":
         move = functools.partial(correction, most=most)
         messages.append("infrared is registered pair by pair")
@@ -233,7 +306,7 @@ def validate(
 def best_metric(metrics: dict, by: str) -> tuple[float, float]:
     """The metric `by` ("ap50", "ap" or "r1") of the first mode, and its AP50:95, which breaks ties; -inf if unknown."""
     first = next(iter(metrics.values()))
-    values = metrics["alignment"]["r1"] if by == "r1" else first[by], first["ap"]
+    values = (metrics["alignment"] or {}).get("r1") if by == "r1" else first[by], first["ap"]
     return tuple(-float("inf") if value is None else value for value in values)
 
 

@@ -150,7 +150,7 @@ def test_wrong_flags_end_in_one_sentence(begun, tuned, tmp_path, capsys):
         output = ("--output", tmp_path / "run")
         return refused(capsys, train_stage2.main, *STAGE_2, "--init-from", begun, *output, *flags)
 
-    assert "--llvip-root goes with --data-root" in say("--llvip-root", tmp_path)
+    assert "--llvip-root, goes with --data-root" in say("--llvip-root", tmp_path)
     assert "--old-share: expected a number of at least 0 and below 1" in say("--old-share", 1)
     assert "--freeze-stages" in say("--freeze-stages", 5)
     assert "--dhn-size 0" in say("--macl-weight", 0)
@@ -166,7 +166,7 @@ def test_wrong_flags_end_in_one_sentence(begun, tuned, tmp_path, capsys):
     torch.save(before | bare | {"model_kwargs": before["model_kwargs"] | {"macl_level": "none"}}, headless)
     assert "fit together: dhn_size" in say("--init-from", headless)
     assert "--best-by r1 needs" in say("--best-by", "r1", "--dhn-size", 0, "--init-from", headless)
-    assert "nothing does not hold" in say("--data-root", tmp_path / "nothing")
+    assert "nothing holds no pairs in a known layout" in say("--data-root", tmp_path / "nothing")
     assert "was not written by torch.save" in say("--init-from", tuned / "args.json")
     assert not (tmp_path / "run").exists()
 

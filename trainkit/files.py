@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -36,6 +37,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "AVIF")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif")
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of damage reaches the terminal
 _EXIF_ORIENTATION = 0x0112
+_DEEP = ("I", "F")  # modes of grey pictures of more than 8 bits begin so
 _TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # orientation -> Image.Transpose
 # Every file that torch.save wrote starts with one of these: a zip archive, or the pickled number of the older layout.
 _TORCH_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19")
@@ -168,38 +170,17 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every build
 
 
-def open_image(
-    path: str | Path, named_by: str = "", *, content: bytes | None = None, at_least: int | None = None
-) -> Image.Image:
-    """A picture of 8 bits per channel as RGB, turned as its EXIF orientation says, without its transparency.
-
-    Refused are files that are missing, damaged or of none of FORMATS, more than MAX_PIXELS, a side above MAX_SIDE, and
-    more than 8 bits per channel.
-
-    named_by: the data file that names it
-    content: the picture, instead of the file's
-    at_least: pixels of the short side down to which a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, rounded up, in a
-        part of the time; None: whole
-    """
-    name = f"{path} (named by {named_by})" if named_by else str(path)
-    if content is None:
-        regular_file(path, f"a picture, named by {named_by}; is the image root right?" if named_by else "a picture")
-    opened = path if content is None else io.BytesIO(content)
+@contextlib.contextmanager
+def _opened(path: str | Path, name: str, content: bytes | None = None) -> Iterator[Image.Image]:
+    """A picture that is decoded when it is used; whatever Pillow says of it is an InputError. name: for messages."""
+    source = path if content is None else io.BytesIO(content)
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(opened, formats=_formats()) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(source, formats=_formats()) as image:
             width, height = image.size
             if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
                 limits = f"at most {MAX_PIXELS}, {MAX_SIDE} per side, are read"
                 raise InputError(f"{name} has {width} x {height} pixels; {limits}")
-            deep = image.format in ("PNG", "TIFF") and ";16" in str(image.tile)  # as RGB they would lose low bytes
-            if deep or image.mode.startswith(("I", "F")):
-                raise InputError(f"{name} has more than 8 bits per channel; scale it to 8 bits first")
-            turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION))
-            if at_least is not None:
-                image.draft(None, (at_least, at_least))
-            # A palette with transparency cannot become RGB directly.
-            rgb = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
-            return rgb if turn is None else rgb.transpose(turn)
+            yield image
     except InputError:
         raise
     except Exception as error:  # Pillow raises what its decoders happen to raise
@@ -211,16 +192,52 @@ def open_image(
         raise InputError(f"{name} cannot be decoded as an image: {problem}") from error
 
 
+def open_image(
+    path: str | Path, named_by: str = "", *, content: bytes | None = None,
+    levels: tuple[float, float] | None = None, at_least: int | None = None,
+) -> Image.Image:  # fmt: skip
+    """A picture of 8 bits per channel as RGB, turned as its EXIF orientation says, without its transparency.
+
+    Refused are files that are missing, damaged or of none of FORMATS, more than MAX_PIXELS, a side above MAX_SIDE, and
+    more than 8 bits per channel, unless grey and with `levels`.
+
+    named_by: the data file that names it
+    content: the picture, instead of the file's
+    levels: the values of more than 8 bits that become 0 and 255
+    at_least: pixels of the short side down to which a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, rounded up, in a
+        part of the time; None: whole
+    """
+    name = f"{path} (named by {named_by})" if named_by else str(path)
+    if content is None:
+        regular_file(path, f"a picture, named by {named_by}; is the image root right?" if named_by else "a picture")
+    with _opened(path, name, content) as image:
+        deep = image.mode.startswith(_DEEP)
+        if (deep and levels is None) or (not deep and image.format in ("PNG", "TIFF") and ";16" in str(image.tile)):
+            advice = "scale it to 8 bits first, or of infrared by --infrared-range where a command has it"
+            raise InputError(f"{name} has more than 8 bits per channel; {advice}")  # as RGB they would lose low bytes
+        turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION))
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
+        if deep:
+            values = (deep_values(path) - levels[0]) * (255 / (levels[1] - levels[0]))
+            image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+        # A palette with transparency cannot become RGB directly.
+        rgb = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+        return rgb if turn is None else rgb.transpose(turn)
+
+
+def deep_values(path: str | Path) -> np.ndarray | None:
+    """The values (H, W) float32 of a grey picture of more than 8 bits; None for any other."""
+    with _opened(regular_file(path, "a picture"), str(path)) as image:
+        values = np.asarray(image).astype(np.float32) if image.mode.startswith(_DEEP) else None
+    return None if values is None else np.nan_to_num(values, posinf=0, neginf=0)
+
+
 def picture_size(path: str | Path) -> tuple[int, int]:
     """Width and height of a picture as `open_image` turns it, from its first bytes."""
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(regular_file(path), formats=_formats()) as image:
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in range(5, 9)
-            return image.size[::-1] if turned else image.size
-    except InputError:
-        raise
-    except Exception as error:  # Pillow raises what its decoders happen to raise
-        raise InputError(f"{path} cannot be decoded as an image: {reason(error)}") from error
+    with _opened(regular_file(path), str(path)) as image:
+        turned = image.getexif().get(_EXIF_ORIENTATION, 1) in range(5, 9)
+        return image.size[::-1] if turned else image.size
 
 
 # --- Torch files ---

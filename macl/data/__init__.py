@@ -3,7 +3,7 @@
 from macl.data.annotation import refuse_absent_classes
 from macl.data.folders import LLVIP, Pairs, open_root
 from macl.data.joint import JointDataset
-from macl.data.kaist import KAIST, read_ground_truth
+from macl.data.kaist import KAIST, is_kaist, read_ground_truth
 from macl.data.onto import Onto, read_onto
 from macl.data.pairs import PairedDataset, hold_out
 from macl.data.sample import collate, find_pairs, moved, put_together, read_image, read_pair, to_float

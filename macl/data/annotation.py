@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import clip_boxes_to_image
+from torchvision.ops import box_iou, clip_boxes_to_image
 
 from macl.data.sample import PER_BOX
 from trainkit.errors import InputError
 from trainkit.files import shown
+
+SAME = 0.3  # least overlap of an object's boxes in both cameras, where nothing else joins them
 
 
 class Object(NamedTuple):
@@ -19,14 +21,17 @@ class Object(NamedTuple):
     box: tuple[float, float, float, float] | None = None  # x1, y1, x2, y2 in pixels; None for classes not asked for
     ignore: bool = False  # as the annotation marks it
     occlusion: int = 0  # 0 none, 1 partial, 2 heavy
+    key: int | None = None  # the same in the labels of both cameras
+    infrared: tuple[float, float, float, float] | None = None  # of joined labels; None, as `box`, where it is not seen
 
 
 class Labels(NamedTuple):
-    """The content of an annotation file for one pair."""
+    """The content of an annotation file for one pair; or, joined, those of visible and of infrared."""
 
     place: str  # the file, and where in it, for messages
     size: tuple[int, int] | None  # width, height in pixels; None where the file does not say it
     objects: list[Object]
+    joined: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Annotation:
     ignore: Tensor  # (N,) bool
     occlusion: Tensor | None = None  # (N,) int64
     visible_in: Tensor | None = None  # (N, 2) bool
+    boxes_infrared: Tensor | None = None  # (N, 4) float32, like `boxes`, which are then visible's
     clipped: int = 0  # boxes that reached out of the image
     dropped: int = 0  # boxes without area in the image, left out
 
@@ -77,26 +83,49 @@ def annotate(
         name = next(item.name for item in labels.objects if item.name not in known)
         raise InputError(f"{labels.place} names an object {shown(name)}; expected {', '.join(dict.fromkeys(known))}")
     numbers = [1 + classes.index(item.name if item.name in classes else "person") for item in kept]
-    boxes = torch.tensor([item.box for item in kept], dtype=torch.float64).reshape(-1, 4)
     occlusion = torch.tensor([item.occlusion for item in kept], dtype=torch.int64)
     ignore = torch.tensor([item.ignore or item.name not in classes for item in kept], dtype=torch.bool)
-    ignore |= boxes[:, 3] - boxes[:, 1] < min_height - 1e-6  # y + h - y need not be h
+    rows = [(item.box or item.infrared, item.infrared or item.box) for item in kept]
+    boxes = torch.tensor(rows, dtype=torch.float64).reshape(-1, 2, 4)  # of visible, of infrared
+    ignore |= boxes[:, 0, 3] - boxes[:, 0, 1] < min_height - 1e-6  # y + h - y need not be h
     if max_occlusion is not None:
         ignore |= occlusion > max_occlusion
     inside = clip_boxes_to_image(boxes, labels.size[::-1]) if clip else boxes
     rounded = inside.float()
-    remains = (rounded[:, :2] < rounded[:, 2:]).all(dim=1)
+    remains = (rounded[..., :2] < rounded[..., 2:]).all(dim=2).all(dim=1)
+    seen = torch.tensor([(item.box is not None, item.infrared is not None) for item in kept]).reshape(-1, 2).bool()
     return Annotation(
         place=labels.place,
         size=labels.size,
         names=[item.name for item in labels.objects],
-        boxes=rounded[remains],
+        boxes=rounded[remains, 0],
         labels=torch.tensor(numbers, dtype=torch.int64)[remains],
         ignore=ignore[remains],
         occlusion=None if max_occlusion is None else occlusion[remains],
-        clipped=int((inside != boxes).any(dim=1)[remains].sum()),
+        visible_in=seen[remains] if labels.joined else None,
+        boxes_infrared=rounded[remains, 1] if labels.joined else None,
+        clipped=int((inside != boxes).flatten(1).any(dim=1)[remains].sum()),
         dropped=int((~remains).sum()),
     )
+
+
+def join(visible: Labels, infrared: Labels) -> Labels:
+    """The objects of both cameras row by row: those of one key or, without keys, of one name that overlap most."""
+    first, second = visible.objects, infrared.objects
+    boxes = [torch.tensor([item.box or (0, 0, 0, 0) for item in items], dtype=torch.float64).reshape(-1, 4)
+             for items in (first, second)]  # fmt: skip
+    keyed = all(item.key is not None for item in (*first, *second))
+    same = [one.key == other.key if keyed else one.name == other.name for one in first for other in second]
+    score = torch.tensor(same, dtype=torch.float64).reshape(len(first), len(second))
+    score, rows, left = score if keyed else score * box_iou(*boxes).nan_to_num(), list(first), set(range(len(second)))
+    while score.numel() and score.max() >= SAME:
+        row, column = divmod(int(score.argmax()), len(second))
+        other = second[column]
+        rows[row] = first[row]._replace(infrared=other.box, ignore=first[row].ignore or other.ignore)
+        score[row], score[:, column] = 0, 0
+        left.remove(column)
+    rows += [second[column]._replace(box=None, infrared=second[column].box) for column in sorted(left)]
+    return Labels(visible.place, visible.size, rows, joined=True)
 
 
 def refuse_absent_classes(dataset, *, every: bool) -> None:

@@ -4,28 +4,30 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from macl.data.annotation import Annotation, Labels, annotate
-from macl.data.label_files import NAME_FILES, find_names, read_coco, read_voc, read_yolo
+from macl.data import label_files
+from macl.data.annotation import Annotation, Labels, annotate, join
 from macl.data.layouts import ALL, FORMS, LAYOUTS, SPLITS, find_source, form_of
 from macl.data.pairs import OWN_DATA, Pair, PairedDataset, find_images, find_root, read_list
 from macl.data.sample import images_by_stem, with_suffix
 from trainkit.errors import InputError
-from trainkit.files import inside, is_image, picture_size, read_json, read_lines, read_text, regular_file, shown
+from trainkit.files import inside, is_image, picture_size, read_json, read_lines, regular_file, shown
 
 
 class Pairs(PairedDataset):
-    """Pairs of two folders with VOC, YOLO or COCO labels.
+    """Pairs of two folders, or images of one camera, with VOC, YOLO or COCO labels.
 
     visible: a folder; or a list of paths, in which `visible` is `infrared` for the other image, and `images` is
-        `labels` for a .txt of YOLO, which may also lie beside the image
-    infrared: a folder, with the same names but for the suffix
+        `labels` for a .txt of YOLO, which may also lie beside the image; None for infrared alone
+    infrared: a folder, with the same names but for the suffix; None for visible alone
     labels: a folder of .xml or .txt files with these names, or a COCO json
+    labels_infrared: the same for the boxes in infrared; `labels` are visible's then, see `annotation.join`
     classes: the names of labels 1, 2, ...; other objects are left out. None: all that occur, in the order of the file
         of names, of the json's categories or of the first objects
-    form: voc, yolo or coco; None: told by the files
+    form: voc, yolo or coco; None: told by the files; cvc14: its tree, visible is ROOT/*/Visible/SPLIT
     listed: a list of the names to take; None: all in the folder
     suffixes: what ends the names of visible and infrared images, such as _RGB and _PreviewData
     names: of YOLO's class ids, where no file from `labels` up to `root` gives them, see `find_names`
@@ -38,45 +40,55 @@ class Pairs(PairedDataset):
     """
 
     def __init__(
-        self, visible: str | Path, infrared: str | Path, labels: str | Path, *, classes: Sequence[str] | None = None,
-        form: str | None = None, listed: Path | None = None, suffixes: Sequence[str] = ("", ""),
-        names: dict[int, str] | None = None, cameras: bool = False, first_pixel: int | None = None,
-        root: Path | None = None, split: str = ALL, title: str = "pairs",
+        self, visible: str | Path | None, infrared: str | Path | None, labels: str | Path, *,
+        labels_infrared: str | Path | None = None, classes: Sequence[str] | None = None, form: str | None = None,
+        listed: Path | None = None, suffixes: Sequence[str] = ("", ""), names: dict[int, str] | None = None,
+        cameras: bool = False, first_pixel: int | None = None, root: Path | None = None, split: str = ALL,
+        title: str = "pairs",
     ):  # fmt: skip
-        visible, infrared, labels = map(Path, (visible, infrared, labels))
-        self.form, order = form or ("yolo" if visible.is_file() else form_of(labels)), ()
+        folders = {"visible": visible, "infrared": infrared}
+        folders = {name: Path(folder) for name, folder in folders.items() if folder is not None}
+        first, labels, *second = map(Path, filter(None, (visible or infrared, labels, labels_infrared)))
+        self.form, self.modalities = form or ("yolo" if first.is_file() else form_of(labels)), tuple(folders)
         if self.form is None:
             raise InputError(f"{labels} holds no labels; expected a folder of .xml or .txt files, or a COCO .json")
-        if visible.is_file():
-            stems, bases, files, where = _follow_paths(visible)
+        if second and len(folders) < 2:
+            raise InputError(f"{second[0]}: labels of infrared need images of both cameras")
+        ends = [end for end, name in zip(suffixes, ("visible", "infrared"), strict=True) if name in folders]
+        if self.form == "cvc14":
+            found = _find_cvc14(first)
+        elif first.is_file():
+            found = _follow_paths(first)
         else:
-            stems, where = _find_stems(visible, listed, suffixes)
-            if self.form == "coco":
-                stems, files, order = _read_json(labels, stems, visible, suffixes)
-                where += f", labels of {labels}"
-            else:
-                files = _find_files(labels, stems, self.form, suffixes)
-            bases = [[folder / f"{stem}{end}" for stem in stems]
-                     for folder, end in zip((visible, infrared), suffixes, strict=True)]  # fmt: skip
-        images = [find_images(zip(each, stems, strict=True)) for each in bases]
-        apart = visible != infrared and (labels == infrared or "infrared" in labels.parts[-2:])
-        first = str(getattr(next(filter(None, files)), "stem", ""))
-        self.of_infrared = apart or (suffixes[1] != "" and first.endswith(suffixes[1]))
+            found = _find_in_folders([*folders.values()], ends, [labels, *second], self.form, listed)
+        images = [find_images(zip(each, found.stems, strict=True)) for each in found.bases]
+        images = dict(zip(folders, images, strict=True))
+        visible, infrared = (images.get(name, [None] * len(found.stems)) for name in ("visible", "infrared"))
+        self.own_boxes = any(len(files) == 2 for files in found.files)
+        named = str(getattr(next((files[0] for files in found.files if files[0]), None), "stem", ""))
+        apart = labels == folders.get("infrared") != folders.get("visible") or "infrared" in labels.parts[-2:]
+        apart = apart or (suffixes[1] != "" and named.endswith(suffixes[1]))
+        self.of_infrared = apart and not self.own_boxes and len(folders) == 2
         self.scene_kind = "camera" if cameras else "sequence"
-        scenes, self.scene_names = _cameras(stems) if cameras else _sequences(stems)
-        super().__init__(map(Pair, *images, files, scenes), classes or (), split=split, source="")
+        scenes, self.scene_names = _cameras(found.stems) if cameras else _sequences(found.stems)
+        pairs = zip(visible, infrared, found.files, scenes, found.daytimes or [None] * len(scenes), strict=True)
+        super().__init__([Pair(*pair) for pair in pairs], classes or (), split=split, source="")
+        order, about = found.order, ""
         if self.form == "voc":
-            self.first_pixel, about = _first_pixel(labels, first_pixel)
+            self.first_pixel, about = label_files.first_pixel_of(labels, first_pixel)
         elif self.form == "yolo":
+            files = [file for files in found.files for file in files]
             ids = functools.partial(_all_ids, files, labels, root, split)
-            self.names, about = _name_ids(find_names(labels, root or labels.parent), names, self.classes, ids)
+            self.names, about = label_files.name_ids(
+                label_files.find_names(labels, root or labels.parent), names, self.classes, ids
+            )
             order = (self.names or {}).values()
             absent = files.count(None)
             about += f"; {absent} without a label file are without objects" if absent else ""
-        else:
-            about = ""
-        count = f"{len(stems)} pair{'s' * (len(stems) != 1)}"
-        self.source = f"{title}{'' if split == ALL else f' {split}'}: {count} {where}{about}"
+        what = "pair" if len(folders) == 2 else f"{'and'.join(folders)} image"
+        count = f"{len(found.stems)} {what}{'s' * (len(found.stems) != 1)}"
+        self.source = f"{title}{'' if split == ALL else f' {split}'}: {count} {found.where}{about}"
+        self.source += "; boxes are those in infrared" * self.of_infrared
         if classes is None:
             self._take_all_classes(order)
 
@@ -84,12 +96,22 @@ class Pairs(PairedDataset):
         return annotate(self.labels(index), self.classes)
 
     def labels(self, index: int) -> Labels:
-        visible, infrared, file, *_ = self.pairs[index]
+        """The objects of a pair, in pixels of the visible image."""
+        visible, infrared, files, *_ = self.pairs[index]
+        first, *second = map(self._read, files, (infrared if self.of_infrared else visible or infrared, infrared))
+        if len(self.modalities) == 2 and (self.onto.resize or self.onto.homography is not None):
+            size = picture_size(visible)
+            if self.of_infrared or (first.size != size and first.size == picture_size(infrared)):
+                first = self.onto.labels(first, size)
+            second = [self.onto.labels(one, size) for one in second]
+        return join(first, *second) if second else first
+
+    def _read(self, file: Path | Labels | None, image: Path) -> Labels:
         if self.form == "voc":
-            return read_voc(file, classes=self.classes, first_pixel=self.first_pixel)
+            return label_files.read_voc(file, classes=self.classes, first_pixel=self.first_pixel)
         if self.form == "yolo":
-            return read_yolo(file, picture_size(infrared if self.of_infrared else visible), self.names)
-        return file
+            return label_files.read_yolo(file, picture_size(image), self.names)
+        return label_files.read_cvc14(file, picture_size(image)) if self.form == "cvc14" else file
 
     def scene_name(self, scene: int) -> str:
         return self.scene_names[scene]
@@ -116,7 +138,7 @@ class LLVIP(Pairs):
 
     def __init__(self, root: str | Path, split: str, *, classes: Sequence[str] | None = ("person",)):
         root, _ = find_root(root, ["LLVIP"], ["visible", "infrared"])
-        super().__init__(**LAYOUTS[0].place(root, split), form="voc", classes=classes)
+        super().__init__(**LAYOUTS[0].place(root, split) | dict(form="voc", classes=classes))
 
 
 def open_root(root: str | Path, *splits: str, **options) -> Pairs | None:
@@ -124,29 +146,72 @@ def open_root(root: str | Path, *splits: str, **options) -> Pairs | None:
 
     One of them may be the .txt list of the names to take, where one folder holds all images.
     """
-    source = find_source(root)
+    root, layout = find_source(root)
     listed = next((Path(split) for split in splits if split.endswith(".txt") and Path(split).is_file()), None)
-    split = source.split(*(ALL if listed and split == str(listed) else split for split in splits))
-    if split is None:
-        return None
+    split = layout.split(root, *(ALL if listed and split == str(listed) else split for split in splits))
     options |= dict(listed=listed, split=listed.stem) if listed and split == ALL else {}
-    return Pairs(**source.layout.place(source.root, split) | options)
+    return split and Pairs(**layout.place(root, split) | options)
 
 
-def _find_stems(visible: Path, listed: Path | None, suffixes: Sequence[str]) -> tuple[list[str], str]:
-    """The names of the pairs without suffixes, and their source."""
+class Found(NamedTuple):
+    """What is on the disk; lists of one entry per pair."""
+
+    stems: list[str]  # names without suffix
+    bases: list[list[Path]]  # per camera: images without suffix
+    files: list[tuple[Path | Labels | None, ...]]  # labels of both cameras, or of visible and of infrared
+    where: str  # in words
+    order: Sequence[str] = ()  # of the classes, where known
+    daytimes: Sequence[bool] = ()
+
+
+def _find_in_folders(
+    folders: list[Path], suffixes: Sequence[str], labels: list[Path], form: str, listed: Path | None
+) -> Found:
+    """Pairs, or images of one camera, of folders and label files of the same names."""
+    stems, where = _find_stems(folders[0], listed, suffixes)
+    if form == "coco":
+        jsons = [_read_json(path, stems, folders[0], suffixes) for path in labels]
+        stems = [stem for stem in stems if all(stem in known for known, _ in jsons)]
+        where += f", labels of {' and '.join(map(str, labels))}"
+        files, order = [[known[stem] for stem in stems] for known, _ in jsons], jsons[0][1]
+    else:
+        files, order = [_find_files(path, stems, form, suffixes) for path in labels], ()
+    bases = [[folder / f"{stem}{end}" for stem in stems] for folder, end in zip(folders, suffixes, strict=True)]
+    return Found(stems, bases, list(zip(*files, strict=True)), where, order)
+
+
+def _find_cvc14(visible: Path) -> Found:
+    """visible: ROOT/*/Visible/SPLIT, beside which is FIR. Frames that one camera lacks are left out."""
+    root, cameras = visible.parents[2], [f"{camera}/{visible.name}" for camera in ("Visible", "FIR")]
+    images = [{(path.parts[-5], path.stem): path.with_suffix("") for path in sorted(root.glob(f"*/{camera}/Frames*/*"))
+               if is_image(path)} for camera in cameras]  # fmt: skip
+    frames = [frame for frame in images[0] if frame in images[1]]
+    files = [[root / day / camera / f"Annotations/{stem}.txt" for camera in cameras] for day, stem in frames]
+    if not any(file.is_file() for file, _ in files):
+        raise InputError(f"{visible} holds no frame with a partner in FIR and a text in Annotations")
+    files = [tuple(file if file.is_file() else None for file in both) for both in files]
+    where = f"found in {visible}, {len(images[0]) - len(frames)} without a partner in FIR left out"
+    bases, days = [[each[frame] for frame in frames] for each in images], [day == "Day" for day, _ in frames]
+    return Found([stem for _, stem in frames], bases, files, where, (), days)
+
+
+def _find_stems(folder: Path, listed: Path | None, suffixes: Sequence[str]) -> tuple[list[str], str]:
+    """The names of the pairs without suffixes, and their source. folder: of the images that end with the first one."""
     if listed is not None:
         stems = []
         for name in read_list(listed, "one image name"):
-            if inside(visible, name, str(listed)).name != name:
+            if inside(folder, name, str(listed)).name != name:
                 raise InputError(f"{listed}: {shown(name)}; expected an image name without folders or suffix")
-            stem = os.path.splitext(name)[0] if is_image(name) else name
-            stems.append(next((stem.removesuffix(end) for end in suffixes if end and stem.endswith(end)), stem))
+            stems.append(bare(os.path.splitext(name)[0] if is_image(name) else name, suffixes))
         return stems, f"listed in {listed}"
-    stems = list(with_suffix(images_by_stem(visible), *suffixes))
+    stems = list(with_suffix(images_by_stem(folder), suffixes[0], "".join(suffixes[1:])))
     if not stems:
-        raise InputError(f"{visible} holds no image such as NAME{suffixes[0]}.jpg; {OWN_DATA}")
-    return stems, f"found in {visible} (no list)"
+        raise InputError(f"{folder} holds no image such as NAME{suffixes[0]}.jpg; {OWN_DATA}")
+    return stems, f"found in {folder} (no list)"
+
+
+def bare(stem: str, suffixes: Sequence[str]) -> str:
+    return next((stem.removesuffix(end) for end in suffixes if end and stem.endswith(end)), stem)
 
 
 def _find_files(labels: Path, stems: list[str], form: str, suffixes: Sequence[str]) -> list[Path | None]:
@@ -164,29 +229,26 @@ def _find_files(labels: Path, stems: list[str], form: str, suffixes: Sequence[st
     return files
 
 
-def _read_json(path: Path, stems: list[str], visible: Path, suffixes: Sequence[str]):
-    """The names of the pairs that are both in the folder and in the json, their labels, and the json's categories.
+def _read_json(path: Path, stems: list[str], folder: Path, suffixes: Sequence[str]) -> tuple[dict, list[str]]:
+    """The labels by image name without suffixes, and the json's categories.
 
-    Either may hold more than the other, but not both.
+    Folder and json may hold more than the other, but not both.
     """
-    images, categories = read_coco(read_json(path, "a COCO json", dict), path)
-    bare = [os.path.splitext(os.path.basename(image.name))[0] for image in images.values()]
-    bare = [next((stem.removesuffix(end) for end in suffixes if end and stem.endswith(end)), stem) for stem in bare]
-    known = dict(zip(bare, (image.labels for image in images.values()), strict=True))
+    images, categories = label_files.read_coco(read_json(path, "a COCO json", dict), path)
+    names = [bare(os.path.splitext(os.path.basename(image.name))[0], suffixes) for image in images.values()]
+    known = dict(zip(names, (image.labels for image in images.values()), strict=True))
     if len(known) < len(images):
-        name = next(name for name, count in Counter(bare).items() if count > 1)
+        name = next(name for name, count in Counter(names).items() if count > 1)
         raise InputError(f"{path} names {shown(name)} twice, in different folders or with other suffixes")
-    both = [stem for stem in stems if stem in known]
-    if len(both) < min(len(stems), len(images)):
+    if sum(stem in known for stem in stems) < min(len(stems), len(images)):
         missing = next(stem for stem in stems if stem not in known)
-        raise InputError(
-            f"{path} holds {len(images)} images but not {missing} of {visible}, and some that are not there"
-        )
-    return both, [known[stem] for stem in both], categories
+        problem = f"holds {len(images)} images but not {missing} of {folder}, and some that are not there"
+        raise InputError(f"{path} {problem}")
+    return known, categories
 
 
-def _follow_paths(file: Path):
-    """The names, both images without suffix, and the label files of a list of visible paths, and where it is."""
+def _follow_paths(file: Path) -> Found:
+    """The pairs in a list of visible paths."""
     stems, visible, infrared, labels = [], [], [], []
     for line in read_list(file, "the path of a visible image"):
         path, end = os.path.splitext(line)
@@ -196,10 +258,10 @@ def _follow_paths(file: Path):
         visible.append(file.parent / path)
         infrared.append(file.parent / path.replace("visible", "infrared"))
         places = [file.parent / f"{each}.txt" for each in ("labels".join(path.rsplit("images", 1)), path)]
-        labels.append(next(filter(Path.is_file, places), None))
-    if not any(labels):
+        labels.append((next(filter(Path.is_file, places), None),))
+    if not any(files[0] for files in labels):
         raise InputError(f"{file}: no label file of its images, such as {file.parent / stems[0]}.txt")
-    return stems, (visible, infrared), labels, f"listed in {file}"
+    return Found(stems, [visible, infrared], labels, f"listed in {file}")
 
 
 def _cameras(stems: list[str]) -> tuple[list[int], list[str]]:
@@ -217,33 +279,6 @@ def _sequences(stems: list[str]) -> tuple[list[int], list[str]]:
     return [places[begin] for begin in begins], names
 
 
-def _first_pixel(folder: Path, known: int | None) -> tuple[int, str]:
-    """What VOC's boxes count from, and a clause about it."""
-    if known is not None:
-        return known, f"; boxes count pixels from {known}" * (known == 0)
-    zero = re.compile(r"<[xy]min>\s*0(?:\.0*)?\s*<")
-    for file in folder.glob("*.xml"):
-        if zero.search(read_text(file, "a VOC annotation")):
-            return 0, f"; boxes count pixels from 0, as {file.name} shows"
-    return 1, "; boxes count pixels from 1, as no xmin and no ymin is 0"
-
-
-def _name_ids(found: tuple[dict | None, str], known: dict | None, classes: Sequence[str], ids: Callable):
-    """YOLO's names by class id, None where an id is its own name, and a clause about them.
-
-    found: the names in a file, and the file; known: those that the layout knows
-    ids: gives all that occur, which `classes` name in order where nothing else does; or the ids 0, 1, 2, ...
-    """
-    names, file = found
-    if names or known:
-        return names or known, f"; class names of {file}" if names else ""
-    if all(map(str.isdecimal, classes)):
-        return None, "; no classes.txt or data.yaml names the class ids, so they are their own names"
-    occurring = ids()
-    names = dict(zip(occurring if len(occurring) == len(classes) else range(len(classes)), classes, strict=True))
-    return names, "; no classes.txt or data.yaml: " + ", ".join(f"id {key} is {name}" for key, name in names.items())
-
-
 def _all_ids(files: Sequence[Path | None], labels: Path, root: Path | None, split: str) -> list[int]:
     """The class ids in label files, in those of other splits too, so that all splits agree on what they mean."""
     files = set(filter(None, files))
@@ -251,6 +286,6 @@ def _all_ids(files: Sequence[Path | None], labels: Path, root: Path | None, spli
         below = labels.relative_to(root).parts
         for word in (word for words in SPLITS.values() for word in words):
             folder = root.joinpath(*(word if part == split else part for part in below))
-            files |= {file for file in folder.glob("*.txt") if file.name not in NAME_FILES}
+            files |= {file for file in folder.glob("*.txt") if file.name not in label_files.NAME_FILES}
     words = {line.split()[0] for file in files for line in read_lines(file, "YOLO's labels")}
     return sorted(int(word) for word in words if word.isdecimal() and len(word) < 17)

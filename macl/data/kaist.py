@@ -3,47 +3,33 @@
 Hwang et al., "Multispectral Pedestrian Detection: Benchmark Dataset and Baseline" (CVPR 2015).
 """
 
-import copy
+import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from macl.data.annotation import Annotation, Labels, annotate, check_person, refuse_absent_classes
-from macl.data.kaist_labels import IGNORED_NAMES, Frame, parse_frame, read_bbgt, read_json, read_xml
+from macl.data.annotation import Annotation, Labels, annotate, check_person, join, refuse_absent_classes
+from macl.data.kaist_labels import IGNORED_NAMES, Frame, parse_frame, read_bbgt, read_json
+from macl.data.label_files import read_voc
 from macl.data.pairs import Pair, PairedDataset, find_images, find_root, read_list
-from macl.data.sample import read_image
 from trainkit.errors import InputError
-from trainkit.files import regular_file
+from trainkit.files import picture_size, regular_file
 
 TRAINING_RULES = {"min_height": 20, "max_occlusion": 1}  # what is smaller or heavily occluded teaches little
 
 
-class Layout(NamedTuple):
-    """Where things lie below the root; {set}, {video} and {image} are the parts of a frame's name."""
-
-    name: str
-    folders: tuple[str, ...]  # which tell the layout
-    images: tuple[str, str]  # visible, infrared; without suffix
-    annotations: tuple[str, ...]  # the first that exists is the default
-    lists: tuple[str, ...]
-
-
-LAYOUTS = (
-    Layout(
-        name="original tree",
-        folders=("images",),
-        images=("images/{set}/{video}/visible/{image}", "images/{set}/{video}/lwir/{image}"),
-        annotations=("annotations", "annotations-xml-new", "annotations-xml"),
-        lists=("imageSets", "ImageSets"),
+# Where things lie below the root; {set}, {video} and {image} are the parts of a frame's name.
+LAYOUTS = {  # name -> the frames' images of both cameras without suffix, and folders of annotations and of lists
+    "original tree": (
+        ("images/{set}/{video}/visible/{image}", "images/{set}/{video}/lwir/{image}"),
+        ("annotations", "annotations-xml-new", "annotations-xml"),
+        ("imageSets", "ImageSets"),
     ),
-    Layout(
-        name="processed VOC layout",
-        folders=("visible", "infrared"),
-        images=("visible/{set}_{video}_visible_{image}", "infrared/{set}_{video}_lwir_{image}"),
-        annotations=("Annotations",),
-        lists=("ImageSets", "ImageSets/Main"),
+    "processed VOC layout": (
+        ("visible/{set}_{video}_visible_{image}", "infrared/{set}_{video}_lwir_{image}"),
+        ("Annotations",),
+        ("ImageSets", "ImageSets/Main"),
     ),
-)
+}
 FORMS = (
     "{set}/{video}/{image}.txt",  # bbGt version 3
     "{set}/{video}/{image}.xml",
@@ -53,7 +39,7 @@ FORMS = (
 
 
 class KAISTFrames(PairedDataset):
-    """Frames with their labels, which is all that an annotation json has. A pair's annotation is Labels, or a file."""
+    """Frames with their labels, which is all that an annotation json has. `Pair.annotation`: Labels, or files."""
 
     scene_kind = "video"
     size = None  # width, height in pixels of frames whose labels do not say it
@@ -61,12 +47,15 @@ class KAISTFrames(PairedDataset):
 
     def annotation(self, index: int, *, clip: bool = True) -> Annotation:
         labels = self.pairs[index].annotation
-        if isinstance(labels, Path):
-            labels = read_bbgt(labels) if labels.suffix == ".txt" else read_xml(labels)
+        if isinstance(labels, list):  # of files, of one or of both cameras
+            xml = functools.partial(read_voc, classes=None, first_pixel=0)
+            labels, *second = (read_bbgt(file) if file.suffix == ".txt" else xml(file) for file in labels)
+            if second and len(labels.objects) != len(second[0].objects):
+                count = f"{len(second[0].objects)} people but {labels.place} {len(labels.objects)}"
+                raise InputError(f"{second[0].place} has {count}; expected the same ones in the same order")
+            labels = join(labels, *second) if second else labels
         labels = labels._replace(size=labels.size or self.size)
         return annotate(labels, self.classes, ignored_names=IGNORED_NAMES, **self.rules, clip=clip)
-
-    people = annotation  # its former name
 
     def ground_truth(self) -> list[dict]:
         """What `macl.metrics` compares detections with, without the images.
@@ -106,18 +95,13 @@ class KAIST(KAISTFrames):
     """
 
     def __init__(
-        self,
-        root: str | Path,
-        image_set: str | Path,
-        annotations: str | Path | None = None,
-        stride: int = 1,
-        *,
+        self, root: str | Path, image_set: str | Path, annotations: str | Path | None = None, stride: int = 1, *,
         classes: Sequence[str] = ("person",),
-    ):
+    ):  # fmt: skip
         check_person(classes, "KAIST's annotations")
-        root, number = find_root(root, ["kaist-rgbt", "KAIST_processed"], *(layout.folders for layout in LAYOUTS))
-        layout = LAYOUTS[number]
-        folders, name = [root / folder for folder in layout.lists], str(image_set).removesuffix(".txt")
+        root, number = find_root(root, ["kaist-rgbt", "KAIST_processed"], ["images"], ["visible", "infrared"])
+        layout, (images, own, lists) = list(LAYOUTS.items())[number]
+        folders, name = [root / folder for folder in lists], str(image_set).removesuffix(".txt")
         known = sorted({file.stem for folder in folders for file in folder.glob("*.txt")})
         expected = f"one of the root's lists ({', '.join(known) or 'it has none'}), or the path of a list"
         file = _first_existing([*(folder / f"{name}.txt" for folder in folders), Path(image_set)], expected)
@@ -128,28 +112,27 @@ class KAIST(KAISTFrames):
             raise InputError(f"{file} lists {len(listed)} frames, but none whose number + 1 is divisible by {stride=}")
         visible, infrared = (
             find_images((root / frame.path(form), f"{frame.name}, listed in {file}") for frame in frames)
-            for form in layout.images
+            for form in images
         )
-        places = [root / annotations, Path(annotations)] if annotations else [root / one for one in layout.annotations]
+        places = [root / annotations, Path(annotations)] if annotations else [root / one for one in own]
         labels, about_labels = _find_labels(_first_existing(places, "a folder of annotations, or a json"), frames)
         daytimes = [frame.daytime for frame in frames]
         pairs = map(Pair, visible, infrared, labels, [frame.scene for frame in frames], daytimes)
         source = (
             f"KAIST {file.stem}: {len(frames)} pairs ({daytimes.count(True)} by day, {daytimes.count(False)} by night) "
-            f"of {root}, {layout.name}, among the {len(listed)} listed in {file}; labels of {about_labels}"
+            f"of {root}, {layout}, among the {len(listed)} listed in {file}; labels of {about_labels}"
         )
         super().__init__(pairs, classes, split=file.stem, source=source)
-        self.size = tuple(read_image(visible[0]).shape[:0:-1])
+        self.size = picture_size(visible[0])
+        self.own_boxes = isinstance(labels[0], list) and len(labels[0]) == 2
 
     def with_rules(self, *, min_height: float, max_occlusion: int) -> "KAIST":
         """The same pairs, of which lower boxes, in pixels, and more occlusion (0 none, 1 partial, 2 heavy) are ignored.
 
         By default none are, as the rows of the miss rate have limits of their own. TRAINING_RULES are for training.
         """
-        ruled = copy.copy(self)
-        ruled.rules = {"min_height": min_height, "max_occlusion": max_occlusion}
-        ruled.source += f"; people below {min_height:g} pixels or of occlusion above {max_occlusion} are ignored"
-        return ruled
+        about = f"; people below {min_height:g} pixels or of occlusion above {max_occlusion} are ignored"
+        return self.changed(rules=dict(min_height=min_height, max_occlusion=max_occlusion), source=self.source + about)
 
 
 def _first_existing(places: list[Path], expected: str) -> Path:
@@ -159,8 +142,15 @@ def _first_existing(places: list[Path], expected: str) -> Path:
     raise InputError(f"{places[0]} does not exist; expected {expected}")
 
 
-def _find_labels(source: Path, frames: list[Frame]) -> tuple[list[Path] | list[Labels], str]:
-    """The labels of every frame, or their file, and a sentence about them."""
+def is_kaist(root: str | Path | None) -> bool:
+    """Whether a folder, or kaist-rgbt or KAIST_processed in it, is laid out as KAIST: by the names of its frames."""
+    frames = ("images/set[01][0-9]", "visible/set[01][0-9]_V*")
+    places = [place + name for name in frames for place in ("", "kaist-rgbt/", "KAIST_processed/")]
+    return root is not None and any(next(Path(root).glob(place), None) for place in places)
+
+
+def _find_labels(source: Path, frames: list[Frame]) -> tuple[list[list[Path]] | list[Labels], str]:
+    """The labels of every frame, or their files, and a sentence about them."""
     if source.suffix == ".json":
         known, version = read_json(source)
         for frame in frames:
@@ -170,7 +160,11 @@ def _find_labels(source: Path, frames: list[Frame]) -> tuple[list[Path] | list[L
     form = next((form for form in FORMS if (source / frames[0].path(form)).is_file()), FORMS[0])
     which = "visible image" if "/visible/" in form else "frame"
     about = f"{source}, one {form[-3:]} file per {which} (which do not say of which revision)"
-    return [regular_file(source / frame.path(form), f"the boxes of {frame.name}") for frame in frames], about
+    forms = [form]
+    if "/visible/" in form and (source / frames[0].path(form.replace("visible", "lwir"))).is_file():
+        forms, about = [form, form.replace("visible", "lwir")], about.replace("visible image", "image of each camera")
+    found = [[source / frame.path(form) for form in forms] for frame in frames]
+    return [[regular_file(file, f"the boxes of {file.stem}") for file in files] for files in found], about
 
 
 def read_ground_truth(path: str | Path) -> tuple[list[dict], str]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import trainkit.files as files
 from macl.data.annotation import Labels, Object
-from macl.data.label_files import OCCLUSION, corners, edges, flag, parse_voc, read_coco
+from macl.data.label_files import OCCLUSION, edges, flag, read_coco
 from trainkit.errors import InputError
 from trainkit.files import MAX_ID, number, numbers, read_text, shown
 
@@ -66,20 +66,10 @@ def read_bbgt(path: Path) -> Labels:
             place = f"{path}, line {count} (a name and 11 numbers)"
             name, *values = line.split()
             values = numbers(values, place, 11)
-            objects.append(_object(name, edges(*values[:4]), values[4], values[9], place))
+            level = number(values[4], f"{place}, {OCCLUSION}", 0, 2, whole=True)
+            ignore = flag(values[9], f"{place}, ignore")
+            objects.append(Object(name, edges(*values[:4]), ignore, level, key=len(objects)))  # in both cameras' files
     return Labels(str(path), None, objects)
-
-
-def read_xml(path: Path) -> Labels:
-    """The tree has <x> <y> <w> <h>, the processed layout <xmin> <ymin> <xmax> <ymax> of the same numbers."""
-    size, items = parse_voc(path)
-    objects = []
-    for name, item in items:
-        tree = item.find("bndbox/x") is not None
-        box = edges(*corners(item, path, "xywh")) if tree else corners(item, path)
-        occlusion, difficult = item.findtext("occlusion", "0"), item.findtext("difficult", "")
-        objects.append(_object(name, box, occlusion, difficult, str(path)))
-    return Labels(str(path), size, objects)
 
 
 def read_json(path: str | Path) -> tuple[dict[Frame, Labels], str]:
@@ -97,8 +87,3 @@ def read_json(path: str | Path) -> tuple[dict[Frame, Labels], str]:
         raise InputError(f"{path} holds an im_name twice; expected each once")
     improved = isinstance(data.get("info_improved"), dict)
     return frames, "improved annotations, as the file says" if improved else "the file does not say which revision"
-
-
-def _object(name: str, box: tuple, occlusion, ignore, place: str) -> Object:
-    level = number(occlusion, f"{place}, {OCCLUSION}", 0, 2, whole=True)
-    return Object(name, box, flag(ignore, f"{place}, ignore"), level)

@@ -2,13 +2,24 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from macl.data.annotation import Labels, Object
 from trainkit.errors import InputError
-from trainkit.files import MAX_ID, image_size, number, numbers, plain_text, read_text, reason, regular_file, shown
+from trainkit.files import (
+    MAX_ID,
+    image_size,
+    number,
+    numbers,
+    plain_text,
+    read_lines,
+    read_text,
+    reason,
+    regular_file,
+    shown,
+)
 
 NAME_FILES = ("classes.txt", "obj.names", "data.yaml", "*.yaml", "*.yml")
 OCCLUSION = "occlusion (none, partial or heavy)"
@@ -17,20 +28,23 @@ _YAML_NAMES = re.compile(r"^names:[ \t]*(\[[^]]*]|\{[^}]*}|(?:\n+[ \t]*(?:-[ \t]
 _YAML_ITEM = re.compile(r"""(?:(\d{1,9})\s*:\s*)?("[^"]*"|'[^']*'|[^\s,:'"-][^,\n]*)""")
 
 
-def read_voc(path: str | Path, *, classes: Collection[str], first_pixel: int = 1) -> Labels:
+def read_voc(path: str | Path, *, classes: Collection[str] | None, first_pixel: int = 1) -> Labels:
     """Objects marked "difficult" are ignored; those that are not among `classes` need no box.
 
+    classes: None for all, with <occlusion> and with boxes that may be <x> <y> <w> <h>, as KAIST's own XML has them
     first_pixel: 1, as in VOC, where a box includes its last pixel: edges are x1 - 1, y1 - 1, x2, y2; or 0
     """
     size, items = parse_voc(path)
     objects = []
     for name, item in items:
-        if name in classes:
-            x1, y1, x2, y2 = corners(item, path)
-            difficult = flag(item.findtext("difficult", ""), f"{path}, <difficult>")
-            objects.append(Object(name, (x1 - first_pixel, y1 - first_pixel, x2, y2), difficult))
-        else:
+        if classes is not None and name not in classes:
             objects.append(Object(name))
+            continue
+        x1, y1, x2, y2 = corners(item, path)
+        ignore, level = flag(item.findtext("difficult", ""), f"{path}, <difficult>"), 0
+        if classes is None:
+            level = number(item.findtext("occlusion", "0"), f"{path}, {OCCLUSION}", 0, 2, whole=True)
+        objects.append(Object(name, (x1 - first_pixel, y1 - first_pixel, x2, y2), ignore, level))
     return Labels(str(path), size, objects)
 
 
@@ -50,9 +64,22 @@ def parse_voc(path: str | Path) -> tuple[tuple[int, int], list[tuple[str, Elemen
     return size, items
 
 
-def corners(item: ElementTree.Element, path: str | Path, sides: Sequence[str] = ("xmin", "ymin", "xmax", "ymax")):
-    """The four numbers in the <bndbox> of an <object>."""
-    return tuple(number(item.findtext(f"bndbox/{side}"), f"{path}, <bndbox><{side}>") for side in sides)
+def first_pixel_of(folder: Path, known: int | None) -> tuple[int, str]:
+    """What VOC's boxes count from, and a clause about it."""
+    if known is not None:
+        return known, f"; boxes count pixels from {known}" * (known == 0)
+    zero = re.compile(r"<[xy]min>\s*0(?:\.0*)?\s*<")
+    for file in folder.glob("*.xml"):
+        if zero.search(read_text(file, "a VOC annotation")):
+            return 0, f"; boxes count pixels from 0, as {file.name} shows"
+    return 1, "; boxes count pixels from 1, as no xmin and no ymin is 0"
+
+
+def corners(item: ElementTree.Element, path: str | Path) -> tuple[float, float, float, float]:
+    """The box in the <bndbox> of an <object>: <xmin> <ymin> <xmax> <ymax>, or <x> <y> <w> <h>."""
+    sides = ("xmin", "ymin", "xmax", "ymax") if item.find("bndbox/x") is None else "xywh"
+    box = tuple(number(item.findtext(f"bndbox/{side}"), f"{path}, <bndbox><{side}>") for side in sides)
+    return edges(*box) if sides == "xywh" else box
 
 
 def flag(value, place: str) -> bool:
@@ -94,6 +121,19 @@ def read_yolo(path: Path | None, size: tuple[int, int], names: Mapping[int, str]
     return Labels(str(path), size, objects)
 
 
+def read_cvc14(path: Path | None, size: tuple[int, int]) -> Labels:
+    """Per line x, y, width, height, 1 0 0 0 0, the person's number in both cameras, 0: the centre, pixels from 1.
+
+    path, size: as of `read_yolo`
+    """
+    objects = []
+    for count, line in enumerate(read_lines(path, "CVC-14's labels") if path else (), 1):
+        x, y, wide, high, *_, key, _ = numbers(line.split(), f"{path}, line {count} (11 numbers)", 11)
+        box = edges(x - 1 - wide / 2, y - 1 - high / 2, wide, high)
+        objects.append(Object("person", box, key=int(key)))
+    return Labels(str(path), size, objects)
+
+
 def read_names(path: Path) -> dict[int, str]:
     """Class id -> name: the lines of a text file, or `names` of a YAML file, {} without; its `nc` is their number."""
     text = read_text(path, "the names of the classes")
@@ -118,6 +158,22 @@ def find_names(labels: Path, root: Path) -> tuple[dict[int, str] | None, str]:
             if names := read_names(file):
                 return names, str(file)
     return None, ""
+
+
+def name_ids(found: tuple[dict | None, str], known: dict | None, classes: Sequence[str], ids: Callable):
+    """YOLO's names by class id, None where an id is its own name, and a clause about them.
+
+    found: the names in a file, and the file; known: those that the layout knows
+    ids: gives all that occur, which `classes` name in order where nothing else does; or the ids 0, 1, 2, ...
+    """
+    names, file = found
+    if names or known:
+        return names or known, f"; class names of {file}" if names else ""
+    if all(map(str.isdecimal, classes)):
+        return None, "; no classes.txt or data.yaml names the class ids, so they are their own names"
+    occurring = ids()
+    names = dict(zip(occurring if len(occurring) == len(classes) else range(len(classes)), classes, strict=True))
+    return names, "; no classes.txt or data.yaml: " + ", ".join(f"id {key} is {name}" for key, name in names.items())
 
 
 class CocoImage(NamedTuple):

@@ -8,9 +8,9 @@ from macl.data.label_files import NAME_FILES
 from macl.data.pairs import OWN_DATA
 from trainkit.errors import InputError
 
-FORMS = {"voc": ".xml", "yolo": ".txt", "coco": ".json"}  # of labels, by the suffix of their files
+FORMS = {"voc": ".xml", "yolo": ".txt", "coco": ".json", "cvc14": ".txt"}  # of labels, by the suffix of their files
 ALL = "all"  # the split of a layout that has none
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",), ALL: (ALL,)}
+SPLITS = {"train": ("train", "Train"), "val": ("val", "valid", "validation"), "test": ("test", "NewTest"), ALL: (ALL,)}
 LISTS = ("ImageSets/Main/{split}.txt", "ImageSets/{split}.txt", "meta/{split}.txt", "align_{split}.txt", "{split}.txt")
 PATHS = "{split}.txt"  # in the place of a folder: a list of visible paths, `visible` is `infrared` in the others'
 
@@ -27,14 +27,20 @@ class Layout(NamedTuple):
     cameras: bool = False  # whether the first two digits of a name are the camera
     first_pixel: int | None = None  # of VOC's boxes; None: as the data show
     beside: str = ""  # another folder, by which the layout is known
+    form: str | None = None  # of the labels; None: told by the files
 
     def has(self, root: Path, split: str) -> bool:
         if self.visible == PATHS:
             file = root / PATHS.format(split=split)
             return file.is_file() and "visible" in file.open(errors="replace").readline(4096)
-        folders = [root / place.format(split=split) for place in (self.visible, self.infrared)]
+        folders = [place.format(split=split) for place in (self.visible, self.infrared, self.beside) if place]
         named = "{split}" in self.visible or split == ALL or self.listed(root, split) is not None
-        return named and all(map(Path.is_dir, [*folders, root / self.beside]))
+        return named and all(any(map(Path.is_dir, root.glob(folder))) for folder in folders)
+
+    def split(self, root: Path, *wanted: str) -> str | None:
+        """The first of the splits that is there, as it is spelt there; "val" is also valid and validation."""
+        spelt = (word for name in wanted for word in SPLITS.get(name, (name,)))
+        return next((word for word in spelt if self.has(root, word)), None)
 
     def listed(self, root: Path, split: str) -> Path | None:
         """The list of a split's names."""
@@ -45,7 +51,7 @@ class Layout(NamedTuple):
         """The keywords of `Pairs`."""
         places = (self.visible, self.infrared, *self.labels)
         visible, infrared, *labels = (root / place.format(split=split) for place in places)
-        known = dict(suffixes=self.suffixes, cameras=self.cameras, first_pixel=self.first_pixel)
+        known = dict(suffixes=self.suffixes, cameras=self.cameras, first_pixel=self.first_pixel, form=self.form)
         known |= dict(names=dict(enumerate(self.names)) or None, listed=self.listed(root, split))
         labels = next(filter(form_of, labels), labels[0])
         return known | dict(visible=visible, infrared=infrared, labels=labels, root=root, split=split, title=self.name)
@@ -73,37 +79,26 @@ LAYOUTS = (
     Layout("Visual + Thermal", "Visual", "Thermal", ("label", "labels")),
     Layout("Himax + Lepton", "Himax", "Lepton", ("Lepton",)),
     Layout("visible + infrared", "visible", "infrared", ("labels", "visible", "infrared")),
+    Layout("CVC-14", "*/Visible/{split}", "*/FIR/{split}", ("*/Visible/{split}/Annotations",), form="cvc14"),
     Layout("lists of visible paths", PATHS, "", ("",)),
 )  # fmt: skip
 
 
-class Source(NamedTuple):
-    """A data set on the disk."""
-
-    root: Path
-    layout: Layout
-
-    def split(self, *wanted: str) -> str | None:
-        """The first of the splits that is there, as it is spelt there; "val" is also valid and validation."""
-        spelt = (word for name in wanted for word in SPLITS.get(name, (name,)))
-        return next((word for word in spelt if self.layout.has(self.root, word)), None)
-
-
-def find_source(root: str | Path) -> Source:
+def find_source(root: str | Path) -> tuple[Path, Layout]:
     """The data set in a folder, or in the only folder within it that holds one, two levels down at most."""
     root, words = Path(root), [word for words in SPLITS.values() for word in words]
     for level in ("", "*", "*/*"):
         folders = sorted(filter(Path.is_dir, root.glob(level))) if level else [root]
-        known = [Source(folder, row) for folder in folders for row in LAYOUTS if Source(folder, row).split(*words)]
-        found = [one for one in known if form_of(one.layout.place(one.root, one.split(*words))["labels"])]
-        if len({one.root for one in found}) > 1:
-            several = ", ".join(dict.fromkeys(str(one.root) for one in found))
+        known = [(folder, row, split) for folder in folders for row in LAYOUTS if (split := row.split(folder, *words))]
+        found = [one for one in known if one[1].form or form_of(one[1].place(one[0], one[2])["labels"])]
+        if len({folder for folder, *_ in found}) > 1:
+            several = ", ".join(dict.fromkeys(str(folder) for folder, *_ in found))
             raise InputError(f"{root} holds several data sets, {several}: give --data-root one of them")
         if found:
-            return found[0]
+            return found[0][:2]
         if known:
-            places = dict.fromkeys(str(one.root / place) for one in known for place in one.layout.labels)
-            raise InputError(f"{root} is laid out as {known[0].layout.name}, but no labels are in {', '.join(places)}")
+            places = dict.fromkeys(str(folder / place) for folder, row, _ in known for place in row.labels)
+            raise InputError(f"{root} is laid out as {known[0][1].name}, but no labels are in {', '.join(places)}")
     raise InputError(f"{root} holds no pairs in a known layout; {OWN_DATA}")
 
 
@@ -113,4 +108,4 @@ def form_of(labels: Path) -> str | None:
         return "coco" if labels.suffix == FORMS["coco"] else None
     names = os.listdir(labels) if labels.is_dir() else ()
     kinds = {os.path.splitext(name)[1].lower() for name in names if name not in NAME_FILES}
-    return next((form for form, suffix in FORMS.items() if suffix in kinds and form != "coco"), None)
+    return next((form for form, suffix in FORMS.items() if suffix in kinds and form in ("voc", "yolo")), None)

@@ -1,7 +1,8 @@
-"""Infrared images and boxes put onto the visible image, where the cameras do not agree in size or place."""
+"""How infrared is read: its values, and how images and boxes are put onto visible where cameras do not agree."""
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,38 +11,49 @@ from torch.nn.functional import grid_sample
 from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms.v2.functional import resize
 
-from macl.data.annotation import Annotation
+from macl.data.annotation import Labels
 from trainkit.errors import InputError
-from trainkit.files import numbers, read_json, reason, regular_file
+from trainkit.files import numbers, read_json, reason, regular_file, shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Onto:
-    """What --infrared-to-visible asks for. Sizes are (width, height) in pixels.
+    """What --infrared-to-visible and --infrared-range ask for. Sizes are (width, height) in pixels.
 
     homography: (3, 3) float64, from the x, y, 1 of infrared's pixels to those of visible's, as OpenCV has them: the
-        centre of the first pixel is 0, 0. None: infrared is resized
+        centre of the first pixel is 0, 0
+    resize: whether infrared is resized instead; without either, sizes have to be the same
+    levels: the values of an infrared image of more than 8 bits that become 0 and 255; None: such images are refused
     """
 
     homography: Tensor | None = None
+    resize: bool = False
+    levels: tuple[float, float] | None = None
+
+    @property
+    def places(self) -> bool:
+        """Whether infrared images are put onto visible ones, and may have another size."""
+        return self.resize or self.homography is not None
 
     def image(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """(3, h, w) uint8 -> (3, height, width) uint8, bilinear. Its border is repeated where nothing comes in."""
         width, height = size
         if self.homography is None:
-            return image if tuple(image.shape[:0:-1]) == size else resize(image, [height, width], antialias=True)
+            unequal = self.resize and tuple(image.shape[:0:-1]) != size
+            return resize(image, [height, width], antialias=True) if unequal else image
         grid = _grid(self, tuple(image.shape[:0:-1]), size)
         placed = grid_sample(image[None].float(), grid, padding_mode="border", align_corners=False)
         return placed[0].round().to(image.dtype)
 
-    def boxes(self, annotation: Annotation, size: tuple[int, int]) -> Annotation:
-        """Boxes in the infrared image -> the upright ones around them in the visible one, clipped."""
-        corners = annotation.boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)
-        corners = _project(corners, self.edges(annotation.size, size))
-        boxes = clip_boxes_to_image(torch.cat([corners.amin(1), corners.amax(1)], 1).float(), size[::-1])
-        remains = (boxes[:, :2] < boxes[:, 2:]).all(dim=1)
-        kept = {key: value[remains] for key, value in (annotation.per_box() | {"boxes": boxes}).items()}
-        return dataclasses.replace(annotation, size=size, **kept)
+    def labels(self, labels: Labels, size: tuple[int, int]) -> Labels:
+        """Boxes in the infrared image -> the upright ones around them in the visible one."""
+        kept = [item for item in labels.objects if item.box is not None]
+        boxes = torch.tensor([item.box for item in kept], dtype=torch.float64).reshape(-1, 4)
+        boxes = clip_boxes_to_image(boxes, labels.size[::-1])  # beyond the image a homography may turn things round
+        corners = _project(boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2), self.edges(labels.size, size))
+        placed = iter(torch.cat([corners.amin(1), corners.amax(1)], 1).tolist())
+        objects = [item if item.box is None else item._replace(box=tuple(next(placed))) for item in labels.objects]
+        return labels._replace(size=size, objects=objects)
 
     def edges(self, infrared: tuple[int, int], visible: tuple[int, int]) -> Tensor:
         """The homography of points, for which the centre of the first pixel is 0.5, 0.5 as for boxes."""
@@ -62,21 +74,28 @@ def _grid(onto: Onto, infrared: tuple[int, int], visible: tuple[int, int]) -> Te
     return (2 * points / torch.tensor(infrared) - 1).nan_to_num(0, 9, -9).clamp(-9, 9).float()[None]
 
 
-def read_onto(text: str | None) -> Onto | None:
-    """ "resize", or the homography in a .npy or .json file. Raises InputError."""
-    if text in (None, "resize"):
-        return None if text is None else Onto()
-    expected = "resize, or a .json or .npy file of 3 x 3 numbers"
-    path = regular_file(text, expected)
-    try:
-        rows = np.load(path, allow_pickle=False).tolist() if path.suffix == ".npy" else read_json(path, expected, list)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be read ({reason(error)}); expected {expected}") from error
-    place = f"--infrared-to-visible {path}, a row of 3 x 3"
-    rows = torch.tensor([numbers(row, place, 3) for row in rows], dtype=torch.float64)
+def read_onto(given: str | list | None, levels: Sequence[float] | None = None) -> Onto:
+    """Of "resize", "none" or None, the rows of a homography, or the .npy or .json file of it. Raises InputError."""
+    if levels is not None and not levels[0] < levels[1]:
+        raise InputError(f"--infrared-range {levels[0]:g} {levels[1]:g}: expected two numbers, the smaller one first")
+    levels = None if levels is None else tuple(levels)
+    if given is None or given in ("none", "resize"):
+        return Onto(resize=given == "resize", levels=levels)
+    rows, expected = given, "resize, none, or a .json or .npy file of 3 x 3 numbers"
+    if isinstance(given, str):
+        path = regular_file(given, expected)
+        try:
+            npy = path.suffix == ".npy"
+            rows = np.load(path, allow_pickle=False).tolist() if npy else read_json(path, expected, list)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{path} cannot be read ({reason(error)}); expected {expected}") from error
+    place = f"--infrared-to-visible {shown(given)}, a row of 3 x 3"
+    rows = torch.tensor(
+        [numbers(row, place, 3) for row in (rows if isinstance(rows, list) else ())], dtype=torch.float64
+    )
     if rows.shape != (3, 3) or rows.det().abs() < 1e-12:
-        raise InputError(f"{path} holds no homography that can be inverted; expected {expected}")
-    return Onto(rows)
+        raise InputError(f"{shown(given)} holds no homography that can be inverted; expected {expected}")
+    return Onto(rows, levels=levels)
 
 
 def _project(points: Tensor, matrix: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from macl.data.annotation import Annotation
 from macl.data.onto import Onto
 from macl.data.sample import images_by_stem, moved, read_pair
 from trainkit.errors import InputError
-from trainkit.files import picture_size, read_lines, shown
+from trainkit.files import read_lines, shown
 from trainkit.load_report import summarise
 
 HELD_OUT = 0.1  # share of the training pairs
@@ -27,7 +27,7 @@ OWN_DATA = (
 
 
 class Pair(NamedTuple):
-    visible: Path | str
+    visible: Path | str | None  # None, as for infrared, without that camera
     infrared: Path | None
     annotation: Any  # what the data set's `annotation` reads
     scene: int = -1
@@ -42,13 +42,17 @@ class PairedDataset(Dataset, abc.ABC):
     source: where they were read, as a sentence
     moves: of infrared, see `moved`
     at_least: pixels of the short side that are needed, see `decoded_at`
-    onto: how infrared is put onto visible, see `with_onto`; of_infrared: whether boxes are those of infrared images
+    onto: how infrared is read and put onto visible, see `with_onto`
+    boxes_of: whose boxes are detected, where each camera has its own (`own_boxes`)
+    modalities: the cameras there are
     """
 
     scene_kind = "scene"
     moves = ()
-    onto = at_least = None
-    of_infrared = False
+    at_least = None
+    onto = Onto()
+    own_boxes, boxes_of = False, "visible"
+    modalities = ("visible", "infrared")
 
     def __init__(self, pairs: Sequence[Pair], classes: Sequence[str], *, split: str, source: str):
         self.pairs, self.classes, self.split, self.source = list(pairs), tuple(classes), split, source
@@ -61,19 +65,18 @@ class PairedDataset(Dataset, abc.ABC):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict:
-        visible, infrared = self.paths(index)
-        whole = self.onto is not None or self.moves != ()  # both count in pixels of the whole image
-        at_least = None if whole else self.at_least
-        images, annotation = read_pair(visible, infrared, self.onto, at_least), self.annotation(index)
-        _, height, width = images["visible"].shape
+        paths = self.paths(index)
+        at_least = None if self.onto.places or self.moves else self.at_least  # both count in pixels of the whole image
+        images, annotation = read_pair(*paths, self.onto, at_least), self.annotation(index)
+        shown_in = next(image for image in images.values() if image is not None)
+        _, height, width = shown_in.shape
+        images = {name: torch.zeros_like(shown_in) if image is None else image for name, image in images.items()}
         if at_least is not None:
             annotation = annotation.scaled((width, height))
-        other = self.onto is not None and (self.of_infrared or annotation.size != (width, height))
-        if other and annotation.size == picture_size(infrared):
-            annotation = self.onto.boxes(annotation, (width, height))
         if annotation.size != (width, height):
             size = " x ".join(map(str, annotation.size))
-            raise InputError(f"{annotation.place} is for {size} pixels but {visible} has {width} x {height}")
+            path = paths[0] or paths[1]
+            raise InputError(f"{annotation.place} is for {size} pixels but {path} has {width} x {height}")
         return self.sample(index, images, annotation)
 
     def sample(self, index: int, images: dict[str, Tensor], annotation: Annotation) -> dict:
@@ -81,7 +84,13 @@ class PairedDataset(Dataset, abc.ABC):
         for move in self.moves:
             images = moved(images, move)
         sample = images | annotation.per_box()
-        sample |= {"image_id": range(len(self))[index], "path": str(pair.visible), "scene": pair.scene}
+        path = str(pair.visible or pair.infrared)
+        sample |= {"image_id": range(len(self))[index], "path": path, "scene": pair.scene}
+        if self.own_boxes:
+            sample["boxes_of"] = self.boxes_of
+        if len(self.modalities) == 1:
+            sample["present"] = torch.tensor([name in self.modalities for name in ("visible", "infrared")])
+            sample["visible_in"] = sample["present"].expand(len(sample["boxes"]), 2)
         return sample if pair.daytime is None else sample | {"daytime": pair.daytime}
 
     def paths(self, index: int) -> tuple[Path, Path]:
@@ -101,33 +110,36 @@ class PairedDataset(Dataset, abc.ABC):
         """Scenes of a group are alike: `hold_out` takes some of each."""
         return 0
 
-    def subset(self, indices: Sequence[int], why: str) -> "PairedDataset":
-        """The same data set with some of its pairs, renumbered from 0. why: for `source`."""
+    def changed(self, **attributes) -> "PairedDataset":
         chosen = copy.copy(self)
-        chosen.pairs = [self.pairs[index] for index in indices]
-        chosen.source += f", {len(chosen)} of them {why}"
+        vars(chosen).update(attributes)
         return chosen
 
-    def with_onto(self, onto: Onto | None) -> "PairedDataset":
-        """The same data set with infrared images, and boxes if they are infrared's, put onto visible when read."""
-        chosen = copy.copy(self)
-        chosen.onto = onto
-        return chosen
+    def subset(self, indices: Sequence[int], why: str) -> "PairedDataset":
+        """The same data set with some of its pairs, renumbered from 0. why: for `source`."""
+        pairs = [self.pairs[index] for index in indices]
+        return self.changed(pairs=pairs, source=f"{self.source}, {len(pairs)} of them {why}")
+
+    def with_onto(self, onto: Onto, boxes_of: str | None = None) -> "PairedDataset":
+        """The same data set with infrared images, and boxes that are infrared's, read and put onto visible by `onto`.
+
+        boxes_of: "visible" (None), "infrared" or "both" (the mean): which are detected where each camera has its own;
+            what the camera does not show is ignored then
+        """
+        boxes_of = boxes_of or "visible"
+        about = f"; each camera has boxes of its own, detected are those of {boxes_of}" * self.own_boxes
+        return self.changed(onto=onto, boxes_of=boxes_of, source=self.source + about)
 
     def decoded_at(self, short_side: int | None) -> "PairedDataset":
         """The same data set with JPEGs, and their boxes, at 1/2, 1/4 or 1/8 while their short side has so many pixels.
 
         Images that are registered or put onto each other stay whole.
         """
-        chosen = copy.copy(self)
-        chosen.at_least = short_side
-        return chosen
+        return self.changed(at_least=short_side)
 
     def moved(self, move: tuple[int, int] | Callable) -> "PairedDataset":
         """The same data set with infrared moved (see `sample.moved`) after the moves before; the boxes stay."""
-        chosen = copy.copy(self)
-        chosen.moves = (*self.moves, move)
-        return chosen
+        return self.changed(moves=(*self.moves, move))
 
     def statistics(self) -> dict:
         """Counts over the annotations; no image is decoded. Heights are in pixels, None without boxes.

@@ -16,6 +16,15 @@ and, where known,
     visible_in  (N, 2) bool: seen in visible light, in infrared
     occlusion   (N,) int64: 0 none, 1 partial, 2 heavy
     daytime     bool
+
+where each camera has labels of its own
+
+    boxes_infrared  (N, 4) like `boxes`, which are visible's; what one camera alone shows has its box in both
+    boxes_of    "visible", "infrared" or "both": whose boxes are detected
+
+and of one camera alone
+
+    present     (2,) bool: which; the other image is black, and masked wherever images are fused
 """
 
 import os
@@ -31,12 +40,13 @@ from trainkit.errors import InputError
 from trainkit.files import IMAGE_SUFFIXES, is_image, open_image
 from trainkit.files import MAX_PIXELS as MAX_PIXELS  # of an image, for those who write some
 
-PER_BOX = ("boxes", "labels", "ignore", "visible_in", "occlusion")
+PER_BOX = ("boxes", "boxes_infrared", "labels", "ignore", "visible_in", "occlusion")
+BOXES = ("visible", "infrared", "both")
 
 
-def read_image(path: str | Path, at_least: int | None = None) -> Tensor:
-    """An image file as (3, H, W) uint8 RGB, grey repeated three times. at_least, raised: see `files.open_image`."""
-    pixels = np.array(open_image(path, at_least=at_least))  # (H, W, 3)
+def read_image(path: str | Path, levels: tuple[float, float] | None = None, at_least: int | None = None) -> Tensor:
+    """An image file as (3, H, W) uint8 RGB, grey repeated three times. The rest: see `files.open_image`."""
+    pixels = np.array(open_image(path, levels=levels, at_least=at_least))  # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W), channels last in memory, which resizes fastest
 
 
@@ -50,19 +60,20 @@ def read_pair(
 ) -> dict[str, Tensor | None]:
     """The images of a sample; that of a path of None is None. Raises InputError if sizes differ.
 
-    onto: how infrared is put onto visible, see `macl.data.onto`; None: their sizes are the same
+    onto: how infrared is read and put onto visible, see `macl.data.onto`; None: as it is
     at_least: see `files.open_image`
     """
     paths = {"visible": visible, "infrared": infrared}
-    images = {modality: None if path is None else read_image(path, at_least) for modality, path in paths.items()}
-    if at_least is not None and len({image.shape for image in images.values()}) > 1:  # one of them is no JPEG
-        return read_pair(visible, infrared, onto)
+    levels = {"visible": None, "infrared": onto and onto.levels}
+    images = {name: path and read_image(path, levels[name], at_least) for name, path in paths.items()}
+    if at_least is not None and len({image.shape for image in images.values() if image is not None}) > 1:
+        return read_pair(visible, infrared, onto)  # one of them is no JPEG
     return put_together(images, paths, onto)
 
 
 def put_together(images: dict[str, Tensor | None], names: dict, onto=None) -> dict[str, Tensor | None]:
     """Decoded images (3, H, W) as `read_pair` returns them. names: of the images, for the InputError."""
-    if onto is not None and None not in images.values():
+    if onto is not None and not any(image is None for image in images.values()):
         images = images | {"infrared": onto.image(images["infrared"], tuple(images["visible"].shape[:0:-1]))}
     sizes = [f"{image.shape[2]} x {image.shape[1]}" for image in images.values() if image is not None]
     if len(set(sizes)) > 1:
@@ -145,15 +156,25 @@ def collate(samples: list[dict]) -> dict:
     """A batch of samples: a dict of lists, as images may differ in size.
 
     visible, infrared: (3, H_i, W_i) float32 images of 0..1
-    targets: dicts of the known keys of PER_BOX and, as tensors (), scene, domain and daytime
+    targets: dicts of the known keys of PER_BOX, see `_target`, and as tensors scene, domain, daytime and present
     image_id, path, scene: as in the samples
     """
     batch = {key: [sample[key] for sample in samples] for key in ("image_id", "path", "scene")}
     for modality in ("visible", "infrared"):
         batch[modality] = [to_float(sample[modality]) for sample in samples]
-    batch["targets"] = [
-        {key: sample[key] for key in PER_BOX if key in sample}
-        | {key: torch.tensor(sample[key]) for key in ("scene", "domain", "daytime") if key in sample}
-        for sample in samples
-    ]
+    batch["targets"] = [_target(sample) for sample in samples]
     return batch
+
+
+def _target(sample: dict) -> dict:
+    """What detection learns and is scored with, as `boxes_of` says; `own_boxes` (N, 2, 4) are those of each camera."""
+    target = {key: sample[key] for key in PER_BOX if key in sample and key != "boxes_infrared"}
+    target |= {key: torch.as_tensor(sample[key]) for key in ("scene", "domain", "daytime", "present") if key in sample}
+    if "boxes_infrared" in sample:
+        target["own_boxes"] = own = torch.stack([sample["boxes"], sample["boxes_infrared"]], dim=1)
+        which = BOXES.index(sample["boxes_of"])
+        if which == 2:
+            target["boxes"] = own.mean(dim=1)
+        else:
+            target |= {"boxes": own[:, which], "ignore": sample["ignore"] | ~sample["visible_in"][:, which]}
+    return target

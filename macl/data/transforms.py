@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from macl.data.sample import PER_BOX, to_float
 
+BOXES = ("boxes", "boxes_infrared")
 MIN_SHOWN = 0.3  # a box that keeps less of its area is ignored
 
 
@@ -53,9 +54,9 @@ class PairedAugmentation:
             if self.noise:  # the same in the three equal channels
                 infrared += _uniform(0, self.noise) * torch.randn(infrared.shape[-2:])
             infrared = infrared.clamp(0, 1)
-        augmented = sample | {"visible": visible, "infrared": infrared, "boxes": pair["boxes"]}
+        augmented = sample | pair | {"visible": visible, "infrared": infrared}
         augmented["ignore"] = sample["ignore"] | (shown < MIN_SHOWN)
-        keep = ((pair["boxes"][:, 2:] - pair["boxes"][:, :2]) >= 1).all(dim=1)
+        keep = torch.stack([pair[key][:, 2:] - pair[key][:, :2] >= 1 for key in BOXES if key in pair]).all(2).all(0)
         return augmented | {key: augmented[key][keep] for key in PER_BOX if key in augmented}
 
 
@@ -82,8 +83,8 @@ class AugmentedDataset(Dataset):
 def _as_pair(sample: dict) -> dict:
     """Both images and the boxes, as torchvision's transforms know them."""
     pair = {modality: tv_tensors.Image(sample[modality]) for modality in ("visible", "infrared")}
-    size = tuple(sample["visible"].shape[-2:])
-    return pair | {"boxes": tv_tensors.BoundingBoxes(sample["boxes"], format="XYXY", canvas_size=size)}
+    options = dict(format="XYXY", canvas_size=tuple(sample["visible"].shape[-2:]))
+    return pair | {key: tv_tensors.BoundingBoxes(sample[key], **options) for key in BOXES if key in sample}
 
 
 def _crop_window(sample: dict, scale: tuple[float, float]) -> tuple[int, int, int, int]:

@@ -78,19 +78,22 @@ def miss_rate_by_script(detections: list[dict], ground_truth: list[dict]) -> dic
     return rates
 
 
-def miss_rate_table(detections: list[dict], ground_truth: list[dict]) -> dict[str, dict]:
-    """The ten customary rows; arguments as miss_rate_curve.
+def row_name(subset: str, daytime: str) -> str:
+    return f"{subset} {daytime}" if subset == "reasonable" else subset
+
+
+def miss_rate_table(detections: list[dict], ground_truth: list[dict], table: list = TABLE) -> dict[str, dict]:
+    """The rows of `table`, (subset, daytime) each, the ten customary ones; arguments as miss_rate_curve.
 
     Returns "reasonable all", "reasonable day", "reasonable night", "near", "medium", "far", "none", "partial", "heavy"
     and "all", each a dict of miss_rate and recall in percent (None without a real box), boxes and frames.
     """
     matches = _Matches(detections, ground_truth)
     rows = {}
-    for subset, daytime in TABLE:
+    for subset, daytime in table:
         curve = matches.curve(subset, daytime)
         row = {key: curve[key] for key in ("recall", "boxes", "frames")}
-        name = f"{subset} {daytime}" if subset == "reasonable" else subset
-        rows[name] = {"miss_rate": curve["log_average_miss_rate"]} | row
+        rows[row_name(subset, daytime)] = {"miss_rate": curve["log_average_miss_rate"]} | row
     return rows
 
 

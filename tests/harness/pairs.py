@@ -65,6 +65,16 @@ def published(objects_by_frame: dict, size=SIZE, **extra) -> dict:
     return extra | {"images": images, "annotations": annotations, "categories": categories}
 
 
+def cvc14(root, day, split, name, visible, infrared, frames=("FramesPos", "FramesPos")):
+    """A frame of CVC-14; rows of x, y, width, height, number: the centre, pixels from 1."""
+    for camera, rows, folder in zip(("Visible", "FIR"), (visible, infrared), frames, strict=True):
+        place = root / "CVC-14" / day / camera / split
+        if folder is not None:
+            write(place / folder / f"{name}.tif", (90, 60, 30), (40, 20))
+        text = "".join(f"{x} {y} {w} {h} 1 0 0 0 0 {key} 0\n" for x, y, w, h, key in rows)
+        write(place / "Annotations" / f"{name}.txt", text)
+
+
 def truth(*boxes, labels=None, ignore=(), occlusion=None, daytime=True) -> dict:
     """The ground truth of a frame; ignore: places of the boxes that are."""
     return {

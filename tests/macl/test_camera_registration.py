@@ -107,10 +107,10 @@ def test_scripts_register_training_and_validation(register):
         (train_stage1, [], [(0, 0)] * 2),
         (train_stage2, [["person"]], [there, (0, 0), there, (0, 0)]),
     ):
-        *opened, name, messages = script.open_data(script.parse_arguments(drawn), *classes)
+        *opened, kept, messages = script.open_data(script.parse_arguments(drawn), *classes)
         sets = [*getattr(opened[0], "datasets", opened[:1]), *opened[1:]]
         assert close([rig_shift(dataset)[0] for dataset in sets], off) and all(dataset.moves for dataset in sets)
-        kind, *shift = name.split()
+        kind, *shift = kept["register"].split()
         assert kind == register and (register != "rig" or close([map(int, shift)], [(3, 1) if classes else (0, 0)]))
         assert any("infrared is registered" in line for line in messages) == (register != "none")
 

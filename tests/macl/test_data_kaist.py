@@ -7,7 +7,7 @@ import torch
 from pairs import FRAMES, PERSON, SIZE, bbgt, kaist, published, refused, write
 from PIL import Image
 
-from macl.data import KAIST, collate, hold_out, read_ground_truth
+from macl.data import KAIST, Onto, collate, hold_out, read_ground_truth
 from macl.data.kaist import TRAINING_RULES
 from trainkit.loader import make_loader
 
@@ -117,7 +117,12 @@ def test_suffixes_of_windows_and_label_folders_of_both_cameras(tree):
         write(tree / "paired" / video / "lwir" / f"{image}.txt", bbgt(("person", 1, 1, 9, 9, 0)))
     data = KAIST(tree, "all", "paired")
     assert data[0]["path"].endswith(".JPG") and data[0]["boxes"].tolist() == [[10, 20, 40, 80]]
-    assert "one txt file per visible image" in data.source
+    assert "one txt file per image of each camera" in data.source
+    assert data[0]["boxes_infrared"].tolist() == [[1, 1, 10, 10]] and data[0]["visible_in"].tolist() == [[True, True]]
+    for choice, box in (("infrared", [1, 1, 10, 10]), ("both", [5.5, 10.5, 25, 45])):
+        assert collate([data.with_onto(Onto(), choice)[0]])["targets"][0]["boxes"].tolist() == [box]
+    write(tree / "paired" / f"{FRAMES[0].replace('/I', '/lwir/I')}.txt", bbgt(PERSON, PERSON))
+    refused(lambda: data[0], "lwir", "2 people", "1")
 
 
 def test_small_and_occluded_people_are_ignored_by_rule(tree):
@@ -244,7 +249,7 @@ BAD_XML = [
     (xml(PERSON).replace("<w>30</w>", ""), "<bndbox><w>"),
     (xml(PERSON).replace("<x>10</x>", ""), "<bndbox><xmin>"),
     (xml(("person", 1, 2, 3, 4, 5)), "heavy): expected a whole number from 0 to 2, got 5"),
-    (xml(PERSON).replace("</object>", "<difficult>maybe</difficult></object>"), "ignore: expected"),
+    (xml(PERSON).replace("</object>", "<difficult>maybe</difficult></object>"), "expected a whole number from 0 to 9"),
 ]
 
 

@@ -290,7 +290,7 @@ def test_boxes_drawn_in_infrared_go_with_it(tmp_path, labels, moved):
 def test_what_is_no_homography(tmp_path, content):
     refused(lambda: read_onto(str(write(tmp_path / "h.json", content))), "h.json", "3 x 3")
     refused(lambda: read_onto(str(write(tmp_path / "h.npy", "x"))), "h.npy", "3 x 3")
-    refused(lambda: read_onto("resise"), "expected resize, or a .json or .npy")
+    refused(lambda: read_onto("resise"), "expected resize, none, or a .json or .npy")
 
 
 def jpegs(root, size=(81, 65), suffix=".jpg"):

@@ -6,6 +6,7 @@ import torch
 from macl import detector as module
 from macl.backbone import MODALITIES
 from macl.data import SyntheticPairs, collate
+from macl.teacher import KeyEncoder, Labeller
 
 DHN = dict(dhn_size=32, dhn_k=8)
 
@@ -114,3 +115,41 @@ def test_crops_move_and_grow_by_a_tenth_of_the_box():
     torch.testing.assert_close(centres.std(0), torch.tensor([2.0, 5.0]), rtol=0.05, atol=0)
     torch.testing.assert_close(sides[:, 1] / sides[:, 0], torch.full((4000,), 2.5))
     assert (sides[:, 0] / 20).log().std().item() == pytest.approx(0.1, rel=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("level", ["roi", "crop"])
+def test_each_modality_is_pooled_at_its_own_box(build, batch, level, monkeypatch):
+    monkeypatch.setattr(module, "jittered", lambda boxes: boxes)
+    model, seen = build(macl_level=level).train(), []
+    model.macl.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[:2]))
+    moved = [target["boxes"] + torch.tensor([3.0, 0, 3, 0]) for target in batch["targets"]]
+    for target, boxes in zip(batch["targets"], moved, strict=True):
+        target["own_boxes"] = torch.stack([target["boxes"], boxes], dim=1)
+    features = model.extract({name: batch[name] for name in MODALITIES})
+    model.losses(features, batch["targets"])
+    here, there = (model.pooled_features(features, boxes) for boxes in ([t["boxes"] for t in batch["targets"]], moved))
+    torch.testing.assert_close(seen[0], (here[0], there[1]))
+    assert not torch.allclose(here[1], there[1])
+    keys = KeyEncoder(model)(batch["visible"], batch["infrared"], batch["targets"])[0]["keys"]
+    at_visible = KeyEncoder(model)(batch["visible"], batch["infrared"], [{"boxes": boxes} for boxes in moved])[0][
+        "keys"
+    ]
+    assert torch.allclose(keys[:, 1], at_visible[:, 1]) and not torch.allclose(keys[:, 0], at_visible[:, 0])
+
+
+@torch.no_grad()
+def test_a_camera_that_is_absent_is_never_looked_at(build, batch):
+    """By detection, the contrast, and the labels that an averaged detector gives."""
+    model, black = build().eval(), [torch.zeros_like(image) for image in batch["infrared"]]
+    alone = {"present": torch.tensor([True, False]), "domain": torch.tensor(0), "scene": torch.tensor(0)}
+    for target in batch["targets"]:
+        target |= alone | {"visible_in": alone["present"].expand(len(target["boxes"]), 2)}
+    labelled = [Labeller(model, 0.0)(batch["visible"], other, batch["targets"]) for other in (black, batch["infrared"])]
+    for first, second in zip(*labelled, strict=True):
+        assert torch.equal(first["boxes"], second["boxes"]) and not first["visible_in"][:, 1].any()
+    results = []
+    for infrared in (black, batch["infrared"]):
+        torch.manual_seed(0)
+        results.append(model.train()(visible=batch["visible"], infrared=infrared, targets=batch["targets"]))
+    assert results[0] == results[1] and results[0]["loss_macl"] == 0

@@ -117,14 +117,14 @@ def test_what_was_saved_gives_the_same_metrics(checkpoint, kaist, tmp_path, caps
     assert not (tmp_path / "detections-infrared.json").exists()
 
 
-def test_drawn_scenes_have_miss_rates_and_llvip_has_none(checkpoint, tmp_path, capsys):
+def test_drawn_scenes_have_ten_miss_rates_and_llvip_has_that_of_all(checkpoint, tmp_path, capsys):
     output = run(capsys, "--checkpoint", checkpoint, "--count", 2)
     assert len(rows_of(output)) == 10 and rows_of(output)["reasonable day"][-1] == "0"  # drawn at night
     root = llvip(tmp_path / "L", "person")
     flags = ["--checkpoint", checkpoint, "--dataset", "llvip", "--data-root", root]
     output = run(capsys, *flags, "--misalign", 3, "--output", tmp_path / "b.json")
-    assert "miss rate" not in output and "both,infrared+3px" in output
-    assert json.loads((tmp_path / "b.json").read_text())["miss_rate"] == {}
+    assert list(rows_of(output)) == ["all"] and "both,infrared+3px" in output
+    assert list(json.loads((tmp_path / "b.json").read_text())["miss_rate"]["both"]) == ["all"]
 
 
 class SeesShift(torch.nn.Module):
@@ -247,11 +247,14 @@ def test_average_precision_of_those_seen_in_one_modality():
     assert set(detection_metrics([frame])["both"]) == {"ap50", "ap75", "ap", "recall"}
 
 
-def test_no_miss_rates_where_daytime_or_occlusion_is_not_known():
+def test_the_miss_rate_of_all_where_daytime_or_occlusion_is_not_known():
     for key in ("daytime", "occlusion"):
-        frame = results([], [])
+        frame = results([PERSON], [PERSON])
         del frame["ground_truth"][key]
-        assert miss_rate_tables([frame]) == {} == miss_rate_curves([frame])
+        rows = miss_rate_tables([frame])["both"]
+        assert list(rows) == ["all"] == list(miss_rate_curves([frame])["both"])
+        assert rows["all"]["miss_rate"] == pytest.approx(0, abs=1e-6) and rows["all"]["boxes"] == 1
+        assert miss_rate_tables([frame | {"classes": ["car"]}]) == {} == miss_rate_curves([frame | {"classes": []}])
 
 
 def test_a_curve_keeps_the_points_that_count():
@@ -305,7 +308,7 @@ MODEL, OTHERS = "--checkpoint a.pt", "--detections a.txt --dataset kaist"
         (f"{MODEL} --misalign much", "invalid int value: 'much'"),
         (f"{MODEL} --save-detections a.csv", "ends in .txt or .json"),
         (f"{MODEL} --plot missing/a.png", "missing/a.png: the folder missing does not exist"),
-        (f"{MODEL} --dataset llvip --data-root x --plot a.png", "do not know occlusion"),
+        (f"{MODEL} --boxes both", "--boxes needs --data-root"),
     ],
 )
 def test_flags_that_do_not_fit(capsys, flags, words):

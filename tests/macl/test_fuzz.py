@@ -1,19 +1,22 @@
 """Damaged pairs, annotations, detections and checkpoints: read sanely, or refused in a line that names the place."""
 
+import argparse
 import io
 import json
 
 import pytest
 import torch
 from mutants import hunt, xml
-from pairs import kaist, llvip, write
+from pairs import cvc14, kaist, llvip, write
 from PIL import Image
 
 import macl
-from macl.data import KAIST, LLVIP, Pairs, collate
+from macl.data import KAIST, LLVIP, Pairs, collate, open_root
 from macl.metrics import average_precision
 from macl.metrics.detection_files import read_detections
-from trainkit.files import open_image
+from macl.training import READING, choose_reading, onto_of
+from trainkit.errors import InputError
+from trainkit.files import open_image, read_json
 from trainkit.report import main as report
 
 SIZE = dict(width=32, height=24)
@@ -84,6 +87,29 @@ def test_lists_and_annotations_of_kaist(tmp_path, name, sound, count):
     root = kaist(tmp_path, FRAMES, objects=(), size=(32, 24))
     annotations = root / name if name.endswith("json") else None
     hunt(root / name, sound, lambda path: use(KAIST(root, "all", annotations)), count)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_labels_of_cvc14(tmp_path, count):
+    cvc14(tmp_path, "Day", "Train", "a", [(11, 9, 8, 12, 1)], [(13, 9, 8, 12, 1), (31, 9, 8, 12, 2)])
+    sound = [[11, 9, 8, 12, 1, 0, 0, 0, 0, 1, 0], [30, 9, 8, 12, 1, 0, 0, 0, 0, 2, 0]]
+    place = tmp_path / "CVC-14/Day/Visible/Train/Annotations/a.txt"
+    hunt(place, sound, lambda path: use(open_root(tmp_path, "train", classes=["person"])), count)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(400, marks=pytest.mark.slow)])
+def test_what_a_checkpoint_says_of_the_cameras(tmp_path, count):
+    sound = dict(infrared_to_visible=[[2.0, 0.0, 1.0], [0.0, 2.0, 1.0], [0.0, 0.0, 1.0]], infrared_range=[2.0, 9.0])
+    nothing = argparse.Namespace(**dict.fromkeys(READING))
+
+    def use(path):
+        try:
+            onto = onto_of(choose_reading(nothing, None, read_json(path))[0])
+        except InputError as error:  # which names what is in the checkpoint, but not the file
+            raise InputError(f"{path}: {error}") from error
+        assert onto.homography is None or onto.homography.isfinite().all()
+
+    hunt(tmp_path / "reading.json", sound | dict(boxes="both"), use, count)
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from scripts import refused
+from videos import write_video
 
-from fgclip.video.decode import write_video
 from macl import predict
 from macl.data import SyntheticPairs, moved
 from macl.video import Frame, paired
