@@ -291,7 +291,7 @@ class HeadStage:
     def validate(self, model: VideoModel) -> dict:
         """`anomaly_report` of the validation videos."""
         model.eval()
-        scored = [model.scores(record, self.clips[record.name]) for record in self.validation]
+        scored = [model.scores(record, self.clips[record.name])[0] for record in self.validation]
         model.train()
         return anomaly_report(scored, model.classes)
 

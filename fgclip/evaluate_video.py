@@ -99,7 +99,7 @@ def scored(model: VideoModel, encoder: ClipEncoder, videos: VideoSet, folder: st
     lost = extract(videos, encoder, store)
     refuse_lost(lost, allowed)
     records = [record for record in videos.records if record.name in store and distributed.is_main()]
-    return [model.scores(record, store.read(record.name)) for record in records], lost
+    return [model.scores(record, store.read(record.name))[0] for record in records], lost
 
 
 def draw(path: str, scores: list[VideoScores], videos: VideoSet) -> None:

@@ -19,6 +19,7 @@ from fgclip.video.decode import open_video
 from fgclip.video.metrics import ALARM, VideoScores, by_frame
 from fgclip.video.model import NORMAL, VideoModel
 from fgclip.video.plots import Strip, clock, draw_curves, need_matplotlib, peaks, thumbnail, time_of
+from fgclip.video.records import VideoRecord
 from trainkit.arguments import make_parser, positive_int
 from trainkit.errors import InputError, one_sentence
 from trainkit.files import read_lines, whole_file, write_json, writing
@@ -91,8 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         clips = encoder.video(video, progress=lambda frames: bar.update(frames - bar.n))
 
     name = Path(args.video).resolve().name
-    anomaly, classes, frames = (part.numpy() for part in model.score(clips))
-    scores = VideoScores(name, (), None, clips.frames, model.clips["clip_frames"], anomaly, classes, clips.rate)
+    scores, frames = model.scores(VideoRecord(name), clips)
     before = model.tokenizer.truncated
     found = described(model, scores, frames, phrases, args.peaks)
     cut = model.tokenizer.truncated - before
@@ -104,7 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
         with whole_file(output / peak["picture"]) as file:
             Image.fromarray(picture).save(file, format="JPEG", quality=90)
         small.append(thumbnail(picture))
-    probabilities = dict(zip((NORMAL, *model.classes), classes.T.astype(float).round(6).tolist(), strict=True))
+    rows = scores.class_scores.T.astype(float).round(6).tolist()
+    probabilities = dict(zip((NORMAL, *model.classes), rows, strict=True))
     seconds = float(clips.frames / clips.rate)
     known = dict(checkpoint=args.checkpoint, supervision=model.supervision, problem=video.problem, seconds=seconds)
     write_json(output / "scores.json", known | as_json(scores) | dict(probabilities=probabilities, peaks=found))

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -192,19 +193,15 @@ class VideoModel(nn.Module):
         spans = batch["spans"][:, :3].unbind(1) if self.pools else None
         return self.head(batch["features"], batch["mask"], self.class_texts, spans)
 
-    def score(self, clips: Clips) -> tuple[Tensor, Tensor, Tensor]:
-        """`TemporalHead.score` of a video's clips, on the CPU."""
+    def scores(self, record: VideoRecord, clips: Clips) -> tuple[VideoScores, np.ndarray]:
+        """What the metrics want to know of a video, and the unit vectors (T, D) of its clips."""
         features = {name: value.to(self.class_texts.device) for name, value in clips.tensors().items()}
-        return tuple(part.cpu() for part in self.head.score(features, self.class_texts))
-
-    def scores(self, record: VideoRecord, clips: Clips) -> VideoScores:
-        """What the metrics want to know of a video."""
-        anomaly, classes, _ = (part.numpy() for part in self.score(clips))
+        anomaly, classes, frames = (part.cpu().numpy() for part in self.head.score(features, self.class_texts))
         events = record.events
         if events is not None:
             events = tuple((round(start * clips.rate), round(end * clips.rate), name) for start, end, name in events)
         sizes = clips.frames, self.clips["clip_frames"]
-        return VideoScores(record.name, record.classes, events, *sizes, anomaly, classes, clips.rate)
+        return VideoScores(record.name, record.classes, events, *sizes, anomaly, classes, clips.rate), frames
 
     @torch.no_grad()
     def clamp_logit_scales(self) -> None:

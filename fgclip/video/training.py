@@ -97,9 +97,7 @@ class ClipBags(Dataset):
     clip_frames: frames per clip. rows: of what captions and tracks say, in the table of its features.
     """
 
-    def __init__(
-        self, videos: VideoSet, clips: Mapping[str, Clips], *, clip_frames: int, most_clips: int, seed: int
-    ):  # fmt: skip
+    def __init__(self, videos: VideoSet, clips: Mapping[str, Clips], *, clip_frames: int, most_clips: int, seed: int):
         self.videos, self.clips = videos, clips
         self.clip_frames, self.most_clips, self.seed = clip_frames, most_clips, seed
         texts = dict.fromkeys(text for record in videos.records for *_, said in self.spans(record) for text in said)

@@ -16,7 +16,7 @@ KEY = dict(dim=3, clip_frames=4)
 
 
 def scores(record, clips):
-    return VideoScores(record.name, record.classes, (), clips.frames, 4, *np.ones((2, 2, 3)) * [[[0.1]], [[0.5]]])
+    return VideoScores(record.name, record.classes, (), clips.frames, 4, *np.ones((2, 2, 3)) * [[[0.1]], [[0.5]]]), None
 
 
 def test_features_do_without_the_videos(tmp_path, monkeypatch):

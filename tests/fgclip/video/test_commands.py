@@ -79,7 +79,7 @@ def watched(checkpoint, video, output, *flags):
 
 def expected(model, videos, **options):
     encoder = ClipEncoder(model.fgclip, **model.clips)
-    scores = [model.scores(record, encoder.video(videos.open(record))) for record in videos.records]
+    scores = [model.scores(record, encoder.video(videos.open(record)))[0] for record in videos.records]
     return scores, anomaly_report(scores, model.classes, **options)
 
 
@@ -155,7 +155,7 @@ def test_normal_is_a_class_of_xd_violence(name, checkpoint, model, tmp_path, mon
 def test_events_are_in_frames_of_the_video_s_own_rate(model):
     arrays = (np.zeros((10, width), np.float16) for width in (16, 16, 4))
     clips = Clips(dict(zip(INPUTS, arrays, strict=True)), frames=38, rate=Fraction(15))
-    found = model.scores(VideoRecord("a", None, ("fire",), ((1.0, 2.0, "fire"),)), clips)
+    found, _ = model.scores(VideoRecord("a", None, ("fire",), ((1.0, 2.0, "fire"),)), clips)
     assert found.rate == 15 and found.events == ((15, 30, "fire"),)
 
 
@@ -165,7 +165,8 @@ def test_watching_a_folder_of_images(checkpoint, model, tmp_path, capsys):
     (tmp_path / "phrases.txt").write_text("\n".join([*texts, "", texts[0]]))
     flags = ("--phrases", tmp_path / "phrases.txt", "--peaks", 3)
     found = watched(checkpoint, tmp_path / "frames", tmp_path / "out" / "deep", *flags)
-    scores, classes, frames = (x.numpy() for x in model.score(ClipEncoder(model.fgclip, **model.clips).video(video)))
+    expected, frames = model.scores(VideoRecord("x"), ClipEncoder(model.fgclip, **model.clips).video(video))
+    scores, classes = expected.scores, expected.class_scores
     assert (found["name"], found["rate"], found["clip_frames"], found["frames"]) == ("frames", 30, 4, video.count)
     assert found["seconds"] == pytest.approx(video.count / 30) and found["scores"] == pytest.approx(scores, abs=1e-5)
     assert (names := list(found["probabilities"])) == [NORMAL, *model.classes]
