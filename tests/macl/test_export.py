@@ -106,7 +106,7 @@ def checkpoint(tmp_path_factory):
     detector = macl.build_detector(
         backbone="resnet18", norm="group", fpn_channels=16, fpn_levels=3, anchor_sizes=(16, 32, 64), merge="logit",
         aspect_ratios=(2.0,), head_width=32, rpn_pre_nms=(100, 50), rpn_post_nms=(50, 40), macl_level="none",
-        classes=("person", "car"), min_size=72, max_size=100,
+        classes=("person", "car"), min_size=72,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("export") / "best.pt"
     state = spread(detector).state_dict()
