@@ -75,9 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what to write").add_argument
     add("--output", type=Path, metavar="FILE", help="all metrics as json, the curves of the miss rate among them")
     add("--save-detections", type=Path, metavar="FILE", help=".txt or .json; of each camera in FILE-visible.txt, ...")
+    add("--plot", type=Path, metavar="FILE.png", help="these curves (.png, .pdf, .svg); needs the viz extra")
     add("--worst", nargs=2, metavar=("N", "DIR"),
         help="worst.html in DIR: the N frames with the worst misses and false alarms, and what is found; viz extra")
-    add("--plot", type=Path, metavar="FILE.png", help="these curves (.png, .pdf, .svg); needs the viz extra")
 # fmt: on
 
 
