@@ -74,11 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what to write").add_argument
     add("--output", type=Path, metavar="FILE", help="all metrics as json, the curves of the miss rate among them")
     add("--save-detections", type=Path, metavar="FILE", help=".txt or .json; of each camera in FILE-visible.txt, ...")
+    add("--plot", type=Path, metavar="FILE.png", help="the curves of the miss rate; needs the viz extra")
     add("--miss-rate-script", action="store_true",
         help="beside the benchmark's miss rate the one that the widespread Python script gives")
     add("--worst", nargs=2, metavar=("N", "DIR"),
         help="worst.html in DIR: the N frames with the worst misses and false alarms, and what is found; viz extra")
-    add("--plot", type=Path, metavar="FILE.png", help="these curves (.png, .pdf, .svg); needs the viz extra")
 # fmt: on
 
 
