@@ -211,15 +211,16 @@ def miss_rate_text(tables: dict[str, dict[str, dict]]) -> str:
     return aligned(lines)
 
 
-def write_files(args: argparse.Namespace, results: list[dict], metrics: dict) -> None:
-    """The files that the flags ask for."""
+def write_files(args: argparse.Namespace, results: list[dict], metrics: dict, ids: tuple | None) -> None:
+    """The files that the flags ask for. ids: of images and of categories by name, where the data set has its own."""
     curves = evaluation.miss_rate_curves(results) if args.output or args.plot else {}
     if args.output:
         write_json(args.output, metrics | {"miss_rate_curves": curves}, indent=2)
+    own = () if ids is None else (ids[0], [ids[1].get(name) for name in results[0]["classes"]])
     for count, mode in enumerate(results[0]["detections"] if args.save_detections else ()):
         path = args.save_detections
         path = path if count == 0 else path.with_stem(f"{path.stem}-{mode}")
-        write_detections(path, [result["detections"][mode] for result in results])
+        write_detections(path, [result["detections"][mode] for result in results], *own)
         print(f"detections with {mode}: {path}")
     if args.plot:
         first = next((row for rows in curves.values() for row in rows), "no person among the classes")
@@ -250,7 +251,8 @@ def main(arguments: list[str] | None = None) -> None:
             shown = ", ".join(f"{daytime} {'-' if rate is None else f'{rate:.2f}'}" for daytime, rate in rates.items())
             print(f"reasonable by the Python script in use, %, {mode}: {shown}")
         metrics = {"data": source, "detection": detection, "max_detections": limit, "alignment": agreement}
-        write_files(args, results, metrics | {"miss_rate": miss_rates, "miss_rate_script": by_script})
+        metrics |= {"miss_rate": miss_rates, "miss_rate_script": by_script}
+        write_files(args, results, metrics, getattr(dataset, "coco_ids", None))
         if args.worst:
             drawn = write_failures(args.worst[1], results, dataset, args.worst[0], limit, source)
             print(f"{args.worst[1] / 'worst.html'}: {drawn} pictures")

@@ -32,6 +32,7 @@ class Labels(NamedTuple):
     size: tuple[int, int] | None  # width, height in pixels; None where the file does not say it
     objects: list[Object]
     joined: bool = False
+    image_id: int | str | None = None  # in the json that it is from
 
 
 @dataclass(frozen=True)

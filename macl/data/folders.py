@@ -73,7 +73,7 @@ class Pairs(PairedDataset):
         scenes, self.scene_names = _cameras(found.stems) if cameras else _sequences(found.stems)
         pairs = zip(visible, infrared, found.files, scenes, found.daytimes or [None] * len(scenes), strict=True)
         super().__init__([Pair(*pair) for pair in pairs], classes or (), split=split, source="")
-        order, about = found.order, ""
+        order, about, self._categories = found.order, "", found.order if self.form == "coco" else {}
         if self.form == "voc":
             self.first_pixel, about = label_files.first_pixel_of(labels, first_pixel)
         elif self.form == "yolo":
@@ -112,6 +112,11 @@ class Pairs(PairedDataset):
         if self.form == "yolo":
             return label_files.read_yolo(file, picture_size(image), self.names)
         return label_files.read_cvc14(file, picture_size(image)) if self.form == "cvc14" else file
+
+    @property
+    def coco_ids(self) -> tuple[list[int | str], dict[str, int | str]] | None:
+        """The ids of the images, and those of the classes by name, in the json that they come from, if any."""
+        return ([pair.annotation[0].image_id for pair in self.pairs], self._categories) if self._categories else None
 
     def scene_name(self, scene: int) -> str:
         return self.scene_names[scene]
@@ -229,8 +234,8 @@ def _find_files(labels: Path, stems: list[str], form: str, suffixes: Sequence[st
     return files
 
 
-def _read_json(path: Path, stems: list[str], folder: Path, suffixes: Sequence[str]) -> tuple[dict, list[str]]:
-    """The labels by image name without suffixes, and the json's categories.
+def _read_json(path: Path, stems: list[str], folder: Path, suffixes: Sequence[str]) -> tuple[dict, dict]:
+    """The labels by image name without suffixes, and the ids of the json's categories by name.
 
     Folder and json may hold more than the other, but not both.
     """

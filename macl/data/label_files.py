@@ -184,8 +184,8 @@ class CocoImage(NamedTuple):
 
 def read_coco(
     data: dict, path: str | Path, *, name_key: str = "file_name", occlusion: bool = False
-) -> tuple[dict[int | str, CocoImage], list[str]]:
-    """Image id -> image, in the file's order, and the names of its categories. A bbox is x, y, width, height.
+) -> tuple[dict[int | str, CocoImage], dict[str, int | str]]:
+    """Image id -> image and category name -> id, in the file's order. A bbox is x, y, width, height.
 
     data: the json of the file `path`
     name_key: of an image's name
@@ -201,7 +201,8 @@ def read_coco(
     for place, item in _items(data, "images", path):
         name = plain_text(item.get(name_key), f"{place}, {name_key}")
         size = image_size(item.get("width"), item.get("height"), place)
-        images[_id(item, "id", place)] = CocoImage(place, name, Labels(f"{path}, {name}", size, []))
+        image = _id(item, "id", place)
+        images[image] = CocoImage(place, name, Labels(f"{path}, {name}", size, [], image_id=image))
     if not images:
         raise InputError(f"{path} holds no images")
     ids = [_id(item, "id", place) for place, item in annotations if "id" in item]
@@ -215,7 +216,7 @@ def read_coco(
         ignore = flag(item.get("ignore", ""), f"{place}, ignore") or flag(item.get("iscrowd", ""), f"{place}, iscrowd")
         level = number(item.get("occlusion"), f"{place}, {OCCLUSION}", 0, 2, whole=True) if occlusion else 0
         images[image].labels.objects.append(Object(categories[category], box, ignore, level))
-    return images, list(categories.values())
+    return images, {name: category for category, name in categories.items()}
 
 
 def edges(x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:

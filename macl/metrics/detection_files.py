@@ -43,16 +43,22 @@ def could_count_from_zero(path: str | Path, image_count: int) -> bool:
     return Path(path).suffix == ".json" and all(0 < row[1] < image_count for row in _read_rows(Path(path)))
 
 
-def write_detections(path: str | Path, detections: list[dict]) -> None:
+def write_detections(
+    path: str | Path, detections: list[dict], image_ids: list | None = None, category_ids: list | None = None
+) -> None:
     """Write one dict per frame (boxes (N, 4) x1, y1, x2, y2, scores (N,), labels (N,)) as read_detections reads it.
 
     Ids count from 1, numbers keep nine digits, and .txt has no labels; any other name is json. Raises InputError.
+    image_ids, category_ids: what json names the frames and the labels 1, 2, ... instead; of None a label is left out
     """
     boxes, frame, scores, labels = flatten(detections, "scores", "labels")
     rows = []
     for index, box, score, label in zip(frame.tolist(), boxes.tolist(), scores.tolist(), labels.tolist(), strict=True):
         *box, score = (float(f"{value:.9g}") for value in (*box, score))
-        rows.append({"image_id": index + 1, "category_id": int(label), "bbox": box, "score": score})
+        image = index + 1 if image_ids is None else image_ids[index]
+        category = int(label) if category_ids is None else category_ids[int(label) - 1]
+        if category is not None:
+            rows.append({"image_id": image, "category_id": category, "bbox": box, "score": score})
     text = json.dumps(rows)
     if Path(path).suffix == ".txt":
         lines = ((row["image_id"], *row["bbox"], row["score"]) for row in rows)

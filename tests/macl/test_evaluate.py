@@ -1,5 +1,6 @@
 """`python -m macl.evaluate`: a tiny detector on each data set, detection files, and flags that do not fit."""
 
+import itertools
 import json
 import math
 import os
@@ -11,6 +12,8 @@ import scripts
 import torch
 from pairs import llvip
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 import macl
 import train_stage1
@@ -396,6 +399,30 @@ def test_pairs_of_any_layout_by_name(tmp_path, capsys, monkeypatch):
     assert "1 of them held out" in run(capsys, "--checkpoint", "a.pt", *place, *flags, "--split", "held-out")
     assert "infrared-to-visible resize" in refused(capsys, "--checkpoint", "a.pt", *places[0])
     assert "--split test: the data have none" in refused(capsys, "--checkpoint", "a.pt", *place, "--split", "test")
+
+
+def test_saved_detections_bear_the_ids_of_the_json(tmp_path, capsys, monkeypatch):
+    """So that COCO's own evaluation takes them beside that json."""
+    for folder, name in itertools.product(("v", "i"), "ab"):
+        pairs.write(tmp_path / folder / f"{name}.png", (9, 9, 9), (80, 64))
+    images = [dict(id=70 - i, file_name=f"{name}.png", width=80, height=64) for i, name in enumerate("ab")]
+    rows = [dict(id=10 + i, image_id=image, category_id=kind, bbox=[10 * i, 8, 9, 20], area=180, iscrowd=0)
+            for i, (image, kind) in enumerate([(70, 31), (69, 31), (69, 7)])]  # fmt: skip
+    kinds = [dict(id=31, name="person"), dict(id=7, name="car")]
+    labels = pairs.write(tmp_path / "l.json", dict(images=images, annotations=rows, categories=kinds))
+    classes, places = ["bike", "car", "person"], [tmp_path / "v", tmp_path / "i", labels]
+    monkeypatch.setattr(evaluate, "read_checkpoint", lambda path: {})
+    monkeypatch.setattr(
+        evaluate, "load_detector", lambda *_, **__: Knows(data.Pairs(*places, classes=classes), classes)
+    )
+    flags = [item for pair in zip(("--visible", "--infrared", "--labels"), places, strict=True) for item in pair]
+    run(capsys, "--checkpoint", "a.pt", *flags, "--save-detections", tmp_path / "d.json")
+    truth = COCO(str(labels))
+    evaluation = COCOeval(truth, truth.loadRes(str(tmp_path / "d.json")), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[0] == pytest.approx(1)
 
 
 def test_prediction_pairs_a_folder_by_suffixes_and_resizes(checkpoint, tmp_path, capsys):
