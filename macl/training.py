@@ -163,7 +163,9 @@ def onto_of(reading: Mapping) -> Onto:
 
 
 def read_as(reading: Mapping, *datasets: PairedDataset) -> list[PairedDataset]:
-    return [dataset.with_onto(onto_of(reading), reading["boxes"]) for dataset in datasets]
+    """The data sets, read as `choose_reading` says."""
+    onto = onto_of(reading)  # one, whose grids are kept
+    return [dataset.with_onto(onto, reading["boxes"]) for dataset in datasets]
 
 
 def check_cameras(detector: PairedFasterRCNN, *datasets: PairedDataset) -> None:
