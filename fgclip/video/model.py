@@ -78,9 +78,12 @@ class TemporalHead(nn.Module):
 
     def standardise(self, videos: Sequence[Mapping[str, Tensor]]) -> None:
         """Keep mean and spread of the clips of these videos, dicts of (T, ...) each."""
-        clips = torch.cat([self.stacked(video) for video in videos]).double()
-        self.mean.copy_(clips.mean(0))
-        self.spread.copy_(clips.std(0, correction=0).clamp(min=1e-4))
+        count, total, squares = 0, 0.0, 0.0
+        for video in videos:  # one after the other: all clips of a data set at once are gigabytes
+            clips = self.stacked(video).double()
+            count, total, squares = count + len(clips), total + clips.sum(0), squares + clips.square().sum(0)
+        self.mean.copy_(total / count)
+        self.spread.copy_((squares / count - (total / count).square()).clamp(min=1e-8).sqrt())
 
     def stacked(self, features: Mapping[str, Tensor]) -> Tensor:
         """The inputs side by side (..., T, sum of widths), the global feature of length 1."""
