@@ -77,7 +77,7 @@ def main() -> None:
     times = common.take_turns(functions, args.rounds)
     columns = [*common.TIME_COLUMNS[:-1], "time over one camera: ONNX (all rounds)"]
     report = [
-        f"# Inference on the CPU, one image of {args.height}x{args.width}, ResNet-50, 1000 proposals",
+        f"# Inference on the CPU, one image of {args.height}x{args.width}, ResNet-50, at most 1000 proposals",
         f"{common.machine(packages=('torchvision', 'onnxruntime'))}; {args.rounds} rounds",
         common.table(columns, common.time_rows(times, "one camera: ONNX")),
     ]

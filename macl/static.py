@@ -173,7 +173,7 @@ class StaticDetector(nn.Module):
         start = of_level(starts)
         corners = corners + torch.cat([start, start * 0, start, start * 0], dim=1)
         pooled = ops.roi_align(maps, torch.cat([rois[:, :1], corners], dim=1), bins, 1.0, SAMPLES, False)
-        return pooled * down[:, None, :, None] * across[:, None, None]
+        return pooled * (down[:, None, :, None] * across[:, None, None])
 
     def merge(self, boxes: Tensor, labels: Tensor, scores: Tensor, rows_of_view: int) -> tuple[Tensor, ...]:
         """`merging.merge_views` of boxes (B, n, 4), labels (B, n) and scores (B, n), view after view: D rows."""
