@@ -51,6 +51,7 @@ class Arm:
     against: tuple[str, ...] = CONTROLS  # the arms that it is compared with, their mean
     steps: int = STEPS
     redraw: int = 0  # added to the seed of training
+    batch: int = BATCH_SIZE
 
 
 def stage1(flags: str) -> str:
@@ -76,6 +77,7 @@ DRAWN = {
     "dhn": Arm("MACL with hard negatives", stage1(f"{ROI} {DHN}"), against=(*CONTROLS, "macl")),
     "crop": Arm("MACL on crops", stage1(CROP)),
     "crop, dhn": Arm("the same with hard negatives", stage1(f"{CROP} {DHN}"), against=(*CONTROLS, "crop")),
+    "crop, batch": Arm("MACL on crops, 12 pairs a step", stage1(CROP), against=("crop", "crop, dhn"), batch=12),
     "street": Arm("the control in the new domain", start="control", evaluate=STREET, against=()),
     "street register": Arm(
         "the same, infrared registered", start="control", evaluate=f"{STREET} --register rig", against=("street",)
@@ -112,8 +114,8 @@ METRICS = {
 def commands(name: str, seed: int, args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The flags of training and of evaluation without the folders: what a finished run is known by."""
     arm, real = ARMS[name], name in LLVIP
-    seed_flags = f"--seed {seed + arm.redraw} --batch-size {BATCH_SIZE} --workers {args.workers} --device {args.device}"
-    data = f"--epochs 1 --synthetic-train {arm.steps * BATCH_SIZE} --synthetic-val 1"
+    seed_flags = f"--seed {seed + arm.redraw} --batch-size {arm.batch} --workers {args.workers} --device {args.device}"
+    data = f"--epochs 1 --synthetic-train {arm.steps * arm.batch} --synthetic-val 1"
     if "stage2" in arm.train:  # an epoch is over when its own domain's pairs are, half of each batch
         data = f"--epochs 1 --synthetic-train {arm.steps * BATCH_SIZE // 2} --synthetic-val 1"
     train = [*arm.train.split(), *seed_flags.split(), *data.split()] if arm.train else []
