@@ -186,7 +186,8 @@ def test_a_run_that_is_killed_loses_and_doubles_nothing(packed, tmp_path):
     flags = [*FLAGS, "--shards", packed, "--save-every", 4, "--workers", 2]
     whole = run(train_fgclip, flags, tmp_path / "whole")
     command = [sys.executable, train_fgclip.__file__, *map(str, flags), "--output", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: more of them add up in another order
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, env=one_thread)
     log = tmp_path / "killed" / "metrics.jsonl"
     while process.poll() is None and not (log.is_file() and '"step": 14' in log.read_text()):
         time.sleep(0.01)
