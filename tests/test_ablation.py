@@ -151,6 +151,6 @@ def test_the_flags_of_the_arms_are_those_of_the_scripts(name):
         script = {"train_stage1.py": train_stage1, "train_stage2.py": train_stage2}[train[0]]
         given = script.parse_arguments(train[1:])
         arm = ablation.ARMS[name]
-        assert given.seed == 3 + arm.redraw and given.batch_size == 4
+        assert given.seed == 3 + arm.redraw and given.batch_size == arm.batch
         own = given.batch_size * (1 - getattr(given, "old_share", 0))  # of each batch
         assert name in ablation.LLVIP or given.synthetic_train == arm.steps * own
