@@ -59,8 +59,9 @@ class Annotation:
         """For the image at a half, a quarter or an eighth, rounded up, of its sides; unchanged for any other size."""
         if size not in [tuple(-(-side // part) for side in self.size) for part in (2, 4, 8)]:
             return self
-        factors = [new / old for new, old in zip(size, self.size, strict=True)] * 2
-        return replace(self, size=size, boxes=self.boxes * self.boxes.new_tensor(factors))
+        factors = self.boxes.new_tensor([new / old for new, old in zip(size, self.size, strict=True)] * 2)
+        own = self.boxes_infrared
+        return replace(self, size=size, boxes=self.boxes * factors, boxes_infrared=None if own is None else own * factors)
 
 
 def annotate(

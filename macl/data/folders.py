@@ -99,7 +99,7 @@ class Pairs(PairedDataset):
         """The objects of a pair, in pixels of the visible image."""
         visible, infrared, files, *_ = self.pairs[index]
         first, *second = map(self._read, files, (infrared if self.of_infrared else visible or infrared, infrared))
-        if len(self.modalities) == 2 and (self.onto.resize or self.onto.homography is not None):
+        if len(self.modalities) == 2 and self.onto.places:
             size = picture_size(visible)
             if self.of_infrared or (first.size != size and first.size == picture_size(infrared)):
                 first = self.onto.labels(first, size)

@@ -316,6 +316,9 @@ def test_jpegs_are_decoded_at_the_size_that_is_needed(tmp_path, short_side, size
     inside = sample["infrared"][:, round(y1 + 1) : round(y2 - 1), round(x1 + 1) : round(x2 - 1)]
     assert inside.float().mean() > 250 and sample["infrared"].float().mean() < 120
     assert JointDataset(data, data).decoded_at(short_side)[1]["visible"].shape == sample["visible"].shape
+    places = [tmp_path / name for name in ("v", "i", "labels")]
+    own = Pairs(*places, labels_infrared=places[2]).decoded_at(short_side)[0]
+    assert own["boxes_infrared"].tolist() == own["boxes"].tolist() == sample["boxes"].tolist()
 
 
 def test_what_is_registered_or_no_jpeg_is_decoded_whole(tmp_path):
