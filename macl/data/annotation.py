@@ -60,8 +60,8 @@ class Annotation:
         if size not in [tuple(-(-side // part) for side in self.size) for part in (2, 4, 8)]:
             return self
         factors = self.boxes.new_tensor([new / old for new, old in zip(size, self.size, strict=True)] * 2)
-        own = self.boxes_infrared
-        return replace(self, size=size, boxes=self.boxes * factors, boxes_infrared=None if own is None else own * factors)
+        own = None if self.boxes_infrared is None else self.boxes_infrared * factors
+        return replace(self, size=size, boxes=self.boxes * factors, boxes_infrared=own)
 
 
 def annotate(
