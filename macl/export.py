@@ -143,6 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
         images="(batch, 3, height, width), RGB in 0..1, of any size, which is that of both cameras; boxes in pixels",
         inside="resizing to min_size, mean, std and suppression", min_size=detector.min_sizes[-1],
         max_size=detector.max_size, merge=detector.merge, register=checkpoint.get("register", "none"),
+        reading=checkpoint.get("reading"),
         **{f"{name}_{kind}": kwargs[f"{name}_{kind}"] for name in names for kind in ("mean", "std")},
     )  # fmt: skip
     content, run = exported(detector, names, suffix, metadata)
