@@ -78,6 +78,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         source = read_checkpoint(given.init_from)
         if "model_kwargs" in source:
             defaults |= source["model_kwargs"] | dict(statistics="given")
+            if given.data_root or given.labels:
+                del defaults["classes"]  # those that occur
         else:
             defaults |= dict(norm="frozen_batch", frozen_stages=1, statistics="imagenet")
             defaults |= dict(norm_eps=0.0 if has_old_names(source) else 1e-5)

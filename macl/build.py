@@ -14,7 +14,7 @@ from macl.fusion import FUSIONS, Fusion
 from macl.msp import MSPReweight
 from macl.roi_head import RoIHead
 from macl.rpn import RPN, RPNHead
-from macl.weights import load_torchvision_weights, read_state
+from macl.weights import class_rows, load_torchvision_weights, read_state
 from trainkit.errors import InputError
 from trainkit.files import check_like, reason, shown
 
@@ -26,8 +26,8 @@ CHOICES = {
     "backbone": BACKBONES, "norm": NORMS, "fusion": FUSIONS, "box_loss": BOX_LOSSES, "macl_level": MACL_LEVELS,
     "macl_norm": PROJECTOR_NORMS, "macl_direction": DIRECTIONS, "merge": MERGES,
 }  # fmt: skip
-# Parts that a checkpoint may lack, or have beside those of the detector.
-ADDED_PARTS = ("neck.msp", "macl.hard", "macl")
+# Parts that a checkpoint may lack, or have beside those of the detector, or in another form.
+ADDED_PARTS = ("neck.msp", "macl.hard", "macl", "rpn.head.cls_logits", "rpn.head.bbox_pred")
 # Of earlier versions: keywords, and the parts that they built.
 DROPPED_KEYWORDS = ("dhn_mode", "dhn_momentum", "mmd_level", "mmd_sigmas", "mmd_unbiased", "adversary", "domains")
 DROPPED_PARTS = ("alignment.", "macl.hard.key_projector.")
@@ -177,7 +177,8 @@ def load_initial_weights(detector: PairedFasterRCNN, path: str | Path) -> str:
     """Start a detector from a training checkpoint, which must fit whole, or from published weights, where they fit.
 
     The two differ by their keys. Of a checkpoint the averaged weights are taken where it has them. ADDED_PARTS may be
-    absent from either side or of another form; the detector's then stay as they are made.
+    absent from either side or of another form; the detector's then stay as they are made, and so do the rows of
+    classes that the checkpoint does not know.
     -> what was loaded, for the log. Raises InputError for another architecture.
     """
     source = read_checkpoint(path)
@@ -194,6 +195,12 @@ def load_initial_weights(detector: PairedFasterRCNN, path: str | Path) -> str:
             parts |= {key: tensor for key, tensor in detector.state_dict().items() if key.startswith("macl.hard.")}
         if not fits:
             notes.append(f"newly made: {part}" if ours else f"left out: {part}")
+    before, classes = source["model_kwargs"].get("classes", ["person"]), detector.kwargs["classes"]
+    new = [name for name in classes if name not in before]
+    for key in own if before != classes else ():
+        if key.startswith(("roi_head.cls_score.", "roi_head.bbox_pred.")):
+            state[key] = class_rows(state[key], before, own[key], classes)
+    notes += [f"newly made: the rows of {', '.join(new)}"] if new else []
     try:
         detector.load_state_dict(state | parts)
     except RuntimeError as error:

@@ -60,8 +60,8 @@ def load_torchvision_weights(detector: torch.nn.Module, source: str | Path | dic
         for pattern, replacement in RENAMES:
             renamed = re.sub(pattern, replacement, renamed)
         renamed_keys.append(renamed)
-        if renamed.startswith(("roi_head.cls_score.", "roi_head.bbox_pred.")):
-            tensor = class_rows(tensor, classes, 4 if "bbox_pred" in renamed else 1)
+        if renamed.startswith(("roi_head.cls_score.", "roi_head.bbox_pred.")) and renamed in own:
+            tensor = coco_rows(tensor, own[renamed], classes)
         if tensor is None:
             report.skipped[key] = f"no rows for the classes {', '.join(classes)}"
         elif renamed not in places:
@@ -92,15 +92,24 @@ def architecture(keys: list[str]) -> str:
     return known[0] if known else "another ResNet" if blocks else "no ResNet"
 
 
-def class_rows(tensor: Tensor, classes: list[str], per_class: int) -> Tensor | None:
-    """Rows of the background and of `classes` of a predictor of COCO's 91 classes; None if one is not COCO's.
-
-    Predictors of any other number of classes are returned unchanged.
-    """
-    coco = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    if tensor.shape[0] != len(coco) * per_class or len(classes) + 1 == len(coco):
+def coco_rows(tensor: Tensor, own: Tensor, classes: list[str]) -> Tensor | None:
+    """The rows of `classes` in a predictor of COCO's 91; None if one is not COCO's. Other predictors are unchanged."""
+    coco = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]
+    if len(tensor) * (1 + len(classes)) != len(own) * (1 + len(coco)) or len(classes) == len(coco):
         return tensor
-    if any(name not in coco for name in classes):
-        return None
-    rows = torch.tensor([0, *(coco.index(name) for name in classes)])
-    return tensor.unflatten(0, (len(coco), per_class))[rows].flatten(0, 1)
+    return class_rows(tensor, coco, own, classes) if set(classes) <= set(coco) else None
+
+
+def class_rows(tensor: Tensor, before: list[str], own: Tensor, classes: list[str]) -> Tensor:
+    """A predictor's `own` rows of `classes`, (1 + len(classes)) * k, after the background's, from one of `before`.
+
+    Rows of a name that is not among `before` stay; a predictor of another width is returned unchanged.
+    """
+    if tensor.shape[1:] != own.shape[1:]:
+        return tensor
+    rows = tensor.unflatten(0, (1 + len(before), -1))
+    filled = own.unflatten(0, (1 + len(classes), -1)).clone()
+    for place, name in enumerate(["", *classes]):
+        if not name or name in before:
+            filled[place] = rows[1 + before.index(name) if name else 0]
+    return filled.flatten(0, 1)

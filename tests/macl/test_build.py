@@ -71,6 +71,19 @@ def test_anything_else_that_differs_is_refused(build, tmp_path):
         load_initial_weights(source, save(source, tmp_path / "incomplete.pt", model=incomplete))
 
 
+def test_rows_of_a_class_go_by_its_name(build, tmp_path):
+    source = build(classes=("car", "person"))
+    model = build(classes=("person", "dog"), aspect_ratios=(0.5, 1.0, 3.0, 5.0))
+    made = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    said = load_initial_weights(model, save(source, tmp_path / "last.pt"))
+    for layer in ("cls_score", "bbox_pred"):
+        states = (source.state_dict(), model.state_dict(), made)
+        loaded, own, first = (state[f"roi_head.{layer}.weight"].unflatten(0, (3, -1)) for state in states)
+        assert torch.equal(own[0], loaded[0]) and torch.equal(own[1], loaded[2]) and torch.equal(own[2], first[2])
+    assert torch.equal(model.rpn.head.conv.weight, source.rpn.head.conv.weight)
+    assert "newly made: the rows of dog" in said and "rpn.head.cls_logits" in said
+
+
 def test_a_plain_norm_initialises_that_of_both_modalities(build, tmp_path):
     source, model = build(norm="batch"), build(norm="modality_batch")
     torch.nn.init.uniform_(source.backbone.bn1.weight)
