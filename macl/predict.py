@@ -78,7 +78,8 @@ def open_source(args: argparse.Namespace, onto: Onto) -> "Images | Videos":
         if getattr(args, flag) is not None and not (all(video.values()) and len(given) == 2):
             raise InputError(f"--{flag} needs two videos, --visible and --infrared")
     if not any(video.values()):
-        return Images(find_pairs(args.visible, args.infrared, args.suffixes or ("", "")), onto)
+        pairs = find_pairs(args.visible, args.infrared, args.suffixes or ("", ""))
+        return Images(list(pairs.values()), onto)
     return Videos(given, onto, offset=args.offset or 0.0, tolerance=args.tolerance)
 
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from macl.data import label_files
 from macl.data.annotation import Annotation, Labels, annotate, join
-from macl.data.layouts import ALL, FORMS, LAYOUTS, SPLITS, find_source, form_of
-from macl.data.pairs import OWN_DATA, Pair, PairedDataset, find_images, find_root, read_list
-from macl.data.sample import images_by_stem, with_suffix
+from macl.data.layouts import ALL, FORMS, LAYOUTS, OWN_DATA, SPLITS, find_source, form_of
+from macl.data.names import bare, find_images, find_pairs, images_by_stem, read_list, read_stems
+from macl.data.pairs import Pair, PairedDataset
 from trainkit.errors import InputError
-from trainkit.files import inside, is_image, picture_size, read_json, read_lines, regular_file, shown
+from trainkit.files import is_image, picture_size, read_json, read_lines, regular_file, shown
 
 
 class Pairs(PairedDataset):
@@ -46,47 +46,41 @@ class Pairs(PairedDataset):
         cameras: bool = False, first_pixel: int | None = None, root: Path | None = None, split: str = ALL,
         title: str = "pairs",
     ):  # fmt: skip
-        folders = {"visible": visible, "infrared": infrared}
-        folders = {name: Path(folder) for name, folder in folders.items() if folder is not None}
+        folders = [None if folder is None else Path(folder) for folder in (visible, infrared)]
+        self.modalities = tuple(name for name, folder in zip(("visible", "infrared"), folders, strict=True) if folder)
         first, labels, *second = map(Path, filter(None, (visible or infrared, labels, labels_infrared)))
-        self.form, self.modalities = form or ("yolo" if first.is_file() else form_of(labels)), tuple(folders)
+        self.form = form or ("yolo" if first.is_file() else form_of(labels))
         if self.form is None:
             raise InputError(f"{labels} holds no labels; expected a folder of .xml or .txt files, or a COCO .json")
-        if second and len(folders) < 2:
+        if second and None in folders:
             raise InputError(f"{second[0]}: labels of infrared need images of both cameras")
-        ends = [end for end, name in zip(suffixes, ("visible", "infrared"), strict=True) if name in folders]
         if self.form == "cvc14":
             found = _find_cvc14(first)
         elif first.is_file():
             found = _follow_paths(first)
         else:
-            found = _find_in_folders([*folders.values()], ends, [labels, *second], self.form, listed)
-        images = [find_images(zip(each, found.stems, strict=True)) for each in found.bases]
-        images = dict(zip(folders, images, strict=True))
-        visible, infrared = (images.get(name, [None] * len(found.stems)) for name in ("visible", "infrared"))
+            found = _find_in_folders(folders, suffixes, [labels, *second], self.form, listed)
         self.own_boxes = any(len(files) == 2 for files in found.files)
-        named = str(getattr(next((files[0] for files in found.files if files[0]), None), "stem", ""))
-        apart = labels == folders.get("infrared") != folders.get("visible") or "infrared" in labels.parts[-2:]
-        apart = apart or (suffixes[1] != "" and named.endswith(suffixes[1]))
-        self.of_infrared = apart and not self.own_boxes and len(folders) == 2
+        self.of_infrared = len(self.modalities) == 2 and not self.own_boxes and (
+            folders[0] != folders[1] == labels or "infrared" in labels.parts[-2:] or found.ends_as_infrared(suffixes)
+        )  # fmt: skip
         self.scene_kind = "camera" if cameras else "sequence"
         scenes, self.scene_names = _cameras(found.stems) if cameras else _sequences(found.stems)
-        pairs = zip(visible, infrared, found.files, scenes, found.daytimes or [None] * len(scenes), strict=True)
-        super().__init__([Pair(*pair) for pair in pairs], classes or (), split=split, source="")
+        days = found.daytimes or [None] * len(scenes)
+        pairs = [Pair(*pair, *rest) for pair, *rest in zip(found.images, found.files, scenes, days, strict=True)]
+        super().__init__(pairs, classes or (), split=split, source="")
         order, about, self._categories = found.order, "", found.order if self.form == "coco" else {}
         if self.form == "voc":
             self.first_pixel, about = label_files.first_pixel_of(labels, first_pixel)
         elif self.form == "yolo":
             files = [file for files in found.files for file in files]
             ids = functools.partial(_all_ids, files, labels, root, split)
-            self.names, about = label_files.name_ids(
-                label_files.find_names(labels, root or labels.parent), names, self.classes, ids
-            )
+            in_file = label_files.find_names(labels, root or labels.parent)
+            self.names, about = label_files.name_ids(in_file, names, self.classes, ids)
             order = (self.names or {}).values()
-            absent = files.count(None)
-            about += f"; {absent} without a label file are without objects" if absent else ""
-        what = "pair" if len(folders) == 2 else f"{'and'.join(folders)} image"
-        count = f"{len(found.stems)} {what}{'s' * (len(found.stems) != 1)}"
+            about += f"; {files.count(None)} without a label file are without objects" * (None in files)
+        what = "pair" if len(self.modalities) == 2 else f"{self.modalities[0]} image"
+        count = f"{len(pairs)} {what}{'s' * (len(pairs) != 1)}"
         self.source = f"{title}{'' if split == ALL else f' {split}'}: {count} {found.where}{about}"
         self.source += "; boxes are those in infrared" * self.of_infrared
         if classes is None:
@@ -142,53 +136,67 @@ class LLVIP(Pairs):
     """
 
     def __init__(self, root: str | Path, split: str, *, classes: Sequence[str] | None = ("person",)):
-        root, _ = find_root(root, ["LLVIP"], ["visible", "infrared"])
-        super().__init__(**LAYOUTS[0].place(root, split) | dict(form="voc", classes=classes))
+        layout, root = LAYOUTS[0], Path(root) / "LLVIP" if (Path(root) / "LLVIP").is_dir() else Path(root)
+        if not layout.has(root, split):
+            raise InputError(f"{root} does not hold the folders visible/{split}/ and infrared/{split}/; {OWN_DATA}")
+        super().__init__(**layout.place(root, split) | dict(form="voc", classes=classes))
 
 
 def open_root(root: str | Path, *splits: str, **options) -> Pairs | None:
     """The first of the splits that the data set in a folder has, with these keywords of Pairs; None without any.
 
-    One of them may be the .txt list of the names to take, where one folder holds all images.
+    A split may be the .txt list of the names to take, which are all in the folder of one split, or of all pairs.
     """
     root, layout = find_source(root)
-    listed = next((Path(split) for split in splits if split.endswith(".txt") and Path(split).is_file()), None)
-    split = layout.split(root, *(ALL if listed and split == str(listed) else split for split in splits))
-    options |= dict(listed=listed, split=listed.stem) if listed and split == ALL else {}
-    return split and Pairs(**layout.place(root, split) | options)
+    listed = Path(splits[0])
+    if not (listed.suffix == ".txt" and listed.is_file()):
+        split = layout.split(root, *splits)
+        return split and Pairs(**layout.place(root, split) | options)
+    places = [layout.place(root, word) for words in SPLITS.values() for word in words if layout.has(root, word)]
+    for place in places:
+        if read_stems(listed, place["suffixes"])[0] in images_by_stem(place["visible"], place["suffixes"][0]):
+            break
+    return Pairs(**place | dict(listed=listed, split=listed.stem) | options)
 
 
 class Found(NamedTuple):
     """What is on the disk; lists of one entry per pair."""
 
     stems: list[str]  # names without suffix
-    bases: list[list[Path]]  # per camera: images without suffix
+    images: list[tuple[Path | None, Path | None]]  # visible, infrared
     files: list[tuple[Path | Labels | None, ...]]  # labels of both cameras, or of visible and of infrared
     where: str  # in words
     order: Sequence[str] = ()  # of the classes, where known
     daytimes: Sequence[bool] = ()
 
+    def ends_as_infrared(self, suffixes: Sequence[str]) -> bool:
+        """Whether label files are named as infrared images are."""
+        file = next((files[0] for files in self.files if isinstance(files[0], Path)), None)
+        return suffixes[1] != "" and file is not None and file.stem.endswith(suffixes[1])
+
 
 def _find_in_folders(
-    folders: list[Path], suffixes: Sequence[str], labels: list[Path], form: str, listed: Path | None
+    folders: Sequence[Path | None], suffixes: Sequence[str], labels: list[Path], form: str, listed: Path | None
 ) -> Found:
     """Pairs, or images of one camera, of folders and label files of the same names."""
-    stems, where = _find_stems(folders[0], listed, suffixes)
+    first = next(filter(None, folders))
+    stems = None if listed is None else read_stems(listed, suffixes)
+    where = f"found in {first} (no list)" if listed is None else f"listed in {listed}"
+    pairs = find_pairs(*folders, suffixes, stems)
     if form == "coco":
-        jsons = [_read_json(path, stems, folders[0], suffixes) for path in labels]
-        stems = [stem for stem in stems if all(stem in known for known, _ in jsons)]
+        jsons = [_read_json(path, list(pairs), first, suffixes) for path in labels]
+        pairs = {stem: pair for stem, pair in pairs.items() if all(stem in known for known, _ in jsons)}
         where += f", labels of {' and '.join(map(str, labels))}"
-        files, order = [[known[stem] for stem in stems] for known, _ in jsons], jsons[0][1]
+        files, order = [[known[stem] for stem in pairs] for known, _ in jsons], jsons[0][1]
     else:
-        files, order = [_find_files(path, stems, form, suffixes) for path in labels], ()
-    bases = [[folder / f"{stem}{end}" for stem in stems] for folder, end in zip(folders, suffixes, strict=True)]
-    return Found(stems, bases, list(zip(*files, strict=True)), where, order)
+        files, order = [_find_files(path, list(pairs), form, suffixes) for path in labels], ()
+    return Found(list(pairs), list(pairs.values()), list(zip(*files, strict=True)), where, order)
 
 
 def _find_cvc14(visible: Path) -> Found:
     """visible: ROOT/*/Visible/SPLIT, beside which is FIR. Frames that one camera lacks are left out."""
     root, cameras = visible.parents[2], [f"{camera}/{visible.name}" for camera in ("Visible", "FIR")]
-    images = [{(path.parts[-5], path.stem): path.with_suffix("") for path in sorted(root.glob(f"*/{camera}/Frames*/*"))
+    images = [{(path.parts[-5], path.stem): path for path in sorted(root.glob(f"*/{camera}/Frames*/*"))
                if is_image(path)} for camera in cameras]  # fmt: skip
     frames = [frame for frame in images[0] if frame in images[1]]
     files = [[root / day / camera / f"Annotations/{stem}.txt" for camera in cameras] for day, stem in frames]
@@ -196,27 +204,8 @@ def _find_cvc14(visible: Path) -> Found:
         raise InputError(f"{visible} holds no frame with a partner in FIR and a text in Annotations")
     files = [tuple(file if file.is_file() else None for file in both) for both in files]
     where = f"found in {visible}, {len(images[0]) - len(frames)} without a partner in FIR left out"
-    bases, days = [[each[frame] for frame in frames] for each in images], [day == "Day" for day, _ in frames]
-    return Found([stem for _, stem in frames], bases, files, where, (), days)
-
-
-def _find_stems(folder: Path, listed: Path | None, suffixes: Sequence[str]) -> tuple[list[str], str]:
-    """The names of the pairs without suffixes, and their source. folder: of the images that end with the first one."""
-    if listed is not None:
-        stems = []
-        for name in read_list(listed, "one image name"):
-            if inside(folder, name, str(listed)).name != name:
-                raise InputError(f"{listed}: {shown(name)}; expected an image name without folders or suffix")
-            stems.append(bare(os.path.splitext(name)[0] if is_image(name) else name, suffixes))
-        return stems, f"listed in {listed}"
-    stems = list(with_suffix(images_by_stem(folder), suffixes[0], "".join(suffixes[1:])))
-    if not stems:
-        raise InputError(f"{folder} holds no image such as NAME{suffixes[0]}.jpg; {OWN_DATA}")
-    return stems, f"found in {folder} (no list)"
-
-
-def bare(stem: str, suffixes: Sequence[str]) -> str:
-    return next((stem.removesuffix(end) for end in suffixes if end and stem.endswith(end)), stem)
+    pairs, days = [tuple(each[frame] for each in images) for frame in frames], [day == "Day" for day, _ in frames]
+    return Found([stem for _, stem in frames], pairs, files, where, (), days)
 
 
 def _find_files(labels: Path, stems: list[str], form: str, suffixes: Sequence[str]) -> list[Path | None]:
@@ -240,7 +229,7 @@ def _read_json(path: Path, stems: list[str], folder: Path, suffixes: Sequence[st
     Folder and json may hold more than the other, but not both.
     """
     images, categories = label_files.read_coco(read_json(path, "a COCO json", dict), path)
-    names = [bare(os.path.splitext(os.path.basename(image.name))[0], suffixes) for image in images.values()]
+    names = [bare(os.path.basename(image.name), suffixes) for image in images.values()]
     known = dict(zip(names, (image.labels for image in images.values()), strict=True))
     if len(known) < len(images):
         name = next(name for name, count in Counter(names).items() if count > 1)
@@ -254,19 +243,19 @@ def _read_json(path: Path, stems: list[str], folder: Path, suffixes: Sequence[st
 
 def _follow_paths(file: Path) -> Found:
     """The pairs in a list of visible paths."""
-    stems, visible, infrared, labels = [], [], [], []
+    stems, paths, labels = [], [], []
     for line in read_list(file, "the path of a visible image"):
-        path, end = os.path.splitext(line)
-        if "visible" not in path or not is_image(line):
+        stem, _ = os.path.splitext(line)
+        if "visible" not in stem or not is_image(line):
             raise InputError(f"{file}: {shown(line)}; expected the path of an image that holds the word visible")
-        stems.append(path)
-        visible.append(file.parent / path)
-        infrared.append(file.parent / path.replace("visible", "infrared"))
-        places = [file.parent / f"{each}.txt" for each in ("labels".join(path.rsplit("images", 1)), path)]
+        stems.append(stem)
+        paths += [(file.parent / path, line) for path in (stem, stem.replace("visible", "infrared"))]
+        places = [file.parent / f"{each}.txt" for each in ("labels".join(stem.rsplit("images", 1)), stem)]
         labels.append((next(filter(Path.is_file, places), None),))
     if not any(files[0] for files in labels):
         raise InputError(f"{file}: no label file of its images, such as {file.parent / stems[0]}.txt")
-    return Found(stems, [visible, infrared], labels, f"listed in {file}")
+    images = find_images(paths)
+    return Found(stems, list(zip(images[::2], images[1::2], strict=True)), labels, f"listed in {file}")
 
 
 def _cameras(stems: list[str]) -> tuple[list[int], list[str]]:

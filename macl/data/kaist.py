@@ -10,7 +10,9 @@ from pathlib import Path
 from macl.data.annotation import Annotation, Labels, annotate, check_person, join, refuse_absent_classes
 from macl.data.kaist_labels import IGNORED_NAMES, Frame, parse_frame, read_bbgt, read_json
 from macl.data.label_files import read_voc
-from macl.data.pairs import Pair, PairedDataset, find_images, find_root, read_list
+from macl.data.layouts import OWN_DATA
+from macl.data.names import find_images, read_list
+from macl.data.pairs import Pair, PairedDataset
 from trainkit.errors import InputError
 from trainkit.files import picture_size, regular_file
 
@@ -99,8 +101,11 @@ class KAIST(KAISTFrames):
         classes: Sequence[str] = ("person",),
     ):  # fmt: skip
         check_person(classes, "KAIST's annotations")
-        root, number = find_root(root, ["kaist-rgbt", "KAIST_processed"], ["images"], ["visible", "infrared"])
-        layout, (images, own, lists) = list(LAYOUTS.items())[number]
+        root, layout = find_kaist(root)
+        if layout is None:
+            frames = "images/set00/V000/... or visible/set00_V000_visible_..."
+            raise InputError(f"{root} does not hold KAIST, whose frames are in {frames}; {OWN_DATA}")
+        images, own, lists = LAYOUTS[layout]
         folders, name = [root / folder for folder in lists], str(image_set).removesuffix(".txt")
         known = sorted({file.stem for folder in folders for file in folder.glob("*.txt")})
         expected = f"one of the root's lists ({', '.join(known) or 'it has none'}), or the path of a list"
@@ -142,11 +147,18 @@ def _first_existing(places: list[Path], expected: str) -> Path:
     raise InputError(f"{places[0]} does not exist; expected {expected}")
 
 
+def find_kaist(root: str | Path) -> tuple[Path, str | None]:
+    """The root, or kaist-rgbt or KAIST_processed in it, and its layout, known by the names of its frames; or None."""
+    for place in (Path(root), Path(root) / "kaist-rgbt", Path(root) / "KAIST_processed"):
+        for layout, frames in zip(LAYOUTS, ("images/set[01][0-9]", "visible/set[01][0-9]_V*"), strict=True):
+            if any(place.glob(frames)):
+                return place, layout
+    return Path(root), None
+
+
 def is_kaist(root: str | Path | None) -> bool:
-    """Whether a folder, or kaist-rgbt or KAIST_processed in it, is laid out as KAIST: by the names of its frames."""
-    frames = ("images/set[01][0-9]", "visible/set[01][0-9]_V*")
-    places = [place + name for name in frames for place in ("", "kaist-rgbt/", "KAIST_processed/")]
-    return root is not None and any(next(Path(root).glob(place), None) for place in places)
+    """Whether a folder is laid out as KAIST."""
+    return root is not None and find_kaist(root)[1] is not None
 
 
 def _find_labels(source: Path, frames: list[Frame]) -> tuple[list[list[Path]] | list[Labels], str]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from macl.data.label_files import NAME_FILES
-from macl.data.pairs import OWN_DATA
 from trainkit.errors import InputError
 
 FORMS = {"voc": ".xml", "yolo": ".txt", "coco": ".json", "cvc14": ".txt"}  # of labels, by the suffix of their files
@@ -13,6 +12,10 @@ ALL = "all"  # the split of a layout that has none
 SPLITS = {"train": ("train", "Train"), "val": ("val", "valid", "validation"), "test": ("test", "NewTest"), ALL: (ALL,)}
 LISTS = ("ImageSets/Main/{split}.txt", "ImageSets/{split}.txt", "meta/{split}.txt", "align_{split}.txt", "{split}.txt")
 PATHS = "{split}.txt"  # in the place of a folder: a list of visible paths, `visible` is `infrared` in the others'
+OWN_DATA = (
+    "data of your own goes into LLVIP's layout: visible/{train,test}/NAME.jpg, infrared/{train,test}/NAME.jpg, and "
+    "Annotations/NAME.xml in VOC form; or another of docs/data.md, or name --visible, --infrared and --labels"
+)
 
 
 class Layout(NamedTuple):

@@ -2,9 +2,8 @@
 
 import abc
 import copy
-import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,16 +13,11 @@ from torch.utils.data import Dataset
 
 from macl.data.annotation import Annotation
 from macl.data.onto import Onto
-from macl.data.sample import images_by_stem, moved, read_pair
+from macl.data.sample import moved, read_pair
 from trainkit.errors import InputError
-from trainkit.files import read_lines, shown
 from trainkit.load_report import summarise
 
 HELD_OUT = 0.1  # share of the training pairs
-OWN_DATA = (
-    "data of your own goes into LLVIP's layout: visible/{train,test}/NAME.jpg, infrared/{train,test}/NAME.jpg, and "
-    "Annotations/NAME.xml in VOC form; or another of docs/data.md, or name --visible, --infrared and --labels"
-)
 
 
 class Pair(NamedTuple):
@@ -208,35 +202,3 @@ def hold_out(dataset: PairedDataset) -> tuple[PairedDataset, PairedDataset, str]
     sentence = sentence if chosen else f"Warning: {sentence}"
     kept = sorted(set(range(total)) - set(held_out))
     return dataset.subset(kept, "kept for training"), dataset.subset(held_out, "held out for validation"), sentence
-
-
-def find_root(root: str | Path, known_as: Sequence[str], *layouts: Sequence[str]) -> tuple[Path, int]:
-    """The root, or a folder in it of one of these names, that holds all folders of a layout; and which layout."""
-    for candidate in (Path(root), *(Path(root) / name for name in known_as)):
-        for number, folders in enumerate(layouts):
-            if all((candidate / folder).is_dir() for folder in folders):
-                return candidate, number
-    expected = ", or ".join(" and ".join(f"{folder}/" for folder in folders) for folders in layouts)
-    raise InputError(f"{root} does not hold the folders {expected}; {OWN_DATA}")
-
-
-def read_list(file: Path, what: str) -> list[str]:
-    """The names in a list, one per line. what: a line, in words."""
-    names = read_lines(file, f"{what} per line")
-    if not names:
-        raise InputError(f"{file} is empty; expected {what} per line")
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise InputError(f"{file} lists {shown(name)} twice; expected every pair once")
-    return names
-
-
-def find_images(wanted: Iterable[tuple[Path, str]]) -> list[Path]:
-    """The images of paths without suffix, each with its name for the InputError; every folder is listed once."""
-    images, listed = [], functools.cache(images_by_stem)
-    for path, what in wanted:
-        name = listed(path.parent).get(path.name)
-        if name is None:
-            raise InputError(f"{path}.jpg does not exist; expected an image of {what}")
-        images.append(path.with_name(name))
-    return images

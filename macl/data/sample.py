@@ -27,8 +27,7 @@ and of one camera alone
     present     (2,) bool: which; the other image is black, and masked wherever images are fused
 """
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +36,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype
 
 from trainkit.errors import InputError
-from trainkit.files import IMAGE_SUFFIXES, is_image, open_image
 from trainkit.files import MAX_PIXELS as MAX_PIXELS  # of an image, for those who write some
+from trainkit.files import open_image
 
 PER_BOX = ("boxes", "boxes_infrared", "labels", "ignore", "visible_in", "occlusion")
 BOXES = ("visible", "infrared", "both")
@@ -93,63 +92,6 @@ def moved(images: dict[str, Tensor], move: tuple[int, int] | Callable) -> dict[s
     image = images["infrared"]
     rows, columns = ((torch.arange(n) - by).clamp(0, n - 1) for n, by in zip(image.shape[1:], (y, x), strict=True))
     return images | {"infrared": image[:, rows[:, None], columns]}
-
-
-def find_pairs(
-    visible: str | Path | None, infrared: str | Path | None, suffixes: Sequence[str] = ("", "")
-) -> list[tuple[Path | None, Path | None]]:
-    """The (visible, infrared) image paths of two folders, matched by file name without suffix, in name order.
-
-    suffixes: what ends the names of visible and of infrared images, which may then lie in one folder
-
-    One argument may be None, or both may be an image file each, of any names. Raises InputError for a folder without
-    images, an image without partner, and an image that is its own partner.
-    """
-    both = [None if path is None else Path(path) for path in (visible, infrared)]
-    given = [path for path in both if path is not None]
-    if all(path.is_file() for path in given):
-        pairs = [tuple(both)]
-    else:
-        images = [path and with_suffix(images_by_stem(path), end, other)
-                  for path, end, other in zip(both, suffixes, suffixes[::-1], strict=True)]  # fmt: skip
-        for folder, found, end in zip(both, images, suffixes, strict=True):
-            if found == {}:
-                raise InputError(
-                    f"{folder} is no folder of images ({', '.join(end + each for each in IMAGE_SUFFIXES)})"
-                )
-        for one, other in ((0, 1), (1, 0)) if len(given) == 2 else ():
-            for stem, name in images[one].items():
-                if stem not in images[other]:
-                    partner = f"{stem}{suffixes[other]}.*"
-                    raise InputError(f"{both[one] / name} has no partner named {partner} in {both[other]}")
-        stems = next(filter(None, images))
-        pairs = [tuple(path and path / found[stem] for path, found in zip(both, images, strict=True)) for stem in stems]
-    if len(given) == 2 and all(os.path.samefile(*pair) for pair in pairs):  # whatever links lead there
-        problem = "are the same pictures; expected visible and infrared ones, or --suffixes that tell them apart"
-        raise InputError(f"{given[0]} and {given[1]} {problem}")
-    return pairs
-
-
-def with_suffix(images: dict[str, str], end: str, other: str) -> dict[str, str]:
-    """Those whose name without suffix ends with `end`, which is cut off, and not with `other`."""
-    return {
-        stem.removesuffix(end): name
-        for stem, name in images.items()
-        if stem.endswith(end) and (end or not other or not stem.endswith(other))
-    }
-
-
-def images_by_stem(folder: Path) -> dict[str, str]:
-    """The images in a folder: name without suffix -> name, in order; none where it does not exist.
-
-    Raises InputError for two names that differ in the suffix alone.
-    """
-    images = {}
-    for name in sorted(filter(is_image, os.listdir(folder) if folder.is_dir() else ())):
-        other = images.setdefault(os.path.splitext(name)[0], name)
-        if other != name:
-            raise InputError(f"{folder} holds both {other} and {name}; expected one per name")
-    return dict(sorted(images.items()))
 
 
 def collate(samples: list[dict]) -> dict:

@@ -151,7 +151,7 @@ def test_real_pairs(shared, name, size, count, least):
     """With a shift of up to 12 x 4 pixels added, the share found within 2 pixels; without one, the rig."""
     if name == "llvip256":
         folder = shared / "data/llvip256/unlabelled"
-        paths = find_pairs(folder / "visible", folder / "infrared")[::10]
+        paths = list(find_pairs(folder / "visible", folder / "infrared").values())[::10]
     else:
         kind, root, splits = REAL[name]
         parts = [kind(shared / "data" / root, split) for split in splits]

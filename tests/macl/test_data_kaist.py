@@ -224,9 +224,7 @@ def test_the_first_missing_file_is_named(tree, part):
 def test_missing_folders_are_named(tree, tmp_path):
     (tmp_path / "visible").mkdir()
     for place in (tmp_path / "nowhere", tmp_path, tree / "imageSets"):
-        refused(
-            lambda place=place: KAIST(place, "all"), f"{place} does not hold", "or visible/ and infrared/", "VOC form"
-        )
+        refused(lambda place=place: KAIST(place, "all"), f"{place} does not hold KAIST", "images/set00", "VOC form")
     refused(lambda: KAIST(tree, "all", "labels"), "labels does not exist", "expected a folder of annotations")
     (tree / "annotations").rename(tree / "old")
     refused(lambda: KAIST(tree, "all"), tree / "annotations", "does not exist")

@@ -184,9 +184,9 @@ def test_no_file_in_the_place_of_one(root, kind):
 
 def test_what_else_cannot_be_opened(root):
     (root / "visible/test/190001.jpg").unlink()
-    places = ((root.parent.parent, "train"), (root / "visible", "train"), (root, "test"), (root, "val"))
-    for place, split in places:
+    for place, split in ((root.parent.parent, "train"), (root / "visible", "train"), (root, "val")):
         refused(lambda where=(place, split): LLVIP(*where), str(place), "infrared/{train,test}/NAME.jpg", "VOC")
+    refused(lambda: LLVIP(root, "test"), "visible/test is no folder of images")
     Image.new("RGB", (40, 30)).save(root / "visible/train/010001.PNG")
     refused(lambda: LLVIP(root, "train"), "010001.PNG", "010001.jpg", "expected one per name")
 
@@ -222,15 +222,16 @@ def test_read_pair_of_one_or_two_images(root):
 def test_find_pairs_matches_by_name(root):
     visible, infrared = root / "visible/train", root / "infrared/train"
     (visible / "notes.txt").write_text("no image")
-    pairs = find_pairs(visible, infrared)
+    pairs = find_pairs(visible, infrared).values()
     assert [(v.name, i.name) for v, i in pairs] == [(f"{n}.jpg",) * 2 for n in ("010001", "010002", "020001")]
     assert all(v.parent == visible and i.parent == infrared for v, i in pairs)
-    assert [v for v, _ in find_pairs(None, infrared)] == [None] * 3
+    assert [v for v, _ in find_pairs(None, infrared).values()] == [None] * 3
     one, other = visible / "010001.jpg", infrared / "010002.jpg"
-    assert find_pairs(one, other) == [(one, other)]
+    assert find_pairs(one, other) == {"010001": (one, other)}
     (infrared / "010002.jpg").rename(infrared / "010003.jpg")
-    refused(lambda: find_pairs(visible, infrared), str(visible / "010002.jpg"), "no partner")
-    refused(lambda: find_pairs(infrared, visible), str(infrared / "010003.jpg"), "no partner")
+    refused(lambda: find_pairs(visible, infrared), f"{visible}/010003.jpg does", f"partner of {infrared}/010003.jpg")
+    (infrared / "010003.jpg").unlink()
+    refused(lambda: find_pairs(visible, infrared), f"{infrared}/010002.jpg does", f"partner of {visible}/010002.jpg")
     for place in (root / "nowhere", infrared / "010001.jpg", root / "Annotations"):
         refused(lambda place=place: find_pairs(visible, place), str(place), "is no folder of images")
 

@@ -103,6 +103,10 @@ def test_splits_from_lists_and_what_no_layout_fits(tmp_path):
     assert open_root(tmp_path, "train") is None
     write(tmp_path / "M/mine.txt", "01000\n")
     assert open_root(tmp_path, str(tmp_path / "M/mine.txt")).split == "mine"
+    for split, name in (("train", "a1"), ("test", "b1")):
+        build(tmp_path / "own/S", f"visible/{split}", f"infrared/{split}", "Annotations", [name], "voc")
+    listed = open_root(tmp_path / "own", str(write(tmp_path / "few.txt", "b1\n")))
+    assert listed[0]["path"].endswith("test/b1.png") and listed.split == "few"
     build(tmp_path / "N", "Vis", "Ir", "Annotation", form="voc")
     refused(lambda: open_root(tmp_path, "all"), "several data sets", tmp_path / "N")
     refused(lambda: open_root(tmp_path / "M/Vis", "all"), "no pairs in a known layout", "--visible, --infrared")
@@ -229,15 +233,13 @@ def test_suffixes_pair_a_single_folder(tmp_path):
     for name in ("a_RGB", "a_PreviewData", "b_RGB", "b_PreviewData", "c", "c_lr"):
         write(tmp_path / f"{name}.png", (1, 2, 3))
     for ends in (("_RGB", "_PreviewData"), ("_PreviewData", "_RGB")):
-        found = [tuple(path.stem for path in pair) for pair in find_pairs(tmp_path, tmp_path, ends)]
+        found = [tuple(path.stem for path in pair) for pair in find_pairs(tmp_path, tmp_path, ends).values()]
         assert found == [(f"a{ends[0]}", f"a{ends[1]}"), (f"b{ends[0]}", f"b{ends[1]}")]
     refused(lambda: find_pairs(tmp_path, tmp_path), "same pictures", "--suffixes")
-    refused(
-        lambda: find_pairs(tmp_path, tmp_path, ("", "_lr")), "a_PreviewData.png", "no partner named a_PreviewData_lr"
-    )
+    refused(lambda: find_pairs(tmp_path, tmp_path, ("", "_lr")), "a_PreviewData_lr.jpg does not exist")
     refused(lambda: find_pairs(tmp_path, tmp_path, ("_vis", "_lr")), "is no folder of images (_vis.jpg")
     (tmp_path / "b_PreviewData.png").unlink()
-    refused(lambda: find_pairs(tmp_path, tmp_path, ("_RGB", "_PreviewData")), "b_RGB.png has no partner named b_Prev")
+    refused(lambda: find_pairs(tmp_path, tmp_path, ("_RGB", "_PreviewData")), "b_PreviewData.jpg does", "b_RGB.png")
 
 
 def scene(root, homography, size=(60, 44)):
