@@ -24,6 +24,7 @@ RENAMES = [
     (r"^roi_heads\.box_(head|predictor)\.", "roi_head."),
 ]
 ENOUGH = 0.9  # of the backbone's tensors
+COCO = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]
 
 
 def read_state(path: str | Path) -> dict:
@@ -40,8 +41,8 @@ def has_old_names(state: dict[str, Tensor]) -> bool:
 def load_torchvision_weights(detector: torch.nn.Module, source: str | Path | dict[str, Tensor]) -> LoadReport:
     """Load a `fasterrcnn_resnet50_fpn` (COCO) or ResNet (ImageNet) state dict, or its file, into a PairedFasterRCNN.
 
-    Of COCO's 91 classes the rows of the background and of the detector's classes are kept, by name. Files with frozen
-    norms (295 keys) and with BatchNorm (348 keys) fit any batch norm of the detector.
+    Of COCO's 91 classes the rows of the background and of the detector's classes are kept, by name in small letters.
+    Files with frozen norms (295 keys) and with BatchNorm (348 keys) fit any batch norm of the detector.
     Raises InputError where less than nine tenths of the backbone are filled.
     """
     from_file = isinstance(source, str | Path)
@@ -61,10 +62,11 @@ def load_torchvision_weights(detector: torch.nn.Module, source: str | Path | dic
             renamed = re.sub(pattern, replacement, renamed)
         renamed_keys.append(renamed)
         if renamed.startswith(("roi_head.cls_score.", "roi_head.bbox_pred.")) and renamed in own:
-            tensor = coco_rows(tensor, own[renamed], classes)
-        if tensor is None:
-            report.skipped[key] = f"no rows for the classes {', '.join(classes)}"
-        elif renamed not in places:
+            fitting = coco_rows(tensor, own[renamed], classes)
+            if fitting is not tensor and (new := [name for name in classes if name.lower() not in COCO]):
+                report.made[renamed] = f"COCO's rows, but for {', '.join(new)}"
+            tensor = fitting
+        if renamed not in places:
             report.skipped[key] = "no such part in this detector"
         elif (wanted := own[places[renamed][0]].shape) != tensor.shape:
             report.skipped[key] = f"shape {tuple(tensor.shape)} where this detector has {tuple(wanted)}"
@@ -92,12 +94,11 @@ def architecture(keys: list[str]) -> str:
     return known[0] if known else "another ResNet" if blocks else "no ResNet"
 
 
-def coco_rows(tensor: Tensor, own: Tensor, classes: list[str]) -> Tensor | None:
-    """The rows of `classes` in a predictor of COCO's 91; None if one is not COCO's. Other predictors are unchanged."""
-    coco = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]
-    if len(tensor) * (1 + len(classes)) != len(own) * (1 + len(coco)) or len(classes) == len(coco):
+def coco_rows(tensor: Tensor, own: Tensor, classes: list[str]) -> Tensor:
+    """A predictor's `own` rows, those of COCO's classes from COCO's predictor; any other predictor is unchanged."""
+    if len(tensor) * (1 + len(classes)) != len(own) * (1 + len(COCO)) or len(classes) == len(COCO):
         return tensor
-    return class_rows(tensor, coco, own, classes) if set(classes) <= set(coco) else None
+    return class_rows(tensor, COCO, own, [name.lower() for name in classes])
 
 
 def class_rows(tensor: Tensor, before: list[str], own: Tensor, classes: list[str]) -> Tensor:

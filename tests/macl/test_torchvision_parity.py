@@ -116,3 +116,10 @@ def test_frozen_form_and_older_names_load(theirs):
     # The person's row (class 1) is kept for a one-class detector, the background's stays first.
     assert torch.equal(models[0]["roi_head.cls_score.weight"], state["roi_heads.box_predictor.cls_score.weight"][:2])
     assert torch.equal(models[0]["roi_head.bbox_pred.bias"], state["roi_heads.box_predictor.bbox_pred.bias"][:8])
+    # A name that is not COCO's keeps its own rows; capitals are no hindrance.
+    model = macl.build_detector(classes=("lamp", "Person"), macl_level="none")
+    model.roi_head.cls_score.bias.data.fill_(7)
+    report = macl.load_torchvision_weights(model, state)
+    bias = state["roi_heads.box_predictor.cls_score.bias"]
+    assert torch.equal(model.roi_head.cls_score.bias, torch.stack([bias[0], torch.tensor(7.0), bias[1]]))
+    assert not report.skipped and "but for lamp" in str(report)
