@@ -133,7 +133,7 @@ class PairedDataset(Dataset, abc.ABC):
 
     def moved(self, move: tuple[int, int] | Callable) -> "PairedDataset":
         """The same data set with infrared moved (see `sample.moved`) after the moves before; the boxes stay."""
-        return self.changed(moves=(*self.moves, move))
+        return self if move == (0, 0) else self.changed(moves=(*self.moves, move))
 
     def statistics(self) -> dict:
         """Counts over the annotations; no image is decoded. Heights are in pixels, None without boxes.

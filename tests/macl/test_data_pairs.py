@@ -1,15 +1,14 @@
 """Pairs in every layout and label form: what is recognised, which classes, and what wrong labels say."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from pairs import refused, write
 from PIL import Image
 
+import train_stage1
 from macl import training
-from macl.data import JointDataset, PairedAugmentation, Pairs, find_pairs, hold_out, open_root, read_onto
+from macl.data import JointDataset, Pairs, find_pairs, hold_out, open_root, read_onto
 from macl.data.label_files import read_names
 
 SIZE, BOX = (40, 20), [10, 5, 30, 15]  # width, height; x1, y1, x2, y2
@@ -333,8 +332,9 @@ def test_what_is_registered_or_no_jpeg_is_decoded_whole(tmp_path):
 
 @pytest.mark.parametrize(("flag", "height"), [(0, 65), (32, 33)])
 def test_the_flag_is_of_training_batches(tmp_path, flag, height):
-    data = jpegs(tmp_path)
-    names = vars(PairedAugmentation(flip=0.0))
-    args = SimpleNamespace(**names, decode_at=flag, seed=0, workers=0)
+    jpegs(tmp_path)
+    places = ("--visible", tmp_path / "v", "--infrared", tmp_path / "i", "--labels", tmp_path / "labels")
+    args = train_stage1.parse_arguments(list(map(str, (*places, "--decode-at", flag, "--workers", 0))))
+    data, validation, *_ = train_stage1.open_data(args)
     loader = training.augmented_loader(args, data, [[(0, 0)]], torch.device("cpu"))
-    assert next(iter(loader))["visible"][0].shape[1] == height and data[0]["visible"].shape[1] == 65
+    assert next(iter(loader))["visible"][0].shape[1] == height and validation[0]["visible"].shape[1] == 65
