@@ -17,7 +17,7 @@ import torch
 from fgclip.video.features import ClipEncoder, extract, refuse_lost
 from fgclip.video.metrics import VideoScores, anomaly_report, by_frame, frame_auc, report_text
 from fgclip.video.model import VideoModel, load_video_model
-from fgclip.video.plots import Strip, best_and_worst, draw_curves, need_matplotlib, peaks, thumbnail, time_of
+from fgclip.video.plots import best_and_worst, draw_curves, need_matplotlib, peaks, thumbnail, time_of
 from fgclip.video.records import FORMATS, VideoSet, read_videos
 from fgclip.video.synthetic import SyntheticVideos
 from trainkit import distributed
@@ -110,7 +110,7 @@ def draw(path: str, scores: list[VideoScores], videos: VideoSet) -> None:
         title = f"{one.name}: {', '.join(one.classes) or 'normal'}" + f", AUC {own:.3f}" * (own == own)
         times = [time_of(one, clip) for clip in peaks(one.scores, 4)]
         pictures = [] if one.name in videos.missing else videos.open(records[one.name]).at(times)
-        strips.append(Strip(one, title, list(zip(times, map(thumbnail, pictures), strict=bool(pictures)))))
+        strips.append((one, title, list(zip(times, map(thumbnail, pictures), strict=bool(pictures)))))
     draw_curves(path, strips)
 
 

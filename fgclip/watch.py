@@ -18,7 +18,7 @@ from fgclip.evaluate_video import add_model_flags, as_json, open_model
 from fgclip.video.decode import open_video
 from fgclip.video.metrics import ALARM, VideoScores, by_frame
 from fgclip.video.model import NORMAL, VideoModel
-from fgclip.video.plots import Strip, clock, draw_curves, need_matplotlib, peaks, thumbnail, time_of
+from fgclip.video.plots import clock, draw_curves, need_matplotlib, peaks, thumbnail, time_of
 from fgclip.video.records import VideoRecord
 from trainkit.arguments import make_parser, positive_int
 from trainkit.errors import InputError, one_sentence
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     seconds = float(clips.frames / clips.rate)
     known = dict(checkpoint=args.checkpoint, supervision=model.supervision, problem=video.problem, seconds=seconds)
     write_json(output / "scores.json", known | as_json(scores) | dict(probabilities=probabilities, peaks=found))
-    draw_curves(output / "curves.png", [Strip(scores, name, list(zip(times, small, strict=True)))])
+    draw_curves(output / "curves.png", [(scores, name, list(zip(times, small, strict=True)))])
     print(f"{args.video}: {clips.frames} frames, {clock(seconds)} at {float(clips.rate):g} frames a second")
     print(f"supervision: {model.supervision}", *said, summary(scores, found), sep="\n")
     print(f"written to {output}: scores.json, curves.png and {len(found)} pictures")

@@ -115,7 +115,7 @@ class ClipEncoder:
     def _pairs(self, video: decode.Video, progress=None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The pictures that are looked at and those after them, clip after clip, (S, S, 3) uint8 each."""
         side, made, held, small = self.model.vision_model.image_size, 0, None, None
-        for index, _, picture in video.frames(self.clip_frames, self.offsets, last=True):
+        for index, _, picture in video.frames(self.clip_frames, self.offsets):
             small = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC))
             if held is not None:
                 yield held, small

@@ -1,7 +1,6 @@
 """Pictures of scores over time: one strip per video, with frames at its peaks below. They need the ``viz`` extra."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,19 +11,12 @@ from fgclip.video.metrics import ALARM, VideoScores, by_frame, frame_auc
 from trainkit.errors import InputError
 from trainkit.files import whole_file
 
-WIDTH, SIDE, TITLE, CURVE, TIMES, FRAMES = 11, 0.6, 0.45, 1.1, 0.35, 1.3  # inches of the parts of a strip
+WIDTH, HEIGHT = 11, 3.3  # inches of a strip
 DOTS = 90  # per inch
 MOST_STRIPS = 200  # in one picture
 TICKS = (0.1, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)  # seconds
-
-
-@dataclass(frozen=True)
-class Strip:
-    """A video, its title, and the pictures (H, W, 3) uint8 at the times (s) of its peaks."""
-
-    video: VideoScores
-    title: str
-    peaks: Sequence[tuple[float, np.ndarray]] = ()
+# A video, its title, and the times (s) of its peaks with the pictures (H, W, 3) uint8 there.
+Strip = tuple[VideoScores, str, Sequence[tuple[float, np.ndarray]]]
 
 
 def need_matplotlib() -> None:
@@ -73,16 +65,14 @@ def draw_curves(path: str | Path, strips: Sequence[Strip]) -> None:
     """Write a png: of each video the score over time, its events shaded, and the pictures at its peaks."""
     from matplotlib.figure import Figure
 
-    heights = [TITLE + CURVE + TIMES + FRAMES * bool(strip.peaks) for strip in strips]
-    total, room = sum(heights), WIDTH - 1.5 * SIDE
-    figure = Figure(figsize=(WIDTH, total), dpi=DOTS)
-    for i, strip in enumerate(strips):
-        bottom, width = total - sum(heights[: i + 1]), room / max(4, len(strip.peaks))  # inches
-        place = SIDE, total - sum(heights[:i]) - TITLE - CURVE, room, CURVE
-        draw_curve(figure.add_axes(np.divide(place, (WIDTH, total) * 2)), strip)
-        for column, (time, picture) in enumerate(sorted(strip.peaks, key=lambda peak: peak[0])):
-            place = SIDE + column * width, bottom, 0.95 * width, FRAMES - 0.2
-            axes = figure.add_axes(np.divide(place, (WIDTH, total) * 2), anchor="SW")
+    figure, columns = Figure((WIDTH, HEIGHT * len(strips)), DOTS), max(4, *(len(seen) for *_, seen in strips), 0)
+    border = 0.4 / figure.get_figheight()
+    sides = dict(left=0.05, right=0.98, bottom=border / 4, top=1 - border)
+    grid = figure.add_gridspec(2 * len(strips), columns, **sides, hspace=0.5, wspace=0.05)
+    for i, (video, title, seen) in enumerate(strips):
+        draw_curve(figure.add_subplot(grid[2 * i, :]), video, title, [time for time, _ in seen])
+        for column, (time, picture) in enumerate(sorted(seen, key=lambda peak: peak[0])):
+            axes = figure.add_subplot(grid[2 * i + 1, column], anchor="NW")
             axes.imshow(picture)
             axes.set_axis_off()
             axes.set_title(clock(time), fontsize=8, loc="left", pad=2)
@@ -90,21 +80,20 @@ def draw_curves(path: str | Path, strips: Sequence[Strip]) -> None:
         figure.savefig(file, format="png")
 
 
-def draw_curve(axes, strip: Strip) -> None:
-    """The score of a strip over time, its events shaded, a dot at each peak."""
-    video, rate = strip.video, float(strip.video.rate)
+def draw_curve(axes, video: VideoScores, title: str, marks: Sequence[float]) -> None:
+    """The score over time, events shaded, a dot at each of the times `marks` (s)."""
+    rate = float(video.rate)
     edges = np.minimum(np.arange(len(video.scores) + 1) * video.clip_frames, video.frames) / rate
     for start, end, _ in video.events or ():
         axes.axvspan(start / rate, min(end, video.frames) / rate, color="C1", alpha=0.3, lw=0)
     axes.stairs(video.scores, edges, baseline=None, color="C0", zorder=3)
-    marks = np.array([time for time, _ in strip.peaks])
     axes.plot(marks, video.scores[np.searchsorted(edges, marks, side="right") - 1], "o", color="C3", ms=4, zorder=4)
     axes.axhline(ALARM, color="gray", lw=0.5, ls=":")
     ticks = np.arange(0, edges[-1] + 1e-9, next((tick for tick in TICKS if edges[-1] / tick <= 12), TICKS[-1]))
     axes.set(xlim=(0, edges[-1]), ylim=(-0.03, 1.03), yticks=(0, 0.5, 1))
     axes.set_xticks(ticks, [clock(tick) for tick in ticks])
     axes.tick_params(labelsize=8)
-    axes.set_title(strip.title, fontsize=10, loc="left", parse_math=False)
+    axes.set_title(title, fontsize=10, loc="left", parse_math=False)
 
 
 def thumbnail(picture: np.ndarray, side: int = 240) -> np.ndarray:

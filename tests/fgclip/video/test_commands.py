@@ -18,7 +18,7 @@ from fgclip.tokenizer import learn_merges
 from fgclip.video.features import INPUTS, ClipEncoder, Clips
 from fgclip.video.metrics import VideoScores, anomaly_report
 from fgclip.video.model import NORMAL, TemporalHead, VideoModel
-from fgclip.video.plots import Strip, best_and_worst, clock, draw_curve, peaks, thumbnail
+from fgclip.video.plots import best_and_worst, clock, draw_curve, peaks, thumbnail
 from fgclip.video.records import VideoRecord
 from fgclip.video.synthetic import PROMPTS, SyntheticVideos, sentences
 from trainkit.files import open_image
@@ -284,7 +284,7 @@ def test_a_strip_is_in_seconds():
     from matplotlib.figure import Figure
 
     one, axes = video([0.1, 0.2, 0.9, 0.3], ((6, 99, "a"),), rate=2), Figure().add_subplot()
-    draw_curve(axes, Strip(one, "a title with $\\frac$", [(5.0, np.zeros((2, 2, 3), np.uint8))]))
+    draw_curve(axes, one, "a title with $\\frac$", [5.0])
     span, curve = axes.patches
     assert span.get_extents().transformed(axes.transData.inverted()).intervalx == pytest.approx([3, 8])
     assert curve.get_data().edges.tolist() == [0, 2, 4, 6, 8] and axes.get_xlim() == (0, 8)

@@ -340,7 +340,7 @@ def test_half_of_the_drawn_videos_have_an_event_each_kind_equally_often(drawn):
     assert drawn.classes == EVENTS and not drawn.missing
     video, again = (SyntheticVideos(count, seed=7).open(drawn.records[1]) for count in (2, 24))
     assert np.array_equal(video.draw(40), again.draw(40))
-    found = list(video.frames(9, (0, 4), last=True))
+    found = list(video.frames(9, (0, 4)))
     last = video.count - 1
     assert [index for index, *_ in found] == [i for i in range(last + 1) if i % 9 in (0, 4) or i == last]
     for (_, _, picture), own in zip(found, video.at([time for _, time, _ in found]), strict=True):
