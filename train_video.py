@@ -199,8 +199,8 @@ def build_model(args: argparse.Namespace, train: VideoSet) -> tuple[VideoModel, 
     """Towers of --init-from, of the resumed run or, for drawn videos, new ones; a new head; and a sentence."""
     source = find_resume(args.resume, args.output, SCRIPT) or args.init_from
     if source is not None:
-        weights = "raw" if source != args.init_from else "ema"
-        fgclip, tokenizer = load_towers(source, args.vocab, weights=weights, image_size=args.image_size)
+        of_run = dict(weights="raw") if source != args.init_from else dict(vocab=args.vocab)
+        fgclip, tokenizer = load_towers(source, **of_run, image_size=args.image_size)
         about = f"towers of {source}; tokenizer: {tokenizer.description}"
     else:
         tokenizer, about = Tokenizer(learn_merges(sentences())), "towers from random weights"

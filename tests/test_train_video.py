@@ -152,11 +152,13 @@ def test_a_signal_during_extraction_leaves_a_run_to_go_on_with(plain, tmp_path, 
             signal.raise_signal(signal.SIGTERM)
         return opened(self, record)
 
-    flags = [*VIDEO, *HEAD, "--init-from", plain / "last.pt", "--vocab", "bytes", "--max-steps", 3]
+    flags = [*VIDEO, *HEAD, "--init-from", plain / "last.pt", "--max-steps", 3]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(SyntheticVideos, "open", told_to_end)
         run(train_video, flags, tmp_path / "run")
     assert stop.value.code == 143 and len(list((tmp_path / "run/features").glob("*.npz"))) == 5
+    begun = tmp_path / "run/args.json"
+    begun.write_text(begun.read_text().replace('"vocab": null', '"vocab": "bytes"'))  # of published weights
     train_video.main(["--resume", str(tmp_path / "run"), "--max-steps", "3", "--device", "cpu", "--workers", "0"])
     assert equal(load(tmp_path / "run")["model"], load(run(train_video, flags, tmp_path / "other"))["model"])
 
@@ -200,6 +202,7 @@ def test_wrong_flags_end_in_one_sentence(own, plain, tmp_path, capsys):
     assert "does not divide among the 2" in say("--bank-size", 5)
     assert "makes features of its own" in say("--features", tmp_path)
     assert "--tracks needs --data-root" in say("--tracks", "x.json")
+    assert "brings its own tokenizer" in say("--init-from", plain / "last.pt", "--vocab", "bytes")
     data = ["--data-root", own, "--format", "folders"]
     assert "--init-from is missing" in say(*data, "--tower", "frozen")
     assert "learns from --tracks or --captions" in say(*data, "--tower", "tune")

@@ -240,7 +240,7 @@ def seconds_of(videos: VideoSet, record: VideoRecord) -> float:
 
 def rate_of(entries: Sequence[Entry]) -> list[str]:
     """What there is to say about the rate of key frames. Raises InputError where one lies behind its video's end."""
-    lasts = [(max(track.span[1] for track in entry.tracks), entry) for entry in entries if entry.tracks]
+    lasts = [(max(track.spans[-1][1] for track in entry.tracks), entry) for entry in entries if entry.tracks]
     for last, entry in lasts:
         if last > entry.seconds + SLACK:
             least = max(other * (e.rate or 0) / (e.seconds + SLACK) for other, e in lasts)
@@ -262,7 +262,7 @@ def with_entries(record: VideoRecord, entries: Sequence[Entry]) -> VideoRecord:
     events = record.events
     if events is None:
         times = [pair for entry in entries for pair in entry.events or ()]
-        times = times or [(float(keys[0]), float(keys[-1])) for track in tracks for keys, _ in track.stretches]
+        times = times or [span for track in tracks for span in track.spans]
         if times and all(start < end for start, end in times):  # a single key does not say how long
             events = tuple((*pair, record.classes[0] if len(record.classes) == 1 else "") for pair in times)
     captions = []

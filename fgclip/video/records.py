@@ -38,21 +38,15 @@ class Track:
     negatives: tuple[str, ...] = ()
 
     @property
-    def span(self) -> tuple[float, float]:
-        """Times of the first and the last key in s."""
-        return float(self.stretches[0][0][0]), float(self.stretches[-1][0][-1])
+    def spans(self) -> list[tuple[float, float]]:
+        """First and last time of each stretch in s."""
+        return [(float(times[0]), float(times[-1])) for times, _ in self.stretches]
 
-    def boxes_at(self, times: np.ndarray, margin: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes (m, 4) at times (m,) in s, linear within a stretch, and whether there is one (m,) bool; else zeros.
-        margin: up to so many seconds outside of a stretch the box of its end is valid."""
-        times = np.asarray(times, dtype=np.float64)
-        boxes, nearest = np.zeros((len(times), 4)), np.full(len(times), np.inf)
-        for keys, sides in self.stretches:
-            away = np.maximum(0, np.maximum(keys[0] - times, times - keys[-1]))  # (m,)
-            here = (away < nearest) & (away <= margin + 1e-6)
-            boxes[here] = np.stack([np.interp(times[here], keys, side) for side in sides.T], axis=1)
-            nearest[here] = away[here]
-        return boxes, np.isfinite(nearest)
+    def box_at(self, time: float, margin: float = 0.0) -> np.ndarray | None:
+        """The box (4,) at a time in s, linear within a stretch, and up to `margin` s outside of one that of its end."""
+        away = [max(start - time, time - end, 0) for start, end in self.spans]
+        times, boxes = self.stretches[int(np.argmin(away))]
+        return np.array([np.interp(time, times, side) for side in boxes.T]) if min(away) <= margin + 1e-6 else None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 
 from fgclip.data import Record, Region, Sample, draw_sample
 from fgclip.images import preprocess
-from fgclip.losses import PairBank, hard_negative_loss, symmetric_loss
+from fgclip.losses import hard_negative_loss, symmetric_loss
 from fgclip.video.features import Clips
 from fgclip.video.records import VideoRecord, VideoSet
 from trainkit.device import to_device
@@ -60,12 +59,12 @@ class VideoFrames(Dataset):
             record = draw.choice(self.spoken)
         events = [track for track in record.tracks if track.event]
         tracks = events if events and draw.random() < EVENT_SHARE else record.tracks
-        spans = [(times[0], times[-1]) for track in tracks for times, _ in track.stretches]
+        spans = [span for track in tracks for span in track.spans]
         spans = spans or [(span.start, min(span.end, span.start + WHOLE)) for span in record.captions]
         start, end = draw.choices(spans, [end - start + 1e-3 for start, end in spans])[0]
         moment = draw.uniform(start, end)
-        there = [(track, *track.boxes_at(np.array([moment]), self.margin)) for track in record.tracks]
-        there = [(track, boxes[0]) for track, boxes, inside in there if inside[0]]
+        there = [(track, track.box_at(moment, self.margin)) for track in record.tracks]
+        there = [(track, box) for track, box in there if box is not None]
         captions = [span.text for span in record.captions if span.start <= moment <= span.end]
         captions = captions or [span.text for span in record.captions[:1]] or [""]
         picture = Record(
@@ -93,8 +92,8 @@ class Bag:
 class ClipBags(Dataset):
     """Videos as bags of clips. A longer one is averaged to `most_clips` stretches, as is the field's rule.
 
-    clips: name of a video -> its features; one without stands for the next with the same label.
-    clip_frames: frames per clip. rows: of what captions and tracks say, in the table of its features.
+    clips: name of a video -> its features; one without stands for the next with the same label. rows: of what captions
+    and tracks say, in the table of its features.
     """
 
     def __init__(self, videos: VideoSet, clips: Mapping[str, Clips], *, clip_frames: int, most_clips: int, seed: int):
@@ -107,11 +106,9 @@ class ClipBags(Dataset):
     def spans(record: VideoRecord) -> list[tuple[float, float, bool, bool, list[str]]]:
         """Captions and tracks: start and end in s, whether it is a track and of an event, its text and altered ones."""
         spans = [(span.start, span.end, False, span.event, [span.text]) for span in record.captions]
-        return spans + [
-            (times[0], times[-1], True, track.event, [track.phrases[0], *track.negatives])
-            for track in record.tracks
-            for times, _ in track.stretches
-        ]
+        for track in record.tracks:
+            spans += [(*span, True, track.event, [track.phrases[0], *track.negatives]) for span in track.spans]
+        return spans
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -157,10 +154,7 @@ def collate_bags(samples: Sequence[Bag]) -> dict:
     )  # fmt: skip
     numbers = {name: torch.tensor(rows, dtype=torch.int64) for name, rows in numbers.items()}
     return numbers | dict(
-        features={
-            name: pad_sequence([sample.features[name] for sample in samples], batch_first=True)
-            for name in samples[0].features
-        },
+        features={name: pad_sequence([each.features[name] for each in samples], True) for name in samples[0].features},
         spans=numbers["spans"].view(-1, 6), mask=torch.arange(int(lengths.max())) < lengths[:, None],
         targets=torch.stack([sample.target for sample in samples]), sources=[sample.source for sample in samples],
     )  # fmt: skip
@@ -209,10 +203,7 @@ class VideoLoss:
     top_share: of a video's clips that its label is about.
     """
 
-    def __init__(
-        self, names: Collection[str], *, banks: Mapping[str, PairBank], texts: Tensor, ids: Tensor, top_share: float,
-        device,
-    ):  # fmt: skip
+    def __init__(self, names: Collection[str], *, banks: Mapping, texts: Tensor, ids: Tensor, top_share: float, device):
         self.names, self.banks, self.texts, self.ids = set(names), dict(banks.items()), texts, ids
         self.top_share, self.device, self.use_banks = top_share, device, True
 

@@ -287,7 +287,7 @@ def test_frames_depend_on_seed_epoch_and_index_alone_and_are_often_of_the_event(
         for index, record in enumerate(videos.records):
             own, moment, sample = frames.draw((epoch, index))
             happens = bool(truth(record, 200)[int(moment * 30 + 1e-6)])
-            shown = [track for track in record.tracks if track.boxes_at(np.array([moment]))[1][0]]
+            shown = [track for track in record.tracks if track.box_at(moment) is not None]
             assert own is record and sample.phrases == [track.phrases[0] for track in shown]
             assert sample.record.label == any(track.event for track in shown) <= happens
             labels += [happens] * bool(record.classes)
@@ -366,8 +366,8 @@ def test_boxes_lie_on_what_they_name(drawn):
             continue
         (track,) = (track for track in record.tracks if phrase in track.phrases[0])
         for frame in range(plan.start, plan.end, 5):
-            (box,), inside = track.boxes_at(np.array([frame / 30]))
-            assert inside[0] and abs(extent(video.draw(frame), bare.draw(frame)) - 64 * box).max() <= 2.5
+            box = track.box_at(frame / 30)
+            assert abs(extent(video.draw(frame), bare.draw(frame)) - 64 * box).max() <= 2.5
 
 
 def test_labels_tracks_and_captions_agree_with_the_frames(drawn):
@@ -383,8 +383,10 @@ def test_labels_tracks_and_captions_agree_with_the_frames(drawn):
         assert np.array_equal(said, [~happens, happens])
         things = np.zeros(plan.frames, int)
         for track in record.tracks:
-            boxes, inside = track.boxes_at(times)
-            assert (boxes[inside, :2] < boxes[inside, 2:]).all() and not {*track.phrases} & {*track.negatives}
+            boxes = [track.box_at(time) for time in times]
+            inside = np.array([box is not None for box in boxes])
+            assert all((box[:2] < box[2:]).all() for box in boxes if box is not None)
+            assert not {*track.phrases} & {*track.negatives}
             assert (inside <= happens).all() if track.event else True
             things += inside & (track.phrases[0] != "an explosion")
         assert (things == 3).all()  # each thing has a phrase at every moment, and one alone

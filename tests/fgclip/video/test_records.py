@@ -149,11 +149,11 @@ def test_mistakes_of_layout_are_one_sentence(tmp_path, format, files, texts, wor
 def test_a_track_has_boxes_within_its_stretches():
     keys = np.array([1.0, 2.0]), np.array([[0.0, 0, 0.2, 0.2], [0.5, 0.5, 1, 1]])
     track = Track((keys, (np.array([4.0]), keys[1][:1])))
-    boxes, inside = track.boxes_at(np.array([0.5, 1.0, 1.5, 2.25, 3.0, 4.0]))
-    assert inside.tolist() == [False, True, True, False, False, True] and track.span == (1.0, 4.0)
-    np.testing.assert_allclose(boxes[[1, 2, 5]], [[0, 0, 0.2, 0.2], [0.25, 0.25, 0.6, 0.6], [0, 0, 0.2, 0.2]])
-    boxes, inside = track.boxes_at(np.array([0.5, 0.74, 0.75, 2.25, 3.8]), margin=0.25)
-    assert inside.tolist() == [False, False, True, True, True] and boxes[3].tolist() == [0.5, 0.5, 1, 1]
+    assert track.spans == [(1.0, 2.0), (4.0, 4.0)] and all(track.box_at(time) is None for time in (0.5, 2.25, 3.0))
+    boxes = [track.box_at(time) for time in (1.0, 1.5, 4.0)]
+    np.testing.assert_allclose(boxes, [[0, 0, 0.2, 0.2], [0.25, 0.25, 0.6, 0.6], [0, 0, 0.2, 0.2]])
+    boxes = [track.box_at(time, margin=0.25) for time in (0.5, 0.74, 0.75, 2.25, 3.8)]
+    assert [box is None for box in boxes] == [True, True, False, False, False] and [*boxes[3]] == [0.5, 0.5, 1, 1]
 
 
 def test_a_share_of_each_class_is_held_out(tmp_path):
