@@ -117,8 +117,9 @@ def test_videos_in_files(checkpoint, root, tmp_path, capsys, monkeypatch):
     """Features are made once. Frames are counted as in what the files were written from."""
     flags = ("--data-root", root, "--features", tmp_path / "features")
     evaluate(checkpoint, *flags, "--plot", tmp_path / "curves.png")
-    first, plans = capsys.readouterr().out, SyntheticVideos(8, seed=3, image_size=SIDE).plans.values()
-    frames, positives = sum(plan.frames for plan in plans), sum(plan.end - plan.start for plan in plans if plan.event)
+    first, videos = capsys.readouterr().out, SyntheticVideos(8, seed=3, image_size=SIDE)
+    drawn = [videos.open(record) for record in videos.records]
+    frames, positives = sum(each.claimed for each in drawn), sum(each.end - each.start for each in drawn if each.event)
     assert f"8 videos, 4 anomalous; {frames} frames, {positives} in events" in first
     assert (tmp_path / "curves.png").exists()
     with monkeypatch.context() as patch:

@@ -5,7 +5,6 @@ In two processes, too: this file starts itself for that.
 
 import math
 import sys
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -191,10 +190,11 @@ class Bags:
         randomised(self.model.head)
         self.model.select("head", LOSSES)
         self.clips = {}
-        for name, plan in self.videos.plans.items():
-            arrays = (rng.standard_normal((-(-plan.frames // CLIP_FRAMES), n)) for n in (DIM, DIM, 4))
+        for record in self.videos.records:
+            frames = self.videos.open(record).claimed
+            arrays = (rng.standard_normal((-(-frames // CLIP_FRAMES), n)) for n in (DIM, DIM, 4))
             arrays = dict(zip(INPUTS, (a.astype(np.float16) for a in arrays), strict=True))
-            self.clips[name] = Clips(arrays, frames=plan.frames, rate=Fraction(30))
+            self.clips[record.name] = Clips(arrays, frames=frames, rate=Fraction(30))
         self.banks = {name: PairBank(12, DIM, classes=2) for name in ("track", "caption")}
         table, ids = self.model.embed(list(self.bags().rows))
         self.loss = VideoLoss(LOSSES, banks=self.banks, texts=table, ids=ids, top_share=1 / 16, device="cpu")
@@ -355,33 +355,34 @@ def extent(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def test_boxes_lie_on_what_they_name(drawn):
     for record in drawn.records[:16]:
-        plan = drawn.plans[record.name]
         video, bare = drawn.open(record), drawn.open(record)
-        if plan.event is None:  # without the thing that is drawn last
-            bare.plan, phrase = replace(plan, kinds=plan.kinds[:2], sides=plan.sides[:2], origin=plan.origin[:2],
-                                        velocity=plan.velocity[:2]), " ".join(plan.kinds[2])  # fmt: skip
-        elif plan.event == "explosion":
-            bare.plan, phrase = replace(plan, event=None), "explosion"
+        if video.event is None:  # without the thing that is drawn last
+            phrase = " ".join(video.kinds[2])
+            for name in ("kinds", "sides", "origin", "velocity"):
+                setattr(bare, name, getattr(video, name)[:2])
+        elif video.event == "explosion":
+            bare.event, phrase = None, "explosion"
         else:
             continue
         (track,) = (track for track in record.tracks if phrase in track.phrases[0])
-        for frame in range(plan.start, plan.end, 5):
+        for frame in range(video.start, video.end, 5):
             box = track.box_at(frame / 30)
             assert abs(extent(video.draw(frame), bare.draw(frame)) - 64 * box).max() <= 2.5
 
 
 def test_labels_tracks_and_captions_agree_with_the_frames(drawn):
     for record in drawn.records:
-        plan = drawn.plans[record.name]
-        happens = np.array([plan.happens(frame) for frame in range(plan.frames)])
-        assert np.array_equal(truth(record, plan.frames), happens)
+        video = drawn.open(record)
+        frames = np.arange(video.claimed)
+        happens = (video.start <= frames) & (frames < video.end) & (video.event is not None)
+        assert np.array_equal(truth(record, video.claimed), happens)
         assert 0.1 < happens.mean() < 0.32 if record.classes else not happens.any()
-        times = np.arange(plan.frames) / 30
-        said = np.zeros((2, plan.frames), int)
+        times = frames / 30
+        said = np.zeros((2, video.claimed), int)
         for span in record.captions:
             said[int(span.event)] += (span.start - 1e-6 <= times) & (times < span.end - 1e-6)
         assert np.array_equal(said, [~happens, happens])
-        things = np.zeros(plan.frames, int)
+        things = np.zeros(video.claimed, int)
         for track in record.tracks:
             boxes = [track.box_at(time) for time in times]
             inside = np.array([box is not None for box in boxes])
@@ -391,6 +392,6 @@ def test_labels_tracks_and_captions_agree_with_the_frames(drawn):
             things += inside & (track.phrases[0] != "an explosion")
         assert (things == 3).all()  # each thing has a phrase at every moment, and one alone
         assert any(track.event for track in record.tracks) == bool(record.classes)
-        steps = np.linalg.norm(np.diff(plan.centres(np.arange(plan.frames))[0], axis=0), axis=1)
-        if plan.event == "speeding":  # five times as fast, but where it turns back
+        steps = np.linalg.norm(np.diff(video.centres(frames)[0], axis=0), axis=1)
+        if video.event == "speeding":  # five times as fast, but where it turns back
             assert np.median(steps[happens[1:] & happens[:-1]]) > 4 * np.median(steps[~happens[1:]])
