@@ -1,7 +1,4 @@
-"""Data sets of videos: which videos there are, what happens in them and when.
-
-Times are seconds (float64) from the beginning of a video.
-"""
+"""Data sets of videos: which there are, and what happens in them when, in seconds (float64) from their beginning."""
 
 import os
 import re
@@ -25,6 +22,7 @@ XD_CLASSES = dict(B1="fighting", B2="shooting", B4="riot", B5="abuse", B6="car a
 Event = tuple[float, float, str]  # start and end in seconds, class
 # By name: the classes of training and of test videos, events where there is an annotation, and paths that a list gives.
 Layout = tuple[dict, dict, dict, dict]
+Found = dict[str, list[Path]]  # the paths of videos and folders of images by name
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +110,8 @@ def stem(name: str) -> str:
     return base if suffix.lower() in VIDEO_SUFFIXES else name
 
 
-def scan(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """Below a root, links followed: the paths of videos and folders of images by name, and those of texts."""
+def scan(root: Path) -> tuple[Found, list[Path]]:
+    """The videos and the texts below a root, links followed."""
     if not root.is_dir():
         raise InputError(f"{root} is not a folder; expected the root of a data set of videos")
     videos, texts, seen = {}, [], set()
@@ -156,8 +154,7 @@ def ucf_list(path: Path) -> dict[str, Path]:
     """Name -> CLASS/NAME.mp4, of Anomaly_Train.txt or Anomaly_Test.txt."""
     videos = {}
     for line in read_lines(path, "CLASS/NAME.mp4 in a line"):
-        parts = line.replace("\\", "/").split("/")[-2:]
-        if len(parts) < 2:
+        if len(parts := line.replace("\\", "/").split("/")[-2:]) < 2:
             raise InputError(f"{path}: expected CLASS/NAME.mp4, got {shown(line)}")
         videos[stem(line)] = Path(*parts)
     return videos
@@ -196,7 +193,7 @@ def xd_classes(name: str) -> tuple[str, ...]:
     return tuple(XD_CLASSES[code] for code in found[1].split("-") if code in XD_CLASSES) if found else ()
 
 
-def ucf_crime(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> Layout:
+def ucf_crime(root: Path, split: str, files: Found, texts: list[Path]) -> Layout:
     """Videos of the published lists; the class is their folder there."""
     train, test = (agreed(texts, ucf_list, f"Anomaly_{name}.txt") for name in ("Train", "Test"))
     known = ("Temporal_Anomaly_Annotation*.txt", "test_with_frame_counts.txt")
@@ -204,33 +201,29 @@ def ucf_crime(root: Path, split: str, files: dict[str, list[Path]], texts: list[
     if not test or not (train if split == "train" else times):
         wanted = "Anomaly_Train.txt" if split == "train" else known[0]
         raise InputError(f"{root} holds no Anomaly_Test.txt with {wanted}; --format folders needs no list")
-    if both := sorted(train.keys() & test.keys()):
-        raise InputError(
-            f"{root}: {len(both)} videos are in Anomaly_Train.txt and Anomaly_Test.txt: {summarise(both, 3)}"
-        )
-    if unknown := sorted(test.keys() - times.keys()) if split == "test" else []:
-        raise InputError(
-            f"{root}: the annotation lacks {len(unknown)} videos of Anomaly_Test.txt: {summarise(unknown, 3)}"
-        )
+    unknown = test.keys() - times.keys() if split == "test" else ()
+    for names, place in ((train.keys() & test.keys(), "in Anomaly_Train.txt, too"), (unknown, "not in the annotation")):
+        if names:
+            said = f"{len(names)} videos of Anomaly_Test.txt are {place}"
+            raise InputError(f"{root}: {said}: {summarise(sorted(names), 3)}")
     classes = ({name: class_of(path.parts[0]) for name, path in half.items()} for half in (train, test))
     return *classes, times, train | test
 
 
-def xd_violence(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> Layout:
+def xd_violence(root: Path, split: str, files: Found, texts: list[Path]) -> Layout:
     """Test videos are those of the annotation, and those below a folder whose name begins with `test`."""
     known = ("annotations_multiclasses.txt", "annotations.txt")
     times = agreed(texts, partial(annotation, rate=XD_RATE), *known)
     if not times:
         raise InputError(f"{root} holds no {known[1]} or {known[0]} of XD-Violence")
-    train, test = {name for name in files if "_label_" in name}, set(times)
-    for name in train:
-        parts = [part for path in files[name] for part in path.relative_to(root).parts[:-1]]
-        test |= {name} if any(part.lower().startswith("test") for part in parts) else set()
+    train = {name for name in files if "_label_" in name}
+    paths = [(name, f"/{path.relative_to(root)}".lower()) for name in train for path in files[name]]
+    test = {name for name, path in paths if fnmatch(path, "*/test*/*")} | set(times)
     classes = ({name: xd_classes(name) for name in sorted(half)} for half in (train - test, test))
     return *classes, times, {}
 
 
-def folders(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> Layout:
+def folders(root: Path, split: str, files: Found, texts: list[Path]) -> Layout:
     """root/CLASS/VIDEO, or root/train/CLASS/VIDEO and root/test/CLASS/VIDEO; the class of normal videos says so."""
     halves = [name for name in ("train", "test") if (root / name).is_dir()]
     if halves and split not in halves:
@@ -281,7 +274,6 @@ def hold_out(videos: VideoSet, share: float, seed: int) -> tuple[VideoSet, Video
         groups.setdefault(record.classes, set()).add(record.source)
     held, rng = set(), np.random.default_rng(seed)
     for sources in (sorted(groups[classes]) for classes in sorted(groups)):
-        count = min(len(sources) - 1, max(1, round(share * len(sources)))) if share else 0
+        count = min(len(sources) - 1, max(1, round(share * len(sources))))
         held.update(rng.permutation(sources)[:count].tolist())
-    parts = ([r for r in videos.records if (r.source in held) is apart] for apart in (False, True))
-    return tuple(map(videos.of, parts))
+    return tuple(videos.of(r for r in videos.records if (r.source in held) is apart) for apart in (False, True))

@@ -125,7 +125,7 @@ def test_folders_of_classes(tmp_path):
     ("format", "files", "texts", "words"),
     [
         ("ucf-crime", (), {}, "holds no Anomaly_Test.txt with Anomaly_Train.txt"),
-        ("ucf-crime", (), UCF | dict(Anomaly_Train="Arson/A2.mp4"), "1 videos are in Anomaly_Train.txt and "),
+        ("ucf-crime", (), UCF | dict(Anomaly_Train="Arson/A2.mp4"), "1 videos of Anomaly_Test.txt are in Anomaly_Tra"),
         ("ucf-crime", (), UCF | dict(Anomaly_Train="Arson/A1.mp4"), "every training video is anomalous"),
         ("ucf-crime", (), UCF | dict(Anomaly_Test="A2.mp4"), "Anomaly_Test.txt: expected CLASS/NAME.mp4, got 'A2.mp4'"),
         ("ucf-crime", (), UCF | {TIMES: "A2 Arson 1 -x"}, f"{TIMES}.txt, A2: expected a whole number"),
@@ -169,6 +169,5 @@ def test_a_share_of_each_class_is_held_out(tmp_path):
         names(videos)
     )
     assert names(hold_out(videos, 0.1, 0)[1]) == names(held) != names(hold_out(videos, 0.1, 1)[1])
-    assert len(hold_out(videos, 0.0, 0)[1]) == 0
     videos.records = [VideoRecord(f"a{i}", classes=("fire",), source=f"s{i // 5}") for i in range(20)]
     assert len({record.source for record in hold_out(videos, 0.25, 0)[1].records}) == 1
