@@ -106,7 +106,7 @@ def draw(path: str, scores: list[VideoScores], videos: VideoSet) -> None:
     """A png of the best and the worst videos of each class, with frames at the four highest peaks."""
     strips, records = [], {record.name: record for record in videos.records}
     for one in best_and_worst(scores):
-        own = frame_auc(*by_frame([one])) if one.known else float("nan")
+        own = float("nan") if one.events is None else frame_auc(*by_frame([one]))
         title = f"{one.name}: {', '.join(one.classes) or 'normal'}" + f", AUC {own:.3f}" * (own == own)
         times = [time_of(one, clip) for clip in peaks(one.scores, 4)]
         pictures = [] if one.name in videos.missing else videos.open(records[one.name]).at(times)

@@ -1,7 +1,4 @@
-"""Boxes over time and sentences of other files, added to the videos of a data set.
-
-Key frame n of a file that counts from f, at r frames a second, is at (n - f) / r seconds.
-"""
+"""Boxes over time and sentences of other files, added to the videos of a data set."""
 
 import re
 from collections.abc import Sequence
@@ -18,7 +15,9 @@ from trainkit.errors import InputError
 from trainkit.files import number, numbers, plain_text, read_json, read_lines, shown
 from trainkit.load_report import summarise
 
-STUDIO_RATE, FIRST_FRAME = 25.0, 1  # as Label Studio counts, and lists made of its exports, whatever the video has
+# Key frame n of a file that counts from f, at r frames a second, is at (n - f) / r seconds. Label Studio counts so, and
+# lists made of its exports, whatever the video has.
+STUDIO_RATE, FIRST_FRAME = 25.0, 1
 SLACK = 0.5  # seconds that a key frame may lie behind its video's end
 RATES = (24, 25, 30, 50, 60)  # common frames a second
 LOOKS_LIKE = 0.84  # the share of a video of 30 frames a second in which all keys counted at 25 lie
@@ -30,18 +29,15 @@ class Entry:
 
     file: str
     place: str  # file and item, for messages
-    listed: str  # the video's path there
+    name: str  # of the video
     tracks: tuple[Track, ...] = ()
     captions: tuple[Span, ...] = ()
     events: tuple[tuple[float, float], ...] | None = None  # start and end in s, None where the file does not say
     seconds: float | None = None  # the video's length by the file
     rate: float | None = None  # frames a second of its key frames, None where they have times
     paired: bool = True  # whether each track has one phrase
+    foreign: bool = False  # of MSAD, another data set
     boxes: BoxStatistics = field(default_factory=BoxStatistics)  # those that were met
-
-    @property
-    def name(self) -> str:
-        return stem(self.listed)
 
 
 def read_tracks(path: str | Path, rate: float = STUDIO_RATE) -> list[Entry]:
@@ -52,23 +48,21 @@ def read_tracks(path: str | Path, rate: float = STUDIO_RATE) -> list[Entry]:
     rate: frames a second in which key frames count where the file does not say it. An item of a list may say "rate" and
     "first_frame", and a key frame "time" in s instead. Raises InputError where a file is none of these.
     """
-    items = []
+    entries = []
     for item, place in data.JsonItems(data.annotation_files(path)):
+        items = {place: item}
         if "annotations" in item and "data" in item:
-            items.append((from_label_studio(item, place), place))
-        elif "video" in item:
-            items.append((item, place))
-        else:
-            for name in item:
-                spot = f"{place}, {shown(name)}"
-                items.append((from_object(name, data.field(item, name, dict, place), spot), spot))
-    if not items:
+            items = {place: from_label_studio(item, place)}
+        elif "video" not in item:
+            items = {f"{place}, {shown(name)}": from_object(item, name, place) for name in item}
+        entries += [listed(each, str(path), spot, rate) for spot, each in items.items()]
+    if not entries:
         raise InputError(f"{path} holds no tracks")
-    return [listed(item, str(path), place, rate) for item, place in items]
+    return entries
 
 
 def listed(item: dict, file: str, place: str, rate: float) -> Entry:
-    """An item of a list."""
+    """What an item of a list says."""
     rate = number(item.get("rate", rate), f"{place}, rate", 1e-3)
     first = number(item.get("first_frame", FIRST_FRAME), f"{place}, first_frame", 0, whole=True)
     phrases = [plain_text(t, f"{place}, region_captions") for t in data.field(item, "region_captions", list, place)]
@@ -88,13 +82,13 @@ def listed(item: dict, file: str, place: str, rate: float) -> Entry:
         keyed += bool(keys)
         if (stretches := stretches_of(keys, boxes)) and i < len(phrases):
             tracks.append(Track(stretches, (phrases[i],)))
-    times, captions = item.get("timestamps"), ()
-    if item.get("global_caption"):  # without times it tells of the event where the video has one
-        captions = spans([times or [0, inf]], [item["global_caption"]], place, not times)
+    times, video = item.get("timestamps"), data.field(item, "video", str, place)
+    texts = [item["global_caption"]] if item.get("global_caption") else []
     return Entry(
-        file, place, data.field(item, "video", str, place), tuple(tracks), captions,
+        file, place, stem(video), tuple(tracks),
+        spans([times or [0, inf]] * len(texts), texts, place, not times),  # without times it tells of an event
         seconds=number(item["duration"], f"{place}, duration", 0) if "duration" in item else None,
-        rate=counts, paired=keyed in (0, len(phrases)), boxes=boxes,
+        rate=counts, paired=keyed in (0, len(phrases)), foreign="MSAD" in video, boxes=boxes,
     )  # fmt: skip
 
 
@@ -121,8 +115,9 @@ def spans(times: list, texts: list, place: str, event: bool = False) -> tuple[Sp
     return tuple(Span(*pair, text, event) for pair, text in zip(pairs, texts, strict=True))
 
 
-def from_object(name: str, value: dict, place: str) -> dict:
-    """The value of a video in an object as an item of a list."""
+def from_object(item: dict, name: str, place: str) -> dict:
+    """What an object says of a video, as an item of a list."""
+    value, place = data.field(item, name, dict, place), f"{place}, {shown(name)}"
     regions, times = [region for region, _ in data.objects(value, "region", place)], value.get("timestamps")
     return dict(
         video=name, global_caption=data.field(value, "global", dict, place).get("Caption"),
@@ -175,7 +170,7 @@ def read_sentences(path: str | Path) -> list[Entry]:
             captions += tuple(span for pair in zip(clips, texts, strict=False) for span in spans(*pair, place))
             frames, rate = item.get("n_frames"), number(item.get("fps"), f"{place}, fps", 1e-3)
         seconds = None if frames is None else number(frames, f"{place}, length", 0, 1e9) / rate
-        entries.append(Entry(str(path), place, name, captions=captions, events=events, seconds=seconds))
+        entries.append(Entry(str(path), place, stem(name), captions=captions, events=events, seconds=seconds))
     return entries
 
 
@@ -216,8 +211,8 @@ def add_annotations(videos: VideoSet, entries: Sequence[Entry]) -> tuple[VideoSe
         other = [entry for entry in own if entry.name not in known and entry.name not in videos.test_names]
         for what, group in {
             "of test videos are left out": [entry for entry in own if entry.name in videos.test_names],
-            "of MSAD, another data set, are left out": [entry for entry in other if "MSAD" in entry.listed],
-            "of no training video are left out": [entry for entry in other if "MSAD" not in entry.listed],
+            "of MSAD, another data set, are left out": [entry for entry in other if entry.foreign],
+            "of no training video are left out": [entry for entry in other if not entry.foreign],
             "have not one phrase for each track; the first go together": [entry for entry in used if not entry.paired],
             "have sentences at no time of their video, which are left out": [
                 entry for entry in used if any(s.start >= min(s.end, entry.seconds) for s in entry.captions)

@@ -207,5 +207,5 @@ def test_events_without_a_class_count_for_none():
 
 
 def test_normal_videos_alone_have_no_curve():
-    figures = frame_figures([video([0.2, 0.9], ()), video([0.7, 0.1], None, ())])
+    figures = frame_figures([video([0.2, 0.9], ()), video([0.7, 0.1], ())])
     assert figures.pop("false_alarms") == 0.5 and all(math.isnan(value) for value in figures.values())
