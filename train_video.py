@@ -22,7 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from fgclip import FGCLIP, Tokenizer
 from fgclip.data import Collate
@@ -52,7 +51,6 @@ from trainkit.arguments import (
     positive_int,
 )
 from trainkit.errors import InputError, one_sentence
-from trainkit.load_report import summarise
 from trainkit.loader import make_loader
 from trainkit.optimizer import build_optimisation, ema
 from trainkit.run import Run
@@ -170,11 +168,8 @@ def open_videos(args: argparse.Namespace) -> tuple[VideoSet, VideoSet, list[str]
     messages = list(videos.notes)
     folder = args.features  # features do without the videos
     missing = [name for name in videos.missing if not (folder and feature_file(folder, name).is_file())]
-    if len(missing) > args.allow_missing:
-        names = summarise(missing, 8)
-        raise InputError(f"{args.data_root}: {len(missing)} videos are missing (--allow-missing goes without): {names}")
-    if missing:
-        messages.append(f"without {len(missing)} missing videos: {', '.join(missing)}")
+    refuse_lost(missing, args.allow_missing)
+    messages += [f"without {len(missing)} missing videos: {', '.join(missing)}"] * bool(missing)
     entries = read_tracks(args.tracks, args.track_rate) if args.tracks else []
     entries += read_sentences(args.captions) if args.captions else []
     videos, said = add_annotations(videos, entries)
@@ -218,52 +213,42 @@ def build_model(args: argparse.Namespace, train: VideoSet) -> tuple[VideoModel, 
     return VideoModel(fgclip, head, tokenizer, prompts=prompts, clips=clips, supervision=said), about
 
 
-def tower_weights(args: argparse.Namespace, videos: VideoSet) -> dict[str, float]:
-    """The weights of FG-CLIP's losses. Those of captions or tracks are 0 where there are none."""
+def loss_weights(args: argparse.Namespace, videos: VideoSet) -> tuple[dict[str, float], dict[str, float]]:
+    """The weights of the towers' losses, which are FG-CLIP's, and of the head's. Those of captions and tracks are 0
+    where there are none; the towers take captions only where each video with tracks has one."""
+    tracks = [track for record in videos.records for track in record.tracks]
     captions = [bool(record.captions) for record in videos.records if record.captions or record.tracks]
-    tracks = any(record.tracks for record in videos.records)
-    return dict(
-        loss_short=args.caption_weight * all(captions), loss_region=args.track_weight * tracks,
-        loss_hard=args.hard_weight * any(track.negatives for record in videos.records for track in record.tracks),
-    )  # fmt: skip
-
-
-def head_weights(args: argparse.Namespace, videos: VideoSet) -> dict[str, float]:
-    """The weights of the head's losses, likewise."""
-    there = dict(caption=any(record.captions for record in videos.records))
-    there["track"] = there["hard"] = any(record.tracks for record in videos.records)
-    return {f"loss_{name}": getattr(args, f"{name}_weight") * there.get(name, True) for name in LOSSES}
+    there = dict(caption=any(captions), track=bool(tracks), hard=bool(tracks))
+    weights = {name: getattr(args, f"{name}_weight") * there.get(name, True) for name in LOSSES}
+    towers = dict(short=weights["caption"] * all(captions), region=weights["track"])
+    towers["hard"] = weights["hard"] * any(track.negatives for track in tracks)
+    return tuple({f"loss_{name}": weight for name, weight in part.items()} for part in (towers, weights))
 
 
 class TowerStage:
     """The towers learn from frames, their tracks and captions, with FG-CLIP's own losses; the head waits."""
 
     def __init__(self, args, train_step: TrainStep, data, names: list[str], banks, sampler, device):
-        tower, self.args, self.device = train_step.bare_model, args, device
+        model, self.options = train_step.bare_model, dict(device=device, amp=args.amp)
         sizes = dict(image_size=args.image_size, margin=args.clip_frames / 60, seed=args.seed)
         spoken = data[1].of(record for record in data[1].records if record.tracks or record.captions)
         train, self.validation = (VideoFrames(videos, **sizes) for videos in (data[0], spoken))
-        length = tower.fgclip.text_model.context_length
-        collate = Collate(tower.tokenizer, context_length=length, long_context_length=None, hard="hard" in names)
+        length = model.fgclip.text_model.context_length
+        collate = Collate(model.tokenizer, context_length=length, long_context_length=None, hard="hard" in names)
         self.loader = make_loader(train, sampler, collate, workers=args.workers, device=device)
-        self.objective = FGCLIPLoss(train_step.model, names=names, banks=banks, device=device)
-        self.begin, self.metrics, self.text = self.objective.begin, self.objective.metrics, validation_text
-
-    def forward(self, model: nn.Module, batch: dict) -> tuple[dict, dict]:
-        return self.objective(batch), {}
+        loss = FGCLIPLoss(train_step.model, names=names, banks=banks, device=device)
+        self.forward = lambda _, batch: (loss(batch), {})
+        self.begin, self.metrics, self.text = loss.begin, loss.metrics, validation_text
 
     def validate(self, model: VideoModel) -> dict:
         """`validation_metrics` of a frame of each validation video, the same every time."""
-        embedder = Embedder(model.fgclip, model.tokenizer, device=self.device, amp=self.args.amp)
+        embedder = Embedder(model.fgclip, model.tokenizer, **self.options)
         return validation_metrics(embedder, self.validation, long=False) if len(self.validation) else {}
 
 
 class HeadStage:
-    """The head learns from the features of every clip; the towers stand still.
-
-    Extracts what `folder` lacks, with a call of `between` after each video. Tells the head mean and spread; embeds
-    the classes, and what captions and tracks say.
-    """
+    """The head learns from the features of every clip, extracted where `folder` lacks them, with a call of `between`
+    after each video; the towers stand still."""
 
     def __init__(
         self, args, train_step: TrainStep, data, names: list[str], banks, sampler, device, folder: Path, between
@@ -276,17 +261,15 @@ class HeadStage:
         self.validation = [record for record in validation.records if record.name in self.clips]
         model.refresh_texts()
         model.head.standardise([self.clips[r.name].tensors() for r in train.records if r.name in self.clips])
-        options = dict(clip_frames=args.clip_frames, most_clips=args.most_clips, seed=args.seed)
-        bags = ClipBags(train, self.clips, **options)
+        sizes = dict(clip_frames=args.clip_frames, most_clips=args.most_clips, seed=args.seed)
+        bags = ClipBags(train, self.clips, **sizes)
         table, ids = model.embed(list(bags.rows))
         self.loader = make_loader(bags, sampler, collate_bags, device=device)
         self.forward = VideoLoss(names, banks=banks, texts=table, ids=ids, top_share=args.top_share, device=device)
+        self.metrics = dict  # none, the forward pass returns them
 
     def begin(self, batches: list[dict], *, use_banks: bool) -> None:
         self.forward.use_banks = use_banks
-
-    def metrics(self) -> dict:
-        return {}  # the forward pass returns them
 
     def validate(self, model: VideoModel) -> dict:
         """`anomaly_report` of the validation videos."""
@@ -327,7 +310,7 @@ def begin_stage(
     towers = sampler.epoch + (len(sampler) == 0) < args.tower_epochs
     if average is not None and args.tower_epochs and not towers:
         model.fgclip.load_state_dict(average.module.fgclip.state_dict())
-    weights = (tower_weights if towers else head_weights)(args, data[0])
+    weights = loss_weights(args, data[0])[0 if towers else 1]
     names = [name.removeprefix("loss_") for name in weights if weights[name]]
     model.select("towers" if towers else "head", names)
     train_step.model, train_step.weights = distributed.parallel(model), weights
@@ -353,7 +336,7 @@ def main(arguments: list[str] | None = None) -> None:
     validate_args(args)
     torch.manual_seed(args.seed)
     *data, messages = open_videos(args)
-    if args.tower_epochs and not any(tower_weights(args, data[0]).values()):
+    if args.tower_epochs and not any(loss_weights(args, data[0])[0].values()):
         raise InputError("--tower tune: no loss of the towers has a weight, and tracks or captions to learn from")
     model, about = build_model(args, data[0])
     if args.check:  # as many as one step takes
@@ -365,13 +348,14 @@ def main(arguments: list[str] | None = None) -> None:
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     model.fgclip.requires_grad_(args.tower_epochs > 0)  # what never learns has no place in the optimizer
     optimizer, schedule = build_optimisation(args, model, steps_per_epoch, restart_epochs=args.tower_epochs)
-    enabled = {name for weights in (tower_weights, head_weights) for name, x in weights(args, data[0]).items() if x}
+    weights = loss_weights(args, data[0])
+    enabled = {name for part in weights for name, weight in part.items() if weight}
     banks = torch.nn.ModuleDict({
         name: PairBank(args.bank_size, model.class_texts.shape[1], classes=args.bank_classes, device=device)
         for name in ("short", "region", "caption", "track") if args.bank_size and f"loss_{name}" in enabled
     })  # fmt: skip
     train_step = TrainStep(
-        model, optimizer, forward=None, weights=head_weights(args, data[0]), schedule=schedule, average=average,
+        model, optimizer, forward=None, weights=weights[1], schedule=schedule, average=average,
         describe=lambda batch: batch["sources"], device=device, amp=args.amp, clip_norm=args.clip_norm,
     )  # fmt: skip
     parts = args, train_step, data, banks, sampler, device

@@ -206,6 +206,9 @@ def test_wrong_flags_end_in_one_sentence(own, plain, tmp_path, capsys):
     data = ["--data-root", own, "--format", "folders"]
     assert "--init-from is missing" in say(*data, "--tower", "frozen")
     assert "learns from --tracks or --captions" in say(*data, "--tower", "tune")
+    (tmp_path / "other.json").write_text('[{"video": "other.mp4", "region_captions": [], "box_infos": []}]')
+    of_others = ["--tower", "tune", "--tracks", tmp_path / "other.json", "--init-from", plain / "last.pt"]
+    assert "no loss of the towers has a weight" in say(*data, *of_others)
     assert "holds no Anomaly_Test.txt" in say("--data-root", own, *HEAD, "--init-from", plain / "last.pt")
 
 
