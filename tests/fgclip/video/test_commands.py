@@ -14,11 +14,11 @@ from scripts import ROOT, refused
 from videos import write_video
 
 from fgclip import FGCLIP, Tokenizer, evaluate_video, watch
+from fgclip.evaluate_video import best_and_worst, clock, draw_curve, peaks
 from fgclip.tokenizer import learn_merges
 from fgclip.video.features import INPUTS, ClipEncoder, Clips
 from fgclip.video.metrics import VideoScores, anomaly_report
 from fgclip.video.model import NORMAL, TemporalHead, VideoModel
-from fgclip.video.plots import best_and_worst, clock, draw_curve, peaks, thumbnail
 from fgclip.video.records import VideoRecord
 from fgclip.video.synthetic import PROMPTS, SyntheticVideos, sentences
 from trainkit.files import open_image
@@ -290,4 +290,3 @@ def test_a_strip_is_in_seconds():
     assert span.get_extents().transformed(axes.transData.inverted()).intervalx == pytest.approx([3, 8])
     assert curve.get_data().edges.tolist() == [0, 2, 4, 6, 8] and axes.get_xlim() == (0, 8)
     assert axes.lines[0].get_xydata().tolist() == [[5, 0.9]]
-    assert thumbnail(np.zeros((480, 960, 3), np.uint8)).shape == (120, 240, 3)
