@@ -5,7 +5,7 @@ The towers see one frame with boxes, the head all clips. Means are over all rank
 
 import random
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -75,45 +75,31 @@ class VideoFrames(Dataset):
         return record, moment, draw_sample(picture, draw)
 
 
-@dataclass
-class Bag:
-    """A video's clips (T, ...) by name, the rows of the class texts (1 + C,), and some of its captions and tracks.
-
-    spans: first clip, end, whether it is a track's, whether it is of an event, and rows of texts: its own, and those of
-    its altered phrases.
-    """
-
-    features: dict[str, Tensor]
-    target: Tensor
-    spans: list[tuple[int, int, bool, bool, list[int]]]
-    source: str
-
-
 class ClipBags(Dataset):
     """Videos as bags of clips. A longer one is averaged to `most_clips` stretches, as is the field's rule.
 
-    clips: name of a video -> its features; one without stands for the next with the same label. rows: of what captions
-    and tracks say, in the table of its features.
+    A bag is a video's clips (T, ...) by name, its classes (1 + C,), which sum to 1, its name, and some of its captions
+    and tracks: first clip, end, whether it is a track and of an event, and the rows of its text and of altered ones.
+    clips: name of a video -> its features; one without stands for the next with the same label.
+    rows: of what captions and tracks say, in the table of its features.
     """
 
     def __init__(self, videos: VideoSet, clips: Mapping[str, Clips], *, clip_frames: int, most_clips: int, seed: int):
         self.videos, self.clips = videos, clips
         self.clip_frames, self.most_clips, self.seed = clip_frames, most_clips, seed
-        texts = dict.fromkeys(text for record in videos.records for *_, said in self.spans(record) for text in said)
+        self.said: dict[str, list] = {}  # like the spans of a bag, but for seconds and texts
+        for record in videos.records:
+            parts = [(span.start, span.end, False, span.event, [span.text]) for span in record.captions]
+            for track in record.tracks:
+                parts += [(*span, True, track.event, [track.phrases[0], *track.negatives]) for span in track.spans]
+            self.said[record.name] = parts
+        texts = dict.fromkeys(text for parts in self.said.values() for *_, said in parts for text in said)
         self.rows = {text: row for row, text in enumerate(texts)}
-
-    @staticmethod
-    def spans(record: VideoRecord) -> list[tuple[float, float, bool, bool, list[str]]]:
-        """Captions and tracks: start and end in s, whether it is a track and of an event, its text and altered ones."""
-        spans = [(span.start, span.end, False, span.event, [span.text]) for span in record.captions]
-        for track in record.tracks:
-            spans += [(*span, True, track.event, [track.phrases[0], *track.negatives]) for span in track.spans]
-        return spans
 
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, key: tuple[int, int]) -> Bag:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[dict[str, Tensor], Tensor, str, list[tuple]]:
         epoch, index = key
         records = self.videos.records[index:] + self.videos.records[:index]
         record = next(r for r in records if r.name in self.clips and bool(r.classes) == bool(records[0].classes))
@@ -126,12 +112,12 @@ class ClipBags(Dataset):
         target = torch.zeros(1 + len(self.videos.classes))
         rows = [1 + self.videos.classes.index(name) for name in record.classes] or [0]
         target[rows] = 1 / len(rows)
-        draw, parts, spans = random.Random(f"{self.seed} {epoch} {index}"), self.spans(record), []
+        draw, parts, spans = random.Random(f"{self.seed} {epoch} {index}"), self.said[record.name], []
         for start, end, tracked, event, said in draw.sample(parts, min(SPANS, len(parts))):
             first = min(int(start / seconds), length - 1)
             last = max(first + 1, round(min(end / seconds, length)))
             spans.append((first, last, tracked, event, [self.rows[text] for text in said]))
-        return Bag(features, target, spans, record.name)
+        return features, target, record.name, spans
 
 
 def shortened(values: Tensor, count: int) -> Tensor:
@@ -141,23 +127,20 @@ def shortened(values: Tensor, count: int) -> Tensor:
     return ((sums[ends[1:]] - sums[ends[:-1]]) / (ends[1:] - ends[:-1])[:, None]).float()
 
 
-def collate_bags(samples: Sequence[Bag]) -> dict:
+def collate_bags(bags: Sequence[tuple]) -> dict:
     """features (B, T, ...) padded with 0, mask (B, T), targets (B, 1 + C), sources, and int64: spans (N, 6) of video,
     first clip, end, kind (1 of a track), label (1 of an event) and text; hard (H,) texts of the spans hard_rows (J,)
     that have altered ones, each span's own first, and their hard_counts (J,)."""
-    spans = [(i, *span) for i, sample in enumerate(samples) for span in sample.spans]
-    lengths = torch.tensor([len(sample.features["global"]) for sample in samples])
+    features, targets, sources, said = zip(*bags, strict=True)
+    spans = [(i, *span) for i, own in enumerate(said) for span in own]
     hard = {i: texts for i, (*_, texts) in enumerate(spans) if len(texts) > 1}
-    numbers = dict(
-        spans=[(*map(int, span), texts[0]) for *span, texts in spans], hard_rows=list(hard),
-        hard=sum(hard.values(), []), hard_counts=list(map(len, hard.values())),
-    )  # fmt: skip
-    numbers = {name: torch.tensor(rows, dtype=torch.int64) for name, rows in numbers.items()}
-    return numbers | dict(
-        features={name: pad_sequence([each.features[name] for each in samples], True) for name in samples[0].features},
-        spans=numbers["spans"].view(-1, 6), mask=torch.arange(int(lengths.max())) < lengths[:, None],
-        targets=torch.stack([sample.target for sample in samples]), sources=[sample.source for sample in samples],
-    )  # fmt: skip
+    rows = dict(hard=sum(hard.values(), []), hard_rows=list(hard), hard_counts=list(map(len, hard.values())))
+    rows["spans"] = [(*map(int, span), texts[0]) for *span, texts in spans]
+    batch = {name: torch.tensor(values, dtype=torch.int64) for name, values in rows.items()}
+    batch["spans"] = batch["spans"].view(-1, 6)
+    batch["features"] = {name: pad_sequence([each[name] for each in features], True) for name in features[0]}
+    batch["mask"] = pad_sequence([torch.ones(len(each["global"]), dtype=torch.bool) for each in features], True)
+    return batch | dict(targets=torch.stack(targets), sources=list(sources))
 
 
 def top_mean(values: Tensor, mask: Tensor, share: float = 1 / 16) -> Tensor:
@@ -222,29 +205,22 @@ class VideoLoss:
         }  # fmt: skip
         *_, kinds, labels, rows = batch["spans"].unbind(1)
         for kind, name in enumerate(("caption", "track")):
-            if name in self.names:
-                own = rows[kinds == kind]
-                pairs = output["spans"][kinds == kind], self.texts[own], output["scale"]
-                losses[name] = self.contrast(name, *pairs, self.ids[own], labels[kinds == kind], metrics)
+            if name not in self.names:
+                continue
+            own, bank = kinds == kind, self.banks.get(name)
+            spans, texts, ids = output["spans"][own], self.texts[rows[own]], self.ids[rows[own]]
+            options = dict(ids=ids, bank=bank if self.use_banks else None, with_stats=True)
+            losses[name], stats = symmetric_loss(spans, texts, output["scale"], **options)
+            metrics[f"{name}_r1"] = stats["top1"] / stats["rows_with_negatives"].clamp(min=1)
+            if bank is not None:
+                with torch.no_grad():
+                    metrics[f"{name}_in_batch"] = symmetric_loss(spans, texts, output["scale"], ids=ids)
+                bank.enqueue(spans, texts, ids, labels[own])
+                metrics[f"{name}_bank"] = torch.tensor(len(bank), device=self.device)
+                metrics[f"{name}_bank_events"] = torch.tensor(len(bank.images[-1]), device=self.device)
         if "hard" in self.names:
             losses["hard"] = hard_negative_loss(
                 output["spans"][batch["hard_rows"]], self.texts[batch["hard"]], output["scale"],
                 counts=batch["hard_counts"], ids=self.ids[batch["hard"]],
             )  # fmt: skip
         return {f"loss_{name}": losses[name] for name in LOSSES if name in self.names}, metrics
-
-    def contrast(
-        self, name: str, spans: Tensor, texts: Tensor, scale: Tensor, ids: Tensor, labels: Tensor, metrics: dict
-    ) -> Tensor:
-        """The loss () of unit vectors (N, D) and their texts (N, D), among each other and the bank."""
-        bank = self.banks.get(name)
-        used = bank if self.use_banks else None
-        loss, stats = symmetric_loss(spans, texts, scale, ids=ids, bank=used, with_stats=True)
-        metrics[f"{name}_r1"] = stats["top1"] / stats["rows_with_negatives"].clamp(min=1)
-        if bank is not None:
-            with torch.no_grad():
-                metrics[f"{name}_in_batch"] = symmetric_loss(spans, texts, scale, ids=ids)
-            bank.enqueue(spans, texts, ids, labels)
-            metrics[f"{name}_bank"] = torch.tensor(len(bank), device=self.device)
-            metrics[f"{name}_bank_events"] = torch.tensor(len(bank.images[-1]), device=self.device)
-        return loss

@@ -300,23 +300,23 @@ def test_bags_hold_classes_and_what_is_said_when():
     own = Bags()
     bags, texts = own.bags(), list(own.bags().rows)
     for index, record in enumerate(own.videos.records):
-        bag = bags[4, index]
-        assert torch.equal(bag.features["motion"], own.clips[record.name].tensors()["motion"])
-        assert bag.target.tolist() == [float(name in (record.classes or ("none",))) for name in ("none", *EVENTS)]
-        assert bag.spans == own.bags()[4, index].spans != bags[5, index].spans and len(bag.spans) == samples.SPANS
-        happens = truth(record, len(bag.features["global"]) * CLIP_FRAMES).reshape(-1, CLIP_FRAMES)
-        for first, end, tracked, event, rows in bag.spans:
+        clips, target, _, spans = bags[4, index]
+        assert torch.equal(clips["motion"], own.clips[record.name].tensors()["motion"])
+        assert target.tolist() == [float(name in (record.classes or ("none",))) for name in ("none", *EVENTS)]
+        assert spans == own.bags()[4, index][3] != bags[5, index][3] and len(spans) == samples.SPANS
+        happens = truth(record, len(clips["global"]) * CLIP_FRAMES).reshape(-1, CLIP_FRAMES)
+        for first, end, tracked, event, rows in spans:
             said = record.tracks if tracked else record.captions
             assert texts[rows[0]] in [t.phrases[0] if tracked else t.text for t in said if t.event == event]
             assert happens[first + 1 : end - 1].all() if event else (len(rows) > 1) == tracked
-        short = own.bags(most_clips=9)[4, index]
-        assert len(short.features["global"]) == 9
-        for (first, end, *_), (before, after, *_) in zip(short.spans, bag.spans, strict=True):
+        short, _, _, parts = own.bags(most_clips=9)[4, index]
+        assert len(short["global"]) == 9
+        for (first, end, *_), (before, after, *_) in zip(parts, spans, strict=True):
             assert 0 <= first < end <= 9 and abs(first - 9 * before / len(happens)) <= 1
             assert abs(end - 9 * after / len(happens)) <= 1
     name = own.videos.records[1].name
     del own.clips[name]
-    assert bags[4, 1].source == own.videos.records[3].name and bags[4, 0].source == own.videos.records[0].name
+    assert bags[4, 1][2] == own.videos.records[3].name and bags[4, 0][2] == own.videos.records[0].name
 
 
 @pytest.mark.parametrize(("length", "count"), [(10, 9), (1000, 256), (7, 2)])
