@@ -31,7 +31,7 @@ from fgclip.objective import FGCLIPLoss
 from fgclip.tasks import validation_metrics, validation_text
 from fgclip.tokenizer import learn_merges
 from fgclip.video.annotations import add_annotations, read_sentences, read_tracks
-from fgclip.video.features import INPUTS, ClipEncoder, extract, feature_file, refuse_lost
+from fgclip.video.features import INPUTS, ClipEncoder, FeatureStore, extract, refuse_lost
 from fgclip.video.metrics import anomaly_report
 from fgclip.video.model import NORMAL, TemporalHead, VideoModel, class_prompts, load_towers
 from fgclip.video.records import FORMATS, VideoSet, hold_out, read_videos
@@ -166,8 +166,8 @@ def open_videos(args: argparse.Namespace) -> tuple[VideoSet, VideoSet, list[str]
                                    f"validating on {len(validation)} from seed {validation.seed}"]  # fmt: skip
     videos = read_videos(args.data_root, args.format, "train")
     messages = list(videos.notes)
-    folder = args.features  # features do without the videos
-    missing = [name for name in videos.missing if not (folder and feature_file(folder, name).is_file())]
+    kept = {path.stem for path in Path(args.features).glob("*.npz")} if args.features else ()
+    missing = [name for name in videos.missing if name not in kept]  # features do without the videos
     refuse_lost(missing, args.allow_missing)
     messages += [f"without {len(missing)} missing videos: {', '.join(missing)}"] * bool(missing)
     entries = read_tracks(args.tracks, args.track_rate) if args.tracks else []
@@ -255,7 +255,7 @@ class HeadStage:
     ):
         model, (train, validation) = train_step.bare_model, data
         encoder = ClipEncoder(model.fgclip, **model.clips, device=device, amp=args.amp)
-        store = encoder.store(folder)
+        store = FeatureStore(folder, encoder.key)
         refuse_lost([each for videos in data for each in extract(videos, encoder, store, between)], args.allow_missing)
         self.clips = {r.name: store.read(r.name) for videos in data for r in videos.records if r.name in store}
         self.validation = [record for record in validation.records if record.name in self.clips]

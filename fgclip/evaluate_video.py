@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fgclip.video.features import ClipEncoder, extract, refuse_lost
+from fgclip.video.features import ClipEncoder, FeatureStore, extract, refuse_lost
 from fgclip.video.metrics import ALARM, VideoScores, anomaly_report, by_frame, frame_auc, report_text
 from fgclip.video.model import NORMAL, VideoModel, load_video_model
 from fgclip.video.records import FORMATS, VideoSet, read_videos
@@ -110,7 +110,7 @@ def open_videos(args: argparse.Namespace, model: VideoModel) -> tuple[VideoSet, 
 def scored(model: VideoModel, encoder: ClipEncoder, videos: VideoSet, folder: str, allowed: int) -> tuple[list, list]:
     """VideoScores of the videos, on rank 0, and which of them are missing or damaged. folder: of their features. Raises
     InputError where more than `allowed` are lost."""
-    store = encoder.store(folder)
+    store = FeatureStore(folder, encoder.key)
     lost = extract(videos, encoder, store)
     refuse_lost(lost, allowed)
     records = [record for record in videos.records if record.name in store and distributed.is_main()]

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 
-from fgclip.video.features import ClipEncoder, extract, refuse_lost
+from fgclip.video.features import ClipEncoder, FeatureStore, extract, refuse_lost
 from fgclip.video.model import load_towers
 from fgclip.video.records import FORMATS, VideoSet, read_videos
 from trainkit import distributed
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     model, _ = load_towers(args.init_from, args.vocab, image_size=args.image_size)
     clips = dict(clip_frames=args.clip_frames, frames_per_clip=args.frames_per_clip)
     encoder = ClipEncoder(model, **clips, device=device, batch_size=args.batch_size, amp=args.amp)
-    lost = extract(videos, encoder, encoder.store(args.features))
+    lost = extract(videos, encoder, FeatureStore(args.features, encoder.key))
     if distributed.is_main():
         print(*(f"without {each}" for each in lost), sep="\n", end="\n" * bool(lost))
         print(f"{args.features} has the clips of {len(videos) - len(lost)} of {len(videos)} videos")

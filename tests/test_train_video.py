@@ -15,7 +15,7 @@ from scripts import VIDEO, equal, load, metrics, refused, run
 
 import train_video
 from fgclip.video import TemporalHead, VideoModel, load_video_model
-from fgclip.video.features import ClipEncoder
+from fgclip.video.features import ClipEncoder, FeatureStore
 from fgclip.video.records import VideoSet
 from fgclip.video.synthetic import SyntheticVideos
 
@@ -100,7 +100,7 @@ def test_main_hands_its_parts_what_the_flags_say(plain, tmp_path, monkeypatch):
 
 def test_the_head_knows_the_texts_of_the_trained_towers_and_the_spread_of_training_clips(plain):
     model = load_video_model(plain / "last.pt", weights="raw")
-    store = ClipEncoder(model.fgclip, **model.clips).store(plain / "features")
+    store = FeatureStore(plain / "features", ClipEncoder(model.fgclip, **model.clips).key)
     texts = model.class_texts.clone()
     model.refresh_texts()
     torch.testing.assert_close(texts, model.class_texts)

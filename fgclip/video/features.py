@@ -69,10 +69,6 @@ class ClipEncoder:
         sizes |= dict(clip_frames=self.clip_frames, frames_per_clip=self.frames_per_clip)
         return dict(weights=weights_hash(self.model, IMAGE_PARTS[:2]), **sizes)
 
-    def store(self, folder: str | Path) -> "FeatureStore":
-        """The folder for features that this encoder makes."""
-        return FeatureStore(folder, self.key)
-
     @torch.inference_mode()
     def encode(self, pictures: Tensor, following: Tensor) -> dict[str, Tensor]:
         """The features of n pictures, given the frame after each: both (n, 3, S, S) float32 in 0..1.
@@ -100,11 +96,9 @@ class ClipEncoder:
 
     @torch.inference_mode()
     def video(self, video: decode.Video, progress: Callable[[int], None] | None = None) -> Clips:
-        """The clips of a video, T = ceil(frames / clip_frames), in one pass that keeps a batch of pictures at most.
-
-        The last clip takes the last frame for those that it lacks. A frame without a next one is its own.
-        progress: called with how many frames are behind.
-        """
+        """The clips of a video, T = ceil(frames / clip_frames), in one pass that keeps a batch of pictures at most. The
+        last clip takes the last frame for those that it lacks, and for the one after. progress: is told how many frames
+        are behind."""
         each, parts, pairs = self.frames_per_clip, [], self._pairs(video, progress)
         size = max(1, self.batch_size // each) * each  # whole clips
         while pictures := list(islice(pairs, size)):
@@ -135,10 +129,8 @@ class ClipEncoder:
 
 
 class FeatureStore:
-    """A folder of features: index.json with their key, and a NAME.npz for each video.
-
-    key: of the encoder. All processes open a store together. Raises InputError where it holds features of another key.
-    """
+    """A folder of features: index.json with the key of their encoder, and a NAME.npz for each video. All processes open
+    it together. Raises InputError where it holds features of another key."""
 
     def __init__(self, folder: str | Path, key: dict):
         self.folder, self.key = Path(folder), key
@@ -159,7 +151,7 @@ class FeatureStore:
     def load(self, name: str, *parts: str) -> dict[str, np.ndarray] | None:
         """Arrays of a video, None where it was not tried yet: those of INPUTS, frames (0: it is damaged), rate, bytes
         of its file, and problem. Raises InputError where what is kept is damaged."""
-        path = feature_file(self.folder, name)
+        path = inside(self.folder, f"{name}.npz", str(self.folder))
         if not path.is_file():
             return None
         try:
@@ -183,7 +175,7 @@ class FeatureStore:
         if not all(np.isfinite(array).all() for array in clips.features.values()):
             raise InputError(f"{name}: features that are not finite: damaged weights or narrow --amp")
         about = dict(frames=clips.frames, rate=str(clips.rate), bytes=size, problem=problem or "")
-        with whole_file(feature_file(self.folder, name)) as file:
+        with whole_file(inside(self.folder, f"{name}.npz", str(self.folder))) as file:
             np.savez(file, **clips.features, **about)
 
     def read(self, name: str) -> Clips:
@@ -198,19 +190,11 @@ class FeatureStore:
         return Clips(features, frames=int(known["frames"]), rate=Fraction(str(known["rate"])))
 
 
-def feature_file(folder: str | Path, name: str) -> Path:
-    """Where a store keeps what is known of a video."""
-    return inside(folder, f"{name}.npz", str(folder))
-
-
 def extract(
     videos: VideoSet, encoder: ClipEncoder, store: FeatureStore, between: Callable[[], None] | None = None
 ) -> list[str]:
     """Write the features of the videos that the store lacks; -> those that are missing or damaged, each with the cause.
-
-    The processes share them, the largest files first. A video that the store knows, damaged or not, is passed over
-    as long as its file's size stays. between: see `distributed.in_step`.
-    """
+    The processes share them, the largest files first. between: see `distributed.in_step`."""
     records = {record.name: record for record in videos.records}
     ahead = distributed.run_on_main(lambda: lacking(videos, store))
     if any(records[name].path is not None and records[name].path.is_file() for name in ahead):
@@ -234,7 +218,7 @@ def extract(
 
 
 def lacking(videos: VideoSet, store: FeatureStore) -> dict[str, int]:
-    """Bytes by name of the videos whose features a store lacks, the largest first; of images in a folder their sum."""
+    """Bytes by name of the videos that a store does not know, damaged or not, or of another size; the largest first."""
     ahead, missing = {}, set(videos.missing)
     for name, path in ((record.name, record.path) for record in videos.records if record.name not in missing):
         files = [] if path is None else path.iterdir() if path.is_dir() else [path]

@@ -73,7 +73,7 @@ def names(store: FeatureStore) -> list[str]:
 
 def parts(model: FGCLIP, folder: Path, **clips) -> tuple[ClipEncoder, FeatureStore]:
     encoder = ClipEncoder(model, **CLIP | clips)
-    return encoder, encoder.store(folder)
+    return encoder, FeatureStore(folder, encoder.key)
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_a_key_tells_apart_what_would_differ_and_another_is_refused(tmp_path, sm
     keys += [ClipEncoder(other).key for other in others]
     assert len({json.dumps(key) for key in keys}) == len(keys) == 8
     small_model.text_projection.weight.data.add_(1)
-    assert ClipEncoder(small_model).key == ClipEncoder(small_model).store(tmp_path).key == keys[0]
+    assert ClipEncoder(small_model).key == FeatureStore(tmp_path, keys[0]).key
     with pytest.raises(InputError, match=f"another key, .*{keys[0]['weights']}.*expected .*{keys[-1]['weights']}"):
         FeatureStore(tmp_path, keys[-1])
 
@@ -322,7 +322,7 @@ def test_the_command_extracts_goes_on_and_names_what_it_cannot_read(folder, tmp_
     assert said.count(f"without bad ({place}/bad.mp4 cannot be read as a video") == said.count("6 of 7 videos") == 1
     assert before.items() <= contents(features).items()
     towers, _ = load_towers(tmp_path / "run.pt")
-    store = ClipEncoder(towers).store(features)
+    store = FeatureStore(features, ClipEncoder(towers).key)
     for record in drawn.records:
         found, own = store.read(record.name), ClipEncoder(towers).video(drawn.open(record))
         assert (found.frames, found.rate) == (own.frames, own.rate)
