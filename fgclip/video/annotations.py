@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
@@ -190,17 +191,18 @@ def uca_lines(path: str | Path) -> dict[str, dict]:
 
 def add_annotations(videos: VideoSet, entries: Sequence[Entry]) -> tuple[VideoSet, list[str]]:
     """The videos with what entries say about them, and sentences about what was read and what was left out.
-
     Test videos are left out. Where events are not known, those of the entries are taken, else their tracks. A track is
     of an event where its video has one; a sentence where it overlaps one or, where none is known, as its file says.
-    Raises InputError where a key frame lies behind its video's end.
-    """
+    Raises InputError where a key frame lies behind its video's end."""
     known = {record.name: record for record in videos.records if record.name not in videos.test_names}
     taken, messages = {}, []
     for file in dict.fromkeys(entry.file for entry in entries):
         own = [entry for entry in entries if entry.file == file]
         used = [entry for entry in own if entry.name in known]
-        lengths = {name: seconds_of(videos, known[name]) for name in {e.name for e in used if not e.seconds}}
+        lengths = dict.fromkeys((entry.name for entry in used if not entry.seconds), inf)
+        for name in lengths:
+            with suppress(InputError):  # what is wrong with a file is told when it is read as a whole
+                lengths[name] = videos.open(known[name]).seconds or inf
         used = [replace(entry, seconds=entry.seconds or lengths[entry.name]) for entry in used]
         boxes = BoxStatistics()
         for entry in used:
@@ -223,14 +225,6 @@ def add_annotations(videos: VideoSet, entries: Sequence[Entry]) -> tuple[VideoSe
         said += [str(boxes)] if boxes.invalid or boxes["clipped"] else []
         messages += [f"{file}: {text}" for text in said + rate_of(used)]
     return videos.of(with_entries(record, taken.get(record.name, [])) for record in videos.records), messages
-
-
-def seconds_of(videos: VideoSet, record: VideoRecord) -> float:
-    """A video's length by its header, else inf. What is wrong with a file is told when it is read as a whole."""
-    try:
-        return videos.open(record).seconds or inf
-    except InputError:
-        return inf
 
 
 def rate_of(entries: Sequence[Entry]) -> list[str]:

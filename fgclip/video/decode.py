@@ -1,7 +1,5 @@
-"""Videos as frames: files by PyAV, and folders of numbered images.
-
-Times are seconds from the beginning, by the video's own time stamps. An index counts decoded frames.
-"""
+"""Videos as frames: files by PyAV, and folders of numbered images. Times are seconds from the beginning, by the video's
+own time stamps. An index counts decoded frames."""
 
 import os
 import re
@@ -26,12 +24,10 @@ Step = tuple[float, Callable[[], np.ndarray]]  # time in seconds, and what makes
 
 class Video:
     """The frames of a video. Every pass opens it anew, so that it can be sent to another process.
-
-    rate: frames a second, on average. claimed, seconds: frames and length by the header, or None.
-    After a full pass, count: decoded frames; damaged: whether too few of those claimed came; problem: a sentence where
-    the pass broke off, or None.
-    A subclass gives walk(start): the frames as they are shown, from one that is shown at `start` (s) or before.
-    """
+    rate: frames a second, on average. claimed, seconds: frames and length by the header, or None. After a full pass,
+    count: decoded frames; damaged: whether too few of those claimed came; problem: a sentence where it broke off, or
+    None.
+    A subclass gives walk(start): the frames as they are shown, from one that is shown at `start` (s) or before."""
 
     count: int | None = None
     problem: str | None = None

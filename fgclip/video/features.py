@@ -47,10 +47,8 @@ class Clips:
 
 class ClipEncoder:
     """Describes each clip of `clip_frames` frames by the picture in its middle and what changes until the next one.
-
     frames_per_clip: n pictures instead, frames floor((j + 1/2) clip_frames / n) of a clip; their features are averaged.
-    batch_size: pictures at once.
-    """
+    batch_size: pictures at once."""
 
     def __init__(
         self, model: FGCLIP, *, clip_frames: int = 16, frames_per_clip: int = 1, device: torch.device | str = "cpu",

@@ -81,11 +81,9 @@ def _above(scores: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def proposals(video: VideoScores) -> list[np.ndarray]:
-    """For each column of class_scores (n, 3): start and end in frames and the score of what it proposes as events.
-
-    Runs of at least two frames strictly above max - 0.6 (max - min), scored by their highest plus 0.7 times the mean
-    of the highest sixteenth of the frames, the last clip counted whole: so measures VadCLIP (Wu et al. 2024).
-    """
+    """For each column of class_scores (n, 3): start and end in frames and the score of what it proposes as events. Runs
+    of at least two frames strictly above max - 0.6 (max - min), scored by their highest plus 0.7 times the mean of the
+    highest sixteenth of the frames, the last clip counted whole: so measures VadCLIP (Wu et al. 2024)."""
     x, size = video.class_scores, video.clip_frames  # (T, 1 + C)
     count = max(1, len(x) * size // 16)  # frames
     taken = np.clip(count - size * np.arange(len(x)), 0, size)[:, None]  # of each clip, highest first
@@ -101,10 +99,8 @@ def proposals(video: VideoScores) -> list[np.ndarray]:
 
 def detection_map(videos: Sequence[VideoScores], names: Sequence[str | None], thresholds=THRESHOLDS) -> np.ndarray:
     """Average precision (len(names), thresholds) of the proposals for each column of class_scores; NaN without events.
-
-    names: the class of each column; None: its events are the normal videos as wholes. Of the unused events of its
-    class and video a proposal takes the one of largest IoU, and is a hit where that reaches the threshold.
-    """
+    names: the class of each column; None: its events are the normal videos as wholes. Of the unused events of its class
+    and video a proposal takes the one of largest IoU, and is a hit where that reaches the threshold."""
     result, found = np.full((len(names), len(thresholds)), np.nan), [proposals(video) for video in videos]
     for column, name in enumerate(names):
         events = {i: [event[:2] for event in v.events or () if event[2] == name] for i, v in enumerate(videos)}

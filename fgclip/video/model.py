@@ -46,12 +46,10 @@ class GatedPool(nn.Module):
 
 class TemporalHead(nn.Module):
     """Scores of a video's clips, each seeing its neighbours.
-
     Frame features are y = unit(x + W e), with x CLIP's own feature of the clip and e its context. W starts at 0: the
     class logits of an untrained head are zero-shot CLIP's.
     dim: width D of CLIP's features. classes: C, without normal. inputs: those of INPUTS that it sees. window: clips
-    that a clip sees to either side, in each layer.
-    """
+    that a clip sees to either side, in each layer."""
 
     def __init__(
         self, dim: int, *, classes: int, inputs: Sequence[str] = INPUTS, layers: int = 2, window: int = 4,
@@ -141,11 +139,8 @@ def class_prompts(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 class VideoModel(nn.Module):
     """Towers, temporal head and class texts.
-
-    prompts: class name -> sentences; first that of normal videos, then the C events.
-    clips: what a clip is: clip_frames and frames_per_clip of `ClipEncoder`.
-    supervision: what it was trained with, for the first line of an evaluation.
-    """
+    prompts: class name -> sentences; first that of normal videos, then the C events. clips: clip_frames and
+    frames_per_clip of `ClipEncoder`. supervision: what it was trained with, for the first line of an evaluation."""
 
     def __init__(
         self, fgclip: FGCLIP, head: TemporalHead, tokenizer: Tokenizer, *, prompts: Mapping[str, Sequence[str]],

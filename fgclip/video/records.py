@@ -244,10 +244,8 @@ FORMATS = {"ucf-crime": ucf_crime, "xd-violence": xd_violence, "folders": folder
 
 def read_videos(root: str | Path, format: str, split: str) -> VideoSet:
     """The "train" or "test" videos of a data set in one of FORMATS.
-
-    Lists and annotation are found by their published names anywhere below the root, videos by theirs. Raises
-    InputError where lists are missing, empty or disagree, a name stands for two videos, or training has one label.
-    """
+    Lists and annotation are found by their published names anywhere below the root, videos by theirs. Raises InputError
+    where lists are missing, empty or disagree, a name stands for two videos, or training has one label."""
     files, texts = scan(Path(root))
     train, test, times, listed = FORMATS[format](Path(root), split, files, texts)
     records = []

@@ -30,11 +30,9 @@ PROMPTS |= {name: tuple(f"a {verb} {text[2:]}" for text in PROMPTS["normal"]) fo
 
 class SyntheticVideos(VideoSet):
     """`count` videos of a seed: three moving shapes each, and an event of one of four kinds in every second one.
-
     An explosion is a ring that grows again and again; in a fight two shapes meet and shake; speeding is a shape five
     times as fast; fire turns a shape to flickering orange. Lamps blink and orange shapes move in all videos, so that
-    neither motion nor colour alone is a sign.
-    """
+    neither motion nor colour alone is a sign."""
 
     missing = ()  # they are drawn when they are opened
 

@@ -1,7 +1,5 @@
-"""What a training step sees of a video, and the losses of the head: a label per video, captions and tracks.
-
-The towers see one frame with boxes, the head all clips. Means are over all ranks.
-"""
+"""What a training step sees of a video, and the losses of the head: a label per video, captions and tracks. The towers
+see one frame with boxes, the head all clips. Means are over all ranks."""
 
 import random
 from collections.abc import Collection, Mapping, Sequence
@@ -29,11 +27,9 @@ SPANS = 4  # captions and tracks of a video per visit of the head
 
 
 class VideoFrames(Dataset):
-    """A frame of each video, drawn anew at every visit, as a `Sample`: tracks are its regions.
-
-    A video about which nothing is said stands for another. Label 1 says that a track of an event is in the frame.
-    margin: seconds beyond its key frames up to which a track is taken to be there.
-    """
+    """A frame of each video, drawn anew at every visit, as a `Sample`: tracks are its regions. A video about which
+    nothing is said stands for another. Label 1 says that a track of an event is in the frame.
+    margin: seconds beyond its key frames up to which a track is taken to be there."""
 
     def __init__(self, videos: VideoSet, *, image_size: int, margin: float, seed: int):
         self.videos, self.image_size, self.margin, self.seed = videos, image_size, margin, seed
@@ -77,12 +73,10 @@ class VideoFrames(Dataset):
 
 class ClipBags(Dataset):
     """Videos as bags of clips. A longer one is averaged to `most_clips` stretches, as is the field's rule.
-
     A bag is a video's clips (T, ...) by name, its classes (1 + C,), which sum to 1, its name, and some of its captions
-    and tracks: first clip, end, whether it is a track and of an event, and the rows of its text and of altered ones.
-    clips: name of a video -> its features; one without stands for the next with the same label.
-    rows: of what captions and tracks say, in the table of its features.
-    """
+    and tracks: first clip, end, whether it is a track and of an event, rows of its text and of altered ones.
+    clips: name of a video -> its features; one without stands for the next with the same label. rows: of what captions
+    and tracks say, in the table of its features."""
 
     def __init__(self, videos: VideoSet, clips: Mapping[str, Clips], *, clip_frames: int, most_clips: int, seed: int):
         self.videos, self.clips = videos, clips
@@ -180,11 +174,9 @@ def smoothness(anomaly: Tensor, mask: Tensor) -> Tensor:
 
 class VideoLoss:
     """The losses loss_* of the head, named as in LOSSES, and metrics.
-
-    names: those that are computed. banks: negatives for "track" and "caption" from earlier steps.
-    texts, ids: unit vectors (U, D) and `caption_ids` (U,) of what captions and tracks say.
-    top_share: of a video's clips that its label is about.
-    """
+    names: those that are computed. banks: negatives for "track" and "caption" from earlier steps. texts, ids: unit
+    vectors (U, D) and `caption_ids` (U,) of what captions and tracks say. top_share: of a video's clips that its label
+    is about."""
 
     def __init__(self, names: Collection[str], *, banks: Mapping, texts: Tensor, ids: Tensor, top_share: float, device):
         self.names, self.banks, self.texts, self.ids = set(names), dict(banks.items()), texts, ids
@@ -192,10 +184,8 @@ class VideoLoss:
 
     def __call__(self, model: nn.Module, batch: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Of a batch of `collate_bags`; captions and tracks are stretches of clips against their texts.
-
         Metrics of "track" and "caption": _r1, hits among what the loss sees; _in_batch, the loss without the bank;
-        _bank, the pairs in it, and _bank_events, those of events where it has two classes.
-        """
+        _bank, the pairs in it, and _bank_events, those of events where it has two classes."""
         batch = to_device(batch, self.device)
         output, mask, metrics = model(batch), batch["mask"], {}
         losses = {
