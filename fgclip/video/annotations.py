@@ -43,12 +43,10 @@ class Entry:
 
 def read_tracks(path: str | Path, rate: float = STUDIO_RATE) -> list[Entry]:
     """Tracks with phrases of a json, a folder of them, or a .txt that lists them; its form tells what it is.
-
     A list has items {"video", "global_caption", "region_captions", "box_infos": [[{"frame", "bbox"}]], "timestamps"};
     an object has {"global": {"Caption"}, "region": [{"caption", "keyframes"}]} by video; or Label Studio exported it.
     rate: frames a second in which key frames count where the file does not say it. An item of a list may say "rate" and
-    "first_frame", and a key frame "time" in s instead. Raises InputError where a file is none of these.
-    """
+    "first_frame", and a key frame "time" in s instead. Raises InputError where a file is none of these."""
     entries = []
     for item, place in data.JsonItems(data.annotation_files(path)):
         items = {place: item}
@@ -109,8 +107,7 @@ def stretches_of(keys: dict[float, tuple], boxes: BoxStatistics) -> tuple:
 
 def spans(times: list, texts: list, place: str, event: bool = False) -> tuple[Span, ...]:
     if not isinstance(times, list) or not isinstance(texts, list) or len(times) != len(texts):
-        pairs = f"the times {shown(times)} do not go with {shown(texts)}"
-        raise InputError(f"{place}: {pairs}; expected a pair for each text")
+        raise InputError(f"{place}: the times {shown(times)} do not go with {shown(texts)}; expected a pair for each")
     pairs = [numbers(pair, f"{place}, times", 2, 0, inf) for pair in times]
     texts = [plain_text(text, f"{place}, sentences").strip() for text in texts]
     return tuple(Span(*pair, text, event) for pair, text in zip(pairs, texts, strict=True))

@@ -33,8 +33,7 @@ LEAST_MOTION = 1e-6  # a single pixel of a patch of 32 that changes by 1 of 255 
 
 @dataclass(frozen=True)
 class Clips:
-    """The features of a video by their names in INPUTS, a row per clip: (T, D), (T, D) and (T, 4) float16. frames: that
-    were decoded. rate: frames a second."""
+    """The features of a video by their names in INPUTS, float16: (T, D), (T, D) and (T, 4). rate: frames a second."""
 
     features: dict[str, np.ndarray]
     frames: int
@@ -75,8 +74,7 @@ class ClipEncoder:
             global (n, D), the unit features of `encode_image`;
             motion (n, D), the unit features of the patches, averaged with weights max(0, d - median d), zero where
                 nothing moves; of an even P the median is the lower of the two middle ones;
-            amount (n, 4), the logarithms of mean and largest d, and of the means of the 4 and 12 largest, from 1e-4.
-        """
+            amount (n, 4), the logarithms of mean and largest d, and of the means of the 4 and 12 largest, from 1e-4."""
         pictures, following, tower = pictures.to(self.device), following.to(self.device), self.model.vision_model
         with autocast(self.amp, self.device):
             tokens, size = tower.penultimate(normalise(pictures))

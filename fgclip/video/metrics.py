@@ -21,12 +21,10 @@ ALARM = 0.5  # a score above it is an alarm
 @dataclass(frozen=True)
 class VideoScores:
     """What a model says of a video of so many decoded frames, and what is known of it.
-
     classes: () of a normal video. events: (start, end, class) in frames, class "" where it may be any of the video's;
     None where it is not known when they are. scores (T,): how likely an event is in each clip, T = ceil(frames /
     clip_frames); class_scores (T, 1 + C): the probabilities of normal and of each class. rate: frames per second.
-    Raises InputError where sizes do not fit.
-    """
+    Raises InputError where sizes do not fit."""
 
     name: str
     classes: tuple[str, ...]
@@ -43,10 +41,6 @@ class VideoScores:
             raise InputError(f"{self.name}: {sizes} for {self.frames} frames in clips of {self.clip_frames}")
         if not (np.isfinite(self.scores).all() and np.isfinite(self.class_scores).all()):
             raise InputError(f"{self.name}: some scores are not finite")
-
-    def of_class(self, column: int, name: str) -> "VideoScores":
-        """The same with the scores of one class, and its events alone."""
-        return replace(self, scores=self.class_scores[:, column], events=[e for e in self.events if e[2] == name])
 
 
 def by_frame(videos: Sequence[VideoScores]) -> tuple[np.ndarray, np.ndarray]:
@@ -151,23 +145,22 @@ def oracles(videos: Sequence[VideoScores]) -> dict[str, list[VideoScores]]:
 
 def anomaly_report(videos: Sequence[VideoScores], classes: Sequence[str], *, normal_counts: bool = False) -> dict:
     """Nested dict of plain ints and floats in 0..1, NaN where something cannot be measured.
-
     scores: `frame_figures` of the anomaly score, of 1 - p(normal) and of the `oracles`. classes: of each class its
     videos, events, auc within its videos, one_vs_rest_auc of its own score, and mAP. map: by threshold and averaged,
     the mean of the classes that have events, and that over 1 + C as published, where those without count 0. top1: how
-    often the class that is highest in an anomalous video's best sixteenth is one of its own. Videos of events without
-    a class have no part in one_vs_rest_auc and map.
-    normal_counts: normal is a class with events in the published mean, as for XD-Violence.
-    """
+    often the class that is highest in an anomalous video's best sixteenth is one of its own. Videos of events without a
+    class have no part in one_vs_rest_auc and map.
+    normal_counts: normal is a class with events in the published mean, as for XD-Violence."""
     known, anomalous = [v for v in videos if v.events is not None], [v for v in videos if v.classes]
     if not known:
         raise InputError("expected at least one video of which it is known when its events are, found none")
     clear, rows = [v for v in known if all(kind for *_, kind in v.events)], {}
     precision = detection_map(clear, [None if normal_counts else "", *classes])  # (1 + C, thresholds)
     for column, name in enumerate(classes, start=1):
-        own, as_one = [v for v in known if name in v.classes], [v.of_class(column, name) for v in clear]
+        own, events = [v for v in known if name in v.classes], [[e for e in v.events if e[2] == name] for v in clear]
+        as_one = [replace(v, scores=v.class_scores[:, column], events=e) for v, e in zip(clear, events, strict=True)]
         rows[name] = dict(
-            videos=sum(name in v.classes for v in videos), events=sum(len(v.events) for v in as_one),
+            videos=sum(name in v.classes for v in videos), events=sum(map(len, events)),
             auc=frame_auc(*by_frame(own)), one_vs_rest_auc=frame_auc(*by_frame(as_one)), map=_mean(precision[column]),
         )  # fmt: skip
     best = [np.sort(v.class_scores[:, 1:], axis=0)[-1 - len(v.scores) // 16 :].mean(axis=0).argmax() for v in anomalous]

@@ -91,11 +91,9 @@ class TemporalHead(nn.Module):
         self, features: Mapping[str, Tensor], mask: Tensor, texts: Tensor, spans: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor]:
         """Features of clips, by name (B, T, ...), which of them there are (B, T) bool, and unit texts (1 + C, D).
-
         spans: stretches of clips to be pooled: videos, starts and ends (N,).
         -> anomaly (B, T) and classes (B, T, 1 + C), logits; frames (B, T, D), texts (1 + C, D) with what was learnt,
-        and spans (N, D), unit vectors; scale, the multiplier of the cosines.
-        """
+        and spans (N, D), unit vectors; scale, the multiplier of the cosines."""
         x = self.dropout(self.embed((self.stacked(features) - self.mean) / self.spread))  # (B, T, D)
         place = torch.arange(x.shape[1], device=x.device)
         near = (place[:, None] - place).abs() <= self.window
@@ -210,8 +208,7 @@ class VideoModel(nn.Module):
         """What a checkpoint holds beside the weights, as plain values."""
         return dict(
             model_kwargs=self.fgclip.config, head_kwargs=self.head.kwargs, merges=self.tokenizer.merges,
-            prompts={name: list(texts) for name, texts in self.prompts.items()}, clips=self.clips,
-            supervision=self.supervision,
+            prompts=self.prompts, clips=self.clips, supervision=self.supervision,
         )  # fmt: skip
 
 

@@ -252,12 +252,11 @@ def read_videos(root: str | Path, format: str, split: str) -> VideoSet:
     for name, classes in (train if split == "train" else test).items():
         path, events = one_path(files.get(name, []), listed.get(name)), times.get(name, None if classes else ())
         records.append(VideoRecord(name, path, classes, events, source=name.partition("__#")[0]))  # as XD names parts
-    kinds = {bool(record.classes) for record in records}
+    kinds = {"anomalous" if record.classes else "normal" for record in records}
     if not kinds:
         raise InputError(f"{root} holds no videos to {split} with, as {format} has them")
     if split == "train" and len(kinds) == 1:
-        kind = "anomalous" if kinds.pop() else "normal"
-        raise InputError(f"{root}: every training video is {kind}; expected normal and anomalous ones")
+        raise InputError(f"{root}: every training video is {kinds.pop()}; expected normal and anomalous ones")
     copies = sorted(record.name for record in records if len(files.get(record.name, ())) > 1)
     notes = (f"{len(copies)} videos have equal copies, which are not read: {summarise(copies, 20)}",) if copies else ()
     names = sorted({kind for classes in (train | test).values() for kind in classes})
