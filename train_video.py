@@ -90,11 +90,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("videos, and what is said about them").add_argument
     add("--format", choices=tuple(FORMATS), default="ucf-crime", help="layout of --data-root")
     add("--tracks", metavar="PATH", help="boxes over time with phrases")
-    add("--track-rate", type=positive_float, default=25.0, metavar="X", help="frames per second that the key frames of "
-        "--tracks count in, where the file does not say it")
+    add("--track-rate", type=positive_float, default=25.0, metavar="X", help="of key frames, if --tracks tell none")
     add("--captions", metavar="PATH", help="sentences with start and end: UCA or HIVAU")
-    add("--val-share", type=fraction, default=0.1, metavar="X", help="share of the training videos of each class that "
-        "is held out")
+    add("--val-share", type=fraction, default=0.1, metavar="X", help="share of each class that is held out")
     add("--allow-missing", type=non_negative_int, default=0, metavar="N", help="go on without so many videos")
     add("--synthetic-train", type=positive_int, default=320, metavar="N", help="drawn training videos")
     add("--synthetic-val", type=positive_int, default=100, metavar="N", help="drawn validation videos")
@@ -104,8 +102,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--frames-per-clip", type=positive_int, default=1, metavar="N", help="frames of a clip that are looked at")
     add("--most-clips", type=positive_int, default=256, metavar="N", help="longer videos are averaged to so many")
     add = parser.add_argument_group("model").add_argument
-    add("--tower", choices=("frozen", "tune"), default="frozen", help="tune: train the towers first, on --tracks and "
-        "--captions")
+    add("--tower", choices=("frozen", "tune"), default="frozen", help="tune: first learn from --tracks and --captions")
     add("--inputs", nargs="+", choices=INPUTS, default=list(INPUTS), help="what the head sees of a clip")
     add("--head-layers", type=non_negative_int, default=2, metavar="N", help="transformer blocks of the head")
     add("--window", type=positive_int, default=8, metavar="CLIPS", help="that a clip sees to either side, per layer")
@@ -120,14 +117,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--track-weight", type=non_negative_float, default=0.5, metavar="X", help="phrases of tracks, where there are")
     add("--hard-weight", type=non_negative_float, default=0.0, metavar="X", help="altered phrases of tracks")
     add("--top-share", type=fraction, default=0.0625, metavar="X", help="highest clips of a video, for its label")
-    add("--bank-size", type=non_negative_int, default=0, metavar="N", help="tracks, and captions, of earlier steps as "
-        "negatives")
+    add("--bank-size", type=non_negative_int, default=0, metavar="N", help="negatives from earlier steps, of each kind")
     add("--bank-classes", type=int, choices=(1, 2), default=1, help="2: half of the places for events")
     add("--bank-warmup-steps", type=non_negative_int, default=50, metavar="N", help="optimizer steps before it is used")
     add = parser.add_argument_group("towers, with --tower tune").add_argument
     add("--tower-epochs", type=non_negative_int, default=5, metavar="N", help="the first of --epochs, for the towers")
-    add("--best-by", choices=tuple(BEST), default="video-auc", help="what chooses best.pt: frames of all videos, of "
-        "those with an event, mAP of classes in time, videos")
+    add("--best-by", choices=tuple(BEST), default="video-auc", help="what chooses best.pt")
 # fmt: on
 
 
@@ -151,9 +146,7 @@ def validate_args(args: argparse.Namespace) -> None:
     if not drawn and not (args.init_from or args.resume):
         raise InputError("--init-from is missing: expected CLIP or FG-CLIP weights, or a run of train_fgclip.py")
     if args.bank_size % args.bank_classes or (args.bank_classes > 1 and not args.bank_size):
-        raise InputError(
-            f"--bank-size {args.bank_size} does not divide among the {args.bank_classes} of --bank-classes"
-        )
+        raise InputError(f"--bank-size {args.bank_size} does not divide among the {args.bank_classes} --bank-classes")
     check_needed(args, tracks=("data_root",), captions=("data_root",), vocab=("init_from", "resume"))
 
 
@@ -162,14 +155,13 @@ def open_videos(args: argparse.Namespace) -> tuple[VideoSet, VideoSet, list[str]
     if args.data_root is None:
         train = SyntheticVideos(args.synthetic_train, seed=args.seed, image_size=args.image_size)
         validation = SyntheticVideos(args.synthetic_val, seed=VALIDATION_SEED + args.seed, image_size=args.image_size)
-        return train, validation, [f"training on {len(train)} videos drawn from seed {args.seed} (no --data-root), "
-                                   f"validating on {len(validation)} from seed {validation.seed}"]  # fmt: skip
+        drawn = f"{len(train)} videos drawn from seed {args.seed} (no --data-root)"
+        return train, validation, [f"training on {drawn}, validating on {len(validation)} from seed {validation.seed}"]
     videos = read_videos(args.data_root, args.format, "train")
-    messages = list(videos.notes)
     kept = {path.stem for path in Path(args.features).glob("*.npz")} if args.features else ()
     missing = [name for name in videos.missing if name not in kept]  # features do without the videos
     refuse_lost(missing, args.allow_missing)
-    messages += [f"without {len(missing)} missing videos: {', '.join(missing)}"] * bool(missing)
+    messages = [*videos.notes, *[f"without {len(missing)} missing videos: {', '.join(missing)}"] * bool(missing)]
     entries = read_tracks(args.tracks, args.track_rate) if args.tracks else []
     entries += read_sentences(args.captions) if args.captions else []
     videos, said = add_annotations(videos, entries)
@@ -250,9 +242,7 @@ class HeadStage:
     """The head learns from the features of every clip, extracted where `folder` lacks them, with a call of `between`
     after each video; the towers stand still."""
 
-    def __init__(
-        self, args, train_step: TrainStep, data, names: list[str], banks, sampler, device, folder: Path, between
-    ):
+    def __init__(self, args, train_step: TrainStep, data, names: list[str], banks, sampler, device, folder, between):
         model, (train, validation) = train_step.bare_model, data
         encoder = ClipEncoder(model.fgclip, **model.clips, device=device, amp=args.amp)
         store = FeatureStore(folder, encoder.key)
@@ -297,9 +287,10 @@ def best_metric(metrics: dict, by: str) -> tuple[float, float]:
 
 
 def few(videos: VideoSet, count: int) -> VideoSet:
-    """At most `count` of the videos, half of them with an event."""
-    halves = [[r for r in videos.records if bool(r.classes) is event][: count // 2] for event in (False, True)]
-    return videos.of(record for record in videos.records if record in halves[0] + halves[1])
+    """At most `count` of the videos, half of them with an event, first those about which something is said."""
+    records = sorted(videos.records, key=lambda record: not (record.tracks or record.captions))
+    halves = [[r for r in records if bool(r.classes) is event][: count // 2] for event in (False, True)]
+    return videos.of(record for record in records if record in halves[0] + halves[1])
 
 
 def begin_stage(
@@ -336,11 +327,12 @@ def main(arguments: list[str] | None = None) -> None:
     validate_args(args)
     torch.manual_seed(args.seed)
     *data, messages = open_videos(args)
-    if args.tower_epochs and not any(loss_weights(args, data[0])[0].values()):
-        raise InputError("--tower tune: no loss of the towers has a weight, and tracks or captions to learn from")
     model, about = build_model(args, data[0])
     if args.check:  # as many as one step takes
         data = [few(videos, args.batch_size) for videos in data]
+    weights = loss_weights(args, data[0])
+    if args.tower_epochs and not any(weights[0].values()):
+        raise InputError("--tower tune: no loss of the towers has a weight, and tracks or captions to learn from")
     model = model.to(device).train()
     average = ema(model, args.ema_decay) if args.ema_decay else None
 
@@ -348,7 +340,6 @@ def main(arguments: list[str] | None = None) -> None:
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     model.fgclip.requires_grad_(args.tower_epochs > 0)  # what never learns has no place in the optimizer
     optimizer, schedule = build_optimisation(args, model, steps_per_epoch, restart_epochs=args.tower_epochs)
-    weights = loss_weights(args, data[0])
     enabled = {name for part in weights for name, weight in part.items() if weight}
     banks = torch.nn.ModuleDict({
         name: PairBank(args.bank_size, model.class_texts.shape[1], classes=args.bank_classes, device=device)

@@ -101,15 +101,13 @@ def open_videos(args: argparse.Namespace, model: VideoModel) -> tuple[VideoSet, 
         videos = read_videos(args.data_root, args.format or "ucf-crime", "test")
         about = ". ".join([f"test videos of {args.data_root}", *videos.notes])
     if unknown := sorted({name for record in videos.records for name in record.classes} - set(model.classes)):
-        raise InputError(
-            f"{about}: events of {summarise(unknown, 5)}; {args.checkpoint} knows {summarise(model.classes, 20)}"
-        )
+        known = summarise(model.classes, 20)
+        raise InputError(f"{about}: events of {summarise(unknown, 5)}; {args.checkpoint} knows {known}")
     return videos, about
 
 
 def scored(model: VideoModel, encoder: ClipEncoder, videos: VideoSet, folder: str, allowed: int) -> tuple[list, list]:
-    """VideoScores of the videos, on rank 0, and which of them are missing or damaged. folder: of their features. Raises
-    InputError where more than `allowed` are lost."""
+    """VideoScores of the videos, on rank 0, and which of them, at most `allowed`, are missing or damaged."""
     store = FeatureStore(folder, encoder.key)
     lost = extract(videos, encoder, store)
     refuse_lost(lost, allowed)
@@ -141,15 +139,15 @@ def time_of(video: VideoScores, clip: int) -> float:
     return float(min(clip * video.clip_frames + video.clip_frames // 2, video.frames - 1) / video.rate)
 
 
-def best_and_worst(videos: Sequence[VideoScores], each: int = 4) -> list[VideoScores]:
-    """Of each class `each` videos, half those of the best own AUC and half those of the worst; MOST_STRIPS in all.
-    Normal videos are ranked by their peaks, low ones first; videos of unknown events by theirs, high ones first."""
+def best_and_worst(videos: Sequence[VideoScores]) -> list[VideoScores]:
+    """Of each class the two videos of the best own AUC and the two of the worst; MOST_STRIPS in all. Normal videos are
+    ranked by their peaks, low ones first; videos of unknown events by theirs, high ones first."""
     chosen = []
     for kind in sorted({video.classes[:1] for video in videos}):
         some = [video for video in videos if video.classes[:1] == kind]
         own = [frame_auc(*by_frame([v])) if v.events else v.scores.max() * (1 if kind else -1) for v in some]
         ranked = [some[i] for i in np.argsort(-np.nan_to_num(own), kind="stable")]
-        chosen += ranked if len(ranked) <= each else [*ranked[: each - each // 2], *ranked[-(each // 2) :]]
+        chosen += ranked[:2] + ranked[2:][-2:]
     return chosen[:MOST_STRIPS]
 
 

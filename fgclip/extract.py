@@ -26,11 +26,9 @@ SPLITS = dict(train=("train",), test=("test",), all=("train", "test"))
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the towers, the videos, what a clip is, and the run."""
     add = parser.add_argument
-    add("--init-from", required=True, metavar="PATH", help="published weights, or a run of train_fgclip.py or "
-        "train_video.py")
+    add("--init-from", required=True, metavar="PATH", help="published weights, or a run's checkpoint")
     add("--vocab", metavar="PATH", help="merges of the tokenizer of published weights")
-    add("--image-size", type=positive_int, metavar="PIXELS", help="side of the square that frames are resized to, "
-        "instead of that of the weights")
+    add("--image-size", type=positive_int, metavar="PIXELS", help="side of the square that frames are resized to")
     add("--data-root", required=True, metavar="PATH", help="the data set, in its own layout")
     add("--format", choices=tuple(FORMATS), default="ucf-crime", help="layout of --data-root")
     add("--split", choices=tuple(SPLITS), default="all", help="which of its videos")
