@@ -18,7 +18,7 @@ import argparse
 import collections
 import math
 import tempfile
-from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ import torch
 from fgclip import FGCLIP, Tokenizer
 from fgclip.data import Collate
 from fgclip.embedding import Embedder
+from fgclip.evaluate_video import draw
 from fgclip.losses import PairBank
 from fgclip.objective import FGCLIPLoss
 from fgclip.tasks import validation_metrics, validation_text
@@ -62,6 +63,7 @@ SCRIPT = "video"
 PRINTED = ("region_in_batch_r1", "short_in_batch_r1")  # the others are in metrics.jsonl
 MAY_CHANGE = ("features", "tracks", "captions", "allow_missing")
 VALIDATION_SEED = 10_000  # of the drawn validation videos, plus --seed: never a training video
+CHECKED = 4  # videos of whose clips --check tells norms and cosines
 BEST = {"auc": "auc", "anomaly-auc": "anomalous_auc", "video-auc": "video_auc", "map": "map"}  # and their metric
 
 # The recipe for UCF-Crime with published weights, and what differs for drawn videos.
@@ -264,9 +266,9 @@ class HeadStage:
     def validate(self, model: VideoModel) -> dict:
         """`anomaly_report` of the validation videos."""
         model.eval()
-        scored = [model.scores(record, self.clips[record.name])[0] for record in self.validation]
+        self.scored = [model.scores(record, self.clips[record.name])[0] for record in self.validation]
         model.train()
-        return anomaly_report(scored, model.classes)
+        return anomaly_report(self.scored, model.classes)
 
     def text(self, metrics: dict) -> str:
         scores, oracle = metrics["scores"]["anomaly score"], metrics["scores"]["oracle of the video's label"]
@@ -293,10 +295,8 @@ def few(videos: VideoSet, count: int) -> VideoSet:
     return videos.of(record for record in records if record in halves[0] + halves[1])
 
 
-def begin_stage(
-    args, train_step: TrainStep, data, banks, sampler, device, folder: Path, between: Callable[[], None] | None = None
-) -> TowerStage | HeadStage:
-    """The stage in which the sampler is: what learns, and from what. data: training and validation videos."""
+def begin_stage(args, train_step: TrainStep, data, banks, sampler, device, folder: Path, between=None):
+    """The TowerStage or HeadStage in which the sampler is. data: training and validation videos."""
     model, average = train_step.bare_model, train_step.average
     towers = sampler.epoch + (len(sampler) == 0) < args.tower_epochs
     if average is not None and args.tower_epochs and not towers:
@@ -316,9 +316,15 @@ def check(messages: list[str], videos: VideoSet, train_step: TrainStep, stage: T
     counts = collections.Counter(name for record in videos.records for name in record.classes or (NORMAL,))
     print("\n".join([*messages, "videos per class: " + ", ".join(f"{name} {n}" for name, n in counts.items())]))
     print("before training: " + stage.text(stage.validate(train_step.bare_model)))
-    batches = [next(iter(stage.loader))]
+    model, batches = train_step.bare_model, [next(iter(stage.loader))]
+    for record in stage.validation[:CHECKED] if isinstance(stage, HeadStage) else ():
+        clips = stage.clips[record.name].tensors()
+        norms = ", ".join(f"{name} {clips[name].norm(dim=1).mean():.3f}" for name in INPUTS[:2])
+        cosines = (clips["global"] @ model.class_texts.cpu().T).mean(0).tolist()
+        texts = ", ".join(f"{name} {cosine:.3f}" for name, cosine in zip(model.prompts, cosines, strict=True))
+        print(f"{record.name}: norms of {norms}; cosines with {texts}")
     stage.begin(batches, use_banks=True)
-    print_step(train_step, batches, train_step.bare_model)
+    print_step(train_step, batches, model)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -380,6 +386,9 @@ def main(arguments: list[str] | None = None) -> None:
                 run.log_validation(metrics, stage.text(metrics))
                 if epoch > args.tower_epochs:
                     run.keep_best(best_metric(metrics, args.best_by), args.best_by)
+                if epoch == args.epochs and distributed.is_main() and find_spec("matplotlib"):
+                    (run.folder / "pictures").mkdir(exist_ok=True)
+                    draw(run.folder / "pictures/curves.png", stage.scored, data[1])
 
 
 if __name__ == "__main__":

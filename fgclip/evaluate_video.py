@@ -32,8 +32,7 @@ from trainkit.load_report import summarise
 from trainkit.log import plain
 
 DRAWN_COUNT, DRAWN_SEED = 100, 20_000  # neither training nor validation draws from that seed
-WIDTH, HEIGHT = 11, 3.3  # inches of a strip
-DOTS = 90  # per inch
+WIDTH, HEIGHT, DOTS = 11, 3.3, 90  # inches of a strip, and dots per inch
 MOST_STRIPS = 200  # in one picture
 TICKS = (0.1, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)  # seconds
 # A video, its title, and the times (s) of its peaks with the pictures (H, W, 3) uint8 there.
@@ -49,7 +48,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=positive_int, default=64, metavar="N", help="frames at once")
     add("--amp", choices=tuple(AUTOCAST), default="none", help="number format of the towers")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +149,7 @@ def best_and_worst(videos: Sequence[VideoScores]) -> list[VideoScores]:
     return chosen[:MOST_STRIPS]
 
 
-def draw(path: str, scores: list[VideoScores], videos: VideoSet) -> None:
+def draw(path: str | Path, scores: list[VideoScores], videos: VideoSet) -> None:
     """A png of the best and the worst videos of each class, with frames at the four highest peaks."""
     strips, records = [], {record.name: record for record in videos.records}
     for one in best_and_worst(scores):

@@ -2,9 +2,11 @@
 
 import math
 import os
+import re
 import shutil
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,13 @@ from PIL import Image
 from scripts import VIDEO, equal, load, metrics, refused, run
 
 import train_video
+from fgclip.embedding import Embedder
 from fgclip.video import TemporalHead, VideoModel, load_video_model
 from fgclip.video.features import ClipEncoder, FeatureStore
 from fgclip.video.records import VideoSet
 from fgclip.video.synthetic import SyntheticVideos
+from fgclip.video.training import VideoFrames
+from trainkit.files import open_image
 
 HEAD = "--tower frozen --epochs 2 --validate-every 1 --bank-size 0 --bank-classes 1".split()
 
@@ -53,6 +58,8 @@ def test_tower_and_head_learn_one_after_the_other(plain):
     assert towers[-1]["region_bank"] == 16 and steps[-1]["track_bank"] == 2 * steps[-1]["track_bank_events"] == 16
     assert towers[1]["region_candidates"] < towers[-1]["region_candidates"]
     assert towers[-1]["region_in_batch"] < towers[-1]["loss_region"]
+    if find_spec("matplotlib"):
+        assert open_image(plain / "pictures/curves.png").width == 990
     first, *_, last = metrics(plain, "validation")
     assert first["region"]["count"] > 8 and {"scores", "classes", "map"} <= last.keys()
     before, after = load(plain, "best.pt"), load(plain)
@@ -81,6 +88,14 @@ def test_a_head_learns_from_the_towers_and_features_of_another_run(plain, tmp_pa
     )
     flags = [*VIDEO, *HEAD, "--init-from", plain / "last.pt", *features, "--output", tmp_path / "other"]
     assert "holds features of another key" in refused(capsys, train_video.main, *flags, "--frames-per-clip", 2)
+
+
+def test_a_check_of_features_tells_norms_and_cosines(plain, capsys):
+    flags = [*VIDEO, *HEAD, "--init-from", plain / "last.pt", "--features", plain / "features", "--check"]
+    train_video.main([str(flag) for flag in flags])
+    said = capsys.readouterr().out
+    rows = re.findall(r"^(video-\S+): norms of global 1\.000, motion 0\.\d+; cosines with normal (\S+), ex", said, re.M)
+    assert len(rows) == 4 and all(abs(float(cosine)) < 1 for _, cosine in rows)
 
 
 def test_main_hands_its_parts_what_the_flags_say(plain, tmp_path, monkeypatch):
@@ -212,6 +227,22 @@ def test_wrong_flags_end_in_one_sentence(own, plain, tmp_path, capsys):
     assert "holds no Anomaly_Test.txt" in say("--data-root", own, *HEAD, "--init-from", plain / "last.pt")
 
 
+def tracks_among_32(checkpoint: Path) -> float:
+    """How often a track in a frame of a validation video finds its phrase among 32 different ones."""
+    model, videos = load_video_model(checkpoint), SyntheticVideos(100, seed=10_000)
+    frames = VideoFrames(videos, image_size=64, margin=4 / 60, seed=0)
+    embedder, phrases = Embedder(model.fgclip, model.tokenizer), []
+    for index in range(len(frames)):
+        phrases += frames.describe(index).phrases
+    regions, texts = embedder.images(frames, regions=True)[1], embedder.texts(phrases)
+    hits, rng = [], np.random.default_rng(0)
+    for _ in range(50):
+        order = rng.permutation(len(phrases)).tolist()
+        rows = list({phrases[i]: i for i in order}.values())[:32]
+        hits.append((regions[rows] @ texts[rows].T).argmax(1) == torch.arange(32))
+    return torch.cat(hits).float().mean().item()
+
+
 def shuffled(videos: VideoSet, seed: int) -> VideoSet:
     """The same videos with the labels of others."""
     records = videos.records
@@ -231,6 +262,7 @@ def test_the_default_run_finds_events_and_what_should_fail_fails(tmp_path, monke
     assert min(own.values()) >= 0.62 and min(own["explosion"], own["fire"]) >= 0.75
     assert last["scores"]["oracle of the video's label"]["anomalous_auc"] == pytest.approx(0.5)
 
+    assert tracks_among_32(tmp_path / "run/last.pt") >= 0.4
     flags = ["--tower", "frozen", "--init-from", tmp_path / "run/last.pt", "--features", tmp_path / "run/features"]
     flags += ["--epochs", 30, "--validate-every", 30, "--device", "cpu", "--track-weight", 0, "--caption-weight", 0]
 
