@@ -66,22 +66,12 @@ def test_the_official_counts_of_xd_violence(shared, tmp_path):
     plain = read_videos(tmp_path, "xd-violence", "test")
     assert positives(plain, 24) == 538_324 and names(test) == names(plain)
     assert all(event[2] in (*record.classes, "") for record in plain.records for event in record.events)
-    tree(
-        tmp_path,
-        "train/x__#1_label_B1-0-G.mp4",
-        "train/y_label_A.mp4",
-        "test/z_label_A.mp4",
-        f"test/{names(test)[0]}.mp4",
-    )
-    (first, second), test = (
-        read_videos(tmp_path, "xd-violence", "train").records,
-        read_videos(tmp_path, "xd-violence", "test"),
-    )
-    assert (first.source, first.classes, first.events) == (
-        "x",
-        ("fighting", "explosion"),
-        None,
-    ) and second.classes == second.events == ()
+    files = ("train/x__#1_label_B1-0-G.mp4", "train/y_label_A.mp4", "test/z_label_A.mp4", f"test/{names(test)[0]}.mp4")
+    tree(tmp_path, *files)
+    train, test = (read_videos(tmp_path, "xd-violence", split) for split in ("train", "test"))
+    first, second = train.records
+    assert (first.source, first.classes, first.events) == ("x", ("fighting", "explosion"), None)
+    assert second.classes == second.events == ()
     assert len(test) == 501 and len(test.missing) == 499 and "y_label_A" not in test.test_names
 
 
@@ -91,16 +81,13 @@ UCF[TIMES] = "A2.mp4  Arson  15  31  40  50  \nN2.mp4  Normal  -1  -1  -1  -1  "
 
 
 def test_videos_are_found_by_name_below_the_root(tmp_path):
-    tree(
-        tmp_path, "part 1/Arson/A1.mp4", "part 1/Arson/A10.mp4", "part 2/N1.avi", "other/N1.avi", "x/A2/001.png", **UCF
-    )
+    files = ("part 1/Arson/A1.mp4", "part 1/Arson/A10.mp4", "part 2/N1.avi", "other/N1.avi", "x/A2/001.png")
+    tree(tmp_path, *files, **UCF)
     (tmp_path / "other/N1.avi").write_text((tmp_path / "part 2/N1.avi").read_text())
     (tmp_path / "loop").symlink_to(tmp_path)
     train, test = (read_videos(tmp_path, "ucf-crime", split) for split in ("train", "test"))
-    assert [r.path and str(r.path.relative_to(tmp_path)) for r in train.records] == [
-        "part 1/Arson/A1.mp4",
-        "other/N1.avi",
-    ]
+    found = [r.path and str(r.path.relative_to(tmp_path)) for r in train.records]
+    assert found == ["part 1/Arson/A1.mp4", "other/N1.avi"]
     assert test.records[0].path == tmp_path / "x/A2" and test.missing == ["N2"] and not test.notes
     assert train.notes == ("1 videos have equal copies, which are not read: N1",)
     assert test.records[0].events == ((0.5, 31 / 30, "Arson"), (40 / 30, 50 / 30, "Arson"))
@@ -157,11 +144,8 @@ def test_a_track_has_boxes_within_its_stretches():
 
 
 def test_a_share_of_each_class_is_held_out(tmp_path):
-    files = [
-        f"{kind}/{kind}{i}.mp4"
-        for kind, count in (("fire", 20), ("theft", 2), ("normal", 10), ("rare", 1))
-        for i in range(count)
-    ]
+    counts = dict(fire=20, theft=2, normal=10, rare=1)
+    files = [f"{kind}/{kind}{i}.mp4" for kind, count in counts.items() for i in range(count)]
     videos = read_videos(tree(tmp_path, *files), "folders", "train")
     train, held = hold_out(videos, 0.1, 0)
     kinds = [record.name.rstrip("0123456789") for record in held.records]
