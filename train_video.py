@@ -18,21 +18,21 @@ import argparse
 import collections
 import math
 import tempfile
-from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from fgclip import FGCLIP, Tokenizer
 from fgclip.data import Collate
 from fgclip.embedding import Embedder
+from fgclip.evaluate_video import draw
 from fgclip.losses import PairBank
 from fgclip.objective import FGCLIPLoss
 from fgclip.tasks import validation_metrics, validation_text
 from fgclip.tokenizer import learn_merges
 from fgclip.video.annotations import add_annotations, read_sentences, read_tracks
-from fgclip.video.features import INPUTS, ClipEncoder, extract, feature_file, refuse_lost
+from fgclip.video.features import INPUTS, ClipEncoder, FeatureStore, extract, refuse_lost
 from fgclip.video.metrics import anomaly_report
 from fgclip.video.model import NORMAL, TemporalHead, VideoModel, class_prompts, load_towers
 from fgclip.video.records import FORMATS, VideoSet, hold_out, read_videos
@@ -52,7 +52,6 @@ from trainkit.arguments import (
     positive_int,
 )
 from trainkit.errors import InputError, one_sentence
-from trainkit.load_report import summarise
 from trainkit.loader import make_loader
 from trainkit.optimizer import build_optimisation, ema
 from trainkit.run import Run
@@ -64,6 +63,7 @@ SCRIPT = "video"
 PRINTED = ("region_in_batch_r1", "short_in_batch_r1")  # the others are in metrics.jsonl
 MAY_CHANGE = ("features", "tracks", "captions", "allow_missing")
 VALIDATION_SEED = 10_000  # of the drawn validation videos, plus --seed: never a training video
+CHECKED = 4  # videos of whose clips --check tells norms and cosines
 BEST = {"auc": "auc", "anomaly-auc": "anomalous_auc", "video-auc": "video_auc", "map": "map"}  # and their metric
 
 # The recipe for UCF-Crime with published weights, and what differs for drawn videos.
@@ -92,11 +92,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("videos, and what is said about them").add_argument
     add("--format", choices=tuple(FORMATS), default="ucf-crime", help="layout of --data-root")
     add("--tracks", metavar="PATH", help="boxes over time with phrases")
-    add("--track-rate", type=positive_float, default=25.0, metavar="X", help="frames per second that the key frames of "
-        "--tracks count in, where the file does not say it")
+    add("--track-rate", type=positive_float, default=25.0, metavar="X", help="of key frames, if --tracks tell none")
     add("--captions", metavar="PATH", help="sentences with start and end: UCA or HIVAU")
-    add("--val-share", type=fraction, default=0.1, metavar="X", help="share of the training videos of each class that "
-        "is held out")
+    add("--val-share", type=fraction, default=0.1, metavar="X", help="share of each class that is held out")
     add("--allow-missing", type=non_negative_int, default=0, metavar="N", help="go on without so many videos")
     add("--synthetic-train", type=positive_int, default=320, metavar="N", help="drawn training videos")
     add("--synthetic-val", type=positive_int, default=100, metavar="N", help="drawn validation videos")
@@ -106,8 +104,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--frames-per-clip", type=positive_int, default=1, metavar="N", help="frames of a clip that are looked at")
     add("--most-clips", type=positive_int, default=256, metavar="N", help="longer videos are averaged to so many")
     add = parser.add_argument_group("model").add_argument
-    add("--tower", choices=("frozen", "tune"), default="frozen", help="tune: train the towers first, on --tracks and "
-        "--captions")
+    add("--tower", choices=("frozen", "tune"), default="frozen", help="tune: first learn from --tracks and --captions")
     add("--inputs", nargs="+", choices=INPUTS, default=list(INPUTS), help="what the head sees of a clip")
     add("--head-layers", type=non_negative_int, default=2, metavar="N", help="transformer blocks of the head")
     add("--window", type=positive_int, default=8, metavar="CLIPS", help="that a clip sees to either side, per layer")
@@ -122,14 +119,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--track-weight", type=non_negative_float, default=0.5, metavar="X", help="phrases of tracks, where there are")
     add("--hard-weight", type=non_negative_float, default=0.0, metavar="X", help="altered phrases of tracks")
     add("--top-share", type=fraction, default=0.0625, metavar="X", help="highest clips of a video, for its label")
-    add("--bank-size", type=non_negative_int, default=0, metavar="N", help="tracks, and captions, of earlier steps as "
-        "negatives")
+    add("--bank-size", type=non_negative_int, default=0, metavar="N", help="negatives from earlier steps, of each kind")
     add("--bank-classes", type=int, choices=(1, 2), default=1, help="2: half of the places for events")
     add("--bank-warmup-steps", type=non_negative_int, default=50, metavar="N", help="optimizer steps before it is used")
     add = parser.add_argument_group("towers, with --tower tune").add_argument
     add("--tower-epochs", type=non_negative_int, default=5, metavar="N", help="the first of --epochs, for the towers")
-    add("--best-by", choices=tuple(BEST), default="video-auc", help="what chooses best.pt: frames of all videos, of "
-        "those with an event, mAP of classes in time, videos")
+    add("--best-by", choices=tuple(BEST), default="video-auc", help="what chooses best.pt")
 # fmt: on
 
 
@@ -153,9 +148,7 @@ def validate_args(args: argparse.Namespace) -> None:
     if not drawn and not (args.init_from or args.resume):
         raise InputError("--init-from is missing: expected CLIP or FG-CLIP weights, or a run of train_fgclip.py")
     if args.bank_size % args.bank_classes or (args.bank_classes > 1 and not args.bank_size):
-        raise InputError(
-            f"--bank-size {args.bank_size} does not divide among the {args.bank_classes} of --bank-classes"
-        )
+        raise InputError(f"--bank-size {args.bank_size} does not divide among the {args.bank_classes} --bank-classes")
     check_needed(args, tracks=("data_root",), captions=("data_root",), vocab=("init_from", "resume"))
 
 
@@ -164,17 +157,13 @@ def open_videos(args: argparse.Namespace) -> tuple[VideoSet, VideoSet, list[str]
     if args.data_root is None:
         train = SyntheticVideos(args.synthetic_train, seed=args.seed, image_size=args.image_size)
         validation = SyntheticVideos(args.synthetic_val, seed=VALIDATION_SEED + args.seed, image_size=args.image_size)
-        return train, validation, [f"training on {len(train)} videos drawn from seed {args.seed} (no --data-root), "
-                                   f"validating on {len(validation)} from seed {validation.seed}"]  # fmt: skip
+        drawn = f"{len(train)} videos drawn from seed {args.seed} (no --data-root)"
+        return train, validation, [f"training on {drawn}, validating on {len(validation)} from seed {validation.seed}"]
     videos = read_videos(args.data_root, args.format, "train")
-    messages = list(videos.notes)
-    folder = args.features  # features do without the videos
-    missing = [name for name in videos.missing if not (folder and feature_file(folder, name).is_file())]
-    if len(missing) > args.allow_missing:
-        names = summarise(missing, 8)
-        raise InputError(f"{args.data_root}: {len(missing)} videos are missing (--allow-missing goes without): {names}")
-    if missing:
-        messages.append(f"without {len(missing)} missing videos: {', '.join(missing)}")
+    kept = {path.stem for path in Path(args.features).glob("*.npz")} if args.features else ()
+    missing = [name for name in videos.missing if name not in kept]  # features do without the videos
+    refuse_lost(missing, args.allow_missing)
+    messages = [*videos.notes, *[f"without {len(missing)} missing videos: {', '.join(missing)}"] * bool(missing)]
     entries = read_tracks(args.tracks, args.track_rate) if args.tracks else []
     entries += read_sentences(args.captions) if args.captions else []
     videos, said = add_annotations(videos, entries)
@@ -199,8 +188,8 @@ def build_model(args: argparse.Namespace, train: VideoSet) -> tuple[VideoModel, 
     """Towers of --init-from, of the resumed run or, for drawn videos, new ones; a new head; and a sentence."""
     source = find_resume(args.resume, args.output, SCRIPT) or args.init_from
     if source is not None:
-        weights = "raw" if source != args.init_from else "ema"
-        fgclip, tokenizer = load_towers(source, args.vocab, weights=weights, image_size=args.image_size)
+        of_run = dict(weights="raw") if source != args.init_from else dict(vocab=args.vocab)
+        fgclip, tokenizer = load_towers(source, **of_run, image_size=args.image_size)
         about = f"towers of {source}; tokenizer: {tokenizer.description}"
     else:
         tokenizer, about = Tokenizer(learn_merges(sentences())), "towers from random weights"
@@ -218,82 +207,68 @@ def build_model(args: argparse.Namespace, train: VideoSet) -> tuple[VideoModel, 
     return VideoModel(fgclip, head, tokenizer, prompts=prompts, clips=clips, supervision=said), about
 
 
-def tower_weights(args: argparse.Namespace, videos: VideoSet) -> dict[str, float]:
-    """The weights of FG-CLIP's losses. Those of captions or tracks are 0 where there are none."""
+def loss_weights(args: argparse.Namespace, videos: VideoSet) -> tuple[dict[str, float], dict[str, float]]:
+    """The weights of the towers' losses, which are FG-CLIP's, and of the head's. Those of captions and tracks are 0
+    where there are none; the towers take captions only where each video with tracks has one."""
+    tracks = [track for record in videos.records for track in record.tracks]
     captions = [bool(record.captions) for record in videos.records if record.captions or record.tracks]
-    tracks = any(record.tracks for record in videos.records)
-    return dict(
-        loss_short=args.caption_weight * all(captions), loss_region=args.track_weight * tracks,
-        loss_hard=args.hard_weight * any(track.negatives for record in videos.records for track in record.tracks),
-    )  # fmt: skip
-
-
-def head_weights(args: argparse.Namespace, videos: VideoSet) -> dict[str, float]:
-    """The weights of the head's losses, likewise."""
-    there = dict(caption=any(record.captions for record in videos.records))
-    there["track"] = there["hard"] = any(record.tracks for record in videos.records)
-    return {f"loss_{name}": getattr(args, f"{name}_weight") * there.get(name, True) for name in LOSSES}
+    there = dict(caption=any(captions), track=bool(tracks), hard=bool(tracks))
+    weights = {name: getattr(args, f"{name}_weight") * there.get(name, True) for name in LOSSES}
+    towers = dict(short=weights["caption"] * all(captions), region=weights["track"])
+    towers["hard"] = weights["hard"] * any(track.negatives for track in tracks)
+    return tuple({f"loss_{name}": weight for name, weight in part.items()} for part in (towers, weights))
 
 
 class TowerStage:
     """The towers learn from frames, their tracks and captions, with FG-CLIP's own losses; the head waits."""
 
     def __init__(self, args, train_step: TrainStep, data, names: list[str], banks, sampler, device):
-        tower, self.args, self.device = train_step.bare_model, args, device
+        model, self.options = train_step.bare_model, dict(device=device, amp=args.amp)
         sizes = dict(image_size=args.image_size, margin=args.clip_frames / 60, seed=args.seed)
         spoken = data[1].of(record for record in data[1].records if record.tracks or record.captions)
         train, self.validation = (VideoFrames(videos, **sizes) for videos in (data[0], spoken))
-        length = tower.fgclip.text_model.context_length
-        collate = Collate(tower.tokenizer, context_length=length, long_context_length=None, hard="hard" in names)
+        length = model.fgclip.text_model.context_length
+        collate = Collate(model.tokenizer, context_length=length, long_context_length=None, hard="hard" in names)
         self.loader = make_loader(train, sampler, collate, workers=args.workers, device=device)
-        self.objective = FGCLIPLoss(train_step.model, names=names, banks=banks, device=device)
-        self.begin, self.metrics, self.text = self.objective.begin, self.objective.metrics, validation_text
-
-    def forward(self, model: nn.Module, batch: dict) -> tuple[dict, dict]:
-        return self.objective(batch), {}
+        loss = FGCLIPLoss(train_step.model, names=names, banks=banks, device=device)
+        self.forward = lambda _, batch: (loss(batch), {})
+        self.begin, self.metrics, self.text = loss.begin, loss.metrics, validation_text
 
     def validate(self, model: VideoModel) -> dict:
         """`validation_metrics` of a frame of each validation video, the same every time."""
-        embedder = Embedder(model.fgclip, model.tokenizer, device=self.device, amp=self.args.amp)
+        embedder = Embedder(model.fgclip, model.tokenizer, **self.options)
         return validation_metrics(embedder, self.validation, long=False) if len(self.validation) else {}
 
 
 class HeadStage:
-    """The head learns from the features of every clip; the towers stand still.
+    """The head learns from the features of every clip, extracted where `folder` lacks them, with a call of `between`
+    after each video; the towers stand still."""
 
-    Extracts what `folder` lacks, with a call of `between` after each video. Tells the head mean and spread; embeds
-    the classes, and what captions and tracks say.
-    """
-
-    def __init__(
-        self, args, train_step: TrainStep, data, names: list[str], banks, sampler, device, folder: Path, between
-    ):
+    def __init__(self, args, train_step: TrainStep, data, names: list[str], banks, sampler, device, folder, between):
         model, (train, validation) = train_step.bare_model, data
         encoder = ClipEncoder(model.fgclip, **model.clips, device=device, amp=args.amp)
-        store = encoder.store(folder)
+        store = FeatureStore(folder, encoder.key)
         refuse_lost([each for videos in data for each in extract(videos, encoder, store, between)], args.allow_missing)
         self.clips = {r.name: store.read(r.name) for videos in data for r in videos.records if r.name in store}
         self.validation = [record for record in validation.records if record.name in self.clips]
         model.refresh_texts()
         model.head.standardise([self.clips[r.name].tensors() for r in train.records if r.name in self.clips])
-        options = dict(clip_frames=args.clip_frames, most_clips=args.most_clips, seed=args.seed)
-        bags = ClipBags(train, self.clips, **options)
+        sizes = dict(clip_frames=args.clip_frames, most_clips=args.most_clips, seed=args.seed)
+        bags = ClipBags(train, self.clips, **sizes)
         table, ids = model.embed(list(bags.rows))
         self.loader = make_loader(bags, sampler, collate_bags, device=device)
         self.forward = VideoLoss(names, banks=banks, texts=table, ids=ids, top_share=args.top_share, device=device)
+        self.metrics = dict  # none, the forward pass returns them
 
     def begin(self, batches: list[dict], *, use_banks: bool) -> None:
         self.forward.use_banks = use_banks
 
-    def metrics(self) -> dict:
-        return {}  # the forward pass returns them
-
     def validate(self, model: VideoModel) -> dict:
         """`anomaly_report` of the validation videos."""
         model.eval()
-        scored = [model.scores(record, self.clips[record.name])[0] for record in self.validation]
+        self.scored = [model.scores(record, self.clips[record.name])[0] for record in self.validation]
         model.train()
-        return anomaly_report(scored, model.classes)
+        return anomaly_report(self.scored, model.classes)
 
     def text(self, metrics: dict) -> str:
         scores, oracle = metrics["scores"]["anomaly score"], metrics["scores"]["oracle of the video's label"]
@@ -314,20 +289,19 @@ def best_metric(metrics: dict, by: str) -> tuple[float, float]:
 
 
 def few(videos: VideoSet, count: int) -> VideoSet:
-    """At most `count` of the videos, half of them with an event."""
-    halves = [[r for r in videos.records if bool(r.classes) is event][: count // 2] for event in (False, True)]
-    return videos.of(record for record in videos.records if record in halves[0] + halves[1])
+    """At most `count` of the videos, half of them with an event, first those about which something is said."""
+    records = sorted(videos.records, key=lambda record: not (record.tracks or record.captions))
+    halves = [[r for r in records if bool(r.classes) is event][: count // 2] for event in (False, True)]
+    return videos.of(record for record in records if record in halves[0] + halves[1])
 
 
-def begin_stage(
-    args, train_step: TrainStep, data, banks, sampler, device, folder: Path, between: Callable[[], None] | None = None
-) -> TowerStage | HeadStage:
-    """The stage in which the sampler is: what learns, and from what. data: training and validation videos."""
+def begin_stage(args, train_step: TrainStep, data, banks, sampler, device, folder: Path, between=None):
+    """The TowerStage or HeadStage in which the sampler is. data: training and validation videos."""
     model, average = train_step.bare_model, train_step.average
     towers = sampler.epoch + (len(sampler) == 0) < args.tower_epochs
     if average is not None and args.tower_epochs and not towers:
         model.fgclip.load_state_dict(average.module.fgclip.state_dict())
-    weights = (tower_weights if towers else head_weights)(args, data[0])
+    weights = loss_weights(args, data[0])[0 if towers else 1]
     names = [name.removeprefix("loss_") for name in weights if weights[name]]
     model.select("towers" if towers else "head", names)
     train_step.model, train_step.weights = distributed.parallel(model), weights
@@ -342,9 +316,15 @@ def check(messages: list[str], videos: VideoSet, train_step: TrainStep, stage: T
     counts = collections.Counter(name for record in videos.records for name in record.classes or (NORMAL,))
     print("\n".join([*messages, "videos per class: " + ", ".join(f"{name} {n}" for name, n in counts.items())]))
     print("before training: " + stage.text(stage.validate(train_step.bare_model)))
-    batches = [next(iter(stage.loader))]
+    model, batches = train_step.bare_model, [next(iter(stage.loader))]
+    for record in stage.validation[:CHECKED] if isinstance(stage, HeadStage) else ():
+        clips = stage.clips[record.name].tensors()
+        norms = ", ".join(f"{name} {clips[name].norm(dim=1).mean():.3f}" for name in INPUTS[:2])
+        cosines = (clips["global"] @ model.class_texts.cpu().T).mean(0).tolist()
+        texts = ", ".join(f"{name} {cosine:.3f}" for name, cosine in zip(model.prompts, cosines, strict=True))
+        print(f"{record.name}: norms of {norms}; cosines with {texts}")
     stage.begin(batches, use_banks=True)
-    print_step(train_step, batches, train_step.bare_model)
+    print_step(train_step, batches, model)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -353,11 +333,12 @@ def main(arguments: list[str] | None = None) -> None:
     validate_args(args)
     torch.manual_seed(args.seed)
     *data, messages = open_videos(args)
-    if args.tower_epochs and not any(tower_weights(args, data[0]).values()):
-        raise InputError("--tower tune: no loss of the towers has a weight, and tracks or captions to learn from")
     model, about = build_model(args, data[0])
     if args.check:  # as many as one step takes
         data = [few(videos, args.batch_size) for videos in data]
+    weights = loss_weights(args, data[0])
+    if args.tower_epochs and not any(weights[0].values()):
+        raise InputError("--tower tune: no loss of the towers has a weight, and tracks or captions to learn from")
     model = model.to(device).train()
     average = ema(model, args.ema_decay) if args.ema_decay else None
 
@@ -365,13 +346,13 @@ def main(arguments: list[str] | None = None) -> None:
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     model.fgclip.requires_grad_(args.tower_epochs > 0)  # what never learns has no place in the optimizer
     optimizer, schedule = build_optimisation(args, model, steps_per_epoch, restart_epochs=args.tower_epochs)
-    enabled = {name for weights in (tower_weights, head_weights) for name, x in weights(args, data[0]).items() if x}
+    enabled = {name for part in weights for name, weight in part.items() if weight}
     banks = torch.nn.ModuleDict({
         name: PairBank(args.bank_size, model.class_texts.shape[1], classes=args.bank_classes, device=device)
         for name in ("short", "region", "caption", "track") if args.bank_size and f"loss_{name}" in enabled
     })  # fmt: skip
     train_step = TrainStep(
-        model, optimizer, forward=None, weights=head_weights(args, data[0]), schedule=schedule, average=average,
+        model, optimizer, forward=None, weights=weights[1], schedule=schedule, average=average,
         describe=lambda batch: batch["sources"], device=device, amp=args.amp, clip_norm=args.clip_norm,
     )  # fmt: skip
     parts = args, train_step, data, banks, sampler, device
@@ -405,6 +386,9 @@ def main(arguments: list[str] | None = None) -> None:
                 run.log_validation(metrics, stage.text(metrics))
                 if epoch > args.tower_epochs:
                     run.keep_best(best_metric(metrics, args.best_by), args.best_by)
+                if epoch == args.epochs and distributed.is_main() and find_spec("matplotlib"):
+                    (run.folder / "pictures").mkdir(exist_ok=True)
+                    draw(run.folder / "pictures/curves.png", stage.scored, data[1])
 
 
 if __name__ == "__main__":

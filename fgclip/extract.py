@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 
-from fgclip.video.features import ClipEncoder, extract, refuse_lost
+from fgclip.video.features import ClipEncoder, FeatureStore, extract, refuse_lost
 from fgclip.video.model import load_towers
 from fgclip.video.records import FORMATS, VideoSet, read_videos
 from trainkit import distributed
@@ -26,11 +26,9 @@ SPLITS = dict(train=("train",), test=("test",), all=("train", "test"))
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the towers, the videos, what a clip is, and the run."""
     add = parser.add_argument
-    add("--init-from", required=True, metavar="PATH", help="published weights, or a run of train_fgclip.py or "
-        "train_video.py")
+    add("--init-from", required=True, metavar="PATH", help="published weights, or a run's checkpoint")
     add("--vocab", metavar="PATH", help="merges of the tokenizer of published weights")
-    add("--image-size", type=positive_int, metavar="PIXELS", help="side of the square that frames are resized to, "
-        "instead of that of the weights")
+    add("--image-size", type=positive_int, metavar="PIXELS", help="side of the square that frames are resized to")
     add("--data-root", required=True, metavar="PATH", help="the data set, in its own layout")
     add("--format", choices=tuple(FORMATS), default="ucf-crime", help="layout of --data-root")
     add("--split", choices=tuple(SPLITS), default="all", help="which of its videos")
@@ -61,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     model, _ = load_towers(args.init_from, args.vocab, image_size=args.image_size)
     clips = dict(clip_frames=args.clip_frames, frames_per_clip=args.frames_per_clip)
     encoder = ClipEncoder(model, **clips, device=device, batch_size=args.batch_size, amp=args.amp)
-    lost = extract(videos, encoder, encoder.store(args.features))
+    lost = extract(videos, encoder, FeatureStore(args.features, encoder.key))
     if distributed.is_main():
         print(*(f"without {each}" for each in lost), sep="\n", end="\n" * bool(lost))
         print(f"{args.features} has the clips of {len(videos) - len(lost)} of {len(videos)} videos")

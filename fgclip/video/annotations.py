@@ -1,10 +1,8 @@
-"""Boxes over time and sentences of other files, added to the videos of a data set.
-
-Key frame n of a file that counts from f, at r frames a second, is at (n - f) / r seconds.
-"""
+"""Boxes over time and sentences of other files, added to the videos of a data set."""
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
@@ -18,7 +16,9 @@ from trainkit.errors import InputError
 from trainkit.files import number, numbers, plain_text, read_json, read_lines, shown
 from trainkit.load_report import summarise
 
-STUDIO_RATE, FIRST_FRAME = 25.0, 1  # as Label Studio counts, and lists made of its exports, whatever the video has
+# Key frame n of a file that counts from f, at r frames a second, is at (n - f) / r seconds. Label Studio counts so, and
+# lists made of its exports, whatever the video has.
+STUDIO_RATE, FIRST_FRAME = 25.0, 1
 SLACK = 0.5  # seconds that a key frame may lie behind its video's end
 RATES = (24, 25, 30, 50, 60)  # common frames a second
 LOOKS_LIKE = 0.84  # the share of a video of 30 frames a second in which all keys counted at 25 lie
@@ -30,45 +30,38 @@ class Entry:
 
     file: str
     place: str  # file and item, for messages
-    listed: str  # the video's path there
+    name: str  # of the video
     tracks: tuple[Track, ...] = ()
     captions: tuple[Span, ...] = ()
     events: tuple[tuple[float, float], ...] | None = None  # start and end in s, None where the file does not say
     seconds: float | None = None  # the video's length by the file
     rate: float | None = None  # frames a second of its key frames, None where they have times
     paired: bool = True  # whether each track has one phrase
+    foreign: bool = False  # of MSAD, another data set
     boxes: BoxStatistics = field(default_factory=BoxStatistics)  # those that were met
-
-    @property
-    def name(self) -> str:
-        return stem(self.listed)
 
 
 def read_tracks(path: str | Path, rate: float = STUDIO_RATE) -> list[Entry]:
     """Tracks with phrases of a json, a folder of them, or a .txt that lists them; its form tells what it is.
-
     A list has items {"video", "global_caption", "region_captions", "box_infos": [[{"frame", "bbox"}]], "timestamps"};
     an object has {"global": {"Caption"}, "region": [{"caption", "keyframes"}]} by video; or Label Studio exported it.
     rate: frames a second in which key frames count where the file does not say it. An item of a list may say "rate" and
-    "first_frame", and a key frame "time" in s instead. Raises InputError where a file is none of these.
-    """
-    items = []
+    "first_frame", and a key frame "time" in s instead. Raises InputError where a file is none of these."""
+    entries = []
     for item, place in data.JsonItems(data.annotation_files(path)):
+        items = {place: item}
         if "annotations" in item and "data" in item:
-            items.append((from_label_studio(item, place), place))
-        elif "video" in item:
-            items.append((item, place))
-        else:
-            for name in item:
-                spot = f"{place}, {shown(name)}"
-                items.append((from_object(name, data.field(item, name, dict, place), spot), spot))
-    if not items:
+            items = {place: from_label_studio(item, place)}
+        elif "video" not in item:
+            items = {f"{place}, {shown(name)}": from_object(item, name, place) for name in item}
+        entries += [listed(each, str(path), spot, rate) for spot, each in items.items()]
+    if not entries:
         raise InputError(f"{path} holds no tracks")
-    return [listed(item, str(path), place, rate) for item, place in items]
+    return entries
 
 
 def listed(item: dict, file: str, place: str, rate: float) -> Entry:
-    """An item of a list."""
+    """What an item of a list says."""
     rate = number(item.get("rate", rate), f"{place}, rate", 1e-3)
     first = number(item.get("first_frame", FIRST_FRAME), f"{place}, first_frame", 0, whole=True)
     phrases = [plain_text(t, f"{place}, region_captions") for t in data.field(item, "region_captions", list, place)]
@@ -88,13 +81,13 @@ def listed(item: dict, file: str, place: str, rate: float) -> Entry:
         keyed += bool(keys)
         if (stretches := stretches_of(keys, boxes)) and i < len(phrases):
             tracks.append(Track(stretches, (phrases[i],)))
-    times, captions = item.get("timestamps"), ()
-    if item.get("global_caption"):  # without times it tells of the event where the video has one
-        captions = spans([times or [0, inf]], [item["global_caption"]], place, not times)
+    times, video = item.get("timestamps"), data.field(item, "video", str, place)
+    texts = [item["global_caption"]] if item.get("global_caption") else []
     return Entry(
-        file, place, data.field(item, "video", str, place), tuple(tracks), captions,
+        file, place, stem(video), tuple(tracks),
+        spans([times or [0, inf]] * len(texts), texts, place, not times),  # without times it tells of an event
         seconds=number(item["duration"], f"{place}, duration", 0) if "duration" in item else None,
-        rate=counts, paired=keyed in (0, len(phrases)), boxes=boxes,
+        rate=counts, paired=keyed in (0, len(phrases)), foreign="MSAD" in video, boxes=boxes,
     )  # fmt: skip
 
 
@@ -114,15 +107,15 @@ def stretches_of(keys: dict[float, tuple], boxes: BoxStatistics) -> tuple:
 
 def spans(times: list, texts: list, place: str, event: bool = False) -> tuple[Span, ...]:
     if not isinstance(times, list) or not isinstance(texts, list) or len(times) != len(texts):
-        pairs = f"the times {shown(times)} do not go with {shown(texts)}"
-        raise InputError(f"{place}: {pairs}; expected a pair for each text")
+        raise InputError(f"{place}: the times {shown(times)} do not go with {shown(texts)}; expected a pair for each")
     pairs = [numbers(pair, f"{place}, times", 2, 0, inf) for pair in times]
     texts = [plain_text(text, f"{place}, sentences").strip() for text in texts]
     return tuple(Span(*pair, text, event) for pair, text in zip(pairs, texts, strict=True))
 
 
-def from_object(name: str, value: dict, place: str) -> dict:
-    """The value of a video in an object as an item of a list."""
+def from_object(item: dict, name: str, place: str) -> dict:
+    """What an object says of a video, as an item of a list."""
+    value, place = data.field(item, name, dict, place), f"{place}, {shown(name)}"
     regions, times = [region for region, _ in data.objects(value, "region", place)], value.get("timestamps")
     return dict(
         video=name, global_caption=data.field(value, "global", dict, place).get("Caption"),
@@ -175,7 +168,7 @@ def read_sentences(path: str | Path) -> list[Entry]:
             captions += tuple(span for pair in zip(clips, texts, strict=False) for span in spans(*pair, place))
             frames, rate = item.get("n_frames"), number(item.get("fps"), f"{place}, fps", 1e-3)
         seconds = None if frames is None else number(frames, f"{place}, length", 0, 1e9) / rate
-        entries.append(Entry(str(path), place, name, captions=captions, events=events, seconds=seconds))
+        entries.append(Entry(str(path), place, stem(name), captions=captions, events=events, seconds=seconds))
     return entries
 
 
@@ -195,17 +188,18 @@ def uca_lines(path: str | Path) -> dict[str, dict]:
 
 def add_annotations(videos: VideoSet, entries: Sequence[Entry]) -> tuple[VideoSet, list[str]]:
     """The videos with what entries say about them, and sentences about what was read and what was left out.
-
     Test videos are left out. Where events are not known, those of the entries are taken, else their tracks. A track is
     of an event where its video has one; a sentence where it overlaps one or, where none is known, as its file says.
-    Raises InputError where a key frame lies behind its video's end.
-    """
+    Raises InputError where a key frame lies behind its video's end."""
     known = {record.name: record for record in videos.records if record.name not in videos.test_names}
     taken, messages = {}, []
     for file in dict.fromkeys(entry.file for entry in entries):
         own = [entry for entry in entries if entry.file == file]
         used = [entry for entry in own if entry.name in known]
-        lengths = {name: seconds_of(videos, known[name]) for name in {e.name for e in used if not e.seconds}}
+        lengths = dict.fromkeys((entry.name for entry in used if not entry.seconds), inf)
+        for name in lengths:
+            with suppress(InputError):  # what is wrong with a file is told when it is read as a whole
+                lengths[name] = videos.open(known[name]).seconds or inf
         used = [replace(entry, seconds=entry.seconds or lengths[entry.name]) for entry in used]
         boxes = BoxStatistics()
         for entry in used:
@@ -216,8 +210,8 @@ def add_annotations(videos: VideoSet, entries: Sequence[Entry]) -> tuple[VideoSe
         other = [entry for entry in own if entry.name not in known and entry.name not in videos.test_names]
         for what, group in {
             "of test videos are left out": [entry for entry in own if entry.name in videos.test_names],
-            "of MSAD, another data set, are left out": [entry for entry in other if "MSAD" in entry.listed],
-            "of no training video are left out": [entry for entry in other if "MSAD" not in entry.listed],
+            "of MSAD, another data set, are left out": [entry for entry in other if entry.foreign],
+            "of no training video are left out": [entry for entry in other if not entry.foreign],
             "have not one phrase for each track; the first go together": [entry for entry in used if not entry.paired],
             "have sentences at no time of their video, which are left out": [
                 entry for entry in used if any(s.start >= min(s.end, entry.seconds) for s in entry.captions)
@@ -230,17 +224,9 @@ def add_annotations(videos: VideoSet, entries: Sequence[Entry]) -> tuple[VideoSe
     return videos.of(with_entries(record, taken.get(record.name, [])) for record in videos.records), messages
 
 
-def seconds_of(videos: VideoSet, record: VideoRecord) -> float:
-    """A video's length by its header, else inf. What is wrong with a file is told when it is read as a whole."""
-    try:
-        return videos.open(record).seconds or inf
-    except InputError:
-        return inf
-
-
 def rate_of(entries: Sequence[Entry]) -> list[str]:
     """What there is to say about the rate of key frames. Raises InputError where one lies behind its video's end."""
-    lasts = [(max(track.span[1] for track in entry.tracks), entry) for entry in entries if entry.tracks]
+    lasts = [(max(track.spans[-1][1] for track in entry.tracks), entry) for entry in entries if entry.tracks]
     for last, entry in lasts:
         if last > entry.seconds + SLACK:
             least = max(other * (e.rate or 0) / (e.seconds + SLACK) for other, e in lasts)
@@ -262,7 +248,7 @@ def with_entries(record: VideoRecord, entries: Sequence[Entry]) -> VideoRecord:
     events = record.events
     if events is None:
         times = [pair for entry in entries for pair in entry.events or ()]
-        times = times or [(float(keys[0]), float(keys[-1])) for track in tracks for keys, _ in track.stretches]
+        times = times or [span for track in tracks for span in track.spans]
         if times and all(start < end for start, end in times):  # a single key does not say how long
             events = tuple((*pair, record.classes[0] if len(record.classes) == 1 else "") for pair in times)
     captions = []

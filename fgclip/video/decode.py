@@ -1,12 +1,11 @@
-"""Videos as frames: files by PyAV, and folders of numbered images.
-
-Times are seconds from the beginning, by the video's own time stamps. An index counts decoded frames.
-"""
+"""Videos as frames: files by PyAV, and folders of numbered images. Times are seconds from the beginning, by the video's
+own time stamps. An index counts decoded frames."""
 
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +24,10 @@ Step = tuple[float, Callable[[], np.ndarray]]  # time in seconds, and what makes
 
 class Video:
     """The frames of a video. Every pass opens it anew, so that it can be sent to another process.
-
-    rate: frames a second, on average. claimed, seconds: frames and length by the header, or None.
-    After a full pass, count: decoded frames; damaged: whether too few of those claimed came; problem: a sentence where
-    the pass broke off, or None. A subclass gives `walk`.
-    """
+    rate: frames a second, on average. claimed, seconds: frames and length by the header, or None. After a full pass,
+    count: decoded frames; damaged: whether too few of those claimed came; problem: a sentence where it broke off, or
+    None.
+    A subclass gives walk(start): the frames as they are shown, from one that is shown at `start` (s) or before."""
 
     count: int | None = None
     problem: str | None = None
@@ -39,18 +37,10 @@ class Video:
     def __init__(self, path: Path, rate: Fraction, claimed: int | None = None, seconds: float | None = None):
         self.path, self.rate, self.claimed, self.seconds = path, rate, claimed, seconds
 
-    def walk(self, start: float = 0.0) -> Iterator[Step]:
-        """The frames as they are shown, from one that is shown at `start` (s) or before."""
-        raise NotImplementedError
-
-    def frames(
-        self, period: int = 1, offsets: Collection[int] = (0,), last: bool = False
-    ) -> Iterator[tuple[int, float, np.ndarray]]:
-        """Index, time in s and picture (H, W, 3) uint8 RGB of the frames whose index % period is in offsets, in order.
-
-        Only these are converted, and none is kept. last: the last decoded frame, too, where it is not among them.
-        An error of decoding ends the pass. Raises InputError where the video cannot be opened, or one of its images.
-        """
+    def frames(self, period: int = 1, offsets: Collection[int] = (0,)) -> Iterator[tuple[int, float, np.ndarray]]:
+        """Index, time in s and picture (H, W, 3) uint8 RGB of the frames whose index % period is in offsets, in order,
+        and of the last one. Only these are converted, and none is kept. An error of decoding ends the pass. Raises
+        InputError where the video cannot be opened, or one of its images."""
         self.count, self.problem, self.damaged = None, None, False
         count, time, held = 0, 0.0, None
         for time, picture in self.walk():
@@ -58,7 +48,7 @@ class Video:
             if held is None:
                 yield count, time, picture()
             count += 1
-        if last and held is not None:
+        if held is not None:
             yield count - 1, time, held()
         reached = count / self.claimed if self.claimed else time / self.seconds if self.seconds else 1.0
         self.count, self.damaged = count, count == 0 or reached < LEAST_SHARE
@@ -100,16 +90,16 @@ class VideoFile(Video):
 class ImageFolder(Video):
     """A folder of images whose names end in numbers, in a row. Raises InputError where they do not."""
 
-    def __init__(self, path: Path, rate: Fraction):
+    def __init__(self, path: Path):
         self.images = sorted(filter(is_image, os.listdir(path)), key=natural)
         if not self.images:
             raise InputError(f"{path} holds no images; expected a video, or a folder of numbered images")
         numbers = [int((re.findall(r"\d+", Path(name).stem) or [-1])[-1]) for name in self.images]
-        for i in range(1, len(numbers)):
-            if numbers[i] != numbers[i - 1] + 1 or numbers[i - 1] < 0:
-                names = f"{shown(self.images[i])} follows {shown(self.images[i - 1])}"
+        for i, (before, number) in enumerate(pairwise(numbers)):
+            if number != before + 1 or before < 0:
+                names = f"{shown(self.images[i + 1])} follows {shown(self.images[i])}"
                 raise InputError(f"{path}: {names}; expected the images of a video to be numbered in a row")
-        super().__init__(path, Fraction(rate), len(numbers), float(len(numbers) / rate))
+        super().__init__(path, IMAGE_RATE, len(numbers), float(len(numbers) / IMAGE_RATE))
 
     def walk(self, start: float = 0.0) -> Iterator[Step]:
         first = min(max(0, int(start * self.rate)), len(self.images) - 1)
@@ -117,9 +107,8 @@ class ImageFolder(Video):
             yield float(index / self.rate), lambda path=self.path / name: np.asarray(open_image(path))
 
 
-def open_video(path: str | Path, rate: Fraction = IMAGE_RATE) -> Video:
-    """A video file, or a folder of numbered images at `rate` frames a second. Raises InputError where it is neither,
-    cannot be read, or PyAV is missing."""
+def open_video(path: str | Path) -> Video:
+    """A video file, or a folder of numbered images. Raises InputError where it is neither, or cannot be read."""
     if os.path.isdir(path):
-        return ImageFolder(Path(path), rate)
+        return ImageFolder(Path(path))
     return VideoFile(regular_file(path, "a video, or a folder of numbered images"))

@@ -19,7 +19,7 @@ from fgclip.embedding_cache import IMAGE_PARTS, weights_hash
 from fgclip.images import normalise
 from fgclip.model import FGCLIP, l2_normalize
 from fgclip.video import decode
-from fgclip.video.records import VideoRecord, VideoSet
+from fgclip.video.records import VideoSet
 from trainkit import distributed
 from trainkit.device import autocast
 from trainkit.errors import InputError
@@ -33,8 +33,7 @@ LEAST_MOTION = 1e-6  # a single pixel of a patch of 32 that changes by 1 of 255 
 
 @dataclass(frozen=True)
 class Clips:
-    """The features of a video by their names in INPUTS, a row per clip: (T, D), (T, D) and (T, 4) float16. frames:
-    decoded frames. rate: frames a second."""
+    """The features of a video by their names in INPUTS, float16: (T, D), (T, D) and (T, 4). rate: frames a second."""
 
     features: dict[str, np.ndarray]
     frames: int
@@ -47,10 +46,8 @@ class Clips:
 
 class ClipEncoder:
     """Describes each clip of `clip_frames` frames by the picture in its middle and what changes until the next one.
-
     frames_per_clip: n pictures instead, frames floor((j + 1/2) clip_frames / n) of a clip; their features are averaged.
-    batch_size: pictures at once. amp: a key of AUTOCAST.
-    """
+    batch_size: pictures at once."""
 
     def __init__(
         self, model: FGCLIP, *, clip_frames: int = 16, frames_per_clip: int = 1, device: torch.device | str = "cpu",
@@ -61,7 +58,13 @@ class ClipEncoder:
         self.model, self.device, self.amp = model.to(device), torch.device(device), amp
         self.clip_frames, self.frames_per_clip, self.batch_size = clip_frames, frames_per_clip, batch_size
         self.samples = tuple((2 * j + 1) * clip_frames // (2 * frames_per_clip) for j in range(frames_per_clip))
-        self.offsets = {(s + step) % clip_frames for s in self.samples for step in (0, 1)}
+
+    @property
+    def key(self) -> dict[str, int | str]:
+        """What features depend on, as plain values: two caches with the same key may be mixed."""
+        sizes = dict(image_size=self.model.vision_model.image_size, dim=self.model.visual_projection.out_features)
+        sizes |= dict(clip_frames=self.clip_frames, frames_per_clip=self.frames_per_clip)
+        return dict(weights=weights_hash(self.model, IMAGE_PARTS[:2]), **sizes)
 
     @torch.inference_mode()
     def encode(self, pictures: Tensor, following: Tensor) -> dict[str, Tensor]:
@@ -71,8 +74,7 @@ class ClipEncoder:
             global (n, D), the unit features of `encode_image`;
             motion (n, D), the unit features of the patches, averaged with weights max(0, d - median d), zero where
                 nothing moves; of an even P the median is the lower of the two middle ones;
-            amount (n, 4), the logarithms of mean and largest d, and of the means of the 4 and 12 largest, from 1e-4.
-        """
+            amount (n, 4), the logarithms of mean and largest d, and of the means of the 4 and 12 largest, from 1e-4."""
         pictures, following, tower = pictures.to(self.device), following.to(self.device), self.model.vision_model
         with autocast(self.amp, self.device):
             tokens, size = tower.penultimate(normalise(pictures))
@@ -90,11 +92,9 @@ class ClipEncoder:
 
     @torch.inference_mode()
     def video(self, video: decode.Video, progress: Callable[[int], None] | None = None) -> Clips:
-        """The clips of a video, T = ceil(frames / clip_frames), in one pass that keeps a batch of pictures at most.
-
-        The last clip takes the last frame for those that it lacks. A frame without a next one is its own.
-        progress: called with how many frames are behind.
-        """
+        """The clips of a video, T = ceil(frames / clip_frames), in one pass that keeps a batch of pictures at most. The
+        last clip takes the last frame for those that it lacks, and for the one after. progress: is told how many frames
+        are behind."""
         each, parts, pairs = self.frames_per_clip, [], self._pairs(video, progress)
         size = max(1, self.batch_size // each) * each  # whole clips
         while pictures := list(islice(pairs, size)):
@@ -108,14 +108,11 @@ class ClipEncoder:
         arrays = (torch.cat(rows).cpu().numpy() for rows in zip(*parts, strict=True))
         return Clips(dict(zip(INPUTS, arrays, strict=True)), frames=video.count, rate=video.rate)
 
-    def store(self, folder: str | Path) -> "FeatureStore":
-        """The folder for features that this encoder makes."""
-        return FeatureStore(folder, weights_key(self.model, self.clip_frames, self.frames_per_clip))
-
     def _pairs(self, video: decode.Video, progress=None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The pictures that are looked at and those after them, clip after clip, (S, S, 3) uint8 each."""
         side, made, held, small = self.model.vision_model.image_size, 0, None, None
-        for index, _, picture in video.frames(self.clip_frames, self.offsets, last=True):
+        offsets = {(sample + step) % self.clip_frames for sample in self.samples for step in (0, 1)}
+        for index, _, picture in video.frames(self.clip_frames, offsets):
             small = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC))
             if held is not None:
                 yield held, small
@@ -127,19 +124,9 @@ class ClipEncoder:
             yield small, small
 
 
-def weights_key(model: FGCLIP, clip_frames: int, frames_per_clip: int) -> dict[str, int | str]:
-    """What features depend on, as plain values: two caches with the same key may be mixed."""
-    sizes = dict(image_size=model.vision_model.image_size, dim=model.visual_projection.out_features)
-    sizes |= dict(clip_frames=clip_frames, frames_per_clip=frames_per_clip)
-    return dict(weights=weights_hash(model, IMAGE_PARTS[:2]), **sizes)
-
-
 class FeatureStore:
-    """A folder of features: index.json with their key, and a NAME.npz for each video.
-
-    key: that of `weights_key`; a new folder is made for it. All processes open a store together. Raises InputError
-    where the folder holds features of another key or none.
-    """
+    """A folder of features: index.json with the key of their encoder, and a NAME.npz for each video. All processes open
+    it together. Raises InputError where it holds features of another key."""
 
     def __init__(self, folder: str | Path, key: dict):
         self.folder, self.key = Path(folder), key
@@ -158,9 +145,9 @@ class FeatureStore:
             raise InputError(f"{self.folder} holds features of another key, {theirs}; expected {ours}")
 
     def load(self, name: str, *parts: str) -> dict[str, np.ndarray] | None:
-        """Arrays of a video, None where it was not tried yet: those of INPUTS, frames, 0 of a damaged one, rate, bytes
-        of its file, and problem. Raises InputError where the file is damaged."""
-        path = feature_file(self.folder, name)
+        """Arrays of a video, None where it was not tried yet: those of INPUTS, frames (0: it is damaged), rate, bytes
+        of its file, and problem. Raises InputError where what is kept is damaged."""
+        path = inside(self.folder, f"{name}.npz", str(self.folder))
         if not path.is_file():
             return None
         try:
@@ -170,13 +157,12 @@ class FeatureStore:
             raise InputError(f"{path}: {error}; delete it to extract the features of {name} again") from error
 
     def __contains__(self, name: str) -> bool:
-        known = self.load(name, "frames")
-        return known is not None and bool(known["frames"])
+        return not self.error(name)
 
-    def error(self, name: str) -> str | None:
-        """Why a video that was tried has no features, as a sentence."""
+    def error(self, name: str) -> str:
+        """Why there are no features of a video, "" where there are."""
         known = self.load(name, "frames", "problem")
-        return None if known is None or known["frames"] else str(known["problem"])
+        return "missing" if known is None else "" if known["frames"] else str(known["problem"])
 
     def write(self, name: str, clips: Clips | None, *, size: int = 0, problem: str | None = None) -> None:
         """Keep the clips of a video, or None and the `problem` by which it is damaged. size: bytes of its file. Raises
@@ -184,53 +170,29 @@ class FeatureStore:
         clips = clips or Clips({}, 0, Fraction(0))
         if not all(np.isfinite(array).all() for array in clips.features.values()):
             raise InputError(f"{name}: features that are not finite: damaged weights or narrow --amp")
-        with whole_file(feature_file(self.folder, name)) as file:
-            np.savez(
-                file, **clips.features, frames=clips.frames, rate=str(clips.rate), bytes=size, problem=problem or ""
-            )
+        about = dict(frames=clips.frames, rate=str(clips.rate), bytes=size, problem=problem or "")
+        with whole_file(inside(self.folder, f"{name}.npz", str(self.folder))) as file:
+            np.savez(file, **clips.features, **about)
 
     def read(self, name: str) -> Clips:
         """The clips of a video. Raises InputError where they are missing or damaged."""
-        known = self.load(name, "frames", "rate")
-        if not known or not known["frames"]:
-            raise InputError(f"{self.folder} holds no features of {name}" + f" ({self.error(name)})" * bool(known))
-        features, widths = self.load(name, *INPUTS), (self.key["dim"], self.key["dim"], 4)
-        rows = math.ceil(known["frames"] / self.key["clip_frames"])
+        if problem := self.error(name):
+            raise InputError(f"{self.folder} holds no features of {name} ({problem})")
+        features, known = self.load(name, *INPUTS), self.load(name, "frames", "rate")
+        rows, widths = math.ceil(known["frames"] / self.key["clip_frames"]), (self.key["dim"], self.key["dim"], 4)
         for (kind, array), width in zip(features.items(), widths, strict=True):
             if (array.shape, array.dtype) != ((rows, width), np.float16):
                 raise InputError(f"{self.folder}, {name}: {kind} is not ({rows}, {width}) of float16")
         return Clips(features, frames=int(known["frames"]), rate=Fraction(str(known["rate"])))
 
 
-def feature_file(folder: str | Path, name: str) -> Path:
-    """Where a store keeps what is known of a video."""
-    return inside(folder, f"{name}.npz", str(folder))
-
-
-def bytes_of(record: VideoRecord) -> int:
-    """The size of a video's file, or of its folder's images."""
-    path = record.path
-    return 0 if path is None else sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
-
-
 def extract(
     videos: VideoSet, encoder: ClipEncoder, store: FeatureStore, between: Callable[[], None] | None = None
 ) -> list[str]:
     """Write the features of the videos that the store lacks; -> those that are missing or damaged, each with the cause.
-
-    The processes share them, the largest files first. A video that the store knows, damaged or not, is passed over
-    as long as its file's size stays. between: see `distributed.in_step`.
-    """
-    missing = set(videos.missing)
-    records = {record.name: record for record in videos.records if record.name not in missing}
-
-    def lacking() -> dict[str, int]:
-        sizes = {name: bytes_of(record) for name, record in records.items()}
-        known = {name: store.load(name, "bytes") for name in sizes}
-        ahead = [name for name in sizes if known[name] is None or known[name]["bytes"] != sizes[name]]
-        return {name: sizes[name] for name in sorted(ahead, key=lambda name: (-sizes[name], name))}
-
-    ahead = distributed.run_on_main(lacking)
+    The processes share them, the largest files first. between: see `distributed.in_step`."""
+    records = {record.name: record for record in videos.records}
+    ahead = distributed.run_on_main(lambda: lacking(videos, store))
     if any(records[name].path is not None and records[name].path.is_file() for name in ahead):
         decode.library()  # else its absence would be taken for damage
     mine, loads = [], [0] * distributed.world_size()
@@ -248,14 +210,22 @@ def extract(
             clips, problem = None, str(error)
         store.write(name, clips, size=ahead[name], problem=problem)
     distributed.gather_objects(None)  # until all are written
-    causes = {name: store.error(name) for name in records}
-    lost = {name: "missing" for name in videos.missing if name not in store}  # features do without the videos
-    return [f"{name} ({cause})" for name, cause in (lost | causes).items() if cause]
+    return [f"{name} ({cause})" for name in records if (cause := store.error(name))]  # of features alone, too
+
+
+def lacking(videos: VideoSet, store: FeatureStore) -> dict[str, int]:
+    """Bytes by name of the videos that a store does not know, damaged or not, or of another size; the largest first."""
+    ahead, missing = {}, set(videos.missing)
+    for name, path in ((record.name, record.path) for record in videos.records if record.name not in missing):
+        files = [] if path is None else path.iterdir() if path.is_dir() else [path]
+        size, known = sum(file.stat().st_size for file in files), store.load(name, "bytes")
+        if known is None or known["bytes"] != size:
+            ahead[name] = size
+    return dict(sorted(ahead.items(), key=lambda item: (-item[1], item[0])))
 
 
 def refuse_lost(lost: list[str], allowed: int) -> None:
     """Raises InputError where more videos are lost than --allow-missing says."""
     if len(lost) > allowed:
-        raise InputError(
-            f"{len(lost)} videos are missing or damaged (--allow-missing goes without): {summarise(lost, 4)}"
-        )
+        say = f"{len(lost)} videos are missing or damaged (--allow-missing goes without)"
+        raise InputError(f"{say}: {summarise(lost, 4)}")

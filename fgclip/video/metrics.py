@@ -21,12 +21,10 @@ ALARM = 0.5  # a score above it is an alarm
 @dataclass(frozen=True)
 class VideoScores:
     """What a model says of a video of so many decoded frames, and what is known of it.
-
     classes: () of a normal video. events: (start, end, class) in frames, class "" where it may be any of the video's;
     None where it is not known when they are. scores (T,): how likely an event is in each clip, T = ceil(frames /
     clip_frames); class_scores (T, 1 + C): the probabilities of normal and of each class. rate: frames per second.
-    Raises InputError where the sizes do not fit.
-    """
+    Raises InputError where sizes do not fit."""
 
     name: str
     classes: tuple[str, ...]
@@ -43,15 +41,6 @@ class VideoScores:
             raise InputError(f"{self.name}: {sizes} for {self.frames} frames in clips of {self.clip_frames}")
         if not (np.isfinite(self.scores).all() and np.isfinite(self.class_scores).all()):
             raise InputError(f"{self.name}: some scores are not finite")
-
-    @property
-    def known(self) -> bool:
-        """Whether it is known of each frame if it is normal."""
-        return self.events is not None or not self.classes
-
-    def of_class(self, column: int, name: str) -> "VideoScores":
-        """The same with the scores of one class, and its events alone."""
-        return replace(self, scores=self.class_scores[:, column], events=[e for e in self.events or () if e[2] == name])
 
 
 def by_frame(videos: Sequence[VideoScores]) -> tuple[np.ndarray, np.ndarray]:
@@ -86,11 +75,9 @@ def _above(scores: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def proposals(video: VideoScores) -> list[np.ndarray]:
-    """For each column of class_scores (n, 3): start and end in frames and the score of what it proposes as events.
-
-    Runs of at least two frames strictly above max - 0.6 (max - min), scored by their highest plus 0.7 times the mean
-    of the highest sixteenth of the frames, the last clip counted whole: so measures VadCLIP (Wu et al. 2024).
-    """
+    """For each column of class_scores (n, 3): start and end in frames and the score of what it proposes as events. Runs
+    of at least two frames strictly above max - 0.6 (max - min), scored by their highest plus 0.7 times the mean of the
+    highest sixteenth of the frames, the last clip counted whole: so measures VadCLIP (Wu et al. 2024)."""
     x, size = video.class_scores, video.clip_frames  # (T, 1 + C)
     count = max(1, len(x) * size // 16)  # frames
     taken = np.clip(count - size * np.arange(len(x)), 0, size)[:, None]  # of each clip, highest first
@@ -106,19 +93,17 @@ def proposals(video: VideoScores) -> list[np.ndarray]:
 
 def detection_map(videos: Sequence[VideoScores], names: Sequence[str | None], thresholds=THRESHOLDS) -> np.ndarray:
     """Average precision (len(names), thresholds) of the proposals for each column of class_scores; NaN without events.
-
-    names: the class of each column; None: its events are the normal videos as wholes. Of the unused events of its
-    class and video a proposal takes the one of largest IoU, and is a hit where that reaches the threshold.
-    """
+    names: the class of each column; None: its events are the normal videos as wholes. Of the unused events of its class
+    and video a proposal takes the one of largest IoU, and is a hit where that reaches the threshold."""
     result, found = np.full((len(names), len(thresholds)), np.nan), [proposals(video) for video in videos]
     for column, name in enumerate(names):
         events = {i: [event[:2] for event in v.events or () if event[2] == name] for i, v in enumerate(videos)}
         if name is None:
             events = {i: [] if video.classes else [(0, video.frames)] for i, video in enumerate(videos)}
         count = sum(map(len, events.values()))
-        rows = np.concatenate([np.empty((0, 4)), *(np.insert(one[column], 3, i, 1) for i, one in enumerate(found))])
-        rows = rows[np.argsort(-rows[:, 2], kind="stable")]  # (n, 4)
-        near = [(rank, *rows[rank - 1, [3, 0, 1]]) for rank in range(1, 1 + len(rows)) if events[rows[rank - 1, 3]]]
+        rows = [(*row, i) for i, columns in enumerate(found) for row in columns[column].tolist()]
+        rows.sort(key=lambda row: -row[2])
+        near = [(rank, i, start, end) for rank, (start, end, _, i) in enumerate(rows, start=1) if events[i]]
         for place, threshold in enumerate(thresholds) if count else ():
             hits, unused = [], {i: list(some) for i, some in events.items()}
             for rank, i, start, end in near:
@@ -133,8 +118,8 @@ def detection_map(videos: Sequence[VideoScores], names: Sequence[str | None], th
 def frame_figures(videos: Sequence[VideoScores]) -> dict[str, float]:
     """auc and ap of all frames, the same of anomalous videos, the mean of their own AUC, and the share of the frames
     without an event that raise an alarm; video_auc: of the highest scores, also of videos with unknown events."""
-    known, anomalous = [v for v in videos if v.known], [v for v in videos if v.known and v.classes]
-    (scores, truth), highest = by_frame(known), np.array([video.scores.max() for video in videos])
+    known, highest = [v for v in videos if v.events is not None], np.array([video.scores.max() for video in videos])
+    (scores, truth), anomalous = by_frame(known), [v for v in known if v.classes]
     return dict(
         auc=frame_auc(scores, truth), ap=average_precision(scores, truth),
         anomalous_auc=frame_auc(*by_frame(anomalous)), anomalous_ap=average_precision(*by_frame(anomalous)),
@@ -160,23 +145,22 @@ def oracles(videos: Sequence[VideoScores]) -> dict[str, list[VideoScores]]:
 
 def anomaly_report(videos: Sequence[VideoScores], classes: Sequence[str], *, normal_counts: bool = False) -> dict:
     """Nested dict of plain ints and floats in 0..1, NaN where something cannot be measured.
-
     scores: `frame_figures` of the anomaly score, of 1 - p(normal) and of the `oracles`. classes: of each class its
     videos, events, auc within its videos, one_vs_rest_auc of its own score, and mAP. map: by threshold and averaged,
     the mean of the classes that have events, and that over 1 + C as published, where those without count 0. top1: how
-    often the class that is highest in an anomalous video's best sixteenth is one of its own. counts.
-    Videos of events without a class have no part in one_vs_rest_auc and map.
-    normal_counts: normal is a class with events in the published mean, as for XD-Violence.
-    """
-    if not any(video.known for video in videos):
+    often the class that is highest in an anomalous video's best sixteenth is one of its own. Videos of events without a
+    class have no part in one_vs_rest_auc and map.
+    normal_counts: normal is a class with events in the published mean, as for XD-Violence."""
+    known, anomalous = [v for v in videos if v.events is not None], [v for v in videos if v.classes]
+    if not known:
         raise InputError("expected at least one video of which it is known when its events are, found none")
-    known, anomalous = [v for v in videos if v.known], [v for v in videos if v.classes]
-    clear, rows = [v for v in known if all(kind for *_, kind in v.events or ())], {}
+    clear, rows = [v for v in known if all(kind for *_, kind in v.events)], {}
     precision = detection_map(clear, [None if normal_counts else "", *classes])  # (1 + C, thresholds)
     for column, name in enumerate(classes, start=1):
-        own, as_one = [v for v in known if name in v.classes], [v.of_class(column, name) for v in clear]
+        own, events = [v for v in known if name in v.classes], [[e for e in v.events if e[2] == name] for v in clear]
+        as_one = [replace(v, scores=v.class_scores[:, column], events=e) for v, e in zip(clear, events, strict=True)]
         rows[name] = dict(
-            videos=sum(name in v.classes for v in videos), events=sum(len(v.events) for v in as_one),
+            videos=sum(name in v.classes for v in videos), events=sum(map(len, events)),
             auc=frame_auc(*by_frame(own)), one_vs_rest_auc=frame_auc(*by_frame(as_one)), map=_mean(precision[column]),
         )  # fmt: skip
     best = [np.sort(v.class_scores[:, 1:], axis=0)[-1 - len(v.scores) // 16 :].mean(axis=0).argmax() for v in anomalous]
@@ -200,12 +184,6 @@ def anomaly_report(videos: Sequence[VideoScores], classes: Sequence[str], *, nor
 
 def report_text(report: dict) -> str:
     """The tables of an `anomaly_report`, shares in percent, a dash where something cannot be measured."""
-
-    def table(rows: dict[str, dict], corner: str) -> str:
-        cells = [[name, *(_cell(value) for value in row.values())] for name, row in rows.items()]
-        names = next(iter(rows.values()), {})
-        return aligned([[corner, *(name.replace("_", " ") for name in names)], *cells])
-
     counts, classes = report["counts"], report["classes"]
     with_events = sum(row["events"] > 0 for row in classes.values())
     maps = {f"mean of the {with_events} classes with events": report["map"]["with_events"]}
@@ -215,8 +193,13 @@ def report_text(report: dict) -> str:
     said += f"; {counts['unclear']} of events without a class count for none" if counts["unclear"] else ""
     shares = f"mean one vs rest AUC {_cell(report['mean_one_vs_rest_auc'])}; "
     shares += f"top 1 class of anomalous videos {_cell(report['top1'])}"
-    tables = [table(report["scores"], "%"), table(classes, "% by class") + "\n" + shares, table(maps, "mAP@IoU, %")]
+    tables = _table(report["scores"], "%"), f"{_table(classes, '% by class')}\n{shares}", _table(maps, "mAP@IoU, %")
     return "\n\n".join([said, *tables])
+
+
+def _table(rows: dict[str, dict], corner: str) -> str:
+    names = [name.replace("_", " ") for name in next(iter(rows.values()), {})]
+    return aligned([[corner, *names], *([name, *map(_cell, row.values())] for name, row in rows.items())])
 
 
 def _cell(value: float) -> str:

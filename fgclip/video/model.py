@@ -46,21 +46,18 @@ class GatedPool(nn.Module):
 
 class TemporalHead(nn.Module):
     """Scores of a video's clips, each seeing its neighbours.
-
-    Frame features y = unit(x + W e), with x CLIP's own feature of the clip and e its context. W starts at 0: the class
-    logits of an untrained head are zero-shot CLIP's.
-    dim: width D of CLIP's features. classes: C, kinds of events; a video without is one more, row 0 of the texts.
-    inputs: those of INPUTS that it sees, standardised by `standardise`. layers, heads: of the transformer.
-    window: clips that a clip sees to either side, in each layer.
-    """
+    Frame features are y = unit(x + W e), with x CLIP's own feature of the clip and e its context. W starts at 0: the
+    class logits of an untrained head are zero-shot CLIP's.
+    dim: width D of CLIP's features. classes: C, without normal. inputs: those of INPUTS that it sees. window: clips
+    that a clip sees to either side, in each layer."""
 
     def __init__(
         self, dim: int, *, classes: int, inputs: Sequence[str] = INPUTS, layers: int = 2, window: int = 4,
         heads: int = 8, dropout: float = 0.1,
     ):  # fmt: skip
         super().__init__()
-        self.kwargs = dict(dim=dim, classes=classes, inputs=list(inputs), layers=layers, window=window)
-        self.kwargs |= dict(heads=heads, dropout=dropout)
+        sizes = dict(dim=dim, classes=classes, layers=layers, window=window, heads=heads)
+        self.kwargs = sizes | dict(inputs=list(inputs), dropout=dropout)
         self.inputs, self.window, self.reach = tuple(inputs), window, layers * window
         width = sum(4 if name == "amount" else dim for name in inputs)
         self.register_buffer("mean", torch.zeros(width))
@@ -77,7 +74,7 @@ class TemporalHead(nn.Module):
         self.pool = GatedPool(dim)
 
     def standardise(self, videos: Sequence[Mapping[str, Tensor]]) -> None:
-        """Keep mean and spread of the clips of these videos, dicts of (T, ...) each."""
+        """Keep mean and spread of the clips of videos, dicts of (T, ...) each."""
         count, total, squares = 0, 0.0, 0.0
         for video in videos:  # one after the other: all clips of a data set at once are gigabytes
             clips = self.stacked(video).double()
@@ -94,11 +91,9 @@ class TemporalHead(nn.Module):
         self, features: Mapping[str, Tensor], mask: Tensor, texts: Tensor, spans: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor]:
         """Features of clips, by name (B, T, ...), which of them there are (B, T) bool, and unit texts (1 + C, D).
-
         spans: stretches of clips to be pooled: videos, starts and ends (N,).
         -> anomaly (B, T) and classes (B, T, 1 + C), logits; frames (B, T, D), texts (1 + C, D) with what was learnt,
-        and spans (N, D), unit vectors; scale, the multiplier of the cosines.
-        """
+        and spans (N, D), unit vectors; scale, the multiplier of the cosines."""
         x = self.dropout(self.embed((self.stacked(features) - self.mean) / self.spread))  # (B, T, D)
         place = torch.arange(x.shape[1], device=x.device)
         near = (place[:, None] - place).abs() <= self.window
@@ -142,11 +137,8 @@ def class_prompts(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 class VideoModel(nn.Module):
     """Towers, temporal head and class texts.
-
-    prompts: class name -> sentences; first that of a video without an event, then the C events.
-    clips: keywords of `ClipEncoder` that say what a clip is: clip_frames and frames_per_clip.
-    supervision: what it was trained with, for the first line of an evaluation.
-    """
+    prompts: class name -> sentences; first that of normal videos, then the C events. clips: clip_frames and
+    frames_per_clip of `ClipEncoder`. supervision: what it was trained with, for the first line of an evaluation."""
 
     def __init__(
         self, fgclip: FGCLIP, head: TemporalHead, tokenizer: Tokenizer, *, prompts: Mapping[str, Sequence[str]],
@@ -166,7 +158,7 @@ class VideoModel(nn.Module):
         return tuple(self.prompts)[1:]
 
     def select(self, part: str, losses: Collection[str]) -> None:
-        """Let the "towers" or the "head" learn, as far as these losses reach. The other part stands still."""
+        """Let the "towers" or the "head" alone learn, as far as these losses reach."""
         towers = part == "towers"
         self.fgclip.requires_grad_(towers)
         self.head.requires_grad_(not towers)
@@ -216,14 +208,12 @@ class VideoModel(nn.Module):
         """What a checkpoint holds beside the weights, as plain values."""
         return dict(
             model_kwargs=self.fgclip.config, head_kwargs=self.head.kwargs, merges=self.tokenizer.merges,
-            prompts={name: list(texts) for name, texts in self.prompts.items()}, clips=self.clips,
-            supervision=self.supervision,
+            prompts=self.prompts, clips=self.clips, supervision=self.supervision,
         )  # fmt: skip
 
 
 def load_video_model(path: str | Path, weights: str = "ema") -> VideoModel:
-    """The model of a checkpoint of train_video.py, in evaluation mode on the CPU. Raises InputError for other files.
-    weights: "ema" takes the averaged weights where there are any, "raw" the trained ones."""
+    """The model of a checkpoint of train_video.py, in evaluation mode on the CPU. weights: as in `load_model`."""
     run = read_run(Path(path))
     if run is None or run.get("script") != "video" or "head_kwargs" not in run:
         raise InputError(f"{path} is not a checkpoint of train_video.py")
@@ -243,13 +233,8 @@ def load_video_model(path: str | Path, weights: str = "ema") -> VideoModel:
 def load_towers(
     path: str | Path, vocab: str | Path | None = None, *, weights: str = "ema", image_size: int | None = None
 ) -> tuple[FGCLIP, Tokenizer]:
-    """Towers, in evaluation mode on the CPU, and tokenizer, as of `load_model`; a run of train_video.py needs no vocab.
-    image_size: side of the square frames that they are to see, instead of their own."""
-    if (read_run(Path(path)) or {}).get("script") == "video":
-        model = load_video_model(path, weights)
-        towers, tokenizer = model.fgclip, model.tokenizer
-    else:
-        towers, tokenizer = load_model(path, vocab, weights=weights)
+    """What `load_model` returns. image_size: side of the square frames that the towers are to see, if not their own."""
+    towers, tokenizer = load_model(path, vocab, weights=weights)
     if image_size not in (None, towers.vision_model.image_size):
         check_image_size(towers, image_size)
         towers = towers.with_image_size(image_size).eval()

@@ -1,7 +1,4 @@
-"""Data sets of videos: which videos there are, what happens in them and when.
-
-Times are seconds (float64) from the beginning of a video.
-"""
+"""Data sets of videos: which there are, and what happens in them when, in seconds (float64) from their beginning."""
 
 import os
 import re
@@ -25,6 +22,7 @@ XD_CLASSES = dict(B1="fighting", B2="shooting", B4="riot", B5="abuse", B6="car a
 Event = tuple[float, float, str]  # start and end in seconds, class
 # By name: the classes of training and of test videos, events where there is an annotation, and paths that a list gives.
 Layout = tuple[dict, dict, dict, dict]
+Found = dict[str, list[Path]]  # the paths of videos and folders of images by name
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,21 +36,15 @@ class Track:
     negatives: tuple[str, ...] = ()
 
     @property
-    def span(self) -> tuple[float, float]:
-        """Times of the first and the last key in s."""
-        return float(self.stretches[0][0][0]), float(self.stretches[-1][0][-1])
+    def spans(self) -> list[tuple[float, float]]:
+        """First and last time of each stretch in s."""
+        return [(float(times[0]), float(times[-1])) for times, _ in self.stretches]
 
-    def boxes_at(self, times: np.ndarray, margin: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes (m, 4) at times (m,) in s, linear within a stretch, and whether there is one (m,) bool; else zeros.
-        margin: up to so many seconds outside of a stretch the box of its end is valid."""
-        times = np.asarray(times, dtype=np.float64)
-        boxes, nearest = np.zeros((len(times), 4)), np.full(len(times), np.inf)
-        for keys, sides in self.stretches:
-            away = np.maximum(0, np.maximum(keys[0] - times, times - keys[-1]))  # (m,)
-            here = (away < nearest) & (away <= margin + 1e-6)
-            boxes[here] = np.stack([np.interp(times[here], keys, side) for side in sides.T], axis=1)
-            nearest[here] = away[here]
-        return boxes, np.isfinite(nearest)
+    def box_at(self, time: float, margin: float = 0.0) -> np.ndarray | None:
+        """The box (4,) at a time in s, linear within a stretch, and up to `margin` s outside of one that of its end."""
+        away = [max(start - time, time - end, 0) for start, end in self.spans]
+        times, boxes = self.stretches[int(np.argmin(away))]
+        return np.array([np.interp(time, times, side) for side in boxes.T]) if min(away) <= margin + 1e-6 else None
 
 
 @dataclass(frozen=True)
@@ -118,8 +110,8 @@ def stem(name: str) -> str:
     return base if suffix.lower() in VIDEO_SUFFIXES else name
 
 
-def scan(root: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """Below a root, links followed: the paths of videos and folders of images by name, and those of texts."""
+def scan(root: Path) -> tuple[Found, list[Path]]:
+    """The videos and the texts below a root, links followed."""
     if not root.is_dir():
         raise InputError(f"{root} is not a folder; expected the root of a data set of videos")
     videos, texts, seen = {}, [], set()
@@ -162,8 +154,7 @@ def ucf_list(path: Path) -> dict[str, Path]:
     """Name -> CLASS/NAME.mp4, of Anomaly_Train.txt or Anomaly_Test.txt."""
     videos = {}
     for line in read_lines(path, "CLASS/NAME.mp4 in a line"):
-        parts = line.replace("\\", "/").split("/")[-2:]
-        if len(parts) < 2:
+        if len(parts := line.replace("\\", "/").split("/")[-2:]) < 2:
             raise InputError(f"{path}: expected CLASS/NAME.mp4, got {shown(line)}")
         videos[stem(line)] = Path(*parts)
     return videos
@@ -202,7 +193,7 @@ def xd_classes(name: str) -> tuple[str, ...]:
     return tuple(XD_CLASSES[code] for code in found[1].split("-") if code in XD_CLASSES) if found else ()
 
 
-def ucf_crime(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> Layout:
+def ucf_crime(root: Path, split: str, files: Found, texts: list[Path]) -> Layout:
     """Videos of the published lists; the class is their folder there."""
     train, test = (agreed(texts, ucf_list, f"Anomaly_{name}.txt") for name in ("Train", "Test"))
     known = ("Temporal_Anomaly_Annotation*.txt", "test_with_frame_counts.txt")
@@ -210,33 +201,29 @@ def ucf_crime(root: Path, split: str, files: dict[str, list[Path]], texts: list[
     if not test or not (train if split == "train" else times):
         wanted = "Anomaly_Train.txt" if split == "train" else known[0]
         raise InputError(f"{root} holds no Anomaly_Test.txt with {wanted}; --format folders needs no list")
-    if both := sorted(train.keys() & test.keys()):
-        raise InputError(
-            f"{root}: {len(both)} videos are in Anomaly_Train.txt and Anomaly_Test.txt: {summarise(both, 3)}"
-        )
-    if unknown := sorted(test.keys() - times.keys()) if split == "test" else []:
-        raise InputError(
-            f"{root}: the annotation lacks {len(unknown)} videos of Anomaly_Test.txt: {summarise(unknown, 3)}"
-        )
+    unknown = test.keys() - times.keys() if split == "test" else ()
+    for names, place in ((train.keys() & test.keys(), "in Anomaly_Train.txt, too"), (unknown, "not in the annotation")):
+        if names:
+            said = f"{len(names)} videos of Anomaly_Test.txt are {place}"
+            raise InputError(f"{root}: {said}: {summarise(sorted(names), 3)}")
     classes = ({name: class_of(path.parts[0]) for name, path in half.items()} for half in (train, test))
     return *classes, times, train | test
 
 
-def xd_violence(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> Layout:
+def xd_violence(root: Path, split: str, files: Found, texts: list[Path]) -> Layout:
     """Test videos are those of the annotation, and those below a folder whose name begins with `test`."""
     known = ("annotations_multiclasses.txt", "annotations.txt")
     times = agreed(texts, partial(annotation, rate=XD_RATE), *known)
     if not times:
         raise InputError(f"{root} holds no {known[1]} or {known[0]} of XD-Violence")
-    train, test = {name for name in files if "_label_" in name}, set(times)
-    for name in train:
-        parts = [part for path in files[name] for part in path.relative_to(root).parts[:-1]]
-        test |= {name} if any(part.lower().startswith("test") for part in parts) else set()
+    train = {name for name in files if "_label_" in name}
+    paths = [(name, f"/{path.relative_to(root)}".lower()) for name in train for path in files[name]]
+    test = {name for name, path in paths if fnmatch(path, "*/test*/*")} | set(times)
     classes = ({name: xd_classes(name) for name in sorted(half)} for half in (train - test, test))
     return *classes, times, {}
 
 
-def folders(root: Path, split: str, files: dict[str, list[Path]], texts: list[Path]) -> Layout:
+def folders(root: Path, split: str, files: Found, texts: list[Path]) -> Layout:
     """root/CLASS/VIDEO, or root/train/CLASS/VIDEO and root/test/CLASS/VIDEO; the class of normal videos says so."""
     halves = [name for name in ("train", "test") if (root / name).is_dir()]
     if halves and split not in halves:
@@ -257,22 +244,19 @@ FORMATS = {"ucf-crime": ucf_crime, "xd-violence": xd_violence, "folders": folder
 
 def read_videos(root: str | Path, format: str, split: str) -> VideoSet:
     """The "train" or "test" videos of a data set in one of FORMATS.
-
-    Lists and annotation are found by their published names anywhere below the root, videos by theirs. Raises
-    InputError where lists are missing, empty or disagree, a name stands for two videos, or training has one label.
-    """
+    Lists and annotation are found by their published names anywhere below the root, videos by theirs. Raises InputError
+    where lists are missing, empty or disagree, a name stands for two videos, or training has one label."""
     files, texts = scan(Path(root))
     train, test, times, listed = FORMATS[format](Path(root), split, files, texts)
     records = []
     for name, classes in (train if split == "train" else test).items():
         path, events = one_path(files.get(name, []), listed.get(name)), times.get(name, None if classes else ())
         records.append(VideoRecord(name, path, classes, events, source=name.partition("__#")[0]))  # as XD names parts
-    kinds = {bool(record.classes) for record in records}
+    kinds = {"anomalous" if record.classes else "normal" for record in records}
     if not kinds:
         raise InputError(f"{root} holds no videos to {split} with, as {format} has them")
     if split == "train" and len(kinds) == 1:
-        kind = "anomalous" if kinds.pop() else "normal"
-        raise InputError(f"{root}: every training video is {kind}; expected normal and anomalous ones")
+        raise InputError(f"{root}: every training video is {kinds.pop()}; expected normal and anomalous ones")
     copies = sorted(record.name for record in records if len(files.get(record.name, ())) > 1)
     notes = (f"{len(copies)} videos have equal copies, which are not read: {summarise(copies, 20)}",) if copies else ()
     names = sorted({kind for classes in (train | test).values() for kind in classes})
@@ -287,7 +271,6 @@ def hold_out(videos: VideoSet, share: float, seed: int) -> tuple[VideoSet, Video
         groups.setdefault(record.classes, set()).add(record.source)
     held, rng = set(), np.random.default_rng(seed)
     for sources in (sorted(groups[classes]) for classes in sorted(groups)):
-        count = min(len(sources) - 1, max(1, round(share * len(sources)))) if share else 0
+        count = min(len(sources) - 1, max(1, round(share * len(sources))))
         held.update(rng.permutation(sources)[:count].tolist())
-    parts = ([r for r in videos.records if (r.source in held) is apart] for apart in (False, True))
-    return tuple(map(videos.of, parts))
+    return tuple(videos.of(r for r in videos.records if (r.source in held) is apart) for apart in (False, True))

@@ -1,13 +1,10 @@
-"""What a training step sees of a video, and the losses of the head: a label per video, captions and tracks.
-
-The towers see one frame with boxes, the head all clips. Means are over all ranks.
-"""
+"""What a training step sees of a video, and the losses of the head: a label per video, captions and tracks. The towers
+see one frame with boxes, the head all clips. Means are over all ranks."""
 
 import random
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -17,7 +14,7 @@ from torch.utils.data import Dataset
 
 from fgclip.data import Record, Region, Sample, draw_sample
 from fgclip.images import preprocess
-from fgclip.losses import PairBank, hard_negative_loss, symmetric_loss
+from fgclip.losses import hard_negative_loss, symmetric_loss
 from fgclip.video.features import Clips
 from fgclip.video.records import VideoRecord, VideoSet
 from trainkit.device import to_device
@@ -30,11 +27,9 @@ SPANS = 4  # captions and tracks of a video per visit of the head
 
 
 class VideoFrames(Dataset):
-    """A frame of each video, drawn anew at every visit, as a `Sample`: tracks are its regions.
-
-    A video about which nothing is said stands for another. Label 1 says that a track of an event is in the frame.
-    margin: seconds beyond its key frames up to which a track is taken to be there.
-    """
+    """A frame of each video, drawn anew at every visit, as a `Sample`: tracks are its regions. A video about which
+    nothing is said stands for another. Label 1 says that a track of an event is in the frame.
+    margin: seconds beyond its key frames up to which a track is taken to be there."""
 
     def __init__(self, videos: VideoSet, *, image_size: int, margin: float, seed: int):
         self.videos, self.image_size, self.margin, self.seed = videos, image_size, margin, seed
@@ -60,12 +55,12 @@ class VideoFrames(Dataset):
             record = draw.choice(self.spoken)
         events = [track for track in record.tracks if track.event]
         tracks = events if events and draw.random() < EVENT_SHARE else record.tracks
-        spans = [(times[0], times[-1]) for track in tracks for times, _ in track.stretches]
+        spans = [span for track in tracks for span in track.spans]
         spans = spans or [(span.start, min(span.end, span.start + WHOLE)) for span in record.captions]
         start, end = draw.choices(spans, [end - start + 1e-3 for start, end in spans])[0]
         moment = draw.uniform(start, end)
-        there = [(track, *track.boxes_at(np.array([moment]), self.margin)) for track in record.tracks]
-        there = [(track, boxes[0]) for track, boxes, inside in there if inside[0]]
+        there = [(track, track.box_at(moment, self.margin)) for track in record.tracks]
+        there = [(track, box) for track, box in there if box is not None]
         captions = [span.text for span in record.captions if span.start <= moment <= span.end]
         captions = captions or [span.text for span in record.captions[:1]] or [""]
         picture = Record(
@@ -76,47 +71,29 @@ class VideoFrames(Dataset):
         return record, moment, draw_sample(picture, draw)
 
 
-@dataclass
-class Bag:
-    """A video's clips (T, ...) by name, the rows of the class texts (1 + C,), and some of its captions and tracks.
-
-    spans: first clip, end, whether it is a track's, whether it is of an event, and rows of texts: its own, and those of
-    its altered phrases.
-    """
-
-    features: dict[str, Tensor]
-    target: Tensor
-    spans: list[tuple[int, int, bool, bool, list[int]]]
-    source: str
-
-
 class ClipBags(Dataset):
     """Videos as bags of clips. A longer one is averaged to `most_clips` stretches, as is the field's rule.
-
-    clips: name of a video -> its features; one without stands for the next with the same label.
-    clip_frames: frames per clip. rows: of what captions and tracks say, in the table of its features.
-    """
+    A bag is a video's clips (T, ...) by name, its classes (1 + C,), which sum to 1, its name, and some of its captions
+    and tracks: first clip, end, whether it is a track and of an event, rows of its text and of altered ones.
+    clips: name of a video -> its features; one without stands for the next with the same label. rows: of what captions
+    and tracks say, in the table of its features."""
 
     def __init__(self, videos: VideoSet, clips: Mapping[str, Clips], *, clip_frames: int, most_clips: int, seed: int):
         self.videos, self.clips = videos, clips
         self.clip_frames, self.most_clips, self.seed = clip_frames, most_clips, seed
-        texts = dict.fromkeys(text for record in videos.records for *_, said in self.spans(record) for text in said)
+        self.said: dict[str, list] = {}  # like the spans of a bag, but for seconds and texts
+        for record in videos.records:
+            parts = [(span.start, span.end, False, span.event, [span.text]) for span in record.captions]
+            for track in record.tracks:
+                parts += [(*span, True, track.event, [track.phrases[0], *track.negatives]) for span in track.spans]
+            self.said[record.name] = parts
+        texts = dict.fromkeys(text for parts in self.said.values() for *_, said in parts for text in said)
         self.rows = {text: row for row, text in enumerate(texts)}
-
-    @staticmethod
-    def spans(record: VideoRecord) -> list[tuple[float, float, bool, bool, list[str]]]:
-        """Captions and tracks: start and end in s, whether it is a track and of an event, its text and altered ones."""
-        spans = [(span.start, span.end, False, span.event, [span.text]) for span in record.captions]
-        return spans + [
-            (times[0], times[-1], True, track.event, [track.phrases[0], *track.negatives])
-            for track in record.tracks
-            for times, _ in track.stretches
-        ]
 
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, key: tuple[int, int]) -> Bag:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[dict[str, Tensor], Tensor, str, list[tuple]]:
         epoch, index = key
         records = self.videos.records[index:] + self.videos.records[:index]
         record = next(r for r in records if r.name in self.clips and bool(r.classes) == bool(records[0].classes))
@@ -129,12 +106,12 @@ class ClipBags(Dataset):
         target = torch.zeros(1 + len(self.videos.classes))
         rows = [1 + self.videos.classes.index(name) for name in record.classes] or [0]
         target[rows] = 1 / len(rows)
-        draw, parts, spans = random.Random(f"{self.seed} {epoch} {index}"), self.spans(record), []
+        draw, parts, spans = random.Random(f"{self.seed} {epoch} {index}"), self.said[record.name], []
         for start, end, tracked, event, said in draw.sample(parts, min(SPANS, len(parts))):
             first = min(int(start / seconds), length - 1)
             last = max(first + 1, round(min(end / seconds, length)))
             spans.append((first, last, tracked, event, [self.rows[text] for text in said]))
-        return Bag(features, target, spans, record.name)
+        return features, target, record.name, spans
 
 
 def shortened(values: Tensor, count: int) -> Tensor:
@@ -144,26 +121,20 @@ def shortened(values: Tensor, count: int) -> Tensor:
     return ((sums[ends[1:]] - sums[ends[:-1]]) / (ends[1:] - ends[:-1])[:, None]).float()
 
 
-def collate_bags(samples: Sequence[Bag]) -> dict:
+def collate_bags(bags: Sequence[tuple]) -> dict:
     """features (B, T, ...) padded with 0, mask (B, T), targets (B, 1 + C), sources, and int64: spans (N, 6) of video,
     first clip, end, kind (1 of a track), label (1 of an event) and text; hard (H,) texts of the spans hard_rows (J,)
     that have altered ones, each span's own first, and their hard_counts (J,)."""
-    spans = [(i, *span) for i, sample in enumerate(samples) for span in sample.spans]
-    lengths = torch.tensor([len(sample.features["global"]) for sample in samples])
+    features, targets, sources, said = zip(*bags, strict=True)
+    spans = [(i, *span) for i, own in enumerate(said) for span in own]
     hard = {i: texts for i, (*_, texts) in enumerate(spans) if len(texts) > 1}
-    numbers = dict(
-        spans=[(*map(int, span), texts[0]) for *span, texts in spans], hard_rows=list(hard),
-        hard=sum(hard.values(), []), hard_counts=list(map(len, hard.values())),
-    )  # fmt: skip
-    numbers = {name: torch.tensor(rows, dtype=torch.int64) for name, rows in numbers.items()}
-    return numbers | dict(
-        features={
-            name: pad_sequence([sample.features[name] for sample in samples], batch_first=True)
-            for name in samples[0].features
-        },
-        spans=numbers["spans"].view(-1, 6), mask=torch.arange(int(lengths.max())) < lengths[:, None],
-        targets=torch.stack([sample.target for sample in samples]), sources=[sample.source for sample in samples],
-    )  # fmt: skip
+    rows = dict(hard=sum(hard.values(), []), hard_rows=list(hard), hard_counts=list(map(len, hard.values())))
+    rows["spans"] = [(*map(int, span), texts[0]) for *span, texts in spans]
+    batch = {name: torch.tensor(values, dtype=torch.int64) for name, values in rows.items()}
+    batch["spans"] = batch["spans"].view(-1, 6)
+    batch["features"] = {name: pad_sequence([each[name] for each in features], True) for name in features[0]}
+    batch["mask"] = pad_sequence([torch.ones(len(each["global"]), dtype=torch.bool) for each in features], True)
+    return batch | dict(targets=torch.stack(targets), sources=list(sources))
 
 
 def top_mean(values: Tensor, mask: Tensor, share: float = 1 / 16) -> Tensor:
@@ -203,25 +174,18 @@ def smoothness(anomaly: Tensor, mask: Tensor) -> Tensor:
 
 class VideoLoss:
     """The losses loss_* of the head, named as in LOSSES, and metrics.
+    names: those that are computed. banks: negatives for "track" and "caption" from earlier steps. texts, ids: unit
+    vectors (U, D) and `caption_ids` (U,) of what captions and tracks say. top_share: of a video's clips that its label
+    is about."""
 
-    names: those that are computed. banks: negatives for "track" and "caption" from earlier steps.
-    texts, ids: unit vectors (U, D) and `caption_ids` (U,) of what captions and tracks say.
-    top_share: of a video's clips that its label is about.
-    """
-
-    def __init__(
-        self, names: Collection[str], *, banks: Mapping[str, PairBank], texts: Tensor, ids: Tensor, top_share: float,
-        device,
-    ):  # fmt: skip
+    def __init__(self, names: Collection[str], *, banks: Mapping, texts: Tensor, ids: Tensor, top_share: float, device):
         self.names, self.banks, self.texts, self.ids = set(names), dict(banks.items()), texts, ids
         self.top_share, self.device, self.use_banks = top_share, device, True
 
     def __call__(self, model: nn.Module, batch: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Of a batch of `collate_bags`; captions and tracks are stretches of clips against their texts.
-
         Metrics of "track" and "caption": _r1, hits among what the loss sees; _in_batch, the loss without the bank;
-        _bank, the pairs in it, and _bank_events, those of events where it has two classes.
-        """
+        _bank, the pairs in it, and _bank_events, those of events where it has two classes."""
         batch = to_device(batch, self.device)
         output, mask, metrics = model(batch), batch["mask"], {}
         losses = {
@@ -231,29 +195,22 @@ class VideoLoss:
         }  # fmt: skip
         *_, kinds, labels, rows = batch["spans"].unbind(1)
         for kind, name in enumerate(("caption", "track")):
-            if name in self.names:
-                own = rows[kinds == kind]
-                pairs = output["spans"][kinds == kind], self.texts[own], output["scale"]
-                losses[name] = self.contrast(name, *pairs, self.ids[own], labels[kinds == kind], metrics)
+            if name not in self.names:
+                continue
+            own, bank = kinds == kind, self.banks.get(name)
+            spans, texts, ids = output["spans"][own], self.texts[rows[own]], self.ids[rows[own]]
+            options = dict(ids=ids, bank=bank if self.use_banks else None, with_stats=True)
+            losses[name], stats = symmetric_loss(spans, texts, output["scale"], **options)
+            metrics[f"{name}_r1"] = stats["top1"] / stats["rows_with_negatives"].clamp(min=1)
+            if bank is not None:
+                with torch.no_grad():
+                    metrics[f"{name}_in_batch"] = symmetric_loss(spans, texts, output["scale"], ids=ids)
+                bank.enqueue(spans, texts, ids, labels[own])
+                metrics[f"{name}_bank"] = torch.tensor(len(bank), device=self.device)
+                metrics[f"{name}_bank_events"] = torch.tensor(len(bank.images[-1]), device=self.device)
         if "hard" in self.names:
             losses["hard"] = hard_negative_loss(
                 output["spans"][batch["hard_rows"]], self.texts[batch["hard"]], output["scale"],
                 counts=batch["hard_counts"], ids=self.ids[batch["hard"]],
             )  # fmt: skip
         return {f"loss_{name}": losses[name] for name in LOSSES if name in self.names}, metrics
-
-    def contrast(
-        self, name: str, spans: Tensor, texts: Tensor, scale: Tensor, ids: Tensor, labels: Tensor, metrics: dict
-    ) -> Tensor:
-        """The loss () of unit vectors (N, D) and their texts (N, D), among each other and the bank."""
-        bank = self.banks.get(name)
-        used = bank if self.use_banks else None
-        loss, stats = symmetric_loss(spans, texts, scale, ids=ids, bank=used, with_stats=True)
-        metrics[f"{name}_r1"] = stats["top1"] / stats["rows_with_negatives"].clamp(min=1)
-        if bank is not None:
-            with torch.no_grad():
-                metrics[f"{name}_in_batch"] = symmetric_loss(spans, texts, scale, ids=ids)
-            bank.enqueue(spans, texts, ids, labels)
-            metrics[f"{name}_bank"] = torch.tensor(len(bank), device=self.device)
-            metrics[f"{name}_bank_events"] = torch.tensor(len(bank.images[-1]), device=self.device)
-        return loss

@@ -23,7 +23,7 @@ def test_features_do_without_the_videos(tmp_path, monkeypatch):
     monkeypatch.setattr(VideoSet, "open", lambda self, record: pytest.fail(f"{record.name} is opened"))
     store, width = FeatureStore(tmp_path, KEY), dict(zip(INPUTS, (3, 3, 4), strict=True))
     store.write("kept", Clips({name: np.ones((2, n), np.float16) for name, n in width.items()}, 8, Fraction(30)))
-    model, encoder = SimpleNamespace(scores=scores), SimpleNamespace(store=lambda folder: FeatureStore(folder, KEY))
+    model, encoder = SimpleNamespace(scores=scores), SimpleNamespace(key=KEY)
     videos = VideoSet([VideoRecord(name, None, (), ()) for name in ("kept", "gone")], ())
     with pytest.raises(InputError, match=r"^1 videos are missing or damaged .*: gone \(missing\)$"):
         evaluate_video.scored(model, encoder, videos, tmp_path, 0)

@@ -14,11 +14,11 @@ from scripts import ROOT, refused
 from videos import write_video
 
 from fgclip import FGCLIP, Tokenizer, evaluate_video, watch
+from fgclip.evaluate_video import best_and_worst, clock, draw_curve, peaks
 from fgclip.tokenizer import learn_merges
 from fgclip.video.features import INPUTS, ClipEncoder, Clips
 from fgclip.video.metrics import VideoScores, anomaly_report
 from fgclip.video.model import NORMAL, TemporalHead, VideoModel
-from fgclip.video.plots import Strip, best_and_worst, clock, draw_curve, peaks, thumbnail
 from fgclip.video.records import VideoRecord
 from fgclip.video.synthetic import PROMPTS, SyntheticVideos, sentences
 from trainkit.files import open_image
@@ -117,8 +117,9 @@ def test_videos_in_files(checkpoint, root, tmp_path, capsys, monkeypatch):
     """Features are made once. Frames are counted as in what the files were written from."""
     flags = ("--data-root", root, "--features", tmp_path / "features")
     evaluate(checkpoint, *flags, "--plot", tmp_path / "curves.png")
-    first, plans = capsys.readouterr().out, SyntheticVideos(8, seed=3, image_size=SIDE).plans.values()
-    frames, positives = sum(plan.frames for plan in plans), sum(plan.end - plan.start for plan in plans if plan.event)
+    first, videos = capsys.readouterr().out, SyntheticVideos(8, seed=3, image_size=SIDE)
+    drawn = [videos.open(record) for record in videos.records]
+    frames, positives = sum(each.claimed for each in drawn), sum(each.end - each.start for each in drawn if each.event)
     assert f"8 videos, 4 anomalous; {frames} frames, {positives} in events" in first
     assert (tmp_path / "curves.png").exists()
     with monkeypatch.context() as patch:
@@ -284,9 +285,8 @@ def test_a_strip_is_in_seconds():
     from matplotlib.figure import Figure
 
     one, axes = video([0.1, 0.2, 0.9, 0.3], ((6, 99, "a"),), rate=2), Figure().add_subplot()
-    draw_curve(axes, Strip(one, "a title with $\\frac$", [(5.0, np.zeros((2, 2, 3), np.uint8))]))
+    draw_curve(axes, one, "a title with $\\frac$", [5.0])
     span, curve = axes.patches
     assert span.get_extents().transformed(axes.transData.inverted()).intervalx == pytest.approx([3, 8])
     assert curve.get_data().edges.tolist() == [0, 2, 4, 6, 8] and axes.get_xlim() == (0, 8)
     assert axes.lines[0].get_xydata().tolist() == [[5, 0.9]]
-    assert thumbnail(np.zeros((480, 960, 3), np.uint8)).shape == (120, 240, 3)

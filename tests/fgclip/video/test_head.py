@@ -5,7 +5,6 @@ In two processes, too: this file starts itself for that.
 
 import math
 import sys
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -191,10 +190,11 @@ class Bags:
         randomised(self.model.head)
         self.model.select("head", LOSSES)
         self.clips = {}
-        for name, plan in self.videos.plans.items():
-            arrays = (rng.standard_normal((-(-plan.frames // CLIP_FRAMES), n)) for n in (DIM, DIM, 4))
+        for record in self.videos.records:
+            frames = self.videos.open(record).claimed
+            arrays = (rng.standard_normal((-(-frames // CLIP_FRAMES), n)) for n in (DIM, DIM, 4))
             arrays = dict(zip(INPUTS, (a.astype(np.float16) for a in arrays), strict=True))
-            self.clips[name] = Clips(arrays, frames=plan.frames, rate=Fraction(30))
+            self.clips[record.name] = Clips(arrays, frames=frames, rate=Fraction(30))
         self.banks = {name: PairBank(12, DIM, classes=2) for name in ("track", "caption")}
         table, ids = self.model.embed(list(self.bags().rows))
         self.loss = VideoLoss(LOSSES, banks=self.banks, texts=table, ids=ids, top_share=1 / 16, device="cpu")
@@ -287,7 +287,7 @@ def test_frames_depend_on_seed_epoch_and_index_alone_and_are_often_of_the_event(
         for index, record in enumerate(videos.records):
             own, moment, sample = frames.draw((epoch, index))
             happens = bool(truth(record, 200)[int(moment * 30 + 1e-6)])
-            shown = [track for track in record.tracks if track.boxes_at(np.array([moment]))[1][0]]
+            shown = [track for track in record.tracks if track.box_at(moment) is not None]
             assert own is record and sample.phrases == [track.phrases[0] for track in shown]
             assert sample.record.label == any(track.event for track in shown) <= happens
             labels += [happens] * bool(record.classes)
@@ -300,23 +300,23 @@ def test_bags_hold_classes_and_what_is_said_when():
     own = Bags()
     bags, texts = own.bags(), list(own.bags().rows)
     for index, record in enumerate(own.videos.records):
-        bag = bags[4, index]
-        assert torch.equal(bag.features["motion"], own.clips[record.name].tensors()["motion"])
-        assert bag.target.tolist() == [float(name in (record.classes or ("none",))) for name in ("none", *EVENTS)]
-        assert bag.spans == own.bags()[4, index].spans != bags[5, index].spans and len(bag.spans) == samples.SPANS
-        happens = truth(record, len(bag.features["global"]) * CLIP_FRAMES).reshape(-1, CLIP_FRAMES)
-        for first, end, tracked, event, rows in bag.spans:
+        clips, target, _, spans = bags[4, index]
+        assert torch.equal(clips["motion"], own.clips[record.name].tensors()["motion"])
+        assert target.tolist() == [float(name in (record.classes or ("none",))) for name in ("none", *EVENTS)]
+        assert spans == own.bags()[4, index][3] != bags[5, index][3] and len(spans) == samples.SPANS
+        happens = truth(record, len(clips["global"]) * CLIP_FRAMES).reshape(-1, CLIP_FRAMES)
+        for first, end, tracked, event, rows in spans:
             said = record.tracks if tracked else record.captions
             assert texts[rows[0]] in [t.phrases[0] if tracked else t.text for t in said if t.event == event]
             assert happens[first + 1 : end - 1].all() if event else (len(rows) > 1) == tracked
-        short = own.bags(most_clips=9)[4, index]
-        assert len(short.features["global"]) == 9
-        for (first, end, *_), (before, after, *_) in zip(short.spans, bag.spans, strict=True):
+        short, _, _, parts = own.bags(most_clips=9)[4, index]
+        assert len(short["global"]) == 9
+        for (first, end, *_), (before, after, *_) in zip(parts, spans, strict=True):
             assert 0 <= first < end <= 9 and abs(first - 9 * before / len(happens)) <= 1
             assert abs(end - 9 * after / len(happens)) <= 1
     name = own.videos.records[1].name
     del own.clips[name]
-    assert bags[4, 1].source == own.videos.records[3].name and bags[4, 0].source == own.videos.records[0].name
+    assert bags[4, 1][2] == own.videos.records[3].name and bags[4, 0][2] == own.videos.records[0].name
 
 
 @pytest.mark.parametrize(("length", "count"), [(10, 9), (1000, 256), (7, 2)])
@@ -340,7 +340,7 @@ def test_half_of_the_drawn_videos_have_an_event_each_kind_equally_often(drawn):
     assert drawn.classes == EVENTS and not drawn.missing
     video, again = (SyntheticVideos(count, seed=7).open(drawn.records[1]) for count in (2, 24))
     assert np.array_equal(video.draw(40), again.draw(40))
-    found = list(video.frames(9, (0, 4), last=True))
+    found = list(video.frames(9, (0, 4)))
     last = video.count - 1
     assert [index for index, *_ in found] == [i for i in range(last + 1) if i % 9 in (0, 4) or i == last]
     for (_, _, picture), own in zip(found, video.at([time for _, time, _ in found]), strict=True):
@@ -355,40 +355,43 @@ def extent(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def test_boxes_lie_on_what_they_name(drawn):
     for record in drawn.records[:16]:
-        plan = drawn.plans[record.name]
         video, bare = drawn.open(record), drawn.open(record)
-        if plan.event is None:  # without the thing that is drawn last
-            bare.plan, phrase = replace(plan, kinds=plan.kinds[:2], sides=plan.sides[:2], origin=plan.origin[:2],
-                                        velocity=plan.velocity[:2]), " ".join(plan.kinds[2])  # fmt: skip
-        elif plan.event == "explosion":
-            bare.plan, phrase = replace(plan, event=None), "explosion"
+        if video.event is None:  # without the thing that is drawn last
+            phrase = " ".join(video.kinds[2])
+            for name in ("kinds", "sides", "origin", "velocity"):
+                setattr(bare, name, getattr(video, name)[:2])
+        elif video.event == "explosion":
+            bare.event, phrase = None, "explosion"
         else:
             continue
         (track,) = (track for track in record.tracks if phrase in track.phrases[0])
-        for frame in range(plan.start, plan.end, 5):
-            (box,), inside = track.boxes_at(np.array([frame / 30]))
-            assert inside[0] and abs(extent(video.draw(frame), bare.draw(frame)) - 64 * box).max() <= 2.5
+        for frame in range(video.start, video.end, 5):
+            box = track.box_at(frame / 30)
+            assert abs(extent(video.draw(frame), bare.draw(frame)) - 64 * box).max() <= 2.5
 
 
 def test_labels_tracks_and_captions_agree_with_the_frames(drawn):
     for record in drawn.records:
-        plan = drawn.plans[record.name]
-        happens = np.array([plan.happens(frame) for frame in range(plan.frames)])
-        assert np.array_equal(truth(record, plan.frames), happens)
+        video = drawn.open(record)
+        frames = np.arange(video.claimed)
+        happens = (video.start <= frames) & (frames < video.end) & (video.event is not None)
+        assert np.array_equal(truth(record, video.claimed), happens)
         assert 0.1 < happens.mean() < 0.32 if record.classes else not happens.any()
-        times = np.arange(plan.frames) / 30
-        said = np.zeros((2, plan.frames), int)
+        times = frames / 30
+        said = np.zeros((2, video.claimed), int)
         for span in record.captions:
             said[int(span.event)] += (span.start - 1e-6 <= times) & (times < span.end - 1e-6)
         assert np.array_equal(said, [~happens, happens])
-        things = np.zeros(plan.frames, int)
+        things = np.zeros(video.claimed, int)
         for track in record.tracks:
-            boxes, inside = track.boxes_at(times)
-            assert (boxes[inside, :2] < boxes[inside, 2:]).all() and not {*track.phrases} & {*track.negatives}
+            boxes = [track.box_at(time) for time in times]
+            inside = np.array([box is not None for box in boxes])
+            assert all((box[:2] < box[2:]).all() for box in boxes if box is not None)
+            assert not {*track.phrases} & {*track.negatives}
             assert (inside <= happens).all() if track.event else True
             things += inside & (track.phrases[0] != "an explosion")
         assert (things == 3).all()  # each thing has a phrase at every moment, and one alone
         assert any(track.event for track in record.tracks) == bool(record.classes)
-        steps = np.linalg.norm(np.diff(plan.centres(np.arange(plan.frames))[0], axis=0), axis=1)
-        if plan.event == "speeding":  # five times as fast, but where it turns back
+        steps = np.linalg.norm(np.diff(video.centres(frames)[0], axis=0), axis=1)
+        if video.event == "speeding":  # five times as fast, but where it turns back
             assert np.median(steps[happens[1:] & happens[:-1]]) > 4 * np.median(steps[~happens[1:]])

@@ -110,7 +110,6 @@ def test_frames_of_clips():
     """The end of an event is left out; events may overlap, and may end behind the video."""
     one = video([0, 0, 0, 0], ((3, 6, "a"), (5, 9, "b"), (13, 99, "a")), frames=14)
     assert by_frame([one])[1].nonzero()[0].tolist() == [3, 4, 5, 6, 7, 8, 13]
-    assert by_frame([one.of_class(2, "b")])[1].nonzero()[0].tolist() == [5, 6, 7, 8]
     assert (
         by_frame([replace(one, scores=np.arange(4)), one])[0].tolist()
         == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 2 + [0] * 14
@@ -207,5 +206,5 @@ def test_events_without_a_class_count_for_none():
 
 
 def test_normal_videos_alone_have_no_curve():
-    figures = frame_figures([video([0.2, 0.9], ()), video([0.7, 0.1], None, ())])
+    figures = frame_figures([video([0.2, 0.9], ()), video([0.7, 0.1], ())])
     assert figures.pop("false_alarms") == 0.5 and all(math.isnan(value) for value in figures.values())
