@@ -3,6 +3,7 @@ own time stamps. An index counts decoded frames."""
 
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
@@ -39,17 +40,16 @@ class Video:
 
     def frames(self, period: int = 1, offsets: Collection[int] = (0,)) -> Iterator[tuple[int, float, np.ndarray]]:
         """Index, time in s and picture (H, W, 3) uint8 RGB of the frames whose index % period is in offsets, in order,
-        and of the last one. Only these are converted, and none is kept. An error of decoding ends the pass. Raises
-        InputError where the video cannot be opened, or one of its images."""
+        and of the last two. Only these are converted. An error of decoding ends the pass. Raises InputError where the
+        video cannot be opened, or one of its images."""
         self.count, self.problem, self.damaged = None, None, False
-        count, time, held = 0, 0.0, None
+        count, time, waiting = 0, 0.0, deque()
         for time, picture in self.walk():
-            held = None if count % period in offsets else picture
-            if held is None:
-                yield count, time, picture()
+            waiting.append((count, time, picture))
             count += 1
-        if held is not None:
-            yield count - 1, time, held()
+            if len(waiting) > 2 and (earlier := waiting.popleft())[0] % period in offsets:
+                yield *earlier[:2], earlier[2]()
+        yield from ((index, moment, picture()) for index, moment, picture in waiting)
         reached = count / self.claimed if self.claimed else time / self.seconds if self.seconds else 1.0
         self.count, self.damaged = count, count == 0 or reached < LEAST_SHARE
         if self.error or self.damaged:

@@ -93,8 +93,8 @@ class ClipEncoder:
     @torch.inference_mode()
     def video(self, video: decode.Video, progress: Callable[[int], None] | None = None) -> Clips:
         """The clips of a video, T = ceil(frames / clip_frames), in one pass that keeps a batch of pictures at most. The
-        last clip takes the last frame for those that it lacks, and for the one after. progress: is told how many frames
-        are behind."""
+        last clip takes the last frame for those that it lacks, and what changed until then. progress: is told how many
+        frames are behind."""
         each, parts, pairs = self.frames_per_clip, [], self._pairs(video, progress)
         size = max(1, self.batch_size // each) * each  # whole clips
         while pictures := list(islice(pairs, size)):
@@ -113,7 +113,7 @@ class ClipEncoder:
         side, made, held, small = self.model.vision_model.image_size, 0, None, None
         offsets = {(sample + step) % self.clip_frames for sample in self.samples for step in (0, 1)}
         for index, _, picture in video.frames(self.clip_frames, offsets):
-            small = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC))
+            before, small = small, np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC))
             if held is not None:
                 yield held, small
                 made += 1
@@ -121,7 +121,7 @@ class ClipEncoder:
             if progress is not None:
                 progress(index + 1)
         for _ in range(math.ceil(video.count / self.clip_frames) * self.frames_per_clip - made):
-            yield small, small
+            yield small, small if before is None else before
 
 
 class FeatureStore:

@@ -125,7 +125,7 @@ def test_the_clips_of_a_video_are_those_of_a_plain_loop(small_model, frames, len
     pictures, pairs = noise(frames), []
     for clip in range(math.ceil(frames / length)):
         looked_at = [clip * length + math.floor((j + 0.5) * length / each) for j in range(each)]
-        pairs += [(min(frame, frames - 1), min(frame + 1, frames - 1)) for frame in looked_at]
+        pairs += [(i, i + 1) if i < frames - 1 else (frames - 1, max(0, frames - 2)) for i in looked_at]
     now, then = (colours(pictures[list(side)]) for side in zip(*pairs, strict=True))
     own = ClipEncoder(small_model).encode(now, then)
     for size in (1, 5, 64):

@@ -342,7 +342,7 @@ def test_half_of_the_drawn_videos_have_an_event_each_kind_equally_often(drawn):
     assert np.array_equal(video.draw(40), again.draw(40))
     found = list(video.frames(9, (0, 4)))
     last = video.count - 1
-    assert [index for index, *_ in found] == [i for i in range(last + 1) if i % 9 in (0, 4) or i == last]
+    assert [index for index, *_ in found] == [i for i in range(last + 1) if i % 9 in (0, 4) or i >= last - 1]
     for (_, _, picture), own in zip(found, video.at([time for _, time, _ in found]), strict=True):
         assert np.array_equal(picture, own)
 
