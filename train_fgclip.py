@@ -17,6 +17,7 @@ import trainkit.process_setup  # noqa: F401, I001  before torch
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from fgclip.data.records import COCO, FineHARD
 from fgclip.data.shards import ShardDataset, Shards, lengths_of, sound
 from fgclip.embedding import Embedder
 from fgclip.freezing import freeze, train_unfrozen
-from fgclip.loading import check_image_size
+from fgclip.loading import beside, check_image_size, load_base
 from fgclip.lora import TARGETS, add_lora
 from fgclip.losses import PairBank
 from fgclip.model import MAX_LOGIT_SCALE
@@ -63,7 +64,7 @@ from trainkit.step import TrainStep, print_step
 
 SCRIPT = "fgclip"
 MAY_CHANGE = ("annotations", "image_root", "val_annotations", "val_image_root", "validate_at", "shards", "max_damaged")
-MAY_CHANGE += ("reset_logit_scales", "logit_scale_init")
+MAY_CHANGE += ("reset_logit_scales", "logit_scale_init", "base")
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
 LOOKED_AT = 2000  # records whose boxes are looked at before a run begins
 CHECKED = 100_000  # records that --check reads
@@ -193,6 +194,8 @@ def add_part_flags(parser: argparse.ArgumentParser) -> None:
         "the logit scales alone; 0: none. With --init-from --lr is then 1e-4")
     add("--lora-alpha", type=positive_float, default=16.0, metavar="X", help="factor on an adapter, over its rank")
     add("--lora-dropout", type=below_one, default=0.05, metavar="X", help="share of an adapter's inputs set to 0")
+    add("--base", metavar="PATH", help="best.pt and epoch-N.pt hold what differs from these weights, most often those "
+        "of --init-from, alone; without it they are whole")
     add("--lora-targets", nargs="+", choices=TARGETS, default=["q_proj", "v_proj"], help="layers of a block")
 
 
@@ -354,7 +357,7 @@ def validate_args(args: argparse.Namespace) -> None:
         args, image_root=("annotations", "data_root"),
         val_annotations=("annotations", "data_root", "shards"), val_image_root=("val_annotations",),
         trust_torchscript=("init_from", "resume"), heads=("init_from", "resume"),
-        reset_logit_scales=("init_from", "resume"),
+        reset_logit_scales=("init_from", "resume"), base=("init_from", "resume"),
     )  # fmt: skip
     if args.shards is not None and (args.annotations or args.data_root or args.image_root):
         raise InputError("--shards bring annotations and pictures: leave out --annotations, --data-root, --image-root")
@@ -483,10 +486,14 @@ def main(arguments: list[str] | None = None) -> None:
             )))  # fmt: skip
         return
 
+    shorten = None
+    if args.base is not None:
+        options = dict(trust_torchscript=args.trust_torchscript, heads=args.heads, activation=args.activation)
+        shorten = partial(beside, base=load_base(args.base, **options), path=args.base)
     run = Run(
         args, SCRIPT, train_step, sampler, total_steps=total_steps, parts={"banks": banks},
         constants={"model_kwargs": bare.config, "merges": tokenizer.merges}, may_change=MAY_CHANGE,
-        values=None if args.shards is None else {"damaged": 0},
+        values=None if args.shards is None else {"damaged": 0}, shorten=shorten,
     )  # fmt: skip
     if args.resume or args.init_from:
         messages += logit_scales(args, models, optimizer)

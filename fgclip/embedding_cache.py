@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -11,23 +10,9 @@ from torch.utils.data import Dataset, Subset
 
 from fgclip.data import RegionDataset, Sample
 from fgclip.embedding import Embedder
-from fgclip.model import FGCLIP
+from fgclip.weights import IMAGE_PARTS, weights_hash  # noqa: F401
 from trainkit import distributed
 from trainkit.files import read_torch, regular_file, whole_file
-
-IMAGE_PARTS = ("vision_model.", "visual_projection.", "roi_projection.")  # what features of images depend on
-
-
-def weights_hash(model: FGCLIP, parts: Collection[str] = IMAGE_PARTS) -> str:
-    """A hash of the weights whose names begin so, and of what else of the image tower is no weight."""
-    tower, digest = model.vision_model, hashlib.sha256()
-    block = tower.encoder.layers[0]
-    digest.update(f"{block.self_attn.heads} {block.mlp.activation.__name__} {tower.post_layernorm.eps}".encode())
-    for name, weight in sorted(model.state_dict().items()):
-        if name.startswith(tuple(parts)):
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().float().cpu().contiguous().numpy())
-    return digest.hexdigest()
 
 
 class CachedEmbedder(Embedder):

@@ -91,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("run", metavar="RUN", help="a run's best.pt or last.pt, or published weights")
     add("output", type=Path, metavar="OUT", help="the folder to write")
     add("--onnx", action="store_true", help="also the towers and the region head as ONNX files")
+    add("--base", metavar="PATH", help="of a run that was trained with --base: those weights, if they moved")
     add("--weights", choices=("ema", "raw"), default="ema", help="of a run: averaged (EMA) weights if any, or raw ones")
     add("--vocab", metavar="FILE", help="published weights: the merges, as in fgclip.evaluate")
 # fmt: on
@@ -108,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
         need_packages()
     if args.output.exists() and not args.output.is_dir():
         raise InputError(f"{args.output} is a file; expected a folder, or a name for one")
-    model, tokenizer = load_model(args.run, args.vocab, weights=args.weights)
+    model, tokenizer = load_model(args.run, args.vocab, weights=args.weights, base=args.base)
     side, folder = model.vision_model.image_size, args.output
     files = {}
     for name, function, inputs, axes, expected in parts(model, tokenizer) if args.onnx else ():
