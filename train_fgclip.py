@@ -108,9 +108,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_recipe_flags(parser, SCRIPT, MAY_CHANGE)
     add_data_flags(parser)
     add_model_flags(parser)
-    add_part_flags(parser)
     add_loss_flags(parser)
-    add_run_flags(parser)
 
     deciding = "--data-root --annotations --shards --init-from --format --stage --bank-size --lora-rank --loss".split()
     given = peek_flags(arguments, *deciding)
@@ -147,8 +145,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=tuple(LAYOUTS), default="finehard", help="of the annotations; coco: captions_*.json, with "
         "the boxes of the instances_*.json beside it")
     add("--shards", nargs="+", metavar="PATTERN", help="shards of fgclip.pack, such as data-{000000..000999}.tar")
-    add("--shuffle-buffer", type=positive_int, default=10_000, metavar="N", help="samples of a shard are moved by "
-        "less than N places")
+    add("--shuffle-buffer", type=positive_int, default=10_000, metavar="N", help="places that a sample of shards moves")
     add("--max-damaged", type=non_negative_int, default=100, metavar="N", help="damaged samples of shards, of all "
         "processes, that are left out before the run ends")
     add("--val-annotations", metavar="PATH", help="validate on these; without them on a share of the training records")
@@ -169,12 +166,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=positive_int, metavar="PIXELS", help="side of the square that images are resized to; "
         "with --init-from that of the weights, and of another size their positions are interpolated")
     add("--patch-size", type=positive_int, metavar="PIXELS", help="side of a patch")
-    add("--vision-width", type=positive_int, metavar="N", help="width of the image tower, a quarter of its MLPs'")
-    add("--vision-layers", type=positive_int, metavar="N", help="its blocks")
-    add("--vision-heads", type=positive_int, metavar="N", help="its attention heads")
-    add("--text-width", type=positive_int, metavar="N", help="width of the text tower, a quarter of its MLPs'")
-    add("--text-layers", type=positive_int, metavar="N", help="its blocks")
-    add("--text-heads", type=positive_int, metavar="N", help="its attention heads")
+    for tower, name in (("vision", "the image tower"), ("text", "the text tower")):
+        add(f"--{tower}-width", type=positive_int, metavar="N", help=f"width of {name}, a quarter of its MLPs'")
+        add(f"--{tower}-layers", type=positive_int, metavar="N", help="its blocks")
+        add(f"--{tower}-heads", type=positive_int, metavar="N", help="its attention heads")
     add("--embed-dim", type=positive_int, metavar="N", help="width of the features of both towers")
     add("--context-length", type=positive_int, metavar="TOKENS", help="of short texts; long ones: 4 N - 60")
     add("--activation", choices=tuple(ACTIVATIONS), help="of the MLPs; with --init-from where no config tells")
@@ -184,9 +179,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--logit-scale-init", type=non_negative_float, default=MAX_LOGIT_SCALE, metavar="X",
         help="logarithm of the three logit scales at the start; published weights bring their own")
     add("--reset-logit-scales", action="store_true", help="set the scales of --init-from or --resume to it")
-
-
-def add_part_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("which parts of the towers learn").add_argument
     add("--freeze", nargs="*", default=[], metavar="TOWER[:N]", help="what does not learn: vision or text with its "
         "projection, or vision:9 and text:6, the first blocks and the embeddings below them")
@@ -194,9 +186,9 @@ def add_part_flags(parser: argparse.ArgumentParser) -> None:
         "the logit scales alone; 0: none. With --init-from --lr is then 1e-4")
     add("--lora-alpha", type=positive_float, default=16.0, metavar="X", help="factor on an adapter, over its rank")
     add("--lora-dropout", type=below_one, default=0.05, metavar="X", help="share of an adapter's inputs set to 0")
+    add("--lora-targets", nargs="+", choices=TARGETS, default=["q_proj", "v_proj"], help="layers of a block")
     add("--base", metavar="PATH", help="best.pt and epoch-N.pt hold what differs from these weights, most often those "
         "of --init-from, alone; without it they are whole")
-    add("--lora-targets", nargs="+", choices=TARGETS, default=["q_proj", "v_proj"], help="layers of a block")
 
 
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
@@ -217,9 +209,6 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     add("--bank-warmup-steps", type=non_negative_int, default=50, metavar="N",
         help="optimizer steps before the banks are used; they fill meanwhile")
     add("--bank-classes", type=int, choices=(1, 2), default=1, help="2: half of the places for images with label 1")
-
-
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("validation, speed and memory").add_argument
     add("--best-by", choices=("region", "hard", "captions"), default="region",
         help="what chooses best.pt: R@1 of regions, accuracy among hard negatives, R@1 of captions")
@@ -240,16 +229,16 @@ def open_data(args: argparse.Namespace, image_size: int):
             f"{args.max_regions} regions each (neither --data-root nor --annotations was given)",
             f"validating on {len(validation)} scenes drawn from seed {validation.seed}",
         ]  # fmt: skip
-    if args.data_root is None and args.image_root is None and args.shards is None:
-        raise InputError("--image-root is missing: expected the folder that the paths in --annotations start from")
     read, annotations_below, images_below = LAYOUTS[args.format]
     if args.shards is not None:
-        annotations, image_root, records = args.shards[0], Path(), Shards(args.shards)
+        annotations, image_root, records, dataset = args.shards[0], Path(), Shards(args.shards), ShardDataset
+    elif args.data_root is None and args.image_root is None:
+        raise InputError("--image-root is missing: expected the folder that the paths in --annotations start from")
     else:
         annotations = Path(args.annotations or Path(args.data_root) / annotations_below)
         image_root = Path(args.image_root or Path(args.data_root) / images_below)
-        records = read(annotations)
-    val_root, dataset = image_root, RegionDataset if args.shards is None else ShardDataset
+        records, dataset = read(annotations), RegionDataset
+    val_root = image_root
     if args.val_annotations is not None:
         held_out, val_root = evenly(read(args.val_annotations), args.val_images), args.val_image_root or image_root
         sentence = f"validating on {len(held_out)} images of {args.val_annotations}"
@@ -439,22 +428,21 @@ def main(arguments: list[str] | None = None) -> None:
     bare.set_checkpointing(args.checkpoint_activations)
     train_unfrozen(bare.to(device))
     if args.compile:
-        for tower in (bare.vision_model, bare.text_model):
-            for block in tower.encoder.layers[:-1]:
-                block.compile()
+        for block in (*bare.vision_model.encoder.layers[:-1], *bare.text_model.encoder.layers[:-1]):
+            block.compile()
     average = ema(bare, args.ema_decay) if args.ema_decay else None
     models = [bare] if average is None else [bare, average.module]
     model = distributed.parallel(bare)
 
-    lengths = dict(context_length=bare.text_model.context_length)
-    lengths |= dict(long_context_length=bare.text_model.long_context_length if args.long_weight else None)
-    regions = bool(args.region_weight or args.hard_weight)
-    collate = Collate(tokenizer, regions=regions, hard=bool(args.hard_weight), **lengths)
-    if args.shards is None:
-        sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
-    else:
-        lengths = lengths_of(train_data.records)
-        sampler = ShardSampler(lengths, args.batch_size, buffer=args.shuffle_buffer, seed=args.seed)
+    text, regions = bare.text_model, bool(args.region_weight or args.hard_weight)
+    collate = Collate(
+        tokenizer, context_length=text.context_length, regions=regions, hard=bool(args.hard_weight),
+        long_context_length=text.long_context_length if args.long_weight else None,
+    )  # fmt: skip
+    sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
+    if args.shards is not None:
+        shards = lengths_of(train_data.records)
+        sampler = ShardSampler(shards, args.batch_size, buffer=args.shuffle_buffer, seed=args.seed)
     loader = make_loader(train_data, sampler, collate, workers=args.workers, device=device)
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     total_steps = args.epochs * steps_per_epoch
