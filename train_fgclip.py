@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 from fgclip import FGCLIP, Tokenizer, load_model
-from fgclip.cached import CachedFGCLIPLoss
 from fgclip.data.collate import Collate
 from fgclip.data.dataset import DataStatistics, RegionDataset, data_statistics, evenly, hold_out, image_ids
 from fgclip.data.records import COCO, FineHARD
@@ -34,7 +33,7 @@ from fgclip.loading import beside, check_image_size, load_base
 from fgclip.lora import TARGETS, add_lora
 from fgclip.losses import PairBank
 from fgclip.model import MAX_LOGIT_SCALE
-from fgclip.objective import FGCLIPLoss, freeze_unreached
+from fgclip.objective import FGCLIPLoss, freeze_unreached, parts_of
 from fgclip.reckoning import reckoning
 from fgclip.synthetic import PLACEMENTS, SyntheticRegions, vocabulary
 from fgclip.tasks import best_metric, validation_metrics, validation_text
@@ -381,7 +380,7 @@ def about_losses(args: argparse.Namespace, model: FGCLIP) -> str:
     return f"{learning:,} of {whole:,} parameters learn; loss weights: {weights}"
 
 
-def check(messages: list[str], train_data, val_data, train_step, objective, loader, model) -> dict:
+def check(messages: list[str], train_data, val_data, train_step, objective, loader, model, cached: bool) -> dict:
     """--check: what the data holds, one step, and whether a gradient reaches every part. Returns the step's batch."""
     print("\n".join(messages))
     for name, data in (("training", train_data), ("validation", val_data)):
@@ -389,11 +388,12 @@ def check(messages: list[str], train_data, val_data, train_step, objective, load
         print(f"{name}, {len(indices)} of {len(data)} records read:")
         statistics = data_statistics(map(data.record, indices))
         print("  " + str(statistics).replace("\n", "\n  "))
-    batches = [next(iter(loader))]
+    batch = next(iter(loader))
+    batches = [[batch]] if cached else [batch]
     objective.begin(batches)
     print_step(train_step, batches, model)
     print("metrics: " + ", ".join(f"{name} {value:.4g}" for name, value in objective.metrics().items()))
-    return batches[0]
+    return batch
 
 
 def count_damaged(run: Run, batches: list[dict], count: int, most: int) -> None:
@@ -456,21 +456,19 @@ def main(arguments: list[str] | None = None) -> None:
         name: PairBank(size, bare.visual_projection.out_features, classes=args.bank_classes, device=device)
         for name, size in sizes.items() if size and name in enabled
     })  # fmt: skip
-    kind = CachedFGCLIPLoss if args.cached_negatives else FGCLIPLoss
-    objective = kind(model, names=enabled, banks=banks, device=device)
+    objective = FGCLIPLoss(model, names=enabled, banks=banks, device=device)
     train_step = TrainStep(
         model, optimizer, forward=lambda _, batch: (objective(batch), {}), weights=weights,
-        describe=lambda batch: batch["sources"], device=device, schedule=schedule, average=average, amp=args.amp,
-        clip_norm=args.clip_norm,
+        describe=lambda batch: [source for part in parts_of(batch) for source in part["sources"]], device=device,
+        schedule=schedule, average=average, amp=args.amp, clip_norm=args.clip_norm,
     )  # fmt: skip
     if args.check:
-        batch = check(messages, train_data, val_data, train_step, objective, loader, bare)
+        batch = check(messages, train_data, val_data, train_step, objective, loader, bare, args.cached_negatives)
         if not args.compile:
             print("\n".join(reckoning(
                 bare, batch, images=len(train_data), batches=args.accumulate, world_size=distributed.world_size(),
                 amp=args.amp, optimizer=args.optimizer, average=average is not None,
-                bank_bytes=sum(part.nbytes for part in banks.buffers()),
-                left_out=objective.left_out if args.cached_negatives else None,
+                bank_bytes=sum(part.nbytes for part in banks.buffers()), cached=args.cached_negatives,
             )))  # fmt: skip
         return
 
@@ -489,10 +487,11 @@ def main(arguments: list[str] | None = None) -> None:
     with run:
         for epoch in run.epochs():
             for batches in run.batches(loader):
-                objective.begin(batches, use_banks=train_step.steps >= args.bank_warmup_steps)
+                whole = [batches] if args.cached_negatives else batches  # one batch of them all
+                objective.begin(whole, use_banks=train_step.steps >= args.bank_warmup_steps)
                 if args.shards is not None:
                     objective.add("damaged", sum(len(batch["damaged"]) for batch in batches), 0)
-                result = train_step(batches)
+                result = train_step(whole)
                 for each in models:
                     each.clamp_logit_scales()
                 metrics = objective.metrics()

@@ -1,11 +1,13 @@
 """FG-CLIP (Xie et al. 2025): CLIP with a long text path, features of image regions and one temperature per loss."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fgclip.regions import boxes_to_rois
 from fgclip.text import TextTower
@@ -146,7 +148,7 @@ class FGCLIP(nn.Module):
         rois = boxes_to_rois([b.to(dense.device, torch.float32) for b in boxes], size)
         return roi_align_project([dense], rois, weight, scales=[1.0], output_size=1, sampling_ratio=-1, aligned=True)
 
-    def forward(self, batch: dict) -> dict[str, Tensor]:
+    def forward(self, batch: dict | list[dict]) -> dict[str, Tensor]:
         """Every feature that the losses of one batch need, not normalised, each distinct image and text encoded once.
 
         batch: any of
@@ -154,22 +156,39 @@ class FGCLIP(nn.Module):
             short_texts (U, L) tokens, and into its rows: short (B,), region (R,), hard (H,) int64;
             long_texts (V, L) tokens, long (B,) into its rows;
             boxes, with pixels, a list of B tensors (n_i, 4), R together.
+        Of a list of batches, on any device, the features come together. What learns runs again in the backward pass,
+        batch by batch, so that memory holds one (the steps of GradCache, Gao et al. 2021).
         Returns image, short, long (B, D), regions, region_texts (R, D) and hard_texts (H, D), where the batch has what
         they are made of, the multipliers scale_global, scale_region and scale_hard, and biases where there are any.
         """
-        features = {}
-        if "pixels" in batch:
-            tokens, size = self.vision_model.penultimate(batch["pixels"])
-            features["image"] = self.visual_projection(self.vision_model.pool(tokens))
-            if "boxes" in batch:
-                features["regions"] = self._pool_regions(tokens, size, batch["boxes"])
-        if "short_texts" in batch:
-            short = self.encode_text(batch["short_texts"])
-            for name, index in (("short", "short"), ("region_texts", "region"), ("hard_texts", "hard")):
-                if index in batch:
-                    features[name] = F.embedding(batch[index], short)  # unlike indexing, repeats add up in one order
-        if "long_texts" in batch:
-            features["long"] = F.embedding(batch["long"], self.encode_text(batch["long_texts"], long=True))
+        if isinstance(batch, list):
+            parts = [self._features(part, partial(checkpoint, use_reentrant=False)) for part in batch]
+            features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        else:
+            features = self._features(batch, lambda function, *inputs: function(*inputs))
         if self.config["logit_bias"] is not None:
             features |= dict(bias_global=self.logit_bias, bias_region=self.logit_bias_region)
         return features | {f"scale_{name}": scale for name, scale in self.logit_scales().items()}
+
+    def _features(self, batch: dict, run: Callable) -> dict[str, Tensor]:
+        """The features of a batch. run: calls a function of a tensor on the model's device, and of inputs."""
+        features, here = {}, self.logit_scale  # by which `checkpoint` knows whose random states to keep
+        if "pixels" in batch:
+            features |= run(self._image_features, here, batch["pixels"], batch.get("boxes"))
+        if "short_texts" in batch:
+            short = run(self._text_features, here, batch["short_texts"], False)
+            for name, index in (("short", "short"), ("region_texts", "region"), ("hard_texts", "hard")):
+                if index in batch:  # unlike indexing, repeats add up in one order
+                    features[name] = F.embedding(batch[index].to(here.device), short)
+        if "long_texts" in batch:
+            long = run(self._text_features, here, batch["long_texts"], True)
+            features["long"] = F.embedding(batch["long"].to(here.device), long)
+        return features
+
+    def _image_features(self, here: Tensor, pixels: Tensor, boxes: Sequence[Tensor] | None) -> dict[str, Tensor]:
+        tokens, size = self.vision_model.penultimate(pixels.to(here.device, non_blocking=True))
+        image = dict(image=self.visual_projection(self.vision_model.pool(tokens)))
+        return image if boxes is None else image | dict(regions=self._pool_regions(tokens, size, boxes))
+
+    def _text_features(self, here: Tensor, tokens: Tensor, long: bool) -> Tensor:
+        return self.encode_text(tokens.to(here.device), long)

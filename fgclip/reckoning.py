@@ -4,13 +4,14 @@ The model runs on tensors without memory. Multiplications are counted as they wo
 the bytes of what autograd would keep between the two.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import stateless
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from fgclip.model import FGCLIP
@@ -19,20 +20,21 @@ from trainkit.device import autocast
 PEAK = dict(none=67e12, bf16=989e12, fp16=989e12)  # dense operations a second of an H100 SXM5, as NVIDIA states them
 UTILISATION = 0.4  # the share of them that is assumed
 STATE = dict(adamw=2, sgd=1)  # numbers that an optimizer keeps per parameter
-INPUTS = ("pixels", "short_texts", "long_texts")
+INPUTS = ("pixels", "boxes", "short_texts", "short", "region", "hard", "long_texts", "long")
 IMAGE_BYTES = 100_000  # that are assumed of a picture with its item
 
 
-def cost(model: FGCLIP, batch: Mapping, *, amp: str, learning: bool = True) -> tuple[int, int]:
-    """Floating-point operations of forward and, if learning, of backward, and the bytes kept between them.
+def cost(model: FGCLIP, batch: Mapping, *, amp: str, cached: bool = False) -> tuple[int, int]:
+    """Floating-point operations of forward and backward, and the bytes kept between them.
 
-    Regions go the way of all patches, not of their boxes.
+    cached: as in `--cached-negatives`, in which the towers run twice.
     """
     fake, kept, counter = FakeTensorMode(), {}, FlopCounterMode(display=False)
     own = dict((*model.named_parameters(), *model.named_buffers()))
     with fake:
         state = {name: torch.empty(p.shape, dtype=p.dtype).requires_grad_(p.requires_grad) for name, p in own.items()}
-        inputs = {name: torch.empty(batch[name].shape, dtype=batch[name].dtype) for name in INPUTS if name in batch}
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        inputs = tree_map_only(Tensor, lambda part: torch.empty(part.shape, dtype=part.dtype), inputs)
     weights = {tensor.untyped_storage()._cdata for tensor in state.values()}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -42,14 +44,9 @@ def cost(model: FGCLIP, batch: Mapping, *, amp: str, learning: bool = True) -> t
         return tensor
 
     without_memory = stateless._reparametrize_module(model, state)
-    hooks = saved_tensors_hooks(keep, lambda tensor: tensor)
-    with fake, counter, without_memory, torch.set_grad_enabled(learning), hooks, autocast(amp, "cpu"):
-        features = [model.encode_text(inputs[n], n == "long_texts") for n in INPUTS[1:] if n in inputs]
-        if "pixels" in inputs:
-            tokens, size = model.vision_model.penultimate(inputs["pixels"])
-            features.append(model.visual_projection(model.vision_model.pool(tokens)))
-            features += [model.vision_model.dense(tokens, size)] if "boxes" in batch else []
-        total = sum(feature.sum() for feature in features)
+    with fake, counter, without_memory, saved_tensors_hooks(keep, lambda tensor: tensor), autocast(amp, "cpu"):
+        features = model([inputs] if cached else inputs)
+        total = sum(feature.sum() for name, feature in features.items() if not name.startswith(("scale", "bias")))
         if total.requires_grad:
             total.backward()
     return counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
@@ -57,19 +54,17 @@ def cost(model: FGCLIP, batch: Mapping, *, amp: str, learning: bool = True) -> t
 
 def reckoning(
     model: FGCLIP, batch: Mapping, *, images: int, batches: int, world_size: int, amp: str,
-    optimizer: str, average: bool, bank_bytes: int, left_out: Collection[str] | None = None,
+    optimizer: str, average: bool, bank_bytes: int, cached: bool,
 ) -> list[str]:  # fmt: skip
     """Sentences on memory and time of a process with one H100 that trains on such batches.
 
     images: of an epoch. batches: micro-batches of a step. average: whether one of the weights is kept.
-    left_out: of --cached-negatives, the inputs that its second pass does without; None without them.
     """
     size, side = len(batch["pixels"]), batch["pixels"].shape[-1]
-    texts = sum(batch[name].numel() for name in INPUTS[1:] if name in batch)
+    texts = sum(batch[name].numel() for name in ("short_texts", "long_texts") if name in batch)
     tokens = (side // model.vision_model.patch_size) ** 2 + 1 + texts / size
-    operations, kept = cost(model, {name: batch[name] for name in batch if name not in (left_out or ())}, amp=amp)
-    if left_out is not None:
-        operations += cost(model, batch, amp=amp, learning=False)[0]
+    operations, kept = cost(model, batch, amp=amp)
+    operations = cost(model, batch, amp=amp, cached=True)[0] if cached else operations
     whole = 4 * sum(p.numel() for p in model.parameters())
     learning = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     memory = dict(weights=whole, average=whole * average, gradients=learning * (1 + (world_size > 1)))
