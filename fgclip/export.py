@@ -9,7 +9,6 @@ CLIP stands in model.safetensors under its published names; adapters are merged.
 text_long.onnx and regions.onnx, which are compared with the model before they are written. Needs the extra export.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -85,8 +84,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, length: int) -> None:
     write_json(folder / "tokenizer_config.json", config, indent=1)
 
 
-# fmt: off
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> None:
+    """Write the folder. arguments: without the program's name."""
+    parser = make_parser(__doc__)
+    # fmt: off
     add = parser.add_argument
     add("run", metavar="RUN", help="a run's best.pt or last.pt, or published weights")
     add("output", type=Path, metavar="OUT", help="the folder to write")
@@ -94,14 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--base", metavar="PATH", help="of a run that was trained with --base: those weights, if they moved")
     add("--weights", choices=("ema", "raw"), default="ema", help="of a run: averaged (EMA) weights if any, or raw ones")
     add("--vocab", metavar="FILE", help="published weights: the merges, as in fgclip.evaluate")
-# fmt: on
-
-
-@torch.no_grad()
-def main(arguments: list[str] | None = None) -> None:
-    """Write the folder. arguments: without the program's name."""
-    parser = make_parser(__doc__)
-    add_arguments(parser)
+    # fmt: on
     args = parser.parse_args(arguments)
     if find_spec("safetensors") is None:
         raise InputError('safetensors is missing: pip install "macl-fgclip[export]"')

@@ -24,19 +24,6 @@ from trainkit.errors import InputError, one_sentence
 from trainkit.files import inside, is_image, picture_size, whole_file
 
 
-# fmt: off
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--annotations", required=True, metavar="PATH", help="file, folder or list of files in FineHARD's form")
-    add("--image-root", required=True, metavar="PATH", help="folder that the paths in the annotations start from")
-    add("--output", required=True, metavar="DIR", help="folder to write data-000000.tar, ... to, with an index of each")
-    add("--per-shard", type=positive_int, default=10_000, metavar="N", help="samples in a shard, at most")
-    add("--seed", type=non_negative_int, default=0, metavar="N", help="seed of the order in which items are packed")
-    add("--max-damaged", type=non_negative_int, default=0, metavar="N", help="items that may be left out, because "
-        "their picture cannot be read or they have another form")
-# fmt: on
-
-
 def samples(
     records: FineHARD, indices: Iterable[int], args: argparse.Namespace, damaged: list[str]
 ) -> Iterator[dict[str, bytes]]:
@@ -82,7 +69,16 @@ def pack(args: argparse.Namespace) -> tuple[int, list[str]]:
 def main(arguments: list[str] | None = None) -> None:
     """Pack, and say what was left out. arguments: without the program's name."""
     parser = make_parser(__doc__)
-    add_arguments(parser)
+    # fmt: off
+    add = parser.add_argument
+    add("--annotations", required=True, metavar="PATH", help="file, folder or list of files in FineHARD's form")
+    add("--image-root", required=True, metavar="PATH", help="folder that the paths in the annotations start from")
+    add("--output", required=True, metavar="DIR", help="folder to write data-000000.tar, ... to, with an index of each")
+    add("--per-shard", type=positive_int, default=10_000, metavar="N", help="samples in a shard, at most")
+    add("--seed", type=non_negative_int, default=0, metavar="N", help="seed of the order in which items are packed")
+    add("--max-damaged", type=non_negative_int, default=0, metavar="N", help="items that may be left out, because "
+        "their picture cannot be read or they have another form")
+    # fmt: on
     args = parser.parse_args(arguments)
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

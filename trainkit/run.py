@@ -199,25 +199,20 @@ class Run:
         state = self.state_dict()
         checkpoint.save(self.folder / name, self.shorten(state) if self.shorten and name != "last.pt" else state)
 
+    def _parts(self) -> dict:
+        """What is saved by its own state dict, and put back where that is like it is now."""
+        average = self.train_step.average
+        parts = {"model": self.train_step.bare_model, "schedule": self.train_step.schedule, **self.parts}
+        return parts if average is None else parts | {"ema": average.module}
+
     def state_dict(self) -> dict:
         """Everything that moves while the run trains, as tensors and plain Python. A collective."""
         step, average = self.train_step, self.train_step.average
-        return {
-            "script": self.script,
-            "model": step.bare_model.state_dict(),
-            "ema": None if average is None else average.module.state_dict(),
-            "ema_updates": 0 if average is None else int(average.n_averaged),
-            "optimizer": step.optimizer.state_dict(),
-            "schedule": step.schedule.state_dict(),
-            "stepper": step.state_dict(),
-            "sampler": self.sampler.state_dict(),
-            "rng": distributed.gather_objects(checkpoint.rng_state()),
-            "best": self.best,
-            "stale": self.stale,
-            **{name: part.state_dict() for name, part in self.parts.items()},
-            **self.values,
-            **self.constants,
-        }
+        parts = self._parts() | {"optimizer": step.optimizer, "stepper": step, "sampler": self.sampler}
+        place = {"script": self.script, "best": self.best, "stale": self.stale, **self.values, **self.constants}
+        place |= {"ema": None, "ema_updates": 0 if average is None else int(average.n_averaged)}
+        place |= {"rng": distributed.gather_objects(checkpoint.rng_state())}
+        return place | {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: dict) -> None:
         """Put the run back where `state` left it. Raises InputError for a checkpoint of another script or model."""
@@ -228,11 +223,9 @@ class Run:
         step, average = self.train_step, self.train_step.average
         if (state["ema"] is None) != (average is None):
             raise InputError("--ema-decay: the checkpoint was trained otherwise; resume with the same")
-        parts = {"model": step.bare_model, "schedule": step.schedule, **self.parts}
         if average is not None:
-            parts["ema"] = average.module
             average.n_averaged.fill_(number(state["ema_updates"], "ema_updates", 0, MAX_ID, whole=True))
-        for name, part in parts.items():
+        for name, part in self._parts().items():
             check_like(state[name], part.state_dict(), name)
             part.load_state_dict(state[name])
         _check_optimizer(step.optimizer, state["optimizer"])
