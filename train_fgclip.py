@@ -2,7 +2,6 @@
 
     python train_fgclip.py                                              # drawn scenes, minutes on two CPU cores
     python train_fgclip.py --data-root FineHARD --init-from clip-vit-base-patch16 --amp bf16
-    python train_fgclip.py --data-root coco --format coco --init-from runs/NAME/best.pt --stage global
     python train_fgclip.py --annotations mine.json --image-root images --init-from WEIGHTS --bank-size 128
     torchrun --nproc-per-node 4 train_fgclip.py --data-root FineHARD --init-from WEIGHTS --amp bf16
     torchrun --nproc-per-node 8 train_fgclip.py --shards 'shards/data-{000000..001199}.tar' --init-from WEIGHTS
@@ -64,6 +63,7 @@ from trainkit.step import TrainStep, print_step
 SCRIPT = "fgclip"
 MAY_CHANGE = ("annotations", "image_root", "val_annotations", "val_image_root", "validate_at", "shards", "max_damaged")
 MAY_CHANGE += ("reset_logit_scales", "logit_scale_init", "base")
+OF_WEIGHTS = ("trust_torchscript", "heads", "activation")  # what --init-from and --base may need said
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
 LOOKED_AT = 2000  # records whose boxes are looked at before a run begins
 CHECKED = 100_000  # records that --check reads
@@ -264,14 +264,10 @@ def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]
     if resumed is not None:
         model, tokenizer = load_model(resumed, weights="raw")
     elif args.init_from is not None:
-        activation = given.pop("activation")
-        named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+        named = [name for name, value in given.items() if value is not None and name not in OF_WEIGHTS]
         if named:
-            raise InputError(f"{named[0]} comes with the weights of --init-from: leave it out")
-        model, tokenizer = load_model(
-            args.init_from, args.vocab, trust_torchscript=args.trust_torchscript, heads=args.heads,
-            activation=activation,
-        )  # fmt: skip
+            raise InputError(f"--{named[0].replace('_', '-')} comes with the weights of --init-from: leave it out")
+        model, tokenizer = load_model(args.init_from, args.vocab, **{name: getattr(args, name) for name in OF_WEIGHTS})
         messages = [f"weights of {model.load_report}"]
         if args.roi_projection and not model.config["roi_projection"]:
             model = model.with_roi_projection()
@@ -472,10 +468,8 @@ def main(arguments: list[str] | None = None) -> None:
             )))  # fmt: skip
         return
 
-    shorten = None
-    if args.base is not None:
-        options = dict(trust_torchscript=args.trust_torchscript, heads=args.heads, activation=args.activation)
-        shorten = partial(beside, base=load_base(args.base, **options), path=args.base)
+    options = {name: getattr(args, name) for name in OF_WEIGHTS}
+    shorten = args.base and partial(beside, base=load_base(args.base, **options), path=args.base)
     run = Run(
         args, SCRIPT, train_step, sampler, total_steps=total_steps, parts={"banks": banks},
         constants={"model_kwargs": bare.config, "merges": tokenizer.merges}, may_change=MAY_CHANGE,

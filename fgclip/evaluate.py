@@ -112,10 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer]:
     """The model and tokenizer that `add_model_flags` name; args.image_size becomes the one to use."""
-    model, tokenizer = load_model(
-        args.checkpoint, args.vocab, weights=args.weights, trust_torchscript=args.trust_torchscript,
-        heads=args.heads, activation=args.activation, base=args.base,
-    )  # fmt: skip
+    options = ("weights", "trust_torchscript", "heads", "activation", "base")
+    model, tokenizer = load_model(args.checkpoint, args.vocab, **{name: getattr(args, name) for name in options})
     if any(note.startswith("guessed") for note in model.load_report.notes) and distributed.is_main():
         print(model.load_report, file=sys.stderr)
     args.image_size = args.image_size or model.vision_model.image_size

@@ -1,7 +1,7 @@
 """FG-CLIP (Xie et al. 2025): CLIP with a long text path, features of image regions and one temperature per loss."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -13,11 +13,17 @@ from fgclip.regions import boxes_to_rois
 from fgclip.text import TextTower
 from fgclip.vision import VisionTower, interpolate_positions
 from kernels import roi_align_project
-from trainkit.device import at_least_float32
+from trainkit.device import at_least_float32, to_device
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+# Of each tower what goes in, and the modules on its way.
+TOWERS = dict(vision=(("pixels", "boxes"), ("vision_model", "visual_projection", "roi_projection")))
+TOWERS |= dict(text=(
+    ("short_texts", "short", "region", "hard", "long_texts", "long"),
+    ("text_model", "text_projection", "text_filip_projection"),
+))  # fmt: skip
 
 
 def l2_normalize(features: Tensor, eps: float = 1e-8) -> Tensor:
@@ -156,39 +162,53 @@ class FGCLIP(nn.Module):
             short_texts (U, L) tokens, and into its rows: short (B,), region (R,), hard (H,) int64;
             long_texts (V, L) tokens, long (B,) into its rows;
             boxes, with pixels, a list of B tensors (n_i, 4), R together.
-        Of a list of batches, on any device, the features come together. What learns runs again in the backward pass,
-        batch by batch, so that memory holds one (the steps of GradCache, Gao et al. 2021).
+        Of a list of batches, on any device, the features come together. The backward pass makes them again, batch by
+        batch, so that memory holds the activations of one (the steps of GradCache, Gao et al. 2021).
         Returns image, short, long (B, D), regions, region_texts (R, D) and hard_texts (H, D), where the batch has what
         they are made of, the multipliers scale_global, scale_region and scale_hard, and biases where there are any.
         """
         if isinstance(batch, list):
-            parts = [self._features(part, partial(checkpoint, use_reentrant=False)) for part in batch]
+            parts = [self._twice(part) for part in batch]
             features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         else:
-            features = self._features(batch, lambda function, *inputs: function(*inputs))
+            features = self._features(batch)
         if self.config["logit_bias"] is not None:
             features |= dict(bias_global=self.logit_bias, bias_region=self.logit_bias_region)
         return features | {f"scale_{name}": scale for name, scale in self.logit_scales().items()}
 
-    def _features(self, batch: dict, run: Callable) -> dict[str, Tensor]:
-        """The features of a batch. run: calls a function of a tensor on the model's device, and of inputs."""
-        features, here = {}, self.logit_scale  # by which `checkpoint` knows whose random states to keep
+    def _features(self, batch: dict) -> dict[str, Tensor]:
+        features = {}
         if "pixels" in batch:
-            features |= run(self._image_features, here, batch["pixels"], batch.get("boxes"))
+            tokens, size = self.vision_model.penultimate(batch["pixels"])
+            features["image"] = self.visual_projection(self.vision_model.pool(tokens))
+            if "boxes" in batch:
+                features["regions"] = self._pool_regions(tokens, size, batch["boxes"])
         if "short_texts" in batch:
-            short = run(self._text_features, here, batch["short_texts"], False)
+            short = self.encode_text(batch["short_texts"])
             for name, index in (("short", "short"), ("region_texts", "region"), ("hard_texts", "hard")):
-                if index in batch:  # unlike indexing, repeats add up in one order
-                    features[name] = F.embedding(batch[index].to(here.device), short)
+                if index in batch:
+                    features[name] = F.embedding(batch[index], short)  # unlike indexing, repeats add up in one order
         if "long_texts" in batch:
-            long = run(self._text_features, here, batch["long_texts"], True)
-            features["long"] = F.embedding(batch["long"].to(here.device), long)
+            features["long"] = F.embedding(batch["long"], self.encode_text(batch["long_texts"], long=True))
         return features
 
-    def _image_features(self, here: Tensor, pixels: Tensor, boxes: Sequence[Tensor] | None) -> dict[str, Tensor]:
-        tokens, size = self.vision_model.penultimate(pixels.to(here.device, non_blocking=True))
-        image = dict(image=self.visual_projection(self.vision_model.pool(tokens)))
-        return image if boxes is None else image | dict(regions=self._pool_regions(tokens, size, boxes))
+    def _twice(self, batch: dict) -> dict[str, Tensor]:
+        """`_features` without graph at first; a tower in which something learns runs again in the backward pass.
 
-    def _text_features(self, here: Tensor, tokens: Tensor, long: bool) -> Tensor:
-        return self.encode_text(tokens.to(here.device), long)
+        Its parameters are inputs of the checkpoint, so that DDP sees the sum of their gradients over all batches.
+        """
+        features = {}
+        for inputs, modules in TOWERS.values():
+            part, kinds = {name: batch[name] for name in inputs if name in batch}, []
+            learning = {n: p for n, p in self.named_parameters() if p.requires_grad and n.startswith(modules)}
+            run = partial(self._run, part, kinds, list(learning))
+            made = checkpoint(run, *learning.values(), use_reentrant=True) if learning and part else run()
+            features |= zip(kinds, made, strict=True)
+        return features
+
+    def _run(self, batch: dict, kinds: list[str], names: list[str], *parameters: Tensor) -> tuple[Tensor, ...]:
+        """The features of a batch, by the parameters of these names; `kinds` becomes what each is."""
+        with torch.nn.utils.stateless._reparametrize_module(self, dict(zip(names, parameters, strict=True))):
+            features = self._features(to_device(batch, self.logit_scale.device))
+        kinds[:] = features
+        return tuple(features.values())
