@@ -31,9 +31,8 @@ class CachedEmbedder(Embedder):
     def key(self, data: RegionDataset, sample: Sample, boxes: bool) -> str:
         path = os.path.realpath(data.image_root / sample.record.image)
         state = regular_file(path, f"a picture, named by {sample.record.source}").stat()
-        named = f"{path} {state.st_size} {state.st_mtime_ns} {data.image_size} {data.crop} {self.amp}"
-        of_boxes = b" boxes" + sample.boxes.numpy().tobytes() if boxes else b""
-        return hashlib.sha256(named.encode() + of_boxes).hexdigest()
+        shown = f"{data.image_size} {data.crop} {self.amp} {sample.boxes.tolist() if boxes else ''}"
+        return hashlib.sha256(f"{path} {state.st_size} {state.st_mtime_ns} {shown}".encode()).hexdigest()
 
     def images(self, dataset: Dataset, regions: bool = False) -> tuple[Tensor, Tensor]:
         if not isinstance(dataset, RegionDataset):

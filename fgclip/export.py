@@ -59,13 +59,6 @@ def parts(model: FGCLIP, tokenizer: Tokenizer) -> Iterator[tuple[str, Callable, 
             yield name, encode, dict(tokens=tokens), axes, encode(tokens)
 
 
-def onnx_part(model: FGCLIP, function: Callable, inputs: dict[str, Tensor], axes: dict[str, dict]) -> bytes:
-    """The ONNX file of a function of a model."""
-    module = nn.Module()
-    module.model, module.forward = model, function
-    return onnx_file(module, inputs, axes, ["features"])
-
-
 def checked(name: str, content: bytes, inputs: dict[str, Tensor], expected: Tensor) -> str:
     """A sentence on how a file compares with the model. Raises InputError where its unit features differ."""
     (found,) = onnx_function(content)(**inputs)
@@ -108,7 +101,9 @@ def main(arguments: list[str] | None = None) -> None:
     side, folder = model.vision_model.image_size, args.output
     files = {}
     for name, function, inputs, axes, expected in parts(model, tokenizer) if args.onnx else ():
-        files[f"{name}.onnx"] = onnx_part(model, function, inputs, axes)
+        module = nn.Module()
+        module.model, module.forward = model, function
+        files[f"{name}.onnx"] = onnx_file(module, inputs, axes, ["features"])
         print(checked(f"{name}.onnx", files[f"{name}.onnx"], inputs, expected))
     save_clip_weights(model, folder)
     config = hugging_face_config(model)

@@ -19,11 +19,9 @@ MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 # Of each tower what goes in, and the modules on its way.
+_TEXTS = ("short_texts", "short", "region", "hard", "long_texts", "long")
 TOWERS = dict(vision=(("pixels", "boxes"), ("vision_model", "visual_projection", "roi_projection")))
-TOWERS |= dict(text=(
-    ("short_texts", "short", "region", "hard", "long_texts", "long"),
-    ("text_model", "text_projection", "text_filip_projection"),
-))  # fmt: skip
+TOWERS |= dict(text=(_TEXTS, ("text_model", "text_projection", "text_filip_projection")))
 
 
 def l2_normalize(features: Tensor, eps: float = 1e-8) -> Tensor:
@@ -79,9 +77,8 @@ class FGCLIP(nn.Module):
         return self._rebuilt(dict(roi_projection=True), {"roi_projection.weight": self.visual_projection.weight})
 
     def with_logit_bias(self, value: float | None) -> "FGCLIP":
-        """The same model with new biases for the sigmoid loss, or without any."""
-        state = {} if value is None else dict.fromkeys(("logit_bias", "logit_bias_region"), torch.tensor(float(value)))
-        return self._rebuilt(dict(logit_bias=value), state)
+        """The same model with new biases for the sigmoid loss where it has none, or without any."""
+        return self._rebuilt(dict(logit_bias=value), {})
 
     def with_image_size(self, image_size: int) -> "FGCLIP":
         """The same model with its position table interpolated for square images of that side."""
@@ -91,8 +88,8 @@ class FGCLIP(nn.Module):
 
     def _rebuilt(self, config: dict, state: dict[str, Tensor]) -> "FGCLIP":
         model = FGCLIP(**self.config | config)
-        state = self.state_dict() | state
-        model.load_state_dict({name: state[name] for name in model.state_dict()})
+        own, state = model.state_dict(), self.state_dict() | state
+        model.load_state_dict({name: state.get(name, own[name]) for name in own})
         return model.to(self.logit_scale.device)
 
     def set_checkpointing(self, enabled: bool) -> None:

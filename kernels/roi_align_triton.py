@@ -26,11 +26,8 @@ FORWARD = Launch(channels=256, warps=4, stages=2)
 FORWARD_ONE_BIN = Launch(channels=256, warps=1, stages=2)  # 8 channels per thread: 16-byte loads
 # Of half-precision gradients; float32 ones, three products each, take the default everywhere.
 BACKWARD = dict(default=Launch(channels=32, warps=4, stages=1), sm_90=Launch(channels=128, warps=4, stages=1))
-BACKWARD_ONE_BIN = {
-    "default": Launch(channels=64, warps=4, stages=1),
-    "sm_90": Launch(channels=256, warps=4, stages=1),
-    "sm_100": Launch(channels=128, warps=8, stages=1),
-}
+BACKWARD_ONE_BIN = dict(default=Launch(channels=64, warps=4, stages=1), sm_90=Launch(channels=256, warps=4, stages=1))
+BACKWARD_ONE_BIN |= dict(sm_100=Launch(channels=128, warps=8, stages=1))
 
 
 @triton.jit

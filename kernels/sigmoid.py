@@ -29,7 +29,6 @@ class _SigmoidLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, scale, target, bank, bank_valid, query_ids, key_ids, bank_ids, bias):
-        ctx.dtypes = [part.dtype for part in (query, key, scale, bias)]
         dtype = reference.logit_dtype(query, key)
         query, *rest = leaves = [part.detach().to(dtype).requires_grad_() for part in (query, key, scale, bias)]
         columns = dict(bank=bank, bank_valid=bank_valid, key_ids=key_ids, bank_ids=bank_ids, reduction="sum")
@@ -48,5 +47,5 @@ class _SigmoidLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        *first, bias = ((grad * part).to(dtype) for part, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        *first, bias = (grad * part for part in ctx.saved_tensors)  # autograd casts to the inputs' dtypes
         return *first, *[None] * 6, bias

@@ -53,8 +53,7 @@ class Run:
     ):  # fmt: skip
         self.args, self.script, self.train_step, self.sampler = args, script, train_step, sampler
         self.constants, self.parts, self.values = dict(constants), dict(parts or {}), dict(values or {})
-        self.shorten = shorten
-        self.validate_first, self.validate_at = validate_first, getattr(args, "validate_at", ())
+        self.shorten, self.validate_first, self.validate_at = shorten, validate_first, getattr(args, "validate_at", ())
         self.best, self.stale = (-math.inf, -math.inf), 0  # best value so far, validations since
         self.epoch, self._written, self._stream = 0, None, None
         self.folder = prepare_run(args, script, may_change=may_change)
