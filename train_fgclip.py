@@ -32,7 +32,7 @@ from fgclip.loading import beside, check_image_size, load_base
 from fgclip.lora import TARGETS, add_lora
 from fgclip.losses import PairBank
 from fgclip.model import MAX_LOGIT_SCALE
-from fgclip.objective import FGCLIPLoss, freeze_unreached, parts_of
+from fgclip.objective import LOSSES, FGCLIPLoss, freeze_unreached, parts_of
 from fgclip.reckoning import reckoning
 from fgclip.synthetic import PLACEMENTS, SyntheticRegions, vocabulary
 from fgclip.tasks import best_metric, validation_metrics, validation_text
@@ -298,11 +298,6 @@ def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]
     return model, tokenizer, [*messages, f"tokenizer: {tokenizer.description}"]
 
 
-def loss_weights(args: argparse.Namespace) -> dict[str, float]:
-    """The one place where losses are weighted; `TrainStep` applies it once."""
-    return {f"loss_{name}": getattr(args, f"{name}_weight") for name in ("long", "short", "region", "hard")}
-
-
 def check_data(args: argparse.Namespace, statistics: DataStatistics) -> None:
     """Raises InputError where an enabled loss would be constant, by the records that were looked at."""
     where = f"none of {statistics.images} images looked at"
@@ -368,14 +363,6 @@ def logit_scales(args: argparse.Namespace, models: list[FGCLIP], optimizer: torc
     ]
 
 
-def about_losses(args: argparse.Namespace, model: FGCLIP) -> str:
-    """What is trained: its size, and the weights of the losses."""
-    whole = sum(p.numel() for p in model.parameters())
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = ", ".join(f"{name.removeprefix('loss_')} {weight:g}" for name, weight in loss_weights(args).items())
-    return f"{learning:,} of {whole:,} parameters learn; loss weights: {weights}"
-
-
 def check(messages: list[str], train_data, val_data, train_step, objective, loader, model, cached: bool) -> dict:
     """--check: what the data holds, one step, and whether a gradient reaches every part. Returns the step's batch."""
     print("\n".join(messages))
@@ -413,7 +400,8 @@ def main(arguments: list[str] | None = None) -> None:
     check_data(args, statistics)
     messages += [f"of {statistics.images} images looked at: {statistics.boxes}", *about_model]
 
-    weights = loss_weights(args)
+    # The one place where losses are weighted; `TrainStep` applies it once.
+    weights = {f"loss_{name}": getattr(args, f"{name}_weight") for name in LOSSES}
     enabled = [name.removeprefix("loss_") for name, weight in weights.items() if weight]
     freeze(bare, args.freeze)
     if args.lora_rank:
@@ -477,7 +465,10 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     if args.resume or args.init_from:
         messages += logit_scales(args, models, optimizer)
-    run.say(*messages, about_losses(args, bare))
+    learning = sum(p.numel() for p in bare.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in bare.parameters())
+    shown = ", ".join(f"{name.removeprefix('loss_')} {weight:g}" for name, weight in weights.items())
+    run.say(*messages, f"{learning:,} of {whole:,} parameters learn; loss weights: {shown}")
     with run:
         for epoch in run.epochs():
             for batches in run.batches(loader):
