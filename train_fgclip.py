@@ -318,16 +318,13 @@ def validate_args(args: argparse.Namespace) -> None:
     if not (captions or args.region_weight or args.hard_weight):
         raise InputError("no loss has a weight above 0, nothing would be learnt")
     if captions and images == 1 and not args.global_bank_size:
-        raise InputError(
-            "one image a step has no other caption to be told from: raise --batch-size, give --global-bank-size, or "
-            "set --long-weight and --short-weight to 0"
-        )
+        others = "raise --batch-size, give --global-bank-size, or set --long-weight and --short-weight to 0"
+        raise InputError(f"one image a step has no other caption to be told from: {others}")
     if args.region_weight and images * args.max_regions == 1 and not args.bank_size:
         raise InputError("one region a step has no other phrase to be told from: raise --batch-size or --bank-size")
-    for flag, size, weight in (
-        ("--bank-size", args.bank_size, args.region_weight),
-        ("--global-bank-size", args.global_bank_size, captions),
-    ):
+    banks = dict(bank=(args.bank_size, args.region_weight), global_bank=(args.global_bank_size, captions))
+    for name, (size, weight) in banks.items():
+        flag = f"--{name.replace('_', '-')}-size"
         if size and not weight:
             raise InputError(f"{flag} {size}: the loss that the bank is for has no weight")
         if size % args.bank_classes:

@@ -53,10 +53,8 @@ class FGCLIPLoss:
                 losses[f"loss_{name}"] = self.factors[name] * loss
         if "hard" in self.names:
             region, text = l2_normalize(features["regions"]), l2_normalize(features["hard_texts"])
-            options = dict(counts=pairs["hard_counts"], ids=pairs["hard"])
-            loss, stats = hard_negative_loss(
-                region[pairs["hard_regions"]], text, features["scale_hard"], **options, reduction="sum", with_stats=True
-            )
+            options = dict(counts=pairs["hard_counts"], ids=pairs["hard"], reduction="sum", with_stats=True)
+            loss, stats = hard_negative_loss(region[pairs["hard_regions"]], text, features["scale_hard"], **options)
             losses["loss_hard"] = self.factors["hard"] * loss
             self.add_quality("hard", stats)
         self.add("truncated", pairs["truncated"], 0)
