@@ -42,12 +42,10 @@ PREPARE = dict(sigmoid=lambda model: model.with_logit_bias(-2.0).double())
 
 def make_model(vocab_size):
     torch.manual_seed(0)
-    return FGCLIP(
-        vision=dict(image_size=16, patch_size=8, width=16, layers=2, heads=2, mlp_width=16),
-        text=dict(vocab_size=vocab_size, context_length=24, width=12, layers=2, heads=2, mlp_width=16),
-        embed_dim=8,
-        logit_scale=2.0,
-    ).double()
+    tower = dict(layers=2, heads=2, mlp_width=16)
+    vision = dict(image_size=16, patch_size=8, width=16, **tower)
+    text = dict(vocab_size=vocab_size, context_length=24, width=12, **tower)
+    return FGCLIP(vision=vision, text=text, embed_dim=8, logit_scale=2.0).double()
 
 
 def make_batches(micro_batches, **options):
@@ -95,16 +93,10 @@ def steps(wrap, micro_batches, classes=1, cached=False, prepare=same):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.start("cpu")
-    observed = {
-        (name, classes): steps(
-            DistributedDataParallel,
-            SPLITS[name][distributed.rank()],
-            classes,
-            name in TOGETHER,
-            PREPARE.get(name, same),
-        )
-        for name, classes in CASES
-    }
+    observed, rank = {}, distributed.rank()
+    for name, classes in CASES:
+        case = (SPLITS[name][rank], classes, name in TOGETHER, PREPARE.get(name, same))
+        observed[name, classes] = steps(DistributedDataParallel, *case)
     torch.save(observed, Path(sys.argv[1]) / f"rank{distributed.rank()}.pt")
     distributed.stop()
 
