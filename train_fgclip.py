@@ -2,7 +2,6 @@
 
     python train_fgclip.py                                              # drawn scenes, minutes on two CPU cores
     python train_fgclip.py --data-root FineHARD --init-from clip-vit-base-patch16 --amp bf16
-    python train_fgclip.py --data-root coco --format coco --init-from runs/NAME/best.pt --stage global
     python train_fgclip.py --annotations mine.json --image-root images --init-from WEIGHTS --bank-size 128
     torchrun --nproc-per-node 4 train_fgclip.py --data-root FineHARD --init-from WEIGHTS --amp bf16
     torchrun --nproc-per-node 8 train_fgclip.py --shards 'shards/data-{000000..001199}.tar' --init-from WEIGHTS
@@ -17,23 +16,23 @@ import trainkit.process_setup  # noqa: F401, I001  before torch
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from fgclip import FGCLIP, Tokenizer, load_model
-from fgclip.cached import CachedFGCLIPLoss
 from fgclip.data.collate import Collate
 from fgclip.data.dataset import DataStatistics, RegionDataset, data_statistics, evenly, hold_out, image_ids
 from fgclip.data.records import COCO, FineHARD
 from fgclip.data.shards import ShardDataset, Shards, lengths_of, sound
 from fgclip.embedding import Embedder
 from fgclip.freezing import freeze, train_unfrozen
-from fgclip.loading import check_image_size
+from fgclip.loading import beside, check_image_size, load_base
 from fgclip.lora import TARGETS, add_lora
 from fgclip.losses import PairBank
 from fgclip.model import MAX_LOGIT_SCALE
-from fgclip.objective import FGCLIPLoss, freeze_unreached
+from fgclip.objective import LOSSES, FGCLIPLoss, freeze_unreached, parts_of
 from fgclip.reckoning import reckoning
 from fgclip.synthetic import PLACEMENTS, SyntheticRegions, vocabulary
 from fgclip.tasks import best_metric, validation_metrics, validation_text
@@ -63,7 +62,8 @@ from trainkit.step import TrainStep, print_step
 
 SCRIPT = "fgclip"
 MAY_CHANGE = ("annotations", "image_root", "val_annotations", "val_image_root", "validate_at", "shards", "max_damaged")
-MAY_CHANGE += ("reset_logit_scales", "logit_scale_init")
+MAY_CHANGE += ("reset_logit_scales", "logit_scale_init", "base")
+OF_WEIGHTS = ("trust_torchscript", "heads", "activation")  # what --init-from and --base may need said
 VALIDATION_SEED = 10_000  # of the drawn validation scenes, plus --seed: never a training scene
 LOOKED_AT = 2000  # records whose boxes are looked at before a run begins
 CHECKED = 100_000  # records that --check reads
@@ -107,9 +107,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add_recipe_flags(parser, SCRIPT, MAY_CHANGE)
     add_data_flags(parser)
     add_model_flags(parser)
-    add_part_flags(parser)
     add_loss_flags(parser)
-    add_run_flags(parser)
 
     deciding = "--data-root --annotations --shards --init-from --format --stage --bank-size --lora-rank --loss".split()
     given = peek_flags(arguments, *deciding)
@@ -146,8 +144,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=tuple(LAYOUTS), default="finehard", help="of the annotations; coco: captions_*.json, with "
         "the boxes of the instances_*.json beside it")
     add("--shards", nargs="+", metavar="PATTERN", help="shards of fgclip.pack, such as data-{000000..000999}.tar")
-    add("--shuffle-buffer", type=positive_int, default=10_000, metavar="N", help="samples of a shard are moved by "
-        "less than N places")
+    add("--shuffle-buffer", type=positive_int, default=10_000, metavar="N", help="places that a sample of shards moves")
     add("--max-damaged", type=non_negative_int, default=100, metavar="N", help="damaged samples of shards, of all "
         "processes, that are left out before the run ends")
     add("--val-annotations", metavar="PATH", help="validate on these; without them on a share of the training records")
@@ -168,12 +165,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=positive_int, metavar="PIXELS", help="side of the square that images are resized to; "
         "with --init-from that of the weights, and of another size their positions are interpolated")
     add("--patch-size", type=positive_int, metavar="PIXELS", help="side of a patch")
-    add("--vision-width", type=positive_int, metavar="N", help="width of the image tower, a quarter of its MLPs'")
-    add("--vision-layers", type=positive_int, metavar="N", help="its blocks")
-    add("--vision-heads", type=positive_int, metavar="N", help="its attention heads")
-    add("--text-width", type=positive_int, metavar="N", help="width of the text tower, a quarter of its MLPs'")
-    add("--text-layers", type=positive_int, metavar="N", help="its blocks")
-    add("--text-heads", type=positive_int, metavar="N", help="its attention heads")
+    for tower, name in (("vision", "the image tower"), ("text", "the text tower")):
+        add(f"--{tower}-width", type=positive_int, metavar="N", help=f"width of {name}, a quarter of its MLPs'")
+        add(f"--{tower}-layers", type=positive_int, metavar="N", help="its blocks")
+        add(f"--{tower}-heads", type=positive_int, metavar="N", help="its attention heads")
     add("--embed-dim", type=positive_int, metavar="N", help="width of the features of both towers")
     add("--context-length", type=positive_int, metavar="TOKENS", help="of short texts; long ones: 4 N - 60")
     add("--activation", choices=tuple(ACTIVATIONS), help="of the MLPs; with --init-from where no config tells")
@@ -183,9 +178,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--logit-scale-init", type=non_negative_float, default=MAX_LOGIT_SCALE, metavar="X",
         help="logarithm of the three logit scales at the start; published weights bring their own")
     add("--reset-logit-scales", action="store_true", help="set the scales of --init-from or --resume to it")
-
-
-def add_part_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("which parts of the towers learn").add_argument
     add("--freeze", nargs="*", default=[], metavar="TOWER[:N]", help="what does not learn: vision or text with its "
         "projection, or vision:9 and text:6, the first blocks and the embeddings below them")
@@ -194,6 +186,8 @@ def add_part_flags(parser: argparse.ArgumentParser) -> None:
     add("--lora-alpha", type=positive_float, default=16.0, metavar="X", help="factor on an adapter, over its rank")
     add("--lora-dropout", type=below_one, default=0.05, metavar="X", help="share of an adapter's inputs set to 0")
     add("--lora-targets", nargs="+", choices=TARGETS, default=["q_proj", "v_proj"], help="layers of a block")
+    add("--base", metavar="PATH", help="best.pt and epoch-N.pt hold what differs from these weights, most often those "
+        "of --init-from, alone; without it they are whole")
 
 
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
@@ -214,9 +208,6 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     add("--bank-warmup-steps", type=non_negative_int, default=50, metavar="N",
         help="optimizer steps before the banks are used; they fill meanwhile")
     add("--bank-classes", type=int, choices=(1, 2), default=1, help="2: half of the places for images with label 1")
-
-
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("validation, speed and memory").add_argument
     add("--best-by", choices=("region", "hard", "captions"), default="region",
         help="what chooses best.pt: R@1 of regions, accuracy among hard negatives, R@1 of captions")
@@ -237,16 +228,16 @@ def open_data(args: argparse.Namespace, image_size: int):
             f"{args.max_regions} regions each (neither --data-root nor --annotations was given)",
             f"validating on {len(validation)} scenes drawn from seed {validation.seed}",
         ]  # fmt: skip
-    if args.data_root is None and args.image_root is None and args.shards is None:
-        raise InputError("--image-root is missing: expected the folder that the paths in --annotations start from")
     read, annotations_below, images_below = LAYOUTS[args.format]
     if args.shards is not None:
-        annotations, image_root, records = args.shards[0], Path(), Shards(args.shards)
+        annotations, image_root, records, dataset = args.shards[0], Path(), Shards(args.shards), ShardDataset
+    elif args.data_root is None and args.image_root is None:
+        raise InputError("--image-root is missing: expected the folder that the paths in --annotations start from")
     else:
         annotations = Path(args.annotations or Path(args.data_root) / annotations_below)
         image_root = Path(args.image_root or Path(args.data_root) / images_below)
-        records = read(annotations)
-    val_root, dataset = image_root, RegionDataset if args.shards is None else ShardDataset
+        records, dataset = read(annotations), RegionDataset
+    val_root = image_root
     if args.val_annotations is not None:
         held_out, val_root = evenly(read(args.val_annotations), args.val_images), args.val_image_root or image_root
         sentence = f"validating on {len(held_out)} images of {args.val_annotations}"
@@ -273,14 +264,10 @@ def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]
     if resumed is not None:
         model, tokenizer = load_model(resumed, weights="raw")
     elif args.init_from is not None:
-        activation = given.pop("activation")
-        named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+        named = [name for name, value in given.items() if value is not None and name not in OF_WEIGHTS]
         if named:
-            raise InputError(f"{named[0]} comes with the weights of --init-from: leave it out")
-        model, tokenizer = load_model(
-            args.init_from, args.vocab, trust_torchscript=args.trust_torchscript, heads=args.heads,
-            activation=activation,
-        )  # fmt: skip
+            raise InputError(f"--{named[0].replace('_', '-')} comes with the weights of --init-from: leave it out")
+        model, tokenizer = load_model(args.init_from, args.vocab, **{name: getattr(args, name) for name in OF_WEIGHTS})
         messages = [f"weights of {model.load_report}"]
         if args.roi_projection and not model.config["roi_projection"]:
             model = model.with_roi_projection()
@@ -311,11 +298,6 @@ def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]
     return model, tokenizer, [*messages, f"tokenizer: {tokenizer.description}"]
 
 
-def loss_weights(args: argparse.Namespace) -> dict[str, float]:
-    """The one place where losses are weighted; `TrainStep` applies it once."""
-    return {f"loss_{name}": getattr(args, f"{name}_weight") for name in ("long", "short", "region", "hard")}
-
-
 def check_data(args: argparse.Namespace, statistics: DataStatistics) -> None:
     """Raises InputError where an enabled loss would be constant, by the records that were looked at."""
     where = f"none of {statistics.images} images looked at"
@@ -336,16 +318,13 @@ def validate_args(args: argparse.Namespace) -> None:
     if not (captions or args.region_weight or args.hard_weight):
         raise InputError("no loss has a weight above 0, nothing would be learnt")
     if captions and images == 1 and not args.global_bank_size:
-        raise InputError(
-            "one image a step has no other caption to be told from: raise --batch-size, give --global-bank-size, or "
-            "set --long-weight and --short-weight to 0"
-        )
+        others = "raise --batch-size, give --global-bank-size, or set --long-weight and --short-weight to 0"
+        raise InputError(f"one image a step has no other caption to be told from: {others}")
     if args.region_weight and images * args.max_regions == 1 and not args.bank_size:
         raise InputError("one region a step has no other phrase to be told from: raise --batch-size or --bank-size")
-    for flag, size, weight in (
-        ("--bank-size", args.bank_size, args.region_weight),
-        ("--global-bank-size", args.global_bank_size, captions),
-    ):
+    banks = dict(bank=(args.bank_size, args.region_weight), global_bank=(args.global_bank_size, captions))
+    for name, (size, weight) in banks.items():
+        flag = f"--{name.replace('_', '-')}-size"
         if size and not weight:
             raise InputError(f"{flag} {size}: the loss that the bank is for has no weight")
         if size % args.bank_classes:
@@ -354,7 +333,7 @@ def validate_args(args: argparse.Namespace) -> None:
         args, image_root=("annotations", "data_root"),
         val_annotations=("annotations", "data_root", "shards"), val_image_root=("val_annotations",),
         trust_torchscript=("init_from", "resume"), heads=("init_from", "resume"),
-        reset_logit_scales=("init_from", "resume"),
+        reset_logit_scales=("init_from", "resume"), base=("init_from", "resume"),
     )  # fmt: skip
     if args.shards is not None and (args.annotations or args.data_root or args.image_root):
         raise InputError("--shards bring annotations and pictures: leave out --annotations, --data-root, --image-root")
@@ -381,15 +360,7 @@ def logit_scales(args: argparse.Namespace, models: list[FGCLIP], optimizer: torc
     ]
 
 
-def about_losses(args: argparse.Namespace, model: FGCLIP) -> str:
-    """What is trained: its size, and the weights of the losses."""
-    whole = sum(p.numel() for p in model.parameters())
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = ", ".join(f"{name.removeprefix('loss_')} {weight:g}" for name, weight in loss_weights(args).items())
-    return f"{learning:,} of {whole:,} parameters learn; loss weights: {weights}"
-
-
-def check(messages: list[str], train_data, val_data, train_step, objective, loader, model) -> dict:
+def check(messages: list[str], train_data, val_data, train_step, objective, loader, model, cached: bool) -> dict:
     """--check: what the data holds, one step, and whether a gradient reaches every part. Returns the step's batch."""
     print("\n".join(messages))
     for name, data in (("training", train_data), ("validation", val_data)):
@@ -397,11 +368,12 @@ def check(messages: list[str], train_data, val_data, train_step, objective, load
         print(f"{name}, {len(indices)} of {len(data)} records read:")
         statistics = data_statistics(map(data.record, indices))
         print("  " + str(statistics).replace("\n", "\n  "))
-    batches = [next(iter(loader))]
+    batch = next(iter(loader))
+    batches = [[batch]] if cached else [batch]
     objective.begin(batches)
     print_step(train_step, batches, model)
     print("metrics: " + ", ".join(f"{name} {value:.4g}" for name, value in objective.metrics().items()))
-    return batches[0]
+    return batch
 
 
 def count_damaged(run: Run, batches: list[dict], count: int, most: int) -> None:
@@ -425,7 +397,8 @@ def main(arguments: list[str] | None = None) -> None:
     check_data(args, statistics)
     messages += [f"of {statistics.images} images looked at: {statistics.boxes}", *about_model]
 
-    weights = loss_weights(args)
+    # The one place where losses are weighted; `TrainStep` applies it once.
+    weights = {f"loss_{name}": getattr(args, f"{name}_weight") for name in LOSSES}
     enabled = [name.removeprefix("loss_") for name, weight in weights.items() if weight]
     freeze(bare, args.freeze)
     if args.lora_rank:
@@ -436,22 +409,21 @@ def main(arguments: list[str] | None = None) -> None:
     bare.set_checkpointing(args.checkpoint_activations)
     train_unfrozen(bare.to(device))
     if args.compile:
-        for tower in (bare.vision_model, bare.text_model):
-            for block in tower.encoder.layers[:-1]:
-                block.compile()
+        for block in (*bare.vision_model.encoder.layers[:-1], *bare.text_model.encoder.layers[:-1]):
+            block.compile()
     average = ema(bare, args.ema_decay) if args.ema_decay else None
     models = [bare] if average is None else [bare, average.module]
     model = distributed.parallel(bare)
 
-    lengths = dict(context_length=bare.text_model.context_length)
-    lengths |= dict(long_context_length=bare.text_model.long_context_length if args.long_weight else None)
-    regions = bool(args.region_weight or args.hard_weight)
-    collate = Collate(tokenizer, regions=regions, hard=bool(args.hard_weight), **lengths)
-    if args.shards is None:
-        sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
-    else:
-        lengths = lengths_of(train_data.records)
-        sampler = ShardSampler(lengths, args.batch_size, buffer=args.shuffle_buffer, seed=args.seed)
+    text, regions = bare.text_model, bool(args.region_weight or args.hard_weight)
+    collate = Collate(
+        tokenizer, context_length=text.context_length, regions=regions, hard=bool(args.hard_weight),
+        long_context_length=text.long_context_length if args.long_weight else None,
+    )  # fmt: skip
+    sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
+    if args.shards is not None:
+        shards = lengths_of(train_data.records)
+        sampler = ShardSampler(shards, args.batch_size, buffer=args.shuffle_buffer, seed=args.seed)
     loader = make_loader(train_data, sampler, collate, workers=args.workers, device=device)
     steps_per_epoch = math.ceil(sampler.steps_per_epoch / args.accumulate)
     total_steps = args.epochs * steps_per_epoch
@@ -465,39 +437,43 @@ def main(arguments: list[str] | None = None) -> None:
         name: PairBank(size, bare.visual_projection.out_features, classes=args.bank_classes, device=device)
         for name, size in sizes.items() if size and name in enabled
     })  # fmt: skip
-    kind = CachedFGCLIPLoss if args.cached_negatives else FGCLIPLoss
-    objective = kind(model, names=enabled, banks=banks, device=device)
+    objective = FGCLIPLoss(model, names=enabled, banks=banks, device=device)
     train_step = TrainStep(
         model, optimizer, forward=lambda _, batch: (objective(batch), {}), weights=weights,
-        describe=lambda batch: batch["sources"], device=device, schedule=schedule, average=average, amp=args.amp,
-        clip_norm=args.clip_norm,
+        describe=lambda batch: [source for part in parts_of(batch) for source in part["sources"]], device=device,
+        schedule=schedule, average=average, amp=args.amp, clip_norm=args.clip_norm,
     )  # fmt: skip
     if args.check:
-        batch = check(messages, train_data, val_data, train_step, objective, loader, bare)
+        batch = check(messages, train_data, val_data, train_step, objective, loader, bare, args.cached_negatives)
         if not args.compile:
             print("\n".join(reckoning(
                 bare, batch, images=len(train_data), batches=args.accumulate, world_size=distributed.world_size(),
                 amp=args.amp, optimizer=args.optimizer, average=average is not None,
-                bank_bytes=sum(part.nbytes for part in banks.buffers()),
-                left_out=objective.left_out if args.cached_negatives else None,
+                bank_bytes=sum(part.nbytes for part in banks.buffers()), cached=args.cached_negatives,
             )))  # fmt: skip
         return
 
+    options = {name: getattr(args, name) for name in OF_WEIGHTS}
+    shorten = args.base and partial(beside, base=load_base(args.base, **options), path=args.base)
     run = Run(
         args, SCRIPT, train_step, sampler, total_steps=total_steps, parts={"banks": banks},
         constants={"model_kwargs": bare.config, "merges": tokenizer.merges}, may_change=MAY_CHANGE,
-        values=None if args.shards is None else {"damaged": 0},
+        values=None if args.shards is None else {"damaged": 0}, shorten=shorten,
     )  # fmt: skip
     if args.resume or args.init_from:
         messages += logit_scales(args, models, optimizer)
-    run.say(*messages, about_losses(args, bare))
+    learning = sum(p.numel() for p in bare.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in bare.parameters())
+    shown = ", ".join(f"{name.removeprefix('loss_')} {weight:g}" for name, weight in weights.items())
+    run.say(*messages, f"{learning:,} of {whole:,} parameters learn; loss weights: {shown}")
     with run:
         for epoch in run.epochs():
             for batches in run.batches(loader):
-                objective.begin(batches, use_banks=train_step.steps >= args.bank_warmup_steps)
+                whole = [batches] if args.cached_negatives else batches  # one batch of them all
+                objective.begin(whole, use_banks=train_step.steps >= args.bank_warmup_steps)
                 if args.shards is not None:
                     objective.add("damaged", sum(len(batch["damaged"]) for batch in batches), 0)
-                result = train_step(batches)
+                result = train_step(whole)
                 for each in models:
                     each.clamp_logit_scales()
                 metrics = objective.metrics()

@@ -21,20 +21,19 @@ import torch
 from benchmarks import common
 from benchmarks.fgclip_step import SIZES, WEIGHTS, make_batch
 from fgclip import FGCLIP
-from fgclip.cached import CachedFGCLIPLoss
 from fgclip.freezing import freeze, train_unfrozen
 from fgclip.lora import add_lora
 from fgclip.objective import FGCLIPLoss
 from trainkit.step import TrainStep
 
-OPTIONS = {  # name -> frozen parts, rank of the adapters, kind of the loss
-    "plain": ([], 0, FGCLIPLoss),
-    "cached-negatives": ([], 0, CachedFGCLIPLoss),
-    "freeze-text": (["text"], 0, FGCLIPLoss),
-    "freeze-text-cached-negatives": (["text"], 0, CachedFGCLIPLoss),
-    "freeze-vision": (["vision"], 0, FGCLIPLoss),
-    "freeze-9-blocks": (["vision:9", "text:9"], 0, FGCLIPLoss),
-    "lora-rank-8": ([], 8, FGCLIPLoss),
+OPTIONS = {  # name -> frozen parts, rank of the adapters, whether all micro-batches are one batch
+    "plain": ([], 0, False),
+    "cached-negatives": ([], 0, True),
+    "freeze-text": (["text"], 0, False),
+    "freeze-text-cached-negatives": (["text"], 0, True),
+    "freeze-vision": (["vision"], 0, False),
+    "freeze-9-blocks": (["vision:9", "text:9"], 0, False),
+    "lora-rank-8": ([], 8, False),
 }
 
 
@@ -44,16 +43,17 @@ class Contender:
     def __init__(self, name: str, args: argparse.Namespace):
         torch.manual_seed(0)
         model = FGCLIP(**SIZES[args.size])
-        parts, rank, loss = OPTIONS[name]
+        parts, rank, cached = OPTIONS[name]
         freeze(model, parts)
         if rank:
             add_lora(model, ("q_proj", "v_proj"), rank=rank, alpha=2 * rank, dropout=0.05)
         train_unfrozen(model.to(args.device))
         self.batches = [make_batch(args)] * args.accumulate
-        self.objective = loss(model, names=list(WEIGHTS), banks={}, device=args.device)
+        self.batches = [self.batches] if cached else self.batches
+        self.objective = FGCLIPLoss(model, names=list(WEIGHTS), banks={}, device=args.device)
         self.train_step = TrainStep(
             model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5), device=args.device,
-            forward=lambda _, batch: (self.objective(batch), {}), amp=args.amp, describe=lambda batch: batch["sources"],
+            forward=lambda _, batch: (self.objective(batch), {}), amp=args.amp, describe=str,
             weights={f"loss_{name}": weight for name, weight in WEIGHTS.items()},
         )  # fmt: skip
 

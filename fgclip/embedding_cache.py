@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -11,23 +10,9 @@ from torch.utils.data import Dataset, Subset
 
 from fgclip.data import RegionDataset, Sample
 from fgclip.embedding import Embedder
-from fgclip.model import FGCLIP
+from fgclip.weights import IMAGE_PARTS, weights_hash  # noqa: F401
 from trainkit import distributed
 from trainkit.files import read_torch, regular_file, whole_file
-
-IMAGE_PARTS = ("vision_model.", "visual_projection.", "roi_projection.")  # what features of images depend on
-
-
-def weights_hash(model: FGCLIP, parts: Collection[str] = IMAGE_PARTS) -> str:
-    """A hash of the weights whose names begin so, and of what else of the image tower is no weight."""
-    tower, digest = model.vision_model, hashlib.sha256()
-    block = tower.encoder.layers[0]
-    digest.update(f"{block.self_attn.heads} {block.mlp.activation.__name__} {tower.post_layernorm.eps}".encode())
-    for name, weight in sorted(model.state_dict().items()):
-        if name.startswith(tuple(parts)):
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().float().cpu().contiguous().numpy())
-    return digest.hexdigest()
 
 
 class CachedEmbedder(Embedder):
@@ -46,9 +31,8 @@ class CachedEmbedder(Embedder):
     def key(self, data: RegionDataset, sample: Sample, boxes: bool) -> str:
         path = os.path.realpath(data.image_root / sample.record.image)
         state = regular_file(path, f"a picture, named by {sample.record.source}").stat()
-        named = f"{path} {state.st_size} {state.st_mtime_ns} {data.image_size} {data.crop} {self.amp}"
-        of_boxes = b" boxes" + sample.boxes.numpy().tobytes() if boxes else b""
-        return hashlib.sha256(named.encode() + of_boxes).hexdigest()
+        shown = f"{data.image_size} {data.crop} {self.amp} {sample.boxes.tolist() if boxes else ''}"
+        return hashlib.sha256(f"{path} {state.st_size} {state.st_mtime_ns} {shown}".encode()).hexdigest()
 
     def images(self, dataset: Dataset, regions: bool = False) -> tuple[Tensor, Tensor]:
         if not isinstance(dataset, RegionDataset):

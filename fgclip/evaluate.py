@@ -69,6 +69,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that `open_model` reads."""
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", required=True, metavar="PATH", help="a run's best.pt or last.pt, or published weights")
+    add("--base", metavar="PATH", help="of a run's best.pt that was trained with --base: those weights, if they moved")
     add("--weights", choices=("ema", "raw"), default="ema", help="of a run: averaged (EMA) weights if any, or raw ones")
     add("--vocab", metavar="FILE", help="published weights: bpe_simple_vocab_16e6.txt.gz, merges.txt or "
         "tokenizer.json; bytes goes without, to no good where they were trained on merges")
@@ -111,10 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer]:
     """The model and tokenizer that `add_model_flags` name; args.image_size becomes the one to use."""
-    model, tokenizer = load_model(
-        args.checkpoint, args.vocab, weights=args.weights, trust_torchscript=args.trust_torchscript,
-        heads=args.heads, activation=args.activation,
-    )  # fmt: skip
+    options = ("weights", "trust_torchscript", "heads", "activation", "base")
+    model, tokenizer = load_model(args.checkpoint, args.vocab, **{name: getattr(args, name) for name in options})
     if any(note.startswith("guessed") for note in model.load_report.notes) and distributed.is_main():
         print(model.load_report, file=sys.stderr)
     args.image_size = args.image_size or model.vision_model.image_size

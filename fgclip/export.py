@@ -9,7 +9,6 @@ CLIP stands in model.safetensors under its published names; adapters are merged.
 text_long.onnx and regions.onnx, which are compared with the model before they are written. Needs the extra export.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -60,13 +59,6 @@ def parts(model: FGCLIP, tokenizer: Tokenizer) -> Iterator[tuple[str, Callable, 
             yield name, encode, dict(tokens=tokens), axes, encode(tokens)
 
 
-def onnx_part(model: FGCLIP, function: Callable, inputs: dict[str, Tensor], axes: dict[str, dict]) -> bytes:
-    """The ONNX file of a function of a model."""
-    module = nn.Module()
-    module.model, module.forward = model, function
-    return onnx_file(module, inputs, axes, ["features"])
-
-
 def checked(name: str, content: bytes, inputs: dict[str, Tensor], expected: Tensor) -> str:
     """A sentence on how a file compares with the model. Raises InputError where its unit features differ."""
     (found,) = onnx_function(content)(**inputs)
@@ -85,22 +77,19 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, length: int) -> None:
     write_json(folder / "tokenizer_config.json", config, indent=1)
 
 
-# fmt: off
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("run", metavar="RUN", help="a run's best.pt or last.pt, or published weights")
-    add("output", type=Path, metavar="OUT", help="the folder to write")
-    add("--onnx", action="store_true", help="also the towers and the region head as ONNX files")
-    add("--weights", choices=("ema", "raw"), default="ema", help="of a run: averaged (EMA) weights if any, or raw ones")
-    add("--vocab", metavar="FILE", help="published weights: the merges, as in fgclip.evaluate")
-# fmt: on
-
-
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
     """Write the folder. arguments: without the program's name."""
     parser = make_parser(__doc__)
-    add_arguments(parser)
+    # fmt: off
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run's best.pt or last.pt, or published weights")
+    add("output", type=Path, metavar="OUT", help="the folder to write")
+    add("--onnx", action="store_true", help="also the towers and the region head as ONNX files")
+    add("--base", metavar="PATH", help="of a run that was trained with --base: those weights, if they moved")
+    add("--weights", choices=("ema", "raw"), default="ema", help="of a run: averaged (EMA) weights if any, or raw ones")
+    add("--vocab", metavar="FILE", help="published weights: the merges, as in fgclip.evaluate")
+    # fmt: on
     args = parser.parse_args(arguments)
     if find_spec("safetensors") is None:
         raise InputError('safetensors is missing: pip install "macl-fgclip[export]"')
@@ -108,11 +97,13 @@ def main(arguments: list[str] | None = None) -> None:
         need_packages()
     if args.output.exists() and not args.output.is_dir():
         raise InputError(f"{args.output} is a file; expected a folder, or a name for one")
-    model, tokenizer = load_model(args.run, args.vocab, weights=args.weights)
+    model, tokenizer = load_model(args.run, args.vocab, weights=args.weights, base=args.base)
     side, folder = model.vision_model.image_size, args.output
     files = {}
     for name, function, inputs, axes, expected in parts(model, tokenizer) if args.onnx else ():
-        files[f"{name}.onnx"] = onnx_part(model, function, inputs, axes)
+        module = nn.Module()
+        module.model, module.forward = model, function
+        files[f"{name}.onnx"] = onnx_file(module, inputs, axes, ["features"])
         print(checked(f"{name}.onnx", files[f"{name}.onnx"], inputs, expected))
     save_clip_weights(model, folder)
     config = hugging_face_config(model)

@@ -2,17 +2,14 @@
 
 from collections.abc import Collection
 
-from fgclip.model import FGCLIP
+from fgclip.model import FGCLIP, TOWERS
 from trainkit.errors import InputError
-
-# What is frozen with a whole tower. A projection of the regions' own goes on learning.
-TOWERS = dict(vision=("vision_model", "visual_projection"))
-TOWERS |= dict(text=("text_model", "text_projection", "text_filip_projection"))
 
 
 def freeze(model: FGCLIP, parts: Collection[str]) -> None:
     """Freezes "vision" or "text", a tower with its projections, or "text:6", its embeddings and first 6 blocks.
 
+    A projection of the regions' own goes on learning.
     Call it before an optimizer and DDP are made. Raises InputError on other words, and where there are fewer blocks.
     """
     for part in parts:
@@ -21,7 +18,7 @@ def freeze(model: FGCLIP, parts: Collection[str]) -> None:
         if tower is None or (colon and not (count.isdecimal() and int(count) <= len(tower.encoder.layers))):
             most = f"vision:{len(model.vision_model.encoder.layers)} or text:{len(model.text_model.encoder.layers)}"
             raise InputError(f"--freeze {part}: expected vision, text, or first blocks of one, at most {most}")
-        frozen = [getattr(model, each) for each in TOWERS[name] if hasattr(model, each)]
+        frozen = [getattr(model, each) for each in TOWERS[name][1] if hasattr(model, each) and each != "roi_projection"]
         if colon:
             below = [tower.embeddings, tower.pre_layrnorm] if name == "vision" else [tower.embeddings]
             frozen = [*below, *tower.encoder.layers[: int(count)]]

@@ -131,10 +131,7 @@ def _statistics(logsumexp: Tensor, positive: Tensor, negative: Tensor, candidate
     loss = logsumexp - positive
     contested = candidates > 1
     return dict(
-        rows=torch.full((), float(len(loss)), device=loss.device),
-        rows_with_negatives=contested.sum().to(loss.dtype),
-        loss=loss.sum(),
-        loss_over_chance=(loss / candidates.clamp(min=2).log()).sum(),
-        top1=(contested & (positive > negative)).sum().to(loss.dtype),
-        candidates=candidates.sum().to(loss.dtype),
-    )
+        rows=torch.full((), float(len(loss)), device=loss.device), rows_with_negatives=contested.sum().to(loss.dtype),
+        loss=loss.sum(), loss_over_chance=(loss / candidates.clamp(min=2).log()).sum(),
+        top1=(contested & (positive > negative)).sum().to(loss.dtype), candidates=candidates.sum().to(loss.dtype),
+    )  # fmt: skip

@@ -106,15 +106,9 @@ def region_metrics(region: Tensor, text: Tensor, ids: Tensor, logit_scale: float
         hits.append(hit)
     loss, candidates = sum(losses) / 2, others.shape[1] + 1
     return dict(
-        loss=loss,
-        relative=loss / torch.tensor(float(candidates)).log().item(),
-        r1=sum(hits) / 2,
-        region_to_text_r1=hits[0],
-        text_to_region_r1=hits[1],
-        candidates=candidates,
-        count=len(region),
-        cosine=cosines.diagonal().mean().item(),
+        loss=loss, relative=loss / torch.tensor(float(candidates)).log().item(),
+        r1=sum(hits) / 2, region_to_text_r1=hits[0], text_to_region_r1=hits[1], candidates=candidates,
+        count=len(region), cosine=cosines.diagonal().mean().item(),
         cosine_unmatched=cosines[ids[:, None] != ids].mean().item(),
-        effective_rank=effective_rank(region),
-        effective_rank_texts=effective_rank(text),
-    )
+        effective_rank=effective_rank(region), effective_rank_texts=effective_rank(text),
+    )  # fmt: skip

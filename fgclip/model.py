@@ -2,20 +2,26 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fgclip.regions import boxes_to_rois
 from fgclip.text import TextTower
 from fgclip.vision import VisionTower, interpolate_positions
 from kernels import roi_align_project
-from trainkit.device import at_least_float32
+from trainkit.device import at_least_float32, to_device
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+# Of each tower what goes in, and the modules on its way.
+_TEXTS = ("short_texts", "short", "region", "hard", "long_texts", "long")
+TOWERS = dict(vision=(("pixels", "boxes"), ("vision_model", "visual_projection", "roi_projection")))
+TOWERS |= dict(text=(_TEXTS, ("text_model", "text_projection", "text_filip_projection")))
 
 
 def l2_normalize(features: Tensor, eps: float = 1e-8) -> Tensor:
@@ -71,9 +77,8 @@ class FGCLIP(nn.Module):
         return self._rebuilt(dict(roi_projection=True), {"roi_projection.weight": self.visual_projection.weight})
 
     def with_logit_bias(self, value: float | None) -> "FGCLIP":
-        """The same model with new biases for the sigmoid loss, or without any."""
-        state = {} if value is None else dict.fromkeys(("logit_bias", "logit_bias_region"), torch.tensor(float(value)))
-        return self._rebuilt(dict(logit_bias=value), state)
+        """The same model with new biases for the sigmoid loss where it has none, or without any."""
+        return self._rebuilt(dict(logit_bias=value), {})
 
     def with_image_size(self, image_size: int) -> "FGCLIP":
         """The same model with its position table interpolated for square images of that side."""
@@ -83,8 +88,8 @@ class FGCLIP(nn.Module):
 
     def _rebuilt(self, config: dict, state: dict[str, Tensor]) -> "FGCLIP":
         model = FGCLIP(**self.config | config)
-        state = self.state_dict() | state
-        model.load_state_dict({name: state[name] for name in model.state_dict()})
+        own, state = model.state_dict(), self.state_dict() | state
+        model.load_state_dict({name: state.get(name, own[name]) for name in own})
         return model.to(self.logit_scale.device)
 
     def set_checkpointing(self, enabled: bool) -> None:
@@ -146,7 +151,7 @@ class FGCLIP(nn.Module):
         rois = boxes_to_rois([b.to(dense.device, torch.float32) for b in boxes], size)
         return roi_align_project([dense], rois, weight, scales=[1.0], output_size=1, sampling_ratio=-1, aligned=True)
 
-    def forward(self, batch: dict) -> dict[str, Tensor]:
+    def forward(self, batch: dict | list[dict]) -> dict[str, Tensor]:
         """Every feature that the losses of one batch need, not normalised, each distinct image and text encoded once.
 
         batch: any of
@@ -154,9 +159,21 @@ class FGCLIP(nn.Module):
             short_texts (U, L) tokens, and into its rows: short (B,), region (R,), hard (H,) int64;
             long_texts (V, L) tokens, long (B,) into its rows;
             boxes, with pixels, a list of B tensors (n_i, 4), R together.
+        Of a list of batches, on any device, the features come together. The backward pass makes them again, batch by
+        batch, so that memory holds the activations of one (the steps of GradCache, Gao et al. 2021).
         Returns image, short, long (B, D), regions, region_texts (R, D) and hard_texts (H, D), where the batch has what
         they are made of, the multipliers scale_global, scale_region and scale_hard, and biases where there are any.
         """
+        if isinstance(batch, list):
+            parts = [self._twice(part) for part in batch]
+            features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        else:
+            features = self._features(batch)
+        if self.config["logit_bias"] is not None:
+            features |= dict(bias_global=self.logit_bias, bias_region=self.logit_bias_region)
+        return features | {f"scale_{name}": scale for name, scale in self.logit_scales().items()}
+
+    def _features(self, batch: dict) -> dict[str, Tensor]:
         features = {}
         if "pixels" in batch:
             tokens, size = self.vision_model.penultimate(batch["pixels"])
@@ -170,6 +187,25 @@ class FGCLIP(nn.Module):
                     features[name] = F.embedding(batch[index], short)  # unlike indexing, repeats add up in one order
         if "long_texts" in batch:
             features["long"] = F.embedding(batch["long"], self.encode_text(batch["long_texts"], long=True))
-        if self.config["logit_bias"] is not None:
-            features |= dict(bias_global=self.logit_bias, bias_region=self.logit_bias_region)
-        return features | {f"scale_{name}": scale for name, scale in self.logit_scales().items()}
+        return features
+
+    def _twice(self, batch: dict) -> dict[str, Tensor]:
+        """`_features` without graph at first; a tower in which something learns runs again in the backward pass.
+
+        Its parameters are inputs of the checkpoint, so that DDP sees the sum of their gradients over all batches.
+        """
+        features = {}
+        for inputs, modules in TOWERS.values():
+            part, kinds = {name: batch[name] for name in inputs if name in batch}, []
+            learning = {n: p for n, p in self.named_parameters() if p.requires_grad and n.startswith(modules)}
+            run = partial(self._run, part, kinds, list(learning))
+            made = checkpoint(run, *learning.values(), use_reentrant=True) if learning and part else run()
+            features |= zip(kinds, made, strict=True)
+        return features
+
+    def _run(self, batch: dict, kinds: list[str], names: list[str], *parameters: Tensor) -> tuple[Tensor, ...]:
+        """The features of a batch, by the parameters of these names; `kinds` becomes what each is."""
+        with torch.nn.utils.stateless._reparametrize_module(self, dict(zip(names, parameters, strict=True))):
+            features = self._features(to_device(batch, self.logit_scale.device))
+        kinds[:] = features
+        return tuple(features.values())

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -23,32 +24,27 @@ class FGCLIPLoss:
 
     Each step calls `begin` with its micro-batches, then the loss with each in turn, then `metrics`. A loss is a mean
     over the pairs of all micro-batches on all ranks: their average is that of one large batch, but for the number of
-    negatives.
+    negatives. A list of micro-batches stands for one batch of them all, negatives included, see `FGCLIP.forward`.
     """
-
-    at_once = False  # whether `losses` is called once a step, with the features of all micro-batches
 
     def __init__(self, model: nn.Module, *, names: Collection[str], banks: Mapping | nn.ModuleDict, device):
         self.model, self.names, self.banks, self.device = model, list(names), dict(banks.items()), device
 
-    def begin(self, batches: list[dict], *, use_banks: bool = True) -> None:
+    def begin(self, batches: list[dict | list[dict]], *, use_banks: bool = True) -> None:
         """Counts the pairs of the step over all ranks, and forgets the metrics of the last step."""
-        counts = [[len(batch.get(key, ())) for key in LOSSES.values()] for batch in batches]
+        counts = [[sum(len(part.get(key, ())) for part in parts_of(batch)) for key in LOSSES.values()]
+                  for batch in batches]  # fmt: skip
         counts = distributed.all_reduce_sum(torch.tensor(counts, dtype=torch.float64))  # (micro-batches, LOSSES)
-        counts = counts.sum(0, keepdim=True) if self.at_once else counts
         totals = counts.sum(0)
         factors = torch.where(totals > 0, distributed.world_size() * len(counts) / totals, 0.0).tolist()
         self.factors = dict(zip(LOSSES, factors, strict=True))
         self.counts = (dict(zip(LOSSES, row, strict=True)) for row in counts)
         self.sums, self.use_banks = {}, use_banks
 
-    def __call__(self, batch: dict) -> dict[str, Tensor]:
+    def __call__(self, batch: dict | list[dict]) -> dict[str, Tensor]:
         """The losses () of the next micro-batch. Afterwards its pairs are in the banks."""
-        batch = to_device(batch, self.device)
-        return self.losses(self.model(batch), pairs_of(batch))
-
-    def losses(self, features: dict[str, Tensor], pairs: dict) -> dict[str, Tensor]:
-        """The losses () of the model's features, whose rows `pairs` tells; the pairs go to the banks."""
+        pairs = to_device(pairs_of(batch), self.device)
+        features = self.model(batch if isinstance(batch, list) else to_device(batch, self.device))
         counts = next(self.counts)
         losses, image = {}, l2_normalize(features["image"])
         for name in ("long", "short", "region"):
@@ -57,10 +53,8 @@ class FGCLIPLoss:
                 losses[f"loss_{name}"] = self.factors[name] * loss
         if "hard" in self.names:
             region, text = l2_normalize(features["regions"]), l2_normalize(features["hard_texts"])
-            options = dict(counts=pairs["hard_counts"], ids=pairs["hard"])
-            loss, stats = hard_negative_loss(
-                region[pairs["hard_regions"]], text, features["scale_hard"], **options, reduction="sum", with_stats=True
-            )
+            options = dict(counts=pairs["hard_counts"], ids=pairs["hard"], reduction="sum", with_stats=True)
+            loss, stats = hard_negative_loss(region[pairs["hard_regions"]], text, features["scale_hard"], **options)
             losses["loss_hard"] = self.factors["hard"] * loss
             self.add_quality("hard", stats)
         self.add("truncated", pairs["truncated"], 0)
@@ -130,8 +124,19 @@ class FGCLIPLoss:
         return means | banks | counts
 
 
-def pairs_of(batch: dict) -> dict:
+def parts_of(batch: dict | list[dict]) -> list[dict]:
+    return batch if isinstance(batch, list) else [batch]
+
+
+def pairs_of(batch: dict | list[dict]) -> dict:
     """What the losses know of a batch: ids of the texts of long, short, region and hard, and what tells the rows."""
+    if isinstance(batch, list):
+        first = [0, *accumulate(len(part.get("region", ())) for part in batch)]
+        parts = [pairs_of(part) for part in batch]
+        for part, regions in zip(parts, first, strict=False):
+            part |= dict(hard_regions=part["hard_regions"] + regions) if "hard_regions" in part else {}
+        whole = {name: [part[name] for part in parts] for name in parts[0]}
+        return {name: sum(values) if name == "truncated" else torch.cat(values) for name, values in whole.items()}
     ids = {name: batch["long_ids" if name == "long" else "short_ids"][batch[name]] for name in LOSSES if name in batch}
     others = ("labels", "region_labels", "hard_regions", "hard_counts", "truncated")
     return ids | {name: batch[name] for name in others if name in batch}

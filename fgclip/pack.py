@@ -11,6 +11,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,27 +24,23 @@ from trainkit.errors import InputError, one_sentence
 from trainkit.files import inside, is_image, picture_size, whole_file
 
 
-# fmt: off
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--annotations", required=True, metavar="PATH", help="file, folder or list of files in FineHARD's form")
-    add("--image-root", required=True, metavar="PATH", help="folder that the paths in the annotations start from")
-    add("--output", required=True, metavar="DIR", help="folder to write data-000000.tar, ... to, with an index of each")
-    add("--per-shard", type=positive_int, default=10_000, metavar="N", help="samples in a shard, at most")
-    add("--seed", type=non_negative_int, default=0, metavar="N", help="seed of the order in which items are packed")
-    add("--max-damaged", type=non_negative_int, default=0, metavar="N", help="items that may be left out, because "
-        "their picture cannot be read or they have another form")
-# fmt: on
-
-
-def files_of(records: FineHARD, index: int, root: Path) -> dict[str, bytes]:
-    """The files of a sample by their names. Raises InputError where item or picture is missing or of another form."""
-    item, source = records.items[index]
-    path = inside(root, records.record(item, source).image, source)
-    if not is_image(path):
-        raise InputError(f"{source}: {path} has no suffix of a picture")
-    picture_size(path)
-    return {f"{index:09}.json": json.dumps(item).encode(), f"{index:09}{path.suffix.lower()}": path.read_bytes()}
+def samples(
+    records: FineHARD, indices: Iterable[int], args: argparse.Namespace, damaged: list[str]
+) -> Iterator[dict[str, bytes]]:
+    """The files of each item by their names. What is wrong with an item goes to `damaged`."""
+    for index in indices:
+        try:
+            item, source = records.items[index]
+            path = inside(Path(args.image_root), records.record(item, source).image, source)
+            if not is_image(path):
+                raise InputError(f"{source}: {path} has no suffix of a picture")
+            picture_size(path)
+        except InputError as error:
+            damaged.append(str(error))
+            if len(damaged) > args.max_damaged:
+                raise InputError(f"{error}; --max-damaged {args.max_damaged}") from error
+            continue
+        yield {f"{index:09}.json": json.dumps(item).encode(), f"{index:09}{path.suffix.lower()}": path.read_bytes()}
 
 
 def write_shard(path: Path, samples: Iterable[dict[str, bytes]]) -> None:
@@ -61,28 +58,27 @@ def pack(args: argparse.Namespace) -> tuple[int, list[str]]:
     """Writes all shards. Returns their number, and what is wrong with the items that were left out."""
     records, damaged = FineHARD(args.annotations), []
     order = np.random.default_rng(args.seed).permutation(len(records))
-    parts = np.array_split(order, -(-len(order) // args.per_shard) or 1)
-    with tqdm(total=len(order), unit="item", dynamic_ncols=True, disable=None) as bar:
-
-        def samples(part: np.ndarray) -> Iterator[dict[str, bytes]]:
-            for index in part.tolist():
-                bar.update()
-                try:
-                    yield files_of(records, index, Path(args.image_root))
-                except InputError as error:
-                    damaged.append(str(error))
-                    if len(damaged) > args.max_damaged:
-                        raise InputError(f"{error}; --max-damaged {args.max_damaged}") from error
-
-        for number, part in enumerate(parts):
-            write_shard(Path(args.output) / f"data-{number:06}.tar", samples(part))
-    return len(parts), damaged
+    shards = np.array_split(order, -(-len(order) // args.per_shard) or 1)
+    indices = iter(tqdm(order.tolist(), unit="item", dynamic_ncols=True, disable=None))
+    for number, part in enumerate(shards):
+        found = samples(records, islice(indices, len(part)), args, damaged)
+        write_shard(Path(args.output) / f"data-{number:06}.tar", found)
+    return len(shards), damaged
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Pack, and say what was left out. arguments: without the program's name."""
     parser = make_parser(__doc__)
-    add_arguments(parser)
+    # fmt: off
+    add = parser.add_argument
+    add("--annotations", required=True, metavar="PATH", help="file, folder or list of files in FineHARD's form")
+    add("--image-root", required=True, metavar="PATH", help="folder that the paths in the annotations start from")
+    add("--output", required=True, metavar="DIR", help="folder to write data-000000.tar, ... to, with an index of each")
+    add("--per-shard", type=positive_int, default=10_000, metavar="N", help="samples in a shard, at most")
+    add("--seed", type=non_negative_int, default=0, metavar="N", help="seed of the order in which items are packed")
+    add("--max-damaged", type=non_negative_int, default=0, metavar="N", help="items that may be left out, because "
+        "their picture cannot be read or they have another form")
+    # fmt: on
     args = parser.parse_args(arguments)
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -6,21 +6,11 @@ from trainkit.errors import InputError
 from trainkit.files import read_lines, shown
 
 TEMPLATES = (
-    "a photo of a {}.",
-    "a photo of one {}.",
-    "a photo of several {}.",
-    "a close view of a {}.",
-    "a {} seen from far away.",
-    "a small {} in a picture.",
-    "a large {} in a picture.",
-    "part of a {}.",
-    "a blurred photo of a {}.",
-    "a dark photo of a {}.",
-    "a bright photo of a {}.",
-    "a black and white photo of a {}.",
-    "a drawing of a {}.",
-    "a {} among other things.",
-)
+    "a photo of a {}.", "a photo of one {}.", "a photo of several {}.", "a close view of a {}.",
+    "a {} seen from far away.", "a small {} in a picture.", "a large {} in a picture.", "part of a {}.",
+    "a blurred photo of a {}.", "a dark photo of a {}.", "a bright photo of a {}.",
+    "a black and white photo of a {}.", "a drawing of a {}.", "a {} among other things.",
+)  # fmt: skip
 
 
 def read_templates(path: str | Path) -> tuple[str, ...]:

@@ -4,12 +4,14 @@ The model runs on tensors without memory. Multiplications are counted as they wo
 the bytes of what autograd would keep between the two.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils import stateless
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from fgclip.model import FGCLIP
@@ -17,38 +19,22 @@ from trainkit.device import autocast
 
 PEAK = dict(none=67e12, bf16=989e12, fp16=989e12)  # dense operations a second of an H100 SXM5, as NVIDIA states them
 UTILISATION = 0.4  # the share of them that is assumed
-STATE = dict(adamw=8, sgd=4)  # bytes that an optimizer keeps per parameter
-INPUTS = ("pixels", "short_texts", "long_texts")
+STATE = dict(adamw=2, sgd=1)  # numbers that an optimizer keeps per parameter
+INPUTS = ("pixels", "boxes", "short_texts", "short", "region", "hard", "long_texts", "long")
 IMAGE_BYTES = 100_000  # that are assumed of a picture with its item
 
 
-class _Step(nn.Module):
-    """The model's features of a batch, and backward; regions go the way of all patches, not of their boxes."""
+def cost(model: FGCLIP, batch: Mapping, *, amp: str, cached: bool = False) -> tuple[int, int]:
+    """Floating-point operations of forward and backward, and the bytes kept between them.
 
-    def __init__(self, model: FGCLIP):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Mapping[str, Tensor]) -> None:
-        total, model = 0.0, self.model
-        if "pixels" in batch:
-            tokens, size = model.vision_model.penultimate(batch["pixels"])
-            total = total + model.visual_projection(model.vision_model.pool(tokens)).sum()
-            if "boxes" in batch:
-                total = total + model.vision_model.dense(tokens, size).sum()
-        for name, long in (("short_texts", False), ("long_texts", True)):
-            if name in batch:
-                total = total + model.encode_text(batch[name], long).sum()
-        if total.requires_grad:
-            total.backward()  # here, where checkpointed blocks find their weights
-
-
-def cost(model: FGCLIP, batch: Mapping, *, amp: str, learning: bool = True) -> tuple[int, int]:
-    """Floating-point operations of forward and, if learning, of backward, and the bytes kept between them."""
-    fake, kept = FakeTensorMode(), {}
+    cached: as in `--cached-negatives`, in which the towers run twice.
+    """
+    fake, kept, counter = FakeTensorMode(), {}, FlopCounterMode(display=False)
+    own = dict((*model.named_parameters(), *model.named_buffers()))
     with fake:
-        own = [*model.named_parameters(), *model.named_buffers()]
-        state = {name: torch.empty(p.shape, dtype=p.dtype).requires_grad_(p.requires_grad) for name, p in own}
+        state = {name: torch.empty(p.shape, dtype=p.dtype).requires_grad_(p.requires_grad) for name, p in own.items()}
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        inputs = tree_map_only(Tensor, lambda part: torch.empty(part.shape, dtype=part.dtype), inputs)
     weights = {tensor.untyped_storage()._cdata for tensor in state.values()}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -57,43 +43,42 @@ def cost(model: FGCLIP, batch: Mapping, *, amp: str, learning: bool = True) -> t
             kept[storage._cdata] = storage  # held, so that no other takes its place
         return tensor
 
-    counter = FlopCounterMode(display=False)
-    with fake, counter, torch.set_grad_enabled(learning), saved_tensors_hooks(keep, lambda tensor: tensor):
-        inputs = {name: torch.empty(batch[name].shape, dtype=batch[name].dtype) for name in INPUTS if name in batch}
-        inputs |= dict.fromkeys({"boxes"} & {*batch})
-        with autocast(amp, "cpu"):
-            names = {f"model.{name}": tensor for name, tensor in state.items()}
-            torch.func.functional_call(_Step(model), names, (inputs,))
+    without_memory = stateless._reparametrize_module(model, state)
+    with fake, counter, without_memory, saved_tensors_hooks(keep, lambda tensor: tensor), autocast(amp, "cpu"):
+        features = model([inputs] if cached else inputs)
+        total = sum(feature.sum() for name, feature in features.items() if not name.startswith(("scale", "bias")))
+        if total.requires_grad:
+            total.backward()
     return counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
 
 
 def reckoning(
     model: FGCLIP, batch: Mapping, *, images: int, batches: int, world_size: int, amp: str,
-    optimizer: str, average: bool, bank_bytes: int, left_out: Collection[str] | None = None,
+    optimizer: str, average: bool, bank_bytes: int, cached: bool,
 ) -> list[str]:  # fmt: skip
     """Sentences on memory and time of a process with one H100 that trains on such batches.
 
     images: of an epoch. batches: micro-batches of a step. average: whether one of the weights is kept.
-    left_out: of --cached-negatives, the inputs that its second pass does without; None without them.
     """
-    size, texts = len(batch["pixels"]), [batch[name] for name in INPUTS[1:] if name in batch]
-    patches = (batch["pixels"].shape[-1] // model.vision_model.patch_size) ** 2 + 1
-    tokens = patches + sum(part.numel() for part in texts) / size
-    operations, kept = cost(model, {name: batch[name] for name in batch if name not in (left_out or ())}, amp=amp)
-    if left_out is not None:
-        operations += cost(model, batch, amp=amp, learning=False)[0]
+    size, side = len(batch["pixels"]), batch["pixels"].shape[-1]
+    texts = sum(batch[name].numel() for name in ("short_texts", "long_texts") if name in batch)
+    tokens = (side // model.vision_model.patch_size) ** 2 + 1 + texts / size
+    operations, kept = cost(model, batch, amp=amp)
+    operations = cost(model, batch, amp=amp, cached=True)[0] if cached else operations
     whole = 4 * sum(p.numel() for p in model.parameters())
     learning = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     memory = dict(weights=whole, average=whole * average, gradients=learning * (1 + (world_size > 1)))
-    memory |= {optimizer: learning * STATE[optimizer] // 4, "banks": bank_bytes, "kept for the backward": kept}
-    rate = UTILISATION * PEAK[amp] / (operations / size) * world_size
-    together, hours = size * batches * world_size, images / rate / 3600
+    memory |= {optimizer: learning * STATE[optimizer], "banks": bank_bytes, "kept for the backward": kept}
+    parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items())
+    rate = UTILISATION * PEAK[amp] / (operations / size) * world_size  # images a second
+    together = size * batches * world_size
     return [
         f"reckoned by the shapes of one batch, not measured: {tokens:.0f} tokens and {operations / size / 1e9:.1f} "
         "GFLOP per image",
-        "memory of a process in GiB: " + ", ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items())
-        + f"; {sum(memory.values()) / 2**30:.1f} together, beside what is computed in passing",
+        f"memory of a process in GiB: {parts}; {sum(memory.values()) / 2**30:.1f} together, beside what is computed in "
+        "passing",
         f"at {UTILISATION:.0%} of an H100's {PEAK[amp] / 1e12:.0f} TFLOP/s, times {world_size}: {rate:.4g} images and "
         f"{rate * tokens:.4g} tokens a second, {rate * IMAGE_BYTES / 1e6:.4g} MB/s of data at 100 kB an image",
-        f"an epoch of {images} images: {max(1, images // together)} steps of {together}, {hours:.3g} hours",
-    ]  # fmt: skip
+        f"an epoch of {images} images: {max(1, images // together)} steps of {together}, {images / rate / 3600:.3g} "
+        "hours",
+    ]

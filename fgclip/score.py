@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -80,11 +81,7 @@ def score(
     Returns scale, the multiplier of the cosines; texts; long, which of them took the long path; truncated, how many
     were cut; regions, one dict per box of box (None for the image), cosine and probability, one float per text.
     """
-    if boxes:
-        features, scale = regions(embedder, image, fractions(boxes, image), image_size)
-    else:
-        pixels, scale = pixels_of(embedder, image, image_size), embedder.model.logit_scales()["global"].cpu()
-        features = l2_normalize(embedder.model.encode_image(pixels)).cpu()
+    features, scale = looked_at(embedder, image, fractions(boxes, image) if boxes else None, image_size)
     text, long = captions(embedder, texts)
     cosines = features @ text.T  # (R, M)
     probabilities = (scale * cosines).softmax(dim=1)
@@ -93,14 +90,11 @@ def score(
     return dict(scale=scale.item(), texts=texts, long=long, truncated=embedder.truncated, regions=found)
 
 
-def pixels_of(embedder: Embedder, image: Image.Image, image_size: int) -> Tensor:
-    return preprocess(image, image_size).unsqueeze(0).to(embedder.device)  # (1, 3, S, S)
-
-
-def regions(embedder: Embedder, image: Image.Image, boxes: Tensor, image_size: int) -> tuple[Tensor, Tensor]:
-    """Unit features (R, D) of boxes (R, 4) in fractions of the image, and the scale of regions, on the CPU."""
-    features = embedder.model.encode_regions(pixels_of(embedder, image, image_size), [boxes])
-    return l2_normalize(features).cpu(), embedder.model.logit_scales()["region"].cpu()
+def looked_at(embedder: Embedder, image: Image.Image, boxes: Tensor | None, image_size: int) -> tuple[Tensor, Tensor]:
+    """Unit features (R, D) of boxes (R, 4) in fractions of the image, or (1, D) of the image, and their scale."""
+    of_boxes, pixels = boxes is not None, preprocess(image, image_size)
+    features = embedder.images([SimpleNamespace(pixels=pixels, boxes=boxes)], regions=of_boxes)[of_boxes]
+    return features, embedder.model.logit_scales()["region" if of_boxes else "global"].cpu()
 
 
 def captions(embedder: Embedder, texts: list[str]) -> tuple[Tensor, list[bool]]:
@@ -118,7 +112,8 @@ def captions(embedder: Embedder, texts: list[str]) -> tuple[Tensor, list[bool]]:
 @torch.inference_mode()
 def draw_map(path: str, embedder: Embedder, image: Image.Image, texts: list[str], image_size: int) -> None:
     """A picture of the image, and beside it of the cosines between its patches and each text, with their range."""
-    dense = l2_normalize(embedder.model.dense_features(pixels_of(embedder, image, image_size))[0].movedim(0, -1)).cpu()
+    pixels = preprocess(image, image_size).to(embedder.device)
+    dense = l2_normalize(embedder.model.dense_features(pixels[None])[0].movedim(0, -1)).cpu()  # (h, w, D)
     panels = {"image": image}
     for text, cosines in zip(texts, (dense @ captions(embedder, texts)[0].T).movedim(-1, 0).numpy(), strict=True):
         panels[f"{one_line(text, 60)}: {cosines.min():.2f} to {cosines.max():.2f}"] = heat(image, cosines)
@@ -157,7 +152,7 @@ def described(embedder: Embedder, args: argparse.Namespace, texts: list[str], ou
         inside, usable = usable_boxes(sides)
         if not usable.all():
             raise InputError(f"{place} lies outside of the image of {image.width}x{image.height}")
-        features, scale = regions(embedder, image, inside.float(), args.image_size)
+        features, scale = looked_at(embedder, image, inside.float(), args.image_size)
         cosines = features @ text.T  # (R, M)
         found = zip(row["detections"], boxes, cosines.tolist(), (scale * cosines).softmax(1).tolist(), strict=True)
         for one, box, cosine, probability in found:

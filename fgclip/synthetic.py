@@ -131,17 +131,12 @@ class SyntheticRegions(Dataset):
         """Captions, boxes and phrases of a scene, without drawing it."""
         boxes, kinds = self.plan(index)
         draw = random.Random(f"negatives {self.seed} {index}")
-        return Record(
-            image=f"scene-{self.seed}-{index}",
-            short=(", ".join(f"{colour} {shape}" for colour, _, shape in kinds),),
-            long=" ".join(f"{quarter(box)}: {phrase(kind)}." for box, kind in zip(boxes, kinds, strict=True)),
-            regions=tuple(
-                Region(tuple(box), (phrase(kind),), tuple(draw.sample(alterations(kind), NEGATIVES)))
-                for box, kind in zip(boxes.tolist(), kinds, strict=True)
-            ),
-            label=int(any(kind[0] == "red" for kind in kinds)),
-            source=f"synthetic scene {index} of seed {self.seed}",
-        )
+        short = ", ".join(f"{colour} {shape}" for colour, _, shape in kinds)
+        long = " ".join(f"{quarter(box)}: {phrase(kind)}." for box, kind in zip(boxes, kinds, strict=True))
+        regions = tuple(Region(tuple(box), (phrase(kind),), tuple(draw.sample(alterations(kind), NEGATIVES)))
+                        for box, kind in zip(boxes.tolist(), kinds, strict=True))  # fmt: skip
+        red, source = any(kind[0] == "red" for kind in kinds), f"synthetic scene {index} of seed {self.seed}"
+        return Record(f"scene-{self.seed}-{index}", (short,), long, regions, label=int(red), source=source)
 
     def describe(self, key: int | tuple[int, int]) -> Sample:
         """The sample without pixels."""

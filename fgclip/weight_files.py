@@ -101,10 +101,7 @@ def from_open_clip(config: dict, source: str) -> dict:
         sizes = {}
         for key, default in defaults.items():
             sizes[key] = number(given.get(key, default), f"{source}, {tower}_cfg, {key}", 1, 2**20, whole=True)
-        converted[f"{tower}_config"] = dict(
-            hidden_size=sizes["width"],
-            num_hidden_layers=sizes["layers"],
-            num_attention_heads=sizes.get("heads") or sizes["width"] // sizes["head_width"],
-            hidden_act="quick_gelu" if model.get("quick_gelu") else "gelu",
-        )
+        heads = sizes.get("heads") or sizes["width"] // sizes["head_width"]
+        sizes = dict(hidden_size=sizes["width"], num_hidden_layers=sizes["layers"], num_attention_heads=heads)
+        converted[f"{tower}_config"] = sizes | dict(hidden_act="quick_gelu" if model.get("quick_gelu") else "gelu")
     return converted

@@ -4,9 +4,10 @@ Names and config become Hugging Face's, which are the model's. Loading is strict
 place, and every parameter is filled from the source or reported as made from another one.
 """
 
+import hashlib
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from trainkit.errors import InputError
 from trainkit.files import check_like, number, reason, shown, whole_file, write_json
 from trainkit.load_report import LoadReport
 
+IMAGE_PARTS = ("vision_model.", "visual_projection.", "roi_projection.")  # what features of images depend on
 VISION, TEXT = "vision_model.embeddings.", "text_model.embeddings."
 OPENAI_NAMES = (  # patterns and what they become, one after the other
     (r"^visual\.proj$", "visual_projection.weight"),
@@ -210,3 +212,15 @@ def save_clip_weights(model: FGCLIP, directory: str | Path) -> None:
     with whole_file(directory / "model.safetensors") as file:
         file.write(save(state, metadata={"format": "pt"}))
     write_json(directory / "config.json", hugging_face_config(model), indent=1)
+
+
+def weights_hash(model: FGCLIP, parts: Collection[str] = IMAGE_PARTS) -> str:
+    """A hash of the weights whose names begin so, and of what else of the image tower is no weight."""
+    tower, digest = model.vision_model, hashlib.sha256()
+    block = tower.encoder.layers[0]
+    digest.update(f"{block.self_attn.heads} {block.mlp.activation.__name__} {tower.post_layernorm.eps}".encode())
+    for name, weight in sorted(model.state_dict().items()):
+        if name.startswith(tuple(parts)):
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()

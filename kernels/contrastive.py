@@ -24,21 +24,9 @@ class ContrastiveStats(NamedTuple):
 
 
 def contrastive_loss(
-    query,
-    key,
-    logit_scale,
-    *,
-    target=None,
-    bank=None,
-    bank_valid=None,
-    query_ids=None,
-    key_ids=None,
-    bank_ids=None,
-    reduction="mean",
-    recompute=False,
-    with_stats=False,
-    implementation="auto",
-):
+    query, key, logit_scale, *, target=None, bank=None, bank_valid=None, query_ids=None, key_ids=None, bank_ids=None,
+    reduction="mean", recompute=False, with_stats=False, implementation="auto",
+):  # fmt: skip
     """InfoNCE (van den Oord et al., CPC, eq. 4) with a memory bank (He et al., MoCo, eq. 1):
     the cross-entropy of logit_scale * query @ [key; bank].T, one row per query.
 

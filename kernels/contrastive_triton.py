@@ -140,17 +140,10 @@ def contrast(inputs, weight=None):
         of_rows = (inputs.target, ids[0], weight, row_grad)
         target, row_ids, row_weight, factor = (None if rows is None else rows[part] for rows in of_rows)
         finish_rows[(len(target),)](
-            (products[0], products[-1]),
-            (inputs.logit_scale, target, valid, row_ids, *ids[1:]),
-            row_weight,
-            coefficient,
-            factor,
-            tuple(stat[part] for stat in stats),
-            len(key),
-            bank_rows,
-            BLOCK=min(ROW_BLOCK, triton.next_power_of_2(columns)),
-            num_warps=ROW_WARPS,
-        )
+            (products[0], products[-1]), (inputs.logit_scale, target, valid, row_ids, *ids[1:]), row_weight,
+            coefficient, factor, tuple(stat[part] for stat in stats), len(key), bank_rows,
+            BLOCK=min(ROW_BLOCK, triton.next_power_of_2(columns)), num_warps=ROW_WARPS,
+        )  # fmt: skip
         if weight is not None:
             used, factor = coefficient[: len(target)].split([len(key), bank_rows], dim=1), factor[:, None]
             total = _product(used[0], sides[0])

@@ -25,15 +25,9 @@ SCAN = 256  # RoIs looked at together in the backward
 FORWARD = Launch(channels=256, warps=4, stages=2)
 FORWARD_ONE_BIN = Launch(channels=256, warps=1, stages=2)  # 8 channels per thread: 16-byte loads
 # Of half-precision gradients; float32 ones, three products each, take the default everywhere.
-BACKWARD = {
-    "default": Launch(channels=32, warps=4, stages=1),
-    "sm_90": Launch(channels=128, warps=4, stages=1),
-}
-BACKWARD_ONE_BIN = {
-    "default": Launch(channels=64, warps=4, stages=1),
-    "sm_90": Launch(channels=256, warps=4, stages=1),
-    "sm_100": Launch(channels=128, warps=8, stages=1),
-}
+BACKWARD = dict(default=Launch(channels=32, warps=4, stages=1), sm_90=Launch(channels=128, warps=4, stages=1))
+BACKWARD_ONE_BIN = dict(default=Launch(channels=64, warps=4, stages=1), sm_90=Launch(channels=256, warps=4, stages=1))
+BACKWARD_ONE_BIN |= dict(sm_100=Launch(channels=128, warps=8, stages=1))
 
 
 @triton.jit
@@ -148,20 +142,9 @@ def _add_sample(total, origin, y, x, height, width, stride_h, stride_w, mask):
 
 @triton.jit(do_not_specialize=["batch"])
 def pool_forward(
-    maps,
-    rois,
-    out,
-    batch,
-    channels,
-    LEVELS: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    PW_PAD: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    maps, rois, out, batch, channels, LEVELS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, PW_PAD: tl.constexpr,
+    SAMPLES: tl.constexpr, ALIGNED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """out (R, PH, PW, C): one bin row of one RoI, BLOCK_C channels."""
     row = (tl.program_id(0) // PH).to(tl.int64)
     p = tl.program_id(0) % PH
@@ -212,25 +195,10 @@ def _tiles(extent, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count_rois", "batch"])
 def pool_backward(
-    maps,
-    rois,
-    grad,
-    count_rois,
-    batch,
-    channels,
-    LEVELS: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    PW_PAD: tl.constexpr,
-    BIN_ROWS: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
-    SCAN: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    maps, rois, grad, count_rois, batch, channels, LEVELS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    PW_PAD: tl.constexpr, BIN_ROWS: tl.constexpr, SAMPLES: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, TILE: tl.constexpr, SCAN: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """gradients[l] (B, H, W, C) from grad (R, PH, PW, C): one tile of one image and level, BLOCK_C channels."""
     gradients, heights, widths, scales, thresholds = maps
     tile = tl.program_id(0)
@@ -354,16 +322,10 @@ def forward(features, rois, pooling):
     launch = FORWARD_ONE_BIN if width == 1 else FORWARD
     block = min(launch.channels, triton.next_power_of_2(channels))
     pool_forward[(len(rois) * height, triton.cdiv(channels, block))](
-        _maps(features, pooling.scales),
-        rois.float().contiguous(),
-        out,
-        features[0].shape[0],
-        channels,
-        PW_PAD=triton.next_power_of_2(width),
-        CHANNELS_LAST=all(feature.stride(1) == 1 for feature in features),
-        BLOCK_C=block,
-        **_options(pooling, launch),
-    )
+        _maps(features, pooling.scales), rois.float().contiguous(), out, features[0].shape[0], channels,
+        CHANNELS_LAST=all(feature.stride(1) == 1 for feature in features), PW_PAD=triton.next_power_of_2(width),
+        BLOCK_C=block, **_options(pooling, launch),
+    )  # fmt: skip
     return out.permute(0, 3, 1, 2)
 
 
@@ -377,20 +339,11 @@ def backward(grad, rois, shapes, pooling):
     launch = table["default"] if grad.dtype == torch.float32 else launch_for(table, grad.device)
     block = max(16, min(launch.channels, triton.next_power_of_2(channels)))
     pool_backward[(tiles, triton.cdiv(channels, block))](
-        (gradients, *_sizes(shapes), scales, level_thresholds(scales)),
-        rois.float().contiguous(),
-        grad.permute(0, 2, 3, 1).contiguous(),
-        len(rois),
-        batch,
-        channels,
-        PW_PAD=padded,
-        BIN_ROWS=bin_rows(pooling.output_size),
-        TILE=TILE,
-        SCAN=SCAN,
-        BLOCK_C=block,
-        **_options(pooling, launch),
+        (gradients, *_sizes(shapes), scales, level_thresholds(scales)), rois.float().contiguous(),
+        grad.permute(0, 2, 3, 1).contiguous(), len(rois), batch, channels, PW_PAD=padded,
+        BIN_ROWS=bin_rows(pooling.output_size), TILE=TILE, SCAN=SCAN, BLOCK_C=block, **_options(pooling, launch),
         **PRODUCTS,
-    )
+    )  # fmt: skip
     return gradients
 
 

@@ -154,12 +154,9 @@ def test_stage_global_goes_on_from_a_run(plain, tmp_path, capsys):
 def test_published_weights_and_their_scales(tmp_path, capsys):
     """A folder in Hugging Face's layout; the scales are taken over, held after the step, or reset on request."""
     torch.manual_seed(0)
-    model = FGCLIP(
-        vision=dict(image_size=32, patch_size=8, width=64, layers=2, heads=1, mlp_width=32),
-        text=dict(vocab_size=514, context_length=24, width=64, layers=2, heads=1, mlp_width=32),
-        embed_dim=8,
-        logit_scale=6.0,
-    )
+    tower = dict(width=64, layers=2, heads=1, mlp_width=32)
+    text = dict(vocab_size=514, context_length=24, **tower)
+    model = FGCLIP(vision=dict(image_size=32, patch_size=8, **tower), text=text, embed_dim=8, logit_scale=6.0)
     save_clip_weights(model, tmp_path / "weights")
     tiny = "--synthetic-train 8 --synthetic-val 4 --batch-size 4 --device cpu --workers 0 --epochs 2".split()
     flags = ["--init-from", tmp_path / "weights", "--vocab", "bytes", "--image-size", 48, "--heads", 1, 1]

@@ -65,12 +65,9 @@ def restoring(path: str | Path) -> Iterator[None]:
 def rng_state() -> dict:
     """This process's random states of `random`, numpy, torch, and every GPU, as tensors and plain Python."""
     name, key, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [name, key.tolist(), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    numbers = [name, key.tolist(), *rest]
+    return dict(python=random.getstate(), numpy=numbers, torch=torch.get_rng_state(), cuda=cuda)
 
 
 def set_rng_state(state: dict) -> None:

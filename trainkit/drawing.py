@@ -25,11 +25,9 @@ class Mark(NamedTuple):
 
 
 def draw_marks(
-    images: Mapping[str, Image.Image],
-    marks: Sequence[Mark],
-    colours: Mapping[str, Colour],
+    images: Mapping[str, Image.Image], marks: Sequence[Mark], colours: Mapping[str, Colour],
     legend: Mapping[str, str] | None = None,
-) -> Image.Image:
+) -> Image.Image:  # fmt: skip
     """Images of one size side by side, with the same boxes on each, the later on top, and a legend below.
 
     images: RGB, by the name that is drawn on each. legend: kind -> what it is called below, its own name by default.

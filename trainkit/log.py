@@ -79,7 +79,8 @@ class RunLog:
             left = ""
             if seconds_per_step is not None:
                 left = f"  left {datetime.timedelta(seconds=round(seconds_per_step * (self._total - step)))}"
-            self.say(f"step {step}/{self._total}{left}  {_line(values)}")
+            texts = (f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in _flat(values))
+            self.say(f"step {step}/{self._total}{left}  {'  '.join(texts)}")
 
     def say(self, text: str) -> None:
         """Print a line on standard output, above the progress bar where there is one."""
@@ -128,11 +129,6 @@ def _flat(values: dict, before: str = ""):
             yield from _flat(value, f"{before}{name}/")
         else:
             yield before + str(name), value
-
-
-def _line(values: dict) -> str:
-    return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                     for name, value in _flat(values))  # fmt: skip
 
 
 def step_record(line: str) -> dict | None:

@@ -35,14 +35,10 @@ def parameter_groups(
         if parameter.requires_grad:
             members.setdefault((max(prefixes, key=len, default=""), spared), []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "lr": lr * lr_scale.get(prefix, 1.0),
-            "weight_decay": 0.0 if spared else weight_decay,
-            "name": f"{prefix or 'base'}, {'no decay' if spared else 'decay'}",
-        }
+        dict(params=parameters, lr=lr * lr_scale.get(prefix, 1.0), weight_decay=0.0 if spared else weight_decay,
+             name=f"{prefix or 'base'}, {'no decay' if spared else 'decay'}")
         for (prefix, spared), parameters in sorted(members.items(), key=lambda item: item[0])
-    ]
+    ]  # fmt: skip
 
 
 def lr_factor(

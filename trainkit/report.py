@@ -117,15 +117,11 @@ def _numbers(values: dict, before: Name) -> Iterator[tuple[Name, float]]:
 def page(runs: list[Run], pictures: int) -> str:
     """The page, which is forbidden to load anything. pictures: how many of each kind per run."""
     shown = picture_section(runs, pictures)  # first, as it makes notes
-    records = [run.record | {"arguments": "above"} for run in runs]
-    sections = [
-        ("Runs", overview(runs)),
-        ("Last validation", validation_tables(runs)),
-        *((title, charts(runs, kind)) for kind, title in TITLES.items()),
-        ("Pictures", shown),
-        ("Arguments", compared(runs, [run.record.get("arguments", {}) for run in runs])),
-        ("Machine and versions", compared(runs, records)),
-    ]
+    arguments = compared(runs, [run.record.get("arguments", {}) for run in runs])
+    others = compared(runs, [run.record | {"arguments": "above"} for run in runs])
+    sections = [("Runs", overview(runs)), ("Last validation", validation_tables(runs))]
+    sections += [(title, charts(runs, kind)) for kind, title in TITLES.items()]
+    sections += [("Pictures", shown), ("Arguments", arguments), ("Machine and versions", others)]
     return html_page(", ".join(run.label for run in runs), sections)
 
 

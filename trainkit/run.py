@@ -3,7 +3,7 @@
 import argparse
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ class Run:
     values: plain numbers or None that the script changes; saved and restored.
     validate_first: whether to validate before the first step.
     may_change: flags, besides `run_folder.MAY_CHANGE`, that may change when a run is resumed.
+    shorten: makes of a whole state what best.pt and epoch-N.pt hold.
 
     last.pt is written every --save-every steps, and before and after each validation; epoch-N.pt every --keep-every
     epochs. A resumed run does what an uninterrupted one did, bit for bit on the CPU, wherever it was ended.
@@ -48,10 +49,11 @@ class Run:
         self, args: argparse.Namespace, script: str, train_step: TrainStep, sampler: ResumableSampler, *,
         total_steps: int, constants: Mapping[str, object], parts: Mapping[str, nn.Module] | None = None,
         values: Mapping[str, float | None] | None = None, validate_first: bool = True, may_change: Iterable[str] = (),
+        shorten: Callable[[dict], dict] | None = None,
     ):  # fmt: skip
         self.args, self.script, self.train_step, self.sampler = args, script, train_step, sampler
         self.constants, self.parts, self.values = dict(constants), dict(parts or {}), dict(values or {})
-        self.validate_first, self.validate_at = validate_first, getattr(args, "validate_at", ())
+        self.shorten, self.validate_first, self.validate_at = shorten, validate_first, getattr(args, "validate_at", ())
         self.best, self.stale = (-math.inf, -math.inf), 0  # best value so far, validations since
         self.epoch, self._written, self._stream = 0, None, None
         self.folder = prepare_run(args, script, may_change=may_change)
@@ -193,40 +195,36 @@ class Run:
 
     def save(self, name: str) -> None:
         """Write a checkpoint into the folder. A collective."""
-        checkpoint.save(self.folder / name, self.state_dict())
+        state = self.state_dict()
+        checkpoint.save(self.folder / name, self.shorten(state) if self.shorten and name != "last.pt" else state)
+
+    def _parts(self) -> dict:
+        """What is saved by its own state dict, and put back where that is like it is now."""
+        average = self.train_step.average
+        parts = {"model": self.train_step.bare_model, "schedule": self.train_step.schedule, **self.parts}
+        return parts if average is None else parts | {"ema": average.module}
 
     def state_dict(self) -> dict:
         """Everything that moves while the run trains, as tensors and plain Python. A collective."""
         step, average = self.train_step, self.train_step.average
-        return {
-            "script": self.script,
-            "model": step.bare_model.state_dict(),
-            "ema": None if average is None else average.module.state_dict(),
-            "ema_updates": 0 if average is None else int(average.n_averaged),
-            "optimizer": step.optimizer.state_dict(),
-            "schedule": step.schedule.state_dict(),
-            "stepper": step.state_dict(),
-            "sampler": self.sampler.state_dict(),
-            "rng": distributed.gather_objects(checkpoint.rng_state()),
-            "best": self.best,
-            "stale": self.stale,
-            **{name: part.state_dict() for name, part in self.parts.items()},
-            **self.values,
-            **self.constants,
-        }
+        parts = self._parts() | {"optimizer": step.optimizer, "stepper": step, "sampler": self.sampler}
+        place = {"script": self.script, "best": self.best, "stale": self.stale, **self.values, **self.constants}
+        place |= {"ema": None, "ema_updates": 0 if average is None else int(average.n_averaged)}
+        place |= {"rng": distributed.gather_objects(checkpoint.rng_state())}
+        return place | {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: dict) -> None:
         """Put the run back where `state` left it. Raises InputError for a checkpoint of another script or model."""
         if state.get("script") != self.script:
             raise InputError(f"written by {shown(state.get('script'))}, not by {self.script}; use --init-from")
+        if "optimizer" not in state:
+            raise InputError("holds weights alone; resume last.pt")
         step, average = self.train_step, self.train_step.average
         if (state["ema"] is None) != (average is None):
             raise InputError("--ema-decay: the checkpoint was trained otherwise; resume with the same")
-        parts = {"model": step.bare_model, "schedule": step.schedule, **self.parts}
         if average is not None:
-            parts["ema"] = average.module
             average.n_averaged.fill_(number(state["ema_updates"], "ema_updates", 0, MAX_ID, whole=True))
-        for name, part in parts.items():
+        for name, part in self._parts().items():
             check_like(state[name], part.state_dict(), name)
             part.load_state_dict(state[name])
         _check_optimizer(step.optimizer, state["optimizer"])

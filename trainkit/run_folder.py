@@ -62,14 +62,10 @@ def _prepare(args: argparse.Namespace, script: str, may_change: set[str]) -> tup
             )
     folder = _open_folder(args.output, script, resumed, again)
     resume, output = str(resumed) if resumed else None, str(folder)
-    start = {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [script, *sys.argv[1:]],
-        "commit": _commit(),
-        "world_size": distributed.world_size(),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
-        "versions": {"python": platform.python_version(), **_versions()},
-    }
+    start = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": [script, *sys.argv[1:]], "commit": _commit()}
+    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    start |= {"world_size": distributed.world_size(), "device": device}
+    start |= {"versions": {"python": platform.python_version(), **_versions()}}
     if record is None:
         arguments |= {"resume": resume, "output": output}
         record = {"script": script, "arguments": arguments, **start, "resumed": []}

@@ -62,9 +62,8 @@ class DOCCI(Records):
         self.items = of_split(self.items, split, path)
 
     def record(self, item: dict, source: str) -> Record:
-        return Record(
-            field(item, "image_file", str, source), long=field(item, "description", str, source), source=source
-        )
+        image, long = (field(item, key, str, source) for key in ("image_file", "description"))
+        return Record(image, long=long, source=source)
 
 
 class CaptionFiles(Records):

@@ -47,13 +47,10 @@ def usable_regions(
 def draw_sample(record: Record, draw: random.Random, max_regions: int | None = None) -> Sample:
     """A sample without pixels; of several short captions, and of several phrases of a region, one is drawn."""
     boxes, regions = usable_regions(record, max_regions)
-    return Sample(
-        record,
-        short=draw.choice(record.short) if record.short else None,
-        boxes=boxes,
-        phrases=[draw.choice(region.phrases) for region in regions],
-        hard=[[region.phrases[0], *region.negatives] if region.negatives else [] for region in regions],
-    )
+    short = draw.choice(record.short) if record.short else None
+    phrases = [draw.choice(region.phrases) for region in regions]
+    hard = [[region.phrases[0], *region.negatives] if region.negatives else [] for region in regions]
+    return Sample(record, short, boxes, phrases, hard)
 
 
 class RegionDataset(Dataset):

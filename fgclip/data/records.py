@@ -188,14 +188,11 @@ class FineHARD(Records):
     """FineHARD's annotations (FG-CLIP, section 3.3), described in docs/fgclip.md."""
 
     def record(self, item: dict, source: str) -> Record:
-        return Record(
-            image=self.path(item, source),
-            short=(SHORT_PROMPT + field(item, "short_caption", str, source),),
-            long=field(item, "caption", str, source),
-            regions=tuple(self.region(*i) for i in objects(item, "bbox_info", source)) if item.get("bbox_info") else (),
-            label=field(item, "label", int, source) if "label" in item else 0,
-            source=source,
-        )
+        image, short = self.path(item, source), SHORT_PROMPT + field(item, "short_caption", str, source)
+        long, boxes = field(item, "caption", str, source), item.get("bbox_info")
+        regions = tuple(self.region(*info) for info in objects(item, "bbox_info", source)) if boxes else ()
+        label = field(item, "label", int, source) if "label" in item else 0
+        return Record(image, (short,), long, regions, label, source)
 
     def image(self, index: int) -> str:
         """The path of a record's image, without making the record."""

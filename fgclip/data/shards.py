@@ -24,10 +24,10 @@ EXPECTED = "a shard, a tar file that is not compressed"
 
 def expand(pattern: str) -> list[Path]:
     """ "data-{000..007}.tar" to eight paths."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if match is None:
+    before, *braces = re.split(r"\{(\d+)\.\.(\d+)\}", pattern, maxsplit=1)
+    if not braces:
         return [Path(pattern)]
-    before, after, (first, last) = pattern[: match.start()], pattern[match.end() :], match.groups()
+    first, last, after = braces
     numbers = range(int(first), int(last) + 1)
     return [path for n in numbers for path in expand(f"{before}{n:0{len(first)}}{after}")]
 
@@ -70,14 +70,17 @@ def save_index(path: Path) -> None:
 
 
 class Shards(FineHARD):
-    """The records in shards that are named by patterns of `expand`."""
+    """The records in shards that are named by patterns of `expand`. A damaged one has no image, its source says why."""
 
     def __init__(self, patterns: Sequence[str]):
         self.items = JsonItems([path for pattern in patterns for path in expand(pattern)], index_shard)
 
     def __getitem__(self, index: int) -> Record:
         path, span, _ = self.items.locate(index)
-        return replace(super().__getitem__(index), stored=(path, *span[2:].tolist()))
+        try:
+            return replace(super().__getitem__(index), stored=(path, *span[2:].tolist()))
+        except InputError as error:
+            return Record("", source=str(error))
 
     def image(self, index: int) -> str:
         """The place of a sample, each of which counts as an image of its own."""
@@ -103,12 +106,6 @@ def sound(records: Sequence[Record]) -> list[Record]:
 
 class ShardDataset(RegionDataset):
     """`RegionDataset` in which the place of a damaged sample is taken by the InputError that says why."""
-
-    def record(self, index: int) -> Record:
-        try:
-            return super().record(index)
-        except InputError as error:
-            return Record("", source=str(error))
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample | InputError:
         try:

@@ -6,7 +6,7 @@ from scripts import FGCLIP as TINY
 from scripts import equal, load, metrics, refused, run
 
 import train_fgclip
-from fgclip import load_model, save_clip_weights
+from fgclip import evaluate, load_model, save_clip_weights
 from fgclip.freezing import freeze, train_unfrozen
 from fgclip.lora import TARGETS, add_lora
 from fgclip.weights import build
@@ -92,3 +92,34 @@ def test_a_run_with_adapters(tmp_path, monkeypatch, capsys):
     assert "lora_down" in refused(capsys, train_fgclip.main, *flags)
     flags = [*LORA, *"--freeze vision:2 text:2 --output".split(), tmp_path / "none"]
     assert "nothing but the logit scales" in refused(capsys, train_fgclip.main, *flags)
+
+
+@pytest.mark.parametrize("flags", ["--lora-rank 2 --roi-projection --image-size 48", "--freeze vision"])
+def test_a_checkpoint_beside_base_weights(tmp_path, capsys, flags):
+    """best.pt holds what was trained alone and is read whole with its base, which is known by its hash."""
+    base, tiny = tmp_path / "base.pt", TINY[TINY.index("--synthetic-train") :]
+    (run(train_fgclip, TINY, tmp_path / "base", "--max-steps", 1) / "last.pt").rename(base)
+    tiny = [*tiny, *flags.split(), *"--batch-size 16 --keep-every 1 --max-steps 2 --init-from".split(), base]
+    whole = run(train_fgclip, tiny, tmp_path / "whole") / "best.pt"
+    folder = run(train_fgclip, [*tiny, "--base", base], tmp_path / "parts")
+    for weights in ("ema", "raw"):
+        expected, tokenizer = load_model(whole, weights=weights)
+        model, own = load_model(folder / "best.pt", weights=weights)
+        assert equal(dict(model.state_dict()), dict(expected.state_dict())) and own.merges == tokenizer.merges
+    known, state = load(tmp_path, "base.pt")["ema"], load(folder, "best.pt")
+    assert not any(name in known and value.equal(known[name]) for name, value in state["model"].items())
+    assert any("vision_model" in name for name in state["model"]) == ("lora" in flags) and "optimizer" not in state
+    assert equal(state, load(folder, "epoch-1.pt")) and "optimizer" in load(folder)
+    assert "resume last.pt" in refused(capsys, train_fgclip.main, "--device", "cpu", "--resume", folder / "best.pt")
+    torch.save(state | dict(base=[]), tmp_path / "damaged.pt")
+
+    def say(checkpoint, *more):
+        return refused(capsys, evaluate.main, "--device", "cpu", "--count", 2, "--checkpoint", checkpoint, *more)
+
+    assert "is damaged: base" in say(tmp_path / "damaged.pt")
+    assert "best.pt is whole" in say(whole, "--base", base)
+    assert "holds other weights" in say(folder / "best.pt", "--base", whole)
+    base.rename(tmp_path / "moved.pt")
+    assert "alone: --base: " in say(folder / "best.pt")
+    model, _ = load_model(folder / "best.pt", weights="raw", base=tmp_path / "moved.pt")
+    assert equal(dict(model.state_dict()), dict(expected.state_dict()))

@@ -14,7 +14,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fgclip import FGCLIP, Tokenizer
-from fgclip.cached import CachedFGCLIPLoss
 from fgclip.data import Collate
 from fgclip.freezing import freeze, train_unfrozen
 from fgclip.lora import add_lora
@@ -36,19 +35,17 @@ SPLITS = {
 }
 
 SPLITS["sigmoid"] = SPLITS["cached"]
+TOGETHER = ("cached", "sigmoid")  # micro-batches of one large batch
 CASES = (("even", 1), ("ragged", 2), ("cached", 2), ("sigmoid", 2))  # split, and classes of the banks
-KINDS = dict(even=FGCLIPLoss, ragged=FGCLIPLoss, cached=CachedFGCLIPLoss, sigmoid=CachedFGCLIPLoss)
 PREPARE = dict(sigmoid=lambda model: model.with_logit_bias(-2.0).double())
 
 
 def make_model(vocab_size):
     torch.manual_seed(0)
-    return FGCLIP(
-        vision=dict(image_size=16, patch_size=8, width=16, layers=2, heads=2, mlp_width=16),
-        text=dict(vocab_size=vocab_size, context_length=24, width=12, layers=2, heads=2, mlp_width=16),
-        embed_dim=8,
-        logit_scale=2.0,
-    ).double()
+    tower = dict(layers=2, heads=2, mlp_width=16)
+    vision = dict(image_size=16, patch_size=8, width=16, **tower)
+    text = dict(vocab_size=vocab_size, context_length=24, width=12, **tower)
+    return FGCLIP(vision=vision, text=text, embed_dim=8, logit_scale=2.0).double()
 
 
 def make_batches(micro_batches, **options):
@@ -69,21 +66,22 @@ def same(model):
     return model
 
 
-def steps(wrap, micro_batches, classes=1, kind=FGCLIPLoss, prepare=same):
+def steps(wrap, micro_batches, classes=1, cached=False, prepare=same):
     """Three steps on the same images, the last two with the banks that the first has begun to fill."""
     bare = prepare(make_model(Tokenizer(vocabulary()).vocab_size))
     model = wrap(bare)
     sizes = dict(region=6, long=4, short=4)
     banks = torch.nn.ModuleDict({name: PairBank(size, 8, classes=classes) for name, size in sizes.items()}).double()
     dtype = bare.logit_scale.dtype
-    objective = kind(model, names=NAMES, banks=banks.to(dtype), device="cpu")
+    objective = FGCLIPLoss(model, names=NAMES, banks=banks.to(dtype), device="cpu")
     stepper = TrainStep(
-        model, torch.optim.SGD(model.parameters(), lr=0.05), weights=WEIGHTS, describe=lambda batch: batch["sources"],
+        model, torch.optim.SGD(model.parameters(), lr=0.05), weights=WEIGHTS, describe=str,
         forward=lambda _, batch: (objective(batch), {}), device="cpu",
     )  # fmt: skip
     seen = []
     for _ in range(3):
         batches = [batch | dict(pixels=batch["pixels"].to(dtype)) for batch in make_batches(micro_batches)]
+        batches = [batches] if cached else batches
         objective.begin(batches, use_banks=stepper.steps >= 1)
         result = stepper(batches, keep_gradients=True)
         gradients = {name: p.grad.clone() for name, p in bare.named_parameters() if p.requires_grad}
@@ -95,12 +93,10 @@ def steps(wrap, micro_batches, classes=1, kind=FGCLIPLoss, prepare=same):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.start("cpu")
-    observed = {
-        (name, classes): steps(
-            DistributedDataParallel, SPLITS[name][distributed.rank()], classes, KINDS[name], PREPARE.get(name, same)
-        )
-        for name, classes in CASES
-    }
+    observed, rank = {}, distributed.rank()
+    for name, classes in CASES:
+        case = (SPLITS[name][rank], classes, name in TOGETHER, PREPARE.get(name, same))
+        observed[name, classes] = steps(DistributedDataParallel, *case)
     torch.save(observed, Path(sys.argv[1]) / f"rank{distributed.rank()}.pt")
     distributed.stop()
 
@@ -113,7 +109,7 @@ def ranks(tmp_path_factory, two_ranks):
 @pytest.mark.parametrize(("split", "classes"), CASES)
 def test_two_ranks_are_one_process(ranks, split, classes):
     """Losses, metrics, gradients and banks, over micro-batches of unequal content; cached, of one large batch."""
-    images = [range(10)] if split in ("cached", "sigmoid") else ALONE
+    images = [range(10)] if split in TOGETHER else ALONE
     for step, alone in enumerate(steps(same, images, classes, prepare=PREPARE.get(split, same))):
         first, second = (seen[split, classes][step] for seen in ranks)
         for name, loss in alone["losses"].items():
@@ -141,7 +137,7 @@ def test_cached_micro_batches_are_one_large_batch(frozen):
     tolerance = dict(rtol=1e-9, atol=1e-12) if frozen else dict(rtol=1e-5, atol=1e-6)
     parts = ((0,), (1, 2, 3, 4), (5, 6), (7, 8, 9))
     whole = steps(same, [range(10)], prepare=prepare)
-    cached = steps(same, parts, kind=CachedFGCLIPLoss, prepare=prepare)
+    cached = steps(same, parts, cached=True, prepare=prepare)
     for one, other in zip(whole, cached, strict=True):
         for part in ("losses", "metrics", "gradients", "banks"):
             assert one[part].keys() == other[part].keys()
@@ -150,31 +146,34 @@ def test_cached_micro_batches_are_one_large_batch(frozen):
 
 
 def test_the_second_pass_replays_the_random_states_and_skips_frozen_towers():
-    """Under autocast, whose copies of weights the first pass makes without graph."""
+    """Under autocast. The image tower runs again, each micro-batch just before its own backward pass."""
     model = make_model(Tokenizer(vocabulary()).vocab_size).float()
     freeze(model, ["text"])
     add_lora(model, ["v_proj"], rank=2, alpha=4.0, dropout=0.5)
     for block in model.vision_model.encoder.layers:
         torch.nn.init.normal_(block.self_attn.v_proj.lora_up)
     train_unfrozen(model)
-    seen = []
-    model.register_forward_hook(lambda *call: seen.append(call[-1]))
-    objective = CachedFGCLIPLoss(model, names=NAMES, banks={}, device="cpu")
+    seen, texts = [], []
+
+    def look(module, inputs, output):
+        seen.append(output.detach().clone())
+        if output.requires_grad:
+            output.register_hook(lambda gradient: seen.append(None))
+
+    model.vision_model.encoder.layers[0].mlp.fc1.register_forward_hook(look)
+    model.text_model.register_forward_hook(lambda *call: texts.append(call))
+    objective = FGCLIPLoss(model, names=NAMES, banks={}, device="cpu")
     batches = [batch | dict(pixels=batch["pixels"].float()) for batch in make_batches(((0, 1, 2), (0, 1, 2)))]
-    objective.begin(batches)
-    states = []
-    for batch in batches:
-        with torch.autocast("cpu", torch.bfloat16):
-            losses = objective(batch)
-        sum(losses.values()).backward()
-        assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-        states.append(torch.get_rng_state())
-    assert states[0].equal(states[1])  # the first pass alone moves them on
-    assert not seen[0]["image"].equal(seen[1]["image"])
-    for first, second in ((seen[0], seen[2]), (seen[1], seen[3])):
-        assert second.keys() == {"image", "regions", "scale_global", "scale_region", "scale_hard"} < first.keys()
-        assert all(second[name].equal(first[name]) for name in second)
-        assert second["image"].requires_grad and not any(feature.requires_grad for feature in first.values())
+    objective.begin([batches])
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = objective(batches)
+    states = torch.get_rng_state()
+    assert len(seen) == 2 and not seen[0].equal(seen[1]) and len(texts) == 4
+    sum(losses.values()).backward()
+    first, last, last_again, end, first_again, _ = seen
+    assert first_again.equal(first) and last_again.equal(last) and end is None and first.dtype == torch.bfloat16
+    assert len(texts) == 4 and torch.get_rng_state().equal(states)
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 def one_step(micro_batches, names, roi_projection=False, **options):

@@ -36,13 +36,10 @@ def write_items(folder: Path, count: int) -> list[str]:
     for i in range(count):
         record, pixels = scenes.record(i), scenes.picture(i).permute(1, 2, 0).numpy()
         Image.fromarray((255 * pixels).astype(np.uint8)).save(folder / "images" / "deep" / f"{i}.x.png")
-        boxes = [
-            dict(bbox=region.box, short_expr=region.phrases[0], flag_short_neg=1)
-            | dict(short_expr_negs=dict(enumerate(region.negatives)))
-            for region in record.regions
-        ]
-        item = dict(f_path=f"deep/{i}.x.png", caption=record.long, short_caption=record.short[0], bbox_info=boxes)
-        items.append(item)
+        boxes = [dict(bbox=region.box, short_expr=region.phrases[0], flag_short_neg=1,
+                      short_expr_negs=dict(enumerate(region.negatives))) for region in record.regions]  # fmt: skip
+        captions = dict(caption=record.long, short_caption=record.short[0])
+        items.append(dict(f_path=f"deep/{i}.x.png", bbox_info=boxes, **captions))
     (folder / "items.json").write_text(json.dumps(items))
     return ["--annotations", str(folder / "items.json"), "--image-root", str(folder / "images")]
 
