@@ -82,7 +82,7 @@ LAYOUTS = {
 # The recipe for fine-tuning published weights: the defaults of the flags. Then what differs for a start from nothing,
 # and on top of that for the drawn scenes.
 FINE_TUNING_RECIPE = dict(
-    epochs=1, batch_size=32, workers=4, optimizer="adamw", lr=1e-6, weight_decay=1e-3, schedule="cosine",
+    epochs=1, batch_size=32, optimizer="adamw", lr=1e-6, weight_decay=1e-3, schedule="cosine",
     warmup_steps=200, clip_norm=1.0, ema_decay=0.999,
     lr_scale="vision_model=1 text_model=1 visual_projection=1 text_projection=1 text_filip_projection=1".split(),
 )  # fmt: skip

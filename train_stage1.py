@@ -52,7 +52,7 @@ SCRIPT = "stage1"
 
 # The recipe for LLVIP: the defaults of the flags, and what differs for the drawn scenes.
 LLVIP_RECIPE = dict(
-    epochs=12, batch_size=4, workers=4, optimizer="sgd", lr=0.005, lr_base_batch=4, weight_decay=1e-4,
+    epochs=12, batch_size=4, optimizer="sgd", lr=0.005, lr_base_batch=4, weight_decay=1e-4,
     schedule="multistep", milestones=[8, 11], warmup_steps=500, clip_norm=10.0, ema_decay=0.999,
     min_size=[480, 544, 512], max_size=704,
 )  # fmt: skip

@@ -59,7 +59,7 @@ MISS_RATES = ("reasonable all", "reasonable day", "reasonable night", "all")  # 
 
 # The recipe for KAIST: the defaults of the flags, and what differs for the drawn scenes.
 KAIST_RECIPE = dict(
-    epochs=6, batch_size=4, workers=4, optimizer="adamw", lr=1e-4, weight_decay=1e-4, schedule="cosine",
+    epochs=6, batch_size=4, optimizer="adamw", lr=1e-4, weight_decay=1e-4, schedule="cosine",
     lr_scale=["backbone=0.1"], warmup_steps=500, clip_norm=10.0, ema_decay=0.999,
 )  # fmt: skip
 SYNTHETIC_RECIPE = dict(

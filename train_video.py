@@ -68,7 +68,7 @@ BEST = {"auc": "auc", "anomaly-auc": "anomalous_auc", "video-auc": "video_auc", 
 
 # The recipe for UCF-Crime with published weights, and what differs for drawn videos.
 RECIPE = dict(
-    epochs=10, batch_size=128, workers=4, lr=1e-4, lr_scale=["fgclip=0.05"], weight_decay=0.01, clip_norm=1.0,
+    epochs=10, batch_size=128, lr=1e-4, lr_scale=["fgclip=0.05"], weight_decay=0.01, clip_norm=1.0,
     best_by="video-auc",
 )  # fmt: skip
 SYNTHETIC_RECIPE = dict(

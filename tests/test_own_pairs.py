@@ -17,22 +17,8 @@ from macl.evaluation import detection_metrics
 
 TINY = ("--epochs", 1, "--max-steps", 2, "--warmup-steps", 1, "--backbone", "resnet18", "--fpn-levels", 3)
 TINY += ("--anchor-sizes", "12,24,48", "--max-size", 96)
-FROM = (
-    "--epochs",
-    2,
-    "--batch-size",
-    2,
-    "--old-share",
-    0.5,
-    "--validate-every",
-    2,
-    "--warmup-steps",
-    1,
-    "--dhn-size",
-    40,
-    "--best-by",
-    "ap50",
-)
+FROM = "--epochs 2 --batch-size 2 --old-share 0.5 --validate-every 2 --warmup-steps 1 --dhn-size 40 --best-by ap50"
+FROM = FROM.split()
 
 
 def draw(

@@ -117,12 +117,8 @@ def test_labels_of_a_domain_without_any_are_never_looked_at(begun, tmp_path, mon
 
 @pytest.mark.parametrize(
     "kwargs",
-    [
-        dict(dhn_size=8, dhn_k=2),
-        dict(macl_level="crop"),
-        dict(fusion="visible", macl_level="image", fpn_levels=5),
-        dict(macl_level="none"),
-    ],
+    [dict(dhn_size=8, dhn_k=2), dict(fusion="visible", macl_level="image", fpn_levels=5)]
+    + [dict(macl_level=level) for level in ("crop", "none")],
 )
 def test_what_is_trained_is_what_losses_with_a_weight_reach(kwargs, backward_nodes):
     """For every choice of weights of 0; DistributedDataParallel would wait for the gradient of what is not reached."""

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from trainkit.errors import InputError
 from trainkit.files import shown
 from trainkit.run_folder import MAY_CHANGE, find_resume, read_record
 
+WORKERS = min(4, len(os.sched_getaffinity(0)))  # no more than there are cores
 OF_THIS_START = ("resume", "output", "init_from", "max_steps", "check", "device")  # never taken from the resumed run
 
 
@@ -75,7 +77,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser, script: str, may_change: t
     add = parser.add_argument_group("data").add_argument
     add("--data-root", metavar="PATH", help="the data set in its own layout; without it a synthetic set")
     add("--batch-size", type=positive_int, default=4, metavar="N", help="samples per step and process (GPU)")
-    add("--workers", type=non_negative_int, default=2, metavar="N", help="loading processes per process (GPU)")
+    add("--workers", type=non_negative_int, default=WORKERS, metavar="N", help="loading processes per process (GPU)")
 
     add = parser.add_argument_group("run").add_argument
     add("--output", metavar="DIR", help=f"folder of the run; without it runs/{script}-TIME")

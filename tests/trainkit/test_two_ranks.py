@@ -110,17 +110,11 @@ def means() -> list[float]:
 
 
 def observe(folder: Path) -> dict:
-    return {
-        "means": means(),
-        "gathered": gathered(),
-        "non-finite": non_finite(),
-        "folder": run_folder(folder),
-        "stop": asked_to_stop(),
-        "between": ended_between_batches(),
-        "buffers": buffers(),
-        "any": [distributed.all_reduce_any(distributed.rank() == 1), distributed.all_reduce_any(False)],
-        "objects": [distributed.gather_objects(distributed.rank()), distributed.run_on_main(distributed.rank)],
-    }
+    seen = {"means": means(), "gathered": gathered(), "non-finite": non_finite(), "folder": run_folder(folder)}
+    seen |= {"stop": asked_to_stop(), "between": ended_between_batches(), "buffers": buffers()}
+    seen["any"] = [distributed.all_reduce_any(distributed.rank() == 1), distributed.all_reduce_any(False)]
+    seen["objects"] = [distributed.gather_objects(distributed.rank()), distributed.run_on_main(distributed.rank)]
+    return seen
 
 
 if __name__ == "__main__":
