@@ -204,6 +204,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError(f"--hue {args.hue}: expected at most 0.5, half of the colour circle")
     if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
         raise InputError(f"--crop-scale {args.crop_scale}: expected two numbers above 0, the smaller one first")
+    if args.max_size is not None and args.min_size is None:
+        raise InputError(f"--max-size {args.max_size} is the most that resizing to --min-size may give: give both")
     if args.dhn_size and args.macl_weight == 0:
         raise InputError("--dhn-size: hard negatives are negatives of MACL; raise --macl-weight, or give --dhn-size 0")
 

@@ -49,6 +49,7 @@ def test_wrong_flags_end_in_one_sentence(stage1, tmp_path, capsys):
     assert "never has a negative" in say("--macl-level", "image", "--batch-size", "1")
     assert "--statistics given" in say("--statistics", "given")
     assert "--hue 0.7" in say("--hue", "0.7")
+    assert "--min-size may" in refused(capsys, train_stage1.main, "--device", "cpu", "--max-size", 100)
     assert "--crop-scale" in say("--crop-scale", "0.9", "0.5")
     assert "fit together: dhn_size" in say("--dhn-size", 8, "--macl-level", "none")
     assert "--best-by r1" in say("--best-by", "r1", "--macl-weight", "0")
