@@ -144,7 +144,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=tuple(LAYOUTS), default="finehard", help="of the annotations; coco: captions_*.json, with "
         "the boxes of the instances_*.json beside it")
     add("--shards", nargs="+", metavar="PATTERN", help="shards of fgclip.pack, such as data-{000000..000999}.tar")
-    add("--shuffle-buffer", type=positive_int, default=10_000, metavar="N", help="places that a sample of shards moves")
+    add("--shuffle-buffer", type=positive_int, default=10_000, metavar="N", help="places by which samples of "
+        "shards move at most")
     add("--max-damaged", type=non_negative_int, default=100, metavar="N", help="damaged samples of shards, of all "
         "processes, that are left out before the run ends")
     add("--val-annotations", metavar="PATH", help="validate on these; without them on a share of the training records")
@@ -254,6 +255,15 @@ def open_data(args: argparse.Namespace, image_size: int):
     sizes = dict(image_size=image_size, max_regions=args.max_regions, seed=args.seed)
     train, validation = dataset(records, image_root, **sizes), RegionDataset(held_out, val_root, **sizes)
     return train, validation, [f"training on {len(train)} images of {annotations}, below {image_root}", sentence]
+
+
+def shortener(args: argparse.Namespace):
+    """What makes of a run's state the part that --base lacks."""
+    try:
+        base = load_base(args.base, **{name: getattr(args, name) for name in OF_WEIGHTS})
+    except InputError as error:
+        raise InputError(f"--base: {error}") from error
+    return partial(beside, base=base, path=args.base)
 
 
 def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]:
@@ -443,6 +453,7 @@ def main(arguments: list[str] | None = None) -> None:
         describe=lambda batch: [source for part in parts_of(batch) for source in part["sources"]], device=device,
         schedule=schedule, average=average, amp=args.amp, clip_norm=args.clip_norm,
     )  # fmt: skip
+    shorten = args.base and shortener(args)
     if args.check:
         batch = check(messages, train_data, val_data, train_step, objective, loader, bare, args.cached_negatives)
         if not args.compile:
@@ -453,8 +464,6 @@ def main(arguments: list[str] | None = None) -> None:
             )))  # fmt: skip
         return
 
-    options = {name: getattr(args, name) for name in OF_WEIGHTS}
-    shorten = args.base and partial(beside, base=load_base(args.base, **options), path=args.base)
     run = Run(
         args, SCRIPT, train_step, sampler, total_steps=total_steps, parts={"banks": banks},
         constants={"model_kwargs": bare.config, "merges": tokenizer.merges}, may_change=MAY_CHANGE,

@@ -79,7 +79,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         if "model_kwargs" in source:
             defaults |= source["model_kwargs"] | dict(statistics="given")
             if given.data_root or given.labels:
-                del defaults["classes"]  # those that occur
+                defaults.pop("classes", None)  # those that occur
         else:
             defaults |= dict(norm="frozen_batch", frozen_stages=1, statistics="imagenet")
             defaults |= dict(norm_eps=0.0 if has_old_names(source) else 1e-5)

@@ -92,9 +92,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("videos, and what is said about them").add_argument
     add("--format", choices=tuple(FORMATS), default="ucf-crime", help="layout of --data-root")
     add("--tracks", metavar="PATH", help="boxes over time with phrases")
-    add("--track-rate", type=positive_float, default=25.0, metavar="X", help="of key frames, if --tracks tell none")
+    add("--track-rate", type=positive_float, default=25.0, metavar="X", help="frames per second in which the key "
+        "frames of --tracks count, where the file does not say it")
     add("--captions", metavar="PATH", help="sentences with start and end: UCA or HIVAU")
-    add("--val-share", type=fraction, default=0.1, metavar="X", help="share of each class that is held out")
+    add("--val-share", type=fraction, default=0.1, metavar="X", help="share of the training videos of each class that "
+        "is held out")
     add("--allow-missing", type=non_negative_int, default=0, metavar="N", help="go on without so many videos")
     add("--synthetic-train", type=positive_int, default=320, metavar="N", help="drawn training videos")
     add("--synthetic-val", type=positive_int, default=100, metavar="N", help="drawn validation videos")
@@ -124,7 +126,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--bank-warmup-steps", type=non_negative_int, default=50, metavar="N", help="optimizer steps before it is used")
     add = parser.add_argument_group("towers, with --tower tune").add_argument
     add("--tower-epochs", type=non_negative_int, default=5, metavar="N", help="the first of --epochs, for the towers")
-    add("--best-by", choices=tuple(BEST), default="video-auc", help="what chooses best.pt")
+    add("--best-by", choices=tuple(BEST), default="video-auc", help="what chooses best.pt: frames of all videos, of "
+        "those with an event, mAP of classes in time, videos")
 # fmt: on
 
 
@@ -388,7 +391,10 @@ def main(arguments: list[str] | None = None) -> None:
                     run.keep_best(best_metric(metrics, args.best_by), args.best_by)
                 if epoch == args.epochs and distributed.is_main() and find_spec("matplotlib"):
                     (run.folder / "pictures").mkdir(exist_ok=True)
-                    draw(run.folder / "pictures/curves.png", stage.scored, data[1])
+                    try:
+                        draw(run.folder / "pictures/curves.png", stage.scored, data[1])
+                    except InputError as error:  # of videos whose features alone are at hand
+                        run.say(f"no picture of the scores: {error}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Contender:
         self.objective = FGCLIPLoss(model, names=list(WEIGHTS), banks={}, device=args.device)
         self.train_step = TrainStep(
             model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5), device=args.device,
-            forward=lambda _, batch: (self.objective(batch), {}), amp=args.amp, describe=str,
+            forward=lambda _, batch: (self.objective(batch), {}), amp=args.amp, describe=lambda batch: [str(batch)],
             weights={f"loss_{name}": weight for name, weight in WEIGHTS.items()},
         )  # fmt: skip
 

@@ -46,7 +46,8 @@ def load_model(
         raise InputError(f"{path} is a checkpoint of train_{script}.py; expected one of train_fgclip.py")
     if lacking := [key for key in ("model", "merges") if key not in run]:
         raise InputError(f"{path} lacks {', '.join(lacking)}, which a checkpoint of train_{script}.py holds")
-    state = state_dict_of(run["ema"] if weights == "ema" and run.get("ema") is not None else run["model"], path)
+    state = run["ema"] if weights == "ema" and run.get("ema") is not None else run["model"]
+    state = state_dict_of(state, path) if state or "base" not in run else {}
     if script == "video":  # the towers beside the head
         state = {name.removeprefix("fgclip."): x for name, x in state.items() if name.startswith("fgclip.")}
     if "base" in run:
@@ -70,7 +71,7 @@ def beside(state: dict, base: FGCLIP, path: str) -> dict:
     known, kept = base.state_dict(), {name: state[name] for name in ("script", "model_kwargs", "merges")}
     for part in ("model", "ema"):
         own = {name: x for name, x in (state[part] or {}).items() if not (name in known and x.cpu().equal(known[name]))}
-        kept[part] = own or None
+        kept[part] = None if state[part] is None else own
     names = [name for name in state["model"] if name in known]
     return kept | dict(base=dict(path=os.path.abspath(path), hash=weights_hash(base, ("",)), names=names))
 

@@ -1,11 +1,12 @@
 """The pairwise sigmoid loss over in-batch keys and memory-bank negatives, without the N x (M + K) logits."""
 
 import torch
+import torch.nn.functional as F
 
-from kernels import reference
 from kernels.contrastive import loss_inputs
+from kernels.reference import logit_dtype, same_id
 
-CHUNK = dict(cpu=2**20, cuda=2**25)  # logits held at a time, and a few times as much beside them
+CHUNK = dict(cpu=2**21, cuda=2**26)  # logits held at a time
 
 
 def sigmoid_loss(query, key, logit_scale, logit_bias, *, reduction="mean", **others):
@@ -25,27 +26,45 @@ def sigmoid_loss(query, key, logit_scale, logit_bias, *, reduction="mean", **oth
 
 
 class _SigmoidLoss(torch.autograd.Function):
-    """The twin, block of rows by block of rows. Each block's gradients are made with it, and kept for the backward."""
+    """The gradients are made with the logits, block of rows by block of rows, and kept for the backward."""
 
     @staticmethod
     def forward(ctx, query, key, scale, target, bank, bank_valid, query_ids, key_ids, bank_ids, bias):
-        dtype = reference.logit_dtype(query, key)
-        query, *rest = leaves = [part.detach().to(dtype).requires_grad_() for part in (query, key, scale, bias)]
-        columns = dict(bank=bank, bank_valid=bank_valid, key_ids=key_ids, bank_ids=bank_ids, reduction="sum")
-        total = torch.zeros((), dtype=torch.float64, device=query.device)
-        size = max(16, CHUNK[query.device.type] // max(1, len(key) + (0 if bank is None else len(bank))))
-        for start in range(0, len(query) or 1, size):
-            rows = slice(start, start + size)
-            ids = None if query_ids is None else query_ids[rows]
-            with torch.enable_grad():
-                loss = reference.sigmoid_loss(query[rows], *rest, target=target[rows], query_ids=ids, **columns)
-            loss.backward()
-            total += loss.detach()
-        ctx.save_for_backward(*(leaf.grad for leaf in leaves))
-        return total.to(dtype)
+        ctx.dtypes = [part.dtype for part in (query, key, scale, bias)]
+        dtype, used = logit_dtype(query, key), 0
+        if bank is not None:
+            used = len(bank) if bank_valid is None else int(bank_valid)
+        rows, keys, scale, bias = (part.to(dtype) for part in (query, key, scale, bias))
+        sides = [(keys, key_ids)]
+        if used:
+            sides.append((bank[:used].to(dtype), None if bank_ids is None else bank_ids[:used]))
+        loss, for_bias = (torch.zeros((), dtype=torch.float64, device=rows.device) for _ in range(2))
+        for_query, for_key = torch.zeros_like(rows), torch.zeros_like(keys)
+        size = max(16, CHUNK[rows.device.type] // max(1, len(keys), used))
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            for side, ids in sides:
+                logits = (rows[part] * scale) @ side.T + bias  # (n, M) or (n, K)
+                column, positive = target[part, None], None
+                if side is keys:
+                    positive = logits.gather(1, column)
+                    logits.scatter_(1, column, -torch.inf)
+                    loss += F.softplus(-positive, threshold=50).sum()
+                if query_ids is not None and ids is not None:
+                    logits.masked_fill_(same_id(query_ids[part], ids), -torch.inf)
+                loss += F.softplus(logits, threshold=50).sum()
+                slope = logits.sigmoid_()
+                if side is keys:
+                    slope.scatter_(1, column, -torch.sigmoid(-positive))
+                    for_key.addmm_(slope.T, rows[part])
+                for_query[part].addmm_(slope, side)
+                for_bias += slope.sum()
+        for_scale = (rows * for_query).sum()
+        ctx.save_for_backward(for_query.mul_(scale), for_key.mul_(scale), for_scale, for_bias.to(dtype))
+        return loss.to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        *first, bias = (grad * part for part in ctx.saved_tensors)  # autograd casts to the inputs' dtypes
+        *first, bias = ((grad * part).to(dtype) for part, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
         return *first, *[None] * 6, bias

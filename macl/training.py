@@ -187,7 +187,7 @@ def open_training(args: argparse.Namespace, split: str | None, held: str | None,
     validation = None if held == "held-out" else open_pairs(args, held or "val", classes=train.classes)
     if validation is None and held not in (None, "held-out"):
         raise InputError(f"--val-split {held}: the data have none; expected val, test, held-out, or a list of names")
-    if validation is not None and validation.split == train.split:
+    if validation is not None and [pair[:2] for pair in validation.pairs] == [pair[:2] for pair in train.pairs]:
         validation = None
     test = open_pairs(args, "test", classes=train.classes) if train.split == ALL else None
     known = {pair[:2] for other in (validation, test) if other is not None for pair in other.pairs}

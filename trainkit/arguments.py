@@ -12,7 +12,7 @@ from trainkit.errors import InputError
 from trainkit.files import shown
 from trainkit.run_folder import MAY_CHANGE, find_resume, read_record
 
-WORKERS = min(4, len(os.sched_getaffinity(0)))  # no more than there are cores
+WORKERS = min(4, len(os.sched_getaffinity(0)))  # of one process; no more than there are cores
 OF_THIS_START = ("resume", "output", "init_from", "max_steps", "check", "device")  # never taken from the resumed run
 
 

@@ -63,7 +63,7 @@ class ClipEncoder:
     def key(self) -> dict[str, int | str]:
         """What features depend on, as plain values: two caches with the same key may be mixed."""
         sizes = dict(image_size=self.model.vision_model.image_size, dim=self.model.visual_projection.out_features)
-        sizes |= dict(clip_frames=self.clip_frames, frames_per_clip=self.frames_per_clip)
+        sizes |= dict(clip_frames=self.clip_frames, frames_per_clip=self.frames_per_clip, version=2)
         return dict(weights=weights_hash(self.model, IMAGE_PARTS[:2]), **sizes)
 
     @torch.inference_mode()

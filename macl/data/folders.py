@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from macl.data import label_files
 from macl.data.annotation import Annotation, Labels, annotate, join
-from macl.data.layouts import ALL, FORMS, LAYOUTS, OWN_DATA, SPLITS, find_source, form_of
+from macl.data.layouts import ALL, FORMS, LAYOUTS, OWN_DATA, PATHS, SPLITS, find_source, form_of
 from macl.data.names import bare, find_images, find_pairs, images_by_stem, read_list, read_stems
 from macl.data.pairs import Pair, PairedDataset
 from trainkit.errors import InputError
@@ -61,9 +61,9 @@ class Pairs(PairedDataset):
         else:
             found = _find_in_folders(folders, suffixes, [labels, *second], self.form, listed)
         self.own_boxes = any(len(files) == 2 for files in found.files)
-        self.of_infrared = len(self.modalities) == 2 and not self.own_boxes and (
-            folders[0] != folders[1] == labels or "infrared" in labels.parts[-2:] or found.ends_as_infrared(suffixes)
-        )  # fmt: skip
+        beside = folders[0] != folders[1] == labels or "infrared" in labels.parts[-2:]
+        apart = beside or found.ends_as_infrared(suffixes)
+        self.of_infrared = apart and not self.own_boxes and len(self.modalities) == 2
         self.scene_kind = "camera" if cameras else "sequence"
         scenes, self.scene_names = _cameras(found.stems) if cameras else _sequences(found.stems)
         days = found.daytimes or [None] * len(scenes)
@@ -148,15 +148,17 @@ def open_root(root: str | Path, *splits: str, **options) -> Pairs | None:
     A split may be the .txt list of the names to take, which are all in the folder of one split, or of all pairs.
     """
     root, layout = find_source(root)
-    listed = Path(splits[0])
-    if not (listed.suffix == ".txt" and listed.is_file()):
+    listed, suffixes = Path(splits[0]), options.get("suffixes", layout.suffixes)
+    if listed.suffix != ".txt" or not listed.is_file():
         split = layout.split(root, *splits)
         return split and Pairs(**layout.place(root, split) | options)
-    places = [layout.place(root, word) for words in SPLITS.values() for word in words if layout.has(root, word)]
-    for place in places:
-        if read_stems(listed, place["suffixes"])[0] in images_by_stem(place["visible"], place["suffixes"][0]):
-            break
-    return Pairs(**place | dict(listed=listed, split=listed.stem) | options)
+    if layout.form == "cvc14" or layout.visible == PATHS:
+        return None
+    first = read_stems(listed, suffixes)[0]
+    for place in (layout.place(root, word) for words in SPLITS.values() for word in words if layout.has(root, word)):
+        if first in images_by_stem(place["visible"], *suffixes):
+            return Pairs(**place | dict(listed=listed, split=listed.stem) | options)
+    raise InputError(f"{listed}: no folder of visible images in {root} holds {shown(first)}")
 
 
 class Found(NamedTuple):
@@ -179,18 +181,19 @@ def _find_in_folders(
     folders: Sequence[Path | None], suffixes: Sequence[str], labels: list[Path], form: str, listed: Path | None
 ) -> Found:
     """Pairs, or images of one camera, of folders and label files of the same names."""
-    first = next(filter(None, folders))
-    stems = None if listed is None else read_stems(listed, suffixes)
-    where = f"found in {first} (no list)" if listed is None else f"listed in {listed}"
+    first, *ends = (folders[0], *suffixes) if folders[0] else (folders[1], *suffixes[::-1])
+    stems = list(images_by_stem(first, *ends)) if listed is None else read_stems(listed, suffixes)
+    where, order = f"found in {first} (no list)" if listed is None else f"listed in {listed}", ()
+    if form == "coco":
+        jsons = [_read_json(path, stems, first, suffixes) for path in labels]
+        stems = [stem for stem in stems if all(stem in known for known, _ in jsons)]
+        where, order = f"{where}, labels of {' and '.join(map(str, labels))}", jsons[0][1]
     pairs = find_pairs(*folders, suffixes, stems)
     if form == "coco":
-        jsons = [_read_json(path, list(pairs), first, suffixes) for path in labels]
-        pairs = {stem: pair for stem, pair in pairs.items() if all(stem in known for known, _ in jsons)}
-        where += f", labels of {' and '.join(map(str, labels))}"
-        files, order = [[known[stem] for stem in pairs] for known, _ in jsons], jsons[0][1]
+        files = [[known[stem] for stem in stems] for known, _ in jsons]
     else:
-        files, order = [_find_files(path, list(pairs), form, suffixes) for path in labels], ()
-    return Found(list(pairs), list(pairs.values()), list(zip(*files, strict=True)), where, order)
+        files = [_find_files(path, stems, form, suffixes) for path in labels]
+    return Found(stems, list(pairs.values()), list(zip(*files, strict=True)), where, order)
 
 
 def _find_cvc14(visible: Path) -> Found:

@@ -90,6 +90,7 @@ def test_a_list_of_visible_paths(tmp_path):
     write(tmp_path / "classes.txt", "person\ncar\n")
     data = open_root(tmp_path, "train")
     assert len(data) == 2 and data[0]["path"].endswith("a2.png") and data[0]["labels"].tolist() == [1, 2]
+    assert open_root(tmp_path, str(write(tmp_path / "mine.txt", "a2\n"))) is None
     write(tmp_path / "train.txt", "d/visible/images/x/a2.png\nd/other/b1.png\n")
     refused(lambda: open_root(tmp_path, "train"), "d/other/b1.png", "word visible")
 
@@ -106,6 +107,10 @@ def test_splits_from_lists_and_what_no_layout_fits(tmp_path):
         build(tmp_path / "own/S", f"visible/{split}", f"infrared/{split}", "Annotations", [name], "voc")
     listed = open_root(tmp_path / "own", str(write(tmp_path / "few.txt", "b1\n")))
     assert listed[0]["path"].endswith("test/b1.png") and listed.split == "few"
+    none = write(tmp_path / "none.txt", "c1\n")
+    refused(lambda: open_root(tmp_path / "own", str(none)), "none.txt: no folder", "'c1'")
+    write(tmp_path / "own/S/infrared/test/b2.png", (1, 2, 3), SIZE)  # without a visible image
+    assert len(open_root(tmp_path / "own", "test")) == 1
     build(tmp_path / "N", "Vis", "Ir", "Annotation", form="voc")
     refused(lambda: open_root(tmp_path, "all"), "several data sets", tmp_path / "N")
     refused(lambda: open_root(tmp_path / "M/Vis", "all"), "no pairs in a known layout", "--visible, --infrared")
