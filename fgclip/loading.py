@@ -47,7 +47,8 @@ def load_model(
     if lacking := [key for key in ("model", "merges") if key not in run]:
         raise InputError(f"{path} lacks {', '.join(lacking)}, which a checkpoint of train_{script}.py holds")
     state = run["ema"] if weights == "ema" and run.get("ema") is not None else run["model"]
-    state = state_dict_of(state, path) if state or "base" not in run else {}
+    if state != {} or "base" not in run:  # where nothing differs from the base
+        state = state_dict_of(state, path)
     if script == "video":  # the towers beside the head
         state = {name.removeprefix("fgclip."): x for name, x in state.items() if name.startswith("fgclip.")}
     if "base" in run:
