@@ -257,15 +257,6 @@ def open_data(args: argparse.Namespace, image_size: int):
     return train, validation, [f"training on {len(train)} images of {annotations}, below {image_root}", sentence]
 
 
-def shortener(args: argparse.Namespace):
-    """What makes of a run's state the part that --base lacks."""
-    try:
-        base = load_base(args.base, **{name: getattr(args, name) for name in OF_WEIGHTS})
-    except InputError as error:
-        raise InputError(f"--base: {error}") from error
-    return partial(beside, base=base, path=args.base)
-
-
 def build_model(args: argparse.Namespace) -> tuple[FGCLIP, Tokenizer, list[str]]:
     """The model, with the weights of --init-from, its tokenizer, and what there is to say about them."""
     given = {name: getattr(args, name) for name in SIZES}
@@ -430,8 +421,9 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer, context_length=text.context_length, regions=regions, hard=bool(args.hard_weight),
         long_context_length=text.long_context_length if args.long_weight else None,
     )  # fmt: skip
-    sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
-    if args.shards is not None:
+    if args.shards is None:
+        sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
+    else:
         shards = lengths_of(train_data.records)
         sampler = ShardSampler(shards, args.batch_size, buffer=args.shuffle_buffer, seed=args.seed)
     loader = make_loader(train_data, sampler, collate, workers=args.workers, device=device)
@@ -453,7 +445,8 @@ def main(arguments: list[str] | None = None) -> None:
         describe=lambda batch: [source for part in parts_of(batch) for source in part["sources"]], device=device,
         schedule=schedule, average=average, amp=args.amp, clip_norm=args.clip_norm,
     )  # fmt: skip
-    shorten = args.base and shortener(args)
+    options = {name: getattr(args, name) for name in OF_WEIGHTS}
+    shorten = args.base and partial(beside, base=load_base(args.base, **options), path=args.base)
     if args.check:
         batch = check(messages, train_data, val_data, train_step, objective, loader, bare, args.cached_negatives)
         if not args.compile:
@@ -472,17 +465,17 @@ def main(arguments: list[str] | None = None) -> None:
     if args.resume or args.init_from:
         messages += logit_scales(args, models, optimizer)
     learning = sum(p.numel() for p in bare.parameters() if p.requires_grad)
-    whole = sum(p.numel() for p in bare.parameters())
-    shown = ", ".join(f"{name.removeprefix('loss_')} {weight:g}" for name, weight in weights.items())
-    run.say(*messages, f"{learning:,} of {whole:,} parameters learn; loss weights: {shown}")
+    count = sum(p.numel() for p in bare.parameters())
+    about = ", ".join(f"{name.removeprefix('loss_')} {weight:g}" for name, weight in weights.items())
+    run.say(*messages, f"{learning:,} of {count:,} parameters learn; loss weights: {about}")
     with run:
         for epoch in run.epochs():
             for batches in run.batches(loader):
-                whole = [batches] if args.cached_negatives else batches  # one batch of them all
-                objective.begin(whole, use_banks=train_step.steps >= args.bank_warmup_steps)
+                together = [batches] if args.cached_negatives else batches  # one batch of them all
+                objective.begin(together, use_banks=train_step.steps >= args.bank_warmup_steps)
                 if args.shards is not None:
                     objective.add("damaged", sum(len(batch["damaged"]) for batch in batches), 0)
-                result = train_step(whole)
+                result = train_step(together)
                 for each in models:
                     each.clamp_logit_scales()
                 metrics = objective.metrics()

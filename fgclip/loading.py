@@ -63,8 +63,10 @@ def load_model(
 
 def load_base(path: str | Path, **options) -> FGCLIP:
     """The model that `load_model` reads there, without a tokenizer. options: those of `load_clip_weights`."""
-    path = Path(path)
-    return load_clip_weights(path, **options) if read_run(path) is None else load_model(path)[0]
+    try:
+        return load_clip_weights(Path(path), **options) if read_run(Path(path)) is None else load_model(path)[0]
+    except InputError as error:
+        raise InputError(f"--base: {error}") from error
 
 
 def beside(state: dict, base: FGCLIP, path: str) -> dict:
@@ -83,9 +85,9 @@ def completed(state: dict, about: dict, path: Path, base: str | Path | None, **o
         names, place = about["names"], base or about["path"]
         known = load_base(place, **options)
         if weights_hash(known, ("",)) != about["hash"]:
-            raise InputError(f"{place} holds other weights")
+            raise InputError(f"--base: {place} holds other weights")
     except InputError as error:
-        raise InputError(f"{path} has what was trained beside base weights alone: --base: {error}") from error
+        raise InputError(f"{path} has what was trained beside base weights alone: {error}") from error
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: base: {reason(error)}") from error
     return {name: tensor for name, tensor in known.state_dict().items() if name in names} | state

@@ -192,7 +192,8 @@ class FGCLIP(nn.Module):
     def _twice(self, batch: dict) -> dict[str, Tensor]:
         """`_features` without graph at first; a tower in which something learns runs again in the backward pass.
 
-        Its parameters are inputs of the checkpoint, so that DDP sees the sum of their gradients over all batches.
+        Its parameters are inputs of the checkpoint, a reentrant one, so that DDP sees the sum of their gradients over
+        all batches. A checkpoint returns tensors alone, so `_run` tells in `kinds` what they are.
         """
         features = {}
         for inputs, modules in TOWERS.values():
