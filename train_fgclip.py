@@ -144,8 +144,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=tuple(LAYOUTS), default="finehard", help="of the annotations; coco: captions_*.json, with "
         "the boxes of the instances_*.json beside it")
     add("--shards", nargs="+", metavar="PATTERN", help="shards of fgclip.pack, such as data-{000000..000999}.tar")
-    add("--shuffle-buffer", type=positive_int, default=10_000, metavar="N", help="places by which samples of "
-        "shards move at most")
+    add("--shuffle-buffer", type=positive_int, default=10_000, metavar="N", help="samples of shards move by less "
+        "than N places")
     add("--max-damaged", type=non_negative_int, default=100, metavar="N", help="damaged samples of shards, of all "
         "processes, that are left out before the run ends")
     add("--val-annotations", metavar="PATH", help="validate on these; without them on a share of the training records")

@@ -26,7 +26,6 @@ import torch
 from fgclip import FGCLIP, Tokenizer
 from fgclip.data import Collate
 from fgclip.embedding import Embedder
-from fgclip.evaluate_video import draw
 from fgclip.losses import PairBank
 from fgclip.objective import FGCLIPLoss
 from fgclip.tasks import validation_metrics, validation_text
@@ -38,6 +37,7 @@ from fgclip.video.model import NORMAL, TemporalHead, VideoModel, class_prompts, 
 from fgclip.video.records import FORMATS, VideoSet, hold_out, read_videos
 from fgclip.video.synthetic import PROMPTS, SyntheticVideos, sentences
 from fgclip.video.training import LOSSES, ClipBags, VideoFrames, VideoLoss, collate_bags
+from fgclip.video_plots import draw
 from trainkit import distributed
 from trainkit.arguments import (
     add_recipe_flags,

@@ -14,11 +14,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import fgclip.evaluate_video as evaluation
+from fgclip.evaluate_video import add_model_flags, as_json, open_model
 from fgclip.video.decode import open_video
 from fgclip.video.metrics import ALARM, VideoScores, by_frame
 from fgclip.video.model import NORMAL, VideoModel
 from fgclip.video.records import VideoRecord
+from fgclip.video_plots import clock, draw_curves, need_matplotlib, peaks, time_of
 from trainkit.arguments import make_parser, positive_int
 from trainkit.errors import InputError, one_sentence
 from trainkit.files import read_lines, whole_file, write_json, writing
@@ -29,7 +30,7 @@ MOST_PHRASES = 10  # of a peak, those that fit best
 
 # fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    evaluation.add_model_flags(parser)
+    add_model_flags(parser)
     add = parser.add_argument_group("what to watch").add_argument
     add("--video", required=True, metavar="PATH", help="a video, or a folder of numbered images")
     add("--output", required=True, metavar="DIR", help="the folder for what was found; it is made where it is missing")
@@ -44,11 +45,11 @@ def described(model: VideoModel, scores: VideoScores, frames: np.ndarray, phrase
     probabilities of all by name, and the phrases of the highest cosines with the clip's row of frames (T, D)."""
     names, found = (NORMAL, *model.classes), []
     texts = model.embed(phrases)[0].cpu().numpy()  # (M, D)
-    for clip in sorted(evaluation.peaks(scores.scores, count)):
+    for clip in sorted(peaks(scores.scores, count)):
         row, cosines = scores.class_scores[clip].astype(float).round(6), texts @ frames[clip]
         best = [(phrases[i], round(float(cosines[i]), 4)) for i in np.argsort(-cosines, kind="stable")[:MOST_PHRASES]]
         found.append({
-            "time": evaluation.time_of(scores, clip), "clip": clip, "score": round(float(scores.scores[clip]), 6),
+            "time": time_of(scores, clip), "clip": clip, "score": round(float(scores.scores[clip]), 6),
             "class": names[row.argmax()], "probabilities": dict(zip(names, row.tolist(), strict=True)),
             "phrases": [dict(phrase=phrase, cosine=cosine) for phrase, cosine in best],
         })  # fmt: skip
@@ -63,7 +64,7 @@ def summary(scores: VideoScores, found: list[dict]) -> str:
     for peak in found:
         for place, fit in enumerate(peak["phrases"][:3]):
             p = peak["probabilities"][peak["class"]]
-            first = [evaluation.clock(peak["time"]), f"{peak['score']:.3f}", peak["class"], f"{p:.3f}"]
+            first = [clock(peak["time"]), f"{peak['score']:.3f}", peak["class"], f"{p:.3f}"]
             rows.append([*(first if place == 0 else [""] * 4), f"{fit['cosine']:.3f}", " " + fit["phrase"]])
     width = max(len(row[-1]) for row in rows)
     return "\n".join([alarms, aligned([[*row[:-1], row[-1].ljust(width)] for row in rows])])
@@ -74,8 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_arguments(parser)
     args = parser.parse_args(arguments)
-    evaluation.need_matplotlib()
-    model, encoder = evaluation.open_model(args)
+    need_matplotlib()
+    model, encoder = open_model(args)
     phrases = [text for texts in model.prompts.values() for text in texts]
     if args.phrases and not (phrases := list(dict.fromkeys(read_lines(args.phrases, "phrases, one per line")))):
         raise InputError(f"{args.phrases} holds no phrases; expected one per line")
@@ -102,10 +103,10 @@ def main(arguments: list[str] | None = None) -> None:
     probabilities = dict(zip((NORMAL, *model.classes), rows, strict=True))
     seconds = float(clips.frames / clips.rate)
     known = dict(checkpoint=args.checkpoint, supervision=model.supervision, problem=video.problem, seconds=seconds)
-    known |= evaluation.as_json(scores) | dict(probabilities=probabilities, peaks=found)
+    known |= as_json(scores) | dict(probabilities=probabilities, peaks=found)
     write_json(output / "scores.json", known)
-    evaluation.draw_curves(output / "curves.png", [(scores, name, pictures)])
-    print(f"{args.video}: {clips.frames} frames, {evaluation.clock(seconds)} at {float(clips.rate):g} frames a second")
+    draw_curves(output / "curves.png", [(scores, name, pictures)])
+    print(f"{args.video}: {clips.frames} frames, {clock(seconds)} at {float(clips.rate):g} frames a second")
     print(f"supervision: {model.supervision}", *said, summary(scores, found), sep="\n")
     print(f"written to {output}: scores.json, curves.png and {len(found)} pictures")
 

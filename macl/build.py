@@ -200,7 +200,9 @@ def load_initial_weights(detector: PairedFasterRCNN, path: str | Path) -> str:
     for key in own if before != classes else ():
         if key.startswith(("roi_head.cls_score.", "roi_head.bbox_pred.")):
             state[key] = class_rows(state[key], before, own[key], classes)
-    notes += [f"newly made: the rows of {', '.join(new)}"] if new else []
+    gone = [name for name in before if name not in classes]
+    for about, names in (("newly made", new), ("left out", gone)):
+        notes += [f"{about}: the rows of {', '.join(names)}"] if names else []
     try:
         detector.load_state_dict(state | parts)
     except RuntimeError as error:

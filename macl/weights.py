@@ -95,16 +95,17 @@ def architecture(keys: list[str]) -> str:
 
 
 def coco_rows(tensor: Tensor, own: Tensor, classes: list[str]) -> Tensor:
-    """A predictor's `own` rows, those of COCO's classes from COCO's predictor; any other predictor is unchanged."""
+    """The detector's `own` rows, in which COCO's classes have those of COCO's predictor; another `tensor` as it is."""
     if len(tensor) * (1 + len(classes)) != len(own) * (1 + len(COCO)) or len(classes) == len(COCO):
         return tensor
     return class_rows(tensor, COCO, own, [name.lower() for name in classes])
 
 
 def class_rows(tensor: Tensor, before: list[str], own: Tensor, classes: list[str]) -> Tensor:
-    """A predictor's `own` rows of `classes`, (1 + len(classes)) * k, after the background's, from one of `before`.
+    """The `own` rows ((1 + len(classes)) * k, ...) of a predictor, background first, filled by the class's name.
 
-    Rows of a name that is not among `before` stay; a predictor of another width is returned unchanged.
+    tensor: those of a predictor of the classes `before`; of another width it is returned as it is
+    Names that are not among `before` keep their own rows.
     """
     if tensor.shape[1:] != own.shape[1:]:
         return tensor

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 VIDEO = [
     "fgclip/video/*.py",
-    *(f"fgclip/{name}.py" for name in ("extract", "evaluate_video", "watch")),
+    *(f"fgclip/{name}.py" for name in ("extract", "evaluate_video", "watch", "video_plots")),
     "train_video.py",
 ]
 PARTS = {

@@ -74,6 +74,7 @@ class PairedDataset(Dataset, abc.ABC):
         return self.sample(index, images, annotation)
 
     def sample(self, index: int, images: dict[str, Tensor], annotation: Annotation) -> dict:
+        """What is known of a pair, with its images (3, H, W), moved as `moves` says."""
         pair = self.pairs[index]
         for move in self.moves:
             images = moved(images, move)

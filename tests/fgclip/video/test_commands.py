@@ -14,13 +14,13 @@ from scripts import ROOT, refused
 from videos import write_video
 
 from fgclip import FGCLIP, Tokenizer, evaluate_video, watch
-from fgclip.evaluate_video import best_and_worst, clock, draw_curve, peaks
 from fgclip.tokenizer import learn_merges
 from fgclip.video.features import INPUTS, ClipEncoder, Clips
 from fgclip.video.metrics import VideoScores, anomaly_report
 from fgclip.video.model import NORMAL, TemporalHead, VideoModel
 from fgclip.video.records import VideoRecord
 from fgclip.video.synthetic import PROMPTS, SyntheticVideos, sentences
+from fgclip.video_plots import best_and_worst, clock, draw_curve, peaks
 from trainkit.files import open_image
 
 SIDE = 32
