@@ -49,7 +49,7 @@ class PlainPipeline:
         self.dataset, self.jitter = dataset, ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
 
     def __getitem__(self, index: int) -> dict:
-        visible, infrared = (Image.open(path).convert("RGB") for path in self.dataset.paths(index))
+        visible, infrared = (Image.open(path).convert("RGB") for path in self.dataset.pairs[index][:2])
         boxes = self.dataset.annotation(index).boxes.clone()
         if random.random() < 0.5:
             visible, infrared = v1.hflip(visible), v1.hflip(infrared)
@@ -91,7 +91,7 @@ def measure(dataset: LLVIP, count: int, rounds: int) -> list[str]:
         seconds = statistics.median(taken) / count
         rows.append([name, f"{1000 * seconds:.1f}", f"{1 / seconds:.1f}", common.ratio(rival, taken)])
     height, width = dataset[0]["visible"].shape[-2:]
-    kilobytes = statistics.mean(path.stat().st_size for i in range(count) for path in dataset.paths(i)) / 1024
+    kilobytes = statistics.mean(path.stat().st_size for i in range(count) for path in dataset.pairs[i][:2]) / 1024
     about = f"{count} pairs of {width} x {height} pixels, {kilobytes:.0f} KiB per image; medians of {rounds} rounds."
     return [about, common.table(["pipeline", "ms per pair", "pairs per second", "times as fast"], rows)]
 

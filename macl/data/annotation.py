@@ -18,11 +18,11 @@ SAME = 0.3  # least overlap of an object's boxes in both cameras, where nothing 
 
 class Object(NamedTuple):
     name: str
-    box: tuple[float, float, float, float] | None = None  # x1, y1, x2, y2 in pixels; None for classes not asked for
+    box: tuple[float, float, float, float] | None  # x1, y1, x2, y2 in pixels; None, in joined labels, where not seen
     ignore: bool = False  # as the annotation marks it
     occlusion: int = 0  # 0 none, 1 partial, 2 heavy
     key: int | None = None  # the same in the labels of both cameras
-    infrared: tuple[float, float, float, float] | None = None  # of joined labels; None, as `box`, where it is not seen
+    infrared: tuple[float, float, float, float] | None = None  # of joined labels, like `box`
 
 
 class Labels(NamedTuple):
@@ -114,8 +114,7 @@ def annotate(
 def join(visible: Labels, infrared: Labels) -> Labels:
     """The objects of both cameras row by row: those of one key or, without keys, of one name that overlap most."""
     first, second = visible.objects, infrared.objects
-    boxes = [torch.tensor([item.box or (0, 0, 0, 0) for item in items], dtype=torch.float64).reshape(-1, 4)
-             for items in (first, second)]  # fmt: skip
+    boxes = [torch.tensor([item.box for item in each], dtype=torch.float64).reshape(-1, 4) for each in (first, second)]
     keyed = all(item.key is not None for item in (*first, *second))
     same = [one.key == other.key if keyed else one.name == other.name for one in first for other in second]
     score = torch.tensor(same, dtype=torch.float64).reshape(len(first), len(second))

@@ -60,23 +60,21 @@ class Pairs(PairedDataset):
             found = _follow_paths(first)
         else:
             found = _find_in_folders(folders, suffixes, [labels, *second], self.form, listed)
-        self.own_boxes = any(len(files) == 2 for files in found.files)
+        files = [file for pair in found.pairs for file in pair.annotation]
+        self.own_boxes = len(files) > len(found.pairs)
         beside = folders[0] != folders[1] == labels or "infrared" in labels.parts[-2:]
-        apart = beside or found.ends_as_infrared(suffixes)
+        apart = beside or any(file.stem.endswith(suffixes[1] or "/") for file in files if isinstance(file, Path))
         self.of_infrared = apart and not self.own_boxes and len(self.modalities) == 2
         self.scene_kind = "camera" if cameras else "sequence"
-        scenes, self.scene_names = _cameras(found.stems) if cameras else _sequences(found.stems)
-        days = found.daytimes or [None] * len(scenes)
-        pairs = [Pair(*pair, *rest) for pair, *rest in zip(found.images, found.files, scenes, days, strict=True)]
+        scenes, self.scene_names = _scenes(found.stems, cameras)
+        pairs = [pair._replace(scene=scene) for pair, scene in zip(found.pairs, scenes, strict=True)]
         super().__init__(pairs, classes or (), split=split, source="")
         order, about, self._categories = found.order, "", found.order if self.form == "coco" else {}
         if self.form == "voc":
             self.first_pixel, about = label_files.first_pixel_of(labels, first_pixel)
         elif self.form == "yolo":
-            files = [file for files in found.files for file in files]
             ids = functools.partial(_all_ids, files, labels, root, split)
-            in_file = label_files.find_names(labels, root or labels.parent)
-            self.names, about = label_files.name_ids(in_file, names, self.classes, ids)
+            self.names, about = label_files.find_names(labels, root or labels.parent, names, self.classes, ids)
             order = (self.names or {}).values()
             about += f"; {files.count(None)} without a label file are without objects" * (None in files)
         what = "pair" if len(self.modalities) == 2 else f"{self.modalities[0]} image"
@@ -102,7 +100,7 @@ class Pairs(PairedDataset):
 
     def _read(self, file: Path | Labels | None, image: Path) -> Labels:
         if self.form == "voc":
-            return label_files.read_voc(file, classes=self.classes, first_pixel=self.first_pixel)
+            return label_files.read_voc(file, first_pixel=self.first_pixel)
         if self.form == "yolo":
             return label_files.read_yolo(file, picture_size(image), self.names)
         return label_files.read_cvc14(file, picture_size(image)) if self.form == "cvc14" else file
@@ -162,19 +160,12 @@ def open_root(root: str | Path, *splits: str, **options) -> Pairs | None:
 
 
 class Found(NamedTuple):
-    """What is on the disk; lists of one entry per pair."""
+    """What is on the disk."""
 
     stems: list[str]  # names without suffix
-    images: list[tuple[Path | None, Path | None]]  # visible, infrared
-    files: list[tuple[Path | Labels | None, ...]]  # labels of both cameras, or of visible and of infrared
+    pairs: list[Pair]  # their `annotation`: labels, or their files, of both cameras, or of visible and of infrared
     where: str  # in words
     order: Sequence[str] = ()  # of the classes, where known
-    daytimes: Sequence[bool] = ()
-
-    def ends_as_infrared(self, suffixes: Sequence[str]) -> bool:
-        """Whether label files are named as infrared images are."""
-        file = next((files[0] for files in self.files if isinstance(files[0], Path)), None)
-        return suffixes[1] != "" and file is not None and file.stem.endswith(suffixes[1])
 
 
 def _find_in_folders(
@@ -185,15 +176,13 @@ def _find_in_folders(
     stems = list(images_by_stem(first, *ends)) if listed is None else read_stems(listed, suffixes)
     where, order = f"found in {first} (no list)" if listed is None else f"listed in {listed}", ()
     if form == "coco":
-        jsons = [_read_json(path, stems, first, suffixes) for path in labels]
-        stems = [stem for stem in stems if all(stem in known for known, _ in jsons)]
-        where, order = f"{where}, labels of {' and '.join(map(str, labels))}", jsons[0][1]
+        known, categories = zip(*(_read_json(path, stems, first, suffixes) for path in labels), strict=True)
+        stems = [stem for stem in stems if all(stem in one for one in known)]
+        where, order = f"{where}, labels of {' and '.join(map(str, labels))}", categories[0]
     pairs = find_pairs(*folders, suffixes, stems)
-    if form == "coco":
-        files = [[known[stem] for stem in stems] for known, _ in jsons]
-    else:
-        files = [_find_files(path, stems, form, suffixes) for path in labels]
-    return Found(stems, list(pairs.values()), list(zip(*files, strict=True)), where, order)
+    known = known if form == "coco" else [_find_files(path, stems, form, suffixes) for path in labels]
+    pairs = [Pair(*images, tuple(one[stem] for one in known)) for stem, images in pairs.items()]
+    return Found(stems, pairs, where, order)
 
 
 def _find_cvc14(visible: Path) -> Found:
@@ -201,27 +190,26 @@ def _find_cvc14(visible: Path) -> Found:
     root, cameras = visible.parents[2], [f"{camera}/{visible.name}" for camera in ("Visible", "FIR")]
     images = [{(path.parts[-5], path.stem): path for path in sorted(root.glob(f"*/{camera}/Frames*/*"))
                if is_image(path)} for camera in cameras]  # fmt: skip
-    frames = [frame for frame in images[0] if frame in images[1]]
-    files = [[root / day / camera / f"Annotations/{stem}.txt" for camera in cameras] for day, stem in frames]
-    if not any(file.is_file() for file, _ in files):
+    frames, pairs = [frame for frame in images[0] if frame in images[1]], []
+    for day, stem in frames:
+        files = [root / day / camera / f"Annotations/{stem}.txt" for camera in cameras]
+        files = tuple(file if file.is_file() else None for file in files)
+        pairs.append(Pair(*(each[day, stem] for each in images), files, daytime=day == "Day"))
+    if not any(pair.annotation[0] for pair in pairs):
         raise InputError(f"{visible} holds no frame with a partner in FIR and a text in Annotations")
-    files = [tuple(file if file.is_file() else None for file in both) for both in files]
     where = f"found in {visible}, {len(images[0]) - len(frames)} without a partner in FIR left out"
-    pairs, days = [tuple(each[frame] for each in images) for frame in frames], [day == "Day" for day, _ in frames]
-    return Found([stem for _, stem in frames], pairs, files, where, (), days)
+    return Found([stem for _, stem in frames], pairs, where)
 
 
-def _find_files(labels: Path, stems: list[str], form: str, suffixes: Sequence[str]) -> list[Path | None]:
+def _find_files(labels: Path, stems: list[str], form: str, suffixes: Sequence[str]) -> dict[str, Path | None]:
     """The label file of each pair. YOLO writes none for an image without objects: None."""
-    known, files = set(os.listdir(labels)) if labels.is_dir() else (), []
+    known, files = set(os.listdir(labels)) if labels.is_dir() else (), {}
     for stem in stems:
-        names = [f"{stem}{end}{FORMS[form]}" for end in dict.fromkeys(("", *suffixes))]
+        names = [f"{stem}{end}{FORMS[form]}" for end in ("", *suffixes)]
         name = next((name for name in names if name in known), None)
-        if name is None and form == "yolo":
-            files.append(None)
-        else:
-            files.append(regular_file(labels / (name or names[0]), f"the boxes of {stem}"))
-    if not any(files):
+        missing = name is None and form == "yolo"
+        files[stem] = None if missing else regular_file(labels / (name or names[0]), f"the boxes of {stem}")
+    if not any(files.values()):
         raise InputError(f"{labels} holds no label file of the pairs, such as {stems[0]}{FORMS[form]}")
     return files
 
@@ -232,11 +220,10 @@ def _read_json(path: Path, stems: list[str], folder: Path, suffixes: Sequence[st
     Folder and json may hold more than the other, but not both.
     """
     images, categories = label_files.read_coco(read_json(path, "a COCO json", dict), path)
-    names = [bare(os.path.basename(image.name), suffixes) for image in images.values()]
-    known = dict(zip(names, (image.labels for image in images.values()), strict=True))
-    if len(known) < len(images):
-        name = next(name for name, count in Counter(names).items() if count > 1)
-        raise InputError(f"{path} names {shown(name)} twice, in different folders or with other suffixes")
+    known = {}
+    for name, one in images.values():
+        if known.setdefault(name := bare(os.path.basename(name), suffixes), one) is not one:
+            raise InputError(f"{path} names {shown(name)} twice, in different folders or with other suffixes")
     if sum(stem in known for stem in stems) < min(len(stems), len(images)):
         missing = next(stem for stem in stems if stem not in known)
         problem = f"holds {len(images)} images but not {missing} of {folder}, and some that are not there"
@@ -246,28 +233,30 @@ def _read_json(path: Path, stems: list[str], folder: Path, suffixes: Sequence[st
 
 def _follow_paths(file: Path) -> Found:
     """The pairs in a list of visible paths."""
-    stems, paths, labels = [], [], []
-    for line in read_list(file, "the path of a visible image"):
-        stem, _ = os.path.splitext(line)
-        if "visible" not in stem or not is_image(line):
+    lines = read_list(file, "the path of a visible image")
+    for line in lines:
+        if "visible" not in os.path.splitext(line)[0] or not is_image(line):
             raise InputError(f"{file}: {shown(line)}; expected the path of an image that holds the word visible")
-        stems.append(stem)
-        paths += [(file.parent / path, line) for path in (stem, stem.replace("visible", "infrared"))]
-        places = [file.parent / f"{each}.txt" for each in ("labels".join(stem.rsplit("images", 1)), stem)]
-        labels.append((next(filter(Path.is_file, places), None),))
-    if not any(files[0] for files in labels):
+    stems = [os.path.splitext(line)[0] for line in lines]
+    visible, infrared = (
+        find_images((file.parent / stem.replace("visible", camera), stem) for stem in stems)
+        for camera in ("visible", "infrared")
+    )
+    places = [["labels".join(stem.rsplit("images", 1)), stem] for stem in stems]
+    labels = [next(filter(Path.is_file, (file.parent / f"{each}.txt" for each in place)), None) for place in places]
+    if not any(labels):
         raise InputError(f"{file}: no label file of its images, such as {file.parent / stems[0]}.txt")
-    images = find_images(paths)
-    return Found(stems, list(zip(images[::2], images[1::2], strict=True)), labels, f"listed in {file}")
+    return Found(stems, list(map(Pair, visible, infrared, zip(labels))), f"listed in {file}")
 
 
-def _cameras(stems: list[str]) -> tuple[list[int], list[str]]:
-    cameras = [int(stem[:2]) if stem[:2].isdecimal() and len(stem) > 2 else -1 for stem in stems]
-    return cameras, [f"{number:02d}" for number in range(100)]
+def _scenes(stems: list[str], cameras: bool) -> tuple[list[int], list[str]]:
+    """The camera of each name, or what precedes its last number; -1 where it is unknown; and the scenes' names.
 
-
-def _sequences(stems: list[str]) -> tuple[list[int], list[str]]:
-    """What precedes the last number of each name; -1 where these say nothing: one for all, or hardly two of a kind."""
+    What precedes says nothing where it is one for all, or hardly two of a kind.
+    """
+    if cameras:
+        numbers = [int(stem[:2]) if stem[:2].isdecimal() and len(stem) > 2 else -1 for stem in stems]
+        return numbers, [f"{number:02d}" for number in range(100)]
     begins = [re.sub(r"\d*$", "", stem) for stem in stems]
     names = list(dict.fromkeys(begins))
     if not 1 < len(names) <= len(stems) // 2:

@@ -3,13 +3,11 @@
 Hwang et al., "Multispectral Pedestrian Detection: Benchmark Dataset and Baseline" (CVPR 2015).
 """
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from macl.data.annotation import Annotation, Labels, annotate, check_person, join, refuse_absent_classes
-from macl.data.kaist_labels import IGNORED_NAMES, Frame, parse_frame, read_bbgt, read_json
-from macl.data.label_files import read_voc
+from macl.data.kaist_labels import IGNORED_NAMES, Frame, parse_frame, read_frame, read_json
 from macl.data.layouts import OWN_DATA
 from macl.data.names import find_images, read_list
 from macl.data.pairs import Pair, PairedDataset
@@ -50,8 +48,7 @@ class KAISTFrames(PairedDataset):
     def annotation(self, index: int, *, clip: bool = True) -> Annotation:
         labels = self.pairs[index].annotation
         if isinstance(labels, list):  # of files, of one or of both cameras
-            xml = functools.partial(read_voc, classes=None, first_pixel=0)
-            labels, *second = (read_bbgt(file) if file.suffix == ".txt" else xml(file) for file in labels)
+            labels, *second = map(read_frame, labels)
             if second and len(labels.objects) != len(second[0].objects):
                 count = f"{len(second[0].objects)} people but {labels.place} {len(labels.objects)}"
                 raise InputError(f"{second[0].place} has {count}; expected the same ones in the same order")
@@ -170,13 +167,12 @@ def _find_labels(source: Path, frames: list[Frame]) -> tuple[list[list[Path]] | 
                 raise InputError(f"{source} holds {len(known)} frames but not {frame.name}; expected all listed")
         return [known[frame] for frame in frames], f"{source} ({version})"
     form = next((form for form in FORMS if (source / frames[0].path(form)).is_file()), FORMS[0])
-    which = "visible image" if "/visible/" in form else "frame"
-    about = f"{source}, one {form[-3:]} file per {which} (which do not say of which revision)"
-    forms = [form]
-    if "/visible/" in form and (source / frames[0].path(form.replace("visible", "lwir"))).is_file():
-        forms, about = [form, form.replace("visible", "lwir")], about.replace("visible image", "image of each camera")
+    forms = [form, form.replace("/visible/", "/lwir/")]
+    forms = forms if forms[0] != forms[1] and (source / frames[0].path(forms[1])).is_file() else forms[:1]
+    which = "image of each camera" if len(forms) == 2 else "visible image" if "/visible/" in form else "frame"
     found = [[source / frame.path(form) for form in forms] for frame in frames]
-    return [[regular_file(file, f"the boxes of {file.stem}") for file in files] for files in found], about
+    found = [[regular_file(file, f"the boxes of {file.stem}") for file in files] for files in found]
+    return found, f"{source}, one {form[-3:]} file per {which} (which do not say of which revision)"
 
 
 def read_ground_truth(path: str | Path) -> tuple[list[dict], str]:

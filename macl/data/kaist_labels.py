@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import trainkit.files as files
 from macl.data.annotation import Labels, Object
-from macl.data.label_files import OCCLUSION, edges, flag, read_coco
+from macl.data.label_files import OCCLUSION, edges, flag, read_coco, read_voc
 from trainkit.errors import InputError
 from trainkit.files import MAX_ID, number, numbers, read_text, shown
 
@@ -55,8 +55,10 @@ def parse_frame(name: str, place: str) -> Frame:
     return Frame(*map(int, match.groups()))
 
 
-def read_bbgt(path: Path) -> Labels:
-    """One frame's labels: per line a name, x y w h, occlusion, x y w h of the visible part, ignore, angle."""
+def read_frame(path: Path) -> Labels:
+    """One frame's .xml or bbGt: per line a name, x y w h, occlusion, x y w h of the visible part, ignore, angle."""
+    if path.suffix == ".xml":
+        return read_voc(path, first_pixel=0, occlusion=True)
     first, *lines = read_text(path, "a bbGt annotation").split("\n")
     if first.strip() != BBGT:
         raise InputError(f"{path} starts with {shown(first.strip())}; expected {BBGT!r}, the version that is read")
@@ -81,8 +83,7 @@ def read_json(path: str | Path) -> tuple[dict[Frame, Labels], str]:
     data = files.read_json(path, "the json of KAIST's annotations", dict)
     images, _ = read_coco(data, path, name_key="im_name", occlusion=True)
     by_id = {number(key, f"{path}, image id", -MAX_ID, MAX_ID, whole=True): image for key, image in images.items()}
-    in_order = [by_id[key] for key in sorted(by_id)]
-    frames = {parse_frame(image.name, image.place): image.labels for image in in_order}
+    frames = {parse_frame(name, labels.place): labels for _, (name, labels) in sorted(by_id.items())}
     if len(frames) < len(images):
         raise InputError(f"{path} holds an im_name twice; expected each once")
     improved = isinstance(data.get("info_improved"), dict)

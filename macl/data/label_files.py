@@ -2,9 +2,9 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 from macl.data.annotation import Labels, Object
 from trainkit.errors import InputError
@@ -28,28 +28,12 @@ _YAML_NAMES = re.compile(r"^names:[ \t]*(\[[^]]*]|\{[^}]*}|(?:\n+[ \t]*(?:-[ \t]
 _YAML_ITEM = re.compile(r"""(?:(\d{1,9})\s*:\s*)?("[^"]*"|'[^']*'|[^\s,:'"-][^,\n]*)""")
 
 
-def read_voc(path: str | Path, *, classes: Collection[str] | None, first_pixel: int = 1) -> Labels:
-    """Objects marked "difficult" are ignored; those that are not among `classes` need no box.
+def read_voc(path: str | Path, *, first_pixel: int = 1, occlusion: bool = False) -> Labels:
+    """Objects marked "difficult" are ignored. Boxes are <xmin> <ymin> <xmax> <ymax>, or KAIST's <x> <y> <w> <h>.
 
-    classes: None for all, with <occlusion> and with boxes that may be <x> <y> <w> <h>, as KAIST's own XML has them
     first_pixel: 1, as in VOC, where a box includes its last pixel: edges are x1 - 1, y1 - 1, x2, y2; or 0
+    occlusion: whether objects have one, 0 to 2
     """
-    size, items = parse_voc(path)
-    objects = []
-    for name, item in items:
-        if classes is not None and name not in classes:
-            objects.append(Object(name))
-            continue
-        x1, y1, x2, y2 = corners(item, path)
-        ignore, level = flag(item.findtext("difficult", ""), f"{path}, <difficult>"), 0
-        if classes is None:
-            level = number(item.findtext("occlusion", "0"), f"{path}, {OCCLUSION}", 0, 2, whole=True)
-        objects.append(Object(name, (x1 - first_pixel, y1 - first_pixel, x2, y2), ignore, level))
-    return Labels(str(path), size, objects)
-
-
-def parse_voc(path: str | Path) -> tuple[tuple[int, int], list[tuple[str, ElementTree.Element]]]:
-    """-> width and height in pixels, and the name and element of every <object>."""
     path = regular_file(path, "a VOC annotation")
     try:
         root = ElementTree.parse(path).getroot()
@@ -58,10 +42,19 @@ def parse_voc(path: str | Path) -> tuple[tuple[int, int], list[tuple[str, Elemen
     if root.tag != "annotation":
         raise InputError(f"{path} starts with <{shown(root.tag)[1:-1]}>; expected the <annotation> of a VOC file")
     size = image_size(root.findtext("size/width"), root.findtext("size/height"), f"{path}, <size>")
-    items = [(item.findtext("name", "").strip(), item) for item in root.iterfind("object")]
-    if not all(name for name, _ in items):
-        raise InputError(f"{path} has an <object> without a <name>; expected a VOC annotation")
-    return size, items
+    objects = []
+    for item in root.iterfind("object"):
+        name = item.findtext("name", "").strip()
+        if not name:
+            raise InputError(f"{path} has an <object> without a <name>; expected a VOC annotation")
+        sides = ("xmin", "ymin", "xmax", "ymax") if item.find("bndbox/x") is None else "xywh"
+        box = tuple(number(item.findtext(f"bndbox/{side}"), f"{path}, <bndbox><{side}>") for side in sides)
+        x1, y1, x2, y2 = edges(*box) if sides == "xywh" else box
+        ignore, level = flag(item.findtext("difficult", ""), f"{path}, <difficult>"), 0
+        if occlusion:
+            level = number(item.findtext("occlusion", "0"), f"{path}, {OCCLUSION}", 0, 2, whole=True)
+        objects.append(Object(name, (x1 - first_pixel, y1 - first_pixel, x2, y2), ignore, level))
+    return Labels(str(path), size, objects)
 
 
 def first_pixel_of(folder: Path, known: int | None) -> tuple[int, str]:
@@ -73,13 +66,6 @@ def first_pixel_of(folder: Path, known: int | None) -> tuple[int, str]:
         if zero.search(read_text(file, "a VOC annotation")):
             return 0, f"; boxes count pixels from 0, as {file.name} shows"
     return 1, "; boxes count pixels from 1, as no xmin and no ymin is 0"
-
-
-def corners(item: ElementTree.Element, path: str | Path) -> tuple[float, float, float, float]:
-    """The box in the <bndbox> of an <object>: <xmin> <ymin> <xmax> <ymax>, or <x> <y> <w> <h>."""
-    sides = ("xmin", "ymin", "xmax", "ymax") if item.find("bndbox/x") is None else "xywh"
-    box = tuple(number(item.findtext(f"bndbox/{side}"), f"{path}, <bndbox><{side}>") for side in sides)
-    return edges(*box) if sides == "xywh" else box
 
 
 def flag(value, place: str) -> bool:
@@ -150,42 +136,29 @@ def read_names(path: Path) -> dict[int, str]:
     return names
 
 
-def find_names(labels: Path, root: Path) -> tuple[dict[int, str] | None, str]:
-    """The names in the folder of the labels, or else in one above it up to `root`, and their file; or None."""
-    above = [folder for folder in labels.parents if folder.is_relative_to(root)]
-    for folder in (labels, *above):
-        for file in (file for pattern in NAME_FILES for file in sorted(folder.glob(pattern))):
-            if names := read_names(file):
-                return names, str(file)
-    return None, ""
-
-
-def name_ids(found: tuple[dict | None, str], known: dict | None, classes: Sequence[str], ids: Callable):
+def find_names(labels: Path, root: Path, known: dict | None, classes: Sequence[str], ids: Callable):
     """YOLO's names by class id, None where an id is its own name, and a clause about them.
 
-    found: the names in a file, and the file; known: those that the layout knows
+    labels, root: the file of names is in the folder of the labels, or else in one above it up to `root`
+    known: the names of the layout, where there is no file
     ids: gives all that occur, which `classes` name in order where nothing else does; or the ids 0, 1, 2, ...
     """
-    names, file = found
-    if names or known:
-        return names or known, f"; class names of {file}" if names else ""
-    if all(map(str.isdecimal, classes)):
-        return None, "; no classes.txt or data.yaml names the class ids, so they are their own names"
+    above = [folder for folder in labels.parents if folder.is_relative_to(root)]
+    for file in chain.from_iterable(sorted(folder.glob(at)) for folder in (labels, *above) for at in NAME_FILES):
+        if names := read_names(file):
+            return names, f"; class names of {file}"
+    if known or all(map(str.isdecimal, classes)):
+        alone = "; no classes.txt or data.yaml names the class ids, so they are their own names"
+        return known, "" if known else alone
     occurring = ids()
     names = dict(zip(occurring if len(occurring) == len(classes) else range(len(classes)), classes, strict=True))
     return names, "; no classes.txt or data.yaml: " + ", ".join(f"id {key} is {name}" for key, name in names.items())
 
 
-class CocoImage(NamedTuple):
-    place: str  # for messages
-    name: str
-    labels: Labels
-
-
 def read_coco(
     data: dict, path: str | Path, *, name_key: str = "file_name", occlusion: bool = False
-) -> tuple[dict[int | str, CocoImage], dict[str, int | str]]:
-    """Image id -> image and category name -> id, in the file's order. A bbox is x, y, width, height.
+) -> tuple[dict[int | str, tuple[str, Labels]], dict[str, int | str]]:
+    """Image id -> image name and labels, and category name -> id, in the file's order. A bbox is x, y, width, height.
 
     data: the json of the file `path`
     name_key: of an image's name
@@ -202,11 +175,11 @@ def read_coco(
         name = plain_text(item.get(name_key), f"{place}, {name_key}")
         size = image_size(item.get("width"), item.get("height"), place)
         image = _id(item, "id", place)
-        images[image] = CocoImage(place, name, Labels(f"{path}, {name}", size, [], image_id=image))
+        images[image] = name, Labels(f"{place} ({name})", size, [], image_id=image)
     if not images:
         raise InputError(f"{path} holds no images")
     ids = [_id(item, "id", place) for place, item in annotations if "id" in item]
-    if len({image.name for image in images.values()}) < len(data["images"]) or len(set(ids)) < len(ids):
+    if len({name for name, _ in images.values()}) < len(data["images"]) or len(set(ids)) < len(ids):
         raise InputError(f"{path} holds an image id, a {name_key} or an annotation id twice; expected each once")
     for place, item in annotations:
         image, category = _id(item, "image_id", place), _id(item, "category_id", place)
@@ -215,7 +188,7 @@ def read_coco(
         box = edges(*numbers(item.get("bbox"), f"{place}, bbox (x, y, width, height)"))
         ignore = flag(item.get("ignore", ""), f"{place}, ignore") or flag(item.get("iscrowd", ""), f"{place}, iscrowd")
         level = number(item.get("occlusion"), f"{place}, {OCCLUSION}", 0, 2, whole=True) if occlusion else 0
-        images[image].labels.objects.append(Object(categories[category], box, ignore, level))
+        images[image][1].objects.append(Object(categories[category], box, ignore, level))
     return images, {name: category for category, name in categories.items()}
 
 

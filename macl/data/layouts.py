@@ -54,10 +54,10 @@ class Layout(NamedTuple):
         """The keywords of `Pairs`."""
         places = (self.visible, self.infrared, *self.labels)
         visible, infrared, *labels = (root / place.format(split=split) for place in places)
-        known = dict(suffixes=self.suffixes, cameras=self.cameras, first_pixel=self.first_pixel, form=self.form)
-        known |= dict(names=dict(enumerate(self.names)) or None, listed=self.listed(root, split))
+        kept = {name: getattr(self, name) for name in ("suffixes", "cameras", "first_pixel", "form")}
+        known = dict(names=dict(enumerate(self.names)) or None, listed=self.listed(root, split), title=self.name)
         labels = next(filter(form_of, labels), labels[0])
-        return known | dict(visible=visible, infrared=infrared, labels=labels, root=root, split=split, title=self.name)
+        return kept | known | dict(visible=visible, infrared=infrared, labels=labels, root=root, split=split)
 
 
 _JSON = ("annotations/{split}.json", "annotations/instances_{split}.json", "Annotations/coco/{split}.json")

@@ -47,12 +47,11 @@ class Onto:
 
     def labels(self, labels: Labels, size: tuple[int, int]) -> Labels:
         """Boxes in the infrared image -> the upright ones around them in the visible one."""
-        kept = [item for item in labels.objects if item.box is not None]
-        boxes = torch.tensor([item.box for item in kept], dtype=torch.float64).reshape(-1, 4)
+        boxes = torch.tensor([item.box for item in labels.objects], dtype=torch.float64).reshape(-1, 4)
         boxes = clip_boxes_to_image(boxes, labels.size[::-1])  # beyond the image a homography may turn things round
         corners = _project(boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2), self.edges(labels.size, size))
-        placed = iter(torch.cat([corners.amin(1), corners.amax(1)], 1).tolist())
-        objects = [item if item.box is None else item._replace(box=tuple(next(placed))) for item in labels.objects]
+        placed = torch.cat([corners.amin(1), corners.amax(1)], 1).tolist()
+        objects = [item._replace(box=tuple(box)) for item, box in zip(labels.objects, placed, strict=True)]
         return labels._replace(size=size, objects=objects)
 
     def edges(self, infrared: tuple[int, int], visible: tuple[int, int]) -> Tensor:
@@ -81,7 +80,8 @@ def read_onto(given: str | list | None, levels: Sequence[float] | None = None) -
     levels = None if levels is None else tuple(levels)
     if given is None or given in ("none", "resize"):
         return Onto(resize=given == "resize", levels=levels)
-    rows, expected = given, "resize, none, or a .json or .npy file of 3 x 3 numbers"
+    expected = "resize, none, or a .json or .npy file of 3 x 3 numbers"
+    place, rows = shown(given), given
     if isinstance(given, str):
         path = regular_file(given, expected)
         try:
@@ -89,12 +89,10 @@ def read_onto(given: str | list | None, levels: Sequence[float] | None = None) -
             rows = np.load(path, allow_pickle=False).tolist() if npy else read_json(path, expected, list)
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{path} cannot be read ({reason(error)}); expected {expected}") from error
-    place = f"--infrared-to-visible {shown(given)}, a row of 3 x 3"
-    rows = torch.tensor(
-        [numbers(row, place, 3) for row in (rows if isinstance(rows, list) else ())], dtype=torch.float64
-    )
+    rows = [numbers(row, f"{place}, a row of 3 x 3", 3) for row in (rows if isinstance(rows, list) else ())]
+    rows = torch.tensor(rows, dtype=torch.float64)
     if rows.shape != (3, 3) or rows.det().abs() < 1e-12:
-        raise InputError(f"{shown(given)} holds no homography that can be inverted; expected {expected}")
+        raise InputError(f"{place} holds no homography that can be inverted; expected {expected}")
     return Onto(rows, levels=levels)
 
 

@@ -1,6 +1,7 @@
 """Pairs of image files with boxes, whatever their layout on the disk."""
 
 import abc
+import bisect
 import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from macl.data.annotation import Annotation
 from macl.data.onto import Onto
@@ -59,7 +60,7 @@ class PairedDataset(Dataset, abc.ABC):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict:
-        paths = self.paths(index)
+        paths = self.pairs[index][:2]
         at_least = None if self.onto.places or self.moves else self.at_least  # both count in pixels of the whole image
         images, annotation = read_pair(*paths, self.onto, at_least), self.annotation(index)
         shown_in = next(image for image in images.values() if image is not None)
@@ -87,10 +88,6 @@ class PairedDataset(Dataset, abc.ABC):
             sample["present"] = torch.tensor([name in self.modalities for name in ("visible", "infrared")])
             sample["visible_in"] = sample["present"].expand(len(sample["boxes"]), 2)
         return sample if pair.daytime is None else sample | {"daytime": pair.daytime}
-
-    def paths(self, index: int) -> tuple[Path, Path]:
-        """The visible and the infrared image of a pair."""
-        return self.pairs[index][:2]
 
     @property
     def scenes(self) -> list[int]:
@@ -171,6 +168,26 @@ class PairedDataset(Dataset, abc.ABC):
             counts |= {"seen_in_both": seen[True, True], "visible_only": seen[True, False],
                        "infrared_only": seen[False, True]}  # fmt: skip
         return counts
+
+
+class JointDataset(ConcatDataset):
+    """Data sets laid end to end. "domain" in a sample is the index of its data set.
+
+    Scene numbers are made unique across the data sets; -1, unknown, stays.
+    """
+
+    def __init__(self, *parts: Dataset):
+        super().__init__(parts)
+        self.source = " and ".join(part.source for part in parts)
+
+    def __getitem__(self, index: int) -> dict:
+        sample, domain = super().__getitem__(index), bisect.bisect(self.cumulative_sizes, index)
+        scene = sample["scene"]
+        return sample | {"domain": domain, "scene": scene if scene < 0 else scene * len(self.datasets) + domain}
+
+    def decoded_at(self, short_side: int) -> "JointDataset":
+        """See `PairedDataset.decoded_at`."""
+        return JointDataset(*(part.decoded_at(short_side) for part in self.datasets))
 
 
 def hold_out(dataset: PairedDataset) -> tuple[PairedDataset, PairedDataset, str]:

@@ -36,7 +36,6 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype
 
 from trainkit.errors import InputError
-from trainkit.files import MAX_PIXELS as MAX_PIXELS  # of an image, for those who write some
 from trainkit.files import open_image
 
 PER_BOX = ("boxes", "boxes_infrared", "labels", "ignore", "visible_in", "occlusion")

@@ -38,8 +38,11 @@ class PairedAugmentation:
     noise: float = 0.0  # ... and n normal with a standard deviation of up to noise
 
     def __call__(self, sample: dict) -> dict:
-        pair, shown = _as_pair(sample), torch.ones(len(sample["boxes"]))
-        if _happens(self.crop):
+        pair = {modality: tv_tensors.Image(sample[modality]) for modality in ("visible", "infrared")}
+        options = dict(format="XYXY", canvas_size=tuple(sample["visible"].shape[-2:]))
+        pair |= {key: tv_tensors.BoundingBoxes(sample[key], **options) for key in BOXES if key in sample}
+        shown = torch.ones(len(sample["boxes"]))
+        if self.crop > 0 and float(torch.rand(())) < self.crop:
             before = box_area(sample["boxes"])
             window = _crop_window(sample, self.crop_scale)
             pair = {key: F.crop(value, *window) for key, value in pair.items()}
@@ -80,13 +83,6 @@ class AugmentedDataset(Dataset):
             return self.transform(self.dataset[index])
 
 
-def _as_pair(sample: dict) -> dict:
-    """Both images and the boxes, as torchvision's transforms know them."""
-    pair = {modality: tv_tensors.Image(sample[modality]) for modality in ("visible", "infrared")}
-    options = dict(format="XYXY", canvas_size=tuple(sample["visible"].shape[-2:]))
-    return pair | {key: tv_tensors.BoundingBoxes(sample[key], **options) for key in BOXES if key in sample}
-
-
 def _crop_window(sample: dict, scale: tuple[float, float]) -> tuple[int, int, int, int]:
     """top, left, height, width of a random crop around one of the boxes that are not ignored."""
     height, width = sample["visible"].shape[-2:]
@@ -106,7 +102,3 @@ def _crop_start(low: float, high: float, length: int, size: int) -> int:
 
 def _uniform(low: float, high: float) -> float:
     return low + (high - low) * float(torch.rand(()))
-
-
-def _happens(probability: float) -> bool:
-    return probability > 0 and float(torch.rand(())) < probability

@@ -156,7 +156,7 @@ def test_real_pairs(shared, name, size, count, least):
     else:
         kind, root, splits = REAL[name]
         parts = [kind(shared / "data" / root, split) for split in splits]
-        paths = [part.paths(index) for part in parts for index in range(len(part))]
+        paths = [pair[:2] for part in parts for pair in part.pairs]
     pairs = [read_pair(*pair) for pair in paths]
     pairs = [{key: resize(image, size, antialias=True) for key, image in pair.items()} for pair in pairs]
     generator, within = torch.Generator().manual_seed(1), []

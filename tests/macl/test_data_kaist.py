@@ -63,7 +63,7 @@ def test_a_sample_follows_the_contract_in_both_layouts(root):
     assert sample["image_id"] == 4 and data[-1]["image_id"] == 4
     assert [data[index]["scene"] for index in range(5)] == data.scenes == [0, 0, 4002, 6000, 11001]
     assert [data[index]["daytime"] for index in range(5)] == [True, True, False, True, False]
-    assert sample["path"] == str(data.paths(4)[0])
+    assert sample["path"] == str(data.pairs[4].visible)
 
 
 @pytest.mark.parametrize(("make", "name"), [(kaist, "kaist-rgbt"), (processed, "KAIST_processed")])
@@ -267,7 +267,7 @@ BAD_JSON = [
     ("{", "is not valid JSON"),
     ([], "holds []; expected the json of KAIST's annotations, an object"),
     (changed(images=[], annotations=[]), "holds no images"),
-    (image(im_name="../x"), "images 0 names '../x'"),
+    (image(im_name="../x"), "images 0 (../x) names '../x'"),
     (changed(images=changed()["images"] * 2), "twice"),
     (box(image_id=7), "annotations 0: no image has the id 7"),
     (box(category_id=9), "annotations 0: no image has the id 0, or no category the id 9"),

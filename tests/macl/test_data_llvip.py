@@ -88,8 +88,8 @@ def test_a_class_that_nobody_has_is_refused_with_the_names_that_occur(root):
     refuse_absent_classes(train, every=True)  # reads no further than it needs
 
 
-def test_labels_are_positions_and_other_classes_need_no_box(root):
-    objects = OBJECT.format("car", "", 1, 1, 5, 5), person(2, 2, 6, 9), "<object><name>dog</name></object>"
+def test_labels_are_positions_among_the_classes_given(root):
+    objects = OBJECT.format("car", "", 1, 1, 5, 5), person(2, 2, 6, 9), OBJECT.format("dog", "", 1, 1, 5, 5)
     (root / "Annotations" / "010001.xml").write_text(voc(*objects))
     assert LLVIP(root, "train", classes=("person", "car"))[0]["labels"].tolist() == [2, 1]
 
@@ -179,7 +179,7 @@ def test_no_file_in_the_place_of_one(root, kind):
         make[kind](file)
     refused(lambda: LLVIP(root, "train"), str(annotation), "expected the boxes of 010002")
     refused(lambda: read_image(picture), str(picture))
-    refused(lambda: read_voc(annotation, classes=()), str(annotation))
+    refused(lambda: read_voc(annotation), str(annotation))
 
 
 def test_what_else_cannot_be_opened(root):
