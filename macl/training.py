@@ -141,6 +141,9 @@ def choose_reading(
             messages.append(f"as in training: {flag} {shown(kept)}")
     if dataset is None:
         return reading, messages
+    if dataset.resize and args.infrared_to_visible is None and reading["infrared_to_visible"] is None:
+        reading["infrared_to_visible"] = "resize"
+        messages.append("--infrared-to-visible resize: the cameras of this layout differ in size")
     if not dataset.own_boxes and args.boxes in ("infrared", "both"):
         raise InputError(f"--boxes {args.boxes}: both cameras share the boxes of {dataset.source}")
     paths = [pair.infrared for pair in dataset.pairs[:: max(1, len(dataset) // 64)] if pair.infrared is not None]

@@ -131,6 +131,17 @@ def test_flags_of_another_data_set(begun, places, capsys):
     assert "--infrared-range needs --data-root" in refused(capsys, train_stage1.main, "--infrared-range", 1, 2)
 
 
+def test_a_layout_of_cameras_that_differ_needs_no_flag(tmp_path, capsys):
+    root = draw(tmp_path, "Himax", "Lepton", scale=2)
+    (root / "classes.txt").rename(root / "Lepton/classes.txt")
+    for file in (root / "labels").iterdir():
+        file.rename(root / "Lepton" / file.name)
+    output = run(train_stage1, STAGE_1, tmp_path / "run", "--data-root", root, *TINY)
+    assert load(output)["reading"]["infrared_to_visible"] == "resize"
+    flags = ("--data-root", root, "--infrared-to-visible", "none", "--workers", 0, "--device", "cpu", "--check")
+    assert "or --infrared-to-visible resize" in refused(capsys, train_stage1.main, *flags)
+
+
 SAMPLES = ["flir_aligned", "m3fd", "msrs", "harbour_yolo", "vedai", "himax_lepton"]
 SAMPLES += ["damsdet_coco/dataset/coco_LLVIP", "damsdet_coco/dataset/coco_FLIR_align"]
 
@@ -140,14 +151,13 @@ SAMPLES += ["damsdet_coco/dataset/coco_LLVIP", "damsdet_coco/dataset/coco_FLIR_a
 def test_real_samples_train_and_the_truth_scores_1(shared, tmp_path, name):
     if not (shared / "data/pairs").is_dir():
         pytest.skip("no samples of other layouts in shared/data/pairs")
-    flags = ["--data-root", shared / "data/pairs" / name, *["--infrared-to-visible", "resize"] * ("himax" in name)]
+    flags = ["--data-root", shared / "data/pairs" / name]
     run(train_stage1, STAGE_1, tmp_path / "run", *flags, *TINY)
     common = ("--checkpoint", tmp_path / "run/best.pt", "--device", "cpu", "--workers", 0)
-    evaluate.main([*map(str, (*common, *flags[:2]))])
+    evaluate.main([*map(str, (*common, *flags))])
     classes = load(tmp_path / "run")["model_kwargs"]["classes"][::-1]
-    data = open_root(flags[1], "train", "all", "val", classes=classes).with_onto(
-        read_onto(flags[-1] if "himax" in name else None)
-    )
+    data = open_root(flags[1], "train", "all", "val", classes=classes)
+    data = data.with_onto(read_onto("resize" if data.resize else None))
     results = []
     for index in range(len(data)):
         target = collate([data[index]])["targets"][0]

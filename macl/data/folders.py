@@ -34,6 +34,7 @@ class Pairs(PairedDataset):
     cameras: whether the first two digits of a name are the camera, its scene; otherwise names that are alike but for
         the number that ends them are a scene
     first_pixel: what VOC's boxes count from, 0 or 1; None: 0 if some xmin or ymin in the folder is 0
+    resize: whether infrared is resized unless a flag says otherwise, see `macl.data.onto`
 
     Raises InputError at construction for a missing folder, image or annotation, a bad list, a json of other images and,
     where classes is None, bad labels; when a sample is read, for these, a broken image and sizes that differ.
@@ -44,7 +45,7 @@ class Pairs(PairedDataset):
         labels_infrared: str | Path | None = None, classes: Sequence[str] | None = None, form: str | None = None,
         listed: Path | None = None, suffixes: Sequence[str] = ("", ""), names: dict[int, str] | None = None,
         cameras: bool = False, first_pixel: int | None = None, root: Path | None = None, split: str = ALL,
-        title: str = "pairs",
+        resize: bool = False, title: str = "pairs",
     ):  # fmt: skip
         folders = [None if folder is None else Path(folder) for folder in (visible, infrared)]
         self.modalities = tuple(name for name, folder in zip(("visible", "infrared"), folders, strict=True) if folder)
@@ -65,7 +66,7 @@ class Pairs(PairedDataset):
         beside = folders[0] != folders[1] == labels or "infrared" in labels.parts[-2:]
         apart = beside or any(file.stem.endswith(suffixes[1] or "/") for file in files if isinstance(file, Path))
         self.of_infrared = apart and not self.own_boxes and len(self.modalities) == 2
-        self.scene_kind = "camera" if cameras else "sequence"
+        self.scene_kind, self.resize = "camera" if cameras else "sequence", resize
         scenes, self.scene_names = _scenes(found.stems, cameras)
         pairs = [pair._replace(scene=scene) for pair, scene in zip(found.pairs, scenes, strict=True)]
         super().__init__(pairs, classes or (), split=split, source="")

@@ -31,6 +31,7 @@ class Layout(NamedTuple):
     first_pixel: int | None = None  # of VOC's boxes; None: as the data show
     beside: str = ""  # another folder, by which the layout is known
     form: str | None = None  # of the labels; None: told by the files
+    resize: bool = False  # whether infrared images are resized, as the cameras are known to differ
 
     def has(self, root: Path, split: str) -> bool:
         if self.visible == PATHS:
@@ -54,7 +55,7 @@ class Layout(NamedTuple):
         """The keywords of `Pairs`."""
         places = (self.visible, self.infrared, *self.labels)
         visible, infrared, *labels = (root / place.format(split=split) for place in places)
-        kept = {name: getattr(self, name) for name in ("suffixes", "cameras", "first_pixel", "form")}
+        kept = {name: getattr(self, name) for name in ("suffixes", "cameras", "first_pixel", "form", "resize")}
         known = dict(names=dict(enumerate(self.names)) or None, listed=self.listed(root, split), title=self.name)
         labels = next(filter(form_of, labels), labels[0])
         return kept | known | dict(visible=visible, infrared=infrared, labels=labels, root=root, split=split)
@@ -80,7 +81,7 @@ LAYOUTS = (
     Layout("images + images_ir", "images", "images_ir", ("labels", "images")),
     Layout("RGBimages + IRimages", "RGBimages", "IRimages", ("labels",)),
     Layout("Visual + Thermal", "Visual", "Thermal", ("label", "labels")),
-    Layout("Himax + Lepton", "Himax", "Lepton", ("Lepton",)),
+    Layout("Himax + Lepton", "Himax", "Lepton", ("Lepton",), resize=True),
     Layout("visible + infrared", "visible", "infrared", ("labels", "visible", "infrared")),
     Layout("CVC-14", "*/Visible/{split}", "*/FIR/{split}", ("*/Visible/{split}/Annotations",), form="cvc14"),
     Layout("lists of visible paths", PATHS, "", ("",)),

@@ -40,6 +40,7 @@ class PairedDataset(Dataset, abc.ABC):
     onto: how infrared is read and put onto visible, see `with_onto`
     boxes_of: whose boxes are detected, where each camera has its own (`own_boxes`)
     modalities: the cameras there are
+    resize: whether they are known to differ in size
     """
 
     scene_kind = "scene"
@@ -48,6 +49,7 @@ class PairedDataset(Dataset, abc.ABC):
     onto = Onto()
     own_boxes, boxes_of = False, "visible"
     modalities = ("visible", "infrared")
+    resize = False
 
     def __init__(self, pairs: Sequence[Pair], classes: Sequence[str], *, split: str, source: str):
         self.pairs, self.classes, self.split, self.source = list(pairs), tuple(classes), split, source
