@@ -8,7 +8,7 @@ from PIL import Image
 
 import train_stage1
 from macl import training
-from macl.data import JointDataset, Pairs, find_pairs, hold_out, open_root, read_onto
+from macl.data import DAY_AND_NIGHT, JointDataset, Pairs, SyntheticPairs, find_pairs, hold_out, open_root, read_onto
 from macl.data.label_files import read_names
 
 SIZE, BOX = (40, 20), [10, 5, 30, 15]  # width, height; x1, y1, x2, y2
@@ -343,3 +343,17 @@ def test_the_flag_is_of_training_batches(tmp_path, flag, height):
     data, validation, *_ = train_stage1.open_data(args)
     loader = training.augmented_loader(args, data, [[(0, 0)]], torch.device("cpu"))
     assert next(iter(loader))["visible"][0].shape[1] == height and validation[0]["visible"].shape[1] == 65
+
+
+def test_joined_data_sets_keep_their_order_and_say_where_samples_are_from():
+    parts = SyntheticPairs(3, 0, domain=DAY_AND_NIGHT), SyntheticPairs(2, 0)
+    joint = JointDataset(*parts)
+    assert len(joint) == 5 and joint.source == f"{parts[0].source} and {parts[1].source}"
+    samples = [joint[index] for index in range(5)]
+    assert [sample["domain"] for sample in samples] == [0, 0, 0, 1, 1]
+    assert [sample["path"] for sample in samples] == [part[i]["path"] for part in parts for i in range(len(part))]
+    assert len({sample["scene"] for sample in samples}) == 5  # though both parts number theirs from 0
+    joint.datasets[1].sample = lambda index, *_: {"scene": -1}
+    assert [joint[index]["scene"] for index in (1, 3)] == [2, -1]  # unknown scenes stay so
+    with pytest.raises(IndexError):
+        joint[5]
