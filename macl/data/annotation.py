@@ -65,14 +65,9 @@ class Annotation:
 
 
 def annotate(
-    labels: Labels,
-    classes: Sequence[str],
-    *,
-    ignored_names: Sequence[str] | None = None,
-    min_height: float = 0,
-    max_occlusion: int | None = None,
-    clip: bool = True,
-) -> Annotation:
+    labels: Labels, classes: Sequence[str], *, ignored_names: Sequence[str] | None = None, min_height: float = 0,
+    max_occlusion: int | None = None, clip: bool = True,
+) -> Annotation:  # fmt: skip
     """The objects of `classes`, labelled 1, 2, ...
 
     ignored_names: these are ignored under person's label, other names are refused; None: other names are left out

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from macl.data import label_files
 from macl.data.annotation import Annotation, Labels, annotate, join
-from macl.data.layouts import ALL, FORMS, LAYOUTS, OWN_DATA, PATHS, SPLITS, find_source, form_of
+from macl.data.layouts import ALL, FORMS, LAYOUTS, OWN_DATA, PATHS, WORDS, find_source, form_of
 from macl.data.names import bare, find_images, find_pairs, images_by_stem, read_list, read_stems
 from macl.data.pairs import Pair, PairedDataset
 from trainkit.errors import InputError
@@ -111,9 +111,6 @@ class Pairs(PairedDataset):
         """The ids of the images, and those of the classes by name, in the json that they come from, if any."""
         return ([pair.annotation[0].image_id for pair in self.pairs], self._categories) if self._categories else None
 
-    def scene_name(self, scene: int) -> str:
-        return self.scene_names[scene]
-
     def _take_all_classes(self, order: Sequence[str]) -> None:
         counts = Counter(item.name for index in range(len(self)) for item in self.labels(index).objects)
         if not counts:
@@ -154,7 +151,7 @@ def open_root(root: str | Path, *splits: str, **options) -> Pairs | None:
     if layout.form == "cvc14" or layout.visible == PATHS:
         return None
     first = read_stems(listed, suffixes)[0]
-    for place in (layout.place(root, word) for words in SPLITS.values() for word in words if layout.has(root, word)):
+    for place in (layout.place(root, word) for word in WORDS if layout.has(root, word)):
         if first in images_by_stem(place["visible"], *suffixes):
             return Pairs(**place | dict(listed=listed, split=listed.stem) | options)
     raise InputError(f"{listed}: no folder of visible images in {root} holds {shown(first)}")
@@ -251,13 +248,12 @@ def _follow_paths(file: Path) -> Found:
 
 
 def _scenes(stems: list[str], cameras: bool) -> tuple[list[int], list[str]]:
-    """The camera of each name, or what precedes its last number; -1 where it is unknown; and the scenes' names.
+    """The camera of each name; or what precedes its last number, and the names of these; -1 where it is unknown.
 
     What precedes says nothing where it is one for all, or hardly two of a kind.
     """
     if cameras:
-        numbers = [int(stem[:2]) if stem[:2].isdecimal() and len(stem) > 2 else -1 for stem in stems]
-        return numbers, [f"{number:02d}" for number in range(100)]
+        return [int(stem[:2]) if stem[:2].isdecimal() and len(stem) > 2 else -1 for stem in stems], []
     begins = [re.sub(r"\d*$", "", stem) for stem in stems]
     names = list(dict.fromkeys(begins))
     if not 1 < len(names) <= len(stems) // 2:
@@ -271,7 +267,7 @@ def _all_ids(files: Sequence[Path | None], labels: Path, root: Path | None, spli
     files = set(filter(None, files))
     if root is not None and labels.is_relative_to(root):
         below = labels.relative_to(root).parts
-        for word in (word for words in SPLITS.values() for word in words):
+        for word in WORDS:
             folder = root.joinpath(*(word if part == split else part for part in below))
             files |= {file for file in folder.glob("*.txt") if file.name not in label_files.NAME_FILES}
     words = {line.split()[0] for file in files for line in read_lines(file, "YOLO's labels")}

@@ -62,10 +62,9 @@ def first_pixel_of(folder: Path, known: int | None) -> tuple[int, str]:
     if known is not None:
         return known, f"; boxes count pixels from {known}" * (known == 0)
     zero = re.compile(r"<[xy]min>\s*0(?:\.0*)?\s*<")
-    for file in folder.glob("*.xml"):
-        if zero.search(read_text(file, "a VOC annotation")):
-            return 0, f"; boxes count pixels from 0, as {file.name} shows"
-    return 1, "; boxes count pixels from 1, as no xmin and no ymin is 0"
+    file = next((file for file in folder.glob("*.xml") if zero.search(read_text(file, "a VOC annotation"))), None)
+    about = "1, as no xmin and no ymin is 0" if file is None else f"0, as {file.name} shows"
+    return int(file is None), f"; boxes count pixels from {about}"
 
 
 def flag(value, place: str) -> bool:

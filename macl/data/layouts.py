@@ -1,6 +1,7 @@
 """Where visible images, infrared images and labels lie below a root: a table of layouts, told by their folders."""
 
 import os
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from trainkit.errors import InputError
 FORMS = {"voc": ".xml", "yolo": ".txt", "coco": ".json", "cvc14": ".txt"}  # of labels, by the suffix of their files
 ALL = "all"  # the split of a layout that has none
 SPLITS = {"train": ("train", "Train"), "val": ("val", "valid", "validation"), "test": ("test", "NewTest"), ALL: (ALL,)}
+WORDS = tuple(chain(*SPLITS.values()))
 LISTS = ("ImageSets/Main/{split}.txt", "ImageSets/{split}.txt", "meta/{split}.txt", "align_{split}.txt", "{split}.txt")
 PATHS = "{split}.txt"  # in the place of a folder: a list of visible paths, `visible` is `infrared` in the others'
 OWN_DATA = (
@@ -90,10 +92,10 @@ LAYOUTS = (
 
 def find_source(root: str | Path) -> tuple[Path, Layout]:
     """The data set in a folder, or in the only folder within it that holds one, two levels down at most."""
-    root, words = Path(root), [word for words in SPLITS.values() for word in words]
+    root = Path(root)
     for level in ("", "*", "*/*"):
         folders = sorted(filter(Path.is_dir, root.glob(level))) if level else [root]
-        known = [(folder, row, split) for folder in folders for row in LAYOUTS if (split := row.split(folder, *words))]
+        known = [(folder, row, split) for folder in folders for row in LAYOUTS if (split := row.split(folder, *WORDS))]
         found = [one for one in known if one[1].form or form_of(one[1].place(one[0], one[2])["labels"])]
         if len({folder for folder, *_ in found}) > 1:
             several = ", ".join(dict.fromkeys(str(folder) for folder, *_ in found))

@@ -43,7 +43,7 @@ class PairedDataset(Dataset, abc.ABC):
     resize: whether they are known to differ in size
     """
 
-    scene_kind = "scene"
+    scene_kind, scene_names = "scene", ()
     moves = ()
     at_least = None
     onto = Onto()
@@ -95,9 +95,8 @@ class PairedDataset(Dataset, abc.ABC):
     def scenes(self) -> list[int]:
         return [pair.scene for pair in self.pairs]
 
-    @staticmethod
-    def scene_name(scene: int) -> str:
-        return f"{scene:02d}"
+    def scene_name(self, scene: int) -> str:
+        return self.scene_names[scene] if self.scene_names else f"{scene:02d}"
 
     @staticmethod
     def scene_group(scene: int) -> int:
@@ -218,7 +217,7 @@ def hold_out(dataset: PairedDataset) -> tuple[PairedDataset, PairedDataset, str]
         step = min(round(1 / HELD_OUT), total)
         held_out = range(step - 1, total, step)
         which = f"one in {step}; they look like their neighbours in training, but no {dataset.scene_kind} is to spare"
-    sentence = f"Held out for validation: {len(held_out)} of the {total} pairs of {dataset.split}, {which}"
-    sentence = sentence if chosen else f"Warning: {sentence}"
+    sentence = f"{'' if chosen else 'Warning: '}Held out for validation: {len(held_out)} of the {total} pairs of "
+    sentence += f"{dataset.split}, {which}"
     kept = sorted(set(range(total)) - set(held_out))
     return dataset.subset(kept, "kept for training"), dataset.subset(held_out, "held out for validation"), sentence

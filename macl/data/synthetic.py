@@ -29,14 +29,9 @@ class SyntheticPairs(PairedDataset):
     """
 
     def __init__(
-        self,
-        count: int,
-        seed: int,
-        *,
-        size: tuple[int, int] = (128, 160),
-        domain: Domain | tuple[Domain, ...] = NIGHT,
-        classes: Sequence[str] = ("person",),
-    ):
+        self, count: int, seed: int, *, size: tuple[int, int] = (128, 160),
+        domain: Domain | tuple[Domain, ...] = NIGHT, classes: Sequence[str] = ("person",),
+    ):  # fmt: skip
         check_person(classes, "the drawn scenes")
         self.seed, self.size = seed, size
         self.domains = (domain,) if isinstance(domain, Domain) else tuple(domain)
