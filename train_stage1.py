@@ -196,7 +196,7 @@ def build_model(args: argparse.Namespace, train_data) -> tuple[macl.PairedFaster
         f"fusion {args.fusion}: {count / 1e6:.1f} M trainable parameters"
     ]
     if alone:
-        messages.append(f"{alone[0]} images alone: the other camera is masked, and without MACL")
+        messages.append(f"{alone[0]} images alone, without MACL")
     if args.init_from is not None:
         messages.append(f"weights of {args.init_from}: {load_initial_weights(detector, args.init_from)}")
     elif training.has_pairs(args):
@@ -234,9 +234,10 @@ def main(arguments: list[str] | None = None) -> None:
         detector.neck.compile()
     average = ema(detector, args.ema_decay) if args.ema_decay else None
     keys = KeyEncoder(detector) if args.dhn_size else None
-    forward = functools.partial(training.forward_losses, teachers=[] if keys is None else [keys])
+    cameras = train_data.modalities
+    forward = functools.partial(training.forward_losses, teachers=[] if keys is None else [keys], cameras=cameras)
     weights = training.detection_weights(args, detector)
-    training.freeze_unreached(detector, weights)
+    training.freeze_unreached(detector, weights, cameras)
 
     sampler = ResumableSampler(len(train_data), args.batch_size, seed=args.seed)
     loader = training.augmented_loader(args, train_data, sampler, device)

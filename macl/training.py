@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from macl.backbone import MODALITIES, ModalityBatchNorm2d
 from macl.data import AugmentedDataset, Onto, PairedAugmentation, PairedDataset, Pairs, collate, hold_out
 from macl.data.folders import open_root
 from macl.data.layouts import ALL
@@ -254,8 +255,13 @@ def detection_weights(args: argparse.Namespace, detector: PairedFasterRCNN) -> d
     return weights
 
 
-def freeze_unreached(detector: PairedFasterRCNN, weights: dict[str, float]) -> None:
-    """Freeze what only losses of weight 0 reach; DistributedDataParallel waits for the gradient of all else."""
+def freeze_unreached(
+    detector: PairedFasterRCNN, weights: dict[str, float], cameras: Sequence[str] = MODALITIES
+) -> None:  # fmt: skip
+    """Freeze what no loss of a weight above 0 reaches; DistributedDataParallel waits for the gradient of all else."""
+    for norm in (one for one in detector.modules() if isinstance(one, ModalityBatchNorm2d)):
+        for camera in set(MODALITIES) - set(cameras):
+            getattr(norm, camera).requires_grad_(False)
     enabled = {name for name, weight in weights.items() if weight}
     proposing, detecting = {"loss_objectness", "loss_rpn_box_reg"}, {"loss_classifier", "loss_box_reg"}
     all_maps = proposing | detecting | ({"loss_macl"} if detector.macl_level != "crop" else set())  # of crops P3 alone
@@ -283,14 +289,16 @@ def augmented_loader(args: argparse.Namespace, data, sampler: ResumableSampler, 
 
 
 def forward_losses(
-    model: torch.nn.Module, batch: dict, teachers: Sequence[Callable] = ()
+    model: torch.nn.Module, batch: dict, teachers: Sequence[Callable] = (), cameras: Sequence[str] = MODALITIES
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The unweighted losses of a collated batch, and the metrics to log.
 
-    model: the detector, wrapped in DDP or not. teachers: fill in the targets, one after the other, see `macl.teacher`.
+    model: the detector, wrapped in DDP or not
+    teachers: fill in the targets, one after the other, see `macl.teacher`
+    cameras: whose images the detector gets
     """
     device = next(model.parameters()).device
-    inputs = to_device({name: batch[name] for name in ("visible", "infrared", "targets")}, device)
+    inputs = to_device({name: batch[name] for name in (*cameras, "targets")}, device)
     for teacher in teachers:
         inputs["targets"] = teacher(**inputs)
     return model(**inputs, with_metrics=True)
