@@ -121,24 +121,21 @@ def test_one_camera_trains_evaluates_and_is_tuned(begun, places, tmp_path, capsy
     run(train_stage2, STAGE_2, tmp_path / "two", *flags, "--max-steps", 1)
     (last,) = metrics(tmp_path / "two", "validation")[-1:]
     assert camera in last and "both" not in last and "both" in last["old"]
-    alone = ("--visible", folder)
-    assert "--labels PATH with --visible DIR" in refused(capsys, train_stage1.main, *alone)
+    assert "--labels PATH with --visible DIR" in refused(capsys, train_stage1.main, "--visible", folder)
 
 
 def test_flags_of_another_data_set(begun, places, capsys):
     old = places[0]
     flags = ("--init-from", begun, "--device", "cpu", "--workers", 0)
     assert "is not KAIST's" in refused(capsys, train_stage2.main, *flags, "--data-root", old, "--annotations", "x")
-    assert "--boxes both: both cameras share" in refused(
-        capsys, train_stage2.main, *flags, "--data-root", old, "--boxes", "both"
-    )
+    share = refused(capsys, train_stage2.main, *flags, "--data-root", old, "--boxes", "both")
+    assert "--boxes both: both cameras share" in share
     assert "--infrared-range needs --data-root" in refused(capsys, train_stage1.main, "--infrared-range", 1, 2)
 
 
 def test_a_layout_of_cameras_that_differ_needs_no_flag(tmp_path, capsys):
     root = draw(tmp_path, "Himax", "Lepton", scale=2)
-    (root / "classes.txt").rename(root / "Lepton/classes.txt")
-    for file in (root / "labels").iterdir():
+    for file in (root / "classes.txt", *(root / "labels").iterdir()):
         file.rename(root / "Lepton" / file.name)
     output = run(train_stage1, STAGE_1, tmp_path / "run", "--data-root", root, *TINY)
     assert load(output)["reading"]["infrared_to_visible"] == "resize"
