@@ -103,8 +103,7 @@ def test_one_camera_trains_evaluates_and_is_tuned(begun, places, tmp_path, capsy
     folder = {"visible": old / "RGBimages", "infrared": old / "IRimages"}[camera]
     alone = (f"--{camera}", folder, "--labels", old / "labels")
     seen, losses = [], training.forward_losses
-    count = lambda model, *rest, **more: seen.append(more["cameras"]) or losses(model, *rest, **more)
-    monkeypatch.setattr(training, "forward_losses", count)
+    monkeypatch.setattr(training, "forward_losses", lambda *a, **k: seen.append(k["cameras"]) or losses(*a, **k))
     output = run(train_stage1, STAGE_1, tmp_path / "one", *alone, *TINY)
     monkeypatch.undo()
     assert f"{camera} images alone, without MACL" in capsys.readouterr().out and set(seen) == {(camera,)}
