@@ -141,7 +141,7 @@ class PairedDataset(Dataset, abc.ABC):
         """
         annotations = [self.annotation(index) for index in range(len(self))]
         boxes = torch.cat([one.boxes for one in annotations])
-        heights = (boxes[:, 3] - boxes[:, 1]).sort().values.tolist() or [None]
+        heights = (boxes[:, 3] - boxes[:, 1]).sort().values.double().round(decimals=1).tolist() or [None]
         names = Counter(name for one in annotations for name in one.names)
         dropped = sum(one.dropped for one in annotations)
         counts = {
