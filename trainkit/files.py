@@ -142,6 +142,18 @@ def plain_text(value, place: str) -> str:
     return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
 
 
+def objects(item: dict, key: str, place: str) -> list[tuple[dict, str]]:
+    """The objects in the list under a key of json, with their places for messages."""
+    entries = item.get(key)
+    if not isinstance(entries, list):
+        raise InputError(f"{place}, {key}: expected a list, got {shown(entries)}")
+    entries = [(entry, f"{place}, {key}[{i}]") for i, entry in enumerate(entries)]
+    for entry, where in entries:
+        if not isinstance(entry, dict):
+            raise InputError(f"{where}: expected an object, got {shown(entry)}")
+    return entries
+
+
 def inside(root: str | Path, name: str, source: str) -> Path:
     """root / name, where `name` stands in the data file `source`: relative, printable, and below the root."""
     parts = Path(name).parts if isinstance(name, str) and name.isprintable() else ()

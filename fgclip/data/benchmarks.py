@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fgclip.data.records import Record, Records, Region, field, objects, read_coco, read_instances, scaled
+from fgclip.data.records import Record, Records, Region, field, read_coco, read_instances, scaled
 from trainkit.errors import InputError
-from trainkit.files import image_size, is_image, natural, read_json, read_lines
+from trainkit.files import image_size, is_image, natural, objects, read_json, read_lines
 
 
 def of_split(items: Sequence[tuple[dict, str]], split: str, path: str | Path) -> list[tuple[dict, str]]:

@@ -145,15 +145,6 @@ def field(item: dict, key: str, kind: type, source: str):
     return value
 
 
-def objects(item: dict, key: str, source: str) -> list[tuple[dict, str]]:
-    """The objects in the list under a key, with their places for messages."""
-    entries = [(entry, f"{source}, {key}[{i}]") for i, entry in enumerate(field(item, key, list, source))]
-    for entry, place in entries:
-        if not isinstance(entry, dict):
-            raise InputError(f"{place}: expected an object, got {files.shown(entry)}")
-    return entries
-
-
 def box_of(item: dict, source: str) -> Box:
     return files.numbers(field(item, "bbox", list, source)[:4], f"{source}, bbox")
 
@@ -190,7 +181,7 @@ class FineHARD(Records):
     def record(self, item: dict, source: str) -> Record:
         image, short = self.path(item, source), SHORT_PROMPT + field(item, "short_caption", str, source)
         long, boxes = field(item, "caption", str, source), item.get("bbox_info")
-        regions = tuple(self.region(*info) for info in objects(item, "bbox_info", source)) if boxes else ()
+        regions = tuple(self.region(*info) for info in files.objects(item, "bbox_info", source)) if boxes else ()
         label = field(item, "label", int, source) if "label" in item else 0
         return Record(image, (short,), long, regions, label, source)
 
@@ -234,7 +225,7 @@ class FGOVD(Records):
 def read_coco(path: Path, *keys: str) -> list[list[tuple[dict, str]]]:
     """The objects in a COCO file's list under each key, with their places. Ids become whole numbers, each once."""
     content = files.read_json(path, "a COCO file", dict)
-    lists = [objects(content, key, str(path)) for key in keys]
+    lists = [files.objects(content, key, str(path)) for key in keys]
     for entries in lists:
         seen = {}
         for entry, place in entries:

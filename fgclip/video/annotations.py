@@ -13,7 +13,7 @@ import fgclip.data.records as data
 from fgclip.regions import BoxStatistics, usable_boxes
 from fgclip.video.records import Span, Track, VideoRecord, VideoSet, stem
 from trainkit.errors import InputError
-from trainkit.files import number, numbers, plain_text, read_json, read_lines, shown
+from trainkit.files import number, numbers, objects, plain_text, read_json, read_lines, shown
 from trainkit.load_report import summarise
 
 # Key frame n of a file that counts from f, at r frames a second, is at (n - f) / r seconds. Label Studio counts so, and
@@ -68,7 +68,7 @@ def listed(item: dict, file: str, place: str, rate: float) -> Entry:
     tracks, boxes, keyed, counts = [], BoxStatistics(), 0, None
     for i, frames in enumerate(data.field(item, "box_infos", list, place)):
         keys = {}
-        for key, spot in data.objects(dict(keys=frames), "keys", f"{place}, box_infos[{i}]"):
+        for key, spot in objects(dict(keys=frames), "keys", f"{place}, box_infos[{i}]"):
             box = numbers(key.get("bbox"), f"{spot}, bbox")
             if max(map(abs, box)) > data.FAR:
                 raise InputError(f"{spot}: the box {shown(box)} looks like pixels; expected fractions of the sides")
@@ -116,7 +116,7 @@ def spans(times: list, texts: list, place: str, event: bool = False) -> tuple[Sp
 def from_object(item: dict, name: str, place: str) -> dict:
     """What an object says of a video, as an item of a list."""
     value, place = data.field(item, name, dict, place), f"{place}, {shown(name)}"
-    regions, times = [region for region, _ in data.objects(value, "region", place)], value.get("timestamps")
+    regions, times = [region for region, _ in objects(value, "region", place)], value.get("timestamps")
     return dict(
         video=name, global_caption=data.field(value, "global", dict, place).get("Caption"),
         timestamps=times[0] if isinstance(times, list) and times else None,
@@ -127,15 +127,15 @@ def from_object(item: dict, name: str, place: str) -> dict:
 def from_label_studio(task: dict, place: str) -> dict:
     """A task of Label Studio's export as an item of a list. The first annotation of several counts. A track's phrase is
     the task's category, else its label. A turned box counts as an empty one."""
-    about, found = data.field(task, "data", dict, place), data.objects(task, "annotations", place)[:1]
+    about, found = data.field(task, "data", dict, place), objects(task, "annotations", place)[:1]
     item = dict(video=about.get("filename") or about.get("video"), region_captions=[], box_infos=[])
-    for result, spot in (part for first, where in found for part in data.objects(first, "result", where)):
+    for result, spot in (part for first, where in found for part in objects(first, "result", where)):
         if result.get("type") != "videorectangle":
             continue
         value, keys = data.field(result, "value", dict, spot), []
         frames, seconds = value.get("framesCount"), value.get("duration")
         item |= dict(duration=seconds) if seconds else {}
-        for key, where in data.objects(value, "sequence", spot):
+        for key, where in objects(value, "sequence", spot):
             x, y, w, h = numbers([key.get(side) for side in ("x", "y", "width", "height")], where)
             w, h = (0, 0) if key.get("rotation") else (w, h)
             box = [x / 100, y / 100, (x + w) / 100, (y + h) / 100]

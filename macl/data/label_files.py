@@ -13,6 +13,7 @@ from trainkit.files import (
     image_size,
     number,
     numbers,
+    objects,
     plain_text,
     read_lines,
     read_text,
@@ -42,7 +43,7 @@ def read_voc(path: str | Path, *, first_pixel: int = 1, occlusion: bool = False)
     if root.tag != "annotation":
         raise InputError(f"{path} starts with <{shown(root.tag)[1:-1]}>; expected the <annotation> of a VOC file")
     size = image_size(root.findtext("size/width"), root.findtext("size/height"), f"{path}, <size>")
-    objects = []
+    found = []
     for item in root.iterfind("object"):
         name = item.findtext("name", "").strip()
         if not name:
@@ -53,8 +54,8 @@ def read_voc(path: str | Path, *, first_pixel: int = 1, occlusion: bool = False)
         ignore, level = flag(item.findtext("difficult", ""), f"{path}, <difficult>"), 0
         if occlusion:
             level = number(item.findtext("occlusion", "0"), f"{path}, {OCCLUSION}", 0, 2, whole=True)
-        objects.append(Object(name, (x1 - first_pixel, y1 - first_pixel, x2, y2), ignore, level))
-    return Labels(str(path), size, objects)
+        found.append(Object(name, (x1 - first_pixel, y1 - first_pixel, x2, y2), ignore, level))
+    return Labels(str(path), size, found)
 
 
 def first_pixel_of(folder: Path, known: int | None) -> tuple[int, str]:
@@ -83,7 +84,7 @@ def read_yolo(path: Path | None, size: tuple[int, int], names: Mapping[int, str]
     Boxes that reach out of the image are clipped later. A centre outside of it is refused, and so are other numbers per
     line: polygons and scores.
     """
-    objects = []
+    found = []
     for count, line in enumerate(read_text(path, "YOLO's labels").split("\n") if path else (), 1):
         if not line.strip():
             continue
@@ -102,8 +103,8 @@ def read_yolo(path: Path | None, size: tuple[int, int], names: Mapping[int, str]
         x, y = numbers(values[:2], f"{place}, centre in fractions of the image", 2, 0, 1)
         wide, high = numbers(values[2:], f"{place}, width and height in fractions of the image", 2, 0, 2)
         edges = (x - wide / 2) * size[0], (y - high / 2) * size[1], (x + wide / 2) * size[0], (y + high / 2) * size[1]
-        objects.append(Object(str(label) if names is None else names[label], edges))
-    return Labels(str(path), size, objects)
+        found.append(Object(str(label) if names is None else names[label], edges))
+    return Labels(str(path), size, found)
 
 
 def read_cvc14(path: Path | None, size: tuple[int, int]) -> Labels:
@@ -111,12 +112,12 @@ def read_cvc14(path: Path | None, size: tuple[int, int]) -> Labels:
 
     path, size: as of `read_yolo`
     """
-    objects = []
+    found = []
     for count, line in enumerate(read_lines(path, "CVC-14's labels") if path else (), 1):
         x, y, wide, high, *_, key, _ = numbers(line.split(), f"{path}, line {count} (11 numbers)", 11)
         box = edges(x - 1 - wide / 2, y - 1 - high / 2, wide, high)
-        objects.append(Object("person", box, key=int(key)))
-    return Labels(str(path), size, objects)
+        found.append(Object("person", box, key=int(key)))
+    return Labels(str(path), size, found)
 
 
 def read_names(path: Path) -> dict[int, str]:
@@ -167,20 +168,20 @@ def read_coco(
     """
     categories = {
         _id(item, "id", place): plain_text(item.get("name"), f"{place}, name")
-        for place, item in _items(data, "categories", path)
+        for item, place in objects(data, "categories", str(path))
     }
-    images, annotations = {}, _items(data, "annotations", path)
-    for place, item in _items(data, "images", path):
+    images, annotations = {}, objects(data, "annotations", str(path))
+    for item, place in objects(data, "images", str(path)):
         name = plain_text(item.get(name_key), f"{place}, {name_key}")
         size = image_size(item.get("width"), item.get("height"), place)
         image = _id(item, "id", place)
         images[image] = name, Labels(f"{place} ({name})", size, [], image_id=image)
     if not images:
         raise InputError(f"{path} holds no images")
-    ids = [_id(item, "id", place) for place, item in annotations if "id" in item]
+    ids = [_id(item, "id", place) for item, place in annotations if "id" in item]
     if len({name for name, _ in images.values()}) < len(data["images"]) or len(set(ids)) < len(ids):
         raise InputError(f"{path} holds an image id, a {name_key} or an annotation id twice; expected each once")
-    for place, item in annotations:
+    for item, place in annotations:
         image, category = _id(item, "image_id", place), _id(item, "category_id", place)
         if image not in images or category not in categories:
             raise InputError(f"{place}: no image has the id {image}, or no category the id {category}")
@@ -193,14 +194,6 @@ def read_coco(
 
 def edges(x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
     return x, y, x + width, y + height
-
-
-def _items(data: dict, key: str, path: str | Path) -> list[tuple[str, dict]]:
-    """The objects under a key of the json, each with its place for a message."""
-    items = data.get(key)
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise InputError(f"{path}: expected a list of objects under {key}, got {shown(items)}")
-    return [(f"{path}, {key} {index}", item) for index, item in enumerate(items)]
 
 
 def _id(item: dict, key: str, place: str) -> int | str:
