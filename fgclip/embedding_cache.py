@@ -35,6 +35,7 @@ class CachedEmbedder(Embedder):
         return hashlib.sha256(f"{path} {state.st_size} {state.st_mtime_ns} {shown}".encode()).hexdigest()
 
     def images(self, dataset: Dataset, regions: bool = False) -> tuple[Tensor, Tensor]:
+        """As `Embedder.images`, but of kept embeddings where there are some."""
         if not isinstance(dataset, RegionDataset):
             return super().images(dataset, regions)
         samples = [dataset.describe(i) for i in range(len(dataset))]

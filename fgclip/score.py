@@ -39,6 +39,7 @@ BOX = (255, 158, 44)  # colour
 
 # fmt: off
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `python -m fgclip.score`."""
     add_model_flags(parser)
     add = parser.add_argument_group("what to score").add_argument
     add("--image", metavar="FILE", help="the image; it is squashed to the square that the model reads")

@@ -117,17 +117,18 @@ def test_labels_of_a_domain_without_any_are_never_looked_at(begun, tmp_path, mon
 
 @pytest.mark.parametrize(
     "kwargs",
-    [dict(dhn_size=8, dhn_k=2), dict(fusion="visible", macl_level="image", fpn_levels=5)]
-    + [dict(macl_level=level) for level in ("crop", "none")],
+    [dict(dhn_size=8, dhn_k=2), dict(fusion="visible", macl_level="image", fpn_levels=5), dict(macl_level="crop")]
+    + [dict(macl_level="none"), dict(macl_level="none", norm="modality_batch", cameras=("infrared",))],
 )
 def test_what_is_trained_is_what_losses_with_a_weight_reach(kwargs, backward_nodes):
     """For every choice of weights of 0; DistributedDataParallel would wait for the gradient of what is not reached."""
     torch.manual_seed(0)
+    cameras = (kwargs := dict(kwargs)).pop("cameras", ("visible", "infrared"))
     small = dict(backbone="resnet18", norm="group", fpn_channels=8, fpn_levels=3, head_width=8, macl_hidden=(8,))
     detector = macl.build_detector(**small | dict(macl_dim=8, msp=True) | kwargs)
     images, boxes = [torch.rand(3, 64, 64)] * 2, torch.tensor([[5.0, 5, 25, 50], [30, 10, 50, 55]])
     target = {"boxes": boxes, "labels": torch.ones(2).long(), "scene": torch.tensor(0), "keys": torch.rand(2, 2, 8)}
-    losses = detector(visible=images, infrared=images, targets=[target] * 2)
+    losses = detector(**dict.fromkeys(cameras, images), targets=[target] * 2)
     nodes = {name: backward_nodes(loss) for name, loss in losses.items()}
     reached = {name: {id(node.variable) for node in all_ if hasattr(node, "variable")} for name, all_ in nodes.items()}
     tied = {"loss_rpn_box_reg": "loss_objectness"}  # one flag
@@ -135,7 +136,7 @@ def test_what_is_trained_is_what_losses_with_a_weight_reach(kwargs, backward_nod
     for count in range(1, len(choices) + 1):
         for enabled in itertools.combinations(choices, count):
             detector.requires_grad_(True)
-            freeze_unreached(detector, {name: tied.get(name, name) in enabled for name in losses})
+            freeze_unreached(detector, {name: tied.get(name, name) in enabled for name in losses}, cameras)
             trained = {id(parameter) for parameter in detector.parameters() if parameter.requires_grad}
             wanted = set().union(*(reached[name] for name in losses if tied.get(name, name) in enabled))
             assert trained == wanted, enabled

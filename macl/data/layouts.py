@@ -33,7 +33,7 @@ class Layout(NamedTuple):
     first_pixel: int | None = None  # of VOC's boxes; None: as the data show
     beside: str = ""  # another folder, by which the layout is known
     form: str | None = None  # of the labels; None: told by the files
-    resize: bool = False  # whether infrared images are resized, as the cameras are known to differ
+    resize: bool = False  # whether infrared is resized, as the cameras are known to differ in size
 
     def has(self, root: Path, split: str) -> bool:
         if self.visible == PATHS:
