@@ -56,7 +56,13 @@ def make_loader(
 class _Loader(DataLoader):
     def __iter__(self) -> Iterator:
         try:
-            for batch in super().__iter__():
+            # Processes start with the signals blocked: one that came before `ignore_signals` would end them.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            try:
+                batches = super().__iter__()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for batch in batches:
                 yield _Unpickler(batch).load() if isinstance(batch, _Packed) else batch
         except Exception as error:
             if not self.num_workers or (sentence := lost_process(error)) is None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scripts import equal
 
+from trainkit import loader
 from trainkit.device import to_device
 from trainkit.errors import InputError, one_sentence
 from trainkit.loader import make_loader
@@ -32,6 +33,15 @@ def test_a_batch_arrives_as_it_was_packed_and_is_ones_own():
     assert equal(here, there) and there[0][0]["others"][torch.bfloat16].dtype == torch.bfloat16
     there[0][0]["image"].add_(1)
     assert there[0][1]["image"].float().mean() == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_process_starts_does_not_lose_it(monkeypatch, number):
+    ignore = loader.ignore_signals
+    monkeypatch.setattr(loader, "ignore_signals", lambda worker: os.kill(os.getpid(), number) or ignore(worker))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert len(list(make_loader(Samples(), [[0], [1]], list, workers=1))) == 2
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_large_batches_of_many_workers_pass_through_few_descriptors():
