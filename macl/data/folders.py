@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from macl.data import label_files
-from macl.data.annotation import Annotation, Labels, annotate, join
+from macl.data.annotation import Annotation, Labels, annotate, join, refuse_other_form
 from macl.data.layouts import ALL, FORMS, LAYOUTS, OWN_DATA, PATHS, WORDS, find_source, form_of
 from macl.data.names import bare, find_images, find_pairs, images_by_stem, read_list, read_stems
 from macl.data.pairs import Pair, PairedDataset
@@ -82,6 +82,7 @@ class Pairs(PairedDataset):
         count = f"{len(pairs)} {what}{'s' * (len(pairs) != 1)}"
         self.source = f"{title}{'' if split == ALL else f' {split}'}: {count} {found.where}{about}"
         self.source += "; boxes are those in infrared" * self.of_infrared
+        refuse_other_form([self.labels(index) for index in range(0, len(self), 1 + len(self) // 200)])
         if classes is None:
             self._take_all_classes(order)
 

@@ -61,11 +61,8 @@ class KAISTFrames(PairedDataset):
 
         One dict per frame: boxes (not clipped), labels, ignore, occlusion and daytime as in a sample, and size (H, W).
         """
-        truth = []
-        for index, pair in enumerate(self.pairs):
-            annotation = self.annotation(index, clip=False)
-            truth.append(annotation.per_box() | {"daytime": pair.daytime, "size": annotation.size[::-1]})
-        return truth
+        both = [(self.annotation(index, clip=False), pair) for index, pair in enumerate(self.pairs)]
+        return [one.per_box() | {"daytime": pair.daytime, "size": one.size[::-1]} for one, pair in both]
 
     @staticmethod
     def scene_name(scene: int) -> str:

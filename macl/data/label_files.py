@@ -60,12 +60,11 @@ def read_voc(path: str | Path, *, first_pixel: int = 1, occlusion: bool = False)
 
 def first_pixel_of(folder: Path, known: int | None) -> tuple[int, str]:
     """What VOC's boxes count from, and a clause about it."""
-    if known is not None:
-        return known, f"; boxes count pixels from {known}" * (known == 0)
     zero = re.compile(r"<[xy]min>\s*0(?:\.0*)?\s*<")
     file = next((file for file in folder.glob("*.xml") if zero.search(read_text(file, "a VOC annotation"))), None)
-    about = "1, as no xmin and no ymin is 0" if file is None else f"0, as {file.name} shows"
-    return int(file is None), f"; boxes count pixels from {about}"
+    first = int(file is None) if known is None else known
+    why = "as no xmin and no ymin is 0" if file is None else f"{'though' if first else 'as'} {file.name} has a 0"
+    return first, f"; boxes count pixels from {first}, {why}"
 
 
 def flag(value, place: str) -> bool:
@@ -97,9 +96,7 @@ def read_yolo(path: Path | None, size: tuple[int, int], names: Mapping[int, str]
         label = number(first, f"{place}, class id", 0, MAX_ID, whole=True)
         if names is not None and label not in names:
             known = ", ".join(f"{key} {name}" for key, name in names.items())
-            raise InputError(
-                f"{place}: class id {label} is beyond the names, {known}; classes.txt or data.yaml name ids"
-            )
+            raise InputError(f"{place}: class id {label} is beyond the names, {known} (of classes.txt or data.yaml)")
         x, y = numbers(values[:2], f"{place}, centre in fractions of the image", 2, 0, 1)
         wide, high = numbers(values[2:], f"{place}, width and height in fractions of the image", 2, 0, 2)
         edges = (x - wide / 2) * size[0], (y - high / 2) * size[1], (x + wide / 2) * size[0], (y + high / 2) * size[1]
@@ -166,10 +163,8 @@ def read_coco(
 
     What is marked as crowd or "ignore" is ignored. Ids are whole numbers or texts.
     """
-    categories = {
-        _id(item, "id", place): plain_text(item.get("name"), f"{place}, name")
-        for item, place in objects(data, "categories", str(path))
-    }
+    named = objects(data, "categories", str(path))
+    categories = {_id(item, "id", place): plain_text(item.get("name"), f"{place}, name") for item, place in named}
     images, annotations = {}, objects(data, "annotations", str(path))
     for item, place in objects(data, "images", str(path)):
         name = plain_text(item.get(name_key), f"{place}, {name_key}")
@@ -179,8 +174,9 @@ def read_coco(
     if not images:
         raise InputError(f"{path} holds no images")
     ids = [_id(item, "id", place) for item, place in annotations if "id" in item]
-    if len({name for name, _ in images.values()}) < len(data["images"]) or len(set(ids)) < len(ids):
-        raise InputError(f"{path} holds an image id, a {name_key} or an annotation id twice; expected each once")
+    each = ((categories, named), ({name for name, _ in images.values()}, data["images"]), (set(ids), ids))
+    if any(len(once) < len(given) for once, given in each):
+        raise InputError(f"{path} holds a category id, an image id, a {name_key} or an annotation id twice")
     for item, place in annotations:
         image, category = _id(item, "image_id", place), _id(item, "category_id", place)
         if image not in images or category not in categories:

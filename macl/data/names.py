@@ -28,9 +28,7 @@ def find_pairs(
     if all(path.is_file() for path in given):
         pairs = {given[0].stem: tuple(both)}
     else:
-        images = [
-            path and images_by_stem(path, *ends) for path, ends in zip(both, (suffixes, suffixes[::-1]), strict=True)
-        ]
+        images = [path and images_by_stem(path, *suffixes[::way]) for path, way in zip(both, (1, -1), strict=True)]
         known = [found for found in images if found is not None]
         names = sorted(set(chain(*known))) if wanted is None else wanted
         pairs = {stem: tuple(found and found.get(stem) for found in images) for stem in names}

@@ -101,10 +101,8 @@ def collate(samples: list[dict]) -> dict:
     image_id, path, scene: as in the samples
     """
     batch = {key: [sample[key] for sample in samples] for key in ("image_id", "path", "scene")}
-    for modality in ("visible", "infrared"):
-        batch[modality] = [to_float(sample[modality]) for sample in samples]
-    batch["targets"] = [_target(sample) for sample in samples]
-    return batch
+    images = {name: [to_float(sample[name]) for sample in samples] for name in ("visible", "infrared")}
+    return batch | images | {"targets": [_target(sample) for sample in samples]}
 
 
 def _target(sample: dict) -> dict:

@@ -59,8 +59,9 @@ def test_boxes_are_clipped_and_dropped_and_counted(root):
     (root / "Annotations" / "010001.xml").write_text(voc(*boxes, OBJECT.format("dog", "", 1, 1, 2, 2)))
     (root / "Annotations" / "010002.xml").write_text(voc())
     data = LLVIP(root, "train")
-    assert data[0]["boxes"].tolist() == [[30, 10, 40, 20], [0, 0, 5, 6]]  # one is too thin for float32
-    assert data[1]["boxes"].shape == (0, 4) and data[1]["labels"].shape == data[1]["ignore"].shape == (0,)
+    assert "from 1, though 010001.xml has a 0" in data.source  # and one box is too thin for float32
+    assert data[0]["boxes"].tolist() == [[30, 10, 40, 20], [0, 0, 5, 6]] and data[1]["boxes"].shape == (0, 4)
+    assert data[1]["labels"].shape == data[1]["ignore"].shape == (0,)
     counts = dict(boxes=3, clipped=2, dropped=2, other_classes=1, empty_images=1, named_dog=1, named_person=5)
     assert data.statistics() == data.statistics() | counts
 
@@ -73,7 +74,7 @@ def test_difficult_however_it_is_spelt(root):
 
 
 def test_a_class_that_nobody_has_is_refused_with_the_names_that_occur(root):
-    other = voc(OBJECT.format("People", "", 1, 1, 5, 5), person(1, 1, 9, 9, difficult=1), person(30, 9, 20, 10))
+    other = voc(OBJECT.format("People", "", 1, 1, 5, 5), person(1, 1, 9, 9, difficult=1), person(31, 9, 30, 20))
     for file in (root / "Annotations").iterdir():
         file.write_text(other)
     classes = ["person"], ["person", "People"], ["People", "People"]

@@ -78,8 +78,7 @@ def test_a_layout_is_told_by_its_folders(tmp_path, title, form, splits):
         sample = data[1]
         assert sample["boxes"].tolist() == [BOX, BOX] and sample["labels"].tolist() == [1, 2]
         assert f"/{split[0]}1" in sample["path"] and data[0]["labels"].tolist() == [1]
-        data = open_root(tmp_path, split, classes=["car" if "car" in names else "bike"])
-        assert data[1]["labels"].tolist() == [1]
+        assert open_root(tmp_path, split, classes=[names[12:].split()[0]])[1]["labels"].tolist() == [1]
     assert open_root(tmp_path, "test") is None
 
 
@@ -104,10 +103,10 @@ def test_splits_from_lists_and_what_no_layout_fits(tmp_path):
     assert open_root(tmp_path, str(tmp_path / "M/mine.txt")).split == "mine"
     for split, name in (("train", "a1"), ("test", "b1")):
         build(tmp_path / "own/S", f"visible/{split}", f"infrared/{split}", "Annotations", [name], "voc")
-    listed = open_root(tmp_path / "own", str(write(tmp_path / "few.txt", "b1\n")))
+    few, none = (str(write(tmp_path / name, text)) for name, text in (("few.txt", "b1\n"), ("none.txt", "c1\n")))
+    listed = open_root(tmp_path / "own", few)
     assert listed[0]["path"].endswith("test/b1.png") and listed.split == "few"
-    none = write(tmp_path / "none.txt", "c1\n")
-    refused(lambda: open_root(tmp_path / "own", str(none)), "none.txt: no folder", "'c1'")
+    refused(lambda: open_root(tmp_path / "own", none), "none.txt: no folder", "'c1'")
     write(tmp_path / "own/S/infrared/test/b2.png", (1, 2, 3), SIZE)  # without a visible image
     assert len(open_root(tmp_path / "own", "test")) == 1
     build(tmp_path / "N", "Vis", "Ir", "Annotation", form="voc")
@@ -140,17 +139,16 @@ def test_names_of_a_data_yaml(tmp_path, text):
 
 
 def test_classes_by_name(tmp_path):
-    root = build(tmp_path, "v", "i", "l", ["a1", "a2"])
-    parts = [root / part for part in "vil"]
+    parts = [build(tmp_path, "v", "i", "l", ["a1", "a2"]) / part for part in "vil"]
     data = Pairs(*parts)
     assert data.classes == ("0", "1") and "so they are their own names" in data.source
     data = Pairs(*parts, classes=["person", "car"])
     assert "id 0 is person, id 1 is car" in data.source and data[1]["labels"].tolist() == [1, 2]
-    write(root / "l/a1.txt", YOLO.format(7))
-    write(root / "l/a2.txt", YOLO.format(7) + YOLO.format(19))
+    write(parts[2] / "a1.txt", YOLO.format(7))
+    write(parts[2] / "a2.txt", YOLO.format(7) + YOLO.format(19))
     assert "id 7 is boat, id 19 is buoy" in Pairs(*parts, classes=["boat", "buoy"]).source
     refused(lambda: Pairs(*parts, classes=["boat"])[0], "a1.txt, line 1", "class id 7 is beyond", "0 boat")
-    write(root / "l/classes.txt", "person\ncar\n")
+    write(parts[2] / "classes.txt", "person\ncar\n")
     refused(lambda: Pairs(*parts), "class id 7 is beyond", "1 car")
 
 
@@ -170,6 +168,9 @@ BAD = [
     ("coco", coco(["a1"], categories=[]), "no category the id 3"),
     ("coco", coco(["a1"], annotations=[dict(image_id="i0", category_id=3, bbox=[1, 2, 3])]), "bbox (x, y, width"),
     ("coco", [], "expected a COCO json, an object"),
+    ("coco", coco(["a1"]) | dict(categories=[dict(id=3, name=name) for name in "ab"]), "a category id"),
+    ("yolo", "0 0.6 0.5 1 0.8\n" * 5, "a2.txt: many boxes reach far out"),
+    ("coco", coco(["a1"], annotations=[dict(image_id="i0", category_id=3, bbox=[9, 9, -9, 9])] * 5), "end before they"),
 ]  # fmt: skip
 
 
@@ -179,8 +180,7 @@ def test_wrong_labels_end_in_one_sentence(tmp_path, form, content, words):
     root = build(tmp_path, "v", "i", labels, form=form)
     write(root / "classes.txt", "person\ncar\n")
     if content is None:
-        for name in ("a1", "a2", "b1"):
-            (root / f"l/{name}.txt").rename(root / f"l/other{name}.txt")
+        [file.rename(file.with_name(f"other{file.name}")) for file in list((root / "l").iterdir())]
     else:
         write(root / (labels if form == "coco" else "l/a2.txt"), content)
     refused(lambda: Pairs(root / "v", root / "i", root / labels), words)
@@ -190,10 +190,10 @@ def test_what_else_labels_may_hold(tmp_path):
     """YOLO without a file, and boxes that reach out; crowd; a json of more or fewer images than there are."""
     root = build(tmp_path, "v", "i", "l")
     (root / "l/a1.txt").unlink()
-    write(root / "l/a2.txt", "0 0.9 0.5 0.5 1.6\n")
+    write(root / "l/a2.txt", "0 0.9 0.5 0.5 1.6\n" * 5)
     data = Pairs(root / "v", root / "i", root / "l")
     assert "1 without a label file" in data.source and len(data[0]["boxes"]) == 0
-    assert data[1]["boxes"].tolist() == [[26, 0, 40, 20]] and data.statistics()["clipped"] == 1
+    assert data[1]["boxes"].tolist() == [[26, 0, 40, 20]] * 5 and data.statistics()["clipped"] == 5
     content = coco(["a1", "a2", "b1", "c1"])
     content["annotations"][0]["iscrowd"] = content["annotations"][1]["ignore"] = 1
     data = Pairs(root / "v", root / "i", write(root / "l.json", content))
@@ -202,11 +202,10 @@ def test_what_else_labels_may_hold(tmp_path):
 
 
 def test_what_voc_counts_from_is_told_by_the_data(tmp_path):
-    root = build(tmp_path, "v", "i", "l", form="voc")
-    parts = [root / part for part in "vil"]
+    parts = [build(tmp_path, "v", "i", "l", form="voc") / part for part in "vil"]
     assert "count pixels from 1" in Pairs(*parts).source and Pairs(*parts)[0]["boxes"].tolist() == [BOX]
-    write(root / "l/b1.xml", VOC.format(OBJECT.format("person", 0, 3)))
-    assert "count pixels from 0, as b1.xml shows" in Pairs(*parts).source
+    write(parts[2] / "b1.xml", VOC.format(OBJECT.format("person", 0, 3)))
+    assert "count pixels from 0, as b1.xml has a 0" in Pairs(*parts).source
     assert Pairs(*parts)[0]["boxes"].tolist() == [[11, 6, 30, 15]]
 
 
