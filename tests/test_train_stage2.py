@@ -148,6 +148,7 @@ def test_wrong_flags_end_in_one_sentence(begun, tuned, tmp_path, capsys):
         return refused(capsys, train_stage2.main, *STAGE_2, "--init-from", begun, *output, *flags)
 
     assert "--llvip-root, goes with --data-root" in say("--llvip-root", tmp_path)
+    assert "--val-split needs --data-root, or --visible" in say("--val-split", "val")
     assert "--old-share: expected a number of at least 0 and below 1" in say("--old-share", 1)
     assert "--freeze-stages" in say("--freeze-stages", 5)
     assert "--dhn-size 0" in say("--macl-weight", 0)

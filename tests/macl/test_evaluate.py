@@ -303,7 +303,7 @@ MODEL, OTHERS = "--checkpoint a.pt", "--detections a.txt --dataset kaist"
         (f"{MODEL} --dataset kaist", "--dataset kaist needs --data-root"),
         (f"{MODEL} --data-root x --dataset synthetic", "need --dataset pairs or kaist"),
         (f"{MODEL} --image-set test", "--image-set needs --dataset kaist"),
-        (f"{MODEL} --dataset kaist --split test", "--split needs --dataset pairs"),
+        (f"{MODEL} --dataset kaist --data-root x --split test", "--split needs --dataset pairs"),
         ("--detections a.txt", "--detections needs --dataset kaist"),
         (OTHERS, "needs --data-root, or --detections and --annotations FILE.json"),
         (f"{OTHERS} --annotations folder", "folder does not exist; expected the json of KAIST's annotations"),
