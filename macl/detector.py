@@ -17,7 +17,7 @@ from macl.boxes import Size, own_boxes, prepare_target, rescale
 from macl.contrast import MACLHead
 from macl.fpn import FPN
 from macl.fusion import Fusion
-from macl.merging import merge_views
+from macl.merging import FLOOR, merge_views
 from macl.roi_head import RoIHead, with_image_index
 from macl.rpn import RPN
 
@@ -134,29 +134,36 @@ class PairedFasterRCNN(nn.Module):
         return self.macl(*self.pooled_features(features, boxes, jitter=self.training), scenes, keys)
 
     def detect(
-        self, features: list[Features], modalities: Sequence[str] = MODALITIES, *, score_threshold: float | None = None
-    ) -> list[dict[str, Tensor]]:
+        self, features: list[Features], modalities: Sequence[str] = MODALITIES, *, score_threshold: float | None = None,
+        least: float = FLOOR,
+    ) -> list[dict[str, Tensor]]:  # fmt: skip
         """Detections per image, from the pyramids of `modalities` alone. score_threshold: None for the detector's.
 
-        With both modalities and merge "logit", what the fused pyramid and each modality's own give is merged
-        (`macl.merging`): the fused one dilutes what one camera alone sees.
+        With both modalities and merge "logit", what the fused pyramid and each modality's own give, of scores from
+        `least`, is merged (`macl.merging`): the fused one dilutes what one camera alone sees.
         """
-        return next(iter(self.detect_modes(features, {"": modalities}, score_threshold=score_threshold).values()))
+        options = dict(score_threshold=score_threshold, least=least)
+        return next(iter(self.detect_modes(features, {"": modalities}, **options).values()))
 
     def detect_modes(
-        self, features: list[Features], modes: dict[str, Sequence[str]], *, score_threshold: float | None = None
-    ) -> dict[str, list[dict[str, Tensor]]]:
+        self, features: list[Features], modes: dict[str, Sequence[str]], *, score_threshold: float | None = None,
+        least: float = FLOOR,
+    ) -> dict[str, list[dict[str, Tensor]]]:  # fmt: skip
         """`detect` by mode. modes: name -> modalities; what several of them need is computed once."""
-        views = functools.cache(lambda *names: self.detect_view(features, names, score_threshold))
         threshold = self.roi_head.score_threshold if score_threshold is None else score_threshold
         limits = dict(score_threshold=threshold, limit=self.roi_head.max_detections)
+        merges = self.merge == "logit" and self.fusion.kind not in MODALITIES
+        least = min(threshold, least) if merges else threshold
+        views = functools.cache(lambda *names: self.detect_view(features, names, least))
         given, detections = [name for name in MODALITIES if name in features[0].pyramids], {}
         for mode, modalities in modes.items():
             names = tuple(name for name in given if name in modalities)
-            detections[mode] = views(*names)
-            if len(names) == 2 and self.merge == "logit" and self.fusion.kind not in MODALITIES:
+            if len(names) == 2 and merges:
                 images = zip(views(*names), *map(views, names), strict=True)
                 detections[mode] = [merge_views(image, **limits) for image in images]
+            else:
+                found = [(one, one["scores"] > threshold) for one in views(*names)]
+                detections[mode] = [{key: rows[shown] for key, rows in one.items()} for one, shown in found]
         return detections
 
     def detect_view(self, features: list[Features], modalities: tuple[str, ...], score_threshold: float | None):

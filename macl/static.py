@@ -88,7 +88,9 @@ class StaticDetector(nn.Module):
             groups += [(name,) for name in images]
         fused = [self.detector.fusion({name: pyramids[name] for name in group}) for group in groups]
         levels = [torch.cat(views) for views in zip(*fused, strict=True)]  # (V * B, C, H_l, W_l)
-        boxes, labels, scores = self.detect(levels, *self.propose(levels, new, padded), new)
+        threshold = self.detector.roi_head.score_threshold
+        least = threshold if len(groups) == 1 else min(threshold, merging.FLOOR)
+        boxes, labels, scores = self.detect(levels, *self.propose(levels, new, padded), new, least)
         if len(groups) > 1:
             views = [rows.unflatten(0, (len(groups), -1)).transpose(0, 1) for rows in (boxes, labels, scores)]
             boxes, labels, scores = self.merge(*(rows.flatten(1, 2) for rows in views), rows_of_view=boxes.shape[1])
@@ -125,14 +127,17 @@ class StaticDetector(nn.Module):
         boxes, _, scores = self.best(boxes, scores, rpn.NMS_IOU, part.post_nms[1])
         return boxes, scores >= 0
 
-    def detect(self, levels: list[Tensor], proposals: Tensor, there: Tensor, size: Size) -> tuple[Tensor, ...]:
-        """Boxes (B, D, 4), labels (B, D) and scores (B, D) out of proposals (B, P, 4), of which some are there."""
+    def detect(self, levels: list[Tensor], proposals: Tensor, there: Tensor, size: Size, least: float) -> tuple:
+        """Boxes (B, D, 4), labels (B, D) and scores (B, D) out of proposals (B, P, 4), of which some are there.
+
+        least: the score that is cut, of one view.
+        """
         head, count = self.detector.roi_head, proposals.shape[1]
         hidden = F.relu(head.fc7(F.relu(head.fc6(self.pool(levels, proposals).flatten(1)))))
         scores = head.cls_score(hidden).softmax(dim=1)[:, 1:].unflatten(0, (-1, count)).transpose(1, 2)  # (B, K, P)
         boxes = head.coder.decode(head.bbox_pred(hidden).unflatten(1, (-1, 4)), proposals.flatten(0, 1))[:, 1:]
         boxes, large = inside(boxes.unflatten(0, (-1, count)).transpose(1, 2), size, roi_head.MIN_SIDE)  # (B, K, P, 4)
-        scores = torch.where((scores > head.score_threshold) & large & there[:, None], scores, ABSENT)
+        scores = torch.where((scores > least) & large & there[:, None], scores, ABSENT)
         boxes, index, scores = self.best(boxes, scores, head.nms_iou, head.max_detections)
         return boxes, index // count + 1, scores
 

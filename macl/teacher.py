@@ -56,7 +56,7 @@ class Labeller:
         alone = (target["present"] for target in targets if target["domain"] == NEW and "present" in target)
         given = next(alone, torch.ones(2, dtype=torch.bool)).tolist()  # all of a domain have the same cameras
         modalities = [name for name, present in zip(MODALITIES, given, strict=True) if present]
-        found = self.detector.detect(features, modalities, score_threshold=UNSURE)
+        found = self.detector.detect(features, modalities, score_threshold=UNSURE, least=UNSURE)
         return [
             self.labelled(target, one) if target["domain"] == NEW else target
             for target, one in zip(targets, found, strict=True)

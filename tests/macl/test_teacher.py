@@ -62,7 +62,7 @@ def test_detections_are_the_labels_of_the_new_domain_and_of_no_other(taught, mon
     found, asked = FOUND | {"scores": torch.tensor([0.7, 0.6999])}, []
     monkeypatch.setattr(average, "detect", lambda _, given, **options: asked.append(options) or [found] * 4)
     filled = Labeller(average, 0.7)(**images, targets=copy.deepcopy(targets))
-    assert asked == [{"score_threshold": UNSURE}] and UNSURE == 0.3 and not average.training
+    assert asked == [{"score_threshold": UNSURE, "least": UNSURE}] and UNSURE == 0.3 and not average.training
     for before, after in zip(targets, filled, strict=True):
         if before["domain"] == 0:
             assert after["ignore"].tolist() == [False, True]
