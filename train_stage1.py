@@ -151,16 +151,16 @@ def open_data(args: argparse.Namespace):
         train, validation, sentence = training.open_training(args, args.split, args.val_split, args.classes)
         reading, about = training.choose_reading(args, train)
         train, validation = training.read_as(reading, train, validation)
-        messages = [f"training on {train.source}", sentence, *about]
+        messages, splits = [f"training on {train.source}", sentence, *about], [args.split, args.val_split]
     else:
-        classes, reading = dict(classes=args.classes or ["person"]), None
+        classes, reading, splits = dict(classes=args.classes or ["person"]), None, None
         train = SyntheticPairs(args.synthetic_train, args.seed, **classes)
         validation = SyntheticPairs(args.synthetic_val, training.VALIDATION_SEED + args.seed, **classes)
         messages = [f"training on {train.source} (no --data-root was given)", f"validating on {validation.source}"]
     refuse_absent_classes(train, every=args.classes is not None)
     refuse_absent_classes(validation, every=False)
     move, registered, about = training.choose_move(args, train)
-    kept = {"register": registered, "reading": reading}
+    kept = {"register": registered, "reading": reading, "splits": splits}
     return train.moved(move), validation.moved(move), kept, messages + about
 
 
@@ -199,7 +199,7 @@ def build_model(args: argparse.Namespace, train_data) -> tuple[macl.PairedFaster
         messages.append(f"{alone[0]} images alone, without MACL")
     if args.init_from is not None:
         messages.append(f"weights of {args.init_from}: {load_initial_weights(detector, args.init_from)}")
-    elif training.has_pairs(args):
+    elif training.has_pairs(args) and not args.resume:
         messages.append("training from random weights; --init-from takes torchvision's COCO or ImageNet files")
     return detector, messages
 

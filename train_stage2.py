@@ -26,7 +26,6 @@ import macl
 from macl import training
 from macl.build import load_initial_weights, read_checkpoint
 from macl.data import DAY_AND_NIGHT, KAIST, NIGHT, JointDataset, SyntheticPairs, hold_out, refuse_absent_classes
-from macl.data.folders import open_root
 from macl.data.kaist import TRAINING_RULES, is_kaist
 from macl.evaluation import miss_rate_tables, validation_text
 from macl.plots import draw_validation
@@ -161,9 +160,8 @@ def open_data(args: argparse.Namespace, classes: Sequence[str], old_reading: Map
         new, validation = training.read_as(reading, new, validation)
         messages = [sentence, *about]
         if args.llvip_root is not None:
-            old = open_root(args.llvip_root, "train", "all", "val", "test", classes=classes)
-            old, old_validation, sentence = hold_out(old)
-            unset = argparse.Namespace(**dict.fromkeys(training.READING))
+            unset = argparse.Namespace(**dict.fromkeys((*PAIR_FLAGS, "boxes")), data_root=args.llvip_root)
+            old, old_validation, sentence = training.open_training(unset, None, None, classes)
             as_before, about = training.choose_reading(unset, old, old_reading)
             old, old_validation = training.read_as(as_before, old, old_validation)
             messages += [f"old domain: {sentence}" for sentence in (sentence, *about)]
@@ -183,6 +181,7 @@ def open_data(args: argparse.Namespace, classes: Sequence[str], old_reading: Map
     source = train.source + ("" if training.has_pairs(args) else " (no --data-root was given)")
     share = f", {args.old_share:.0%} of each batch from the latter" if train is not new else ""
     kept = {"register": registered, "reading": reading, "old_reading": old_reading}
+    kept["splits"] = None if reading is None else [args.split, args.val_split]
     return train, validation, old_validation, kept, [f"training on {source}{share}", *messages]
 
 

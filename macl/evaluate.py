@@ -10,7 +10,7 @@ Average precision, and of people the log-average miss rate; of pairs, whose occl
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +28,7 @@ from trainkit import distributed
 from trainkit.arguments import fraction, make_parser, non_negative_int, positive_int
 from trainkit.device import AUTOCAST
 from trainkit.errors import InputError, one_sentence
-from trainkit.files import number, write_json
+from trainkit.files import number, shown, write_json
 from trainkit.tables import aligned
 
 DOMAINS = {"night": data.NIGHT, "day-and-night": data.DAY_AND_NIGHT, "registered": data.DAY_AND_NIGHT_REGISTERED}
@@ -117,13 +117,13 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} needs matplotlib, which the viz extra brings: pip install -e '.[viz]'")
 
 
-def open_dataset(args: argparse.Namespace, classes: Sequence[str], script: str | None = None) -> Dataset:
-    """The data set with these classes, one of which occurs in it. script: which one trained the detector."""
+def open_dataset(args: argparse.Namespace, classes: Sequence[str], trained: Mapping) -> Dataset:
+    """The data set with these classes, one of which occurs in it. trained: the checkpoint, if there is one."""
     if args.dataset == "synthetic":
-        domain = args.domain or ("day-and-night" if script == "stage2" else "night")
+        domain = args.domain or ("day-and-night" if trained.get("script") == "stage2" else "night")
         dataset = data.SyntheticPairs(args.count, args.seed, domain=DOMAINS[domain], classes=classes)
     elif args.split == "held-out":
-        _, dataset, _ = training.open_training(args, None, "held-out", classes)
+        _, dataset, _ = training.open_training(args, *(trained.get("splits") or (None, None)), classes)
     elif args.dataset == "pairs":
         splits = [args.split] if args.split else ["test", "val", "all", "train"]
         dataset = training.open_pairs(args, *splits, classes=classes)
@@ -148,7 +148,7 @@ def read_results(args: argparse.Namespace) -> tuple[list[dict], Dataset | None, 
     if args.data_root is None:
         frames, source = data.read_ground_truth(args.annotations)
     else:
-        dataset = open_dataset(args, classes)
+        dataset = open_dataset(args, classes, {})
         frames, source = dataset.ground_truth(), dataset.source
     outputs = read_detections(args.detections, len(frames), first_id=args.first_id)
     categories = sorted({label for frame in outputs for label in frame["labels"].tolist()})
@@ -173,10 +173,13 @@ def detect(args: argparse.Namespace, device: torch.device, max_detections: int) 
     classes = detector.kwargs["classes"]
     if len(classes) > 1 and args.save_detections is not None and args.save_detections.suffix == ".txt":
         raise InputError(f"--save-detections {args.save_detections}: lines know no class, this detector has several")
-    dataset = open_dataset(args, classes, checkpoint.get("script"))
-    reading, about = training.choose_reading(
-        args, dataset, checkpoint.get("reading") if args.dataset == "pairs" else None
-    )
+    dataset, trained = open_dataset(args, classes, checkpoint), checkpoint.get("reading") or {}
+    if args.dataset != "pairs":  # KAIST's images are read as they are
+        trained = {"boxes": trained.get("boxes")} if dataset.own_boxes else {}
+    reading, about = training.choose_reading(args, dataset, trained)
+    if (old := checkpoint.get("old_reading")) and old != trained and args.dataset == "pairs":
+        flags = [f"--{name.replace('_', '-')} {shown(old[name])}" for name in old if old[name] != trained.get(name)]
+        about.append(f"Warning: read as the pairs of stage 2; those of stage 1 had {', '.join(flags)}")
     (dataset,) = training.read_as(reading, dataset)
     training.check_cameras(detector, dataset)
     modes = {name: needed for name, needed in detector.modes.items() if set(needed) <= set(dataset.modalities)}

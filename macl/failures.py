@@ -130,7 +130,8 @@ def write_failures(folder: Path, results: list[dict], dataset: Dataset, count: i
         folder.mkdir(parents=True, exist_ok=True)
     for place, frame in enumerate(np.argsort(-errors, kind="stable")[:count][: (errors > 0).sum()], 1):
         sample, marks = dataset[int(frame)], first.marks(frame, classes)
-        image = draw_marks({name: to_pil_image(sample[name]) for name in ("visible", "infrared")}, marks, COLOURS)
+        cameras = zip(("visible", "infrared"), sample.get("present", (True, True)), strict=True)
+        image = draw_marks({name: to_pil_image(sample[name]) for name, there in cameras if there}, marks, COLOURS)
         with whole_file(folder / f"worst-{place:03d}.png") as file:
             image.save(file, "PNG")
         wrong = [sum(mark.kind == kind for mark in marks) for kind in ("missed", "false")]

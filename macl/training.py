@@ -103,8 +103,8 @@ def has_pairs(args: argparse.Namespace) -> bool:
     images, labels = args.visible or args.infrared, args.labels
     if (images or labels) and (args.data_root is not None or None in (images, labels)):
         raise InputError("expected --data-root ROOT, or --labels PATH with --visible DIR, --infrared DIR or both")
-    for name in (*READING, "labels_infrared", "suffixes", "label_form", "split", "val_split"):
-        if getattr(args, name, None) is not None and args.data_root is None and not labels:
+    for name in (*READING, "labels_infrared", "suffixes", "label_form", "split", "val_split", "decode_at"):
+        if getattr(args, name, None) not in (None, 0) and args.data_root is None and not labels:
             raise InputError(f"--{name.replace('_', '-')} needs --data-root, or --visible, --infrared and --labels")
     return args.data_root is not None or labels is not None
 

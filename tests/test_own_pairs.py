@@ -77,6 +77,23 @@ def test_stage_2_on_pairs_in_any_layout(begun, places, tmp_path, capsys):
     held = load(tmp_path / "run")
     assert held["old_reading"] == load(begun.parent)["reading"] and held["old_reading"]["infrared_range"][0] > 20000
     assert held["reading"]["infrared_range"] is held["reading"]["infrared_to_visible"] is None
+    common = ("--checkpoint", tmp_path / "run/last.pt", "--device", "cpu", "--workers", 0)
+    evaluate.main([*map(str, (*common, "--data-root", old))])
+    assert "those of stage 1 had --infrared-to-visible 'resize', --infrared-range [2" in capsys.readouterr().out
+
+
+def test_what_a_run_held_out_is_evaluated_and_its_test_pairs_are_left_out(begun, tmp_path, capsys):
+    root = draw(tmp_path, "Vis", "Ir")
+    for name, stems in (("few", "s0_0 s0_2 s0_4 s1_1"), ("test", "s1_5")):
+        (root / f"{name}.txt").write_text("\n".join(stems.split()))
+    output = run(train_stage1, STAGE_1, tmp_path / "1", "--data-root", root, "--split", root / "few.txt", *TINY)
+    assert load(output)["splits"] == [str(root / "few.txt"), None] and load(begun.parent)["splits"] == [None, None]
+    common = ("--checkpoint", output / "last.pt", "--device", "cpu", "--workers", 0, "--data-root", root)
+    evaluate.main([*map(str, (*common, "--split", "held-out"))])
+    assert "M3FD few: 4 pairs" in (text := capsys.readouterr().out) and ", 1 of them held out for validation" in text
+    flags = ("--init-from", begun, "--data-root", root, "--old-root", root, *FROM)
+    run(train_stage2, STAGE_2, tmp_path / "2", *flags, "--max-steps", 1)
+    assert "old domain: Held out for validation: 2 of the 5 pairs" in capsys.readouterr().out
 
 
 def test_a_checkpoint_keeps_how_infrared_is_read(begun, places, tmp_path, capsys):
@@ -109,8 +126,10 @@ def test_one_camera_trains_evaluates_and_is_tuned(begun, places, tmp_path, capsy
     assert f"{camera} images alone, without MACL" in capsys.readouterr().out and set(seen) == {(camera,)}
     (last,) = metrics(output, "validation")[-1:]
     assert camera in last and "both" not in last and last["alignment"] is None
-    evaluate.main([*map(str, ("--checkpoint", output / "best.pt", *alone, "--device", "cpu", "--workers", 0))])
+    flags = ("--device", "cpu", "--workers", 0, "--worst", 1, tmp_path)
+    evaluate.main([*map(str, ("--checkpoint", output / "best.pt", *alone, *flags))])
     assert f"\n{camera} " in capsys.readouterr().out
+    assert Image.open(tmp_path / "worst-001.png").width < 1.5 * Image.open(tmp_path / "worst-001.png").height
     other = {"visible": "infrared", "infrared": "visible"}[camera]
     common = ("--checkpoint", begun, *alone, "--device", "cpu", "--workers", 0)
     assert f"can only see with {camera} here" in refused(capsys, evaluate.main, *common, "--modality", other)
@@ -130,6 +149,7 @@ def test_flags_of_another_data_set(begun, places, capsys):
     share = refused(capsys, train_stage2.main, *flags, "--data-root", old, "--boxes", "both")
     assert "--boxes both: both cameras share" in share
     assert "--infrared-range needs --data-root" in refused(capsys, train_stage1.main, "--infrared-range", 1, 2)
+    assert "--decode-at needs --data-root" in refused(capsys, train_stage1.main, "--decode-at", 512)
 
 
 def test_a_layout_of_cameras_that_differ_needs_no_flag(tmp_path, capsys):
