@@ -127,12 +127,13 @@ def join(visible: Labels, infrared: Labels) -> Labels:
 def refuse_other_form(labels: Sequence[Labels]) -> None:
     """Raises InputError where corners seem to have been read as a corner, or centre, and a size, or sizes as corners.
 
-    A fifth of the boxes then end before they begin; or reach far out, and all are larger than what is left of them.
+    A fifth of the boxes then end before they begin; or reach far out, and are larger than what is left of them.
     """
     found = [(one, item.box or item.infrared) for one in labels for item in one.objects]
     boxes = [[value / side for value, side in zip(box, one.size * 2, strict=True)] for one, box in found]
     first, last = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 2, 2).unbind(1)
-    far = ((first < -0.05) | (last > 1.05)) & (last > 2 * first).all()
+    corners = ((last > 2 * first) & (last - first < 1.01)).all(dim=1).double().mean() > 0.95
+    far = ((first < -0.05) | (last > 1.05)) & corners
     wrong = (far | (last < first)).any(dim=1)
     if len(found) >= 5 and wrong.double().mean() > 0.2:
         place = found[wrong.int().argmax()][0].place

@@ -4,9 +4,8 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from macl.data import label_files
 from macl.data.annotation import Annotation, Labels, annotate, join, refuse_other_form
@@ -56,35 +55,40 @@ class Pairs(PairedDataset):
         if second and None in folders:
             raise InputError(f"{second[0]}: labels of infrared need images of both cameras")
         if self.form == "cvc14":
-            found = _find_cvc14(first)
+            stems, pairs, where, order = _find_cvc14(first)
         elif first.is_file():
-            found = _follow_paths(first)
+            stems, pairs, where, order = _follow_paths(first)
         else:
-            found = _find_in_folders(folders, suffixes, [labels, *second], self.form, listed)
-        files = [file for pair in found.pairs for file in pair.annotation]
-        self.own_boxes = len(files) > len(found.pairs)
-        beside = folders[0] != folders[1] == labels or "infrared" in labels.parts[-2:]
-        apart = beside or any(file.stem.endswith(suffixes[1] or "/") for file in files if isinstance(file, Path))
+            stems, pairs, where, order = _find_in_folders(folders, suffixes, [labels, *second], self.form, listed)
+        files = [file for pair in pairs for file in pair.annotation]
+        self.own_boxes = len(files) > len(pairs)
+        if first.is_file():  # a list of paths, beside which no folder of labels was named
+            labels = next(filter(None, files)).parent
+        beside = folders[0] != folders[1] == labels or "infrared" in labels.parts[len(root.parts) if root else 0 :][-2:]
+        named = [file.place[:-1] if isinstance(file, Labels) else file for file in filter(None, files)]
+        apart = beside or any(os.path.splitext(file)[0].endswith(suffixes[1] or "/") for file in named)
         self.of_infrared = apart and not self.own_boxes and len(self.modalities) == 2
         self.scene_kind, self.resize = "camera" if cameras else "sequence", resize
-        scenes, self.scene_names = _scenes(found.stems, cameras)
-        pairs = [pair._replace(scene=scene) for pair, scene in zip(found.pairs, scenes, strict=True)]
+        scenes, self.scene_names = _scenes(stems, cameras)
+        pairs = [pair._replace(scene=scene) for pair, scene in zip(pairs, scenes, strict=True)]
         super().__init__(pairs, classes or (), split=split, source="")
-        order, about, self._categories = found.order, "", found.order if self.form == "coco" else {}
+        alike = _of_all_splits(labels, root, split)
+        about, self._categories = "", order if self.form == "coco" else {}
         if self.form == "voc":
-            self.first_pixel, about = label_files.first_pixel_of(labels, first_pixel)
+            self.first_pixel, about = label_files.first_pixel_of([*alike, *second], first_pixel)
         elif self.form == "yolo":
-            ids = functools.partial(_all_ids, files, labels, root, split)
+            ids = functools.partial(_all_ids, files, alike)
             self.names, about = label_files.find_names(labels, root or labels.parent, names, self.classes, ids)
             order = (self.names or {}).values()
             about += f"; {files.count(None)} without a label file are without objects" * (None in files)
         what = "pair" if len(self.modalities) == 2 else f"{self.modalities[0]} image"
         count = f"{len(pairs)} {what}{'s' * (len(pairs) != 1)}"
-        self.source = f"{title}{'' if split == ALL else f' {split}'}: {count} {found.where}{about}"
+        self.source = f"{title}{'' if split == ALL else f' {split}'}: {count} {where}{about}"
         self.source += "; boxes are those in infrared" * self.of_infrared
         refuse_other_form([self.labels(index) for index in range(0, len(self), 1 + len(self) // 200)])
         if classes is None:
             self._take_all_classes(order)
+        self.opened = True  # who reads from here on has said how infrared is put onto visible
 
     def annotation(self, index: int) -> Annotation:
         return annotate(self.labels(index), self.classes)
@@ -94,10 +98,12 @@ class Pairs(PairedDataset):
         visible, infrared, files, *_ = self.pairs[index]
         first, *second = map(self._read, files, (infrared if self.of_infrared else visible or infrared, infrared))
         if len(self.modalities) == 2 and self.onto.places:
-            size = picture_size(visible)
-            if self.of_infrared or (first.size != size and first.size == picture_size(infrared)):
-                first = self.onto.labels(first, size)
-            second = [self.onto.labels(one, size) for one in second]
+            size, own = picture_size(visible), picture_size(infrared)
+            if self.of_infrared or (first.size != size and first.size == own):
+                first = self.onto.labels(first, size, own)
+            second = [self.onto.labels(one, size, own) for one in second]
+        if self.opened and second and second[0].size != first.size:
+            raise InputError(f"{second[0].place} is for {second[0].size} pixels but {first.place} for {first.size}")
         return join(first, *second) if second else first
 
     def _read(self, file: Path | Labels | None, image: Path) -> Labels:
@@ -109,8 +115,11 @@ class Pairs(PairedDataset):
 
     @property
     def coco_ids(self) -> tuple[list[int | str], dict[str, int | str]] | None:
-        """The ids of the images, and those of the classes by name, in the json that they come from, if any."""
-        return ([pair.annotation[0].image_id for pair in self.pairs], self._categories) if self._categories else None
+        """The ids of images, and of classes by name, in the json that they come from; None if its pixels are others."""
+        first = self.pairs[0].annotation[0]
+        if not self._categories or (self.onto.places and (self.of_infrared or self.labels(0).size != first.size)):
+            return None
+        return [pair.annotation[0].image_id for pair in self.pairs], self._categories
 
     def _take_all_classes(self, order: Sequence[str]) -> None:
         counts = Counter(item.name for index in range(len(self)) for item in self.labels(index).objects)
@@ -158,19 +167,14 @@ def open_root(root: str | Path, *splits: str, **options) -> Pairs | None:
     raise InputError(f"{listed}: no folder of visible images in {root} holds {shown(first)}")
 
 
-class Found(NamedTuple):
-    """What is on the disk."""
-
-    stems: list[str]  # names without suffix
-    pairs: list[Pair]  # their `annotation`: labels, or their files, of both cameras, or of visible and of infrared
-    where: str  # in words
-    order: Sequence[str] = ()  # of the classes, where known
-
-
 def _find_in_folders(
     folders: Sequence[Path | None], suffixes: Sequence[str], labels: list[Path], form: str, listed: Path | None
-) -> Found:
-    """Pairs, or images of one camera, of folders and label files of the same names."""
+) -> tuple[list[str], list[Pair], str, Sequence[str]]:
+    """Pairs, or images of one camera, of folders and label files of the same names.
+
+    -> names without suffix; pairs, whose `annotation` holds labels, or their files, of both cameras, or of visible and
+    of infrared; where they were found, in words; and the order of the classes, empty where it is not known
+    """
     first, *ends = (folders[0], *suffixes) if folders[0] else (folders[1], *suffixes[::-1])
     stems = list(images_by_stem(first, *ends)) if listed is None else read_stems(listed, suffixes)
     where, order = f"found in {first} (no list)" if listed is None else f"listed in {listed}", ()
@@ -179,12 +183,13 @@ def _find_in_folders(
         stems = [stem for stem in stems if all(stem in one for one in known)]
         where, order = f"{where}, labels of {' and '.join(map(str, labels))}", categories[0]
     pairs = find_pairs(*folders, suffixes, stems)
-    known = known if form == "coco" else [_find_files(path, stems, form, suffixes) for path in labels]
-    pairs = [Pair(*images, tuple(one[stem] for one in known)) for stem, images in pairs.items()]
-    return Found(stems, pairs, where, order)
+    if form != "coco":
+        ends = [suffixes[:1], suffixes[1:]] if len(labels) == 2 else [ends]
+        known = [_find_files(path, stems, form, own) for path, own in zip(labels, ends, strict=True)]
+    return stems, [Pair(*pairs[stem], tuple(one[stem] for one in known)) for stem in stems], where, order
 
 
-def _find_cvc14(visible: Path) -> Found:
+def _find_cvc14(visible: Path) -> tuple[list[str], list[Pair], str, tuple]:
     """visible: ROOT/*/Visible/SPLIT, beside which is FIR. Frames that one camera lacks are left out."""
     root, cameras = visible.parents[2], [f"{camera}/{visible.name}" for camera in ("Visible", "FIR")]
     images = [{(path.parts[-5], path.stem): path for path in sorted(root.glob(f"*/{camera}/Frames*/*"))
@@ -197,20 +202,20 @@ def _find_cvc14(visible: Path) -> Found:
     if not any(pair.annotation[0] for pair in pairs):
         raise InputError(f"{visible} holds no frame with a partner in FIR and a text in Annotations")
     where = f"found in {visible}, {len(images[0]) - len(frames)} without a partner in FIR left out"
-    return Found([stem for _, stem in frames], pairs, where)
+    return [stem for _, stem in frames], pairs, where, ()
 
 
 def _find_files(labels: Path, stems: list[str], form: str, suffixes: Sequence[str]) -> dict[str, Path | None]:
-    """The label file of each pair. YOLO writes none for an image without objects: None."""
-    known, files = set(os.listdir(labels)) if labels.is_dir() else (), {}
-    for stem in stems:
-        names = [f"{stem}{end}{FORMS[form]}" for end in ("", *suffixes)]
-        name = next((name for name in names if name in known), None)
-        missing = name is None and form == "yolo"
-        files[stem] = None if missing else regular_file(labels / (name or names[0]), f"the boxes of {stem}")
-    if not any(files.values()):
-        raise InputError(f"{labels} holds no label file of the pairs, such as {stems[0]}{FORMS[form]}")
-    return files
+    """The label file of each pair, named as the pair or with the first suffix that is there: one camera's for all."""
+    known = set(os.listdir(labels)) if labels.is_dir() else set()
+    endings = [f"{end}{FORMS[form]}" for end in ("", *suffixes)]
+    ending = next((end for end in endings if any(stem + end in known for stem in stems)), None)
+    if ending is None:
+        raise InputError(f"{labels} holds no label file of the pairs, such as {stems[0]}{endings[0]}")
+    files = {stem: labels / f"{stem}{ending}" for stem in stems}
+    if form == "yolo":  # which writes none for an image without objects
+        return {stem: file if file.name in known else None for stem, file in files.items()}
+    return {stem: regular_file(file, f"the boxes of {stem}") for stem, file in files.items()}
 
 
 def _read_json(path: Path, stems: list[str], folder: Path, suffixes: Sequence[str]) -> tuple[dict, dict]:
@@ -230,7 +235,7 @@ def _read_json(path: Path, stems: list[str], folder: Path, suffixes: Sequence[st
     return known, categories
 
 
-def _follow_paths(file: Path) -> Found:
+def _follow_paths(file: Path) -> tuple[list[str], list[Pair], str, tuple]:
     """The pairs in a list of visible paths."""
     lines = read_list(file, "the path of a visible image")
     for line in lines:
@@ -245,7 +250,7 @@ def _follow_paths(file: Path) -> Found:
     labels = [next(filter(Path.is_file, (file.parent / f"{each}.txt" for each in place)), None) for place in places]
     if not any(labels):
         raise InputError(f"{file}: no label file of its images, such as {file.parent / stems[0]}.txt")
-    return Found(stems, list(map(Pair, visible, infrared, zip(labels))), f"listed in {file}")
+    return stems, list(map(Pair, visible, infrared, zip(labels))), f"listed in {file}", ()
 
 
 def _scenes(stems: list[str], cameras: bool) -> tuple[list[int], list[str]]:
@@ -263,13 +268,15 @@ def _scenes(stems: list[str], cameras: bool) -> tuple[list[int], list[str]]:
     return [places[begin] for begin in begins], names
 
 
-def _all_ids(files: Sequence[Path | None], labels: Path, root: Path | None, split: str) -> list[int]:
-    """The class ids in label files, in those of other splits too, so that all splits agree on what they mean."""
-    files = set(filter(None, files))
-    if root is not None and labels.is_relative_to(root):
-        below = labels.relative_to(root).parts
-        for word in WORDS:
-            folder = root.joinpath(*(word if part == split else part for part in below))
-            files |= {file for file in folder.glob("*.txt") if file.name not in label_files.NAME_FILES}
-    words = {line.split()[0] for file in files for line in read_lines(file, "YOLO's labels")}
-    return sorted(int(word) for word in words if word.isdecimal() and len(word) < 17)
+def _of_all_splits(labels: Path, root: Path | None, split: str) -> set[Path]:
+    """The folder of labels, and those in its place of other splits, so that all agree on what labels mean."""
+    below = labels.relative_to(root).parts if root and labels.is_relative_to(root) else ()
+    return {labels, *(root.joinpath(*(word if part == split else part for part in below)) for word in WORDS if below)}
+
+
+def _all_ids(files: Sequence[Path | None], folders: Iterable[Path]) -> list[int]:
+    """The class ids in label files and in those of folders."""
+    others = (file for folder in folders for file in folder.glob("*.txt") if file.name not in label_files.NAME_FILES)
+    files = set(filter(None, (*files, *others)))
+    lines = [line.split() for file in files for line in read_lines(file, "YOLO's labels")]
+    return sorted({int(word) for word, *box in lines if len(box) == 4 and word.isdecimal() and len(word) < 17})

@@ -2,25 +2,14 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
+import trainkit.files as files
 from macl.data.annotation import Labels, Object
 from trainkit.errors import InputError
-from trainkit.files import (
-    MAX_ID,
-    image_size,
-    number,
-    numbers,
-    objects,
-    plain_text,
-    read_lines,
-    read_text,
-    reason,
-    regular_file,
-    shown,
-)
+from trainkit.files import MAX_ID, image_size, number, numbers, objects, plain_text, read_lines, read_text
 
 NAME_FILES = ("classes.txt", "obj.names", "data.yaml", "*.yaml", "*.yml")
 OCCLUSION = "occlusion (none, partial or heavy)"
@@ -35,13 +24,13 @@ def read_voc(path: str | Path, *, first_pixel: int = 1, occlusion: bool = False)
     first_pixel: 1, as in VOC, where a box includes its last pixel: edges are x1 - 1, y1 - 1, x2, y2; or 0
     occlusion: whether objects have one, 0 to 2
     """
-    path = regular_file(path, "a VOC annotation")
+    path = files.regular_file(path, "a VOC annotation")
     try:
         root = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, LookupError, OSError, ValueError) as error:  # LookupError: an unknown encoding
-        raise InputError(f"{path} is not XML ({reason(error)}); expected a VOC annotation") from error
+        raise InputError(f"{path} is not XML ({files.reason(error)}); expected a VOC annotation") from error
     if root.tag != "annotation":
-        raise InputError(f"{path} starts with <{shown(root.tag)[1:-1]}>; expected the <annotation> of a VOC file")
+        raise InputError(f"{path} starts with <{files.shown(root.tag)[1:-1]}>; expected the <annotation> of a VOC file")
     size = image_size(root.findtext("size/width"), root.findtext("size/height"), f"{path}, <size>")
     found = []
     for item in root.iterfind("object"):
@@ -58,10 +47,11 @@ def read_voc(path: str | Path, *, first_pixel: int = 1, occlusion: bool = False)
     return Labels(str(path), size, found)
 
 
-def first_pixel_of(folder: Path, known: int | None) -> tuple[int, str]:
+def first_pixel_of(folders: Iterable[Path], known: int | None) -> tuple[int, str]:
     """What VOC's boxes count from, and a clause about it."""
     zero = re.compile(r"<[xy]min>\s*0(?:\.0*)?\s*<")
-    file = next((file for file in folder.glob("*.xml") if zero.search(read_text(file, "a VOC annotation"))), None)
+    found = (file for at in folders for file in at.glob("*.xml") if zero.search(read_text(file, "VOC's labels")))
+    file = next(found, None)
     first = int(file is None) if known is None else known
     why = "as no xmin and no ymin is 0" if file is None else f"{'though' if first else 'as'} {file.name} has a 0"
     return first, f"; boxes count pixels from {first}, {why}"
@@ -124,8 +114,12 @@ def read_names(path: Path) -> dict[int, str]:
         return dict(enumerate(filter(None, map(str.strip, text.split("\n")))))
     text = re.sub(r"(?m)(?:^|[ \t]+)(?:#.*)?$", "", text)
     found, count = _YAML_NAMES.search(text), re.search(r"(?m)^nc:[ \t]*(\d{1,9})[ \t]*$", text)
-    items = _YAML_ITEM.findall(found[1].strip("[]{}")) if found else []
-    names = {int(key or index): name.strip().strip("'\"") for index, (key, name) in enumerate(items)}
+    body = found[1] if found else ""
+    body = (
+        body.strip("[]{}") if body[:1] in "[{" else body.replace(",", "\0")
+    )  # which ends no name in a line of its own
+    items = _YAML_ITEM.findall(body)
+    names = {int(key or i): name.strip().strip("'\"").replace("\0", ",") for i, (key, name) in enumerate(items)}
     if re.search(r"(?m)^names:", text) and (not names or len(names) < len(items)):
         raise InputError(f"{path}: names is not a list, or not a mapping of whole numbers, of class names")
     if names and count and int(count[1]) != len(names):
@@ -194,6 +188,6 @@ def edges(x: float, y: float, width: float, height: float) -> tuple[float, float
 
 def _id(item: dict, key: str, place: str) -> int | str:
     value = item.get(key)
-    if isinstance(value, str) and not value.isdecimal():
+    if isinstance(value, str):
         return plain_text(value, f"{place}, {key}")
     return number(value, f"{place}, {key}", -MAX_ID, MAX_ID, whole=True)

@@ -49,9 +49,9 @@ class Layout(NamedTuple):
         return next((word for word in spelt if self.has(root, word)), None)
 
     def listed(self, root: Path, split: str) -> Path | None:
-        """The list of a split's names."""
-        lists = (root / place.format(split=split) for place in LISTS if self.visible != PATHS)
-        return next(filter(Path.is_file, lists), None)
+        """The list of a split's names. What lies beside folders of splits may be a list of paths."""
+        lists = () if self.visible == PATHS else LISTS[:2] if "{split}" in self.visible else LISTS
+        return next(filter(Path.is_file, (root / place.format(split=split) for place in lists)), None)
 
     def place(self, root: Path, split: str) -> dict:
         """The keywords of `Pairs`."""
@@ -95,7 +95,7 @@ def find_source(root: str | Path) -> tuple[Path, Layout]:
     root = Path(root)
     for level in ("", "*", "*/*"):
         folders = sorted(filter(Path.is_dir, root.glob(level))) if level else [root]
-        known = [(folder, row, split) for folder in folders for row in LAYOUTS if (split := row.split(folder, *WORDS))]
+        known = [(at, row, word) for at in folders for row in LAYOUTS for word in WORDS if row.has(at, word)]
         found = [one for one in known if one[1].form or form_of(one[1].place(one[0], one[2])["labels"])]
         if len({folder for folder, *_ in found}) > 1:
             several = ", ".join(dict.fromkeys(str(folder) for folder, *_ in found))

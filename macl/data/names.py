@@ -92,7 +92,7 @@ def read_stems(file: Path, suffixes: Sequence[str]) -> list[str]:
     for name in names:
         if inside(file.parent, name, str(file)).name != name:
             raise InputError(f"{file}: {shown(name)}; expected an image name without folders or suffix")
-    return [bare(name, suffixes) for name in names]
+    return list(dict.fromkeys(bare(name, suffixes) for name in names))  # the list may name both cameras
 
 
 def bare(name: str, suffixes: Sequence[str]) -> str:

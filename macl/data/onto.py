@@ -45,8 +45,10 @@ class Onto:
         placed = grid_sample(image[None].float(), grid, padding_mode="border", align_corners=False)
         return placed[0].round().to(image.dtype)
 
-    def labels(self, labels: Labels, size: tuple[int, int]) -> Labels:
-        """Boxes in the infrared image -> the upright ones around them in the visible one."""
+    def labels(self, labels: Labels, size: tuple[int, int], infrared: tuple[int, int]) -> Labels:
+        """Boxes in the infrared image -> the upright ones around them in the visible one. The images' sizes follow."""
+        if self.homography is not None and labels.size != infrared:
+            raise InputError(f"{labels.place} is for {labels.size} pixels but the infrared image has {infrared}")
         boxes = torch.tensor([item.box for item in labels.objects], dtype=torch.float64).reshape(-1, 4)
         boxes = clip_boxes_to_image(boxes, labels.size[::-1])  # beyond the image a homography may turn things round
         corners = _project(boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2), self.edges(labels.size, size))
@@ -87,7 +89,7 @@ def read_onto(given: str | list | None, levels: Sequence[float] | None = None) -
         try:
             npy = path.suffix == ".npy"
             rows = np.load(path, allow_pickle=False).tolist() if npy else read_json(path, expected, list)
-        except (OSError, ValueError, EOFError) as error:
+        except (AttributeError, OSError, ValueError, EOFError) as error:
             raise InputError(f"{path} cannot be read ({reason(error)}); expected {expected}") from error
     rows = [numbers(row, f"{place}, a row of 3 x 3", 3) for row in (rows if isinstance(rows, list) else ())]
     rows = torch.tensor(rows, dtype=torch.float64)

@@ -47,7 +47,7 @@ class PairedDataset(Dataset, abc.ABC):
     moves = ()
     at_least = None
     onto = Onto()
-    own_boxes, boxes_of = False, "visible"
+    own_boxes, boxes_of, opened = False, "visible", False
     modalities = ("visible", "infrared")
     resize = False
 
@@ -195,8 +195,8 @@ def hold_out(dataset: PairedDataset) -> tuple[PairedDataset, PairedDataset, str]
     """Split off validation pairs: whole scenes, since neighbouring pairs of a scene look alike.
 
     Takes the last scene of each group, then the last but one, until HELD_OUT of the pairs are reached; the first of a
-    group stays. Where no scene can be spared, every k-th pair; a single pair serves both. -> the rest for training, the
-    pairs held out, and a sentence about them.
+    group stays. Where that is more than half, or no scene can be spared, every k-th pair; a single pair serves both. ->
+    the rest for training, the pairs held out, and a sentence about them.
     """
     total, scenes = len(dataset), dataset.scenes
     if total < 2:
@@ -209,12 +209,12 @@ def hold_out(dataset: PairedDataset) -> tuple[PairedDataset, PairedDataset, str]
         chosen |= {group[-back] for group in groups.values() if len(group) > back}
         if sum(scene in chosen for scene in scenes) >= HELD_OUT * total:
             break
-    if chosen:
-        held_out = [index for index, scene in enumerate(scenes) if scene in chosen]
+    held_out = [index for index, scene in enumerate(scenes) if scene in chosen]
+    if 0 < 2 * len(held_out) <= total:
         names = [dataset.scene_name(scene) for scene in sorted(chosen)]
         which = f"all those of {dataset.scene_kind} {summarise(names, 8)}"
     else:
-        step = min(round(1 / HELD_OUT), total)
+        chosen, step = set(), min(round(1 / HELD_OUT), total)
         held_out = range(step - 1, total, step)
         which = f"one in {step}; they look like their neighbours in training, but no {dataset.scene_kind} is to spare"
     sentence = f"{'' if chosen else 'Warning: '}Held out for validation: {len(held_out)} of the {total} pairs of "

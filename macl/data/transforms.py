@@ -48,8 +48,7 @@ class PairedAugmentation:
             pair = {key: F.crop(value, *window) for key, value in pair.items()}
             shown = box_area(pair["boxes"].as_subclass(Tensor)) / before
         pair = {key: value.as_subclass(Tensor) for key, value in v2.RandomHorizontalFlip(self.flip)(pair).items()}
-        jitter = v2.ColorJitter(self.brightness, self.contrast, self.saturation, self.hue)
-        visible = jitter(to_float(pair["visible"]))
+        visible = v2.ColorJitter(self.brightness, self.contrast, self.saturation, self.hue)(to_float(pair["visible"]))
         infrared = to_float(pair["infrared"])
         if self.gain or self.offset or self.noise:
             gain, offset = 1 + _uniform(-self.gain, self.gain), _uniform(-self.offset, self.offset)

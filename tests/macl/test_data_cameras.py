@@ -74,6 +74,31 @@ def test_labels_of_infrared_go_with_its_images_before_they_are_joined(tmp_path):
     assert sample["visible_in"].tolist() == [[True, True], [True, False], [False, True]]
 
 
+@pytest.mark.parametrize("kind", ["homography", "none"])
+def test_infrareds_labels_for_images_of_another_size_are_refused(tmp_path, kind):
+    two_jsons(tmp_path, size=(80, 40))
+    write(tmp_path / "i/a1.png", (90, 60, 30), SIZE)
+    data = Pairs(tmp_path / "v", tmp_path / "i", tmp_path / "v.json", labels_infrared=tmp_path / "i.json")
+    onto = read_onto(None if kind == "none" else torch.eye(3).tolist())
+    other = f"{tmp_path / 'v.json'}" if kind == "none" else "but the infrared image has (40, 20)"
+    refused(lambda: data.with_onto(onto).statistics(), "i.json, images[0] (a1.png) is for (80, 40) pixels", other)
+
+
+def test_each_camera_has_its_own_label_files(tmp_path):
+    """All in one folder; where a label file of visible is absent, there is no object, not infrared's."""
+    for end, x in (("_rgb", 0.5), ("_ir", 0.55)):
+        for stem in "ab":
+            write(tmp_path / f"all/{stem}{end}.png", (90, int(99 * x), 30), SIZE)
+            write(tmp_path / f"labels/{stem}{end}.txt", f"0 {x} 0.5 0.2 0.5\n")
+    (tmp_path / "labels/b_rgb.txt").unlink()
+    places, ends = [tmp_path / name for name in ("all", "all", "labels")], dict(suffixes=("_rgb", "_ir"))
+    sample = Pairs(*places, labels_infrared=places[2], **ends)[0]
+    assert (sample["boxes"].tolist(), sample["boxes_infrared"].tolist()) == ([[16, 5, 24, 15]], [[18, 5, 26, 15]])
+    assert Pairs(None, *places[1:], **ends)[0]["boxes"].tolist() == [[18, 5, 26, 15]]
+    data = Pairs(*places, **ends)
+    assert not data.of_infrared and [data[i]["boxes"].tolist() for i in (0, 1)] == [[[16, 5, 24, 15]], []]
+
+
 def test_both_kinds_of_boxes_are_augmented(tmp_path):
     sample = PairedAugmentation(flip=1)(two_jsons(tmp_path)[0])
     assert sample["boxes"][0].tolist() == [26, 2, 34, 14] and sample["boxes_infrared"][0].tolist() == [24, 2, 32, 14]

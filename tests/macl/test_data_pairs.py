@@ -1,5 +1,8 @@
 """Pairs in every layout and label form: what is recognised, which classes, and what wrong labels say."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -85,7 +88,11 @@ def test_a_layout_is_told_by_its_folders(tmp_path, title, form, splits):
 def test_a_list_of_visible_paths(tmp_path):
     build(tmp_path, "d/visible/images/x", "d/infrared/images/x", "d/visible/labels/x")
     write(tmp_path / "train.txt", "./d/visible/images/x/a2.png\nd/visible/images/x/b1.png\n")
-    write(tmp_path / "classes.txt", "person\ncar\n")
+    write(tmp_path / "test.txt", "d/visible/images/x/a1.png\n")
+    write(tmp_path / "d/visible/labels/x/a1.txt", YOLO.format(3))
+    data = [open_root(tmp_path, split, classes=["one", "two", "three"]) for split in ("train", "test")]
+    assert all("id 0 is one, id 1 is two, id 3 is three" in one.source and not one.of_infrared for one in data)
+    write(tmp_path / "d/visible/labels/x/classes.txt", "person\ncar\n")
     data = open_root(tmp_path, "train")
     assert len(data) == 2 and data[0]["path"].endswith("a2.png") and data[0]["labels"].tolist() == [1, 2]
     assert open_root(tmp_path, str(write(tmp_path / "mine.txt", "a2\n"))) is None
@@ -121,19 +128,33 @@ def test_whole_sequences_are_held_out(tmp_path):
     data = Pairs(*(build(tmp_path, "v", "i", "l", names) / part for part in "vil"), classes=["0"])
     train, validation, sentence = hold_out(data)
     assert "all those of sequence west_" in sentence and len(train) == 8 and len(set(train.scenes)) == 2
+    train, validation, sentence = hold_out(data.subset([0, 1, 2, *range(8, 12)], "chosen"))  # more than half are west
+    assert "one in 7; they look like" in sentence and (len(train), len(validation)) == (6, 1)
+
+
+def test_lists_beside_folders_of_splits_and_a_split_without_labels(tmp_path):
+    build(tmp_path, "visible/train", "infrared/train", "labels/train")
+    write(tmp_path / "train.txt", "visible/train/a1.png\nvisible/train/a2.png\n")  # paths; the folder is the split
+    assert len(open_root(tmp_path, "train")) == 3
+    both = write(tmp_path / "both.txt", "a1\na2.png\na1.png\n")
+    assert len(open_root(tmp_path, str(both))) == 2
+    build(tmp_path, "visible/test", "infrared/test", "labels/test")
+    for file in (tmp_path / "labels/train").iterdir():
+        file.unlink()
+    assert len(open_root(tmp_path, "test")) == 3
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "names: [person, 'a car']\nnc: 2", "names: ['person', \"a car\",]  # two\n", "nc: 2\nnames:\n- person\n- a car",
-        "names:\n  - 'person'\n  # no\n  - a car\nval: x", "names: {0: person, 1: a car}",
-        "names:\n  0: person\n  1: a car\n",
-        "train: [x]\nnames:  # ids\n    0: 'person'\n    1: \"a car\"\ndownload: |\n  x: y\n",
+        "names: [person, 'a, car']\nnc: 2", "names: ['person', \"a, car\",]  # two\n", "names:\n- person\n- a, car",
+        "names:\n  - 'person'\n  # no\n  - a, car\nval: x", "names: {0: person, 1: 'a, car'}",
+        "names:\n  0: person\n  1: a, car\n",
+        "train: [x]\nnames:  # ids\n    0: 'person'\n    1: \"a, car\"\ndownload: |\n  x: y\n",
     ],
 )  # fmt: skip
 def test_names_of_a_data_yaml(tmp_path, text):
-    assert read_names(write(tmp_path / "data.yaml", text)) == {0: "person", 1: "a car"}
+    assert read_names(write(tmp_path / "data.yaml", text)) == {0: "person", 1: "a, car"}
     assert read_names(write(tmp_path / "data.yaml", "train: x\nnc: 2\n")) == {}
 
 
@@ -206,6 +227,10 @@ def test_what_voc_counts_from_is_told_by_the_data(tmp_path):
     write(parts[2] / "b1.xml", VOC.format(OBJECT.format("person", 0, 3)))
     assert "count pixels from 0, as b1.xml has a 0" in Pairs(*parts).source
     assert Pairs(*parts)[0]["boxes"].tolist() == [[11, 6, 30, 15]]
+    for split in ("train", "test"):
+        build(tmp_path, f"{split}/visible/images", f"{split}/infrared/images", f"{split}/labels", form="voc")
+    write(tmp_path / "train/labels/b1.xml", VOC.format(OBJECT.format("person", 0, 3)))
+    assert "count pixels from 0, as b1.xml has a 0" in open_root(tmp_path, "test").source
 
 
 EXPECTED = {  # pairs and boxes of each sample, by their PROVENANCE.md and label files
@@ -287,6 +312,17 @@ def test_boxes_drawn_in_infrared_go_with_it(tmp_path, labels, moved):
     write(root / "h.json", [[1, 0, 4], [0, 1, -2], [0, 0, 1]])
     data = Pairs(root / "v", root / "i", root / labels).with_onto(read_onto(str(root / "h.json")))
     assert data[0]["boxes"].tolist() == [[14, 3, 34, 13] if moved else BOX]
+
+
+def test_a_json_of_infrared_images(tmp_path):
+    """Its file names say so, not the name of ROOT. Its ids stay texts, and are none of boxes in other pixels."""
+    assert not open_root(build(tmp_path / "infrared", "images", "images_ir", "labels"), "all").of_infrared
+    root = build(tmp_path, "all", "all", "l", form=None, ends=("_rgb", "_ir"))
+    content = json.dumps(coco(["a1_ir", "a2_ir", "b1_ir"]))
+    labels = write(root / "l.json", re.sub(r'"i(\d)"', r'"00\1"', content))
+    data = Pairs(root / "all", root / "all", labels, suffixes=("_rgb", "_ir"))
+    assert data.of_infrared and data.coco_ids[0] == ["000", "001", "002"]
+    assert data.with_onto(read_onto([[1, 0, 4], [0, 1, -2], [0, 0, 1]])).coco_ids is None
 
 
 @pytest.mark.parametrize("content", [[[1, 0, 0], [0, 1, 0]], [[1, 0, 0]] * 3, [[1, 0], [0, 1]], {}, [[1, 0, "x"]] * 3])
