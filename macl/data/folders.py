@@ -102,7 +102,7 @@ class Pairs(PairedDataset):
             if self.of_infrared or (first.size != size and first.size == own):
                 first = self.onto.labels(first, size, own)
             second = [self.onto.labels(one, size, own) for one in second]
-        if self.opened and second and second[0].size != first.size:
+        if self.opened and second and second[0].size != first.size and picture_size(visible) == picture_size(infrared):
             raise InputError(f"{second[0].place} is for {second[0].size} pixels but {first.place} for {first.size}")
         return join(first, *second) if second else first
 

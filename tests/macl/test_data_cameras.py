@@ -69,6 +69,7 @@ def test_two_jsons_and_whose_boxes_are_detected(tmp_path, choice):
 def test_labels_of_infrared_go_with_its_images_before_they_are_joined(tmp_path):
     data = two_jsons(tmp_path, size=(80, 40))
     refused(lambda: data[0], "--infrared-to-visible")
+    assert data.statistics()["pairs"] == 1  # the labels have the sizes of the images
     sample = data.with_onto(read_onto("resize"))[0]
     assert sample["boxes_infrared"].tolist() == [[8, 2, 16, 14], [26, 2, 34, 14], [0, 0, 5, 9]]
     assert sample["visible_in"].tolist() == [[True, True], [True, False], [False, True]]
