@@ -160,7 +160,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     checkpoint = read_checkpoint(args.checkpoint)
     detector = load_detector(args.checkpoint, weights=args.weights, checkpoint=checkpoint).to(args.device)
-    reading, about = choose_reading(args, None, checkpoint.get("reading"))
+    trained = checkpoint.get("reading")
+    if None in (args.visible, args.infrared) and isinstance(trained, dict):  # one camera is put onto no other
+        trained = trained | {"infrared_to_visible": None}
+    reading, about = choose_reading(args, None, trained)
     source, needed = open_source(args, onto_of(reading)), detector.fusion.kind
     if needed in MODALITIES and getattr(args, needed) is None:
         raise InputError(f"this detector sees with {needed} images alone: give --{needed}")

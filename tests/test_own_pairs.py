@@ -106,6 +106,8 @@ def test_a_checkpoint_keeps_how_infrared_is_read(begun, places, tmp_path, capsys
     shots = ("--visible", new / "images", "--infrared", new / "images_ir", "--output", tmp_path / "out")
     predict.main([*map(str, (*common, *shots))])
     assert "as in training: --infrared-range" in capsys.readouterr().out
+    predict.main([*map(str, (*common, *shots[2:4], "--output", tmp_path / "alone"))])
+    assert "--infrared-range" in (text := capsys.readouterr().out) and "--infrared-to-visible" not in text
     (tmp_path / "h.json").write_text("[[0.5, 0, 0], [0, 0.5, 0], [0, 0, 1]]")
     predict.main([*map(str, (*common, *shots, "--infrared-to-visible", tmp_path / "h.json", "--infrared-range", 0, 9))])
     output = capsys.readouterr().out
