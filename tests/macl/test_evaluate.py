@@ -293,6 +293,19 @@ def test_whatever_category_a_file_of_others_gives_is_a_person(annotations, tmp_p
     assert "detections.json holds the categories [2, 7]" in refused(capsys, *flags)
 
 
+def test_whose_boxes_of_kaist_are_scored_is_as_in_training(checkpoint, kaist, tmp_path, capsys):
+    for frame, camera in itertools.product(FRAMES, ("visible", "lwir")):
+        pairs.write(
+            kaist / "paired" / f"{frame.replace('/I', f'/{camera}/I')}.txt", pairs.bbgt(("person", 9, 9, 9, 9, 0))
+        )
+    trained = torch.load(checkpoint) | {
+        "reading": dict(boxes="infrared", infrared_to_visible=[[2]], infrared_range=None)
+    }
+    torch.save(trained, tmp_path / "best.pt")
+    flags = ("--checkpoint", tmp_path / "best.pt", "--data-root", kaist, "--annotations", "paired")
+    assert "as in training: --boxes 'infrared'\n" in run(capsys, *flags)
+
+
 MODEL, OTHERS = "--checkpoint a.pt", "--detections a.txt --dataset kaist"
 
 
