@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which data set; llvip is one of pairs (default: as the folders are, else synthetic)")
     add("--data-root", metavar="PATH", help="the data set's own root")
     training.add_pair_flags(add)
-    add("--split", metavar="NAME|FILE", help="pairs: a split, a list of names, or held-out for what stage 1 held out "
+    add("--split", metavar="NAME|FILE", help="pairs: a split, a list of names, or held-out: what the run validated on "
         "(default: test, val, all or train)")
     add("--image-set", metavar="NAME", help="kaist: a list in its imageSets, or a list's path (default: test-all-20)")
     add("--annotations", metavar="PATH", help="kaist: folder or json of annotations (default: the root's own)")
@@ -177,9 +177,10 @@ def detect(args: argparse.Namespace, device: torch.device, max_detections: int) 
     if args.dataset != "pairs":  # KAIST's images are read as they are
         trained = {"boxes": trained.get("boxes")} if dataset.own_boxes else {}
     reading, about = training.choose_reading(args, dataset, trained)
-    if (old := checkpoint.get("old_reading")) and old != trained and args.dataset == "pairs":
-        flags = [f"--{name.replace('_', '-')} {shown(old[name])}" for name in old if old[name] != trained.get(name)]
-        about.append(f"Warning: read as the pairs of stage 2; those of stage 1 had {', '.join(flags)}")
+    old = checkpoint.get("old_reading") or {}
+    flags = [f"--{name.replace('_', '-')} {shown(old[name])}" for name in old if old[name] != trained.get(name)]
+    if flags and args.dataset == "pairs":
+        about.append(f"Warning: read like the new pairs of stage 2; those of stage 1 had {', '.join(flags)}")
     (dataset,) = training.read_as(reading, dataset)
     training.check_cameras(detector, dataset)
     modes = {name: needed for name, needed in detector.modes.items() if set(needed) <= set(dataset.modalities)}

@@ -130,7 +130,7 @@ class StaticDetector(nn.Module):
     def detect(self, levels: list[Tensor], proposals: Tensor, there: Tensor, size: Size, least: float) -> tuple:
         """Boxes (B, D, 4), labels (B, D) and scores (B, D) out of proposals (B, P, 4), of which some are there.
 
-        least: the score that is cut, of one view.
+        least: boxes of lower scores are left out.
         """
         head, count = self.detector.roi_head, proposals.shape[1]
         hidden = F.relu(head.fc7(F.relu(head.fc6(self.pool(levels, proposals).flatten(1)))))

@@ -125,9 +125,9 @@ def join(visible: Labels, infrared: Labels) -> Labels:
 
 
 def refuse_other_form(labels: Sequence[Labels]) -> None:
-    """Raises InputError where corners seem to have been read as a corner, or centre, and a size, or sizes as corners.
+    """Raises InputError where a fifth of the boxes, five at least, look as if their numbers were of another form.
 
-    A fifth of the boxes then end before they begin; or reach far out, and are larger than what is left of them.
+    Corners read as a size: nearly all have x2 > 2 x1, y2 > 2 y1, and reach far out. A size read as corners: x2 < x1.
     """
     found = [(one, item.box or item.infrared) for one in labels for item in one.objects]
     boxes = [[value / side for value, side in zip(box, one.size * 2, strict=True)] for one, box in found]
@@ -137,7 +137,7 @@ def refuse_other_form(labels: Sequence[Labels]) -> None:
     wrong = (far | (last < first)).any(dim=1)
     if len(found) >= 5 and wrong.double().mean() > 0.2:
         place = found[wrong.int().argmax()][0].place
-        raise InputError(f"{place}: many boxes reach far out or end before they begin; are corners read as sizes?")
+        raise InputError(f"{place}: many boxes reach far out or end before they begin: corners read as a size?")
 
 
 def refuse_absent_classes(dataset, *, every: bool) -> None:

@@ -65,10 +65,10 @@ class Pairs(PairedDataset):
         if first.is_file():  # a list of paths, beside which no folder of labels was named
             labels = next(filter(None, files)).parent
         beside = folders[0] != folders[1] == labels or "infrared" in labels.parts[len(root.parts) if root else 0 :][-2:]
-        named = [file.place[:-1] if isinstance(file, Labels) else file for file in filter(None, files)]
+        named = [file.place[:-1] if isinstance(file, Labels) else file for file in filter(None, files)]  # "(a_ir.jpg)"
         apart = beside or any(os.path.splitext(file)[0].endswith(suffixes[1] or "/") for file in named)
         self.of_infrared = apart and not self.own_boxes and len(self.modalities) == 2
-        self.scene_kind, self.resize = "camera" if cameras else "sequence", resize
+        self.scene_kind, self.resize, self.opened = "camera" if cameras else "sequence", resize, False
         scenes, self.scene_names = _scenes(stems, cameras)
         pairs = [pair._replace(scene=scene) for pair, scene in zip(pairs, scenes, strict=True)]
         super().__init__(pairs, classes or (), split=split, source="")
@@ -88,7 +88,7 @@ class Pairs(PairedDataset):
         refuse_other_form([self.labels(index) for index in range(0, len(self), 1 + len(self) // 200)])
         if classes is None:
             self._take_all_classes(order)
-        self.opened = True  # who reads from here on has said how infrared is put onto visible
+        self.opened = True  # `labels` refuses sizes that differ from here on, as it is known what becomes of them
 
     def annotation(self, index: int) -> Annotation:
         return annotate(self.labels(index), self.classes)
@@ -115,7 +115,7 @@ class Pairs(PairedDataset):
 
     @property
     def coco_ids(self) -> tuple[list[int | str], dict[str, int | str]] | None:
-        """The ids of images, and of classes by name, in the json that they come from; None if its pixels are others."""
+        """The ids of images, and of classes by name, in their json; None where boxes are in other pixels."""
         first = self.pairs[0].annotation[0]
         if not self._categories or (self.onto.places and (self.of_infrared or self.labels(0).size != first.size)):
             return None
@@ -206,7 +206,7 @@ def _find_cvc14(visible: Path) -> tuple[list[str], list[Pair], str, tuple]:
 
 
 def _find_files(labels: Path, stems: list[str], form: str, suffixes: Sequence[str]) -> dict[str, Path | None]:
-    """The label file of each pair, named as the pair or with the first suffix that is there: one camera's for all."""
+    """The label file of each pair: all are named as the pairs, or all with the first of the suffixes that occurs."""
     known = set(os.listdir(labels)) if labels.is_dir() else set()
     endings = [f"{end}{FORMS[form]}" for end in ("", *suffixes)]
     ending = next((end for end in endings if any(stem + end in known for stem in stems)), None)

@@ -86,7 +86,7 @@ def read_yolo(path: Path | None, size: tuple[int, int], names: Mapping[int, str]
         label = number(first, f"{place}, class id", 0, MAX_ID, whole=True)
         if names is not None and label not in names:
             known = ", ".join(f"{key} {name}" for key, name in names.items())
-            raise InputError(f"{place}: class id {label} is beyond the names, {known} (of classes.txt or data.yaml)")
+            raise InputError(f"{place}: class id {label} is beyond the names, {known}; see classes.txt or data.yaml")
         x, y = numbers(values[:2], f"{place}, centre in fractions of the image", 2, 0, 1)
         wide, high = numbers(values[2:], f"{place}, width and height in fractions of the image", 2, 0, 2)
         edges = (x - wide / 2) * size[0], (y - high / 2) * size[1], (x + wide / 2) * size[0], (y + high / 2) * size[1]

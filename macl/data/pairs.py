@@ -47,7 +47,7 @@ class PairedDataset(Dataset, abc.ABC):
     moves = ()
     at_least = None
     onto = Onto()
-    own_boxes, boxes_of, opened = False, "visible", False
+    own_boxes, boxes_of = False, "visible"
     modalities = ("visible", "infrared")
     resize = False
 
